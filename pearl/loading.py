@@ -1,0 +1,298 @@
+"""Models and tokenizers from hub ids, folders and GGUF files, checked against each other and against the machine.
+
+All checks that need no weights come first (`Preflight`), so that what is wrong is said before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from pearl import embedded, linear
+from pearl.cache import longest_text, use_grouped_attention
+from pearl.config import EMBEDDED, NGRAM, EngineConfig
+from pearl.errors import UsageError
+from pearl.model import LanguageModel
+from pearl.pairs import needed_gb, probe
+from pearl.rows import RowPlan, measure, remembered
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: what `from_pretrained` takes."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @staticmethod
+    def of(name: str) -> Source:
+        if name == EMBEDDED:
+            return Source(str(embedded.folder()))
+        path = Path(name).expanduser()
+        if path.is_dir() and not (path / "config.json").exists():
+            path = sorted(path.glob("*.gguf"))[0]  # config.check_model has seen one
+        return Source(str(path.parent), path.name) if path.is_file() else Source(str(path) if path.exists() else name)
+
+    def kwargs(self, config: EngineConfig) -> dict[str, Any]:
+        gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {**gguf, "trust_remote_code": config.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The devices of one model."""
+
+    devices: tuple[str, ...]
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.devices == ("cpu",)
+
+    def device_map(self) -> Any:
+        """What transformers' `device_map` takes: all on one device, or layers over several, by their free memory."""
+        if len(self.devices) == 1:
+            return {"": self.devices[0]}
+        return "auto"
+
+    def max_memory(self) -> dict[int, int] | None:
+        if len(self.devices) == 1:
+            return None
+        gpus = [torch.device(d).index or 0 for d in self.devices]
+        return {gpu: int(torch.cuda.mem_get_info(gpu)[0] * 0.9) for gpu in gpus}
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before any weight is loaded."""
+
+    config: EngineConfig
+    target: Source
+    draft: Source | None
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # tokens that both models know
+    max_length: int
+    target_on: Placed
+    draft_on: Placed
+
+
+def preflight(config: EngineConfig) -> Preflight:
+    """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    target_on, draft_on = _place(config)
+    for role, placed, dtype in (
+        ("target", target_on, config.dtype),
+        ("draft", draft_on, config.draft_dtype or config.dtype),
+    ):
+        _check_dtype(role, placed, dtype)
+    if config.load_in or config.draft_load_in:
+        _check_bitsandbytes()
+    target = Source.of(config.target)
+    target_config, tokenizer = _describe("target", target, config)
+    vocabulary = target_config.get_text_config().vocab_size
+    draft = None
+    if config.draft != NGRAM:
+        draft = Source.of(config.draft)
+        draft_config, draft_tokenizer = _describe("draft", draft, config)
+        compare_vocabularies(tokenizer, draft_tokenizer)
+        vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
+        longest_text(draft_config)
+    _check_memory(config, target, draft, target_on, draft_on)
+    max_length = min(config.max_length, longest_text(target_config))
+    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, target_on, draft_on)
+
+
+def load_target(checked: Preflight) -> LanguageModel:
+    config = checked.config
+    model = _load(checked.target, config, config.dtype, config.load_in, checked.target_on)
+    return _reader(model, checked, checked.target_on, checked.max_length, config.target, config.dtype)
+
+
+def load_draft(checked: Preflight, ahead: int) -> LanguageModel:
+    """The draft model; its texts are up to `ahead` guesses longer than the target's."""
+    config = checked.config
+    assert checked.draft is not None, "the ngram source has no model"
+    model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
+    _prepare(model, config, checked.draft_on)
+    return LanguageModel(model, checked.vocabulary, min(checked.max_length + ahead, longest_text(model.config)))
+
+
+def compare_vocabularies(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Refuses two tokenizers that do not give every token the same id; padded embeddings do not matter here."""
+    a, b = target.get_vocab(), draft.get_vocab()
+    if a != b:
+        moved = [t for t in a.keys() & b.keys() if a[t] != b[t]]
+        only_a, only_b = sorted(a.keys() - b.keys(), key=a.get), sorted(b.keys() - a.keys(), key=b.get)
+        parts = [f"the target has {len(a)} tokens and the draft {len(b)}"]
+        if only_a:
+            parts.append(f"{len(only_a)} are the target's alone (such as {only_a[0]!r})")
+        if only_b:
+            parts.append(f"{len(only_b)} are the draft's alone (such as {only_b[0]!r})")
+        if moved:
+            token = min(moved, key=a.get)
+            parts.append(f"{len(moved)} have other ids (such as {token!r}: {a[token]} and {b[token]})")
+        raise UsageError(
+            f"Draft and target must share one tokenizer, but {', '.join(parts)}: choose a draft of the target's family."
+        )
+    sample = "def f(x):\n\treturn  x+1  # naïve 你好 🙂 don't 12345\r\n"
+    if target.encode(sample) != draft.encode(sample):
+        raise UsageError("Draft and target have the same tokens but split text differently: choose another draft.")
+
+
+def plain_weights(model: Any) -> Any:
+    """A model read from a GGUF file, as one of plain weights, so that it can be saved and run like any other."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+    return model
+
+
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a text: the checkpoint's generation config says, else the tokenizer."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def _describe(role: str, source: Source, config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    kwargs = source.kwargs(config)
+    try:
+        found = AutoConfig.from_pretrained(source.name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs)
+    except Exception as error:  # transformers raises many kinds for one thing: this is no model it can load from here
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"The {role} {source.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF file "
+            f"({type(error).__name__}: {reason})."
+        ) from error
+    longest_text(found)
+    return found, tokenizer
+
+
+def _load(source: Source, config: EngineConfig, dtype: str, load_in: str | None, placed: Placed) -> Any:
+    kwargs = {**source.kwargs(config), "dtype": getattr(torch, dtype), "device_map": placed.device_map()}
+    if memory := placed.max_memory():
+        kwargs["max_memory"] = memory
+    if load_in:
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=load_in == "8bit",
+            load_in_4bit=load_in == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    model = AutoModelForCausalLM.from_pretrained(source.name, **kwargs).eval()
+    return plain_weights(model) if source.gguf_file else model
+
+
+def _prepare(model: Any, config: EngineConfig, placed: Placed) -> None:
+    use_grouped_attention(model)
+    if placed.on_cpu and linear.wanted(config.kernel):
+        linear.pack(model)
+
+
+def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, name: str, dtype: str) -> LanguageModel:
+    config = checked.config
+    _prepare(model, config, placed)
+    key = {
+        "model": name,
+        "dtype": dtype,
+        "load_in": config.load_in,
+        "double_quant": config.double_quant,
+        "kernel": config.kernel,
+        "devices": placed.devices,
+        "config": model.config.to_json_string(),
+    }
+    reader = LanguageModel(model, checked.vocabulary, max_length)
+
+    def find() -> RowPlan:
+        return measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)
+
+    reader.rows = remembered(key, find)
+    return reader
+
+
+def _place(config: EngineConfig) -> tuple[Placed, Placed]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    target = _devices("target_device", config.target_device, gpus, 0)
+    draft = _devices("draft_device", config.draft_device, gpus, gpus - 1)
+    return target, draft
+
+
+def _devices(option: str, text: str, gpus: int, default: int) -> Placed:
+    if text == "auto":
+        return Placed((f"cuda:{default}",) if gpus else ("cpu",))
+    devices = tuple(part.strip() for part in text.split(","))
+    for device in devices:
+        kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and len(devices) > 1):
+            raise UsageError(f"{option} must be cpu, cuda:0, or several GPUs like cuda:0,cuda:1, not {text!r}.")
+        if kind == "cuda" and int(index or 0) >= gpus:
+            raise UsageError(f"{option} {device} is not there: this machine has {gpus} GPUs; use auto or cpu.")
+    return Placed(devices)
+
+
+def _check_dtype(role: str, placed: Placed, dtype: str) -> None:
+    if not placed.on_cpu and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"The {role}'s GPU has no bfloat16: use --dtype float16 or float32.")
+
+
+def _check_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UsageError("8-bit and 4-bit weights need the bitsandbytes package: run `bash install.sh`.") from None
+
+
+def _check_memory(
+    config: EngineConfig, target: Source, draft: Source | None, target_on: Placed, draft_on: Placed
+) -> None:
+    needs: dict[tuple[str, ...], float] = {}
+    for source, placed, kind in (
+        (target, target_on, config.load_in or config.dtype),
+        (draft, draft_on, config.draft_load_in or config.draft_dtype or config.dtype),
+    ):
+        if source and (count := _parameters(source)):
+            need = needed_gb(count * _BYTES[kind] / 1e9)
+            needs[placed.devices] = needs.get(placed.devices, 0.0) + need
+    if not needs:
+        return
+    machine = probe()
+    for devices, need in needs.items():
+        on_cpu = devices == ("cpu",)
+        free = machine.ram_gb if on_cpu else sum(machine.gpus_gb[torch.device(d).index or 0] for d in devices)
+        if need > free:
+            where = "in main memory" if on_cpu else f"on {', '.join(devices)}"
+            raise UsageError(
+                f"The models need about {need:.1f} GB {where}, where {free:.1f} GB are free: choose smaller models, "
+                "--load-in 4bit, or other devices."
+            )
+
+
+def _parameters(source: Source) -> int | None:
+    """How many numbers a local checkpoint holds, from the headers of its files; None if they are not here yet."""
+    if source.gguf_file:
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(os.path.join(source.name, source.gguf_file)).tensors)
+    files = sorted(Path(source.name).glob("*.safetensors")) if Path(source.name).is_dir() else []
+    return sum(map(_numbers_in, files)) or None
+
+
+def _numbers_in(file: Path) -> int:
+    """safetensors: eight bytes of header length, then JSON with the shape of every tensor."""
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size)) if size < 1 << 28 else {}
+    return sum(int(torch.Size(t["shape"]).numel()) for name, t in header.items() if name != "__metadata__")

@@ -1,0 +1,43 @@
+"""The facts of a run. Passes and sequences are recorded as they happen; every figure is derived from them in metrics.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pearl.messages import Report
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One target forward. Times in seconds."""
+
+    position: int  # of the root
+    rows: int  # read: new tokens of the text, the root and the guesses, without padding
+    offered: int  # guesses among them
+    tested: int  # guesses compared with a pick, one of which may have arrived during the pass (pre-verify)
+    accepted: int  # of those
+    committed: int
+    hit: bool  # the new root was among the guesses that had arrived
+    block: int  # the block length in force
+    waited_s: float  # before the pass, for guesses
+    forward_s: float
+    seconds: float  # all of it, with waiting, picking, walking and messages
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One text in one mode."""
+
+    mode: str
+    prompt_tokens: int
+    tokens: tuple[int, ...]
+    text: str
+    finish: str
+    passes: tuple[Pass, ...]
+    drafter: Report | None
+    bytes_on_wire: int  # both ways, verdicts and nodes
+    peak_memory: int  # bytes, both processes
+
+    @property
+    def seconds(self) -> float:
+        return sum(p.seconds for p in self.passes)

@@ -1,0 +1,127 @@
+"""How many rows a forward may have: for which row counts a row's bits are the same, and what each count costs.
+
+"Lossless" means the same tokens, and two near-equal logits are told apart by their last bits. Matrix kernels round
+differently for different row counts. So at start the model reads one text in passes of every width up to `LIMIT` and
+compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up to
+the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+LIMIT = 16
+_PREFIX = 61  # tokens before the text under test; its rows then cross a boundary of the cache's grain
+_OFFSETS = (0, 3)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """`safe`: row counts with equal bits, ascending. `cost_s[n - 1]`: seconds of a forward of n rows."""
+
+    safe: tuple[int, ...]
+    cost_s: tuple[float, ...]
+    exact: bool = True  # False: the bits depend on the row count whatever is done
+
+    def pad(self, rows: int) -> int:
+        """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
+        return next((count for count in self.safe if count >= rows), rows)
+
+    def best_width(self, acceptance: float) -> int:
+        """The rows of a pass that commit most a second if each guess is accepted with this probability.
+
+        A chain of n - 1 guesses commits (1 - a^n) / (1 - a) tokens (Leviathan et al. 2023, eq. 1).
+        """
+        a = min(acceptance, 0.999)
+        return max(self.safe, key=lambda n: (1 - a**n) / (1 - a) / self.cost_s[n - 1])
+
+
+ANY = RowPlan(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
+
+
+def measure(read: Callable[[Sequence[int], int], Tensor], vocabulary: int) -> RowPlan:
+    """Tries every count on the model itself.
+
+    `read(tokens, first)` forwards `tokens` at the positions from `first` without padding and returns logits [rows, V].
+    """
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(vocabulary, (_PREFIX + LIMIT + max(_OFFSETS),), generator=generator).tolist()
+    read(text[:_PREFIX], 0)
+    logits: dict[int, list[Tensor]] = {}
+    seconds: dict[int, list[float]] = {}
+    for count in [LIMIT, *range(1, LIMIT + 1)]:
+        for offset in _OFFSETS:
+            first = _PREFIX + offset
+            began = time.perf_counter()
+            rows = read(text[first : first + count], first)
+            _finish(rows)
+            seconds.setdefault(count, []).append(time.perf_counter() - began)
+            logits.setdefault(count, []).append(rows)
+    logits[LIMIT] = logits[LIMIT][: len(_OFFSETS)]  # the first round also warmed up
+    safe = max((_agreeing(logits, reference) for reference in logits), key=len)
+    costs = [min(seconds[count]) for count in range(1, LIMIT + 1)]
+    if len(safe) < 3:
+        return RowPlan(ANY.safe, tuple(costs), exact=False)
+    return RowPlan(safe, tuple(costs))
+
+
+def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...]:
+    """The counts whose rows have the bits of the same rows of `reference`, wherever in the pass they stand."""
+    early, late = logits[reference]
+    shift = _OFFSETS[1] - _OFFSETS[0]
+
+    def agrees(count: int) -> bool:
+        mine, later = logits[count]
+        return _same(mine, early) and _same(later, late) and _same(mine[shift:], later)
+
+    return tuple(count for count in range(1, LIMIT + 1) if agrees(count))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    shared = min(len(a), len(b))
+    return torch.equal(a[:shared], b[:shared])
+
+
+def _finish(rows: Tensor) -> None:
+    if rows.is_cuda:
+        torch.cuda.synchronize(rows.device)
+
+
+def remembered(key: dict[str, object], find: Callable[[], RowPlan]) -> RowPlan:
+    """`find()`, or what it said the last time on this machine for this `key` and these versions."""
+    versions = [torch.__version__, transformers.__version__, platform.processor(), torch.get_num_threads()]
+    name = hashlib.sha256(json.dumps([key, versions, _processor()], sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / "rows" / f"{name}.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        return RowPlan(tuple(saved["safe"]), tuple(saved["cost_s"]), saved["exact"])
+    plan = find()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(plan)))
+    partial.replace(path)
+    return plan
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    flags = [line for line in info.read_text().splitlines() if line.startswith(("model name", "flags"))][:2]
+    return "".join(flags)
+
+
+def cache_folder() -> Path:
+    """The user's cache directory for what this project computes once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pearl"

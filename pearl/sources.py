@@ -1,0 +1,78 @@
+"""Where guesses come from. One protocol, several sources; the drafter's loop knows none of them by name.
+
+A source proposes a chain: one token or several that may follow a text. Whether a guess is right is the target's business
+alone, so a source may be anything: a smaller model, a search in the text so far, a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pearl.model import Reader
+from pearl.sampling import SamplingParams, propose
+
+Proposal = tuple[tuple[int, float], ...]
+
+
+class DraftSource(Protocol):
+    forwards: int  # model forwards so far, a fact for the records
+
+    def start(self, params: SamplingParams) -> None:
+        """A new sequence begins; nothing of the last one may be used."""
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        """Up to `room` guesses, each following the one before it, the first following `text`.
+
+        With each the q that it was drawn from (see `sampling.propose`), empty if it was certain. An empty list: nothing
+        worth guessing until the text changes.
+        """
+
+
+class ModelSource:
+    """A smaller causal language model with the target's tokenizer, one token a forward."""
+
+    def __init__(self, model: Reader):
+        self._model = model
+        self._params = SamplingParams()
+        self.forwards = 0
+
+    def start(self, params: SamplingParams) -> None:
+        self._params = params
+        self._model.forget()
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        if len(text) > self._model.max_length:
+            return []
+        self.forwards += 1
+        logits = self._model.read(text, keep=1, padded=False)[0]
+        return [propose(logits, self._params, position=len(text))]
+
+
+class NgramSource:
+    """Prompt lookup (Saxena 2023): what followed the last few tokens the last time they occurred. No weights."""
+
+    forwards = 0
+
+    def __init__(self, longest: int = 4, shortest: int = 2, most: int = 8):
+        """Matches up to `longest` of the last tokens and at least `shortest`; proposes up to `most` tokens at a time."""
+        self._longest, self._shortest, self._most = longest, shortest, most
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        best, where = self._shortest - 1, 0
+        for end in range(len(text) - 1, 0, -1):  # the latest occurrence of the longest match
+            if text[end - 1] == text[-1] and (size := self._match(text, end)) > best:
+                best, where = size, end
+                if size == self._longest:
+                    break
+        return [(token, ()) for token in text[where : where + min(room, self._most)]] if where else []
+
+    def _match(self, text: Sequence[int], end: int) -> int:
+        """How many tokens before `end` are those before the end of the text, up to `longest`."""
+        size = 1
+        while size < min(self._longest, end) and text[end - 1 - size] == text[-1 - size]:
+            size += 1
+        return size

@@ -1,0 +1,96 @@
+"""The token trie: the possible continuations of a text. The drafter grows it, the target walks it. Start reading here.
+
+Knows: the committed tokens, the *root* (the last of them), and below it the *nodes*, each a guess that follows its
+parent. A node's identity is its path from the root, so two processes name the same node without agreeing on anything
+first. Refuses to know: models, probabilities of whole vocabularies, ranks, clocks, how a guess was made.
+
+Both sides hold a trie of their own, and verdicts reach the drafter late. So a guess may arrive for a parent that the
+text has long passed. `Trie.grow` settles every such case by comparing tokens, because tokens have no races:
+
+    text   a b c d(root)      a guess x below the node "b" is the claim "x follows b".
+             ^                The text says c follows b: the claim x = c is true and already committed; any other is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A token at a position of the text, committed (at or above the root) or guessed (below it)."""
+
+    token: int
+    position: int  # index in the text: the first prompt token is 0
+    children: dict[int, Node] = field(default_factory=dict)  # by token, in the order in which they were guessed
+    proposal: tuple[
+        tuple[int, float], ...
+    ] = ()  # (token, q) where `token` was sampled from; empty: proposed for certain
+    dead: bool = False  # the text went another way
+
+
+class Trie:
+    """The committed tokens and what may follow them."""
+
+    def __init__(self, tokens: Sequence[int]):
+        assert tokens, "a trie needs a root: at least one committed token"
+        self.tokens = list(tokens)
+        self.root = Node(self.tokens[-1], len(self.tokens) - 1)
+
+    def grow(self, parent: Node, token: int, proposal: tuple[tuple[int, float], ...] = ()) -> Node | None:
+        """The node "`token` follows `parent`", or None where the text has already decided otherwise."""
+        if parent.dead:
+            return None
+        if parent.position < self.root.position:  # the text has moved on: is this what it says?
+            position = parent.position + 1
+            if self.tokens[position] != token:
+                return None
+            return self.root if position == self.root.position else Node(token, position)
+        if parent.position == self.root.position:
+            parent = self.root  # the same token at the same place, whatever object names it
+        return parent.children.setdefault(token, Node(token, parent.position + 1, proposal=proposal))
+
+    def commit(self, tokens: Sequence[int]) -> bool:
+        """Appends `tokens` to the text and moves the root to the last of them.
+
+        Returns whether the new root was already in the trie (a *hit*); the subtree below it is kept, all else dies.
+        """
+        hit = True
+        for token in tokens:
+            child = self.root.children.pop(token, None)
+            _kill(self.root.children)
+            hit = hit and child is not None
+            self.root = child or Node(token, self.root.position + 1)
+            self.tokens.append(token)
+        return hit
+
+    def chain(self, limit: int = 1 << 30) -> list[Node]:
+        """At most `limit` nodes straight down from the root, the first guess of each node first."""
+        nodes: list[Node] = []
+        node = self.root
+        while node.children and len(nodes) < limit:
+            node = next(iter(node.children.values()))
+            nodes.append(node)
+        return nodes
+
+
+def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:
+    """The tokens that a pass commits: from the root follow the target's pick while that child was in the pass.
+
+    `rows` are the nodes the pass has read, the root among them; `pick(node)` is the target's own next token after a
+    node of the pass. Every pick on the way is committed; the last one, which leads out of the pass, is the
+    *correction* of a wrong guess or the *bonus* after right ones. Never empty.
+    """
+    committed = []
+    node: Node | None = root
+    while node in rows:
+        committed.append(pick(node))
+        node = node.children.get(committed[-1])
+    return committed
+
+
+def _kill(children: dict[int, Node]) -> None:
+    for node in children.values():
+        node.dead = True
+        _kill(node.children)
