@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, PretrainedConfig
 
 from pearl.errors import UsageError
+from pearl.rows import GRAIN
 
-# Buffers are read in multiples of this many slots, so that a row sees the same vector lanes in every pass.
-GRAIN = 64
 
 
 class SlotCache(Cache):
@@ -31,14 +30,15 @@ class SlotCache(Cache):
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, made where that layer's device is
         self._first, self._count, self._seen = 0, 0, GRAIN
 
-    def place(self, first: int, count: int) -> Tensor:
+    def place(self, first: int, count: int, seen_by: int) -> Tensor:
         """The next forward has `count` rows in the slots from `first`; each sees the slots up to its own.
 
-        Returns the mask, bool [1, 1, count, slots seen]: True where a row may look.
+        The rows from `seen_by` on are padding, which nobody reads: they see no further than the others, so the forward
+        reads no more slots for them. Returns the mask, bool [1, 1, count, slots seen]: True where a row may look.
         """
         assert first + count <= self.slots, "the cache is too short for this forward"
         self._first, self._count = first, count
-        self._seen = -(-(first + count) // GRAIN) * GRAIN
+        self._seen = -(-(first + seen_by) // GRAIN) * GRAIN
         own = torch.arange(first, first + count)
         return (torch.arange(self._seen) <= own[:, None])[None, None]
 
@@ -86,7 +86,7 @@ def grouped_sdpa(
     packed = query.reshape(batch, key.shape[1], groups * rows, width)
     mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, width).transpose(1, 2), None
+    return out.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2), None
 
 
 AttentionInterface.register("pearl_grouped_sdpa", grouped_sdpa)

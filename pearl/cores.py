@@ -7,6 +7,7 @@ together as long as there are several.
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 
 from pearl.errors import UsageError
@@ -30,7 +31,7 @@ def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
     if len(cores) == 1:
         return cpus, cpus
     cut = len(cores) // 2 if drafter_works else len(cores) - 1
-    return sum(cores[:cut], []), sum(cores[cut:], [])
+    return [*chain(*cores[:cut])], [*chain(*cores[cut:])]
 
 
 def parse(text: str) -> list[int]:

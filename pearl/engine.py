@@ -70,7 +70,7 @@ class Engine:
         world = World.here()
         self.processes = _processes(self.schedule, processes, world)
         checked = preflight(config)
-        self.target_cpus, self.draft_cpus = shares(config, two=self.processes == 2)
+        self.target_cpus, self.draft_cpus = shares(config, self.processes == 2 or self.schedule.mode == "ar-all")
         if world.rank == 1:
             serve(config, self.draft_cpus)
             raise SystemExit(0)
@@ -142,6 +142,31 @@ class Engine:
         self.model.forget()
         best = self.model.read(text, keep=1)[0].float().topk(2).values
         return float(best[0] - best[1])
+
+    @property
+    def devices(self) -> dict[str, list[str]]:
+        """Where the two models are."""
+        places = {"target": self._checked.target_on}
+        if self.processes == 2:
+            places["drafter"] = self._checked.draft_on
+        return {role: list(placed.devices) for role, placed in places.items()}
+
+    @property
+    def description(self) -> str:
+        """A few lines for a person: who runs where, and how the bits are kept equal."""
+        plan, lines = self.model.rows, []
+        shares = {"target": (self.config.target, self.target_cpus), "drafter": (self.config.draft, self.draft_cpus)}
+        for role, devices in self.devices.items():
+            name, cpus = shares[role]
+            where = f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads" if devices == ["cpu"] else ", ".join(devices)
+            lines.append(f"{role}: {name} on {where}")
+        if self.drafter_pid:
+            lines[-1] += f" (no launcher started two processes, so the drafter was started as process {self.drafter_pid})"
+        if plan.exact:
+            lines.append(f"rows: a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here")
+        else:
+            lines.append("rows: the bits depend on the row count on this device; near-equal logits may pick differently")
+        return "\n".join(lines)
 
     @property
     def drafter_pid(self) -> int | None:

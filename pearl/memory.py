@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 
 def reset_peak() -> None:
     """Starts a new peak, where the system allows it; elsewhere a peak is that of the whole process."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     if cuda := _cuda():
         for device in range(cuda.device_count()):
             cuda.reset_peak_memory_stats(device)

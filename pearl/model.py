@@ -53,24 +53,25 @@ class LanguageModel:
         tokens = list(tokens)
         assert 0 < keep <= len(tokens) <= self.max_length, "a text must fit the cache and hold the rows asked for"
         known = min(_shared_prefix(self._cached, tokens), len(tokens) - keep)
-        while len(tokens) - known > max(CHUNK, keep):
+        self._cached = tokens[:known]  # if what follows fails, the rest is unknown
+        while len(tokens) - keep - known >= CHUNK:
             self.forward(tokens[known : known + CHUNK], known, 1)
             known += CHUNK
         new = tokens[known:]
         pads = self.rows.pad(len(new)) - len(new) if padded else 0
-        logits = self.forward(new + new[-1:] * pads, known, keep + pads)
+        logits = self.forward(new + new[-1:] * pads, known, keep + pads, padding=pads)
         self._cached = tokens  # the pads lie beyond: their slots are written again before anything sees them
         return logits[:keep, : self.vocabulary]
 
     @torch.inference_mode()
-    def forward(self, tokens: list[int], first: int, keep: int) -> Tensor:
-        """One forward of `tokens` at the positions from `first`, over what the slots before it hold.
+    def forward(self, tokens: list[int], first: int, keep: int, padding: int = 0) -> Tensor:
+        """One forward of `tokens`, the last `padding` of which only fill it, at the positions from `first`.
 
         Returns logits [keep, V] of the last `keep` rows, V as the model has it.
         """
-        mask = self._cache.place(first, len(tokens))
+        mask = self._cache.place(first, len(tokens), len(tokens) - padding)
         device = self.model.device
-        positions = torch.arange(first, first + len(tokens), device=device)
+        positions = torch.arange(first, first + len(tokens), device=device).clamp_(max=self.max_length - 1)  # pads
         out = self.model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=positions[None],

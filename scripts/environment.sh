@@ -1,0 +1,6 @@
+# Sourced by the other scripts: goes to the repository's root, installs what is missing, activates the environment.
+# usage: source scripts/environment.sh [dev]
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash install.sh "${1:-run}"
+if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then source .venv/bin/activate; fi
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false

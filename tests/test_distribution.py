@@ -1,0 +1,256 @@
+"""Sampled text follows the target's exact distribution, whoever drafts and whenever the guesses arrive.
+
+Every text of a few tokens has a probability that can be worked out by hand from the target's table. Thousands of short
+texts are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test
+that passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from toys import EAGER, IDLE, Move, ScriptedChannel, TableModel, letters, scrambled
+
+from pearl import noise, sampling
+from pearl.records import Pass
+from pearl.sampling import SamplingParams, warp
+from pearl.schedule import Schedule
+from pearl.sources import DraftSource, ModelSource, NgramSource, Proposal
+from pearl.stopping import Stopper
+from pearl.target import Target
+
+VOCABULARY, LENGTH = 4, 3
+TEXTS = 3000
+ALPHA = 1e-4
+TARGET = TableModel(VOCABULARY, order=2, seed=3, scale=1.0)
+PROMPT = (0, 1, 2, 0, 1)
+
+# When guesses arrive. The prompt's pass never waits for any, so one dummy token comes before the texts compared.
+SCRIPTS: dict[str, Sequence[Move]] = {
+    "in time": EAGER,
+    "when waited for": IDLE,
+    "at any time": scrambled(5),
+    "late": [(0, 0, 0), (9, 1, 9)],  # not before the pass, but while it runs
+}
+
+
+class Certain:
+    """Guesses for certain: the next token is a function of the last one. Two tokens a turn."""
+
+    forwards = 0
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        first = (3 * text[-1] + 1) % VOCABULARY
+        return [(first, ()), ((3 * first + 1) % VOCABULARY, ())][:room]
+
+
+def model_source() -> DraftSource:
+    return ModelSource(TableModel(VOCABULARY, order=2, seed=4, scale=1.0))
+
+
+def ngram_source() -> DraftSource:
+    return NgramSource(shortest=1, most=3)
+
+
+@dataclass
+class Sample:
+    counts: Counter[tuple[int, ...]]
+    passes: list[Pass]
+
+
+def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[int, ...], float]:
+    """The probability of each text of `LENGTH` tokens after one token that is not looked at."""
+    steps: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def after(text: tuple[int, ...]) -> torch.Tensor:
+        if text not in steps:
+            steps[text] = warp(TARGET.after(text), params).double().softmax(-1)
+        return steps[text]
+
+    chances: Counter[tuple[int, ...]] = Counter()
+    for text in itertools.product(range(VOCABULARY), repeat=1 + LENGTH):
+        chance = 1.0
+        for i, token in enumerate(text):
+            chance *= float(after((*prompt, *text[:i])[-TARGET.order :])[token])
+        chances[text[1:]] += chance
+    assert abs(sum(chances.values()) - 1) < 1e-9
+    return chances
+
+
+def sample(source: DraftSource, schedule: Schedule, params: SamplingParams, script: Sequence[Move]) -> Sample:
+    target = Target(TARGET, ScriptedChannel(source, script))
+    counts: Counter[tuple[int, ...]] = Counter()
+    passes: list[Pass] = []
+    for seed in range(TEXTS):
+        stopper = Stopper(replace(params, seed=seed), (), letters)
+        for _ in target.decode(PROMPT, schedule, replace(params, seed=seed), stopper):
+            pass
+        counts[tuple(stopper.tokens[1:])] += 1
+        passes += target.passes
+    return Sample(counts, passes)
+
+
+def chance_of(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], float]) -> float:
+    """How likely counts this far off are if the texts do follow `chances`. Texts too rare to test are taken together."""
+    assert all(chances[text] > 0 for text in counts), "a text that the target can't write"
+    total = sum(counts.values())
+    observed, expected, rare = [], [], [0.0, 0.0]
+    for text, chance in chances.items():
+        if total * chance >= 5:
+            observed.append(counts[text])
+            expected.append(total * chance)
+        else:
+            rare = [rare[0] + counts[text], rare[1] + total * chance]
+    if rare[1] > 0:
+        observed, expected = [*observed, rare[0]], [*expected, rare[1]]
+    return float(chisquare(observed, expected).pvalue)
+
+
+PLAIN = SamplingParams(max_new_tokens=1 + LENGTH, temperature=1.0)
+REJECTION = replace(PLAIN, method="rejection")
+
+
+def p_value(
+    params: SamplingParams,
+    mode: str = "sd",
+    gamma: int | str = 2,
+    script: str = "when waited for",
+    source: Callable[[], DraftSource] = model_source,
+) -> float:
+    drawn = sample(source(), Schedule.of(mode, gamma), params, SCRIPTS[script])
+    return chance_of(drawn.counts, exact(params))
+
+
+def test_the_comparison_itself_tells_distributions_apart():
+    """The drafter's distribution is not the target's: otherwise nothing below would mean anything."""
+    target = Target(TableModel(VOCABULARY, order=2, seed=4, scale=1.0))
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(TEXTS):
+        stopper = Stopper(replace(PLAIN, seed=seed), (), letters)
+        list(target.decode(PROMPT, Schedule.of("ar"), replace(PLAIN, seed=seed), stopper))
+        counts[tuple(stopper.tokens[1:])] += 1
+    assert chance_of(counts, exact(PLAIN)) < 1e-50
+
+
+@pytest.mark.parametrize("params", [PLAIN, REJECTION], ids=["seeded", "rejection"])
+def test_the_target_alone_draws_from_its_distribution(params: SamplingParams):
+    target = Target(TARGET)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(TEXTS):
+        stopper = Stopper(replace(params, seed=seed), (), letters)
+        list(target.decode(PROMPT, Schedule.of("ar"), replace(params, seed=seed), stopper))
+        counts[tuple(stopper.tokens[1:])] += 1
+    assert chance_of(counts, exact(params)) > ALPHA
+
+
+@pytest.mark.parametrize(
+    "params, mode, gamma, script",
+    [
+        (PLAIN, "sd", 2, "when waited for"),
+        (PLAIN, "pearl", "auto", "at any time"),
+        (REJECTION, "sd", 2, "when waited for"),
+        (REJECTION, "pearl", "auto", "in time"),
+        (REJECTION, "pearl", "auto", "at any time"),
+        (REJECTION, "pearl", 2, "late"),
+        (REJECTION, "pearl-no-post", 1, "at any time"),
+        (REJECTION, "pearl-no-pre", 2, "late"),
+    ],
+    ids=lambda value: value.method if isinstance(value, SamplingParams) else str(value),
+)
+def test_with_a_drafter_the_text_follows_the_targets_distribution(
+    params: SamplingParams, mode: str, gamma: int | str, script: str
+):
+    drawn = sample(model_source(), Schedule.of(mode, gamma), params, SCRIPTS[script])
+    assert chance_of(drawn.counts, exact(params)) > ALPHA
+    # every way that a pass can end is among them
+    assert any(p.tested > p.accepted for p in drawn.passes), "a wrong guess"
+    assert any(p.accepted == p.offered > 0 for p in drawn.passes), "a pass accepted to its end"
+    if mode == "pearl":
+        assert any(p.tested > p.offered for p in drawn.passes), "a guess that came while the pass ran"
+        assert any(p.hit for p in drawn.passes)
+
+
+CUTS = {
+    "top-k": dict(top_k=2),
+    "top-p": dict(top_p=0.7),
+    "min-p and temperature": dict(min_p=0.2, temperature=1.5),
+    "all of them": dict(temperature=1.3, top_k=3, top_p=0.9, min_p=0.1),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("params", [PLAIN, REJECTION], ids=["seeded", "rejection"])
+def test_what_is_cut_is_never_said_and_the_rest_keeps_its_share(params: SamplingParams, cut: str):
+    params = replace(params, **CUTS[cut])
+    assert p_value(params, "pearl", "auto", "at any time") > ALPHA
+
+
+@pytest.mark.parametrize("source", [Certain, ngram_source])
+def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource]):
+    drawn = sample(source(), Schedule.of("pearl", "auto"), REJECTION, SCRIPTS["at any time"])
+    assert chance_of(drawn.counts, exact(REJECTION)) > ALPHA
+    assert any(p.tested > p.accepted > 0 for p in drawn.passes)
+
+
+def test_a_drafter_that_sends_only_its_likeliest_tokens_shifts_nothing(monkeypatch: pytest.MonkeyPatch):
+    """q is cut to a few tokens before it is drawn from, so what is sent is all that the residual needs."""
+    monkeypatch.setattr(sampling, "SUPPORT", 2)
+    assert p_value(REJECTION) > ALPHA
+
+
+def test_rejection_accepts_more_than_the_seeded_coupling_and_neither_less_than_its_bound():
+    """With d the total variation distance: rejection 1 - d; seeded at least (1 - d) / (1 + d) (Daliri et al. 2024)."""
+    source = TableModel(VOCABULARY, order=2, seed=4, scale=1.0)
+    p = TARGET.after(PROMPT).double().softmax(-1)
+    q = source.after(PROMPT).double().softmax(-1)
+    d = float((p - q).abs().sum()) / 2
+    accepted = {}
+    for params in (PLAIN, REJECTION):
+        one = replace(params, max_new_tokens=1)
+        passes = sample(ModelSource(source), Schedule.of("pearl"), one, SCRIPTS["late"]).passes
+        assert all(x.tested == 1 for x in passes)
+        accepted[params.method] = sum(x.accepted for x in passes) / TEXTS
+    error = 3 / TEXTS**0.5 / 2
+    assert abs(accepted["rejection"] - (1 - d)) < error
+    assert (1 - d) / (1 + d) - error < accepted["seeded"] < 1 - d + error
+
+
+# Break the sampling on purpose: the comparison has to fail.
+
+
+def test_without_the_residual_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    assert p_value(REJECTION) < ALPHA
+
+
+def test_with_a_q_that_is_not_what_was_drawn_from_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    honest = sampling.propose
+
+    def propose(*arguments):
+        token, proposal = honest(*arguments)
+        return token, tuple((t, 1 / len(proposal)) for t, _ in proposal)
+
+    monkeypatch.setattr("pearl.sources.propose", propose)
+    assert p_value(REJECTION) < ALPHA
+
+
+@pytest.mark.parametrize("shared", ["ACCEPT", "RESIDUAL"])
+def test_one_stream_for_two_purposes_makes_the_distribution_wrong(shared: str, monkeypatch: pytest.MonkeyPatch):
+    """The test of a guess, or what replaces it, would know the number that the guess was drawn with."""
+    monkeypatch.setattr(noise, shared, noise.DRAFT)
+    assert p_value(REJECTION) < ALPHA
+
+
+def test_one_number_for_all_positions_makes_the_distribution_wrong(monkeypatch: pytest.MonkeyPatch):
+    stream = noise._stream
+    monkeypatch.setattr(noise, "_stream", lambda seed, position, purpose: stream(seed, 0, purpose))
+    assert p_value(PLAIN) < ALPHA

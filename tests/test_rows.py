@@ -1,0 +1,175 @@
+"""Row counts are called safe only where the bits say so."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pearl import linear
+from pearl.model import LanguageModel
+from pearl.rows import ANY, LIMIT, RowPlan, measure, remembered
+
+VOCABULARY = 8
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+KERNELS = ["stock", pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm"))]
+
+
+def fake(bits):
+    """A `read` whose row r of n has the noise `bits(n, r)`; else it knows only the token and where it stands."""
+
+    def read(tokens, first):
+        rows = [[math.sin(token + first + r) + 1e-6 * bits(len(tokens), r)] * VOCABULARY for r, token in enumerate(tokens)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return read
+
+
+def test_where_bits_never_change_every_count_is_safe():
+    plan = measure(fake(lambda count, row: 0), VOCABULARY)
+    assert plan.exact and plan.safe == tuple(range(1, LIMIT + 1))
+
+
+def test_counts_with_bits_of_their_own_are_found_out():
+    plan = measure(fake(lambda count, row: count if count in (1, 2, 7) else 0), VOCABULARY)
+    assert plan.exact
+    assert plan.safe == tuple(sorted(set(range(1, LIMIT + 1)) - {1, 2, 7}))
+
+
+def test_the_largest_count_may_be_the_odd_one():
+    plan = measure(fake(lambda count, row: int(count == LIMIT)), VOCABULARY)
+    assert plan.exact and plan.safe == tuple(range(1, LIMIT))
+
+
+def test_where_no_two_counts_agree_nothing_is_promised():
+    plan = measure(fake(lambda count, row: count), VOCABULARY)
+    assert not plan.exact
+    assert plan.safe == ANY.safe
+    assert [plan.pad(rows) for rows in (1, 5, 40)] == [1, 5, 40]
+
+
+def test_a_row_whose_bits_depend_on_its_place_is_not_safe():
+    plan = measure(fake(lambda count, row: row), VOCABULARY)
+    assert not plan.exact
+
+
+def test_a_last_row_with_a_kernel_of_its_own_is_found_out():
+    plan = measure(fake(lambda count, row: int(count == 2 and row == 1)), VOCABULARY)
+    assert plan.exact and 2 not in plan.safe
+
+
+@settings(max_examples=100)
+@given(block=st.integers(1, 9), rest=st.lists(st.integers(0, 2), min_size=9, max_size=9), alone=st.integers(0, 2))
+def test_safe_counts_agree_in_every_row_whatever_the_kernel(block, rest, alone):
+    """Matrix kernels take rows in blocks and what is left over by other code, which may depend on how much is left."""
+
+    def bits(count, row):
+        if count == 1:
+            return alone
+        return 0 if row < count - count % block else rest[count % block]
+
+    plan = measure(fake(bits), VOCABULARY)
+    if plan.exact:
+        assert len({bits(count, row) for count in plan.safe for row in range(count)}) == 1
+
+
+# In float32: in a model as small as these, rounding to bfloat16 hides most differences from a measurement this short.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, kernel):
+    reader = make(name, kernel)
+    plan = plan_of(reader)
+    if not plan.exact:
+        pytest.skip("no row counts agree on this machine")
+    text = torch.randint(tiny.VOCABULARY, (150,), generator=torch.Generator().manual_seed(5)).tolist()
+    reader.forward(text[:128], 0, 1)
+    bits: dict[int, torch.Tensor] = {}  # by position
+    for first in (17, 50, 58, 63, 64, 90, 101):
+        for count in plan.safe:
+            logits = reader.forward(text[first : first + count], first, count)
+            for position, row in enumerate(logits, first):
+                assert torch.equal(bits.setdefault(position, row), row), f"{count} rows from {first}, at {position}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel):
+    reader = make("llama", kernel)
+    reader.rows = plan_of(reader)
+    if not reader.rows.exact:
+        pytest.skip("no row counts agree on this machine")
+    text = torch.randint(tiny.VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+    reader.forget()
+    reader.read(text[:40], 1)
+    alone = torch.cat([reader.read(text[:end], 1) for end in range(41, 121)])
+    reader.forget()
+    reader.read(text[:40], 1)
+    known, together = 40, []
+    for count in (1, 2, 3, 5, 8, 13, 16, 7, 11, 14):
+        reader.read(text[:known] + [3] * 9, 9)  # guesses that were wrong
+        together.append(reader.read(text[: known + count], count))
+        known += count
+    assert known == 120
+    assert torch.equal(torch.cat(together), alone)
+
+
+def make(name: str, kernel: str) -> LanguageModel:
+    model = tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float()  # weights that fit, as a bfloat16 checkpoint's do
+    if kernel == "packed":
+        assert linear.pack(model) == 0
+    return tiny.reader(model)
+
+
+def plan_of(reader: LanguageModel) -> RowPlan:
+    return measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary)
+
+
+def test_a_pass_is_padded_to_the_next_safe_count():
+    plan = RowPlan((2, 3, 6), (1.0,) * LIMIT)
+    assert [plan.pad(rows) for rows in (1, 2, 3, 4, 6)] == [2, 2, 3, 6, 6]
+    assert plan.pad(7) == 7  # beyond what was tested
+
+
+def test_the_best_width_weighs_what_rows_cost_against_what_they_bring():
+    flat = RowPlan(tuple(range(1, 9)), (1.0,) * LIMIT)
+    linear_cost = RowPlan(tuple(range(1, 9)), tuple(float(n) for n in range(1, LIMIT + 1)))
+    assert flat.best_width(0.8) == 8  # free rows: all of them
+    assert linear_cost.best_width(0.8) == 1  # rows that cost a pass each never pay
+    assert flat.best_width(1.0) == 8  # a perfect drafter divides by nothing
+    assert linear_cost.best_width(0.0) == 1
+    steps = RowPlan((1, 4, 8), (1.0,) * 4 + (2.0,) * (LIMIT - 4))
+    assert steps.best_width(0.5) == 4
+    assert steps.best_width(0.99) == 4
+    assert RowPlan((2, 3), (0.1, 1.0, 1.0)).best_width(0.5) == 3  # an unsafe count is no choice, however cheap
+
+
+def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = RowPlan((2, 3, 5), tuple(n / 7 for n in range(LIMIT)), exact=True)
+    calls = []
+
+    def find() -> RowPlan:
+        calls.append(1)
+        return found
+
+    key = {"model": "m", "devices": ("cpu",), "load_in": None}
+    assert [remembered(key, find) for _ in range(3)] == [found] * 3
+    assert len(calls) == 1
+    assert all(tmp_path in file.parents for file in tmp_path.rglob("*.json"))
+
+    remembered(key | {"model": "another"}, find)
+    assert len(calls) == 2
+    torch.set_num_threads(2)  # other threads, other sums
+    try:
+        remembered(key, find)
+    finally:
+        torch.set_num_threads(1)
+    assert len(calls) == 3
+
+
+def test_a_plan_without_promises_is_remembered_as_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = measure(fake(lambda count, row: count), VOCABULARY)
+    assert remembered({}, lambda: plan) == plan
+    assert remembered({}, lambda: pytest.fail("measured again")) == plan

@@ -1,0 +1,267 @@
+"""What tests share: a target whose every probability is known, sources of every quality, a wire that delays what it may.
+
+Nothing here decides what is right; `alone` is the plain loop that says what the target writes by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from pearl import noise
+from pearl.drafter import Drafter
+from pearl.messages import Message, decode, encode
+from pearl.rows import ANY
+from pearl.sampling import SamplingParams, warp
+from pearl.schedule import Schedule
+from pearl.sources import Proposal
+from pearl.stopping import Decode, Stopper
+from pearl.target import Target
+
+
+def examples(count: int) -> settings:
+    """So many examples in an ordinary run, and fifty times as many with `--hypothesis-profile=search`."""
+    return settings(max_examples=count * settings().max_examples // 100)
+
+
+class TableModel:
+    """A `Reader` without weights: what follows a text is a pseudo-random function of its last `order` tokens."""
+
+    rows = ANY
+
+    def __init__(self, vocabulary: int = 4, order: int = 2, seed: int = 0, scale: float = 1.5, max_length: int = 1000):
+        self.vocabulary, self.order, self.seed, self.scale, self.max_length = vocabulary, order, seed, scale, max_length
+        self.forgotten = 0
+        self._table: dict[tuple[int, ...], Tensor] = {}
+
+    def after(self, text: Sequence[int]) -> Tensor:
+        """Logits [V] of the next token."""
+        key = tuple(text[-self.order :])
+        if key not in self._table:
+            rng = random.Random(f"{self.seed} {key}")
+            self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
+        return self._table[key]
+
+    def read(self, tokens: Sequence[int], keep: int, padded: bool = True) -> Tensor:
+        assert 0 < keep <= len(tokens) <= self.max_length
+        ends = range(len(tokens) - keep + 1, len(tokens) + 1)
+        return torch.stack([self.after(tokens[max(0, end - self.order) : end]) for end in ends])
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+def letters(tokens: list[int]) -> str:
+    """A toy tokenizer: one token, one letter."""
+    return "".join(chr(97 + token) for token in tokens)
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens: list[int]
+    text: str
+    finish: str
+
+
+def alone(
+    model: TableModel, prompt: Sequence[int], params: SamplingParams, eos: Collection[int], decode: Decode = letters
+) -> Text:
+    """What the target says by itself: one token after the other, no trie, no passes, no drafter."""
+    said: list[int] = []
+    while True:
+        logits = model.after([*prompt, *said])
+        if params.temperature:
+            noisy = noise.gumbel(params.seed, len(prompt) + len(said), noise.PICK, torch.arange(len(logits)))
+            logits = warp(logits, params).double() + noisy
+        said.append(int(logits.argmax()))
+        text = decode(said)
+        if said[-1] in eos and not params.ignore_eos:
+            return Text(said, text, "eos")
+        if any(stop in text for stop in params.stop):
+            return Text(said, text[: min(text.find(stop) for stop in params.stop if stop in text)], "stop")
+        if len(said) == params.max_new_tokens:
+            return Text(said, text, "length")
+
+
+class Right:
+    """A perfect drafter: it knows the text that the target will write, and guesses up to `chunk` tokens of it a turn."""
+
+    def __init__(self, text: Sequence[int], chunk: int = 1):
+        self.text, self.chunk, self.forwards = list(text), chunk, 0
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        self.forwards += 1
+        count = min(room, self.chunk)
+        known = self.text[len(text) : len(text) + count] if list(text) == self.text[: len(text)] else []
+        return [(self.bend(len(text) + i, token), ()) for i, token in enumerate(known)]
+
+    def bend(self, position: int, token: int) -> int:
+        """What it guesses where `token` is right."""
+        return token
+
+
+class Sometimes(Right):
+    """Right with a given chance at each position. It knows no more once it has been wrong, like any source off the text."""
+
+    def __init__(self, text: Sequence[int], vocabulary: int, chance: float, chunk: int = 1):
+        super().__init__(text, chunk)
+        self.vocabulary, self.chance = vocabulary, chance
+
+    def bend(self, position: int, token: int) -> int:
+        right = random.Random(f"{self.chance} {position}").random() < self.chance
+        return token if right else (token + 1) % self.vocabulary
+
+
+class Noise:
+    """Guesses at random, and never runs out of guesses."""
+
+    forwards = 0
+
+    def __init__(self, vocabulary: int, chunk: int = 1, seed: int = 0):
+        self.vocabulary, self.chunk, self._random = vocabulary, chunk, random.Random(seed)
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        return [(self._random.randrange(self.vocabulary), ()) for _ in range(min(room, self.chunk))]
+
+
+class Moody:
+    """Another source that is at a loss every few tokens of the text; with `every` 1 always."""
+
+    def __init__(self, inner, every: int):
+        self.inner, self.every = inner, every
+
+    @property
+    def forwards(self) -> int:
+        return self.inner.forwards
+
+    def start(self, params: SamplingParams) -> None:
+        self.inner.start(params)
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        return [] if len(text) % self.every == 0 else self.inner.propose(text, room)
+
+
+class Crashing(Moody):
+    """Another source that raises at its n-th proposal and at every one after it."""
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        self.every -= 1
+        if self.every < 0:
+            raise RuntimeError("this source was made to crash")
+        return self.inner.propose(text, room)
+
+
+class End:
+    """One end of a wire inside a process. What was sent is on its way until somebody delivers it."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[Message] = deque()
+        self.coming: deque = deque()  # as words: what a message does not carry is not there on the other side
+        self.sent: list[Message] = []
+        self.peer: End = self
+        self.gone = False
+        self.bytes_sent = self.bytes_received = 0
+
+    @property
+    def lost(self) -> bool:
+        return self.gone and not self.inbox
+
+    def send(self, message: Message) -> None:
+        if not self.gone:
+            self.sent.append(message)
+            self.peer.coming.append(encode(message))
+
+    def deliver(self, count: int) -> None:
+        for _ in range(min(count, len(self.coming))):
+            self.inbox.append(decode(self.coming.popleft()))
+
+    def receive(self) -> Message | None:
+        return self.inbox.popleft() if self.inbox else None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        raise AssertionError("the drafter of a scripted wire is stepped, it never waits")
+
+    def close(self) -> None:
+        pass
+
+
+Move = tuple[int, int, int]  # messages delivered to the drafter, its steps, messages delivered to the target
+EAGER: list[Move] = [(9, 9, 9)]  # the drafter is infinitely fast
+IDLE: list[Move] = [(0, 0, 0)]  # it moves only while the target waits for it
+
+
+def scrambled(seed: int, moves: int = 200) -> list[Move]:
+    rng = random.Random(seed)
+    return [(rng.randrange(3), rng.randrange(3), rng.randrange(3)) for _ in range(moves)]
+
+
+class ScriptedChannel(End):
+    """The target's end. Whenever the target looks at it, the script's next move happens first (and it starts over at
+    its end): so many messages reach the drafter, which makes so many steps, and so many reach the target. Order is
+    kept, delay is free. A wait that cannot be over before the script says so goes on by single steps, and one that can
+    never end is an error, as both sides would hang.
+    """
+
+    def __init__(self, source, script: Sequence[Move], lost_after: int | None = None):
+        """`lost_after`: so many moves later the drafter and all that is on its way are gone."""
+        super().__init__()
+        self.peer = End()
+        self.peer.peer = self
+        self.drafter = Drafter(source, self.peer)
+        self._script = itertools.cycle(script or IDLE)
+        self._left = lost_after
+
+    def receive(self) -> Message | None:
+        self._move(*next(self._script))
+        return super().receive()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self._move(*next(self._script))
+        patient = timeout_s is None or timeout_s >= 1
+        while patient and not self.inbox and not self.gone:
+            assert self._move(1, 1, 1) or self.gone, "the target waits for a message that nobody will send"
+
+    def _move(self, down: int, steps: int, up: int) -> bool:
+        """Whether anything happened."""
+        if self._left is not None:
+            self._left -= 1
+            if self._left < 0:
+                self.gone = True
+                self.coming.clear()
+        if self.gone:
+            return False
+        active = bool(down and self.peer.coming or up and self.coming)
+        self.peer.deliver(down)
+        for _ in range(steps):
+            active |= self.drafter.step()
+        self.deliver(up)
+        return active
+
+
+def together(
+    target: Target,
+    prompt: Sequence[int],
+    schedule: Schedule,
+    params: SamplingParams,
+    eos: Collection[int] = (),
+    decode: Decode = letters,
+) -> Text:
+    """What the target says with its drafter."""
+    stopper = Stopper(params, eos, decode)
+    said = [token for committed in target.decode(prompt, schedule, params, stopper) for token in committed]
+    assert said == stopper.tokens, "what left the target is not what it took down"
+    assert stopper.finish is not None
+    return Text(said, stopper.text, stopper.finish)
