@@ -164,7 +164,7 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """A `main` whose `UsageError` becomes one line on standard error and exit code 2; both ranks meet it, rank 0 says it."""
+    """A `main` whose `UsageError` becomes a line on standard error and exit code 2. Both ranks meet it; one says it."""
 
     def run(argv: Sequence[str] | None = None) -> int:
         try:

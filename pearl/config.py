@@ -63,7 +63,7 @@ class EngineConfig:
 
 
 def from_mapping(values: dict[str, object], where: str) -> EngineConfig:
-    """A config from a mapping, as a YAML file holds it. Raises `UsageError` naming the nearest key for an unknown one."""
+    """A config from a mapping, as YAML holds it. Raises `UsageError`, with the nearest key for an unknown one."""
     names = [f.name for f in fields(EngineConfig)]
     refuse_unknown(values, names, where)
     try:

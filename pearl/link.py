@@ -1,8 +1,8 @@
 """The channel between two processes: torch.distributed point-to-point messages over gloo.
 
 A thread of its own receives, because gloo's `irecv(...).is_completed()` never becomes true; it hands messages over
-through a deque and an event. Control messages are CPU tensors and go over gloo on every machine: two ranks may share one
-GPU (nccl refuses that), and 64 bytes gain nothing from a GPU's path.
+through a deque and an event. Control messages are CPU tensors and go over gloo on every machine: two ranks may share
+one GPU (nccl refuses that), and 64 bytes gain nothing from a GPU's path.
 """
 
 from __future__ import annotations

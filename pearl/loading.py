@@ -171,8 +171,8 @@ def _describe(role: str, source: Source, config: EngineConfig) -> tuple[PreTrain
     except Exception as error:  # transformers raises many kinds for one thing: this is no model it can load from here
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"The {role} {source.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF file "
-            f"({type(error).__name__}: {reason})."
+            f"The {role} {source.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF "
+            f"file ({type(error).__name__}: {reason})."
         ) from error
     longest_text(found)
     return found, tokenizer

@@ -3,13 +3,13 @@
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
                          Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races)
                          End      the sequence is over
-    drafter -> target    Nodes    guesses: (id, parent id, token) each, with the proposal q where rejection sampling needs it
+    drafter -> target    Nodes    guesses: (id, parent id, token) each, and their q where rejection sampling needs it
                          Report   what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
 
-Every message carries the number of its sequence, so nothing can leak into the next one. A message is a *frame* of 16 words
-(64 bytes); a longer one says so in its second word and the rest follows in one piece. Both ends know the shapes:
-numbers only, no pickles. Floating-point numbers travel as their own bits, two words each.
+Every message carries the number of its sequence, so nothing can leak into the next one. A message is a *frame* of 16
+words (64 bytes); a longer one says so in its second word and the rest follows in one piece. Both ends know the shapes:
+numbers only, no pickles. Floating-point numbers travel as their own bits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class End:
 
 @dataclass(frozen=True)
 class Nodes:
-    """`root` is the id of the drafter's root and `position` its place in the text: with that the target knows every parent.
+    """`root` is the id of the drafter's root and `position` its place in the text: so the target knows every parent.
     `resting`: no more will come until the root moves."""
 
     sequence: int

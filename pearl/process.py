@@ -36,8 +36,8 @@ class World:
         world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if world.size > 2:
             raise UsageError(
-                f"The launcher started {world.size} processes, but one target and one drafter are two: use --num_processes 2 "
-                "(a target over several GPUs is one process with --target-device cuda:0,cuda:1)."
+                f"The launcher started {world.size} processes, but one target and one drafter are two: use "
+                "--num_processes 2 (a target over several GPUs is one process with --target-device cuda:0,cuda:1)."
             )
         return world
 

@@ -1,4 +1,4 @@
-"""The facts of a run. Passes and sequences are recorded as they happen; every figure is derived from them in metrics.py."""
+"""The facts of a run: passes and sequences as they happen. Every figure is derived from them, in metrics.py."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 "Lossless" means the same tokens, and two near-equal logits are told apart by their last bits. Matrix kernels round
 differently for different row counts. So at start the model reads one text in passes of every width up to `LIMIT` and
-compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up to
-the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
+compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up
+to the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Picking the next token: greedy, seeded, or by rejection.
 
     greedy      pick = argmax p
-    seeded      pick = argmax over tokens of log p(token) + Gumbel(seed, position, token): an exact sample from p that is a
-                function of (prompt, seed, target), so the text is the same in every mode, with every drafter (Gumbel
-                coupling: Daliri et al. 2024). The drafter adds the same noise to its own q and so guesses the sample.
-    rejection   accept the guess x ~ q with min(1, p(x)/q(x)), else sample from norm(max(0, p - q)) (Leviathan et al. 2023,
-                Chen et al. 2023): the most accepted tokens, exact in distribution, but the text depends on the drafter.
+    seeded      pick = argmax over tokens of log p(token) + Gumbel(seed, position, token): an exact sample from p that
+                is a function of (prompt, seed, target), so the text is the same in every mode, with every drafter
+                (Gumbel coupling: Daliri et al. 2024). The drafter adds the same noise to its q and guesses the sample.
+    rejection   accept the guess x ~ q with min(1, p(x)/q(x)), else sample from norm(max(0, p - q)) (Leviathan et al.
+                2023, Chen et al. 2023): the most tokens accepted, exact in distribution; the text depends on q too.
 
 p is the target's distribution and q the drafter's, after temperature, top-k, top-p and min-p, in transformers' order.
 Shapes: R rows of a pass, V tokens of the vocabulary.
@@ -119,7 +119,7 @@ class Picker:
         self._argmax = logits.argmax(-1).tolist() if params.greedy else []
 
     def pick(self, row: int, node: Node) -> int:
-        """The token after `node`, which the pass has read as `row`. Rejection sampling judges the node's first guess."""
+        """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
         if self.params.greedy:
             return self._argmax[row]
         scores = warp(self.logits[row], self.params)
@@ -135,7 +135,7 @@ class Picker:
 def judge(scores: Tensor, guess: Node, seed: int) -> int:
     """Rejection sampling at one position.  scores: warped log-probabilities up to a constant, [V].
 
-    Accepts `guess` with min(1, p/q), else samples the residual norm(max(0, p - q)) (Leviathan et al. 2023, appendix A.1).
+    Accepts `guess` with min(1, p/q), else samples the residual norm(max(0, p - q)) (Leviathan et al. 2023, A.1).
     A guess without a proposal was made for certain: q is 1 on it.
     """
     p = scores.double().softmax(-1)

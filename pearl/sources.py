@@ -1,7 +1,7 @@
 """Where guesses come from. One protocol, several sources; the drafter's loop knows none of them by name.
 
-A source proposes a chain: one token or several that may follow a text. Whether a guess is right is the target's business
-alone, so a source may be anything: a smaller model, a search in the text so far, a constant.
+A source proposes a chain: one token or several that may follow a text. Whether a guess is right is the target's
+business alone, so a source may be anything: a smaller model, a search in the text so far, a constant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class NgramSource:
     forwards = 0
 
     def __init__(self, longest: int = 4, shortest: int = 2, most: int = 8):
-        """Matches up to `longest` of the last tokens and at least `shortest`; proposes up to `most` tokens at a time."""
+        """Matches at most `longest` of the last tokens, at least `shortest`; proposes at most `most` at a time."""
         self._longest, self._shortest, self._most = longest, shortest, most
 
     def start(self, params: SamplingParams) -> None:

@@ -73,7 +73,7 @@ class Patience:
 
 
 class Target:
-    """Decodes one sequence at a time. `passes` and `report` hold the facts of the last one."""
+    """Decodes one text at a time. `passes` and `report` hold the facts of the last one."""
 
     def __init__(self, model: Reader, channel: Channel | None = None):
         """`channel` leads to the drafter; without one only schedules that draft nothing can run."""
@@ -90,95 +90,87 @@ class Target:
         channel = self.channel if schedule.drafts else None
         assert channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._sequence += 1
-        sequence = self._sequence
         self.passes, self.report = [], None
         self._model.forget()
-        text = _Text(sequence, prompt)
-        hit, block = False, self._pace.block(schedule)
+        text = _Text(self._sequence, prompt, schedule, params, stopper, channel, self._pace.block(schedule))
         if channel:
-            channel.send(Start(sequence, schedule, params, tuple(prompt), block))
+            channel.send(Start(text.sequence, schedule, params, tuple(prompt), text.block))
         try:
             while stopper.finish is None:
-                began = time.perf_counter()
-                if channel and self.passes:  # both sides begin with the prompt: nothing to wait for yet
-                    self._await_guesses(channel, text, schedule, hit, block)
-                waited = time.perf_counter() - began
-
-                trie = text.trie
-                left = params.max_new_tokens - len(stopper.tokens)
-                chain = trie.chain(min(self._width(schedule, trie.root.position), left) - 1)
-                new = len(prompt) if not self.passes else 1
-                logits = self._model.read(trie.tokens + [node.token for node in chain], keep=1 + len(chain))
-                forward = time.perf_counter() - began - waited
-
-                if channel:
-                    text.take(channel)  # what arrived meanwhile may already tell hit from miss
-                nodes = [trie.root, *chain]
-                picker = Picker(params, logits, [node.position for node in nodes])
-                rows = {node: row for row, node in enumerate(nodes)}
-                position = trie.root.position
-                walked = walk(trie.root, rows, lambda node: picker.pick(rows[node], node))
-                tested, accepted = _tested(trie.root, walked)
-                committed = stopper.take(walked)
-                hit = trie.commit(committed)
-
-                self._pace.judged(tested, accepted)
-                if self.passes:  # the first one reads the whole prompt
-                    self._pace.passed(forward)
-                block = self._pace.block(schedule)
-                if channel and stopper.finish is None:
-                    channel.send(Verdict(sequence, trie.root.position, block, tuple(committed)))
-                self.passes.append(
-                    Pass(
-                        position=position,
-                        rows=new + len(chain),
-                        offered=len(chain),
-                        tested=tested,
-                        accepted=accepted,
-                        committed=len(committed),
-                        hit=hit,
-                        block=block,
-                        waited_s=waited,
-                        forward_s=forward,
-                        seconds=time.perf_counter() - began,
-                    )
-                )
-                yield committed
+                yield self._pass(text)
         finally:  # also where the caller stops listening
             if channel:
-                self._end(channel, sequence)
+                self._end(channel, text.sequence)
 
-    def _width(self, schedule: Schedule, position: int) -> int:
-        """Rows of a pass at most whose root is at `position`: the block and its root, or as many as pay."""
-        plan = self._model.rows
-        if schedule.gamma is None:
-            width = plan.best_width(self._pace.acceptance)
-        else:
-            width = min(schedule.gamma + 1, plan.safe[-1])
-        return min(width, plan.up_to(position))
+    def _pass(self, text: _Text) -> list[int]:
+        """One turn of the loop at the top of this page. Returns what it commits."""
+        trie, began = text.trie, time.perf_counter()
+        first = not self.passes  # it reads the prompt, as the drafter does at the same time: nothing to wait for yet
+        if not first:
+            self._await_guesses(text)
+        waited = time.perf_counter() - began
 
-    def _await_guesses(self, channel: Channel, text: _Text, schedule: Schedule, hit: bool, block: int) -> None:
-        """Takes what has arrived; waits for more as the schedule says, but never for a drafter that rests or is lost."""
-        wanted = schedule.guesses_to_wait_for(hit, block)
-        text.take(channel)
-        began = time.perf_counter()
+        nodes = [trie.root, *trie.chain(self._width(text) - 1)]
+        logits = self._model.read(trie.tokens + [node.token for node in nodes[1:]], keep=len(nodes))
+        forward = time.perf_counter() - began - waited
+
+        text.take()  # what arrived meanwhile may already tell hit from miss
+        position, prompt = trie.root.position, len(trie.tokens)
+        picker = Picker(text.params, logits, [node.position for node in nodes])
+        rows = {node: row for row, node in enumerate(nodes)}
+        walked = walk(trie.root, rows, lambda node: picker.pick(rows[node], node))
+        tested, accepted = _tested(trie.root, walked)
+        committed = text.stopper.take(walked)
+        text.hit = trie.commit(committed)
+
+        self._pace.judged(tested, accepted)
+        if not first:
+            self._pace.passed(forward)
+        text.block = self._pace.block(text.schedule)
+        if text.channel and text.stopper.finish is None:
+            text.channel.send(Verdict(text.sequence, trie.root.position, text.block, tuple(committed)))
+        self.passes.append(
+            Pass(
+                position=position,
+                rows=len(nodes) + (prompt - 1 if first else 0),
+                offered=len(nodes) - 1,
+                tested=tested,
+                accepted=accepted,
+                committed=len(committed),
+                hit=text.hit,
+                block=text.block,
+                waited_s=waited,
+                forward_s=forward,
+                seconds=time.perf_counter() - began,
+            )
+        )
+        return committed
+
+    def _width(self, text: _Text) -> int:
+        """Rows of the next pass at most: the block and its root, or as many as pay; not beyond the end of the text."""
+        plan, gamma = self._model.rows, text.schedule.gamma
+        pays = plan.best_width(self._pace.acceptance) if gamma is None else min(gamma + 1, plan.safe[-1])
+        left = text.params.max_new_tokens - len(text.stopper.tokens)
+        return min(pays, plan.up_to(text.trie.root.position), left)
+
+    def _await_guesses(self, text: _Text) -> None:
+        """Takes what has arrived, and waits for as many guesses as the schedule asks for.
+
+        Where it asks for none, a short wait for the first one may still pay (`Patience`).
+        """
+        text.take()
+        if not text.channel:
+            return
+        wanted, there, began = text.guesses_wanted, text.depth(), time.perf_counter()
         if wanted:
-            there = text.depth(wanted)
-            while text.depth(wanted) < wanted and not text.resting and not channel.lost:
-                channel.wait()
-                text.take(channel)
-            if text.depth(wanted) > there:
-                self._pace.guessed(text.depth(wanted) - there, time.perf_counter() - began)
-        elif schedule.gamma is None and not text.depth(1) and not text.resting:
+            text.wait_for(wanted)
+            if text.depth() > there:
+                self._pace.guessed(text.depth() - there, time.perf_counter() - began)
+        elif text.schedule.gamma is None and not there and not text.resting:
             patience = self._patience.seconds(self._pace.pass_s)
             if patience:
-                deadline = began + patience
-                while not text.depth(1) and not text.resting and (left := deadline - time.perf_counter()) > 0:
-                    channel.wait(left)
-                    text.take(channel)
-                    if channel.lost:
-                        break
-                self._patience.learn(bool(text.depth(1)) or text.resting)
+                text.wait_for(1, patience)
+                self._patience.learn(came=text.depth() > 0 or text.resting)
 
     def _end(self, channel: Channel, sequence: int) -> None:
         """Tells the drafter that the text is over and takes its facts; outside all timing."""
@@ -192,11 +184,22 @@ class Target:
 
 
 class _Text:
-    """The target's view of one sequence: its trie, and the drafter's names for the nodes."""
+    """The target's view of one text: its trie, the drafter's names for the nodes, and where it stands."""
 
-    def __init__(self, sequence: int, prompt: Sequence[int]):
+    def __init__(
+        self,
+        sequence: int,
+        prompt: Sequence[int],
+        schedule: Schedule,
+        params: SamplingParams,
+        stopper: Stopper,
+        channel: Channel | None,
+        block: int,
+    ):
+        self.sequence, self.schedule, self.params = sequence, schedule, params
+        self.stopper, self.channel, self.block = stopper, channel, block
         self.trie = Trie(prompt)
-        self._sequence = sequence
+        self.hit = False  # the last walk ended on a node that had arrived
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._rested_at = -1
 
@@ -205,13 +208,28 @@ class _Text:
         """The drafter has said that no more will come until the root moves from where it is."""
         return self._rested_at == self.trie.root.position
 
-    def depth(self, limit: int) -> int:
-        return len(self.trie.chain(limit))
+    @property
+    def guesses_wanted(self) -> int:
+        return self.schedule.guesses_to_wait_for(self.hit, self.block)
 
-    def take(self, channel: Channel) -> None:
-        """Hangs the nodes that have arrived into the trie; those of another sequence or a dead branch fall away."""
-        while (message := channel.receive()) is not None:
-            if not isinstance(message, Nodes) or message.sequence != self._sequence:
+    def depth(self) -> int:
+        return len(self.trie.chain())
+
+    def wait_for(self, guesses: int, timeout_s: float | None = None) -> None:
+        """Until so many guesses are there, the time is over, or none can be expected: the drafter rests or is lost."""
+        assert self.channel, "nothing to wait for without a drafter"
+        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
+        while self.depth() < guesses and not self.resting and not self.channel.lost:
+            left = None if deadline is None else deadline - time.perf_counter()
+            if left is not None and left <= 0:
+                return
+            self.channel.wait(left)
+            self.take()
+
+    def take(self) -> None:
+        """Hangs the nodes that have arrived into the trie; those of another text or a dead branch fall away."""
+        while self.channel and (message := self.channel.receive()) is not None:
+            if not isinstance(message, Nodes) or message.sequence != self.sequence:
                 continue
             at = message.position
             assert at <= self.trie.root.position, "the drafter's root can't be ahead of the text"

@@ -8,7 +8,7 @@ Both sides hold a trie of their own, and verdicts reach the drafter late. So a g
 text has long passed. `Trie.grow` settles every such case by comparing tokens, because tokens have no races:
 
     text   a b c d(root)      a guess x below the node "b" is the claim "x follows b".
-             ^                The text says c follows b: the claim x = c is true and already committed; any other is dead.
+             ^                The text says c follows b: the claim x = c is true and committed, any other is dead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests share: a target whose every probability is known, sources of every quality, a wire that delays what it may.
+"""What tests share: a target whose probabilities are known, sources of every quality, a wire that delays what it may.
 
 Nothing here decides what is right; `alone` is the plain loop that says what the target writes by itself.
 """
@@ -91,7 +91,7 @@ def alone(
 
 
 class Right:
-    """A perfect drafter: it knows the text that the target will write, and guesses up to `chunk` tokens of it a turn."""
+    """A perfect drafter: it knows the text that the target will write, and guesses `chunk` tokens of it a turn."""
 
     def __init__(self, text: Sequence[int], chunk: int = 1):
         self.text, self.chunk, self.forwards = list(text), chunk, 0
@@ -111,7 +111,7 @@ class Right:
 
 
 class Sometimes(Right):
-    """Right with a given chance at each position. It knows no more once it has been wrong, like any source off the text."""
+    """Right with a given chance at each position. After a wrong guess of its own it is at a loss."""
 
     def __init__(self, text: Sequence[int], vocabulary: int, chance: float, chunk: int = 1):
         super().__init__(text, chunk)
@@ -243,7 +243,7 @@ class ScriptedChannel(End):
                 self.coming.clear()
         if self.gone:
             return False
-        active = bool(down and self.peer.coming or up and self.coming)
+        active = bool((down and self.peer.coming) or (up and self.coming))
         self.peer.deliver(down)
         for _ in range(steps):
             active |= self.drafter.step()
