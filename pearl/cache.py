@@ -2,7 +2,8 @@
 
 `SlotCache` holds keys and values in static buffers [batch, kv heads, slots, head_dim]; which slot a row is written
 to, and which slots it may see, is said from outside before each forward. Keys carry their rotary position already, so
-a mask may select a node's ancestors wherever they lie. Nothing is ever copied or deleted: what no mask selects is not there.
+a mask may select a node's ancestors wherever they lie. Nothing is ever copied or deleted: what no mask selects is not
+there.
 A token's own place is slot = position. That is a matter of bits: the same keys in other slots sum in another order.
 """
 

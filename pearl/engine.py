@@ -245,8 +245,8 @@ class Engine:
         if len(tokens) + params.max_new_tokens > self.model.max_length:
             raise UsageError(
                 f"The prompt's {len(tokens)} tokens and max_new_tokens {params.max_new_tokens} are more than the "
-                f"{self.model.max_length} that a text may have here: shorten one of them, or raise max_length up to what "
-                "the model was made for."
+                f"{self.model.max_length} that a text may have here: shorten one, or raise max_length as far as "
+                "the model allows."
             )
         if self._run:
             self._run.close()  # a stream that its reader left

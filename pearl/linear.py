@@ -11,11 +11,13 @@ entries are 2^29 times smaller than the largest; `shift_of` tells, and a layer t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-KERNELS = ("auto", "stock", "packed")
+_PIECE = 1 << 18  # entries looked at together
 
 
 class PackedLinear(nn.Module):
@@ -25,7 +27,9 @@ class PackedLinear(nn.Module):
         """weight: [out, in]; `shift`: W is stored as W * 2^shift, an exact change of exponent."""
         super().__init__()
         self._dtype, self._scale = weight.dtype, 2.0**-shift
-        scaled = weight.float() * 2.0**shift
+        scaled = weight.float()
+        if shift:
+            scaled = scaled * 2.0**shift  # a copy: float() of a float32 weight is the weight itself
         self._packed = torch.ops.quantized.linear_prepack_fp16(scaled, None)
         self.register_buffer("_bias", None if bias is None else bias.detach().float(), persistent=False)
 
@@ -47,14 +51,22 @@ def wanted(kernel: str) -> bool:
 
 def shift_of(weight: Tensor) -> int | None:
     """The power of two that makes `weight` float16 numbers exactly, 0 if it can be; None if there is none."""
-    largest = weight.abs().max().float().item()
-    if largest == 0:
+    if _exact(weight, 0):
         return 0
-    for shift in (0, 14 - int(torch.tensor(largest).log2().floor())):
-        scaled = weight.float() * 2.0**shift
-        if torch.equal(scaled.half().float(), scaled):
-            return shift
-    return None
+    largest = weight.abs().max().float().item()
+    shift = 14 - math.floor(math.log2(largest))  # the largest entry just below float16's limit
+    return shift if _exact(weight, shift) else None
+
+
+def _exact(weight: Tensor, shift: int) -> bool:
+    """Piece by piece, so that the copies stay in the processor's cache and the first inexact one ends it."""
+    for piece in weight.split(max(1, _PIECE // weight.shape[1])):
+        scaled = piece.float()
+        if shift:
+            scaled = scaled * 2.0**shift  # a copy: float() of a float32 weight is the weight itself
+        if not torch.equal(scaled.half().float(), scaled):
+            return False
+    return True
 
 
 def pack(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ numbers only, no pickles. Floating-point numbers travel as their own bits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -115,13 +115,13 @@ class _Reader:
         self._at += count
         return taken
 
-    def int(self) -> int:
+    def word(self) -> int:
         return int(self._take(1)[0])
 
-    def ints(self, count: int) -> tuple[int, ...]:
+    def words(self, count: int) -> tuple[int, ...]:
         return tuple(self._take(count).tolist())
 
-    def float(self) -> float:
+    def real(self) -> float:
         return float(self._take(2).copy().view(np.float64)[0])
 
     def long(self) -> int:
@@ -151,7 +151,8 @@ def _encode_body(message: Message) -> Iterator[int]:
     match message:
         case Start(_, schedule, params, prompt, block):
             yield from (MODES.index(schedule.mode), _AUTO if schedule.gamma is None else schedule.gamma)
-            yield from (schedule.max_ahead, block, params.top_k, int(params.rejection))
+            top_k = min(params.top_k, 2**31 - 1)  # no vocabulary is larger
+            yield from (schedule.max_ahead, block, top_k, int(params.rejection))
             for number in (params.temperature, params.top_p, params.min_p):
                 yield from _float(number)
             yield from _long(params.seed)
@@ -165,40 +166,42 @@ def _encode_body(message: Message) -> Iterator[int]:
                 yield from (token for token, _ in guess.proposal)
                 yield from np.array([q for _, q in guess.proposal], np.float32).view(np.int32).tolist()
         case Report():
-            for f in fields(Report)[1:]:
-                value = getattr(message, f.name)
-                yield from _float(value) if isinstance(value, float) else _long(int(value))
+            for seconds in (message.busy_s, message.waiting_s):
+                yield from _float(seconds)
+            counts = (message.forwards, message.drafted, message.verdicts, message.hits, message.memory, message.failed)
+            for count in counts:
+                yield from _long(count)
         case End() | Close():
             pass
 
 
 def _decode_body(kind: type, read: _Reader) -> Message:
-    sequence = read.int()
+    sequence = read.word()
     if kind is Start:
-        mode, gamma, max_ahead, block, top_k, rejection = read.ints(6)
-        temperature, top_p, min_p = read.float(), read.float(), read.float()
+        mode, gamma, max_ahead, block, top_k, rejection = read.words(6)
+        temperature, top_p, min_p = read.real(), read.real(), read.real()
         seed = read.long()
         schedule = replace(Schedule.of(MODES[mode], None if gamma == _AUTO else gamma), max_ahead=max_ahead)
         method = "rejection" if rejection else "seeded"
         params = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method
         )
-        return Start(sequence, schedule, params, read.ints(read.int()), block)
+        return Start(sequence, schedule, params, read.words(read.word()), block)
     if kind is Verdict:
-        position, block, count = read.ints(3)
-        return Verdict(sequence, position, block, read.ints(count))
+        position, block, count = read.words(3)
+        return Verdict(sequence, position, block, read.words(count))
     if kind is Nodes:
-        root, position, resting, count = read.ints(4)
+        root, position, resting, count = read.words(4)
         return Nodes(sequence, root, position, bool(resting), tuple(_decode_guess(read) for _ in range(count)))
     if kind is Report:
-        values = (read.float() if f.type == "float" else read.long() for f in fields(Report)[1:])
-        report = Report(sequence, *values)
-        return replace(report, failed=bool(report.failed))
+        busy, waiting = read.real(), read.real()
+        forwards, drafted, verdicts, hits, memory, failed = (read.long() for _ in range(6))
+        return Report(sequence, busy, waiting, forwards, drafted, verdicts, hits, memory, bool(failed))
     return kind(sequence)
 
 
 def _decode_guess(read: _Reader) -> Guess:
-    id, parent, token, support = read.ints(4)
-    tokens = read.ints(support)
-    q = np.array(read.ints(support), np.int32).view(np.float32).tolist()
+    id, parent, token, support = read.words(4)
+    tokens = read.words(support)
+    q = np.array(read.words(support), np.int32).view(np.float32).tolist()
     return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)))

@@ -92,7 +92,7 @@ def _gamma(gamma: int | str | None) -> int | None:
         return None
     try:
         block = int(gamma)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"gamma must be a whole number from 0 to {MAX_GAMMA}, or auto, not {gamma!r}.") from None
     if not 0 <= block <= MAX_GAMMA or block != float(gamma):
         raise UsageError(f"gamma must be a whole number from 0 to {MAX_GAMMA}, or auto, not {gamma!r}.")

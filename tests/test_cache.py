@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from pearl import model as model_module
-from pearl.cache import GRAIN, SlotCache, grouped_sdpa, longest_text
+from pearl.cache import SlotCache, grouped_sdpa, longest_text
 from pearl.errors import UsageError
 from pearl.model import LanguageModel
-from pearl.rows import RowPlan
+from pearl.rows import GRAIN, RowPlan
 
 TOLERANCE = 1e-3  # of fp32 logits, whose deviation is 2: sums in another order differ by 1e-5
 SOME = ("llama", "gpt2", "gemma2")  # grouped attention with shared heads, learned positions, eager attention
@@ -132,9 +132,9 @@ def counted(reader: LanguageModel, monkeypatch) -> list[int]:
     """The rows of every forward from now on."""
     rows, forward = [], reader.forward
 
-    def counting(tokens, first, keep):
+    def counting(tokens, *rest, **more):
         rows.append(len(tokens))
-        return forward(tokens, first, keep)
+        return forward(tokens, *rest, **more)
 
     monkeypatch.setattr(reader, "forward", counting)
     return rows
@@ -191,8 +191,8 @@ def test_a_read_that_failed_leaves_no_false_memory(monkeypatch):
     reader.read(text, 1)
     forward = reader.forward
 
-    def interrupted(*args):
-        forward(*args)
+    def interrupted(*args, **more):
+        forward(*args, **more)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(reader, "forward", interrupted)
@@ -208,7 +208,7 @@ def test_what_does_not_fit_is_asserted():
         with pytest.raises(AssertionError, match="must fit"):
             reader.read(text, keep)
     with pytest.raises(AssertionError, match="too short"):
-        SlotCache(GRAIN).place(GRAIN - 1, 2)
+        SlotCache(GRAIN).place(GRAIN - 1, 2, seen_by=2)
 
 
 def test_logits_are_cut_to_the_shared_vocabulary():
@@ -221,7 +221,11 @@ def test_logits_are_cut_to_the_shared_vocabulary():
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_grouped_attention_is_attention(heads, kv_heads, rows):
     torch.manual_seed(0)
-    query, key, value = torch.randn(1, heads, rows, 16), torch.randn(1, kv_heads, 24, 16), torch.randn(1, kv_heads, 24, 8)
+    query, key, value = (
+        torch.randn(1, heads, rows, 16),
+        torch.randn(1, kv_heads, 24, 16),
+        torch.randn(1, kv_heads, 24, 8),
+    )
     mask = torch.rand(1, 1, rows, 24) < 0.5
     mask[..., 0] = True
     each = heads // kv_heads

@@ -1,8 +1,8 @@
 """Sampled text follows the target's exact distribution, whoever drafts and whenever the guesses arrive.
 
-Every text of a few tokens has a probability that can be worked out by hand from the target's table. Thousands of short
-texts are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test
-that passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
+Every text of a few tokens has a probability that can be worked out by hand from the target's table. Many short texts
+are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test that
+passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from pearl.target import Target
 from pearl.trie import Node
 
 VOCABULARY, LENGTH = 4, 3
-TEXTS = 1500
+TEXTS = 1200
 ALPHA = 1e-4
 TARGET = TableModel(VOCABULARY, order=2, seed=3, scale=1.0)
 DRAFT = TableModel(VOCABULARY, order=2, seed=4, scale=1.0)
 PROMPT = (0, 1, 2, 0, 1)
 
-# When guesses arrive. The prompt's pass never waits for any, so one dummy token comes before the texts compared.
+# When guesses arrive. The pass over the prompt never waits for one, so its token comes before the texts compared.
 SCRIPTS: dict[str, Sequence[Move]] = {
-    "always": EAGER,
     "when waited for": IDLE,
     "at any time": scrambled(5),
     "late": [(0, 0, 0), (9, 1, 9)],  # not before the pass, but while it runs
@@ -101,7 +100,7 @@ def sample(
 
 
 def chance_of(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], float]) -> float:
-    """How likely counts this far off are if the texts do follow `chances`. Texts too rare to test are taken together."""
+    """How likely counts this far off are if the texts do follow `chances`. Texts too rare to test are pooled."""
     assert all(chances[text] > 0 for text in counts), "a text that the target can't write"
     total = sum(counts.values())
     observed, expected, rare = [], [], [0.0, 0.0]
@@ -120,9 +119,9 @@ PLAIN = SamplingParams(max_new_tokens=1 + LENGTH, temperature=1.0)
 REJECTION = replace(PLAIN, method="rejection")
 CUTS: dict[str, dict[str, float]] = {
     "nothing": {},
-    "top-k": dict(top_k=2),
-    "top-p": dict(top_p=0.7),
-    "all of them": dict(temperature=1.3, top_k=3, top_p=0.9, min_p=0.1),
+    "top-k": {"top_k": 2},
+    "top-p": {"top_p": 0.7},
+    "all of them": {"temperature": 1.3, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
 }
 
 

@@ -1,5 +1,6 @@
 """Row counts are called safe only where the bits say so."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from pearl import linear
 from pearl.model import LanguageModel
-from pearl.rows import ANY, LIMIT, RowPlan, measure, remembered
+from pearl.rows import ANY, GRAIN, LIMIT, RowPlan, measure, remembered
 
 VOCABULARY = 8
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -21,7 +22,9 @@ def fake(bits):
     """A `read` whose row r of n has the noise `bits(n, r)`; else it knows only the token and where it stands."""
 
     def read(tokens, first):
-        rows = [[math.sin(token + first + r) + 1e-6 * bits(len(tokens), r)] * VOCABULARY for r, token in enumerate(tokens)]
+        rows = [
+            [math.sin(token + first + r) + 1e-6 * bits(len(tokens), r)] * VOCABULARY for r, token in enumerate(tokens)
+        ]
         return torch.tensor(rows, dtype=torch.float64)
 
     return read
@@ -83,11 +86,12 @@ def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, kernel):
     plan = plan_of(reader)
     if not plan.exact:
         pytest.skip("no row counts agree on this machine")
-    text = torch.randint(tiny.VOCABULARY, (150,), generator=torch.Generator().manual_seed(5)).tolist()
-    reader.forward(text[:128], 0, 1)
+    text = torch.randint(tiny.VOCABULARY, (tiny.LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
+    reader.forward(text, 0, 1)
     bits: dict[int, torch.Tensor] = {}  # by position
-    for first in (17, 50, 58, 63, 64, 90, 101):
+    for first in (17, 50, 58, 63, 64, GRAIN - 27, GRAIN, GRAIN + 40):
         for count in plan.safe:
+            count = min(count, plan.up_to(first))
             logits = reader.forward(text[first : first + count], first, count)
             for position, row in enumerate(logits, first):
                 assert torch.equal(bits.setdefault(position, row), row), f"{count} rows from {first}, at {position}"
@@ -99,23 +103,28 @@ def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel
     reader.rows = plan_of(reader)
     if not reader.rows.exact:
         pytest.skip("no row counts agree on this machine")
-    text = torch.randint(tiny.VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+    text = torch.randint(tiny.VOCABULARY, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+    start = GRAIN - 50
+    reader.read(text[:start], 1)
+    alone = torch.cat([reader.read(text[:end], 1) for end in range(start + 1, len(text) + 1)])
     reader.forget()
-    reader.read(text[:40], 1)
-    alone = torch.cat([reader.read(text[:end], 1) for end in range(41, 121)])
-    reader.forget()
-    reader.read(text[:40], 1)
-    known, together = 40, []
-    for count in (1, 2, 3, 5, 8, 13, 16, 7, 11, 14):
-        reader.read(text[:known] + [3] * 9, 9)  # guesses that were wrong
+    reader.read(text[:start], 1)
+    known, together = start, []
+    for count in itertools.cycle((1, 2, 3, 5, 8, 13, 16, 7, 11, 14)):
+        count = min(count, reader.rows.up_to(known), len(text) - known)
+        if not count:
+            break
+        wrong = [3] * min(9, reader.rows.up_to(known))
+        reader.read(text[:known] + wrong, len(wrong))  # guesses that nothing came of
         together.append(reader.read(text[: known + count], count))
         known += count
-    assert known == 120
     assert torch.equal(torch.cat(together), alone)
 
 
 def make(name: str, kernel: str) -> LanguageModel:
-    model = tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float()  # weights that fit, as a bfloat16 checkpoint's do
+    model = (
+        tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float()
+    )  # weights that fit, as a bfloat16 checkpoint's do
     if kernel == "packed":
         assert linear.pack(model) == 0
     return tiny.reader(model)
