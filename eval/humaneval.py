@@ -41,13 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console  # from here on slow imports: everything that can be refused has been
 
     from pearl import harness
-    from pearl.engine import Engine
+    from pearl.engine import Engine, count_processes
+    from pearl.loading import preflight
+    from pearl.process import World
 
+    count_processes(schedule, found.processes, World.here())
+    checked = preflight(config)
+    tasks = tuple(_task(problem, form, checked.tokenizer) for problem in problems)
+    for task in tasks:
+        checked.check_prompt(task.prompt, params.max_new_tokens)
+    plan = harness.Plan(tasks, modes, found.gamma, params, samples)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with Engine(config, schedule, found.processes) as engine:  # rank 1 stays in here
+    with Engine(config, schedule, found.processes, checked) as engine:  # rank 1 stays in here
         console.print(engine.description, highlight=False)
-        tasks = tuple(_task(problem, form, engine) for problem in problems)
-        plan = harness.Plan(tasks, modes, found.gamma, params, samples)
         folder = Path(found.output or time.strftime("results/humaneval-%Y%m%d-%H%M%S"))
         output = harness.Output(folder)
         runs = harness.run(engine, plan, output, console)
@@ -61,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _task(problem: humaneval.Problem, form: str, engine):
+def _task(problem: humaneval.Problem, form: str, tokenizer):
     from pearl.harness import Task
 
-    text = humaneval.prompt_text(problem, form, engine.tokenizer)
-    tokens = engine.tokenizer(text, add_special_tokens=form != "chat").input_ids
+    text = humaneval.prompt_text(problem, form, tokenizer)
+    tokens = tokenizer(text, add_special_tokens=form != "chat").input_ids
     return Task(problem.task_id, tuple(tokens), lambda answer: humaneval.completion_of(problem, answer, form))
 
 

@@ -30,7 +30,7 @@ def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
         cores = [[cpu] for cpu in cpus]
     if len(cores) == 1:
         return cpus, cpus
-    cut = len(cores) // 2 if drafter_works else len(cores) - 1
+    cut = (len(cores) + 1) // 2 if drafter_works else len(cores) - 1
     return [*chain(*cores[:cut])], [*chain(*cores[cut:])]
 
 
@@ -38,9 +38,9 @@ def parse(text: str) -> list[int]:
     """`"0-3,8"` as a list of CPUs. Raises `UsageError` where one is not there."""
     cpus: list[int] = []
     try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            cpus += range(int(first), int(last or first) + 1)
+        for part in str(text).split(","):  # YAML reads a single core as a number
+            first, dash, last = part.partition("-")
+            cpus += range(int(first), int(last if dash else first) + 1)
     except ValueError:
         raise UsageError(f"cores must be written like 0-3,8, not {text!r}.") from None
     if not cpus or not set(cpus) <= os.sched_getaffinity(0):

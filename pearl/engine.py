@@ -18,7 +18,7 @@ from pearl.channel import Channel, LocalChannel
 from pearl.config import EngineConfig
 from pearl.drafter import Drafter
 from pearl.errors import UsageError
-from pearl.loading import Placed, eos_ids, load_target, preflight
+from pearl.loading import Placed, Preflight, eos_ids, load_target, preflight
 from pearl.process import Peer, World, draft_source, serve, shares
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
@@ -65,11 +65,18 @@ class Engine:
         config = EngineConfig(**{k: v for k, v in given.items() if v is not None}, **options)  # type: ignore[arg-type]
         return cls(config, Schedule.of(mode, gamma), processes)
 
-    def __init__(self, config: EngineConfig, schedule: Schedule | None = None, processes: int | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        schedule: Schedule | None = None,
+        processes: int | None = None,
+        checked: Preflight | None = None,
+    ):
+        """`checked`: the preflight of this config, if the caller has made it already."""
         self.config, self.schedule = config, schedule or Schedule.of("pearl")
         world = World.here()
-        self.processes = _processes(self.schedule, processes, world)
-        checked = preflight(config)
+        self.processes = count_processes(self.schedule, processes, world)
+        checked = checked or preflight(config)
         self.target_cpus, self.draft_cpus = shares(config, self.processes == 2 or self.schedule.mode == "ar-all")
         if world.rank == 1:
             serve(config, self.draft_cpus)
@@ -238,16 +245,7 @@ class Engine:
         if self.processes == 1:
             _refuse_alone(schedule)
         tokens = self.encode(prompt)
-        if not tokens:
-            raise UsageError("The prompt is empty: give at least one token.")
-        if not all(isinstance(t, int) and 0 <= t < self.model.vocabulary for t in tokens):
-            raise UsageError(f"The prompt's token ids must be whole numbers from 0 to {self.model.vocabulary - 1}.")
-        if len(tokens) + params.max_new_tokens > self.model.max_length:
-            raise UsageError(
-                f"The prompt's {len(tokens)} tokens and max_new_tokens {params.max_new_tokens} are more than the "
-                f"{self.model.max_length} that a text may have here: shorten one, or raise max_length as far as "
-                "the model allows."
-            )
+        self._checked.check_prompt(tokens, params.max_new_tokens)
         if self._run:
             self._run.close()  # a stream that its reader left
         return _Run(self, tokens, params, schedule)
@@ -292,7 +290,8 @@ class _Run:
         return Generation(list(stopper.tokens), facts.text, stopper.finish, facts)
 
 
-def _processes(schedule: Schedule, asked: int | None, world: World) -> int:
+def count_processes(schedule: Schedule, asked: int | None, world: World) -> int:
+    """How many processes an engine has: as many as asked for, or as its schedule needs. Raises `UsageError`."""
     if asked not in (None, 1, 2):
         raise UsageError(f"processes must be 1 or 2, not {asked!r}.")
     if world.size == 2:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,18 @@ class Preflight:
     max_length: int
     target_on: Placed
     draft_on: Placed
+
+    def check_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raises `UsageError` for a prompt that the models can't read or that leaves too little room."""
+        if not tokens:
+            raise UsageError("The prompt is empty: give at least one token.")
+        if not all(isinstance(t, int) and 0 <= t < self.vocabulary for t in tokens):
+            raise UsageError(f"The prompt's token ids must be whole numbers from 0 to {self.vocabulary - 1}.")
+        if len(tokens) + max_new_tokens > self.max_length:
+            raise UsageError(
+                f"The prompt's {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the "
+                f"{self.max_length} that a text may have: shorten one, or raise max_length as far as the model allows."
+            )
 
 
 def preflight(config: EngineConfig) -> Preflight:
@@ -236,7 +249,11 @@ def _devices(option: str, text: str, gpus: int, default: int) -> Placed:
     devices = tuple(part.strip() for part in text.split(","))
     for device in devices:
         kind, _, index = device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and len(devices) > 1):
+        if (
+            kind not in ("cpu", "cuda")
+            or (index and not index.isdigit())
+            or (kind == "cpu" and (index or len(devices) > 1))
+        ):
             raise UsageError(f"{option} must be cpu, cuda:0, or several GPUs like cuda:0,cuda:1, not {text!r}.")
         if kind == "cuda" and int(index or 0) >= gpus:
             raise UsageError(f"{option} {device} is not there: this machine has {gpus} GPUs; use auto or cpu.")
@@ -286,7 +303,7 @@ def _parameters(source: Source) -> int | None:
         from gguf import GGUFReader
 
         return sum(int(tensor.n_elements) for tensor in GGUFReader(os.path.join(source.name, source.gguf_file)).tensors)
-    files = sorted(Path(source.name).glob("*.safetensors")) if Path(source.name).is_dir() else []
+    files = sorted(Path(source.name).glob("model*.safetensors")) if Path(source.name).is_dir() else []
     return sum(map(_numbers_in, files)) or None
 
 

@@ -52,8 +52,8 @@ class Schedule:
         """
         if mode not in _MODES:
             near = difflib.get_close_matches(str(mode), MODES, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"unknown mode {mode!r}{hint} Choose from {', '.join(MODES)}.")
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODES)}."
+            raise UsageError(f"There is no mode {mode!r}; {hint}")
         block = _gamma(gamma)
         pre, post, drafts = _MODES[mode]
         drafts = drafts and block != 0

@@ -1,8 +1,8 @@
 """Sampled text follows the target's exact distribution, whoever drafts and whenever the guesses arrive.
 
 Every text of a few tokens has a probability that can be worked out by hand from the target's table. Many short texts
-are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test that
-passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
+are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test
+that passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
 """
 
 from __future__ import annotations

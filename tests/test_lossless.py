@@ -36,6 +36,7 @@ from pearl.channel import LocalChannel
 from pearl.drafter import Drafter
 from pearl.messages import Nodes, Verdict
 from pearl.model import LanguageModel
+from pearl.rows import GRAIN
 from pearl.sampling import Picker, SamplingParams
 from pearl.schedule import MODES, Schedule
 from pearl.sources import ModelSource, NgramSource
@@ -375,6 +376,43 @@ def test_a_source_that_crashes_costs_no_token_and_is_reported(case: Case, calls:
 def test_gamma_beyond_the_widest_pass_still_ends():
     target, _ = check(plain_case("sd", 40, "right", IDLE, tokens=70))
     assert max(p.offered for p in target.passes) == target._model.rows.safe[-1] - 1
+
+
+@pytest.mark.parametrize("mode", DRAFTING)
+@pytest.mark.parametrize("gamma", [3, "auto"])
+def test_no_pass_crosses_the_caches_grain(mode: str, gamma: int | str):
+    """Beyond it a row would be summed over more slots than the same row of another pass."""
+    case = replace(plain_case(mode, gamma, "sometimes", scrambled(2)), prompt=tuple([1, 2, 3, 0] * 30))
+    case = replace(case, params=SamplingParams(max_new_tokens=30))
+    target, _ = check(case)
+    assert target.passes[0].position < GRAIN < target.passes[-1].position
+    assert all(p.position // GRAIN == (p.position + p.offered) // GRAIN for p in target.passes)
+
+
+@examples(40)
+@given(cases(modes=DRAFTING))
+def test_a_text_may_fill_its_models_to_the_last_token(case: Case):
+    params = replace(case.params, stop=(), ignore_eos=True)
+    longest = len(case.prompt) + params.max_new_tokens
+    model = TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=longest)
+    for length in (longest, longest - 1):  # of the draft model
+        source = ModelSource(TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=length))
+        target = Target(model, ScriptedChannel(source, case.script))
+        assert together(target, case.prompt, case.schedule, params) == alone(model, case.prompt, params, ())
+        assert not target.report or not target.report.failed
+
+
+@pytest.mark.xfail(strict=True, reason="Drafter._begin lets an error of source.start through; treat it as in _propose")
+def test_a_source_that_fails_to_start_costs_no_token():
+    class Stillborn(Noise):
+        def start(self, params: SamplingParams) -> None:
+            raise RuntimeError("this source was made to fail")
+
+    case = plain_case("sd", 2, "random")
+    target = Target(case.model, ScriptedChannel(Stillborn(5), IDLE))
+    written = together(target, case.prompt, case.schedule, case.params)
+    assert written == alone(case.model, case.prompt, case.params, ())
+    assert target.report is not None and target.report.failed
 
 
 # Break the code on purpose: the property has to fail.

@@ -1,0 +1,90 @@
+"""A module imports only what stands below it, torch is loaded by who needs it, and the repository names no machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted((ROOT / "pearl").rglob("*.py"))
+}
+CORE = ["trie", "schedule", "stopping", "messages", "records", "theory", "errors", "config", "cores"]
+# pearl.sampling works on tensors, so those that take its `SamplingParams` load torch, but none asks for it itself
+LIGHT = [name for name in CORE if name not in ("stopping", "messages", "records")]
+
+
+def imports(module: str, lazy: bool) -> set[str]:
+    """What a module imports, by full name; `lazy`: also inside functions."""
+    tree = ast.parse(MODULES[module].read_text())
+    nodes = ast.walk(tree) if lazy else iter(tree.body)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            # `from pearl import noise` is an import of pearl.noise
+            names |= {name for name in inside if name in MODULES} or {node.module}
+    return names
+
+
+def order(lazy: bool) -> list[str]:
+    """The modules, each after all that it imports. Raises `CycleError` where that is impossible."""
+    return list(TopologicalSorter({m: imports(m, lazy) & set(MODULES) for m in MODULES}).static_order())
+
+
+def test_no_module_imports_what_imports_it():
+    placed = order(lazy=False)
+    assert placed.index("pearl.trie") < placed.index("pearl.target") < placed.index("pearl.engine")
+
+
+@pytest.mark.xfail(strict=True, raises=CycleError, reason="embedded takes plain_weights from loading, which imports it")
+def test_no_function_does_so_either():
+    order(lazy=True)
+
+
+def test_a_cycle_would_be_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    upwards = tmp_path / "trie.py"
+    upwards.write_text("from pearl import target\n")
+    monkeypatch.setitem(MODULES, "pearl.trie", upwards)
+    with pytest.raises(CycleError):
+        order(lazy=False)
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_pure_core_knows_no_tensors(module: str):
+    assert not any(re.match(r"(torch|transformers)\b", name) for name in imports(f"pearl.{module}", lazy=False))
+
+
+@pytest.mark.parametrize("what", ["pearl", *(f"pearl.{name}" for name in LIGHT)])
+def test_what_needs_no_torch_loads_none(what: str):
+    code = f"import sys, {what}; print(*sys.modules.keys() & {{'torch', 'transformers', 'numpy'}})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_no_import_hides_from_the_type_checker_or_from_this_test():
+    for module, file in MODULES.items():
+        assert "TYPE_CHECKING" not in file.read_text(), module
+
+
+def test_no_file_of_the_repository_names_a_machine():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout: which files belong to the repository is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    machine = re.compile("|".join(["/" + "work/", "/" + "tmp/w\\b"]))  # in pieces, as this file is one of them
+    named = []
+    for name in filter(None, listed.stdout.split("\0")):
+        file = ROOT / name
+        text = file.read_bytes().decode("utf-8", errors="ignore") if file.is_file() else ""
+        named += [f"{name}: {line.strip()[:80]}" for line in text.splitlines() if machine.search(line)]
+    assert not named

@@ -1,0 +1,117 @@
+"""What is said arrives, whole and exact, in a few words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, together
+
+from pearl.messages import FRAME, Close, End, Guess, Nodes, Report, Start, Verdict, decode, encode, length
+from pearl.sampling import SUPPORT, SamplingParams
+from pearl.schedule import MODES, Schedule
+from pearl.sources import ModelSource, NgramSource
+from pearl.target import Target
+
+NUMBERS = st.integers(0, (1 << 31) - 1)
+LONG = st.integers(0, (1 << 63) - 1)
+SECONDS = st.floats(0, 1e9)
+PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
+GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS)
+TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
+SCHEDULES = st.builds(
+    lambda mode, gamma, ahead: replace(Schedule.of(mode, gamma), max_ahead=ahead),
+    st.sampled_from(MODES),
+    st.one_of(st.just("auto"), st.integers(0, 64)),
+    st.integers(1, 1000),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.integers(1, 1 << 40),
+    temperature=st.floats(0, 1000),
+    top_k=LONG,
+    top_p=st.floats(1e-9, 1),
+    min_p=st.floats(0, 1),
+    seed=LONG,
+    method=st.sampled_from(["seeded", "rejection"]),
+    stop=st.lists(st.text(min_size=1), max_size=2).map(tuple),
+    ignore_eos=st.booleans(),
+)
+STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, NUMBERS)
+OTHERS = st.one_of(
+    st.builds(Verdict, NUMBERS, NUMBERS, NUMBERS, TOKENS),
+    st.builds(End, NUMBERS),
+    st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
+    st.builds(Report, NUMBERS, SECONDS, SECONDS, LONG, LONG, LONG, LONG, LONG, st.booleans()),
+    st.builds(Close, NUMBERS),
+)
+
+
+@examples(300)
+@given(OTHERS)
+def test_what_is_decoded_is_what_was_said(message):
+    assert decode(encode(message)) == message
+
+
+@examples(200)
+@given(STARTS)
+def test_a_start_carries_all_that_a_drafter_needs(start: Start):
+    """What ends a text stays with the target; everything that shapes the drafter's guesses arrives, bit for bit."""
+    there = decode(encode(start))
+    assert isinstance(there, Start)
+    assert replace(there, params=start.params) == start
+    for name in ("temperature", "top_p", "min_p", "seed", "greedy", "rejection"):
+        assert getattr(there.params, name) == getattr(start.params, name)
+    assert there.params.top_k == min(start.params.top_k, (1 << 31) - 1)  # which keeps every token of any vocabulary
+    assert (there.params.stop, there.params.ignore_eos) == ((), False)
+
+
+@examples(200)
+@given(st.one_of(STARTS, OTHERS))
+def test_the_first_frame_tells_how_much_follows(message):
+    words = encode(message)
+    assert words.dtype == np.int32 and len(words) >= FRAME and words[:FRAME].nbytes == 64
+    assert length(words[:FRAME]) == len(words)
+
+
+@given(st.one_of(STARTS, OTHERS))
+def test_what_pads_a_frame_is_not_read(message):
+    words = encode(message)
+    words[int(words[1]) :] = -1
+    assert decode(words) == decode(encode(message))
+
+
+def test_a_message_that_ends_early_is_noticed():
+    words = encode(Verdict(1, 2, 3, (4, 5)))
+    words[1] -= 1
+    with pytest.raises(AssertionError, match="ended early"):
+        decode(words)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
+def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, resting: bool):
+    assert encode(Nodes(a, b, c, resting, (Guess(a, b, d), Guess(b, c, d)))).nbytes == 64
+    assert encode(Verdict(a, b, c, (d,) * 10)).nbytes == 64
+
+
+@given(PROPOSALS, NUMBERS)
+def test_a_guess_with_its_distribution_is_far_below_a_kilobyte(proposal: tuple, n: int):
+    assert encode(Nodes(n, n, n, False, (Guess(n, n, n, proposal),))).nbytes <= 128
+
+
+@pytest.mark.parametrize("mode", ["sd", "pearl", "pearl-no-pre", "pearl-no-post"])
+@pytest.mark.parametrize("method", ["seeded", "rejection"])
+def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
+    model, params = TableModel(64), SamplingParams(max_new_tokens=40, temperature=1.0, method=method)
+    for source in (ModelSource(TableModel(64, scale=1.4)), NgramSource(shortest=1)):
+        for script in (EAGER, scrambled(0)):
+            channel = ScriptedChannel(source, script)
+            together(Target(model, channel), [1, 2, 3], Schedule.of(mode), params)
+            said = [*channel.sent, *channel.peer.sent]
+            assert len(said) > 10 and max(encode(message).nbytes for message in said) < 1024
+            if method == "seeded" and isinstance(source, ModelSource):
+                steady = [m for m in said if isinstance(m, Nodes | Verdict)]
+                assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 10)
