@@ -55,7 +55,12 @@ def parser(description: str, max_new_tokens: int) -> Parser:
     machine.add_argument("--processes", type=int, help="1: ar and sd in one process; default: as many as needed")
 
     run = made.add_argument_group("the run")
-    run.add_argument("--mode", nargs="+", default=["ar", "pearl"], help=f"one or several of {', '.join(MODES)}")
+    run.add_argument(
+        "--mode",
+        nargs="+",
+        default=["ar", "pearl"],
+        help=f"one or several of {', '.join(MODES)}; sd:3 is sd with gamma 3",
+    )
     run.add_argument("--gamma", default="auto", help="guesses a block, or auto")
     run.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     run.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")

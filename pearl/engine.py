@@ -82,7 +82,7 @@ class Engine:
             serve(config, self.draft_cpus)
             raise SystemExit(0)
 
-        self._allowed_cpus = cores.available()
+        self._allowed_cpus, self._threads = cores.available(), torch.get_num_threads()
         self._peer: Peer | None = None
         self._closed = False
         self._run: Generator[int, None, None] | None = None  # the text under way
@@ -197,6 +197,7 @@ class Engine:
         if self._peer:
             self._peer.close()
         cores.pin(self._allowed_cpus)
+        torch.set_num_threads(self._threads)
 
     def __enter__(self) -> Engine:
         return self

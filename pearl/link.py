@@ -22,7 +22,7 @@ _FOREVER = timedelta(
     days=365
 )  # a silent peer is no error: it may be in a long prefill. A dead one closes the connection
 _TAG = 0
-_IN_FLIGHT = 32  # sends that may be under way; a stuck peer holds up the sender only after that many
+_IN_FLIGHT = 1 << 13  # sends that may be under way; a stuck peer holds up the sender only after that many
 
 
 class Link:

@@ -48,10 +48,13 @@ class Schedule:
     def of(mode: str, gamma: int | str | None = None) -> Schedule:
         """The schedule of a mode by its name; `gamma` a whole number from 0, `"auto"` or None (auto).
 
-        gamma 0 is a block without guesses: the target alone. Raises `UsageError` on anything else.
+        A name may carry a gamma of its own, as `sd:3`, so that one run can compare several. gamma 0 is a block without
+        guesses: the target alone. Raises `UsageError` on anything else.
         """
+        mode, _, own = str(mode).partition(":")
+        gamma = own or gamma
         if mode not in _MODES:
-            near = difflib.get_close_matches(str(mode), MODES, 1)
+            near = difflib.get_close_matches(mode, MODES, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODES)}."
             raise UsageError(f"There is no mode {mode!r}; {hint}")
         block = _gamma(gamma)
