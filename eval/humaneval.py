@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
@@ -25,15 +26,14 @@ FORMATS = ("completion", "chat")
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("HumanEval (Chen et al. 2021): speed of every mode, and pass@k.", max_new_tokens=512)
-    parser.add_argument("--format", help=f"of the prompt: {' or '.join(FORMATS)}; default: the pair's, or completion")
+    parser.add_argument("--format", help=f"{' or '.join(FORMATS)}; default: the pair's, or chat if the model has it")
     parser.add_argument("--data", metavar="FILE", help="problems in HumanEval's format; default: the package's own")
     parser.add_argument("--no-score", action="store_true", help="do not run the programs")
     found = cli.parse(parser, argv)
     config, pair = cli.engine_config(found)
-    form = found.format or (pair.prompt if pair else "completion")
-    one_of("format", form, FORMATS)
+    one_of("format", found.format, (*FORMATS, None))
     modes, schedule = cli.modes(found)
-    params = cli.sampling(found, humaneval.STOP_WORDS if form == "completion" else ())
+    params = cli.sampling(found)
     samples = cli.at_least_one("--num-samples", found.num_samples)
     problems = humaneval.load(found.data)
     problems = [problems[i] for i in cli.choose(len(problems), found.limit, found.indices)]
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     count_processes(schedule, found.processes, World.here())
     checked = preflight(config)
+    form = found.format or (pair.prompt if pair else "chat" if checked.tokenizer.chat_template else "completion")
+    if form == "completion" and not params.ignore_eos:
+        params = replace(params, stop=humaneval.STOP_WORDS)
     tasks = tuple(_task(problem, form, checked.tokenizer) for problem in problems)
     for task in tasks:
         checked.check_prompt(task.prompt, params.max_new_tokens)

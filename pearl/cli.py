@@ -63,7 +63,7 @@ def parser(description: str, max_new_tokens: int) -> Parser:
     )
     run.add_argument("--gamma", default="auto", help="guesses a block, or auto")
     run.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    run.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    run.add_argument("--ignore-eos", action="store_true", help="write --max-new-tokens, whatever would end a text")
     run.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     run.add_argument("--top-k", type=int, default=0)
     run.add_argument("--top-p", type=float, default=1.0)

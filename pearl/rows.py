@@ -92,7 +92,7 @@ def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...
         mine, later = logits[count]
         return _same(mine, early) and _same(later, late) and _same(mine[shift:], later)
 
-    return tuple(count for count in range(1, reference + 1) if agrees(count))
+    return tuple(count for count in range(1, LIMIT + 1) if agrees(count))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  eval/humaneval.py --format chat --mode ar pearl --limit 6 --max-new-tokens 128 "$@"
+  eval/humaneval.py --mode ar pearl --limit 6 --max-new-tokens 128 "$@"

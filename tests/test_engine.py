@@ -376,7 +376,7 @@ def test_a_drafter_that_can_not_start_is_reported_and_leaves_no_process(pair, tm
     before = children()
     broken = shutil.copytree(pair[1], tmp_path / "draft")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="The drafter could not start: .*model.safetensors"):
+    with pytest.raises(UsageError, match=r"The drafter could not start: .*model\.safetensors"):
         Engine.from_pretrained(pair[0], str(broken))
     assert children() == before
 
@@ -419,7 +419,7 @@ def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, 
 def test_a_launcher_of_three_is_refused(pair, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match="started 3 processes.*use --num_processes 2"):
+    with pytest.raises(UsageError, match=r"started 3 processes.*use --num_processes 2"):
         Engine.from_pretrained(*pair)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="processes is 1: use plain python"):
