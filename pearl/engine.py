@@ -194,6 +194,8 @@ class Engine:
             return
         self._closed = True
         atexit.unregister(self.close)
+        if self._run:
+            self._run.close()  # a stream that its reader left
         if self._peer:
             self._peer.close()
         cores.pin(self._allowed_cpus)

@@ -42,7 +42,7 @@ def test_the_registry_is_listed_whole_and_smallest_first():
 
 def test_the_default_pair_drafts_without_weights():
     pair = load_pair("smollm2-135m")
-    assert (pair.target, pair.draft, pair.draft_gb, pair.prompt) == ("smollm2-135m", "ngram", 0.0, "completion")
+    assert (pair.target, pair.draft, pair.draft_gb, pair.prompt) == ("smollm2-135m", "ngram", 0.0, "chat")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("self-")])
