@@ -220,7 +220,7 @@ def test_prompts_may_be_text_ids_or_messages(engine):
     [
         ("", "The prompt is empty"),
         ([], "The prompt is empty"),
-        ([1] * 261, "261 tokens and max_new_tokens 40 are more than the 300 that a text may have here"),
+        ([1] * 261, "261 tokens and max_new_tokens 40 are more than the 300 that a text may have"),
         ([5, tiny.SHARED], f"whole numbers from 0 to {tiny.SHARED - 1}"),
         ([5, -1], "whole numbers from 0"),
         ([5, 1.5], "whole numbers from 0"),
@@ -400,10 +400,20 @@ with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300) as e
 """
 
 
-def run_script(tmp_path: Path, *command: str) -> subprocess.CompletedProcess:
+LEFT = """
+import sys
+from pearl import Engine, SamplingParams
+
+engine = Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300)
+stream = engine.stream("def the(thing):\\n", SamplingParams(max_new_tokens=40, ignore_eos=True))
+print(next(stream))
+"""
+
+
+def run_script(tmp_path: Path, script: str, *command: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(script)
     return subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
     )
@@ -411,9 +421,14 @@ def run_script(tmp_path: Path, *command: str) -> subprocess.CompletedProcess:
 
 def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, pair, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_script(tmp_path, *launcher, "script.py", *pair)
+    done = run_script(tmp_path, SCRIPT, *launcher, "script.py", *pair)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [*map(str, alone(engine, GREEDY)), "None"]  # once: rank 1 says nothing
+
+
+def test_a_program_may_end_in_the_middle_of_a_text(engine, pair, tmp_path):
+    done = run_script(tmp_path, LEFT, "script.py", *pair)
+    assert (done.returncode, done.stdout) == (0, f"{alone(engine, GREEDY)[0]}\n"), done.stderr
 
 
 def test_a_launcher_of_three_is_refused(pair, monkeypatch):
