@@ -55,8 +55,8 @@ class Schedule:
         gamma = own or gamma
         if mode not in _MODES:
             near = difflib.get_close_matches(mode, MODES, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(MODES)}."
-            raise UsageError(f"There is no mode {mode!r}; {hint}")
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(MODES)}.")
         block = _gamma(gamma)
         pre, post, drafts = _MODES[mode]
         drafts = drafts and block != 0
