@@ -526,7 +526,7 @@ MUTANTS = [
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     mutate(monkeypatch)
 
-    @settings(max_examples=400, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+    @settings(max_examples=5000, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
     @given(cases(modes=DRAFTING))
     def the_property(case: Case) -> None:
         check(case)
