@@ -12,6 +12,8 @@ from typing import Protocol
 
 from pearl.messages import Message, encode
 
+Clock = Callable[[], float]  # seconds since some moment: the computer's own, or a simulation's
+
 
 class Channel(Protocol):
     """One end. `lost` turns true when the other side is gone and nothing it sent is left to receive."""

@@ -16,7 +16,7 @@ import traceback
 from dataclasses import dataclass, field, replace
 
 from pearl import memory
-from pearl.channel import Channel
+from pearl.channel import Channel, Clock
 from pearl.messages import End, Guess, Nodes, Report, Start, Verdict
 from pearl.sources import DraftSource
 from pearl.trie import Node, Trie
@@ -41,17 +41,17 @@ class _Text:
 class Drafter:
     """One end of the channel and a source; `step` is one turn of the loop, `run` the loop of a process."""
 
-    def __init__(self, source: DraftSource, channel: Channel):
-        self._source, self._channel = source, channel
+    def __init__(self, source: DraftSource, channel: Channel, clock: Clock = time.perf_counter):
+        self._source, self._channel, self._clock = source, channel, clock
         self._text: _Text | None = None
 
     def run(self) -> None:
         """Until the target is gone."""
         while not self._channel.lost:
             if not self.step():
-                began = time.perf_counter()
+                began = self._clock()
                 self._channel.wait()
-                self._count(waiting_s=time.perf_counter() - began)
+                self._count(waiting_s=self._clock() - began)
 
     def step(self) -> bool:
         """Applies what has arrived, then makes one proposal. False: there was nothing to do."""
@@ -72,7 +72,10 @@ class Drafter:
         trie = Trie(start.prompt)
         self._text = _Text(start, trie, start.block, Report(start.sequence))
         self._text.name(trie.root)
-        self._source.start(start.params)
+        try:
+            self._source.start(start.params)
+        except Exception:
+            self._fail(self._text)
 
     def _apply(self, text: _Text, verdict: Verdict) -> None:
         hit = text.trie.commit(verdict.tokens)
@@ -104,19 +107,21 @@ class Drafter:
         return True
 
     def _propose(self, text: _Text, tokens: list[int], room: int) -> list:
-        began = time.perf_counter()
+        began = self._clock()
         forwards = self._source.forwards
         try:
             proposed = self._source.propose(tokens, room)
-        except Exception:  # whatever happens to a source, the text goes on without it, and the run says so
-            print("pearl: the draft source failed; the target goes on alone in this sequence.", file=sys.stderr)
-            traceback.print_exc()
+        except Exception:
+            self._fail(text)
             proposed = []
-            text.report = replace(text.report, failed=True)
-        self._count(
-            busy_s=time.perf_counter() - began, forwards=self._source.forwards - forwards, drafted=len(proposed)
-        )
+        self._count(busy_s=self._clock() - began, forwards=self._source.forwards - forwards, drafted=len(proposed))
         return proposed
+
+    def _fail(self, text: _Text) -> None:
+        """Whatever happens to a source, the text goes on without it, and the run says so."""
+        print("pearl: the draft source failed; the target goes on alone in this sequence.", file=sys.stderr)
+        traceback.print_exc()
+        text.report = replace(text.report, failed=True)
 
     def _finish(self, end: End) -> None:
         report = self._text.report if self._text else Report(end.sequence)

@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from pearl.errors import UsageError
 from pearl.rows import cache_folder
@@ -37,6 +38,14 @@ def folder() -> Path:
     return made
 
 
+def plain_weights(model: Any) -> Any:
+    """A model read from a GGUF file, as one of plain weights, so that it can be saved and run like any other."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+    return model
+
+
 def _gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: importing it needs llama.cpp
     roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
@@ -52,8 +61,6 @@ def _gguf() -> Path:
 def _convert(source: Path, into: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from pearl.loading import plain_weights
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)

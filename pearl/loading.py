@@ -161,14 +161,6 @@ def compare_vocabularies(target: PreTrainedTokenizerBase, draft: PreTrainedToken
         raise UsageError("Draft and target have the same tokens but split text differently: choose another draft.")
 
 
-def plain_weights(model: Any) -> Any:
-    """A model read from a GGUF file, as one of plain weights, so that it can be saved and run like any other."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.is_quantized, model.hf_quantizer = False, None
-    return model
-
-
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a text: the checkpoint's generation config says, else the tokenizer."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
@@ -206,7 +198,7 @@ def _load(source: Source, config: EngineConfig, dtype: str, load_in: str | None,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     model = AutoModelForCausalLM.from_pretrained(source.name, **kwargs).eval()
-    return plain_weights(model) if source.gguf_file else model
+    return embedded.plain_weights(model) if source.gguf_file else model
 
 
 def _prepare(model: Any, config: EngineConfig, placed: Placed) -> None:

@@ -25,6 +25,7 @@ from pearl.errors import UsageError
 from pearl.trie import Node
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
+COLDEST = 1e-6  # logits divided by less could leave float32
 METHODS = ("seeded", "rejection")
 
 
@@ -47,7 +48,8 @@ class SamplingParams:
         _whole("max_new_tokens", self.max_new_tokens, 1)
         _whole("top_k", self.top_k, 0)
         _whole("seed", self.seed, 0)
-        _within("temperature", self.temperature, 0.0, 1000.0, "0 (greedy) or more")
+        if self.temperature != 0:
+            _within("temperature", self.temperature, COLDEST, 1000.0, f"0 (greedy) or from {COLDEST} to 1000")
         _within("top_p", self.top_p, 1e-9, 1.0, "above 0 and at most 1")
         _within("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
         if self.method not in METHODS:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from pearl.channel import Channel
+from pearl.channel import Channel, Clock
 from pearl.messages import End, Nodes, Report, Start, Verdict
 from pearl.model import Reader
 from pearl.records import Pass
@@ -75,9 +75,9 @@ class Patience:
 class Target:
     """Decodes one text at a time. `passes` and `report` hold the facts of the last one."""
 
-    def __init__(self, model: Reader, channel: Channel | None = None):
-        """`channel` leads to the drafter; without one only schedules that draft nothing can run."""
-        self._model, self.channel = model, channel
+    def __init__(self, model: Reader, channel: Channel | None = None, clock: Clock = time.perf_counter):
+        """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
+        self._model, self.channel, self._clock = model, channel, clock
         self._pace, self._patience = Pace(), Patience()
         self._sequence = 0
         self.passes: list[Pass] = []
@@ -92,7 +92,9 @@ class Target:
         self._sequence += 1
         self.passes, self.report = [], None
         self._model.forget()
-        text = _Text(self._sequence, prompt, schedule, params, stopper, channel, self._pace.block(schedule))
+        text = _Text(
+            self._sequence, prompt, schedule, params, stopper, channel, self._clock, self._pace.block(schedule)
+        )
         if channel:
             channel.send(Start(text.sequence, schedule, params, tuple(prompt), text.block))
         try:
@@ -104,15 +106,15 @@ class Target:
 
     def _pass(self, text: _Text) -> list[int]:
         """One turn of the loop at the top of this page. Returns what it commits."""
-        trie, began = text.trie, time.perf_counter()
+        trie, began = text.trie, self._clock()
         first = not self.passes  # it reads the prompt, as the drafter does at the same time: nothing to wait for yet
         if not first:
             self._await_guesses(text)
-        waited = time.perf_counter() - began
+        waited = self._clock() - began
 
         nodes = [trie.root, *trie.chain(self._width(text) - 1)]
         logits = self._model.read(trie.tokens + [node.token for node in nodes[1:]], keep=len(nodes))
-        forward = time.perf_counter() - began - waited
+        forward = self._clock() - began - waited
 
         text.take()  # what arrived meanwhile may already tell hit from miss
         position, prompt = trie.root.position, len(trie.tokens)
@@ -141,7 +143,7 @@ class Target:
                 block=text.block,
                 waited_s=waited,
                 forward_s=forward,
-                seconds=time.perf_counter() - began,
+                seconds=self._clock() - began,
             )
         )
         return committed
@@ -161,11 +163,11 @@ class Target:
         text.take()
         if not text.channel:
             return
-        wanted, there, began = text.guesses_wanted, text.depth(), time.perf_counter()
+        wanted, there, began = text.guesses_wanted, text.depth(), self._clock()
         if wanted:
             text.wait_for(wanted)
             if text.depth() > there:
-                self._pace.guessed(text.depth() - there, time.perf_counter() - began)
+                self._pace.guessed(text.depth() - there, self._clock() - began)
         elif text.schedule.gamma is None and not there and not text.resting:
             patience = self._patience.seconds(self._pace.pass_s)
             if patience:
@@ -175,8 +177,8 @@ class Target:
     def _end(self, channel: Channel, sequence: int) -> None:
         """Tells the drafter that the text is over and takes its facts; outside all timing."""
         channel.send(End(sequence))
-        deadline = time.perf_counter() + REPORT_TIMEOUT_S
-        while self.report is None and not channel.lost and (left := deadline - time.perf_counter()) > 0:
+        deadline = self._clock() + REPORT_TIMEOUT_S
+        while self.report is None and not channel.lost and (left := deadline - self._clock()) > 0:
             channel.wait(left)
             while (message := channel.receive()) is not None:
                 if isinstance(message, Report) and message.sequence == sequence:
@@ -194,10 +196,11 @@ class _Text:
         params: SamplingParams,
         stopper: Stopper,
         channel: Channel | None,
+        clock: Clock,
         block: int,
     ):
         self.sequence, self.schedule, self.params = sequence, schedule, params
-        self.stopper, self.channel, self.block = stopper, channel, block
+        self.stopper, self.channel, self._clock, self.block = stopper, channel, clock, block
         self.trie = Trie(prompt)
         self.hit = False  # the last walk ended on a node that had arrived
         self._nodes: dict[int, Node] = {}  # by the drafter's id
@@ -218,9 +221,9 @@ class _Text:
     def wait_for(self, guesses: int, timeout_s: float | None = None) -> None:
         """Until so many guesses are there, the time is over, or none can be expected: the drafter rests or is lost."""
         assert self.channel, "nothing to wait for without a drafter"
-        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
+        deadline = None if timeout_s is None else self._clock() + timeout_s
         while self.depth() < guesses and not self.resting and not self.channel.lost:
-            left = None if deadline is None else deadline - time.perf_counter()
+            left = None if deadline is None else deadline - self._clock()
             if left is not None and left <= 0:
                 return
             self.channel.wait(left)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from scipy.stats import chisquare
-from toys import EAGER, IDLE, Move, ScriptedChannel, TableModel, letters, scrambled
+from toys import EAGER, IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ticks
 
 from pearl import noise, sampling, sources
 from pearl.records import Pass
@@ -86,7 +86,7 @@ def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[
 def sample(
     source: DraftSource, schedule: Schedule, params: SamplingParams, script: Sequence[Move], texts: int = TEXTS
 ) -> Sample:
-    target = Target(TARGET, ScriptedChannel(source, script))
+    target = Target(TARGET, ScriptedChannel(source, script), ticks())
     schedule = replace(schedule, max_ahead=2)  # a drafter far ahead of so short a text is only slow
     counts: Counter[tuple[int, ...]] = Counter()
     passes: list[Pass] = []

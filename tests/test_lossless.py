@@ -28,6 +28,7 @@ from toys import (
     examples,
     letters,
     scrambled,
+    ticks,
     together,
 )
 
@@ -101,6 +102,8 @@ class Case:
 SOURCES = (
     "right",
     "never right",
+    "sometimes",  # hits and misses of every length: three times as often as the others
+    "sometimes",
     "sometimes",
     "random",
     "another model",
@@ -116,13 +119,13 @@ def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
     greedy = draw(st.booleans())
     letter = st.sampled_from(letters(list(range(vocabulary))))
     return SamplingParams(
-        max_new_tokens=draw(st.integers(1, 24)),
-        temperature=0.0 if greedy else draw(st.sampled_from([0.3, 1.0, 1.7])),
-        top_k=0 if greedy else draw(st.integers(0, vocabulary + 1)),
-        top_p=1.0 if greedy else draw(st.sampled_from([1.0, 0.9, 0.5, 0.05])),
-        min_p=0.0 if greedy else draw(st.sampled_from([0.0, 0.1, 0.9])),
+        max_new_tokens=draw(st.one_of(st.integers(1, 24), st.just(24))),
+        temperature=0.0 if greedy else draw(st.sampled_from([1.0, 0.3, 1.7])),
+        top_k=0 if greedy else draw(st.sampled_from([0, 0, 1, 2, vocabulary, vocabulary + 1])),
+        top_p=1.0 if greedy else draw(st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05])),
+        min_p=0.0 if greedy else draw(st.sampled_from([0.0, 0.0, 0.1, 0.9])),
         seed=draw(st.integers(0, 1 << 40)),
-        stop=tuple(draw(st.lists(st.text(letter, min_size=1, max_size=4), max_size=2))),
+        stop=tuple(draw(st.lists(st.text(letter, min_size=1, max_size=4), max_size=draw(st.sampled_from([0, 0, 2]))))),
         ignore_eos=draw(st.booleans()),
     )
 
@@ -138,12 +141,12 @@ def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] 
         table=draw(st.integers(0, 1000)),
         prompt=tuple(draw(st.lists(token, min_size=1, max_size=5))),
         params=draw(all_params(vocabulary)),
-        eos=draw(st.frozensets(token, max_size=1)),
-        schedule=Schedule.of(draw(st.sampled_from(modes)), draw(st.sampled_from(["auto", 0, 1, 2, 3, 4, 5]))),
+        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
+        schedule=Schedule.of(draw(st.sampled_from(modes)), draw(st.sampled_from(["auto", "auto", 0, 1, 2, 3, 4, 5]))),
         source=draw(st.sampled_from(sources)),
         chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
         chunk=draw(st.integers(1, 4)),
-        script=tuple(draw(st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=12))),
+        script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
     )
 
 
@@ -151,7 +154,7 @@ def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedCh
     """Decodes the case. The one claim of this file is made here."""
     model = case.model
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
-    target = Target(model, channel)
+    target = Target(model, channel, ticks())
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
     return target, channel
@@ -211,7 +214,7 @@ def test_nothing_of_a_text_reaches_the_next(
         if hasty:
             patch.setattr(pearl.target, "REPORT_TIMEOUT_S", 0.0)
         model = case.model
-        target = Target(model, ScriptedChannel(case.make_source(), case.script))
+        target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
         for params in requests:
             prompt = data.draw(st.lists(st.integers(0, case.vocabulary - 1), min_size=1, max_size=5))
             assert together(target, prompt, case.schedule, params, case.eos) == alone(model, prompt, params, case.eos)
@@ -221,7 +224,7 @@ def test_nothing_of_a_text_reaches_the_next(
 @given(cases(modes=DRAFTING), st.integers(1, 3))
 def test_a_stream_that_its_reader_leaves_does_not_reach_the_next_text(case: Case, passes: int):
     model = case.model
-    target = Target(model, ScriptedChannel(case.make_source(), case.script))
+    target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
     stream = target.decode(case.prompt, case.schedule, case.params, Stopper(case.params, case.eos, letters))
     for _ in zip(range(passes), stream, strict=False):
         pass
@@ -235,7 +238,7 @@ def test_a_stream_that_its_reader_leaves_does_not_reach_the_next_text(case: Case
 @given(cases())
 def test_every_pass_yields_at_least_one_token_and_each_only_once(case: Case):
     model = case.model
-    target = Target(model, ScriptedChannel(case.make_source(), case.script))
+    target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
     stopper = Stopper(case.params, case.eos, letters)
     said: list[int] = []
     for committed in target.decode(case.prompt, case.schedule, case.params, stopper):
@@ -275,7 +278,7 @@ def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
     for wrap in (lambda model: model, Forgetful):
         for script in (EAGER, scrambled(1)):
             source = ModelSource(wrap(tiny()))  # the target's own weights: long hits
-            target = Target(wrap(tiny()), ScriptedChannel(Moody(source, 5), script))
+            target = Target(wrap(tiny()), ScriptedChannel(Moody(source, 5), script), ticks())
             texts[wrap, tuple(script)] = tuple(together(target, prompt, schedule, params, decode=str).tokens)
             assert any(p.accepted > 1 for p in target.passes) and any(not p.hit for p in target.passes)
     texts["alone"] = tuple(together(Target(Forgetful(tiny())), prompt, Schedule.of("ar"), params, decode=str).tokens)
@@ -297,7 +300,7 @@ def test_a_perfect_drafter_is_never_contradicted(case: Case):
 def test_the_targets_own_model_as_its_drafter_is_never_contradicted(case: Case):
     """Also where it samples: both add the same noise."""
     source = ModelSource(case.model)
-    target = Target(case.model, ScriptedChannel(source, case.script))
+    target = Target(case.model, ScriptedChannel(source, case.script), ticks())
     together(target, case.prompt, case.schedule, case.params, case.eos)
     assert all(p.accepted == p.tested for p in target.passes)
 
@@ -366,7 +369,7 @@ def test_the_recorded_facts_agree_with_the_text(case: Case):
 def test_a_source_that_crashes_costs_no_token_and_is_reported(case: Case, calls: int):
     model = case.model
     crashing = Crashing(case.make_source(), calls)
-    target = Target(model, ScriptedChannel(crashing, case.script))
+    target = Target(model, ScriptedChannel(crashing, case.script), ticks())
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos)
     if case.schedule.drafts:
@@ -397,19 +400,18 @@ def test_a_text_may_fill_its_models_to_the_last_token(case: Case):
     model = TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=longest)
     for length in (longest, longest - 1):  # of the draft model
         source = ModelSource(TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=length))
-        target = Target(model, ScriptedChannel(source, case.script))
+        target = Target(model, ScriptedChannel(source, case.script), ticks())
         assert together(target, case.prompt, case.schedule, params) == alone(model, case.prompt, params, ())
         assert not target.report or not target.report.failed
 
 
-@pytest.mark.xfail(strict=True, reason="Drafter._begin lets an error of source.start through; treat it as in _propose")
 def test_a_source_that_fails_to_start_costs_no_token():
     class Stillborn(Noise):
         def start(self, params: SamplingParams) -> None:
             raise RuntimeError("this source was made to fail")
 
     case = plain_case("sd", 2, "random")
-    target = Target(case.model, ScriptedChannel(Stillborn(5), IDLE))
+    target = Target(case.model, ScriptedChannel(Stillborn(5), IDLE), ticks())
     written = together(target, case.prompt, case.schedule, case.params)
     assert written == alone(case.model, case.prompt, case.params, ())
     assert target.report is not None and target.report.failed

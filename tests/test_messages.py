@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, together
+from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
 from pearl.messages import FRAME, Close, End, Guess, Nodes, Report, Start, Verdict, decode, encode, length
 from pearl.sampling import SUPPORT, SamplingParams
@@ -109,7 +109,7 @@ def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
     for source in (ModelSource(TableModel(64, scale=1.4)), NgramSource(shortest=1)):
         for script in (EAGER, scrambled(0)):
             channel = ScriptedChannel(source, script)
-            together(Target(model, channel), [1, 2, 3], Schedule.of(mode), params)
+            together(Target(model, channel, ticks()), [1, 2, 3], Schedule.of(mode), params)
             said = [*channel.sent, *channel.peer.sent]
             assert len(said) > 10 and max(encode(message).nbytes for message in said) < 1024
             if method == "seeded" and isinstance(source, ModelSource):

@@ -16,6 +16,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from pearl import noise
+from pearl.channel import Clock
 from pearl.drafter import Drafter
 from pearl.messages import Message, decode, encode
 from pearl.rows import ANY
@@ -198,6 +199,12 @@ class End:
         pass
 
 
+def ticks(seconds: float = 1e-4) -> Clock:
+    """A clock that goes on by so much whenever it is read: what depends on time happens again the same way."""
+    count = itertools.count()
+    return lambda: next(count) * seconds
+
+
 Move = tuple[int, int, int]  # messages delivered to the drafter, its steps, messages delivered to the target
 EAGER: list[Move] = [(9, 9, 9)]  # the drafter is infinitely fast
 IDLE: list[Move] = [(0, 0, 0)]  # it moves only while the target waits for it
@@ -220,7 +227,7 @@ class ScriptedChannel(End):
         super().__init__()
         self.peer = End()
         self.peer.peer = self
-        self.drafter = Drafter(source, self.peer)
+        self.drafter = Drafter(source, self.peer, ticks())
         self._script = itertools.cycle(script or IDLE)
         self._left = lost_after
 
