@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
 from pearl.messages import FRAME, Close, End, Guess, Nodes, Report, Start, Verdict, decode, encode, length
-from pearl.sampling import SUPPORT, SamplingParams
+from pearl.sampling import COLDEST, SUPPORT, SamplingParams
 from pearl.schedule import MODES, Schedule
 from pearl.sources import ModelSource, NgramSource
 from pearl.target import Target
@@ -31,7 +31,7 @@ SCHEDULES = st.builds(
 PARAMS = st.builds(
     SamplingParams,
     max_new_tokens=st.integers(1, 1 << 40),
-    temperature=st.floats(0, 1000),
+    temperature=st.one_of(st.just(0.0), st.floats(COLDEST, 1000)),
     top_k=LONG,
     top_p=st.floats(1e-9, 1),
     min_p=st.floats(0, 1),
