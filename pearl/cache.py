@@ -4,10 +4,18 @@
 to, and which slots it may see, is said from outside before each forward. Keys carry their rotary position already, so
 a mask may select a node's ancestors wherever they lie. Nothing is ever copied or deleted: what no mask selects is not
 there.
-A token's own place is slot = position. That is a matter of bits: the same keys in other slots sum in another order.
+
+A token's own place is slot = position. That is a matter of bits: the same keys in other slots sum in another order. So
+a branch beside the chain is not read from slots of its own either: for its rows there is an attention call for which
+it is laid over the chain, at slot = position, exactly as it would lie if it were the chain (`Branch`). A drafter, whose
+bits nobody compares, writes its nodes wherever there is room and lets a mask pick their ancestors (`place_at`).
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +23,34 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache, PretrainedConfig
 
 from pearl.errors import UsageError
-from pearl.rows import GRAIN
+from pearl.rows import GRAIN, LIMIT, CannotBranch
+
+SPARE = 2 * LIMIT  # rows beyond the slots, for those of a pass that lie in none
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A path beside the chain of a pass, as one attention call sees it: laid over the chain, at slot = position."""
+
+    slot: int  # of the first row laid
+    laid: tuple[int, ...]  # rows of the forward, at consecutive slots: the path from where it leaves the chain
+    queries: tuple[int, ...]  # rows whose attention is computed here, filled up to a safe count by repetition
+    own: int  # how many of the queries count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a forward write their keys and values, and what they see."""
+
+    slots: slice | Tensor  # of the first rows; the others lie in no slot of their own
+    written: int  # how many rows that are
+    seen: int  # slots read
+    branches: tuple[Branch, ...] = ()
+    masks: tuple[Tensor, ...] = ()  # of each branch, bool [1, 1, queries, seen]
 
 
 class SlotCache(Cache):
-    """Static keys and values of every layer. Set where the next forward reads and writes with `place`."""
+    """Static keys and values of every layer. Set where the next forward reads and writes with `place` or `place_at`."""
 
     is_compileable = False
 
@@ -28,42 +59,83 @@ class SlotCache(Cache):
         self.slots = -(-slots // GRAIN) * GRAIN
         self._batch = batch
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, made where that layer's device is
-        self._first, self._count, self._seen = 0, 0, GRAIN
+        self.layout = Layout(slice(0, 0), 0, GRAIN)
 
-    def place(self, first: int, count: int, seen_by: int) -> Tensor:
-        """The next forward has `count` rows in the slots from `first`; each sees the slots up to its own.
+    def place(
+        self, first: int, count: int, written: int, branches: Sequence[Branch] = (), depths: Sequence[int] = ()
+    ) -> Tensor:
+        """The next forward has `count` rows; the first `written` go to the slots from `first`, each sees up to its own.
 
-        The rows from `seen_by` on are padding, which nobody reads: they see no further than the others, so the forward
-        reads no more slots for them. Returns the mask, bool [1, 1, count, slots seen]: True where a row may look.
+        The others are side rows (see `Branch`; `depths` are their positions less `first`) and padding, which nobody
+        reads: what they see in the main call is of no account. Returns the mask, bool [1, 1, count, slots seen]: True
+        where a row may look.
         """
-        assert first + count <= self.slots, "the cache is too short for this forward"
-        self._first, self._count = first, count
-        self._seen = -(-(first + seen_by) // GRAIN) * GRAIN
-        own = torch.arange(first, first + count)
-        return (torch.arange(self._seen) <= own[:, None])[None, None]
+        assert first + written <= self.slots, "the cache is too short for this forward"
+        assert not branches or count <= SPARE, "more side rows than there is room for"
+        seen = -(-(first + max([written, *(depth + 1 for depth in depths)])) // GRAIN) * GRAIN
+        slots = torch.arange(seen)
+        own = torch.arange(first, first + count).clamp_(max=first + written - 1)
+        masks = []
+        for branch in branches:
+            last = torch.tensor([first + depths[row - written] for row in branch.queries])
+            masks.append((slots <= last[:, None])[None, None])
+        self.layout = Layout(slice(first, first + written), written, seen, tuple(branches), tuple(masks))
+        return (slots <= own[:, None])[None, None]
+
+    def place_at(self, slots: Tensor, seen: int) -> None:
+        """The next forward writes its rows to `slots`, int64 [rows], and reads some of the first `seen`."""
+        self.layout = Layout(slots, len(slots), seen)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
         """Called by each layer with its new keys and values, [batch, kv heads, rows, head_dim]."""
         if layer_idx not in self._buffers:
             self._buffers[layer_idx] = (self._empty(key_states), self._empty(value_states))
-        rows = slice(self._first, self._first + self._count)
-        keys, values = self._buffers[layer_idx]
-        keys[:, :, rows] = key_states
-        values[:, :, rows] = value_states
-        return keys[:, :, : self._seen], values[:, :, : self._seen]
+        layout, seen = self.layout, []
+        for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
+            buffer[:, :, layout.slots] = states[:, :, : layout.written]
+            if layout.branches:
+                buffer[:, :, self.slots : self.slots + states.shape[2]] = states
+            seen.append(buffer[:, :, : layout.seen])
+        return tuple(seen)
+
+    def move(self, rows: Sequence[int], slot: int, layer: int | None = None) -> None:
+        """Copies rows of the last forward with branches to the slots from `slot` on, in one layer or in all."""
+        first, last = self.slots + rows[0], self.slots + rows[-1]
+        straight = last - first == len(rows) - 1  # rows ascend
+        spare = slice(first, last + 1) if straight else [self.slots + row for row in rows]
+        for buffers in self._buffers.values() if layer is None else [self._buffers[layer]]:
+            for buffer in buffers:
+                buffer[:, :, slot : slot + len(rows)] = buffer[:, :, spare]
+
+    def holds(self, keys: Tensor, layer: int) -> bool:
+        """Whether `keys` are a view of what this layer has cached."""
+        return keys.data_ptr() == self._buffers[layer][0].data_ptr()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._first
+        return self.layout.slots.start if isinstance(self.layout.slots, slice) else 0
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.slots
 
     def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
-        return self._seen, 0
+        return self.layout.seen, 0
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While a forward runs, its attention finds the cache here: transformers hands it keys and values only."""
+        global _under_way
+        before, _under_way = _under_way, self
+        try:
+            yield
+        finally:
+            _under_way = before
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        return like.new_zeros(self._batch, heads, self.slots, width)
+        return like.new_zeros(self._batch, heads, self.slots + SPARE, width)
+
+
+_under_way: SlotCache | None = None
 
 
 def grouped_sdpa(
@@ -81,12 +153,29 @@ def grouped_sdpa(
     transformers' own copies every key and value once a head instead: for six heads a key and 500 tokens that is a
     tenth of the whole pass on a CPU core.
     """
+    cache = _under_way
+    out = _attend(query, key, value, attention_mask, scaling)
+    if cache is not None and cache.layout.branches:
+        layout, layer = cache.layout, module.layer_idx
+        if not cache.holds(key, layer):
+            raise CannotBranch
+        for branch, mask in zip(layout.branches, layout.masks, strict=True):
+            cache.move(branch.laid, branch.slot, layer)
+            one = _attend(query[:, :, list(branch.queries)], key, value, mask.to(query.device), scaling)
+            out[:, :, list(branch.queries[: branch.own])] = one[:, :, : branch.own]
+            cache.move(range(layout.written), layout.slots.start, layer)  # the chain is back where it was
+    return out.transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """[batch, heads, rows, head_dim]"""
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
     packed = query.reshape(batch, key.shape[1], groups * rows, width)
-    mask = attention_mask.repeat(1, 1, groups, 1) if groups > 1 else attention_mask
+    if groups > 1:
+        mask = mask.repeat(1, 1, groups, 1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, rows, value.shape[-1]).transpose(1, 2), None
+    return out.reshape(batch, heads, rows, value.shape[-1])
 
 
 AttentionInterface.register("pearl_grouped_sdpa", grouped_sdpa)
@@ -96,6 +185,11 @@ def use_grouped_attention(model: torch.nn.Module) -> None:
     """Switches a model that would use sdpa to `grouped_sdpa`. Models that need another attention keep it."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("pearl_grouped_sdpa")
+
+
+def reads_branches(model: torch.nn.Module) -> bool:
+    """Whether a pass of this model may hold side branches: they need `grouped_sdpa`."""
+    return model.config._attn_implementation == "pearl_grouped_sdpa"
 
 
 def as_model_mask(model: torch.nn.Module, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The drafter's role (rank 1): grow the trie.
 
     apply the verdicts that have arrived: move the root, drop what is dead
-    extend the chain by what the source proposes
+    extend the chain by what the source proposes        or the likeliest leaves of the tree, in one forward
     send the new nodes
 
 It waits only when there is nothing to guess: far enough ahead, the block complete, or the source at a loss. Its guesses
@@ -13,12 +13,15 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from pearl import memory
 from pearl.channel import Channel, Clock
-from pearl.messages import End, Guess, Nodes, Report, Start, Verdict
-from pearl.sources import DraftSource
+from pearl.messages import Costs, End, Guess, Nodes, Plan, Report, Start, Verdict
+from pearl.sources import DraftSource, TreeGrower
+from pearl.trace import OFF, Trace, flow_id
 from pearl.trie import Node, Trie
 
 
@@ -28,7 +31,7 @@ class _Text:
 
     start: Start
     trie: Trie
-    block: int
+    plan: Plan
     report: Report
     ids: dict[Node, int] = field(default_factory=dict)
     drafted: int = 0  # guesses since the chain began
@@ -41,9 +44,10 @@ class _Text:
 class Drafter:
     """One end of the channel and a source; `step` is one turn of the loop, `run` the loop of a process."""
 
-    def __init__(self, source: DraftSource, channel: Channel, clock: Clock = time.perf_counter):
-        self._source, self._channel, self._clock = source, channel, clock
+    def __init__(self, source: DraftSource, channel: Channel, clock: Clock = time.perf_counter, trace: Trace = OFF):
+        self._source, self._channel, self._clock, self._trace = source, channel, clock, trace
         self._text: _Text | None = None
+        self._told_costs = False
 
     def run(self) -> None:
         """Until the target is gone."""
@@ -51,7 +55,9 @@ class Drafter:
             if not self.step():
                 began = self._clock()
                 self._channel.wait()
-                self._count(waiting_s=self._clock() - began)
+                ended = self._clock()
+                self._count(waiting_s=ended - began)
+                self._trace.span("wait", began, ended)
 
     def step(self) -> bool:
         """Applies what has arrived, then makes one proposal. False: there was nothing to do."""
@@ -70,52 +76,92 @@ class Drafter:
     def _begin(self, start: Start) -> None:
         memory.reset_peak()
         trie = Trie(start.prompt)
-        self._text = _Text(start, trie, start.block, Report(start.sequence))
+        self._text = _Text(start, trie, start.plan, Report(start.sequence))
         self._text.name(trie.root)
+        self._trace.instant("start", self._clock(), sequence=start.sequence, mode=start.schedule.mode)
+        if isinstance(self._source, TreeGrower) and not self._told_costs:
+            self._channel.send(Costs(start.sequence, self._source.costs))
+            self._told_costs = True
         try:
             self._source.start(start.params)
         except Exception:
             self._fail(self._text)
 
     def _apply(self, text: _Text, verdict: Verdict) -> None:
+        misses, prepared = _foreseen(text.trie.root, verdict.tokens)
         hit = text.trie.commit(verdict.tokens)
         assert text.trie.root.position == verdict.position, "a verdict was lost"
-        text.block = verdict.block
+        text.plan = verdict.plan
         if not text.trie.root.children:
             text.drafted = 0
-        self._count(verdicts=1, hits=int(hit))
+        self._count(verdicts=1, hits=int(hit), misses=misses, prepared=prepared)
+        now = self._clock()
+        self._trace.instant("hit" if hit else "miss", now, sequence=verdict.sequence, position=verdict.position)
+        self._trace.flow("verdict", flow_id(verdict.sequence, verdict.position), now, sent=False)
 
     def _grow(self, text: _Text) -> bool:
-        trie, root = text.trie, text.trie.root
-        chain = trie.chain()
-        room = text.start.schedule.room(len(chain), text.block, text.drafted)
-        path = [node.token for node in chain]
-        proposed = self._propose(text, trie.tokens + path, room) if room and not text.report.failed else []
-        if not proposed and text.told == root.position:
+        """One proposal, sent. False: there was nothing to propose, and the target knows it."""
+        root = text.trie.root
+        if text.report.failed or not text.plan.ahead:
+            grown, resting = [], True
+        elif text.start.schedule.tree and isinstance(self._source, TreeGrower):
+            grown, resting = self._tree(text, self._source)
+        else:
+            grown, resting = self._chain(text)
+        if not grown and text.told == root.position:
             return False
-        leaf, guesses = chain[-1] if chain else root, []
+        if resting:
+            text.told = root.position
+        guesses = tuple(
+            Guess(text.name(node), text.name(parent), node.token, node.proposal, node.logp) for parent, node in grown
+        )
+        self._channel.send(Nodes(text.start.sequence, text.name(root), root.position, resting, guesses))
+        if guesses:
+            self._trace.flow("nodes", flow_id(text.start.sequence, guesses[0].id), self._clock(), sent=True)
+        return True
+
+    def _chain(self, text: _Text) -> tuple[list[tuple[Node, Node]], bool]:
+        """What the source proposes after the chain, and whether it rests: at a loss, or far enough ahead."""
+        trie = text.trie
+        chain = trie.chain()
+        room = text.start.schedule.room(len(chain), text.plan.block, text.drafted)
+        if not room:
+            return [], True
+        path = [node.token for node in chain]
+        proposed = self._try(text, lambda: self._source.propose(trie.tokens + path, room)) or []
+        leaf, grown = chain[-1] if chain else trie.root, []
         for token, proposal in proposed:
             node = trie.grow(leaf, token, proposal)
             assert node is not None, "the drafter's own root is up to date with its own text"
-            guesses.append(Guess(text.name(node), text.name(leaf), token, proposal))
+            grown.append((leaf, node))
             leaf = node
-        text.drafted += len(proposed)
-        resting = len(proposed) in (0, room)  # at a loss, or far enough ahead
-        if resting:
-            text.told = root.position
-        self._channel.send(Nodes(text.start.sequence, text.name(root), root.position, resting, tuple(guesses)))
-        return True
+        text.drafted += len(grown)
+        self._count(drafted=len(grown))
+        return grown, len(grown) in (0, room)
 
-    def _propose(self, text: _Text, tokens: list[int], room: int) -> list:
-        began = self._clock()
-        forwards = self._source.forwards
+    def _tree(self, text: _Text, source: TreeGrower) -> tuple[list[tuple[Node, Node]], bool]:
+        """The nodes of one forward over the likeliest leaves, and whether it rests: nothing worth extending."""
+        before = (source.rows, source.own, source.confirmed)
+        fixed = text.start.schedule.branches is not None
+        grow = lambda: source.extend(text.trie, text.plan.branches, text.plan.ahead, fixed)  # noqa: E731
+        grown = self._try(text, grow) or []
+        rows, own, confirmed = source.rows - before[0], source.own - before[1], source.confirmed - before[2]
+        self._count(drafted=len(grown), rows=rows, own=own, confirmed=confirmed)
+        return grown, not grown
+
+    def _try(self, text: _Text, draft: Callable[[], Any]) -> Any:
+        """What the source says; None if it raised, and then it is not asked again in this text."""
+        began, forwards = self._clock(), self._source.forwards
         try:
-            proposed = self._source.propose(tokens, room)
+            return draft()
         except Exception:
             self._fail(text)
-            proposed = []
-        self._count(busy_s=self._clock() - began, forwards=self._source.forwards - forwards, drafted=len(proposed))
-        return proposed
+            return None
+        finally:
+            ended = self._clock()
+            self._count(busy_s=ended - began, forwards=self._source.forwards - forwards)
+            position = text.trie.root.position
+            self._trace.span("draft", began, ended, sequence=text.start.sequence, position=position)
 
     def _fail(self, text: _Text) -> None:
         """Whatever happens to a source, the text goes on without it, and the run says so."""
@@ -126,9 +172,28 @@ class Drafter:
     def _finish(self, end: End) -> None:
         report = self._text.report if self._text else Report(end.sequence)
         self._text = None
+        self._trace.instant("end", self._clock(), sequence=end.sequence)
+        self._trace.save()
         self._channel.send(replace(report, memory=memory.peak()))
 
     def _count(self, **more: float) -> None:
         if self._text:
             report = self._text.report
             self._text.report = replace(report, **{name: getattr(report, name) + value for name, value in more.items()})
+
+
+def _foreseen(root: Node, tokens: Sequence[int]) -> tuple[int, int]:
+    """How many of the committed tokens were not the first guess where they stand, and how many of those were another.
+
+    A token at whose place nothing was guessed is no miss: there the drafter was late.
+    """
+    node: Node | None = root
+    misses = prepared = 0
+    for token in tokens:
+        if node is None or not node.children:
+            break
+        if token != next(iter(node.children)):
+            misses += 1
+            prepared += token in node.children
+        node = node.children.get(token)
+    return misses, prepared

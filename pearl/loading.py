@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pearl.config import EMBEDDED, NGRAM, EngineConfig
 from pearl.errors import UsageError
 from pearl.model import LanguageModel
 from pearl.pairs import needed_gb, probe
-from pearl.rows import RowPlan, measure, remembered
+from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, remembered
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
 
@@ -130,13 +130,19 @@ def load_target(checked: Preflight) -> LanguageModel:
     return _reader(model, checked, checked.target_on, checked.max_length, config.target, config.dtype)
 
 
-def load_draft(checked: Preflight, ahead: int) -> LanguageModel:
-    """The draft model; its texts are up to `ahead` guesses longer than the target's."""
+def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[float, ...]]:
+    """The draft model, and the seconds of a forward by its leaves. Its texts are up to `ahead` guesses longer than the
+    target's."""
     config = checked.config
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
     _prepare(model, config, checked.draft_on)
-    return LanguageModel(model, checked.vocabulary, min(checked.max_length + ahead, longest_text(model.config)))
+    reader = LanguageModel(model, checked.vocabulary, min(checked.max_length + ahead, longest_text(model.config)))
+    dtype = config.draft_dtype or config.dtype
+    key = {"leaves": 1, "as": config.draft_load_in, **_key(model, config, checked.draft_on, checked.draft.name, dtype)}
+    found = remembered(key, lambda: {"seconds": leaf_costs(reader, checked.vocabulary)})
+    reader.forget()
+    return reader, tuple(found["seconds"])
 
 
 def compare_vocabularies(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
@@ -210,7 +216,22 @@ def _prepare(model: Any, config: EngineConfig, placed: Placed) -> None:
 def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, name: str, dtype: str) -> LanguageModel:
     config = checked.config
     _prepare(model, config, placed)
-    key = {
+    reader = LanguageModel(model, checked.vocabulary, max_length)
+
+    def find() -> dict[str, Any]:
+        plan = measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)
+        reader.rows = plan
+        return asdict(replace(plan, branches=reader.branches and branches_agree(reader, checked.vocabulary)))
+
+    found = remembered({"rows": 2, **_key(model, config, placed, name, dtype)}, find)
+    reader.rows = RowPlan(**{field: tuple(v) if isinstance(v, list) else v for field, v in found.items()})
+    reader.forget()
+    return reader
+
+
+def _key(model: Any, config: EngineConfig, placed: Placed, name: str, dtype: str) -> dict[str, object]:
+    """What a model's times and bits depend on, besides the machine."""
+    return {
         "model": name,
         "dtype": dtype,
         "load_in": config.load_in,
@@ -219,13 +240,6 @@ def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, nam
         "devices": placed.devices,
         "config": model.config.to_json_string(),
     }
-    reader = LanguageModel(model, checked.vocabulary, max_length)
-
-    def find() -> RowPlan:
-        return measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)
-
-    reader.rows = remembered(key, find)
-    return reader
 
 
 def _place(config: EngineConfig) -> tuple[Placed, Placed]:

@@ -3,7 +3,8 @@
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
                          Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races)
                          End      the sequence is over
-    drafter -> target    Nodes    guesses: (id, parent id, token) each, and their q where rejection sampling needs it
+    drafter -> target    Costs    once: the seconds of a forward by its rows
+                         Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
                          Report   what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
 
@@ -14,16 +15,16 @@ numbers only, no pickles. Floating-point numbers travel as their own bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pearl.sampling import SamplingParams
-from pearl.schedule import MAX_GAMMA, MODES, Schedule
+from pearl.schedule import MODES, Schedule
 
 FRAME = 16  # words
-_AUTO = MAX_GAMMA + 1  # gamma "auto" on the wire
+_AUTO = -1  # on the wire
 Words = np.ndarray  # int32 [n]
 
 
@@ -35,6 +36,16 @@ class Guess:
     parent: int
     token: int
     proposal: tuple[tuple[int, float], ...] = ()
+    logp: float = 0.0  # see trie.Node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the target has decided for the drafter until its next word."""
+
+    block: int = 1  # the block length in force, see Schedule.guesses_to_wait_for
+    branches: int = 1  # leaves and guesses of its own that a forward may read at most
+    ahead: int = 32  # how deep below the root it may guess; 0: not at all
 
 
 @dataclass(frozen=True)
@@ -43,14 +54,14 @@ class Start:
     schedule: Schedule
     params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
     prompt: tuple[int, ...]
-    block: int  # the block length in force, see Schedule.guesses_to_wait_for
+    plan: Plan
 
 
 @dataclass(frozen=True)
 class Verdict:
     sequence: int
     position: int  # of the new root
-    block: int
+    plan: Plan
     tokens: tuple[int, ...]
 
 
@@ -82,8 +93,21 @@ class Report:
     drafted: int = 0
     verdicts: int = 0
     hits: int = 0  # verdicts whose new root was already in the drafter's trie
+    misses: int = 0  # committed tokens that were not the first guess after their parent
+    prepared: int = 0  # of those: among the other guesses
+    rows: int = 0  # read by all forwards
+    own: int = 0  # rows that held the drafter's own guesses
+    confirmed: int = 0  # of those: what its model then said too
     memory: int = 0
     failed: bool = False  # the draft source raised; the rest of the sequence is the target's alone
+
+
+@dataclass(frozen=True)
+class Costs:
+    """`seconds[n - 1]` is the time of a drafter forward of n rows; empty if the source has no model."""
+
+    sequence: int
+    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -91,12 +115,17 @@ class Close:
     sequence: int = 0
 
 
-Message = Start | Verdict | End | Nodes | Report | Close
-_KINDS: tuple[type, ...] = (Start, Verdict, End, Nodes, Report, Close)
+Message = Start | Verdict | End | Costs | Nodes | Report | Close
+_KINDS: tuple[type, ...] = (Start, Verdict, End, Costs, Nodes, Report, Close)
+_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
 
 
 def _float(x: float) -> list[int]:
     return np.array([x], np.float64).view(np.int32).tolist()
+
+
+def _singles(numbers: Sequence[float]) -> list[int]:
+    return np.array(numbers, np.float32).view(np.int32).tolist()
 
 
 def _long(x: int) -> list[int]:
@@ -120,6 +149,9 @@ class _Reader:
 
     def words(self, count: int) -> tuple[int, ...]:
         return tuple(self._take(count).tolist())
+
+    def singles(self, count: int) -> tuple[float, ...]:
+        return tuple(self._take(count).copy().view(np.float32).tolist())
 
     def real(self) -> float:
         return float(self._take(2).copy().view(np.float64)[0])
@@ -149,28 +181,32 @@ def decode(words: Words) -> Message:
 def _encode_body(message: Message) -> Iterator[int]:
     yield message.sequence
     match message:
-        case Start(_, schedule, params, prompt, block):
-            yield from (MODES.index(schedule.mode), _AUTO if schedule.gamma is None else schedule.gamma)
-            top_k = min(params.top_k, 2**31 - 1)  # no vocabulary is larger
-            yield from (schedule.max_ahead, block, top_k, int(params.rejection))
+        case Start(_, schedule, params, prompt, plan):
+            yield MODES.index(schedule.mode)
+            for setting in (schedule.gamma, schedule.branches, schedule.width, schedule.max_ahead):
+                yield _AUTO if setting is None else setting
+            yield from (plan.block, plan.branches, plan.ahead)
+            yield from (min(params.top_k, 2**31 - 1), int(params.rejection))  # no vocabulary is larger
             for number in (params.temperature, params.top_p, params.min_p):
                 yield from _float(number)
             yield from _long(params.seed)
             yield from (len(prompt), *prompt)
-        case Verdict(_, position, block, tokens):
-            yield from (position, block, len(tokens), *tokens)
+        case Verdict(_, position, plan, tokens):
+            yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
+        case Costs(_, seconds):
+            yield from (len(seconds), *_singles(seconds))
         case Nodes(_, root, position, resting, guesses):
             yield from (root, position, int(resting), len(guesses))
             for guess in guesses:
                 yield from (guess.id, guess.parent, guess.token, len(guess.proposal))
                 yield from (token for token, _ in guess.proposal)
-                yield from np.array([q for _, q in guess.proposal], np.float32).view(np.int32).tolist()
+                yield from _singles([*(q for _, q in guess.proposal), guess.logp])
         case Report():
             for seconds in (message.busy_s, message.waiting_s):
                 yield from _float(seconds)
-            counts = (message.forwards, message.drafted, message.verdicts, message.hits, message.memory, message.failed)
-            for count in counts:
-                yield from _long(count)
+            for name in _COUNTS:
+                yield from _long(getattr(message, name))
+            yield int(message.failed)
         case End() | Close():
             pass
 
@@ -178,30 +214,34 @@ def _encode_body(message: Message) -> Iterator[int]:
 def _decode_body(kind: type, read: _Reader) -> Message:
     sequence = read.word()
     if kind is Start:
-        mode, gamma, max_ahead, block, top_k, rejection = read.words(6)
+        mode = read.word()
+        gamma, branches, width, max_ahead = (None if word == _AUTO else word for word in read.words(4))
+        block, most, ahead, top_k, rejection = read.words(5)
         temperature, top_p, min_p = read.real(), read.real(), read.real()
         seed = read.long()
-        schedule = replace(Schedule.of(MODES[mode], None if gamma == _AUTO else gamma), max_ahead=max_ahead)
+        schedule = replace(Schedule.of(MODES[mode]), gamma=gamma, branches=branches, width=width, max_ahead=max_ahead)
         method = "rejection" if rejection else "seeded"
         params = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method
         )
-        return Start(sequence, schedule, params, read.words(read.word()), block)
+        return Start(sequence, schedule, params, read.words(read.word()), Plan(block, most, ahead))
     if kind is Verdict:
-        position, block, count = read.words(3)
-        return Verdict(sequence, position, block, read.words(count))
+        position, block, most, ahead, count = read.words(5)
+        return Verdict(sequence, position, Plan(block, most, ahead), read.words(count))
+    if kind is Costs:
+        return Costs(sequence, read.singles(read.word()))
     if kind is Nodes:
         root, position, resting, count = read.words(4)
         return Nodes(sequence, root, position, bool(resting), tuple(_decode_guess(read) for _ in range(count)))
     if kind is Report:
         busy, waiting = read.real(), read.real()
-        forwards, drafted, verdicts, hits, memory, failed = (read.long() for _ in range(6))
-        return Report(sequence, busy, waiting, forwards, drafted, verdicts, hits, memory, bool(failed))
+        counts = {name: read.long() for name in _COUNTS}
+        return Report(sequence, busy, waiting, **counts, failed=bool(read.word()))
     return kind(sequence)
 
 
 def _decode_guess(read: _Reader) -> Guess:
     id, parent, token, support = read.words(4)
     tokens = read.words(support)
-    q = np.array(read.words(support), np.int32).view(np.float32).tolist()
-    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)))
+    *q, logp = read.singles(support + 1)
+    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp)

@@ -13,10 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pearl.cache import SlotCache, as_model_mask
+from pearl.cache import Branch, SlotCache, as_model_mask, reads_branches
+from pearl.leaves import Leaves
 from pearl.rows import ANY, LIMIT, RowPlan
 
+TREE = 256  # slots for the nodes of a drafter beyond its longest text
 CHUNK = 512  # rows of one prefill forward at most
+
+
+SideRow = tuple[int, int]  # (row of the parent, token): rows beside the chain are numbered on from its last
 
 
 class Reader(Protocol):
@@ -25,8 +30,15 @@ class Reader(Protocol):
     rows: RowPlan
     max_length: int  # of a text, in tokens
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True) -> Tensor:
-        """Logits [keep, V] of what follows each of the last `keep` of `tokens`."""
+    @property
+    def branches(self) -> bool:
+        """Whether `read` takes side branches."""
+
+    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
+        """Logits [keep + len(branches), V] of what follows each of the last `keep` of `tokens`, and each side row."""
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        """Logits [len(paths), V] of what follows `text` and each path, for a drafter: bits are of no account."""
 
     def forget(self) -> None:
         """Empties the cache."""
@@ -38,49 +50,127 @@ class LanguageModel:
     def __init__(self, model: torch.nn.Module, vocabulary: int, max_length: int, rows: RowPlan = ANY):
         """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a text, in tokens."""
         self.model, self.vocabulary, self.max_length, self.rows = model, vocabulary, max_length, rows
-        self._cache = SlotCache(max_length + LIMIT)
+        self._cache = SlotCache(max_length + TREE)
         self._cached: list[int] = []  # the token in each slot
+        self._first = 0  # position of the first row of the last forward
+        self._sides: dict[tuple[int, int], int] = {}  # of the last forward: (its row, token) -> the side row after it
+        self._leaves: Leaves | None = None  # what is where, if `read_leaves` was the last to write
+
+    @property
+    def branches(self) -> bool:
+        return self.rows.branches and reads_branches(self.model)
 
     def forget(self) -> None:
-        self._cached = []
+        self._cached, self._sides = [], {}
+        self._leaves = None
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True) -> Tensor:
-        """Logits [keep, V] of what follows each of the last `keep` of `tokens`, at least one.
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
+        """Logits [keep + len(branches), V] of what follows each of the last `keep` of `tokens`, at least one, and each
+        side row. A side row's parent is one of those last tokens, numbered from 0, or an earlier side row.
 
         `padded`: bring the forward up to a row count whose bits are safe. A drafter, whose guesses are checked anyway,
         saves those rows.
         """
         tokens = list(tokens)
         assert 0 < keep <= len(tokens) <= self.max_length, "a text must fit the cache and hold the rows asked for"
-        known = min(_shared_prefix(self._cached, tokens), len(tokens) - keep)
-        self._cached = tokens[:known]  # if what follows fails, the rest is unknown
-        while len(tokens) - keep - known >= CHUNK:
-            self.forward(tokens[known : known + CHUNK], known, 1)
-            known += CHUNK
+        known = self._known(tokens, len(tokens) - keep)
+        self._cached, self._sides, self._leaves = tokens[:known], {}, None  # if what follows fails, no more is known
+        while (ahead := len(tokens) - keep - known) >= CHUNK or (branches and ahead > LIMIT):
+            self.forward(tokens[known : known + min(CHUNK, ahead)], known, 1)
+            known += min(CHUNK, ahead)
         new = tokens[known:]
-        pads = self.rows.pad(len(new)) - len(new) if padded else 0
-        logits = self.forward(new + new[-1:] * pads, known, keep + pads, padding=pads)
-        self._cached = tokens  # the pads lie beyond: their slots are written again before anything sees them
-        return logits[:keep, : self.vocabulary]
+        before = len(new) - keep
+        sides = [(before + parent, token) for parent, token in branches]
+        rows = len(new) + len(sides)
+        pads = self.rows.pad(rows) - rows if padded else 0
+        logits = self.forward(new, known, keep + len(sides) + pads, sides, pads)
+        self._cached = tokens
+        self._sides = {side: len(new) + i for i, side in enumerate(sides)}
+        return logits[: keep + len(sides), : self.vocabulary]
 
-    @torch.inference_mode()
-    def forward(self, tokens: list[int], first: int, keep: int, padding: int = 0) -> Tensor:
-        """One forward of `tokens`, the last `padding` of which only fill it, at the positions from `first`.
+    def _known(self, tokens: list[int], most: int) -> int:
+        """How many of `tokens` need no reading. A side branch of the last forward that the text took is put in place:
+        its rows have the bits that the chain's would have."""
+        known = min(_shared_prefix(self._cached, tokens), most)
+        row, taken = known - self._first - 1, []
+        while known + len(taken) < most and (side := self._sides.get((row, tokens[known + len(taken)]))) is not None:
+            taken.append(side)
+            row = side
+        if taken:
+            self._cache.move(taken, known)
+        return known + len(taken)
+
+    def forward(self, tokens: list[int], first: int, keep: int, sides: Sequence[SideRow] = (), pads: int = 0) -> Tensor:
+        """One forward of `tokens` at the positions from `first`, of side rows, and of `pads` rows that only fill it.
 
         Returns logits [keep, V] of the last `keep` rows, V as the model has it.
         """
-        mask = self._cache.place(first, len(tokens), len(tokens) - padding)
+        self._first = first
+        depths = list(range(len(tokens)))
+        for parent, _ in sides:
+            depths.append(depths[parent] + 1)
+        rows = [*tokens, *(token for _, token in sides), *[tokens[-1]] * pads]
+        branches = _branches(first, len(tokens), [parent for parent, _ in sides], depths, self.rows)
+        mask = self._cache.place(first, len(rows), len(tokens), branches, depths[len(tokens) :])
+        positions = torch.tensor([first + depth for depth in depths] + [first] * pads)
+        return self._run(rows, positions, mask, keep)
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        """Logits [len(paths), V] of what follows `text` and each of `paths`, which may share their beginnings.
+
+        For a drafter, whose bits nobody compares: nodes lie where there is room, and no row is added.
+        """
+        self._cached = []  # its slots are overwritten
+        self._leaves = self._leaves or Leaves(self._cache.slots)
+        plan = self._leaves.plan(list(text), paths)
+        wanted = []
+        for chunk in plan.chunks(CHUNK):
+            self._cache.place_at(chunk.slots, chunk.seen)
+            logits = self._run(chunk.tokens, chunk.positions, chunk.mask, chunk.wanted)
+            wanted.append(logits)
+        return torch.cat(wanted)[plan.order, : self.vocabulary]
+
+    @torch.inference_mode()
+    def _run(self, rows: list[int], positions: Tensor, mask: Tensor, keep: int | Tensor) -> Tensor:
         device = self.model.device
-        positions = torch.arange(first, first + len(tokens), device=device).clamp_(max=self.max_length - 1)  # pads
-        out = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=positions[None],
-            attention_mask=as_model_mask(self.model, mask),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        with self._cache.under_way():
+            out = self.model(
+                input_ids=torch.tensor([rows], device=device),
+                position_ids=positions[None].to(device),
+                attention_mask=as_model_mask(self.model, mask),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         return out.logits[0]
+
+
+def _branches(first: int, chain: int, parents: Sequence[int], depths: Sequence[int], plan: RowPlan) -> list[Branch]:
+    """The side rows as paths. A row goes on with its parent's path if it is that row's first child there.
+
+    Worked example: chain rows 0 1 2, side rows 3 (after 0), 4 (after 3), 5 (after 3). The paths are 3 4 and 3 5; the
+    second lays 3 too, whose attention the first has computed.
+    """
+    paths: list[list[int]] = []  # the rows of each from where it leaves the chain
+    own: list[int] = []  # how many at its end are computed there
+    for row, parent in enumerate(parents, chain):
+        through = next((path for path in paths if parent in path), None)
+        if through is None:
+            paths.append([row])
+            own.append(1)
+        elif through[-1] == parent:
+            through.append(row)
+            own[paths.index(through)] += 1
+        else:
+            paths.append([*through[: through.index(parent) + 1], row])
+            own.append(1)
+    made = []
+    for path, count in zip(paths, own, strict=True):
+        mine = path[-count:]
+        queries = (*mine, *[mine[-1]] * (plan.pad(count) - count))
+        made.append(Branch(first + depths[path[0]], tuple(path), queries, count))
+    return made
 
 
 def _shared_prefix(a: list[int], b: list[int]) -> int:

@@ -138,13 +138,15 @@ def serve(config: EngineConfig, cpus: list[int], port: int | None = None) -> Non
 def draft_source(config: EngineConfig):
     """The source that a config names, with its model loaded."""
     from pearl.schedule import MAX_GAMMA
-    from pearl.sources import ModelSource, NgramSource
+    from pearl.sources import NgramSource
 
     if config.draft == NGRAM:
         return NgramSource()
+    from pearl.beam import TreeSource
     from pearl.loading import load_draft, preflight
 
-    return ModelSource(load_draft(preflight(config), ahead=2 * MAX_GAMMA + 1))
+    model, costs = load_draft(preflight(config), ahead=2 * MAX_GAMMA + 1)
+    return TreeSource(model, costs)
 
 
 def _rendezvous():

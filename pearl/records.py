@@ -8,17 +8,30 @@ from pearl.messages import Report
 
 
 @dataclass(frozen=True)
+class Judged:
+    """One place of the text where there were guesses when the target picked."""
+
+    rank: int | None  # of the pick among them, 0 the first; None: it was not there
+    q: tuple[float, ...]  # their probabilities, as the drafter saw them; 1: it had none
+
+
+@dataclass(frozen=True)
 class Pass:
     """One target forward. Times in seconds."""
 
     position: int  # of the root
     rows: int  # read: new tokens of the text, the root and the guesses, without padding
     offered: int  # guesses among them
+    sides: int  # of those: beside the chain
     tested: int  # guesses compared with a pick, one of which may have arrived during the pass (pre-verify)
     accepted: int  # of those
     committed: int
     hit: bool  # the new root was among the guesses that had arrived
-    block: int  # the block length in force
+    judged: tuple[Judged, ...]  # place by place along the walk, up to the first without guesses
+    block: int  # decided after the pass: the block length in force,
+    branches: int  # rows of a draft,
+    ahead: int  # and how deep the drafter may guess; 0: not to speculate
+    patience_s: float  # decided before it: the longest wait for a first guess
     waited_s: float  # before the pass, for guesses
     forward_s: float
     seconds: float  # all of it, with waiting, picking, walking and messages

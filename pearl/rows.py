@@ -14,8 +14,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,7 @@ LIMIT = 16
 # The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
 # count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
 GRAIN = 128
+LEAVES = 8  # rows of a drafter's forward at most, once its text is read
 _PREFIX = 61  # tokens before the text under test
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
 
@@ -36,6 +38,7 @@ class RowPlan:
     safe: tuple[int, ...]
     cost_s: tuple[float, ...]
     exact: bool = True  # False: the bits depend on the row count whatever is done
+    branches: bool = True  # a row beside the chain has the bits that it would have in it
 
     def pad(self, rows: int) -> int:
         """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
@@ -52,6 +55,10 @@ class RowPlan:
         """
         a = min(acceptance, 0.999)
         return max(self.safe, key=lambda n: (1 - a**n) / (1 - a) / self.cost_s[n - 1])
+
+
+class CannotBranch(Exception):
+    """The model's attention does not read the cached keys themselves."""
 
 
 ANY = RowPlan(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
@@ -83,6 +90,38 @@ def measure(read: Callable[[Sequence[int], int], Tensor], vocabulary: int) -> Ro
     return RowPlan(safe, tuple(costs))
 
 
+def branches_agree(reader: Any, vocabulary: int) -> bool:
+    """Whether rows beside the chain have, bit for bit, the logits that they would have in it, on this very model.
+
+    `reader` is a `model.LanguageModel`.
+    """
+    generator = torch.Generator().manual_seed(1)
+    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX + 5,), generator=generator).tolist()
+    try:
+        mixed = reader.read([*text, a, b], 3, branches=[(0, c), (3, d), (1, e)])
+    except CannotBranch:
+        return False
+    beside = reader.read([*text, c, d], 3)[1:]
+    later = reader.read([*text, a, e], 3)[2:]
+    return torch.equal(mixed[3:], torch.cat([beside, later]))
+
+
+def leaf_costs(reader: Any, vocabulary: int) -> tuple[float, ...]:
+    """Seconds of a drafter's forward of 1, 2, ... `LEAVES` leaves."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
+    costs = []
+    reader.read_leaves(text, [()])
+    for count in range(1, LEAVES + 1):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            _finish(reader.read_leaves(text, [(token,) for token in range(count)]))
+            seconds.append(time.perf_counter() - began)
+        costs.append(min(seconds))
+    return tuple(costs)
+
+
 def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...]:
     """The counts whose rows have the bits of the same rows of `reference`, wherever in the pass they stand."""
     early, late = logits[reference]
@@ -105,20 +144,19 @@ def _finish(rows: Tensor) -> None:
         torch.cuda.synchronize(rows.device)
 
 
-def remembered(key: dict[str, object], find: Callable[[], RowPlan]) -> RowPlan:
+def remembered(key: dict[str, object], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """`find()`, or what it said the last time on this machine for this `key` and these versions."""
     versions = [torch.__version__, transformers.__version__, platform.processor(), torch.get_num_threads()]
     name = hashlib.sha256(json.dumps([key, versions, _processor()], sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "rows" / f"{name}.json"
     if path.exists():
-        saved = json.loads(path.read_text())
-        return RowPlan(tuple(saved["safe"]), tuple(saved["cost_s"]), saved["exact"])
-    plan = find()
+        return json.loads(path.read_text())
+    found = find()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(asdict(plan)))
+    partial.write_text(json.dumps(found))
     partial.replace(path)
-    return plan
+    return found
 
 
 def _processor() -> str:

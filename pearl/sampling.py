@@ -26,6 +26,8 @@ from pearl.trie import Node
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 COLDEST = 1e-6  # logits divided by less could leave float32
+CANDIDATES = 64  # best tokens of the drafter's q among which it ranks its guesses
+OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 METHODS = ("seeded", "rejection")
 
 
@@ -103,6 +105,45 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
             break
     kept = tokens[(before < top_p) & (best > 0)]
     return torch.full_like(scores, -torch.inf).index_copy_(0, kept, scores[kept])
+
+
+def ranked(
+    logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int
+) -> list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]:
+    """The drafter's guesses for each of `positions`, likeliest first, at most `most`: (token, log q, proposal).
+
+    logits: [R, V], the drafter's. Greedy: the best of q. Seeded: the best *samples*, as both sides add the same noise
+    to p and to q; their gaps say how sure each is. Rejection: the first is drawn from q and is judged, the others are
+    the likeliest of the rest. Looks at the `CANDIDATES` best tokens of q only: guesses may miss.
+    """
+    best, tokens = logits.topk(min(CANDIDATES, logits.shape[-1]))
+    if params.greedy:
+        logp = best.float().log_softmax(-1)[:, :most].tolist()
+        return [
+            [(t, q, ()) for t, q in zip(row, qs, strict=False)] for row, qs in zip(tokens.tolist(), logp, strict=True)
+        ]
+    rows = zip(logits, best, tokens, positions, strict=True)
+    if params.rejection:
+        return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
+    return [_best_samples(warp(b, params), t, params, position, most) for _, b, t, position in rows]
+
+
+def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
+    """scores, tokens: [CANDIDATES], warped logits and their tokens."""
+    kept = scores.isfinite().nonzero().squeeze(1)
+    noisy = scores[kept].double() + noise.gumbel(params.seed, position, noise.PICK, tokens[kept])
+    logp, order = noisy.log_softmax(-1).sort(descending=True)
+    return [(t, q, ()) for t, q in zip(tokens[kept][order[:most]].tolist(), logp.tolist(), strict=False)]
+
+
+def _drawn_first(
+    logits: Tensor, scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int
+) -> list:
+    first, proposal = propose(logits, params, position)
+    shares = {t: q for t, q in zip(tokens.tolist(), scores.softmax(-1).tolist(), strict=True) if t != first and q > 0}
+    rest = sum(shares.values())
+    others = [(t, math.log(OTHERWISE * q / rest), ()) for t, q in list(shares.items())[: most - 1]]
+    return [(first, math.log(1 - OTHERWISE), proposal), *others]
 
 
 def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:

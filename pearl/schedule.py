@@ -10,6 +10,8 @@ written: the text is the target's in every mode.
     pearl           yes   yes   n | auto   PEARL (Liu et al. 2025)
     pearl-no-pre    no    yes   n | auto   its ablation: after a miss the target waits for guesses
     pearl-no-post   yes   no    n | auto   its ablation: the drafter waits for the verdict
+    tree            yes   yes   auto       ours: one drafter forward extends several leaves, likely corrections among
+                                           them, and a pass verifies a tree (`pearl.controller` says how many)
 """
 
 from __future__ import annotations
@@ -19,52 +21,76 @@ from dataclasses import dataclass
 
 from pearl.errors import UsageError
 
-# mode: (pre_verify, post_verify, drafts)
-_MODES = {
-    "ar": (False, False, False),
-    "ar-all": (False, False, False),
-    "sd": (False, False, True),
-    "pearl": (True, True, True),
-    "pearl-no-pre": (False, True, True),
-    "pearl-no-post": (True, False, True),
+# mode: (pre_verify, post_verify, branches)
+_MODES: dict[str, tuple[bool, bool, int | None]] = {
+    "ar": (False, False, 0),
+    "ar-all": (False, False, 0),
+    "sd": (False, False, 1),
+    "pearl": (True, True, 1),
+    "pearl-no-pre": (False, True, 1),
+    "pearl-no-post": (True, False, 1),
+    "tree": (True, True, None),
 }
 MODES = tuple(_MODES)
 MAX_GAMMA = 64
+MAX_BRANCHES = 16
+MAX_WIDTH = 16
+MAX_AHEAD = 32
 
 
 @dataclass(frozen=True)
 class Schedule:
     """One mode. `gamma` None is `auto`: no block; as many guesses as have arrived (post-verify), or the block length
-    that theory expects most of, from the acceptance and speed ratio seen so far (without post-verify)."""
+    that theory expects most of, from the acceptance and speed ratio seen so far (without post-verify). `branches`,
+    `width`, `max_ahead` None: the controller decides."""
 
     mode: str
     pre_verify: bool
     post_verify: bool
     gamma: int | None
-    branches: int  # leaves that one drafter forward extends; 0: no drafter
-    max_ahead: int = 32  # guesses below the root at which a free-running drafter pauses
+    branches: int | None  # leaves that one drafter forward extends; 0: no drafter
+    width: int | None = None  # rows of a pass at most
+    max_ahead: int | None = None  # guesses below the root at which a free-running drafter pauses
 
     @staticmethod
-    def of(mode: str, gamma: int | str | None = None) -> Schedule:
+    def of(
+        mode: str,
+        gamma: int | str | None = None,
+        branches: int | str | None = None,
+        width: int | str | None = None,
+        max_ahead: int | str | None = None,
+    ) -> Schedule:
         """The schedule of a mode by its name; `gamma` a whole number from 0, `"auto"` or None (auto).
 
-        A name may carry a gamma of its own, as `sd:3`, so that one run can compare several. gamma 0 is a block without
-        guesses: the target alone. Raises `UsageError` on anything else.
+        A name may carry a gamma of its own, as `sd:3`, so that one run can compare several; of `tree` it is the number
+        of branches. gamma 0 is a block without guesses: the target alone. `branches` is about `tree` only, `width` and
+        `max_ahead` about every mode that drafts; each a whole number, `"auto"` or None (auto). Raises `UsageError` on
+        anything else.
         """
         mode, _, own = str(mode).partition(":")
-        gamma = own or gamma
         if mode not in _MODES:
             near = difflib.get_close_matches(mode, MODES, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(MODES)}.")
-        block = _gamma(gamma)
-        pre, post, drafts = _MODES[mode]
-        drafts = drafts and block != 0
-        return Schedule(mode, pre, post, block if drafts else 0, int(drafts))
+        pre, post, leaves = _MODES[mode]
+        block = _number("gamma", gamma if mode == "tree" else own or gamma, 0, MAX_GAMMA)
+        some = _number("branches", own if own and mode == "tree" else branches, 1, MAX_BRANCHES)
+        rows = _number("width", width, 1, MAX_WIDTH)
+        ahead = _number("max_ahead", max_ahead, 1, 1 << 20)
+        if leaves is None:
+            return Schedule(mode, pre, post, None, some, rows, ahead)
+        if leaves == 0 or block == 0:
+            return Schedule(mode, pre, post, 0, 0)
+        return Schedule(mode, pre, post, block, leaves, rows, ahead)
 
     @property
     def drafts(self) -> bool:
-        return self.branches > 0
+        return self.branches != 0
+
+    @property
+    def tree(self) -> bool:
+        """Whether guesses may branch and the drafter guesses for itself; else they are one chain."""
+        return self.mode == "tree"
 
     def guesses_to_wait_for(self, hit: bool, block: int) -> int:
         """How many guesses below the root the target wants before it starts a pass.
@@ -87,16 +113,16 @@ class Schedule:
         """
         if not self.post_verify:
             return max(0, block - drafted)
-        return max(0, (self.max_ahead if self.gamma is None else 2 * block + 1) - depth)
+        return max(0, (self.max_ahead or MAX_AHEAD if self.gamma is None else 2 * block + 1) - depth)
 
 
-def _gamma(gamma: int | str | None) -> int | None:
-    if gamma is None or gamma == "auto":
+def _number(name: str, value: int | str | None, least: int, most: int) -> int | None:
+    if value is None or value == "auto":
         return None
     try:
-        block = int(gamma)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"gamma must be a whole number from 0 to {MAX_GAMMA}, or auto, not {gamma!r}.") from None
-    if not 0 <= block <= MAX_GAMMA or block != float(gamma):
-        raise UsageError(f"gamma must be a whole number from 0 to {MAX_GAMMA}, or auto, not {gamma!r}.")
-    return block
+        raise UsageError(f"{name} must be a whole number from {least} to {most}, or auto, not {value!r}.") from None
+    if not least <= number <= most or number != float(value):
+        raise UsageError(f"{name} must be a whole number from {least} to {most}, or auto, not {value!r}.")
+    return number

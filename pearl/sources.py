@@ -7,10 +7,11 @@ business alone, so a source may be anything: a smaller model, a search in the te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pearl.model import Reader
 from pearl.sampling import SamplingParams, propose
+from pearl.trie import Node, Trie
 
 Proposal = tuple[tuple[int, float], ...]
 
@@ -27,6 +28,19 @@ class DraftSource(Protocol):
         With each the q that it was drawn from (see `sampling.propose`), empty if it was certain. An empty list: nothing
         worth guessing until the text changes.
         """
+
+
+@runtime_checkable
+class TreeGrower(Protocol):
+    """A source that can grow a tree too (`pearl.beam`)."""
+
+    costs: tuple[float, ...]  # seconds of a forward by its rows
+    rows: int  # read so far
+    own: int  # of those: guesses of its own
+    confirmed: int  # of those: what its model said too
+
+    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+        """Grows the trie by one forward of at most `most` rows. Returns the new nodes, each with its parent."""
 
 
 class ModelSource:
@@ -62,13 +76,18 @@ class NgramSource:
         pass
 
     def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        _, guesses = self.look_up(text)
+        return [(token, ()) for token in guesses[:room]]
+
+    def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """How many of the last tokens occurred before, and what followed them then; (0, ()) if too few did."""
         best, where = self._shortest - 1, 0
         for end in range(len(text) - 1, 0, -1):  # the latest occurrence of the longest match
             if text[end - 1] == text[-1] and (size := self._match(text, end)) > best:
                 best, where = size, end
                 if size == self._longest:
                     break
-        return [(token, ()) for token in text[where : where + min(room, self._most)]] if where else []
+        return (best, tuple(text[where : where + self._most])) if where else (0, ())
 
     def _match(self, text: Sequence[int], end: int) -> int:
         """How many tokens before `end` are those before the end of the text, up to `longest`."""

@@ -1,7 +1,7 @@
 """The target's role (rank 0): walk the trie. It decides every token, and it is a correct decoder by itself.
 
     take the nodes that have arrived          wait for them only where the schedule asks for it
-    choose at most width - 1 of them
+    choose at most width - 1 of them          the likeliest, a tree
     forward(root + nodes), pick at each
     walk, commit, stop?
     send the verdict
@@ -12,47 +12,22 @@ drafter, the schedule, or timing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 
 from pearl.channel import Channel, Clock
-from pearl.messages import End, Nodes, Report, Start, Verdict
-from pearl.model import Reader
-from pearl.records import Pass
+from pearl.controller import Controller
+from pearl.messages import Costs, End, Nodes, Report, Start, Verdict
+from pearl.model import Reader, SideRow
+from pearl.records import Judged, Pass
 from pearl.sampling import Picker, SamplingParams
-from pearl.schedule import Schedule
+from pearl.schedule import MAX_WIDTH, Schedule
 from pearl.stopping import Stopper
-from pearl.theory import best_gamma
-from pearl.trie import Node, Trie, walk
+from pearl.trace import OFF, Trace, flow_id
+from pearl.trie import Likely, Node, Trie, walk
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
-
-
-class Pace:
-    """Moving estimates of what `auto` needs: acceptance a, seconds of a pass, seconds of a guess."""
-
-    def __init__(self) -> None:
-        self.acceptance, self.pass_s, self.guess_s = 0.7, 0.0, 0.0
-
-    def judged(self, tested: int, accepted: int) -> None:
-        for right in [1.0] * accepted + [0.0] * (tested - accepted):
-            self.acceptance += 0.05 * (right - self.acceptance)
-
-    def passed(self, seconds: float) -> None:
-        self.pass_s = self.pass_s + 0.1 * (seconds - self.pass_s) if self.pass_s else seconds
-
-    def guessed(self, guesses: int, seconds: float) -> None:
-        each = seconds / guesses
-        self.guess_s = self.guess_s + 0.1 * (each - self.guess_s) if self.guess_s else each
-
-    def block(self, schedule: Schedule) -> int:
-        """The block length in force: gamma, or the best one by theory where `auto` works in blocks."""
-        if schedule.gamma is not None:
-            return schedule.gamma
-        if schedule.post_verify:
-            return 1
-        c = self.pass_s / self.guess_s if self.guess_s else 3.0
-        return best_gamma(self.acceptance, max(c, 0.01))
 
 
 class Patience:
@@ -75,10 +50,18 @@ class Patience:
 class Target:
     """Decodes one text at a time. `passes` and `report` hold the facts of the last one."""
 
-    def __init__(self, model: Reader, channel: Channel | None = None, clock: Clock = time.perf_counter):
+    def __init__(
+        self,
+        model: Reader,
+        channel: Channel | None = None,
+        clock: Clock = time.perf_counter,
+        trace: Trace = OFF,
+    ):
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
-        self._model, self.channel, self._clock = model, channel, clock
-        self._pace, self._patience = Pace(), Patience()
+        self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
+        self._patience = Patience()
+        self._controllers: dict[tuple[Schedule, bool], Controller] = {}
+        self._costs: tuple[float, ...] = ()  # of the drafter's forwards
         self._sequence = 0
         self.passes: list[Pass] = []
         self.report: Report | None = None
@@ -92,87 +75,133 @@ class Target:
         self._sequence += 1
         self.passes, self.report = [], None
         self._model.forget()
-        text = _Text(
-            self._sequence, prompt, schedule, params, stopper, channel, self._clock, self._pace.block(schedule)
-        )
+        controller = self._controllers.setdefault((schedule, params.greedy), Controller(schedule, self._model.rows))
+        text = _Text(self._sequence, prompt, schedule, params, stopper, channel, self._clock, controller, self._trace)
+        self._trace.instant("sequence", self._clock(), sequence=text.sequence, mode=schedule.mode)
         if channel:
-            channel.send(Start(text.sequence, schedule, params, tuple(prompt), text.block))
+            channel.send(Start(text.sequence, schedule, params, tuple(prompt), controller.plan))
         try:
             while stopper.finish is None:
                 yield self._pass(text)
         finally:  # also where the caller stops listening
             if channel:
                 self._end(channel, text.sequence)
+            self._trace.save()
 
     def _pass(self, text: _Text) -> list[int]:
         """One turn of the loop at the top of this page. Returns what it commits."""
-        trie, began = text.trie, self._clock()
+        trie, controller, began = text.trie, text.controller, self._clock()
         first = not self.passes  # it reads the prompt, as the drafter does at the same time: nothing to wait for yet
         if not first:
             self._await_guesses(text)
-        waited = self._clock() - began
+        ready = self._clock()
 
-        nodes = [trie.root, *trie.chain(self._width(text) - 1)]
-        logits = self._model.read(trie.tokens + [node.token for node in nodes[1:]], keep=len(nodes))
-        forward = self._clock() - began - waited
+        nodes, sides = self._choose(text)
+        keep = len(nodes) - len(sides)
+        chain = [node.token for node in nodes[1:keep]]
+        logits = self._model.read(trie.tokens + chain, keep=keep, branches=sides)
+        read = self._clock()
 
         text.take()  # what arrived meanwhile may already tell hit from miss
         position, prompt = trie.root.position, len(trie.tokens)
         picker = Picker(text.params, logits, [node.position for node in nodes])
         rows = {node: row for row, node in enumerate(nodes)}
         walked = walk(trie.root, rows, lambda node: picker.pick(rows[node], node))
-        tested, accepted = _tested(trie.root, walked)
+        judged = _judge(trie.root, walked, controller)
         committed = text.stopper.take(walked)
         text.hit = trie.commit(committed)
 
-        self._pace.judged(tested, accepted)
         if not first:
-            self._pace.passed(forward)
-        text.block = self._pace.block(text.schedule)
+            controller.passed(len(nodes), len(committed), read - ready, self._clock() - began)
+        plan = controller.plan
         if text.channel and text.stopper.finish is None:
-            text.channel.send(Verdict(text.sequence, trie.root.position, text.block, tuple(committed)))
+            text.channel.send(Verdict(text.sequence, trie.root.position, plan, tuple(committed)))
+        ended = self._clock()
         self.passes.append(
             Pass(
                 position=position,
                 rows=len(nodes) + (prompt - 1 if first else 0),
                 offered=len(nodes) - 1,
-                tested=tested,
-                accepted=accepted,
+                sides=len(sides),
+                tested=len(judged),
+                accepted=sum(one.rank is not None for one in judged),
                 committed=len(committed),
                 hit=text.hit,
-                block=text.block,
-                waited_s=waited,
-                forward_s=forward,
-                seconds=self._clock() - began,
+                judged=judged,
+                block=plan.block,
+                branches=plan.branches,
+                ahead=plan.ahead,
+                patience_s=text.patience_s,
+                waited_s=ready - began,
+                forward_s=read - ready,
+                seconds=ended - began,
             )
         )
+        self._draw(text, began, ready, read, ended)
         return committed
 
-    def _width(self, text: _Text) -> int:
-        """Rows of the next pass at most: the block and its root, or as many as pay; not beyond the end of the text."""
-        plan, gamma = self._model.rows, text.schedule.gamma
-        pays = plan.best_width(self._pace.acceptance) if gamma is None else min(gamma + 1, plan.safe[-1])
+    def _choose(self, text: _Text) -> tuple[list[Node], list[SideRow]]:
+        """The nodes of the next pass, the root and the likeliest chain first, and where those beside it hang.
+
+        None lies beyond the end of the text, or of the cache's grain.
+        """
+        root = text.trie.root
         left = text.params.max_new_tokens - len(text.stopper.tokens)
-        return min(pays, plan.up_to(text.trie.root.position), left)
+        deepest = min(left, self._model.rows.up_to(root.position)) - 1
+        likely = text.trie.best(MAX_WIDTH - 1, deepest)
+        if not self._model.branches:
+            likely = _chain(likely)
+        likely = likely[: text.controller.width(likely)]
+        chain = _chain(likely)
+        on_chain = {one.node for one in chain}
+        rows = {-1: 0}  # by the place in `likely`
+        beside = []
+        for place, one in enumerate(likely):
+            if one.node in on_chain:
+                rows[place] = one.depth
+            else:
+                rows[place] = 1 + len(chain) + len(beside)
+                beside.append(one)
+        sides = [(rows[one.parent], one.node.token) for one in beside]
+        return [root, *(one.node for one in chain), *(one.node for one in beside)], sides
 
     def _await_guesses(self, text: _Text) -> None:
         """Takes what has arrived, and waits for as many guesses as the schedule asks for.
 
-        Where it asks for none, a short wait for the first one may still pay (`Patience`).
+        Where it asks for none, waiting for the first one may still pay: the controller knows (after a miss, with a fast
+        drafter), or it is tried for a moment (`Patience`).
         """
         text.take()
+        text.patience_s = 0.0
         if not text.channel:
             return
         wanted, there, began = text.guesses_wanted, text.depth(), self._clock()
         if wanted:
             text.wait_for(wanted)
             if text.depth() > there:
-                self._pace.guessed(text.depth() - there, self._clock() - began)
-        elif text.schedule.gamma is None and not there and not text.resting:
-            patience = self._patience.seconds(self._pace.pass_s)
-            if patience:
-                text.wait_for(1, patience)
+                text.controller.guessed(text.depth() - there, self._clock() - began)
+        elif text.controller.free and not there and not text.resting:
+            text.patience_s = text.controller.patience()
+            if text.patience_s:
+                text.wait_for(1, text.patience_s)
+            elif self.passes and (moment := self._patience.seconds(self.passes[-1].forward_s)):
+                text.wait_for(1, moment)
                 self._patience.learn(came=text.depth() > 0 or text.resting)
+
+    def _draw(self, text: _Text, began: float, ready: float, read: float, ended: float) -> None:
+        """The last pass, in the timeline."""
+        trace, one = self._trace, self.passes[-1]
+        if trace is OFF:
+            return
+        at = {"sequence": text.sequence, "position": one.position}
+        if one.waited_s > 1e-4:
+            trace.span("wait", began, ready, **at)
+        facts = {"rows": one.offered + 1, "offered": one.offered, "committed": one.committed, "hit": one.hit}
+        trace.span("prefill" if len(self.passes) == 1 else "verify", ready, ended, **at, **facts)
+        prepared = bool(one.judged) and one.judged[-1].rank not in (0, None)
+        trace.instant("hit" if one.hit else "miss", read, **at, prepared=prepared)
+        if text.channel and text.stopper.finish is None:
+            trace.flow("verdict", flow_id(text.sequence, text.trie.root.position), ended, sent=True)
 
     def _end(self, channel: Channel, sequence: int) -> None:
         """Tells the drafter that the text is over and takes its facts; outside all timing."""
@@ -197,12 +226,15 @@ class _Text:
         stopper: Stopper,
         channel: Channel | None,
         clock: Clock,
-        block: int,
+        controller: Controller,
+        trace: Trace,
     ):
         self.sequence, self.schedule, self.params = sequence, schedule, params
-        self.stopper, self.channel, self._clock, self.block = stopper, channel, clock, block
+        self.stopper, self.channel, self._clock, self.controller = stopper, channel, clock, controller
+        self._trace = trace
         self.trie = Trie(prompt)
         self.hit = False  # the last walk ended on a node that had arrived
+        self.patience_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._rested_at = -1
 
@@ -213,7 +245,7 @@ class _Text:
 
     @property
     def guesses_wanted(self) -> int:
-        return self.schedule.guesses_to_wait_for(self.hit, self.block)
+        return self.schedule.guesses_to_wait_for(self.hit, self.controller.block)
 
     def depth(self) -> int:
         return len(self.trie.chain())
@@ -232,28 +264,46 @@ class _Text:
     def take(self) -> None:
         """Hangs the nodes that have arrived into the trie; those of another text or a dead branch fall away."""
         while self.channel and (message := self.channel.receive()) is not None:
+            if isinstance(message, Costs):
+                self.controller.draft_costs(message.seconds)
             if not isinstance(message, Nodes) or message.sequence != self.sequence:
                 continue
+            if message.guesses:
+                self._trace.flow("nodes", flow_id(self.sequence, message.guesses[0].id), self._clock(), sent=False)
             at = message.position
             assert at <= self.trie.root.position, "the drafter's root can't be ahead of the text"
             self._nodes.setdefault(message.root, Node(self.trie.tokens[at], at))
             for guess in message.guesses:
                 parent = self._nodes.get(guess.parent)
-                node = parent and self.trie.grow(parent, guess.token, guess.proposal)
+                node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp)
                 if node:
                     self._nodes[guess.id] = node
             if message.resting:
                 self._rested_at = at
 
 
-def _tested(root: Node, walked: Sequence[int]) -> tuple[int, int]:
-    """How many guesses the walk compared with a pick, and how many were right."""
+def _chain(likely: Sequence[Likely]) -> list[Likely]:
+    """The likeliest way down through `likely`, which are the likeliest first."""
+    chain: list[Likely] = []
+    last = -1
+    for place, one in enumerate(likely):
+        if one.parent == last:
+            chain.append(one)
+            last = place
+    return chain
+
+
+def _judge(root: Node, walked: Sequence[int], controller: Controller) -> tuple[Judged, ...]:
+    """What the guesses along the walk were worth, up to where there were none; the controller learns from it."""
+    judged: list[Judged] = []
     node: Node | None = root
-    tested = accepted = 0
     for token in walked:
         if node is None or not node.children:
             break
-        tested += 1
+        for place, child in enumerate(node.children.values()):
+            controller.judged(child.logp, child.token == token, first=place == 0)
+        guesses = list(node.children)
+        q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
+        judged.append(Judged(guesses.index(token) if token in guesses else None, q))
         node = node.children.get(token)
-        accepted += node is not None
-    return tested, accepted
+    return tuple(judged)

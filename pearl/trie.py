@@ -13,8 +13,11 @@ text has long passed. `Trie.grow` settles every such case by comparing tokens, b
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +30,17 @@ class Node:
     proposal: tuple[
         tuple[int, float], ...
     ] = ()  # (token, q) where `token` was sampled from; empty: proposed for certain
+    logp: float = 0.0  # log of the chance, as the drafter sees it, that the walk goes here once it is at the parent
     dead: bool = False  # the text went another way
+
+
+class Likely(NamedTuple):
+    """A node, and how likely the walk is to reach it."""
+
+    node: Node
+    parent: int  # the index of its parent in the same list, -1: the root
+    logp: float  # of the whole path from the root
+    depth: int  # below the root
 
 
 class Trie:
@@ -38,7 +51,9 @@ class Trie:
         self.tokens = list(tokens)
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
 
-    def grow(self, parent: Node, token: int, proposal: tuple[tuple[int, float], ...] = ()) -> Node | None:
+    def grow(
+        self, parent: Node, token: int, proposal: tuple[tuple[int, float], ...] = (), logp: float = 0.0
+    ) -> Node | None:
         """The node "`token` follows `parent`", or None where the text has already decided otherwise."""
         if parent.dead:
             return None
@@ -49,7 +64,7 @@ class Trie:
             return self.root if position == self.root.position else Node(token, position)
         if parent.position == self.root.position:
             parent = self.root  # the same token at the same place, whatever object names it
-        return parent.children.setdefault(token, Node(token, parent.position + 1, proposal=proposal))
+        return parent.children.setdefault(token, Node(token, parent.position + 1, proposal=proposal, logp=logp))
 
     def commit(self, tokens: Sequence[int]) -> bool:
         """Appends `tokens` to the text and moves the root to the last of them.
@@ -73,6 +88,38 @@ class Trie:
             node = next(iter(node.children.values()))
             nodes.append(node)
         return nodes
+
+    def best(self, limit: int, deepest: int = 1 << 30) -> list[Likely]:
+        """At most `limit` nodes below the root, likeliest first, none more than `deepest` below it.
+
+        A node is never likelier than its parent, so parents come first: the set is closed under prefixes.
+        """
+        found: list[Likely] = []
+        order = itertools.count()  # among equals the one that was seen first
+        heap = [(0.0, next(order), Likely(self.root, -1, 0.0, 0))]
+        while heap and len(found) <= limit:
+            _, _, at = heapq.heappop(heap)
+            found.append(at)
+            if at.depth < deepest:
+                for child in at.node.children.values():
+                    likely = Likely(child, len(found) - 2, at.logp + child.logp, at.depth + 1)
+                    heapq.heappush(heap, (-likely.logp, next(order), likely))
+        return found[1:]
+
+    def leaves(self, deepest: int) -> list[tuple[tuple[int, ...], Node, float]]:
+        """The nodes that nothing follows yet, at most `deepest` below the root: (path, node, joint log-probability).
+
+        The path holds the tokens from below the root to the node. Likeliest first; the root itself if it is alone.
+        """
+        found = []
+        stack: list[tuple[tuple[int, ...], Node, float]] = [((), self.root, 0.0)]
+        while stack:
+            path, node, logp = stack.pop()
+            if not node.children:
+                found.append((path, node, logp))
+            elif len(path) < deepest:
+                stack += [((*path, child.token), child, logp + child.logp) for child in node.children.values()]
+        return sorted(found, key=lambda leaf: -leaf[2])
 
 
 def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:

@@ -33,6 +33,7 @@ from toys import (
 )
 
 import pearl.target
+from pearl.beam import TreeSource
 from pearl.channel import LocalChannel
 from pearl.drafter import Drafter
 from pearl.messages import Nodes, Verdict
@@ -88,6 +89,10 @@ class Case:
                 return Noise(self.vocabulary, self.chunk, self.table)
             case "another model":
                 return ModelSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+            case "a tree":
+                return TreeSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+            case "its own tree":
+                return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
             case "ngram":
                 return NgramSource(shortest=1)
             case "moody":
@@ -107,6 +112,9 @@ SOURCES = (
     "sometimes",
     "random",
     "another model",
+    "a tree",
+    "a tree",
+    "its own tree",
     "ngram",
     "moody",
     "at a loss",
@@ -131,6 +139,16 @@ def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
 
 
 @st.composite
+def schedules(draw: st.DrawFn, modes: Sequence[str]) -> Schedule:
+    """A tree is kept small, as its drafter here is infinitely fast and would fill it."""
+    mode = draw(st.sampled_from(modes))
+    if mode == "tree":
+        branches, width = draw(st.sampled_from([None, 1, 2, 5])), draw(st.sampled_from([None, None, 3, 7]))
+        return Schedule.of(mode, None, branches, width, draw(st.integers(1, 4)))
+    return Schedule.of(mode, draw(st.sampled_from(["auto", "auto", 0, 1, 2, 3, 4, 5])))
+
+
+@st.composite
 def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
     vocabulary = draw(st.integers(2, 6))
     token = st.integers(0, vocabulary - 1)
@@ -142,7 +160,7 @@ def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] 
         prompt=tuple(draw(st.lists(token, min_size=1, max_size=5))),
         params=draw(all_params(vocabulary)),
         eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
-        schedule=Schedule.of(draw(st.sampled_from(modes)), draw(st.sampled_from(["auto", "auto", 0, 1, 2, 3, 4, 5]))),
+        schedule=draw(schedules(modes)),
         source=draw(st.sampled_from(sources)),
         chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
         chunk=draw(st.integers(1, 4)),
@@ -257,9 +275,17 @@ class Forgetful:
     def __init__(self, model: LanguageModel):
         self._model, self.rows, self.max_length = model, model.rows, model.max_length
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True) -> torch.Tensor:
+    branches = True
+
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[tuple[int, int]] = ()
+    ) -> torch.Tensor:
         self.forget()
-        return self._model.read(tokens, keep, padded)
+        return self._model.read(tokens, keep, padded, branches)
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        self.forget()
+        return self._model.read_leaves(text, paths)
 
     def forget(self) -> None:
         self._model.forget()
@@ -277,8 +303,9 @@ def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
     texts = {}
     for wrap in (lambda model: model, Forgetful):
         for script in (EAGER, scrambled(1)):
-            source = ModelSource(wrap(tiny()))  # the target's own weights: long hits
-            target = Target(wrap(tiny()), ScriptedChannel(Moody(source, 5), script), ticks())
+            source = TreeSource(wrap(tiny()))  # the target's own weights: long hits
+            source = source if mode == "tree" else Moody(source, 5)
+            target = Target(wrap(tiny()), ScriptedChannel(source, script), ticks())
             texts[wrap, tuple(script)] = tuple(together(target, prompt, schedule, params, decode=str).tokens)
             assert any(p.accepted > 1 for p in target.passes) and any(not p.hit for p in target.passes)
     texts["alone"] = tuple(together(Target(Forgetful(tiny())), prompt, Schedule.of("ar"), params, decode=str).tokens)
@@ -351,6 +378,7 @@ def test_the_recorded_facts_agree_with_the_text(case: Case):
     for first, p in zip([True] + [False] * len(passes), passes, strict=False):
         assert p.position == position
         assert p.rows == (len(case.prompt) if first else 1) + p.offered
+        assert p.sides <= p.offered and (case.schedule.tree or not p.sides)
         assert 0 <= p.accepted <= p.tested <= p.offered + 1
         assert 1 <= p.committed <= p.offered + 1
         position += p.committed

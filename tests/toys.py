@@ -19,6 +19,7 @@ from pearl import noise
 from pearl.channel import Clock
 from pearl.drafter import Drafter
 from pearl.messages import Message, decode, encode
+from pearl.model import SideRow
 from pearl.rows import ANY
 from pearl.sampling import SamplingParams, warp
 from pearl.schedule import Schedule
@@ -50,10 +51,19 @@ class TableModel:
             self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
         return self._table[key]
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True) -> Tensor:
+    branches = True
+
+    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
         assert 0 < keep <= len(tokens) <= self.max_length
-        ends = range(len(tokens) - keep + 1, len(tokens) + 1)
-        return torch.stack([self.after(tokens[max(0, end - self.order) : end]) for end in ends])
+        paths = [list(tokens[:end]) for end in range(len(tokens) - keep + 1, len(tokens) + 1)]
+        for parent, token in branches:
+            paths.append([*paths[parent], token])
+        assert max(map(len, paths)) <= self.max_length
+        return torch.stack([self.after(path) for path in paths])
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        assert all(len(text) + len(path) <= self.max_length for path in paths)
+        return torch.stack([self.after([*text, *path]) for path in paths])
 
     def forget(self) -> None:
         self.forgotten += 1

@@ -1,0 +1,160 @@
+"""A model that drafts a tree: one forward extends several leaves, and carries guesses of the drafter's own.
+
+    leaves of the trie, likeliest first           the end of the chain, and corrections where it is uncertain
+    after each leaf, an n-gram guess or more      where the model's own pick agrees, the guess has been read already
+    one forward over as many of them as pay
+    the next tokens of each row, ranked           become nodes
+
+All rows compete for the same forward by one currency: the chance that the target's walk will pass through the row. For
+a leaf that is the joint probability of its path under q; for a guess it is its leaf's, times how often guesses like it
+have come true. A row is taken while it adds more to what the forward yields per second than it costs
+(`pearl.rows.leaf_costs`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pearl.model import Reader
+from pearl.sampling import ranked
+from pearl.sources import ModelSource, NgramSource
+from pearl.trie import Node, Trie
+
+CHILDREN = 6  # guesses after a row at most
+FAINTEST = math.log(0.003)  # a path that is less likely is not offered, unless nothing else follows its parent
+CROWD = 192  # leaves in waiting; beyond that the drafter rests
+LONGEST = 4  # of an n-gram match
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a forward. `node` is None for a guess of our own, which `parent`'s pick has yet to confirm."""
+
+    path: tuple[int, ...]
+    use: float  # chance that the walk passes through it
+    node: Node | None = None
+    guesses: tuple[int, ...] = ()  # n-gram guesses that may follow
+    match: int = 0  # length of the n-gram match
+
+
+@dataclass
+class _Trust:
+    """How often a first n-gram guess came true, by the length of its match."""
+
+    right: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 3.5])
+    asked: list[float] = field(default_factory=lambda: [1.0, 5.0, 5.0, 5.0, 5.0])
+
+    def __getitem__(self, match: int) -> float:
+        return self.right[match] / self.asked[match]
+
+    def learn(self, match: int, right: bool) -> None:
+        self.right[match] = 0.97 * self.right[match] + right
+        self.asked[match] = 0.97 * self.asked[match] + 1
+
+
+class TreeSource(ModelSource):
+    """A model as a source of trees; of chains as any `ModelSource`."""
+
+    def __init__(self, model: Reader, costs: Sequence[float] = (), own: NgramSource | None = None):
+        """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `own`: its own guesser."""
+        super().__init__(model)
+        self.costs = tuple(costs)
+        self._own = own or NgramSource(LONGEST, 1)
+        self._trust = _Trust()
+        self.rows = self.own = self.confirmed = 0
+
+    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+        """One forward over the rows that pay, at most `most`, none at `deepest` below the root or beyond it.
+
+        Grows the trie and returns the new nodes, each with its parent, parents first. `fixed`: take as many leaves as
+        `most` says, whether they pay or not. An empty list: nothing is worth extending until the root moves.
+        """
+        deepest = min(deepest, self._model.max_length - len(trie.tokens))
+        rows = self._choose(trie, most, deepest, fixed)
+        if not rows:
+            return []
+        self.forwards += 1
+        self.rows += len(rows)
+        self.own += sum(row.node is None for row in rows)
+        logits = self._model.read_leaves(trie.tokens, [row.path for row in rows])
+        nodes: dict[tuple[int, ...], Node] = {row.path: row.node for row in rows if row.node}
+        new: list[tuple[Node, Node]] = []
+        positions = [len(trie.tokens) + len(row.path) for row in rows]
+        guesses = ranked(logits, self._params, positions, CHILDREN)
+        for row, after in zip(rows, guesses, strict=True):  # parents come before their children
+            node = row.node or self._confirm(row, nodes)
+            if node is None:
+                continue
+            joint = math.log(row.use) if row.node else _joint(row, nodes, rows)
+            for rank, (token, logp, proposal) in enumerate(after):
+                if rank and joint + logp < FAINTEST:
+                    break
+                child = trie.grow(node, token, proposal, logp)
+                assert child is not None, "a source extends the tree that it was given"
+                new.append((node, child))
+        return new
+
+    def _confirm(self, row: _Row, nodes: dict[tuple[int, ...], Node]) -> Node | None:
+        """The node of a guess of our own, now that its parent's pick is known; None if it was wrong."""
+        parent = nodes.get(row.path[:-1])
+        if parent is None:
+            return None
+        node = parent.children.get(row.path[-1])
+        first = node is not None and node is next(iter(parent.children.values()))
+        self.confirmed += first
+        self._trust.learn(row.match, first)
+        if node is not None:
+            nodes[row.path] = node
+        return node
+
+    def _choose(self, trie: Trie, most: int, deepest: int, fixed: bool) -> list[_Row]:
+        leaves = trie.leaves(deepest - 1)
+        if len(leaves) > CROWD:
+            return []
+        order = itertools.count()
+        heap = [(-math.exp(logp), next(order), _Row(path, math.exp(logp), node)) for path, node, logp in leaves]
+        heapq.heapify(heap)
+        rows: list[_Row] = []
+        gain = 0.0
+        while heap and len(rows) < most:
+            _, _, row = heapq.heappop(heap)
+            if (
+                rows
+                and not fixed
+                and row.use * self._cost(len(rows)) < gain * (self._cost(len(rows) + 1) - self._cost(len(rows)))
+            ):
+                break
+            rows.append(row)
+            gain += row.use
+            if (after := self._guess(trie, row, deepest)) is not None:
+                heapq.heappush(heap, (-after.use, next(order), after))
+        return rows
+
+    def _guess(self, trie: Trie, row: _Row, deepest: int) -> _Row | None:
+        """Our own guess of what follows a row."""
+        guesses, match = row.guesses, row.match
+        if row.node:
+            match, guesses = self._own.look_up([*trie.tokens, *row.path])
+        if not guesses or len(row.path) + 1 >= deepest:
+            return None
+        use = row.use * self._trust[match]
+        return _Row((*row.path, guesses[0]), use, None, guesses[1:], match)
+
+    def _cost(self, rows: int) -> float:
+        return self.costs[min(rows, len(self.costs)) - 1] if self.costs else 1.0
+
+
+def _joint(row: _Row, nodes: dict[tuple[int, ...], Node], rows: list[_Row]) -> float:
+    """The joint log-probability of a confirmed guess: its leaf's, and q of each step since."""
+    logp, path = 0.0, row.path
+    while True:
+        node = nodes[path]
+        leaf = next((r for r in rows if r.path == path and r.node), None)
+        if leaf:
+            return logp + math.log(leaf.use)
+        logp += node.logp
+        path = path[:-1]

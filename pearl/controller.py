@@ -1,0 +1,174 @@
+"""What the runtime decides for itself: the width of a pass, the rows of a draft, whether to wait, whether to draft.
+
+Knows: what passes and drafts have cost, and how often guesses of a given probability came true. Refuses to know:
+tokens, tensors, messages, clocks. A decision changes when things are done and how fast, never what is written. The
+target decides, its verdicts carry what concerns the drafter, and `passes.jsonl` holds every decision.
+
+One price runs through all of it: the tokens per second that the run has been making, `rate`. Something that takes a
+second more has to bring that many tokens more (Dinkelbach 1967: the best ratio is the one at whose price nothing more
+can be gained).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pearl.messages import Plan
+from pearl.rows import LEAVES, LIMIT, RowPlan
+from pearl.schedule import MAX_AHEAD, Schedule
+from pearl.theory import best_gamma
+from pearl.trie import Likely
+
+MEMORY = 0.95  # of a moving sum, from one pass to the next
+TRIAL = 12  # passes after which drafting is judged
+FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
+MARGIN = 1.0  # drafting must make this many times the tokens per second that the target makes alone
+
+
+class Chances:
+    """How often a guess came true, by the probability that the drafter gave it; at first it is believed."""
+
+    BINS = 10
+
+    def __init__(self) -> None:
+        centres = [(b + 0.5) / self.BINS for b in range(self.BINS)]
+        self._right = [4 * centre for centre in centres] + [4 * 0.7]  # the last: guesses without a probability
+        self._asked = [4.0] * (self.BINS + 1)
+
+    def __getitem__(self, logp: float) -> float:
+        b = self._bin(logp)
+        return self._right[b] / self._asked[b]
+
+    def learn(self, logp: float, right: bool) -> None:
+        b = self._bin(logp)
+        self._right[b] = 0.98 * self._right[b] + right
+        self._asked[b] = 0.98 * self._asked[b] + 1
+
+    def _bin(self, logp: float) -> int:
+        return self.BINS if logp == 0 else min(self.BINS - 1, int(math.exp(logp) * self.BINS))
+
+
+class Controller:
+    """The decisions for one schedule."""
+
+    def __init__(self, schedule: Schedule, rows: RowPlan):
+        self._schedule, self._rows = schedule, rows
+        self.chances = Chances()
+        self._draft_s: tuple[float, ...] = ()  # of a drafter forward, by its rows
+        self._scale = 1.0  # a pass costs this many times what was measured at the start
+        self._tokens = self._seconds = 0.0  # moving sums
+        self._alone_s = 0.0  # of a pass without guesses
+        self._guess_s = 0.0  # waited for, each: of a lock-step schedule
+        self._trial = [0.0, 0.0, 0]  # tokens, seconds and passes since drafting was last judged
+        self._pause, self._left = FIRST_PAUSE, 0  # how long the next pause is, and what is left of this one
+        self.acceptance = 0.7
+
+    # facts
+
+    def draft_costs(self, seconds: Sequence[float]) -> None:
+        self._draft_s = tuple(seconds)
+
+    def judged(self, logp: float, right: bool, first: bool = True) -> None:
+        """A guess of that log-probability was compared with the target's pick; `first`: the drafter's best there."""
+        self.chances.learn(logp, right)
+        if first:
+            self.acceptance += 0.05 * (right - self.acceptance)
+
+    def guessed(self, guesses: int, seconds: float) -> None:
+        """So many guesses came while the target waited for them."""
+        each = seconds / guesses
+        self._guess_s = self._guess_s + 0.1 * (each - self._guess_s) if self._guess_s else each
+
+    def passed(self, rows: int, committed: int, forward_s: float, seconds: float) -> None:
+        measured = self._rows.cost_s[min(self._rows.pad(rows), LIMIT) - 1]
+        new = not self._seconds
+        self._scale = forward_s / measured if new else self._scale + 0.1 * (forward_s / measured - self._scale)
+        self._tokens = MEMORY * self._tokens + committed
+        self._seconds = MEMORY * self._seconds + seconds
+        if rows == 1:
+            self._alone_s = self._alone_s + 0.1 * (forward_s - self._alone_s) if self._alone_s else forward_s
+        self._judge_drafting(committed, seconds)
+
+    def _judge_drafting(self, committed: int, seconds: float) -> None:
+        """Whether drafting pays is found out by stopping it where it did not, and trying again, ever more rarely."""
+        if self._left:
+            self._left -= 1
+            self._trial = [0.0, 0.0, 0]
+            return
+        trial = self._trial
+        trial[0], trial[1], trial[2] = trial[0] + committed, trial[1] + seconds, trial[2] + 1
+        if trial[2] < TRIAL:
+            return
+        alone = 1 / (self._alone_s or self._cost(1))
+        if trial[0] / trial[1] < MARGIN * alone:
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        else:
+            self._pause = FIRST_PAUSE
+        self._trial = [0.0, 0.0, 0]
+
+    # decisions
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of late."""
+        return self._tokens / self._seconds if self._seconds else 1 / self._cost(1)
+
+    @property
+    def free(self) -> bool:
+        """Whether anything is left to decide: the schedule has no block."""
+        return self._schedule.gamma is None and self._schedule.post_verify
+
+    @property
+    def plan(self) -> Plan:
+        """What the drafter is told."""
+        schedule = self._schedule
+        ahead = schedule.max_ahead or MAX_AHEAD
+        if self.free and self._left:
+            ahead = 0
+        return Plan(self.block, schedule.branches or self._branches(), ahead)
+
+    @property
+    def block(self) -> int:
+        """The block length in force: gamma, or the best one by theory where `auto` works in blocks."""
+        if self._schedule.gamma is not None:
+            return self._schedule.gamma
+        if self._schedule.post_verify:
+            return 1
+        c = self._cost(1) / self._guess_s if self._guess_s else 3.0
+        return best_gamma(self.acceptance, max(c, 0.01))
+
+    def width(self, nodes: Sequence[Likely]) -> int:
+        """How many of `nodes`, likeliest first, a pass verifies: those that bring more tokens than their time does."""
+        plan, schedule = self._rows, self._schedule
+        most = min(schedule.width or plan.safe[-1], plan.safe[-1], len(nodes) + 1)
+        if schedule.gamma is not None:
+            return min(most, schedule.gamma + 1) - 1
+        if schedule.width is not None:
+            return most - 1
+        reached = [1.0]  # the chance that the walk comes to each
+        for node in nodes:
+            reached.append(reached[node.parent + 1] * self.chances[node.node.logp])
+        rate, best, chosen, tokens = self.rate, -math.inf, 1, 0.0
+        for rows in range(1, most + 1):
+            tokens += reached[rows - 1]
+            gain = tokens - rate * self._cost(rows)
+            if gain >= best:
+                best, chosen = gain, rows
+        return chosen - 1
+
+    def patience(self) -> float:
+        """Seconds worth waiting for the first guess after a miss: none if a pass makes more of them."""
+        if not self._draft_s or not self.free or self._left:
+            return 0.0
+        expected = 1.5 * self._draft_s[min(1, len(self._draft_s) - 1)]  # the forward under way is lost, on average half
+        return 2 * expected if self.acceptance > self.rate * expected else 0.0
+
+    def _branches(self) -> int:
+        """Rows of a draft: up to where a row more costs more than the rows before it did on average."""
+        if not self._draft_s:
+            return LEAVES
+        return max(range(1, len(self._draft_s) + 1), key=lambda rows: rows / self._draft_s[rows - 1])
+
+    def _cost(self, rows: int) -> float:
+        return self._scale * self._rows.cost_s[min(self._rows.pad(rows), LIMIT) - 1]
