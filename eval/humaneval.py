@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = cli.parse(parser, argv)
     config, pair = cli.engine_config(found)
     one_of("format", found.format, (*FORMATS, None))
-    modes, schedule = cli.modes(found)
+    schedules = cli.schedules(found)
+    schedule = cli.hardest(schedules.values())
     params = cli.sampling(found)
     samples = cli.at_least_one("--num-samples", found.num_samples)
     problems = humaneval.load(found.data)
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = tuple(_task(problem, form, checked.tokenizer) for problem in problems)
     for task in tasks:
         checked.check_prompt(task.prompt, params.max_new_tokens)
-    plan = harness.Plan(tasks, modes, found.gamma, params, samples)
+    plan = harness.Plan(tasks, schedules, params, samples)
     console = Console(width=None if sys.stdout.isatty() else 140)
     with Engine(config, schedule, found.processes, checked) as engine:  # rank 1 stays in here
         console.print(engine.description, highlight=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +62,9 @@ def parser(description: str, max_new_tokens: int) -> Parser:
         help=f"one or several of {', '.join(MODES)}; sd:3 is sd with gamma 3",
     )
     run.add_argument("--gamma", default="auto", help="guesses a block, or auto")
+    run.add_argument("--branches", default="auto", help="tree: rows of one drafter forward, or auto")
+    run.add_argument("--width", default="auto", help="rows of a target pass at most, or auto")
+    run.add_argument("--max-ahead", default="auto", help="how far a free-running drafter may guess ahead, or auto")
     run.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
     run.add_argument("--ignore-eos", action="store_true", help="write --max-new-tokens, whatever would end a text")
     run.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -73,6 +76,7 @@ def parser(description: str, max_new_tokens: int) -> Parser:
     run.add_argument("--num-samples", type=int, default=1, help="texts a problem, with the seeds from --seed on")
     run.add_argument("--limit", type=int, help="only the first so many problems")
     run.add_argument("--indices", help="only these problems, like 0,3,10-20")
+    run.add_argument("--trace", metavar="FILE", help="write both processes' timeline (Chrome trace format)")
     run.add_argument("--output", metavar="DIR", help="default: a new folder under results/")
     return made
 
@@ -135,13 +139,18 @@ def sampling(found: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingPar
     )
 
 
-def modes(found: argparse.Namespace) -> tuple[tuple[str, ...], Schedule]:
-    """The modes to run, each once, and the one that an engine must be made for to run them all."""
-    names = tuple(dict.fromkeys(found.mode))
-    if not names:
+def schedules(found: argparse.Namespace) -> dict[str, Schedule]:
+    """The schedule of each mode to run, by its name."""
+    settings = (found.gamma, found.branches, found.width, found.max_ahead)
+    made = {name: Schedule.of(name, *settings) for name in found.mode}
+    if not made:
         raise UsageError(f"Name at least one mode: {', '.join(MODES)}.")
-    schedules = [Schedule.of(name, found.gamma) for name in names]
-    return names, max(schedules, key=lambda s: (s.drafts, s.post_verify or s.pre_verify, s.mode == "ar-all"))
+    return made
+
+
+def hardest(schedules: Iterable[Schedule]) -> Schedule:
+    """The one that an engine must be made for to run them all."""
+    return max(schedules, key=lambda s: (s.drafts, s.post_verify or s.pre_verify, s.mode == "ar-all"))
 
 
 def choose(count: int, limit: int | None, indices: str | None) -> list[int]:

@@ -38,6 +38,7 @@ class EngineConfig:
     kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
     max_length: int = 4096  # tokens of a text, prompt included
     trust_remote_code: bool = False
+    trace: str | None = None  # a file for the timeline of both processes
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, DTYPES)

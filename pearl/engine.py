@@ -10,16 +10,17 @@ import atexit
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from pearl import cores, memory, records
+from pearl import cores, memory, records, trace
 from pearl.channel import Channel, LocalChannel
 from pearl.config import EngineConfig
 from pearl.drafter import Drafter
 from pearl.errors import UsageError
 from pearl.loading import Placed, Preflight, eos_ids, load_target, preflight
-from pearl.process import Peer, World, draft_source, serve, shares
+from pearl.process import Peer, World, draft_source, drafter_trace, serve, shares
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
 from pearl.stopping import Stopper
@@ -47,7 +48,7 @@ class Engine:
         target: str | None = None,
         draft: str | None = None,
         *,
-        mode: str = "pearl",
+        mode: str | Schedule = "pearl",
         gamma: int | str = "auto",
         processes: int | None = None,
         **options: object,
@@ -55,7 +56,8 @@ class Engine:
         """Loads a target and its drafter and starts the drafter's process if no launcher did.
 
         `target`, `draft`: hub ids, folders, GGUF files; the defaults are the embedded target and the n-gram source.
-        `mode`, `gamma`: what `generate` does unless told otherwise. `processes`: 1 keeps everything in this one (modes
+        `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
+        keeps everything in this one (modes
         `ar` and `sd`); by default as many as the mode needs. `options`: the other fields of `EngineConfig`.
 
         Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
@@ -63,7 +65,7 @@ class Engine:
         """
         given = {"target": target, "draft": draft}
         config = EngineConfig(**{k: v for k, v in given.items() if v is not None}, **options)  # type: ignore[arg-type]
-        return cls(config, Schedule.of(mode, gamma), processes)
+        return cls(config, _schedule(mode, gamma), processes)
 
     def __init__(
         self,
@@ -82,6 +84,9 @@ class Engine:
             serve(config, self.draft_cpus)
             raise SystemExit(0)
 
+        self._trace_path = Path(config.trace).absolute() if config.trace else None
+        if self._trace_path:
+            trace.prepare(self._trace_path)
         self._allowed_cpus, self._threads = cores.available(), torch.get_num_threads()
         self._peer: Peer | None = None
         self._closed = False
@@ -97,7 +102,8 @@ class Engine:
             self.model = load_target(checked)
             self._checked = checked
             self._eos = eos_ids(self.model.model, self.tokenizer)
-            self._target = Target(self.model, self._open_channel())
+            timeline = trace.Trace("target", self._trace_path) if self._trace_path else trace.OFF
+            self._target = Target(self.model, self._open_channel(), trace=timeline)
         except BaseException:
             self.close()
             raise
@@ -107,7 +113,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        mode: str | None = None,
+        mode: str | Schedule | None = None,
         gamma: int | str = "auto",
     ) -> Generation:
         """The whole text that follows `prompt`: text, token ids, or chat messages (dicts with "role" and "content").
@@ -124,7 +130,7 @@ class Engine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        mode: str | None = None,
+        mode: str | Schedule | None = None,
         gamma: int | str = "auto",
     ) -> Iterator[int]:
         """The same tokens, one by one, as they are committed. What is yielded is never taken back."""
@@ -184,6 +190,11 @@ class Engine:
         return "\n".join(lines)
 
     @property
+    def draft_costs(self) -> tuple[float, ...]:
+        """Seconds of a drafter forward by its rows, once a text has been drafted; empty without a draft model."""
+        return self._target.draft_costs
+
+    @property
     def drafter_pid(self) -> int | None:
         """Of the drafter's process if this engine has started it; None if a launcher did, or there is none."""
         return self._peer.pid if self._peer else None
@@ -198,6 +209,8 @@ class Engine:
             self._run.close()  # a stream that its reader left
         if self._peer:
             self._peer.close()
+        if self._trace_path and hasattr(self, "_target"):
+            trace.merge(self._trace_path)
         cores.pin(self._allowed_cpus)
         torch.set_num_threads(self._threads)
 
@@ -214,7 +227,7 @@ class Engine:
         if not self.schedule.drafts:
             return None
         here, there = LocalChannel.pair()
-        here.peer_step = Drafter(draft_source(self.config), there).step
+        here.peer_step = Drafter(draft_source(self.config), there, trace=drafter_trace(self.config)).step
         return here
 
     @contextlib.contextmanager
@@ -236,9 +249,11 @@ class Engine:
             cores.pin(self.target_cpus)
             torch.set_num_threads(len(self.target_cpus))
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams | None, mode: str | None, gamma: int | str) -> _Run:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams | None, mode: str | Schedule | None, gamma: int | str
+    ) -> _Run:
         params = params or SamplingParams()
-        schedule = Schedule.of(mode, gamma) if mode else self.schedule
+        schedule = _schedule(mode, gamma) if mode else self.schedule
         if self._closed:
             raise UsageError("This engine is closed: make another one.")
         if schedule.drafts and self._target.channel is None:
@@ -291,6 +306,10 @@ class _Run:
             peak_memory=memory.peak() + (target.report.memory if target.report else 0),
         )
         return Generation(list(stopper.tokens), facts.text, stopper.finish, facts)
+
+
+def _schedule(mode: str | Schedule, gamma: int | str) -> Schedule:
+    return mode if isinstance(mode, Schedule) else Schedule.of(mode, gamma)
 
 
 def count_processes(schedule: Schedule, asked: int | None, world: World) -> int:

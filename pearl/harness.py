@@ -29,6 +29,7 @@ from rich.table import Table
 from pearl import metrics, records
 from pearl.engine import Engine
 from pearl.sampling import SamplingParams
+from pearl.schedule import Schedule
 
 WARM_UP_TOKENS = 8
 
@@ -44,11 +45,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. `modes` are names of schedules; the first sample of a problem has the params' own seed."""
+    """What to run. The first sample of a problem has the params' own seed."""
 
     tasks: tuple[Task, ...]
-    modes: tuple[str, ...]
-    gamma: str
+    schedules: dict[str, Schedule]  # by the name of the mode
     params: SamplingParams
     samples: int = 1
 
@@ -77,20 +77,21 @@ class Output:
 
 def run(engine: Engine, plan: Plan, output: Output, console: Console) -> dict[str, metrics.Runs]:
     """Decodes every problem in every mode. Returns the texts by mode, problem and sample."""
-    runs: dict[str, metrics.Runs] = {mode: {} for mode in plan.modes}
+    modes = tuple(plan.schedules)
+    runs: dict[str, metrics.Runs] = {mode: {} for mode in modes}
     warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-    for mode in plan.modes:
-        engine.generate(plan.tasks[0].prompt, warm, mode=mode, gamma=plan.gamma)
+    for schedule in plan.schedules.values():
+        engine.generate(plan.tasks[0].prompt, warm, mode=schedule)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("decoding", total=len(plan.tasks) * plan.samples * len(plan.modes))
+        bar = progress.add_task("decoding", total=len(plan.tasks) * plan.samples * len(modes))
         for number, task in enumerate(plan.tasks):
             for sample in range(plan.samples):
                 params = replace(plan.params, seed=plan.params.seed + sample)
-                turn = (number * plan.samples + sample) % len(plan.modes)
-                for mode in (*plan.modes[turn:], *plan.modes[:turn]):
+                turn = (number * plan.samples + sample) % len(modes)
+                for mode in (*modes[turn:], *modes[:turn]):
                     progress.update(bar, description=f"{task.id} {mode}")
-                    text = engine.generate(task.prompt, params, mode=mode, gamma=plan.gamma).facts
+                    text = engine.generate(task.prompt, params, mode=plan.schedules[mode]).facts
                     runs[mode][task.id, sample] = text
                     output.append("samples.jsonl", [_sample(task, mode, sample, text)])
                     output.append("passes.jsonl", _passes(task, mode, sample, text))
@@ -128,6 +129,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "processes": engine.processes,
         "load": os.getloadavg(),
         "rows": asdict(engine.model.rows),
+        "draft_costs": engine.draft_costs,
         "command": sys.argv,
     }
 
@@ -149,6 +151,7 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("same", "identical_to_ar", "{:.0%}"),
     ("tok/pass", "tokens_per_pass", "{:.2f}"),
     ("accept", "acceptance", "{:.2f}"),
+    ("ready", "misses_prepared", "{:.0%}"),
     ("target", "target_busy", "{:.0%}"),
     ("drafter", "drafter_busy", "{:.0%}"),
     ("first ms", "ttft_ms", "{:.0f}"),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from pearl import cores
 from pearl.config import NGRAM, EngineConfig
@@ -131,7 +132,7 @@ def serve(config: EngineConfig, cpus: list[int], port: int | None = None) -> Non
 
     store.set(_KEY, _READY)
     link = Link(store, rank=1, host=host)
-    Drafter(source, link).run()
+    Drafter(source, link, trace=drafter_trace(config)).run()
     link.close()
 
 
@@ -147,6 +148,12 @@ def draft_source(config: EngineConfig):
 
     model, costs = load_draft(preflight(config), ahead=2 * MAX_GAMMA + 1)
     return TreeSource(model, costs)
+
+
+def drafter_trace(config: EngineConfig):
+    from pearl.trace import OFF, Trace
+
+    return Trace("drafter", Path(config.trace).absolute()) if config.trace else OFF
 
 
 def _rendezvous():

@@ -61,7 +61,7 @@ class Target:
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
         self._patience = Patience()
         self._controllers: dict[tuple[Schedule, bool], Controller] = {}
-        self._costs: tuple[float, ...] = ()  # of the drafter's forwards
+        self.draft_costs: tuple[float, ...] = ()  # seconds of a drafter forward by its rows, as it has said
         self._sequence = 0
         self.passes: list[Pass] = []
         self.report: Report | None = None
@@ -76,6 +76,7 @@ class Target:
         self.passes, self.report = [], None
         self._model.forget()
         controller = self._controllers.setdefault((schedule, params.greedy), Controller(schedule, self._model.rows))
+        controller.draft_costs(self.draft_costs)
         text = _Text(self._sequence, prompt, schedule, params, stopper, channel, self._clock, controller, self._trace)
         self._trace.instant("sequence", self._clock(), sequence=text.sequence, mode=schedule.mode)
         if channel:
@@ -113,6 +114,7 @@ class Target:
 
         if not first:
             controller.passed(len(nodes), len(committed), read - ready, self._clock() - began)
+        self.draft_costs = text.draft_costs or self.draft_costs
         plan = controller.plan
         if text.channel and text.stopper.finish is None:
             text.channel.send(Verdict(text.sequence, trie.root.position, plan, tuple(committed)))
@@ -233,6 +235,7 @@ class _Text:
         self.stopper, self.channel, self._clock, self.controller = stopper, channel, clock, controller
         self._trace = trace
         self.trie = Trie(prompt)
+        self.draft_costs: tuple[float, ...] = ()
         self.hit = False  # the last walk ended on a node that had arrived
         self.patience_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
         self._nodes: dict[int, Node] = {}  # by the drafter's id
@@ -265,6 +268,7 @@ class _Text:
         """Hangs the nodes that have arrived into the trie; those of another text or a dead branch fall away."""
         while self.channel and (message := self.channel.receive()) is not None:
             if isinstance(message, Costs):
+                self.draft_costs = message.seconds
                 self.controller.draft_costs(message.seconds)
             if not isinstance(message, Nodes) or message.sequence != self.sequence:
                 continue

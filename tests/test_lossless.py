@@ -307,7 +307,8 @@ def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
             source = source if mode == "tree" else Moody(source, 5)
             target = Target(wrap(tiny()), ScriptedChannel(source, script), ticks())
             texts[wrap, tuple(script)] = tuple(together(target, prompt, schedule, params, decode=str).tokens)
-            assert any(p.accepted > 1 for p in target.passes) and any(not p.hit for p in target.passes)
+            assert any(p.accepted > 1 for p in target.passes)
+            assert mode == "tree" or any(not p.hit for p in target.passes)
     texts["alone"] = tuple(together(Target(Forgetful(tiny())), prompt, Schedule.of("ar"), params, decode=str).tokens)
     assert len(set(texts.values())) == 1
 
