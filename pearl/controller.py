@@ -23,7 +23,7 @@ from pearl.trie import Likely
 MEMORY = 0.95  # of a moving sum, from one pass to the next
 TRIAL = 12  # passes after which drafting is judged
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
-MARGIN = 1.0  # drafting must make this many times the tokens per second that the target makes alone
+CLEAR = 1.3  # times faster than the target was expected to be alone: no need to find out what it really makes
 
 
 class Chances:
@@ -58,9 +58,9 @@ class Controller:
         self._draft_s: tuple[float, ...] = ()  # of a drafter forward, by its rows
         self._scale = 1.0  # a pass costs this many times what was measured at the start
         self._tokens = self._seconds = 0.0  # moving sums
-        self._alone_s = 0.0  # of a pass without guesses
+        self._alone_s = 0.0  # of a pass while the drafter rests; both models share caches and memory
         self._guess_s = 0.0  # waited for, each: of a lock-step schedule
-        self._trial = [0.0, 0.0, 0]  # tokens, seconds and passes since drafting was last judged
+        self._trial = (0, 0.0, 0)  # tokens, seconds and passes since drafting was last judged
         self._pause, self._left = FIRST_PAUSE, 0  # how long the next pause is, and what is left of this one
         self.acceptance = 0.7
 
@@ -86,26 +86,28 @@ class Controller:
         self._scale = forward_s / measured if new else self._scale + 0.1 * (forward_s / measured - self._scale)
         self._tokens = MEMORY * self._tokens + committed
         self._seconds = MEMORY * self._seconds + seconds
-        if rows == 1:
-            self._alone_s = self._alone_s + 0.1 * (forward_s - self._alone_s) if self._alone_s else forward_s
-        self._judge_drafting(committed, seconds)
+        if self.free:
+            self._judge_drafting(committed, seconds)
 
     def _judge_drafting(self, committed: int, seconds: float) -> None:
-        """Whether drafting pays is found out by stopping it where it did not, and trying again, ever more rarely."""
+        """Whether drafting pays is found out by stopping it where it may not, and trying again, ever more rarely."""
         if self._left:
             self._left -= 1
-            self._trial = [0.0, 0.0, 0]
+            if self._left < FIRST_PAUSE - 1:  # the drafter has finished the forward that it was in
+                self._alone_s = self._alone_s + 0.1 * (seconds - self._alone_s) if self._alone_s else seconds
+            self._trial = (0, 0.0, 0)
             return
-        trial = self._trial
-        trial[0], trial[1], trial[2] = trial[0] + committed, trial[1] + seconds, trial[2] + 1
-        if trial[2] < TRIAL:
+        tokens, time, passes = self._trial
+        self._trial = (tokens + committed, time + seconds, passes + 1)
+        if passes + 1 < TRIAL:
             return
-        alone = 1 / (self._alone_s or self._cost(1))
-        if trial[0] / trial[1] < MARGIN * alone:
-            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        else:
+        tokens, time, _ = self._trial
+        pays = tokens / time > (1 / self._alone_s if self._alone_s else CLEAR / self._cost(1))
+        if pays:
             self._pause = FIRST_PAUSE
-        self._trial = [0.0, 0.0, 0]
+        else:
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        self._trial = (0, 0.0, 0)
 
     # decisions
 
@@ -120,12 +122,15 @@ class Controller:
         return self._schedule.gamma is None and self._schedule.post_verify
 
     @property
+    def paused(self) -> bool:
+        """Whether the target goes on alone for now, because drafting did not pay."""
+        return self._left > 0
+
+    @property
     def plan(self) -> Plan:
         """What the drafter is told."""
         schedule = self._schedule
-        ahead = schedule.max_ahead or MAX_AHEAD
-        if self.free and self._left:
-            ahead = 0
+        ahead = 0 if self.paused else schedule.max_ahead or MAX_AHEAD
         return Plan(self.block, schedule.branches or self._branches(), ahead)
 
     @property
@@ -159,7 +164,7 @@ class Controller:
 
     def patience(self) -> float:
         """Seconds worth waiting for the first guess after a miss: none if a pass makes more of them."""
-        if not self._draft_s or not self.free or self._left:
+        if not self._draft_s or not self.free or self.paused:
             return 0.0
         expected = 1.5 * self._draft_s[min(1, len(self._draft_s) - 1)]  # the forward under way is lost, on average half
         return 2 * expected if self.acceptance > self.rate * expected else 0.0

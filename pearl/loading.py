@@ -20,10 +20,12 @@ from pearl import embedded, linear
 from pearl.cache import longest_text, use_grouped_attention
 from pearl.config import EMBEDDED, NGRAM, EngineConfig
 from pearl.errors import UsageError
+from pearl.head import cut
 from pearl.model import LanguageModel
 from pearl.pairs import needed_gb, probe
 from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, remembered
 
+FREQUENT = 32_000  # tokens that mode tree drafts from, if nothing else is said
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
 
 
@@ -136,10 +138,14 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
     config = checked.config
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
-    _prepare(model, config, checked.draft_on)
-    reader = LanguageModel(model, checked.vocabulary, min(checked.max_length + ahead, longest_text(model.config)))
+    count = FREQUENT if config.draft_vocabulary == "auto" else int(config.draft_vocabulary)
+    head = cut(model, count, checked.tokenizer.all_special_ids) if count else None
+    _prepare(model, config.draft_kernel, checked.draft_on)
+    longest = min(checked.max_length + ahead, longest_text(model.config))
+    reader = LanguageModel(model, checked.vocabulary, longest, head=head)
     dtype = config.draft_dtype or config.dtype
-    key = {"leaves": 1, "as": config.draft_load_in, **_key(model, config, checked.draft_on, checked.draft.name, dtype)}
+    drafter = {"leaves": 2, "load_in": config.draft_load_in, "kernel": config.draft_kernel, "head": count}
+    key = _key(model, config, checked.draft_on, checked.draft.name, dtype) | drafter
     found = remembered(key, lambda: {"seconds": leaf_costs(reader, checked.vocabulary)})
     reader.forget()
     return reader, tuple(found["seconds"])
@@ -207,15 +213,15 @@ def _load(source: Source, config: EngineConfig, dtype: str, load_in: str | None,
     return embedded.plain_weights(model) if source.gguf_file else model
 
 
-def _prepare(model: Any, config: EngineConfig, placed: Placed) -> None:
+def _prepare(model: Any, kernel: str, placed: Placed) -> None:
     use_grouped_attention(model)
-    if placed.on_cpu and linear.wanted(config.kernel):
-        linear.pack(model)
+    if placed.on_cpu and (kernel == "int8" or linear.wanted(kernel)):
+        linear.pack(model, int8=kernel == "int8")
 
 
 def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, name: str, dtype: str) -> LanguageModel:
     config = checked.config
-    _prepare(model, config, placed)
+    _prepare(model, config.kernel, placed)
     reader = LanguageModel(model, checked.vocabulary, max_length)
 
     def find() -> dict[str, Any]:

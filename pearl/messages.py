@@ -202,8 +202,8 @@ def _encode_body(message: Message) -> Iterator[int]:
                 yield from (token for token, _ in guess.proposal)
                 yield from _singles([*(q for _, q in guess.proposal), guess.logp])
         case Report():
-            for seconds in (message.busy_s, message.waiting_s):
-                yield from _float(seconds)
+            for time in (message.busy_s, message.waiting_s):
+                yield from _float(time)
             for name in _COUNTS:
                 yield from _long(getattr(message, name))
             yield int(message.failed)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pearl.cache import Branch, SlotCache, as_model_mask, reads_branches
+from pearl.head import DraftHead
 from pearl.leaves import Leaves
 from pearl.rows import ANY, LIMIT, RowPlan
 
@@ -47,8 +48,17 @@ class Reader(Protocol):
 class LanguageModel:
     """A transformers model over a `SlotCache`."""
 
-    def __init__(self, model: torch.nn.Module, vocabulary: int, max_length: int, rows: RowPlan = ANY):
-        """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a text, in tokens."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        vocabulary: int,
+        max_length: int,
+        rows: RowPlan = ANY,
+        head: DraftHead | None = None,
+    ):
+        """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a text, in tokens. `head`: the
+        model's, if it can be cut; it is whole except for leaves."""
+        self._head = head
         self.model, self.vocabulary, self.max_length, self.rows = model, vocabulary, max_length, rows
         self._cache = SlotCache(max_length + TREE)
         self._cached: list[int] = []  # the token in each slot
@@ -63,6 +73,8 @@ class LanguageModel:
     def forget(self) -> None:
         self._cached, self._sides = [], {}
         self._leaves = None
+        if self._head:
+            self._head.forget()
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
@@ -74,6 +86,8 @@ class LanguageModel:
         """
         tokens = list(tokens)
         assert 0 < keep <= len(tokens) <= self.max_length, "a text must fit the cache and hold the rows asked for"
+        if self._head:
+            self._head.whole = True
         known = self._known(tokens, len(tokens) - keep)
         self._cached, self._sides, self._leaves = tokens[:known], {}, None  # if what follows fails, no more is known
         while (ahead := len(tokens) - keep - known) >= CHUNK or (branches and ahead > LIMIT):
@@ -121,6 +135,8 @@ class LanguageModel:
 
         For a drafter, whose bits nobody compares: nodes lie where there is room, and no row is added.
         """
+        if self._head:
+            self._head.follow(text)
         self._cached = []  # its slots are overwritten
         self._leaves = self._leaves or Leaves(self._cache.slots)
         plan = self._leaves.plan(list(text), paths)

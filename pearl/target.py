@@ -182,7 +182,7 @@ class Target:
             text.wait_for(wanted)
             if text.depth() > there:
                 text.controller.guessed(text.depth() - there, self._clock() - began)
-        elif text.controller.free and not there and not text.resting:
+        elif text.controller.free and not text.controller.paused and not there and not text.resting:
             text.patience_s = text.controller.patience()
             if text.patience_s:
                 text.wait_for(1, text.patience_s)

@@ -1,0 +1,160 @@
+"""What a pass costs beside the model: choosing nodes, laying out branches, masks, picking, walking, messages, Python.
+
+    bash scripts/bench_runtime.sh [--passes 300] [--vocabulary 151936] [--pass-ms 100] [--json FILE]
+
+Two processes on a core each run the real loops over gloo, with a model that sleeps for as long as a forward takes and
+then says what a rule holds. What a pass took less what the model slept is the runtime's own work, on either side. Real forwards also leave the processor's caches cold, which these do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pearl import cli, cores
+
+LENGTH = 4096
+RIGHT = 0.85  # of the drafter's first guesses
+
+
+class Sleeper:
+    """Stands where a transformers model does: sleeps, then says what follows each row by a rule."""
+
+    def __init__(self, vocabulary: int, seconds: float, right: float):
+        import torch
+
+        self.config = SimpleNamespace(_attn_implementation="pearl_grouped_sdpa")
+        self.device, self.dtype = torch.device("cpu"), torch.bfloat16
+        self.slept = self.calls = 0.0
+        self._vocabulary, self._seconds, self._right = vocabulary, seconds, right
+        self._logits = torch.zeros(64, vocabulary, dtype=torch.bfloat16)
+
+    def __call__(self, input_ids, position_ids, logits_to_keep, **_):
+        import torch
+
+        began = time.perf_counter()
+        keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else torch.arange(-logits_to_keep, 0)
+        tokens, positions = input_ids[0][keep], position_ids[0][keep]
+        after = (tokens * 31 + positions * 7) % 997
+        unsure = (after * 37 % 100).float() / 100 >= self._right
+        logits = self._logits[: len(after)].zero_()
+        rows = torch.arange(len(after))
+        logits[rows, after] = torch.where(unsure, 8.0, 14.0).to(logits.dtype)
+        logits[rows[unsure], (after + 1)[unsure]] = 9.0
+        time.sleep(max(0.0, self._seconds - (time.perf_counter() - began)))
+        self.slept += time.perf_counter() - began
+        self.calls += 1
+        return SimpleNamespace(logits=logits[None])
+
+
+def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiprocessing.Queue) -> None:
+    """The drafter's process. Afterwards tells its own milliseconds a forward."""
+    cores.pin([cpu])
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from pearl.beam import TreeSource
+    from pearl.drafter import Drafter
+    from pearl.link import Link
+    from pearl.model import LanguageModel
+
+    link = Link(dist.TCPStore("127.0.0.1", port, 2, is_master=False), rank=1, host="127.0.0.1")
+    sleeper = Sleeper(vocabulary, seconds, RIGHT)
+    source = TreeSource(LanguageModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
+    busy = 0.0
+    drafter = Drafter(source, link)
+    try_ = drafter._try
+
+    def timed(text, grow):
+        nonlocal busy
+        began = time.perf_counter()
+        done = try_(text, grow)
+        busy += time.perf_counter() - began
+        return done
+
+    drafter._try = timed
+    drafter.run()
+    out.put(1e3 * (busy - sleeper.slept) / max(1, sleeper.calls))
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--passes", type=int, default=300)
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--pass-ms", type=float, default=50.0, help="what a target pass sleeps; a draft a third of it")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--json", metavar="FILE")
+    found = parser.parse_args(argv)
+    cpus = cores.available()
+    cores.pin(cpus[:1])
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from pearl.link import Link
+    from pearl.model import LanguageModel
+    from pearl.sampling import SamplingParams
+    from pearl.schedule import Schedule
+    from pearl.stopping import Stopper
+    from pearl.target import Target
+
+    figures = {}
+    for temperature in found.temperature:
+        for mode in ("ar", "pearl", "tree"):
+            store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+            spawn = multiprocessing.get_context("spawn")
+            out = spawn.Queue()
+            order = (store.port, cpus[-1], found.vocabulary, found.pass_ms / 3e3, out)
+            child = spawn.Process(target=draft, args=order, daemon=True)
+            child.start()
+            sleeper = Sleeper(found.vocabulary, found.pass_ms / 1e3, 1.0)
+            target = Target(LanguageModel(sleeper, found.vocabulary, LENGTH), Link(store, rank=0, host="127.0.0.1"))
+            params = SamplingParams(max_new_tokens=LENGTH - 200, temperature=temperature, seed=1)
+            stopper = Stopper(params, (), str)
+            stream = target.decode(list(range(100)), Schedule.of(mode), params, stopper)
+            own = []
+            before = sleeper.slept
+            for _ in zip(range(found.passes), stream, strict=False):
+                one = target.passes[-1]
+                own.append(1e3 * (one.seconds - one.waited_s - (sleeper.slept - before)))
+                before = sleeper.slept
+            stream.close()
+            target.channel.close()
+            forward = out.get(timeout=60)
+            child.join()
+            sides = sum(one.sides for one in target.passes) / len(target.passes)
+            rows = sum(one.offered + 1 for one in target.passes) / len(target.passes)
+            figures[f"{mode} T={temperature:g}"] = {
+                "pass_ms_p50": statistics.median(own[2:]),
+                "pass_ms_p95": sorted(own[2:])[int(0.95 * len(own[2:]))],
+                "draft_ms_mean": forward if mode != "ar" else None,
+                "rows": rows,
+                "side_rows": sides,
+            }
+    print(f"vocabulary {found.vocabulary}, a pass of {found.pass_ms:g} ms and a draft of a third; ms beside the models")
+    print("| mode | a pass, median | 95 % | a draft, mean | rows a pass | beside the chain |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, one in figures.items():
+        drafting = "-" if one["draft_ms_mean"] is None else f"{one['draft_ms_mean']:.2f}"
+        print(
+            f"| {name} | {one['pass_ms_p50']:.2f} | {one['pass_ms_p95']:.2f} | {drafting} "
+            f"| {one['rows']:.1f} | {one['side_rows']:.1f} |"
+        )
+    if found.json:
+        Path(found.json).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
