@@ -53,7 +53,9 @@ def parser(description: str, max_new_tokens: int) -> Parser:
     machine.add_argument("--draft-cores", help="on CPU; default: the others")
     machine.add_argument("--kernel", default="auto", help="linear layers on CPU: auto, stock or packed")
     machine.add_argument("--draft-kernel", default="auto", help="the same for the drafter, or int8: rounded weights")
-    machine.add_argument("--draft-vocabulary", default="auto", help="frequent tokens that tree drafts from; 0: all")
+    machine.add_argument(
+        "--draft-vocabulary", type=int, default=0, help="frequent tokens that tree drafts from; 0: all"
+    )
     machine.add_argument("--processes", type=int, help="1: ar and sd in one process; default: as many as needed")
 
     run = made.add_argument_group("the run")

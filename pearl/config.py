@@ -37,7 +37,7 @@ class EngineConfig:
     draft_cores: str | None = None
     kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
     draft_kernel: str = "auto"  # the same for the drafter; int8 rounds its weights
-    draft_vocabulary: int | str = "auto"  # most frequent tokens that mode tree drafts from; 0: all
+    draft_vocabulary: int = 0  # most frequent tokens that mode tree drafts from; 0: all
     max_length: int = 4096  # tokens of a text, prompt included
     trust_remote_code: bool = False
     trace: str | None = None  # a file for the timeline of both processes
@@ -49,9 +49,9 @@ class EngineConfig:
         one_of("draft_load_in", self.draft_load_in, (*LOADS, None))
         one_of("kernel", self.kernel, ("auto", "stock", "packed"))
         one_of("draft_kernel", self.draft_kernel, ("auto", "stock", "packed", "int8"))
-        if str(self.draft_vocabulary) != "auto" and not str(self.draft_vocabulary).isdigit():
+        if not isinstance(self.draft_vocabulary, int) or self.draft_vocabulary < 0:
             raise UsageError(
-                f"draft_vocabulary must be a number of tokens, 0 for all, or auto, not {self.draft_vocabulary!r}."
+                f"draft_vocabulary must be a number of tokens, or 0 for all, not {self.draft_vocabulary!r}."
             )
         if not isinstance(self.max_length, int) or self.max_length < 2:
             raise UsageError(f"max_length must be a whole number from 2, not {self.max_length!r}.")

@@ -25,7 +25,6 @@ from pearl.model import LanguageModel
 from pearl.pairs import needed_gb, probe
 from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, remembered
 
-FREQUENT = 32_000  # tokens that mode tree drafts from, if nothing else is said
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
 
 
@@ -138,7 +137,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
     config = checked.config
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
-    count = FREQUENT if config.draft_vocabulary == "auto" else int(config.draft_vocabulary)
+    count = config.draft_vocabulary
     head = cut(model, count, checked.tokenizer.all_special_ids) if count else None
     _prepare(model, config.draft_kernel, checked.draft_on)
     longest = min(checked.max_length + ahead, longest_text(model.config))

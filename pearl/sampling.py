@@ -27,6 +27,7 @@ from pearl.trie import Node
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 COLDEST = 1e-6  # logits divided by less could leave float32
 CANDIDATES = 64  # best tokens of the drafter's q among which it ranks its guesses
+LIKELY = 5.0  # nats below the best token
 OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 METHODS = ("seeded", "rejection")
 
@@ -147,10 +148,19 @@ def _drawn_first(
 
 
 def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
-    """An exact sample from softmax(scores), by the Gumbel-max trick.  scores: [V]"""
-    tokens = (scores >= scores.max() - noise.GUMBEL_REACH).nonzero().squeeze(1)  # the others can't win
-    perturbed = scores[tokens].double() + noise.gumbel(seed, position, purpose, tokens)
-    return int(tokens[perturbed.argmax()])
+    """An exact sample from softmax(scores), by the Gumbel-max trick.  scores: [V]
+
+    The best of the likely tokens comes first. Of the others only those are looked at whose noise is large enough to
+    beat it; their noise decides, so the result is that of all tokens.
+    """
+    highest = float(scores.max())
+    likely = (scores >= highest - LIKELY).nonzero().squeeze(1)
+    best = float((scores[likely].double() + noise.gumbel(seed, position, purpose, likely)).max())
+    others = (scores >= best - noise.LOUDEST).nonzero().squeeze(1)
+    others = noise.loud(seed, position, purpose, others, best - (highest - LIKELY))
+    tokens = torch.cat([likely, others])
+    noisy = scores[tokens].double() + noise.gumbel(seed, position, purpose, tokens)
+    return int(tokens[noisy == noisy.max()].min())
 
 
 class Picker:

@@ -84,8 +84,8 @@ class Script:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, of sides that have the machine to themselves. `crowding`: forwards of a side take so many times as long
-    while the other works (1: they share nothing)."""
+    """Seconds, of sides that have the machine to themselves. While the other side works, a forward takes `crowding`
+    times as long, and one that reads a prompt `prompt_crowding` times (1: they share nothing)."""
 
     rows: RowPlan  # what the target knows of its rows; it may be wrong about their cost
     pass_s: tuple[float, ...]  # of a pass, by its rows with padding, and all that goes with it
@@ -93,6 +93,7 @@ class Times:
     draft_costs: tuple[float, ...]  # what the drafter says of them
     latency_s: float  # of a message
     crowding: float = 1.0
+    prompt_crowding: float = 1.0
 
     def draft(self, rows: int) -> float:
         """Of a drafter forward. Beyond what was measured, each row costs as much as the last one that was."""
@@ -216,15 +217,15 @@ class _TargetEnd(_End):
         assert soonest < math.inf, "the target waits for a message that nobody will send"
         self.now = max(self.now, soonest)
 
-    def work(self, seconds: float) -> None:
-        """Passes so many seconds of the target's own work, which takes longer while the drafter works too."""
+    def work(self, seconds: float, crowding: float) -> None:
+        """Passes so many seconds of the target's own work, `crowding` times as many while the drafter works."""
         self._stage.target_works = True
         left = seconds
         while left > 0:
             while self._step(self.now):
                 pass
             drafting = self.peer.now > self.now
-            pace = self._stage.times.crowding if drafting else 1.0
+            pace = crowding if drafting else 1.0
             until = self.peer.now if drafting else self._next_word()
             if until - self.now >= left * pace:
                 self.now += left * pace
@@ -264,7 +265,10 @@ class _TargetReader:
     def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
         stage, times = self._stage, self._stage.times
         rows = keep + len(branches)
-        self._wire.work(stage.script.prefill_s if self._fresh else times.pass_s[self.rows.pad(rows) - 1])
+        if self._fresh:
+            self._wire.work(stage.script.prefill_s, times.prompt_crowding)
+        else:
+            self._wire.work(times.pass_s[self.rows.pad(rows) - 1], times.crowding)
         self._fresh = False
         positions = list(range(len(tokens) - keep, len(tokens)))
         for parent, _ in branches:
@@ -311,9 +315,10 @@ class _DraftReader:
         return self._stage.script.drafted[[self._stage.index(position) for position in positions]]
 
     def _work(self, rows: int, fresh: bool) -> None:
-        stage = self._stage
-        seconds = stage.script.draft_prefill_s if fresh else stage.times.draft(rows)
-        stage.drafter.now += seconds * (stage.times.crowding if stage.target_works else 1.0)
+        stage, times = self._stage, self._stage.times
+        seconds = stage.script.draft_prefill_s if fresh else times.draft(rows)
+        crowding = times.prompt_crowding if fresh else times.crowding
+        stage.drafter.now += seconds * (crowding if stage.target_works else 1.0)
 
 
 class _Lookup:

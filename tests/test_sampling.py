@@ -167,12 +167,18 @@ def test_streams_of_different_purposes_seeds_and_positions_are_unrelated():
         assert abs(correlation) < 4 / len(tokens) ** 0.5
 
 
-def test_the_reach_is_the_widest_that_noise_can_span():
-    def gumbel(u: float) -> float:
-        return -math.log(-math.log(u))
+def test_no_noise_is_louder_than_the_loudest():
+    loudest = -math.log(-math.log(1 - 0.5 / 2**32))
+    assert loudest < noise.LOUDEST < loudest + 0.1
 
-    widest = gumbel(1 - 0.5 / 2**32) - gumbel(0.5 / 2**32)
-    assert widest < noise.GUMBEL_REACH < widest + 0.2
+
+@given(SEEDS, POSITIONS, PURPOSES, st.floats(-5, 22))
+def test_the_loud_tokens_are_found_without_their_noise(seed: int, position: int, purpose: int, least: float):
+    tokens = torch.arange(0, 60_000, 3)
+    loud = noise.loud(seed, position, purpose, tokens, least)
+    above = tokens[noise.gumbel(seed, position, purpose, tokens) > least]
+    assert set(above.tolist()) <= set(loud.tolist()) <= set(tokens.tolist())
+    assert least < -3 or len(loud) <= len(above) + 2
 
 
 @examples(200)
