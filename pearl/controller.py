@@ -23,6 +23,7 @@ from pearl.trie import Likely
 MEMORY = 0.95  # of a moving sum, from one pass to the next
 TRIAL = 12  # passes after which drafting is judged
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
+MOMENT = 0.02  # of a pass: the short wait for a source that answers at once
 CLEAR = 1.3  # times faster than the target was expected to be alone: no need to find out what it really makes
 
 
@@ -62,6 +63,7 @@ class Controller:
         self._guess_s = 0.0  # waited for, each: of a lock-step schedule
         self._trial = (0, 0.0, 0)  # tokens, seconds and passes since drafting was last judged
         self._pause, self._left = FIRST_PAUSE, 0  # how long the next pause is, and what is left of this one
+        self._moment_every = self._moment_in = 1  # passes until a short wait for a first guess is tried again
         self.acceptance = 0.7
 
     # facts
@@ -74,6 +76,11 @@ class Controller:
         self.chances.learn(logp, right)
         if first:
             self.acceptance += 0.05 * (right - self.acceptance)
+
+    def waited(self, came: bool) -> None:
+        """A wait for a first guess is over."""
+        self._moment_every = 1 if came else min(2 * self._moment_every, 64)
+        self._moment_in = self._moment_every
 
     def guessed(self, guesses: int, seconds: float) -> None:
         """So many guesses came while the target waited for them."""
@@ -163,11 +170,20 @@ class Controller:
         return chosen - 1
 
     def patience(self) -> float:
-        """Seconds worth waiting for the first guess after a miss: none if a pass makes more of them."""
-        if not self._draft_s or not self.free or self.paused:
+        """Seconds worth waiting for a first guess.
+
+        After a miss the drafter needs about a forward and a half: the one under way is lost, half of it on average. If
+        a guess is worth more than that time, it is waited for. Else there is a short wait now and then, for a source
+        that answers at once, and ever more rarely where nothing came of it.
+        """
+        if not self.free or self.paused:
             return 0.0
-        expected = 1.5 * self._draft_s[min(1, len(self._draft_s) - 1)]  # the forward under way is lost, on average half
-        return 2 * expected if self.acceptance > self.rate * expected else 0.0
+        if self._draft_s:
+            expected = 1.5 * self._draft_s[min(1, len(self._draft_s) - 1)]
+            if self.acceptance > self.rate * expected:
+                return 2 * expected
+        self._moment_in -= 1
+        return 0.0 if self._moment_in > 0 else MOMENT * self._cost(1)
 
     def _branches(self) -> int:
         """Rows of a draft: up to where a row more costs more than the rows before it did on average."""

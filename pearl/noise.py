@@ -33,7 +33,7 @@ def _signed(x: int) -> int:
 
 
 def _mix_tensor(x: Tensor) -> Tensor:
-    """The same on int64, in place: multiplication wraps, and the arithmetic right shift is masked into a logical one."""
+    """The same on int64, in place: multiplication wraps; the arithmetic right shift is masked into a logical one."""
     shifted = torch.empty_like(x)
     for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
         torch.bitwise_right_shift(x, shift, out=shifted)

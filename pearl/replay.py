@@ -1,7 +1,7 @@
 """A recorded run as something to simulate: its texts as scripts, its seconds as times.
 
 Knows: what the files of a run say of the drafter's guesses, place by place, and of the seconds of forwards. Refuses to
-know: modes, and how decoding works.
+know: how decoding works. The guesses are those of one mode of the run, the seconds those of all.
 
 What a run can't say is drawn, by seeded random numbers, from what the rest of it says: places where no guess was
 judged, and, from a run that drafted chains, how sure the drafter was and which of its further guesses was right.
@@ -200,30 +200,32 @@ class _Shares:
 
 
 def _times(modes: dict[str, Texts], mode: str, summary: dict[str, Any], latency_s: float) -> Times:
-    """What forwards take, from those recorded: of `mode`, and of `ar`, which has the machine to itself."""
+    """What forwards take, from those of all modes. Whether the drafter has a model is asked of `mode`."""
     environment, figures = summary["environment"], summary["modes"]
     facts = environment["rows"]
     rows = RowPlan(tuple(facts["safe"]), tuple(facts["cost_s"]), facts["exact"], facts.get("branches", True))
     shares = {name: _Shares.of(figures.get(name) or {}) for name in modes}
     by_rows = {name: _by_rows(texts, rows) for name, texts in modes.items()}
     crowding = _crowding(by_rows, shares)
-    mine = shares[mode]
-    slower = 1 + mine.both / mine.target * (crowding - 1)
-    seconds = [(n, s / slower) for n, found in by_rows[mode].items() for s in found]
-    seconds += [(n, s) for n, found in by_rows.get("ar", {}).items() for s in found]
+    seconds = [
+        (n, s / (1 + shares[name].both / shares[name].target * (crowding - 1)))
+        for name in modes
+        for n, found in by_rows[name].items()
+        for s in found
+    ]
     if not seconds:
-        raise UsageError(f"The texts of mode {mode} are single passes: nothing tells what a pass takes.")
+        raise UsageError("The texts of the run are single passes: nothing tells what a pass takes.")
     scale = sum(s for _, s in seconds) / sum(rows.cost_s[n - 1] for n, _ in seconds)
-    overhead_s = statistics.median(
-        one["seconds"] - one["forward_s"] - one["waited_s"] for text in modes[mode].values() for one in text[1:]
-    )
+    later = [one for texts in modes.values() for passes in texts.values() for one in passes[1:]]
+    overhead_s = statistics.median(one["seconds"] - one["forward_s"] - one["waited_s"] for one in later)
     pass_s = []
     for n, cost in enumerate(rows.cost_s, 1):
         found = [s for count, s in seconds if count == n]
         pass_s.append((sum(found) + PRIOR * scale * cost) / (len(found) + PRIOR) + overhead_s)
-    slower = 1 + (mine.both / mine.drafter * (crowding - 1) if mine.drafter else 0.0)
     costs = tuple(environment.get("draft_costs") or ())
-    draft_s = _draft_s(modes[mode], figures.get(mode) or {}, costs, pass_s[rows.pad(1) - 1], slower)
+    draft_s: tuple[float, ...] = ()
+    if _forwards(figures.get(mode) or {}):
+        draft_s = _draft_s(modes, figures, shares, costs or (1.0,) * LEAVES, pass_s[rows.pad(1) - 1], crowding)
     return Times(rows, tuple(pass_s), draft_s, costs, latency_s, crowding, _prompt_crowding(modes, shares))
 
 
@@ -262,23 +264,33 @@ def _prompt_crowding(modes: dict[str, Texts], shares: dict[str, _Shares]) -> flo
 
 
 def _draft_s(
-    texts: Texts, figures: Mapping[str, Any], costs: Sequence[float], pass_s: float, slower: float
+    modes: dict[str, Texts],
+    figures: Mapping[str, Any],
+    shares: dict[str, _Shares],
+    costs: Sequence[float],
+    pass_s: float,
+    crowding: float,
 ) -> tuple[float, ...]:
     """Seconds of a drafter forward by its rows, alone: the measured costs, to the scale of the forwards of the run.
 
     The first forward of a text reads the prompt, which takes it as many forwards as it takes the target passes.
-    `slower`: so many times as long as alone did the forwards of the run take.
     """
-    forwards = figures.get("draft_forwards")
-    busy_s = (figures.get("drafter_busy") or 0.0) * (figures.get("seconds") or 0.0)
-    if forwards is None:  # of a run that did not count them
-        forward_ms = figures.get("draft_forward_ms")
-        forwards = round(1e3 * busy_s / forward_ms) if forward_ms else 0
-    if not forwards:
-        return ()
-    prompts = sum(passes[0]["forward_s"] for passes in texts.values()) / pass_s
-    each = busy_s / (forwards - len(texts) + prompts) / slower
-    shape = costs or (1.0,) * LEAVES
-    usual = min(max(1.0, (figures.get("draft_rows") or 0) / forwards), len(shape))
-    usual_cost = float(np.interp(usual, range(1, len(shape) + 1), shape))
-    return tuple(each * cost / usual_cost for cost in shape)
+    busy_s = expected_s = 0.0
+    for mode, texts in modes.items():
+        facts = figures.get(mode) or {}
+        if forwards := _forwards(facts):
+            rows = max(1.0, (facts.get("draft_rows") or 0) / forwards)
+            later = (forwards - len(texts)) * float(np.interp(rows, range(1, len(costs) + 1), costs))
+            prompts = sum(passes[0]["forward_s"] for passes in texts.values()) / pass_s * costs[0]
+            slower = 1 + shares[mode].both / shares[mode].drafter * (crowding - 1)
+            expected_s += (later + prompts) * slower
+            busy_s += facts["drafter_busy"] * facts["seconds"]
+    return tuple(busy_s / expected_s * cost for cost in costs)
+
+
+def _forwards(figures: Mapping[str, Any]) -> int:
+    """Of the drafter, in a mode; also of a run that did not count them."""
+    counted, forward_ms = figures.get("draft_forwards"), figures.get("draft_forward_ms")
+    if counted is None and forward_ms:
+        return round(1e3 * figures["drafter_busy"] * figures["seconds"] / forward_ms)
+    return counted or 0

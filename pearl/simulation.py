@@ -299,10 +299,12 @@ class _DraftReader:
 
     def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
         assert keep == 1, "a chain is drafted one token after the other"
-        pairs = enumerate(zip(self._cached, tokens, strict=False))
-        known = next((i for i, (a, b) in pairs if a != b), min(len(self._cached), len(tokens)))
+        tokens = list(tokens)
+        known = min(len(self._cached), len(tokens))
+        while self._cached[:known] != tokens[:known]:  # they part near their ends
+            known -= 1
         self._work(max(1, len(tokens) - known), fresh=not self._cached)
-        self._cached = list(tokens)
+        self._cached = tokens
         return self._after([len(tokens)])
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:

@@ -30,23 +30,6 @@ from pearl.trie import Likely, Node, Trie, walk
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
 
 
-class Patience:
-    """Whether a short wait for the first guess pays: tried, and tried less often where nothing came of it."""
-
-    SHARE = 0.02  # of a pass
-
-    def __init__(self) -> None:
-        self._pause, self._left = 1, 0
-
-    def seconds(self, pass_s: float) -> float:
-        self._left -= 1
-        return 0.0 if self._left > 0 else self.SHARE * pass_s
-
-    def learn(self, came: bool) -> None:
-        self._pause = 1 if came else min(2 * self._pause, 64)
-        self._left = self._pause
-
-
 class Target:
     """Decodes one text at a time. `passes` and `report` hold the facts of the last one."""
 
@@ -59,7 +42,6 @@ class Target:
     ):
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
-        self._patience = Patience()
         self._controllers: dict[tuple[Schedule, bool], Controller] = {}
         self.draft_costs: tuple[float, ...] = ()  # seconds of a drafter forward by its rows, as it has said
         self._sequence = 0
@@ -170,8 +152,7 @@ class Target:
     def _await_guesses(self, text: _Text) -> None:
         """Takes what has arrived, and waits for as many guesses as the schedule asks for.
 
-        Where it asks for none, waiting for the first one may still pay: the controller knows (after a miss, with a fast
-        drafter), or it is tried for a moment (`Patience`).
+        Where it asks for none, waiting for the first one may still pay: the controller says for how long.
         """
         text.take()
         text.patience_s = 0.0
@@ -182,13 +163,10 @@ class Target:
             text.wait_for(wanted)
             if text.depth() > there:
                 text.controller.guessed(text.depth() - there, self._clock() - began)
-        elif text.controller.free and not text.controller.paused and not there and not text.resting:
-            text.patience_s = text.controller.patience()
-            if text.patience_s:
-                text.wait_for(1, text.patience_s)
-            elif self.passes and (moment := self._patience.seconds(self.passes[-1].forward_s)):
-                text.wait_for(1, moment)
-                self._patience.learn(came=text.depth() > 0 or text.resting)
+        elif not there and not text.resting and (patience := text.controller.patience()):
+            text.patience_s = patience
+            text.wait_for(1, patience)
+            text.controller.waited(came=text.depth() > 0 or text.resting)
 
     def _draw(self, text: _Text, began: float, ready: float, read: float, ended: float) -> None:
         """The last pass, in the timeline."""

@@ -1,0 +1,86 @@
+"""Drafters that can't help: `pearl` and `tree` beside `ar` where drafting does not pay.
+
+    python scripts/never_slower.py --target DIR --draft DIR --limit 3 --max-new-tokens 128
+
+Three cases, one after the other, the modes of each interleaved problem by problem:
+
+    random      the draft model with random weights: every guess is wrong
+    slow        the roles exchanged: the larger model drafts for the smaller
+    unguessed   temperature 2: text that no drafter can guess
+
+The controller finds out by itself that it should not draft. Both models must be folders (or hub ids) of one family.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pearl import cli
+from pearl.tasks import humaneval
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__.splitlines()[0], max_new_tokens=128)
+    parser.set_defaults(mode=["ar", "pearl", "tree"])
+    found = cli.parse(parser, argv)
+    config, _ = cli.engine_config(found)
+    schedules = cli.schedules(found)
+    params = replace(cli.sampling(found), ignore_eos=True)
+    problems = humaneval.load()
+    problems = [problems[i] for i in cli.choose(len(problems), found.limit or 3, found.indices)]
+
+    from rich.console import Console
+
+    from pearl import harness
+    from pearl.engine import Engine
+    from pearl.loading import preflight
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    folder = Path(found.output or "results/never-slower")
+    figures = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = {
+            "random": (replace(config, draft=_random(config.draft, Path(scratch))), params),
+            "slow": (replace(config, target=config.draft, draft=config.target), params),
+            "unguessed": (config, replace(params, temperature=2.0)),
+        }
+        for name, (case, sampling) in cases.items():
+            checked = preflight(case)
+            tasks = []
+            for problem in problems:
+                text = humaneval.prompt_text(problem, "completion", checked.tokenizer)
+                tasks.append(harness.Task(problem.task_id, tuple(checked.tokenizer(text).input_ids), str))
+            plan = harness.Plan(tuple(tasks), schedules, sampling)
+            with Engine(case, cli.hardest(schedules.values()), found.processes, checked) as engine:
+                output = harness.Output(folder / name)
+                runs = harness.run(engine, plan, output, console)
+                summary = harness.summary(engine, plan, {"case": name, "resolved": vars(case)}, runs)
+            output.write("summary.json", summary)
+            figures[name] = summary["modes"]
+            console.print(harness.table(summary["modes"], f"{name}: {case.target} <- {case.draft}"))
+    worst = min(f["speedup_vs_ar"] for modes in figures.values() for f in modes.values())
+    console.print(f"the worst is {worst:.3f} x ar; written to {folder}", highlight=False)
+    return 0
+
+
+def _random(draft: str, folder: Path) -> str:
+    """The draft model's architecture and tokenizer with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(draft)).to(torch.bfloat16)
+    model.save_pretrained(folder / "random")
+    AutoTokenizer.from_pretrained(draft).save_pretrained(folder / "random")
+    return str(folder / "random")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
