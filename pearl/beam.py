@@ -35,7 +35,7 @@ class _Row:
     """One row of a forward. `node` is None for a guess of our own, which `parent`'s pick has yet to confirm."""
 
     path: tuple[int, ...]
-    use: float  # chance that the walk passes through it
+    logp: float  # of the chance that the walk passes through it
     node: Node | None = None
     guesses: tuple[int, ...] = ()  # n-gram guesses that may follow
     match: int = 0  # length of the n-gram match
@@ -45,15 +45,13 @@ class _Row:
 class _Trust:
     """How often a first n-gram guess came true, by the length of its match."""
 
-    right: list[float] = field(default_factory=lambda: [0.0, 1.0, 2.0, 3.0, 3.5])
-    asked: list[float] = field(default_factory=lambda: [1.0, 5.0, 5.0, 5.0, 5.0])
+    right: list[float] = field(default_factory=lambda: [0.01, 0.2, 0.4, 0.6, 0.7])
 
     def __getitem__(self, match: int) -> float:
-        return self.right[match] / self.asked[match]
+        return self.right[match]
 
     def learn(self, match: int, right: bool) -> None:
-        self.right[match] = 0.97 * self.right[match] + right
-        self.asked[match] = 0.97 * self.asked[match] + 1
+        self.right[match] = max(0.01, 0.96 * self.right[match] + 0.04 * right)
 
 
 class TreeSource(ModelSource):
@@ -81,15 +79,15 @@ class TreeSource(ModelSource):
         self.rows += len(rows)
         self.own += sum(row.node is None for row in rows)
         logits = self._model.read_leaves(trie.tokens, [row.path for row in rows])
-        nodes: dict[tuple[int, ...], Node] = {row.path: row.node for row in rows if row.node}
+        read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
         new: list[tuple[Node, Node]] = []
         positions = [len(trie.tokens) + len(row.path) for row in rows]
         guesses = ranked(logits, self._params, positions, CHILDREN)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
-            node = row.node or self._confirm(row, nodes)
-            if node is None:
+            found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))
+            if found is None:
                 continue
-            joint = math.log(row.use) if row.node else _joint(row, nodes, rows)
+            node, joint = read[row.path] = found
             for rank, (token, logp, proposal) in enumerate(after):
                 if rank and joint + logp < FAINTEST:
                     break
@@ -98,40 +96,35 @@ class TreeSource(ModelSource):
                 new.append((node, child))
         return new
 
-    def _confirm(self, row: _Row, nodes: dict[tuple[int, ...], Node]) -> Node | None:
+    def _confirm(self, row: _Row, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:
         """The node of a guess of our own, now that its parent's pick is known; None if it was wrong."""
-        parent = nodes.get(row.path[:-1])
         if parent is None:
             return None
-        node = parent.children.get(row.path[-1])
-        first = node is not None and node is next(iter(parent.children.values()))
+        above, joint = parent
+        node = above.children.get(row.path[-1])
+        first = node is not None and node is next(iter(above.children.values()))
         self.confirmed += first
         self._trust.learn(row.match, first)
-        if node is not None:
-            nodes[row.path] = node
-        return node
+        return None if node is None else (node, joint + node.logp)
 
     def _choose(self, trie: Trie, most: int, deepest: int, fixed: bool) -> list[_Row]:
         leaves = trie.leaves(deepest - 1)
         if len(leaves) > CROWD:
             return []
         order = itertools.count()
-        heap = [(-math.exp(logp), next(order), _Row(path, math.exp(logp), node)) for path, node, logp in leaves]
+        heap = [(-logp, next(order), _Row(path, logp, node)) for path, node, logp in leaves]
         heapq.heapify(heap)
         rows: list[_Row] = []
-        gain = 0.0
+        gain = 0.0  # rows of this forward that the walk is expected to pass through
         while heap and len(rows) < most:
             _, _, row = heapq.heappop(heap)
-            if (
-                rows
-                and not fixed
-                and row.use * self._cost(len(rows)) < gain * (self._cost(len(rows) + 1) - self._cost(len(rows)))
-            ):
+            use, before, after = math.exp(row.logp), self._cost(len(rows)), self._cost(len(rows) + 1)
+            if rows and not fixed and (gain + use) / after < gain / before:
                 break
             rows.append(row)
-            gain += row.use
-            if (after := self._guess(trie, row, deepest)) is not None:
-                heapq.heappush(heap, (-after.use, next(order), after))
+            gain += use
+            if (guess := self._guess(trie, row, deepest)) is not None:
+                heapq.heappush(heap, (-guess.logp, next(order), guess))
         return rows
 
     def _guess(self, trie: Trie, row: _Row, deepest: int) -> _Row | None:
@@ -141,20 +134,8 @@ class TreeSource(ModelSource):
             match, guesses = self._own.look_up([*trie.tokens, *row.path])
         if not guesses or len(row.path) + 1 >= deepest:
             return None
-        use = row.use * self._trust[match]
-        return _Row((*row.path, guesses[0]), use, None, guesses[1:], match)
+        logp = row.logp + math.log(self._trust[match])
+        return _Row((*row.path, guesses[0]), logp, None, guesses[1:], match)
 
     def _cost(self, rows: int) -> float:
-        return self.costs[min(rows, len(self.costs)) - 1] if self.costs else 1.0
-
-
-def _joint(row: _Row, nodes: dict[tuple[int, ...], Node], rows: list[_Row]) -> float:
-    """The joint log-probability of a confirmed guess: its leaf's, and q of each step since."""
-    logp, path = 0.0, row.path
-    while True:
-        node = nodes[path]
-        leaf = next((r for r in rows if r.path == path and r.node), None)
-        if leaf:
-            return logp + math.log(leaf.use)
-        logp += node.logp
-        path = path[:-1]
+        return self.costs[min(rows, len(self.costs)) - 1] if self.costs and rows else 1.0

@@ -24,6 +24,7 @@ MEMORY = 0.95  # of a moving sum, from one pass to the next
 TRIAL = 12  # passes after which drafting is judged
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
 MOMENT = 0.02  # of a pass: the short wait for a source that answers at once
+WORTH = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
 CLEAR = 1.3  # times faster than the target was expected to be alone: no need to find out what it really makes
 
 
@@ -109,8 +110,9 @@ class Controller:
         if passes + 1 < TRIAL:
             return
         tokens, time, _ = self._trial
-        pays = tokens / time > (1 / self._alone_s if self._alone_s else CLEAR / self._cost(1))
-        if pays:
+        # until it is known what the target makes alone: a source without a model takes nothing from it
+        guess = (CLEAR if self._draft_s else WORTH) / self._cost(1)
+        if tokens / time > (WORTH / self._alone_s if self._alone_s else guess):
             self._pause = FIRST_PAUSE
         else:
             self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)

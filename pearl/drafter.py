@@ -21,7 +21,7 @@ from pearl import memory
 from pearl.channel import Channel, Clock
 from pearl.messages import Costs, End, Guess, Nodes, Plan, Report, Start, Verdict
 from pearl.sources import DraftSource, TreeGrower
-from pearl.trace import OFF, Trace, flow_id
+from pearl.timeline import OFF, Trace, flow_id
 from pearl.trie import Node, Trie
 
 

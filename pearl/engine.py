@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pearl import cores, memory, records, trace
+from pearl import cores, memory, records, timeline
 from pearl.channel import Channel, LocalChannel
 from pearl.config import EngineConfig
 from pearl.drafter import Drafter
@@ -86,7 +86,7 @@ class Engine:
 
         self._trace_path = Path(config.trace).absolute() if config.trace else None
         if self._trace_path:
-            trace.prepare(self._trace_path)
+            timeline.prepare(self._trace_path)
         self._allowed_cpus, self._threads = cores.available(), torch.get_num_threads()
         self._peer: Peer | None = None
         self._closed = False
@@ -102,8 +102,8 @@ class Engine:
             self.model = load_target(checked)
             self._checked = checked
             self._eos = eos_ids(self.model.model, self.tokenizer)
-            timeline = trace.Trace("target", self._trace_path) if self._trace_path else trace.OFF
-            self._target = Target(self.model, self._open_channel(), trace=timeline)
+            trace = timeline.Trace("target", self._trace_path) if self._trace_path else timeline.OFF
+            self._target = Target(self.model, self._open_channel(), trace=trace)
         except BaseException:
             self.close()
             raise
@@ -210,7 +210,7 @@ class Engine:
         if self._peer:
             self._peer.close()
         if self._trace_path and hasattr(self, "_target"):
-            trace.merge(self._trace_path)
+            timeline.merge(self._trace_path)
         cores.pin(self._allowed_cpus)
         torch.set_num_threads(self._threads)
 

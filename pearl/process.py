@@ -151,7 +151,7 @@ def draft_source(config: EngineConfig):
 
 
 def drafter_trace(config: EngineConfig):
-    from pearl.trace import OFF, Trace
+    from pearl.timeline import OFF, Trace
 
     return Trace("drafter", Path(config.trace).absolute()) if config.trace else OFF
 

@@ -91,9 +91,7 @@ def read_run(folder: Path, mode: str | None = None, latency_s: float = LATENCY_S
 
 def _notes(times: Times, chains: bool) -> tuple[str, ...]:
     if not times.draft_s:
-        return (
-            "The drafter has no model: where no guess was judged it is taken to have none, which not each mode asks.",
-        )
+        return ("The drafter has no model: at places where no guess of the run was judged, it is taken to find none.",)
     told = []
     if chains:
         told.append(

@@ -24,7 +24,7 @@ from pearl.records import Judged, Pass
 from pearl.sampling import Picker, SamplingParams
 from pearl.schedule import MAX_WIDTH, Schedule
 from pearl.stopping import Stopper
-from pearl.trace import OFF, Trace, flow_id
+from pearl.timeline import OFF, Trace, flow_id
 from pearl.trie import Likely, Node, Trie, walk
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward

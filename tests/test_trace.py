@@ -20,7 +20,8 @@ import pytest
 
 from pearl import trace
 from pearl.errors import UsageError
-from pearl.trace import OFF, Trace, frame, main, merge, panels, prepare, read
+from pearl.timeline import OFF, Trace, merge, prepare
+from pearl.trace import frame, main, panels, read
 
 PASS_S, DRAFT_S, PROMPT = 0.1, 0.03, 40
 ROWS = {"pearl": [4, 4, 4, 4, 4, 1, 4, 4, 4, 4, 4, 4], "tree": [4] * 12, "ar": [1] * 12}

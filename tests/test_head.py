@@ -1,0 +1,87 @@
+"""A draft vocabulary makes a forward cheaper and some guesses impossible, and never changes a text."""
+
+import pytest
+import torch
+from tiny import CONFIGS, VOCABULARY, random_model, reader
+from toys import EAGER, ScriptedChannel, ticks, together
+
+from pearl.beam import TreeSource
+from pearl.head import cut
+from pearl.linear import Int8Linear, pack
+from pearl.model import LanguageModel
+from pearl.sampling import SamplingParams
+from pearl.schedule import Schedule
+from pearl.target import Target
+
+TEXT = [5, 130, 6, 7]  # 130 lies outside the vocabulary
+FREQUENT = 100
+
+
+def drafter(frequent: int = FREQUENT, always: tuple[int, ...] = (159,)) -> LanguageModel:
+    model = random_model(CONFIGS["llama"]())
+    return reader(model, head=cut(model, frequent, always))
+
+
+def whole() -> LanguageModel:
+    return reader(random_model(CONFIGS["llama"]()))
+
+
+def test_kept_tokens_have_the_logits_of_the_whole_head_and_the_others_none():
+    logits, expected = drafter().read_leaves(TEXT, [(), (9,)]), whole().read_leaves(TEXT, [(), (9,)])
+    kept = [*range(FREQUENT), 130, 159]
+    torch.testing.assert_close(logits[:, kept], expected[:, kept], atol=1e-4, rtol=0)
+    others = sorted(set(range(VOCABULARY)) - set(kept))
+    assert (logits[:, others] == -torch.inf).all()
+
+
+def test_a_rare_token_is_draftable_once_the_text_has_it_and_in_the_next_text_no_more():
+    model = drafter()
+    assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
+    assert model.read_leaves([5, 6, 130], [()])[0, 130].isfinite()
+    model.forget()
+    assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
+
+
+def test_chains_are_drafted_from_the_whole_head():
+    model = drafter()
+    model.read_leaves(TEXT, [()])
+    assert model.read(TEXT, 1).isfinite().all()
+
+
+def test_a_text_that_keeps_leaving_the_vocabulary_gets_the_whole_head():
+    model, text = drafter(), [5, 6]
+    for token in range(101, 111):
+        text.append(token)
+        logits = model.read_leaves(text, [()])
+    assert logits.isfinite().all()
+    text += [7] * 60  # and the cut one again, once it stays inside
+    model.read_leaves(text, [()])
+    assert model.read_leaves([*text, 7], [()])[0, 150] == -torch.inf
+
+
+def test_a_vocabulary_as_large_as_the_models_is_no_cut():
+    assert cut(random_model(CONFIGS["llama"]()), VOCABULARY) is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_a_tiny_vocabulary_the_text_is_the_targets_own(temperature: float):
+    params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=2)
+    alone = together(Target(whole()), TEXT, Schedule.of("ar"), params, decode=str)
+    target = Target(whole(), ScriptedChannel(TreeSource(drafter(40)), EAGER), ticks())
+    assert together(target, TEXT, Schedule.of("tree"), params, decode=str) == alone
+    assert any(one.accepted for one in target.passes) and any(
+        one.rank is None for p in target.passes for one in p.judged
+    )
+
+
+def test_an_8_bit_drafter_differs_by_rounding_only():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 96).to(torch.bfloat16)
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    rounded = Int8Linear(layer.weight.detach(), layer.bias)(x)
+    error = (rounded - layer(x)).float()
+    assert rounded.dtype == torch.bfloat16 and 0 < error.abs().max() < 0.05
+    model = random_model(CONFIGS["llama"]())
+    expected = model(torch.tensor([TEXT])).logits[0, -1]
+    assert pack(model, int8=True) == 0
+    assert torch.corrcoef(torch.stack([expected, model(torch.tensor([TEXT])).logits[0, -1]]))[0, 1] > 0.98
