@@ -71,7 +71,7 @@ class TreeSource(ModelSource):
         Grows the trie and returns the new nodes, each with its parent, parents first. `fixed`: take as many leaves as
         `most` says, whether they pay or not. An empty list: nothing is worth extending until the root moves.
         """
-        deepest = min(deepest, self._model.max_length - len(trie.tokens))
+        deepest = min(deepest, self._model.max_length - len(trie.tokens) + 1)
         rows = self._choose(trie, most, deepest, fixed)
         if not rows:
             return []

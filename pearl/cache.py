@@ -199,6 +199,14 @@ def as_model_mask(model: torch.nn.Module, mask: Tensor) -> Tensor:
     return torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)
 
 
+_ALIBI = "its position bias from a mask of its own, which the cache would override"
+_OWN_MASKS = {  # settings of models whose own mask is more than causal and would be overridden
+    "alibi": _ALIBI,
+    "attention_types": "local masks of its own, which the cache would override",
+    "use_bidirectional_attention": "tokens see what follows them, so it does not write texts",
+}
+
+
 def longest_text(config: PretrainedConfig) -> int:
     """How many tokens the model can read with a plain causal mask.
 
@@ -210,6 +218,9 @@ def longest_text(config: PretrainedConfig) -> int:
     if other or not hasattr(config, "num_attention_heads"):
         what = ", ".join(sorted(other)) or config.model_type
         raise UsageError(f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer.")
+    own = next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None)
+    if own or config.model_type == "bloom":
+        raise UsageError(f"{config.model_type} makes {own or _ALIBI}: choose another model.")
     limits = [getattr(config, "max_position_embeddings", None) or 1 << 20]
     sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
     if sliding and getattr(config, "sliding_window", None):

@@ -110,8 +110,8 @@ class Controller:
         if passes + 1 < TRIAL:
             return
         tokens, time, _ = self._trial
-        # until it is known what the target makes alone: a source without a model takes nothing from it
-        guess = (CLEAR if self._draft_s else WORTH) / self._cost(1)
+        # until it is known what the target makes alone; a source without a model takes nothing from it
+        guess = CLEAR / self._rows.cost_s[self._rows.pad(1) - 1] if self._draft_s else WORTH / self._cost(1)
         if tokens / time > (WORTH / self._alone_s if self._alone_s else guess):
             self._pause = FIRST_PAUSE
         else:

@@ -138,13 +138,13 @@ class LanguageModel:
         if self._head:
             self._head.follow(text)
         self._cached = []  # its slots are overwritten
-        self._leaves = self._leaves or Leaves(self._cache.slots)
-        plan = self._leaves.plan(list(text), paths)
-        wanted = []
+        leaves = self._leaves or Leaves(self._cache.slots)
+        self._leaves = None  # if what follows fails, nothing is known
+        plan, wanted = leaves.plan(list(text), paths), []
         for chunk in plan.chunks(CHUNK):
             self._cache.place_at(chunk.slots, chunk.seen)
-            logits = self._run(chunk.tokens, chunk.positions, chunk.mask, chunk.wanted)
-            wanted.append(logits)
+            wanted.append(self._run(chunk.tokens, chunk.positions, chunk.mask, chunk.wanted))
+        self._leaves = leaves
         return torch.cat(wanted)[plan.order, : self.vocabulary]
 
     @torch.inference_mode()

@@ -112,7 +112,7 @@ class Trie:
         The path holds the tokens from below the root to the node. Likeliest first; the root itself if it is alone.
         """
         found = []
-        stack: list[tuple[tuple[int, ...], Node, float]] = [((), self.root, 0.0)]
+        stack: list[tuple[tuple[int, ...], Node, float]] = [((), self.root, 0.0)] if deepest >= 0 else []
         while stack:
             path, node, logp = stack.pop()
             if not node.children:
