@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pearl import memory
@@ -141,27 +142,26 @@ class Drafter:
 
     def _tree(self, text: _Text, source: TreeGrower) -> tuple[list[tuple[Node, Node]], bool]:
         """The nodes of one forward over the likeliest leaves, and whether it rests: nothing worth extending."""
-        before = (source.rows, source.own, source.confirmed)
-        fixed = text.start.schedule.branches is not None
-        grow = lambda: source.extend(text.trie, text.plan.branches, text.plan.ahead, fixed)  # noqa: E731
-        grown = self._try(text, grow) or []
-        rows, own, confirmed = source.rows - before[0], source.own - before[1], source.confirmed - before[2]
-        self._count(drafted=len(grown), rows=rows, own=own, confirmed=confirmed)
+        own, confirmed = source.own, source.confirmed
+        plan, fixed = text.plan, text.start.schedule.branches is not None
+        grown = self._try(text, partial(source.extend, text.trie, plan.branches, plan.ahead, fixed)) or []
+        self._count(drafted=len(grown), own=source.own - own, confirmed=source.confirmed - confirmed)
         return grown, not grown
 
     def _try(self, text: _Text, draft: Callable[[], Any]) -> Any:
         """What the source says; None if it raised, and then it is not asked again in this text."""
-        began, forwards = self._clock(), self._source.forwards
+        source, began = self._source, self._clock()
+        forwards, rows = source.forwards, _rows(source)
         try:
             return draft()
         except Exception:
             self._fail(text)
             return None
         finally:
-            ended = self._clock()
-            self._count(busy_s=ended - began, forwards=self._source.forwards - forwards)
-            position = text.trie.root.position
-            self._trace.span("draft", began, ended, sequence=text.start.sequence, position=position)
+            ended, rows = self._clock(), _rows(source) - rows
+            self._count(busy_s=ended - began, forwards=source.forwards - forwards, rows=rows)
+            at = {"sequence": text.start.sequence, "position": text.trie.root.position}
+            self._trace.span("draft", began, ended, rows=max(1, rows), **at)
 
     def _fail(self, text: _Text) -> None:
         """Whatever happens to a source, the text goes on without it, and the run says so."""
@@ -180,6 +180,11 @@ class Drafter:
         if self._text:
             report = self._text.report
             self._text.report = replace(report, **{name: getattr(report, name) + value for name, value in more.items()})
+
+
+def _rows(source: DraftSource) -> int:
+    """Rows that it has read for trees so far."""
+    return source.rows if isinstance(source, TreeGrower) else 0
 
 
 def _foreseen(root: Node, tokens: Sequence[int]) -> tuple[int, int]:

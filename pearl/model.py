@@ -137,7 +137,7 @@ class LanguageModel:
         """
         if self._head:
             self._head.follow(text)
-        self._cached = []  # its slots are overwritten
+        self._cached, self._sides = [], {}  # its slots are overwritten
         leaves = self._leaves or Leaves(self._cache.slots)
         self._leaves = None  # if what follows fails, nothing is known
         plan, wanted = leaves.plan(list(text), paths), []

@@ -265,12 +265,12 @@ class _Text:
 
 
 def _chain(likely: Sequence[Likely]) -> list[Likely]:
-    """The likeliest way down through `likely`, which are the likeliest first."""
+    """The likeliest way down through `likely`, which are the likeliest first; each the child of the one before it."""
     chain: list[Likely] = []
     last = -1
     for place, one in enumerate(likely):
         if one.parent == last:
-            chain.append(one)
+            chain.append(one._replace(parent=len(chain) - 1))
             last = place
     return chain
 
