@@ -26,7 +26,7 @@ PROMPT = "def the(thing):\n"
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 SEEDED = SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=1.0, seed=7)
 PICKING = pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-PARALLEL = ("pearl", "pearl-no-pre", "pearl-no-post")
+PARALLEL = ("pearl", "pearl-no-pre", "pearl-no-post", "tree")
 DRAFTING = ("sd", *PARALLEL)
 USERS_CACHE = os.environ.get("XDG_CACHE_HOME", "")
 ONE_CORE = str(min(os.sched_getaffinity(0)))
@@ -101,7 +101,9 @@ def test_every_mode_writes_the_targets_own_text(engine, mode, gamma, params):
     assert (written.finish_reason, written.facts.mode) == ("length", mode)
     if mode in DRAFTING:
         assert written.facts.drafter and not written.facts.drafter.failed
-        assert written.facts.drafter.forwards > 0 and written.facts.bytes_on_wire > 0
+        assert written.facts.bytes_on_wire > 0
+        paused = any(p.ahead == 0 for p in written.facts.passes)  # the controller found that drafting does not pay here
+        assert written.facts.drafter.forwards > 0 or paused
     else:
         assert written.facts.drafter is None and written.facts.bytes_on_wire == 0
 
@@ -112,7 +114,8 @@ def test_a_perfect_drafter_is_never_contradicted(perfect, mode, params):
     written = perfect.generate(PROMPT, params, mode=mode, gamma=4)
     passes = written.facts.passes
     assert written.tokens == alone(perfect, params)
-    assert mode in ("pearl", "pearl-no-post") or any(p.tested for p in passes)  # with pre-verify it may come too late
+    late = mode in ("pearl", "pearl-no-post", "tree")  # with pre-verify guesses may come too late
+    assert late or any(p.tested for p in passes)
     assert all(p.accepted == p.tested for p in passes)
 
 
@@ -125,7 +128,7 @@ def test_the_pair_is_worth_testing_with(engine):
     assert alone(engine, SEEDED) != alone(engine, GREEDY)
 
 
-@pytest.mark.parametrize("mode", MODES[:1] + DRAFTING)
+@pytest.mark.parametrize("mode", ("ar", *DRAFTING))
 def test_rejection_sampling_fills_the_text(engine, mode):
     params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, method="rejection")
     assert len(engine.generate(PROMPT, params, mode=mode, gamma=3).tokens) == 20

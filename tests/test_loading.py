@@ -16,6 +16,7 @@ from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.loading import compare_vocabularies, load_draft, load_target, preflight
 from pearl.pairs import Machine, needed_gb
+from pearl.rows import LEAVES
 from pearl.sampling import SamplingParams
 
 ONE_CORE = str(min(os.sched_getaffinity(0)))
@@ -70,10 +71,11 @@ def test_the_same_tokens_in_another_split_are_refused():
 
 def test_a_pair_with_embeddings_padded_differently_reads_the_shared_vocabulary(pair):
     checked = preflight(EngineConfig(*pair, dtype="float32", max_length=100))
-    target, draft = load_target(checked), load_draft(checked, ahead=9)
+    target, (draft, costs) = load_target(checked), load_draft(checked, ahead=9)
     assert (target.model.config.vocab_size, draft.model.config.vocab_size) == (tiny.SHARED + 16, tiny.SHARED)
     assert target.read([5, 6, 7], 2).shape == draft.read([5, 6, 7], 2).shape == (2, tiny.SHARED)
     assert (target.max_length, draft.max_length) == (100, 109)
+    assert len(costs) == LEAVES and all(seconds > 0 for seconds in costs), "what each number of leaves costs"
 
 
 def test_a_draft_of_another_tokenizer_is_refused_before_anything_is_loaded(pair, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,9 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
-from pearl.messages import FRAME, Close, End, Guess, Nodes, Report, Start, Verdict, decode, encode, length
+from pearl.messages import (
+    FRAME,
+    Close,
+    Costs,
+    End,
+    Guess,
+    Nodes,
+    Plan,
+    Report,
+    Start,
+    Verdict,
+    decode,
+    encode,
+    length,
+)
 from pearl.sampling import COLDEST, SUPPORT, SamplingParams
-from pearl.schedule import MODES, Schedule
+from pearl.schedule import MAX_BRANCHES, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
 from pearl.sources import ModelSource, NgramSource
 from pearl.target import Target
 
@@ -20,13 +34,17 @@ NUMBERS = st.integers(0, (1 << 31) - 1)
 LONG = st.integers(0, (1 << 63) - 1)
 SECONDS = st.floats(0, 1e9)
 PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
-GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS)
+GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32))
+PLANS = st.builds(Plan, NUMBERS, NUMBERS, NUMBERS)
+COUNTS = [field.name for field in fields(Report) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
 TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
 SCHEDULES = st.builds(
-    lambda mode, gamma, ahead: replace(Schedule.of(mode, gamma), max_ahead=ahead),
+    Schedule.of,
     st.sampled_from(MODES),
-    st.one_of(st.just("auto"), st.integers(0, 64)),
-    st.integers(1, 1000),
+    st.one_of(st.just("auto"), st.integers(0, MAX_GAMMA)),
+    st.one_of(st.just("auto"), st.integers(1, MAX_BRANCHES)),
+    st.one_of(st.just("auto"), st.integers(1, MAX_WIDTH)),
+    st.one_of(st.just("auto"), st.integers(1, 1000)),
 )
 PARAMS = st.builds(
     SamplingParams,
@@ -40,12 +58,13 @@ PARAMS = st.builds(
     stop=st.lists(st.text(min_size=1), max_size=2).map(tuple),
     ignore_eos=st.booleans(),
 )
-STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, NUMBERS)
+STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS)
 OTHERS = st.one_of(
-    st.builds(Verdict, NUMBERS, NUMBERS, NUMBERS, TOKENS),
+    st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS),
+    st.builds(Costs, NUMBERS, st.lists(st.floats(0, 100, width=32), max_size=20).map(tuple)),
     st.builds(End, NUMBERS),
     st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
-    st.builds(Report, NUMBERS, SECONDS, SECONDS, LONG, LONG, LONG, LONG, LONG, st.booleans()),
+    st.builds(Report, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
     st.builds(Close, NUMBERS),
 )
 
@@ -85,7 +104,7 @@ def test_what_pads_a_frame_is_not_read(message):
 
 
 def test_a_message_that_ends_early_is_noticed():
-    words = encode(Verdict(1, 2, 3, (4, 5)))
+    words = encode(Verdict(1, 2, Plan(), (4, 5)))
     words[1] -= 1
     with pytest.raises(AssertionError, match="ended early"):
         decode(words)
@@ -93,8 +112,8 @@ def test_a_message_that_ends_early_is_noticed():
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
 def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, resting: bool):
-    assert encode(Nodes(a, b, c, resting, (Guess(a, b, d), Guess(b, c, d)))).nbytes == 64
-    assert encode(Verdict(a, b, c, (d,) * 10)).nbytes == 64
+    assert encode(Nodes(a, b, c, resting, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
+    assert encode(Verdict(a, b, Plan(c, d, a), (d,) * 8)).nbytes == 64
 
 
 @given(PROPOSALS, NUMBERS)
@@ -114,4 +133,4 @@ def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
             assert len(said) > 10 and max(encode(message).nbytes for message in said) < 1024
             if method == "seeded" and isinstance(source, ModelSource):
                 steady = [m for m in said if isinstance(m, Nodes | Verdict)]
-                assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 10)
+                assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 8)

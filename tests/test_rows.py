@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import asdict
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pearl import linear
 from pearl.model import LanguageModel
-from pearl.rows import ANY, GRAIN, LIMIT, RowPlan, measure, remembered
+from pearl.rows import ANY, GRAIN, LEAST, LEAVES, LIMIT, RowPlan, leaf_costs, measure, remembered
 
 VOCABULARY = 8
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -32,7 +33,7 @@ def fake(bits):
 
 def test_where_bits_never_change_every_count_is_safe():
     plan = measure(fake(lambda count, row: 0), VOCABULARY)
-    assert plan.exact and plan.safe == tuple(range(1, LIMIT + 1))
+    assert plan.exact and plan.safe == tuple(range(LEAST, LIMIT + 1))
 
 
 def test_counts_with_bits_of_their_own_are_found_out():
@@ -43,7 +44,7 @@ def test_counts_with_bits_of_their_own_are_found_out():
 
 def test_the_largest_count_may_be_the_odd_one():
     plan = measure(fake(lambda count, row: int(count == LIMIT)), VOCABULARY)
-    assert plan.exact and plan.safe == tuple(range(1, LIMIT))
+    assert plan.exact and plan.safe == tuple(range(LEAST, LIMIT))
 
 
 def test_where_no_two_counts_agree_nothing_is_promised():
@@ -154,10 +155,10 @@ def test_the_best_width_weighs_what_rows_cost_against_what_they_bring():
 
 def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = RowPlan((2, 3, 5), tuple(n / 7 for n in range(LIMIT)), exact=True)
+    found = {"safe": [2, 3, 5], "cost_s": [n / 7 for n in range(LIMIT)], "exact": True}
     calls = []
 
-    def find() -> RowPlan:
+    def find() -> dict[str, object]:
         calls.append(1)
         return found
 
@@ -179,5 +180,29 @@ def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
 def test_a_plan_without_promises_is_remembered_as_one(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plan = measure(fake(lambda count, row: count), VOCABULARY)
-    assert remembered({}, lambda: plan) == plan
-    assert remembered({}, lambda: pytest.fail("measured again")) == plan
+    assert RowPlan(**as_tuples(remembered({}, lambda: asdict(plan)))) == plan
+    assert RowPlan(**as_tuples(remembered({}, lambda: pytest.fail("measured again")))) == plan
+
+
+def as_tuples(found: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+class Counting:
+    """A drafter's reader that takes down how many paths it was asked for, and their texts."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[int, ...]]] = []
+
+    def read_leaves(self, text, paths):
+        self.asked.append(list(paths))
+        return torch.zeros(len(paths), VOCABULARY)
+
+
+def test_the_cost_of_each_number_of_leaves_is_measured_on_as_many_different_leaves():
+    reader = Counting()
+    costs = leaf_costs(reader, VOCABULARY)
+    assert len(costs) == LEAVES and all(seconds > 0 for seconds in costs)
+    timed = [paths for paths in reader.asked if paths != [()]]
+    assert {len(paths) for paths in timed} == set(range(1, LEAVES + 1))
+    assert all(len(set(paths)) == len(paths) for paths in timed)

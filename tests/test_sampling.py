@@ -17,7 +17,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from pearl import noise, sampling
 from pearl.errors import UsageError
 from pearl.messages import Guess, Nodes, decode, encode
-from pearl.sampling import Picker, SamplingParams, judge, noisy_argmax, propose, residual, warp
+from pearl.sampling import Picker, SamplingParams, judge, noisy_argmax, propose, ranked, residual, warp
 from pearl.trie import Node
 
 ALPHA = 1e-4
@@ -334,3 +334,39 @@ def test_temperature_zero_is_greedy_whatever_the_method():
 
 def test_one_stop_string_need_not_be_in_a_tuple():
     assert SamplingParams(stop="ab").stop == ("ab",) and SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+# the drafter's guesses for a tree
+
+
+@examples(200)
+@given(
+    all_logits(most=600), CUTS, SEEDS, POSITIONS, st.integers(1, 6), st.sampled_from(["greedy", "seeded", "rejection"])
+)
+def test_the_first_of_the_ranked_guesses_is_the_one_that_a_chain_would_propose(
+    logits: Tensor, params: SamplingParams, seed: int, position: int, most: int, how: str
+):
+    """Of few tokens; of more only the best are looked at, and a seeded sample may be beyond them."""
+    logits = logits[: sampling.CANDIDATES]
+    params = replace(params, seed=seed, temperature=0.0) if how == "greedy" else replace(params, seed=seed, method=how)
+    guesses = ranked(logits[None], params, [position], most)[0]
+    tokens = [token for token, _, _ in guesses]
+    assert 1 <= len(guesses) <= most and len(set(tokens)) == len(tokens)
+    if how == "greedy" or params.top_p == 1:  # over its candidates alone a nucleus is a little smaller or larger
+        assert (tokens[0], guesses[0][2]) == propose(logits, params, position)
+    assert not any(proposal for _, _, proposal in guesses[1:]), "the others were not drawn from q"
+    assert all(-math.inf < logp <= 1e-9 for _, logp, _ in guesses)
+    after_first = [logp for _, logp, _ in guesses[how == "rejection" :]]
+    assert after_first == sorted(after_first, reverse=True), "likeliest first"
+    assert sum(math.exp(logp) for _, logp, _ in guesses) < 1 + 1e-6, "chances of one and the same pick"
+
+
+def test_seeded_guesses_are_ranked_by_the_samples_that_they_would_be():
+    """By q and the noise that the target adds too: the second is what is drawn if the first can't be."""
+    logits = random_logits(5, 20, 1.0)
+    for seed in range(50):
+        params = SamplingParams(temperature=1.0, seed=seed)
+        (first, _, _), (second, _, _) = ranked(logits[None], params, [9], 2)[0]
+        without = logits.clone()
+        without[first] = -torch.inf
+        assert second == noisy_argmax(warp(without, params), seed, 9, noise.PICK)

@@ -7,16 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pearl.errors import UsageError
-from pearl.schedule import MAX_GAMMA, MODES, Schedule
+from pearl.schedule import MAX_AHEAD, MAX_BRANCHES, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
 
 SWITCHES = {  # pre-verify, post-verify
     "sd": (False, False),
     "pearl": (True, True),
     "pearl-no-pre": (False, True),
     "pearl-no-post": (True, False),
+    "tree": (True, True),
 }
+CHAINS = [mode for mode in SWITCHES if mode != "tree"]
 GAMMAS = st.one_of(st.just("auto"), st.integers(1, MAX_GAMMA))
-SCHEDULES = st.builds(Schedule.of, st.sampled_from(list(SWITCHES)), GAMMAS)
+LIMITS = [st.one_of(st.just("auto"), st.integers(1, most)) for most in (MAX_BRANCHES, MAX_WIDTH, 100)]
+SCHEDULES = st.builds(Schedule.of, st.sampled_from(list(SWITCHES)), GAMMAS, *LIMITS)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -26,7 +29,7 @@ def test_every_mode_has_the_switches_of_its_row(mode: str):
     assert schedule.mode == mode and schedule.drafts == (mode in SWITCHES)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["ar", "ar-all", *CHAINS])
 def test_a_block_without_guesses_is_the_target_alone(mode: str):
     schedule = Schedule.of(mode, 0)
     assert not schedule.drafts and schedule.gamma == 0
@@ -36,6 +39,45 @@ def test_a_block_without_guesses_is_the_target_alone(mode: str):
 @pytest.mark.parametrize("mode", ["ar", "ar-all"])
 def test_a_gamma_gives_the_target_alone_no_drafter(mode: str):
     assert Schedule.of(mode, 5) == Schedule.of(mode)
+
+
+def test_a_tree_has_no_blocks():
+    assert Schedule.of("tree", 0) == Schedule.of("tree", 7) == Schedule.of("tree")
+    assert Schedule.of("tree").gamma is None and Schedule.of("tree").drafts
+
+
+def test_the_number_behind_a_mode_is_its_gamma_and_behind_tree_its_branches():
+    assert Schedule.of("sd:3") == Schedule.of("sd", 3)
+    assert Schedule.of("tree:3") == Schedule.of("tree", branches=3)
+    assert Schedule.of("tree:3", gamma=7, branches=5).branches == 3
+
+
+def test_only_a_tree_has_branches():
+    assert [Schedule.of(mode, branches=5).branches for mode in CHAINS] == [1] * len(CHAINS)
+    assert Schedule.of("tree").branches is None, "the controller decides"
+
+
+@pytest.mark.parametrize("mode", SWITCHES)
+def test_what_is_not_fixed_by_hand_is_left_to_the_controller(mode: str):
+    assert (Schedule.of(mode).width, Schedule.of(mode).max_ahead) == (None, None)
+    fixed = Schedule.of(mode, width="5", max_ahead=9)
+    assert (fixed.width, fixed.max_ahead) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    "setting, value, words",
+    [
+        ("branches", 0, f"branches must be a whole number from 1 to {MAX_BRANCHES}"),
+        ("branches", MAX_BRANCHES + 1, "branches must be"),
+        ("width", 0, f"width must be a whole number from 1 to {MAX_WIDTH}"),
+        ("width", MAX_WIDTH + 1, "width must be"),
+        ("max_ahead", 0, "max_ahead must be a whole number from 1"),
+        ("max_ahead", "far", "max_ahead must be"),
+    ],
+)
+def test_a_limit_out_of_range_is_refused_in_a_sentence(setting: str, value: object, words: str):
+    with pytest.raises(UsageError, match=words):
+        Schedule.of("tree", **{setting: value})
 
 
 @pytest.mark.parametrize(
@@ -64,13 +106,14 @@ def test_a_misspelt_mode_is_answered_with_the_nearest_one():
 
 @given(st.booleans(), st.integers(1, 9))
 def test_only_pre_verify_lets_a_pass_follow_a_miss_at_once(hit: bool, block: int):
-    for mode, (pre, _) in SWITCHES.items():
+    for mode in CHAINS:
         wanted = Schedule.of(mode, block).guesses_to_wait_for(hit, block)
-        assert wanted == (0 if pre and not hit else block)
+        assert wanted == (0 if SWITCHES[mode][0] and not hit else block)
 
 
 def test_auto_with_post_verify_takes_what_is_there():
-    assert [Schedule.of("pearl").guesses_to_wait_for(hit, 1) for hit in (True, False)] == [0, 0]
+    for mode in ("pearl", "tree"):
+        assert [Schedule.of(mode).guesses_to_wait_for(hit, 1) for hit in (True, False)] == [0, 0]
     assert [Schedule.of("pearl-no-pre").guesses_to_wait_for(hit, 1) for hit in (True, False)] == [0, 1]
 
 
@@ -81,12 +124,14 @@ def test_without_post_verify_the_drafter_makes_one_block_and_waits(block: int, d
             assert Schedule.of(mode, gamma).room(depth=0, block=block, drafted=drafted) == max(0, block - drafted)
 
 
-@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 100))
-def test_post_verify_drafts_the_next_block_and_the_bonus_token_before_it(block: int, depth: int, drafted: int):
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 100), st.one_of(st.none(), st.integers(1, 50)))
+def test_post_verify_drafts_the_next_block_and_the_bonus_token_before_it(
+    block: int, depth: int, drafted: int, ahead: int | None
+):
     for mode in ("pearl", "pearl-no-pre"):
         assert Schedule.of(mode, block).room(depth, block, drafted) == max(0, 2 * block + 1 - depth)
-        free = Schedule.of(mode)
-        assert free.room(depth, 1, drafted) == max(0, free.max_ahead - depth)
+        free = Schedule.of(mode, max_ahead=ahead)
+        assert free.room(depth, 1, drafted) == max(0, (ahead or MAX_AHEAD) - depth)
 
 
 @given(SCHEDULES, st.booleans(), st.integers(1, MAX_GAMMA), st.data())
@@ -103,6 +148,7 @@ def test_a_new_chain_has_room_for_all_that_the_target_waits_for(
 
 
 @given(SCHEDULES)
-def test_a_schedule_can_be_made_again_from_its_mode_and_gamma(schedule: Schedule):
+def test_a_schedule_can_be_made_again_from_its_mode_and_its_numbers(schedule: Schedule):
     """Which is how it crosses the wire."""
-    assert Schedule.of(schedule.mode, schedule.gamma) == schedule
+    numbers = (schedule.gamma, schedule.branches, schedule.width, schedule.max_ahead)
+    assert Schedule.of(schedule.mode, *numbers) == schedule

@@ -36,6 +36,19 @@ def test_the_longest_match_goes_before_the_latest():
     assert NgramSource(longest=1, shortest=1, most=1).propose(text, 5) == [(8, ())]
 
 
+@examples(200)
+@given(TEXTS, st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))
+def test_a_look_up_says_how_long_its_match_is(text: list[int], a: int, b: int, most: int):
+    longest, shortest = max(a, b), min(a, b)
+    size, guesses = NgramSource(longest, shortest, most).look_up(text)
+    if not guesses:
+        assert size == 0 and looked_up(text, longest, shortest, most) == []
+    else:
+        assert shortest <= size <= longest
+        assert list(guesses) == looked_up(text, size, size, most), "so many of the last tokens occurred before,"
+        assert size == longest or looked_up(text, size + 1, size + 1, most) == [], "and no more"
+
+
 def test_a_text_that_repeats_nothing_gives_no_guess():
     assert NgramSource().propose([1, 2, 3, 4], 5) == []
     assert NgramSource().propose([1], 5) == []

@@ -134,6 +134,78 @@ def test_a_chain_follows_first_guesses_and_is_cut_where_asked():
     assert trie.chain(1) == [one] and trie.chain(0) == []
 
 
+def all_below(trie: Trie) -> dict[Path, tuple[Node, float]]:
+    """Every node below the root with its joint log-probability, by its path."""
+    found: dict[Path, tuple[Node, float]] = {}
+
+    def look(node: Node, path: Path, logp: float) -> None:
+        for token, child in node.children.items():
+            found[(*path, token)] = (child, logp + child.logp)
+            look(child, (*path, token), logp + child.logp)
+
+    look(trie.root, (), 0.0)
+    return found
+
+
+@st.composite
+def tries(draw: st.DrawFn) -> Trie:
+    trie = Trie([0])
+    nodes = [trie.root]
+    for parent, token, logp in draw(st.lists(st.tuples(st.integers(0, 20), TOKENS, st.floats(-5, 0)), max_size=20)):
+        nodes.append(trie.grow(nodes[parent % len(nodes)], token, logp=logp))
+    return trie
+
+
+@examples(200)
+@given(tries(), st.integers(0, 22), st.integers(0, 6))
+def test_the_best_nodes_are_the_likeliest_and_come_with_their_parents(trie: Trie, limit: int, deepest: int):
+    nodes = {path: one for path, one in all_below(trie).items() if len(path) <= deepest}
+    best = trie.best(limit, deepest)
+    assert len(best) == min(limit, len(nodes))
+    paths: list[Path] = []
+    for place, likely in enumerate(best):
+        assert -1 <= likely.parent < place
+        paths.append((*(paths[likely.parent] if likely.parent >= 0 else ()), likely.node.token))
+        node, logp = nodes[paths[-1]]
+        assert likely.node is node and likely.depth == len(paths[-1])
+        assert likely.logp == pytest.approx(logp)
+    logps = [likely.logp for likely in best]
+    assert logps == sorted(logps, reverse=True) and len(set(paths)) == len(paths)
+    left_out = [logp for path, (_, logp) in nodes.items() if path not in paths]
+    assert not left_out or not best or max(left_out) <= min(logps) + 1e-9
+
+
+def test_among_equals_the_first_guess_comes_first_so_that_a_chain_without_probabilities_is_best():
+    trie = Trie([0])
+    one = trie.grow(trie.root, 5)
+    trie.grow(trie.root, 4)
+    two = trie.grow(one, 3)
+    assert [likely.node for likely in trie.best(2)] == [one, trie.root.children[4]]
+    assert [likely.node for likely in trie.best(9)] == [one, trie.root.children[4], two]
+
+
+@examples(200)
+@given(tries(), st.integers(0, 6))
+def test_leaves_are_what_nothing_follows_the_likeliest_first(trie: Trie, deepest: int):
+    nodes = all_below(trie)
+    wanted = {path for path, (node, _) in nodes.items() if not node.children and len(path) <= deepest}
+    leaves = trie.leaves(deepest)
+    if not nodes:
+        assert leaves == [((), trie.root, 0.0)]
+        return
+    assert {path for path, _, _ in leaves} == wanted and len(leaves) == len(wanted)
+    for path, node, logp in leaves:
+        assert node is nodes[path][0] and logp == pytest.approx(nodes[path][1])
+    logps = [logp for _, _, logp in leaves]
+    assert logps == sorted(logps, reverse=True)
+
+
+def test_a_root_alone_is_a_leaf_unless_even_it_is_too_deep():
+    trie = Trie([0])
+    assert [node for _, node, _ in trie.leaves(0)] == [trie.root]
+    assert trie.leaves(-1) == []
+
+
 def test_a_trie_does_not_share_its_text_with_the_prompt():
     prompt = [1, 2]
     Trie(prompt).commit([3])

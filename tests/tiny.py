@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -61,7 +63,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         v_head_dim=16,
         first_k_dense_replace=2,
     ),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
     "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=LENGTH),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=LENGTH),
 }
 
 
