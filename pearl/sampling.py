@@ -26,7 +26,7 @@ from pearl.trie import Node
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 COLDEST = 1e-6  # logits divided by less could leave float32
-CANDIDATES = 64  # best tokens of the drafter's q among which it ranks its guesses
+CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
 LIKELY = 5.0  # nats below the best token
 OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 METHODS = ("seeded", "rejection")
@@ -117,7 +117,7 @@ def ranked(
     to p and to q; their gaps say how sure each is. Rejection: the first is drawn from q and is judged, the others are
     the likeliest of the rest. Looks at the `CANDIDATES` best tokens of q only: guesses may miss.
     """
-    best, tokens = logits.topk(min(CANDIDATES, logits.shape[-1]))
+    best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
     if params.greedy:
         logp = best.float().log_softmax(-1)[:, :most].tolist()
         return [
@@ -130,7 +130,7 @@ def ranked(
 
 
 def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
-    """scores, tokens: [CANDIDATES], warped logits and their tokens."""
+    """scores, tokens: [candidates], warped logits and their tokens."""
     kept = scores.isfinite().nonzero().squeeze(1)
     noisy = scores[kept].double() + noise.gumbel(params.seed, position, noise.PICK, tokens[kept])
     logp, order = noisy.log_softmax(-1).sort(descending=True)

@@ -347,7 +347,7 @@ def test_the_first_of_the_ranked_guesses_is_the_one_that_a_chain_would_propose(
     logits: Tensor, params: SamplingParams, seed: int, position: int, most: int, how: str
 ):
     """Of few tokens; of more only the best are looked at, and a seeded sample may be beyond them."""
-    logits = logits[: sampling.CANDIDATES]
+    logits = logits[: min(sampling.CANDIDATES)]
     params = replace(params, seed=seed, temperature=0.0) if how == "greedy" else replace(params, seed=seed, method=how)
     guesses = ranked(logits[None], params, [position], most)[0]
     tokens = [token for token, _, _ in guesses]
