@@ -119,10 +119,10 @@ def ranked(
     """
     best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
     if params.greedy:
-        logp = best.float().log_softmax(-1)[:, :most].tolist()
-        return [
-            [(t, q, ()) for t, q in zip(row, qs, strict=False)] for row, qs in zip(tokens.tolist(), logp, strict=True)
-        ]
+        logp = best.float().log_softmax(-1).tolist()
+        pairs = [zip(row, qs, strict=False) for row, qs in zip(tokens.tolist(), logp, strict=True)]
+        # of equal logits, which half precision often has, the first token comes first, as argmax has it
+        return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
     rows = zip(logits, best, tokens, positions, strict=True)
     if params.rejection:
         return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
