@@ -94,7 +94,7 @@ class Controller:
         self._scale = forward_s / measured if new else self._scale + 0.1 * (forward_s / measured - self._scale)
         self._tokens = MEMORY * self._tokens + committed
         self._seconds = MEMORY * self._seconds + seconds
-        if self.free:
+        if self.free and self._draft_s:  # a source without a model takes nothing from the target
             self._judge_drafting(committed, seconds)
 
     def _judge_drafting(self, committed: int, seconds: float) -> None:
@@ -110,9 +110,8 @@ class Controller:
         if passes + 1 < TRIAL:
             return
         tokens, time, _ = self._trial
-        # until it is known what the target makes alone; a source without a model takes nothing from it
-        guess = CLEAR / self._rows.cost_s[self._rows.pad(1) - 1] if self._draft_s else WORTH / self._cost(1)
-        if tokens / time > (WORTH / self._alone_s if self._alone_s else guess):
+        clearly = CLEAR / self._rows.cost_s[self._rows.pad(1) - 1]  # until it is known what the target makes alone
+        if tokens / time > (WORTH / self._alone_s if self._alone_s else clearly):
             self._pause = FIRST_PAUSE
         else:
             self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)

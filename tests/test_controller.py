@@ -223,7 +223,13 @@ def pauses(drafted: list[bool]) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", FREE)
-@pytest.mark.parametrize("make", [Controller, with_a_model])
+def test_a_source_without_a_model_is_never_stopped(mode: str):
+    """It takes nothing from the target, and its guesses come in bursts."""
+    assert all(run(Controller(Schedule.of(mode), ANY), 1000, 1, 1.0))
+
+
+@pytest.mark.parametrize("mode", FREE)
+@pytest.mark.parametrize("make", [with_a_model])
 def test_drafting_that_brings_nothing_is_stopped_and_tried_ever_more_rarely(mode: str, make):
     drafted = run(make(Schedule.of(mode), ANY), 4000, 1, 1.1)
     lengths = pauses(drafted)
