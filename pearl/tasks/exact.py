@@ -1,0 +1,36 @@
+"""Exact match on the final number: which answers are right, in all and by category."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any, Protocol
+
+from pearl.tasks.numbers import ENGLISH, Style, final_number
+from pearl.tasks.suite import Answer
+
+
+class Problem(Protocol):
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def category(self) -> str | None: ...
+    @property
+    def answer(self) -> Decimal: ...
+
+
+def score(
+    problems: Sequence[Problem], answers: Sequence[Answer], style: Callable[[Problem], Style] = lambda _: ENGLISH
+) -> dict[str, Any]:
+    """`score`: the share of answers whose final number is the problem's, and `score_by_category` if there are any."""
+    by_id = {problem.task_id: problem for problem in problems}
+    right: dict[str | None, list[bool]] = {}
+    for task_id, text in answers:
+        problem = by_id[task_id]
+        right.setdefault(problem.category, []).append(final_number(text, style(problem)) == problem.answer)
+    shares = {category: sum(some) / len(some) for category, some in right.items()}
+    every = [one for some in right.values() for one in some]
+    return {
+        "score": sum(every) / len(every) if every else None,
+        "score_by_category": {name: share for name, share in shares.items() if name} or None,
+    }

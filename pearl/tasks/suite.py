@@ -1,0 +1,49 @@
+"""What the harness asks of a data set: plain functions, no model and no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from pearl.tasks.prompts import ChatTokenizer, Format
+
+Problem = TypeVar("Problem")
+Answer = tuple[str, str]  # id of a problem, completion
+
+
+class Turn(Protocol):
+    """What of a text's record its export may tell (`records.Sequence` has it)."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def committed(self) -> Sequence[int]: ...
+
+
+Conversations = Mapping[str, Sequence[Sequence[Turn]]]  # by problem: its samples, each with its turns
+
+
+@dataclass(frozen=True)
+class Suite(Generic[Problem]):
+    """A data set and how it is asked and judged."""
+
+    name: str  # of files and folders
+    title: str
+    description: str
+    max_new_tokens: int
+    load: Callable[[str | None], list[Problem]]
+    identify: Callable[[Problem], str]
+    prompt: Callable[[Problem, Sequence[str], Format, ChatTokenizer], str]  # after these answers, one a turn
+    category: Callable[[Problem], str | None] = lambda _: None
+    turns: Callable[[Problem], int] = lambda _: 1
+    stop: tuple[str, ...] = ()  # what ends a text in the format `completion`
+    completion: Callable[[Problem, str, Format], str] = lambda problem, text, format: text
+    # the figures of a mode's answers; its headline is "score", from 0 to 1
+    score: Callable[[Sequence[Problem], Sequence[Answer]], dict[str, Any]] | None = None
+    # a mode's conversations as other tools read them: lines of model_answer/MODEL.jsonl
+    export: Callable[[Sequence[Problem], Conversations, str], list[dict[str, Any]]] | None = None

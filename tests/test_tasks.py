@@ -1,0 +1,233 @@
+"""Data sets are read as their authors publish them, asked as the papers ask, and judged by hand-checked rules."""
+
+from __future__ import annotations
+
+import json
+import sys
+from decimal import Decimal
+from types import SimpleNamespace
+
+import pytest
+
+from pearl.errors import UsageError
+from pearl.tasks import fastchat, gsm8k, mgsm, mt_bench, spec_bench
+from pearl.tasks.numbers import CONTINENTAL, ENGLISH, final_number
+
+SUITES = {module.SUITE.name: module.SUITE for module in (gsm8k, mgsm, mt_bench, spec_bench)}
+# In the formats of the data sets, written for these tests
+SAMPLES = {
+    "gsm8k": [
+        {"question": "A hen lays 3 eggs a day. How many in a week?", "answer": "3*7=<<3*7=21>>21 eggs.\n#### 21"},
+        {"question": "A house costs $80,000 and a garden twice that.", "answer": "2*80,000=160,000.\n#### 160,000"},
+    ],
+    "mgsm": [
+        {"question_id": 7, "question": "Wie viele Eier?", "category": "german", "answer": "70000"},
+        {"question_id": 8, "question": "কয়টি ডিম?", "category": "bengali", "answer": "18"},
+    ],
+    "mt_bench": [
+        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
+        {"question_id": 101, "category": "math", "turns": ["1 + 1?", "And twice that?"], "reference": ["2", "4"]},
+    ],
+    "spec_bench": [
+        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
+        {"question_id": 241, "category": "qa", "turns": ["Who played Anna?"]},
+    ],
+}
+EVERY = pytest.mark.parametrize("name", SUITES)
+
+
+class Tokenizer:
+    """Stands for a transformers tokenizer."""
+
+    chat_template: str | None = "template"
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt) -> str:
+        assert not tokenize and add_generation_prompt
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in conversation) + "<assistant>"
+
+
+def written(tmp_path, name: str, records: list[dict] | None = None) -> str:
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records or SAMPLES[name]))
+    return str(file)
+
+
+def loaded(tmp_path, name: str) -> list:
+    return SUITES[name].load(written(tmp_path, name))
+
+
+# Reading
+
+
+@EVERY
+def test_a_file_in_the_original_format_is_read_whole(tmp_path, name):
+    suite, problems = SUITES[name], loaded(tmp_path, name)
+    assert len(problems) == len(SAMPLES[name])
+    assert len({suite.identify(problem) for problem in problems}) == len(problems)
+
+
+@EVERY
+def test_a_line_that_is_no_problem_is_named_and_told_what_it_must_be(tmp_path, name):
+    for broken in (dict.fromkeys(SAMPLES[name][0]), [], {"question": 1}):
+        file = written(tmp_path, name, [SAMPLES[name][0], broken])
+        told = rf"{name}\.jsonl, line 2 is not a {SUITES[name].title} problem: it must be an object with"
+        with pytest.raises(UsageError, match=told):
+            SUITES[name].load(file)
+
+
+@EVERY
+def test_without_data_and_hub_one_sentence_says_where_it_is(name, monkeypatch):
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("offline")
+
+    for hub in (None, SimpleNamespace(load_dataset=unreachable)):  # no such package; a package without a network
+        monkeypatch.setitem(sys.modules, "datasets", hub)
+        with pytest.raises(UsageError, match=r"^[^\n]*download https://\S+\.jsonl [^\n]* --data FILE\.$") as caught:
+            SUITES[name].load(None)
+        assert SUITES[name].title in str(caught.value)
+
+
+@EVERY
+def test_what_the_hub_gives_is_read_like_a_file(tmp_path, name, monkeypatch):
+    hub = SimpleNamespace(load_dataset=lambda *_, **__: SAMPLES[name])
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert SUITES[name].load(None) == loaded(tmp_path, name)
+
+
+# Asking
+
+
+def test_gsm8k_shows_eight_examples_or_none(tmp_path):
+    problem, _ = loaded(tmp_path, "gsm8k")
+    shots = gsm8k.prompt(problem, (), "completion", Tokenizer())
+    assert shots.count("Q: ") == shots.count("A:") == 9 and shots.count("The answer is") == 8
+    assert shots.endswith(f"\n\nQ: {problem.question}\nA:")
+    chat = gsm8k.prompt(problem, (), "chat", Tokenizer())
+    assert problem.question in chat and "The answer is" in chat and "Q: " not in chat
+
+
+def test_the_eight_examples_come_to_the_numbers_that_they_name():
+    finals = [final_number(answer) for _, answer in gsm8k.EXAMPLES]
+    assert finals == [6, 5, 39, 8, 9, 29, 33, 8]
+
+
+def test_mgsm_asks_in_the_words_of_the_language(tmp_path):
+    german, bengali = loaded(tmp_path, "mgsm")
+    assert mgsm.prompt(german, (), "completion", Tokenizer()) == "Frage: Wie viele Eier?\nSchritt-für-Schritt-Antwort:"
+    assert mgsm.prompt(bengali, (), "completion", Tokenizer()).startswith("প্রশ্ন: ")
+    assert len(mgsm.WORDS) == 11
+    assert all(f"\n{asks}" in mgsm.SUITE.stop for asks, _ in mgsm.WORDS.values())
+
+
+@pytest.mark.parametrize("format", ["chat", "completion"])
+def test_the_second_turn_goes_on_from_the_first_answer(tmp_path, format):
+    question, _ = loaded(tmp_path, "mt_bench")
+    first = fastchat.prompt(question, [], format, Tokenizer())
+    second = fastchat.prompt(question, ["A line."], format, Tokenizer())
+    assert question.turns[0] in first and question.turns[1] not in first
+    assert second.startswith(first) and "A line." in second[len(first) :]
+    assert second.index("A line.") < second.index(question.turns[1])
+
+
+@EVERY
+def test_unknown_formats_and_chats_without_a_template_are_refused(tmp_path, name):
+    problem, tokenizer = loaded(tmp_path, name)[0], Tokenizer()
+    with pytest.raises(UsageError, match="no prompt format 'prose'"):
+        SUITES[name].prompt(problem, (), "prose", tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="no chat template"):
+        SUITES[name].prompt(problem, (), "chat", tokenizer)
+
+
+# Judging
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("16 - 3 - 4 = 9. The answer is 18.", 18),
+        ("The answer is $1,234.50.", Decimal("1234.5")),
+        ("#### 2,125", 2125),
+        ("The answer is 18 eggs, for 7 days.", 18),
+        ("The answer is: **$18.00**", 18),
+        ("So she makes $\\boxed{18}$ dollars in 3 days", 18),
+        ("\\boxed{\\$1{,}800}", 1800),
+        ("The answer is 5 + 3 = 8 apples.", 8),
+        ("The answer is\n18", 18),
+        ("The answer is eighteen, that is 18", 18),
+        ("Answer: She has 3 cats and 4 dogs, so 7.", 7),
+        ("First the answer is 5. No, the answer is 6.", 6),
+        ("It takes 3 hours and 40 minutes", 40),
+        ("1,450,000 people", 1450000),
+        ("either 3,5", 5),  # no thousands: two numbers
+        ("he has .5 left", Decimal("0.5")),
+        ("The answer is -5.", -5),
+        ("the change is −4", -4),
+        ("20-5", 5),
+        ("7 - 5", 5),
+        ("(7)-5", 5),
+        ("18%", 18),
+        ("১৮", 18),
+        ("I don't know.", None),
+        ("", None),
+    ],
+)
+def test_the_final_number_of_an_answer(text, number):
+    assert final_number(text, ENGLISH) == number
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("Das sind 70.000 Dollar.", 70000),
+        ("Cela fait 70 000 dollars", 70000),
+        ("Cela fait 70\u202f000 dollars", 70000),
+        ("1.234,50", Decimal("1234.5")),
+        ("2,5", Decimal("2.5")),
+        ("2.5", Decimal("2.5")),
+        ("0,125", Decimal("0.125")),
+        ("16 Eier in 3 Tagen", 3),
+    ],
+)
+def test_the_final_number_where_a_comma_is_the_decimal_point(text, number):
+    assert final_number(text, CONTINENTAL) == number
+
+
+def test_a_score_is_the_share_of_right_final_numbers(tmp_path):
+    problems = loaded(tmp_path, "gsm8k")
+    answers = [("GSM8K/0", "The answer is 21."), ("GSM8K/1", "about $160,000.00"), ("GSM8K/1", "no idea")]
+    assert gsm8k.SUITE.score(problems, answers) == {"score": 2 / 3, "score_by_category": None}
+
+
+def test_mgsm_is_judged_language_by_language(tmp_path):
+    problems = loaded(tmp_path, "mgsm")
+    answers = [("MGSM/7", "Es sind 70.000."), ("MGSM/8", "#### ১৭")]
+    figures = mgsm.SUITE.score(problems, answers)
+    assert figures == {"score": 0.5, "score_by_category": {"german": 1.0, "bengali": 0.0}}
+
+
+# For other tools
+
+
+def turn(text: str, committed: list[int], seconds: float) -> SimpleNamespace:
+    return SimpleNamespace(text=text, tokens=(0,) * sum(committed), seconds=seconds, committed=committed)
+
+
+def test_answers_are_written_as_fastchat_and_spec_bench_read_them(tmp_path):
+    questions = loaded(tmp_path, "mt_bench")
+    talks = {"81": [[turn(" A line. ", [3, 1], 2.0), turn("A LINE.", [4], 1.0)]]}
+    (line,) = mt_bench.SUITE.export(questions, talks, "model-pearl")
+    assert line.keys() == {"question_id", "category", "answer_id", "model_id", "choices", "tstamp"}
+    assert (line["question_id"], line["model_id"]) == (81, "model-pearl")
+    assert line["choices"] == [
+        {
+            "index": 0,
+            "turns": ["A line.", "A LINE."],
+            "decoding_steps": [2, 1],
+            "new_tokens": [4, 4],
+            "wall_time": [2.0, 1.0],
+            "accept_lengths": [3, 1, 4],
+        }
+    ]
+    (again,) = mt_bench.SUITE.export(questions, talks, "model-pearl")
+    assert again["answer_id"] == line["answer_id"]  # a run that was resumed names its answers as one that was not
