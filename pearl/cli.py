@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,8 @@ from pearl.pairs import Pair, load_pair
 from pearl.sampling import METHODS, SamplingParams
 from pearl.schedule import MODES, Schedule
 
+BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.baselines
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence instead of a page of usage."""
@@ -29,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def parser(description: str, max_new_tokens: int) -> Parser:
+def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ()) -> Parser:
     made = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     add = made.add_argument
     add("--config", metavar="FILE", help="a YAML file with any of these options")
@@ -63,7 +65,7 @@ def parser(description: str, max_new_tokens: int) -> Parser:
         "--mode",
         nargs="+",
         default=["ar", "pearl"],
-        help=f"one or several of {', '.join(MODES)}; sd:3 is sd with gamma 3",
+        help=f"one or several of {', '.join((*MODES, *baselines))}; sd:3 is sd with gamma 3",
     )
     run.add_argument("--gamma", default="auto", help="guesses a block, or auto")
     run.add_argument("--branches", default="auto", help="tree: rows of one drafter forward, or auto")
@@ -143,18 +145,21 @@ def sampling(found: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingPar
     )
 
 
-def schedules(found: argparse.Namespace) -> dict[str, Schedule]:
-    """The schedule of each mode to run, by its name."""
+def schedules(found: argparse.Namespace, besides: Collection[str] = ()) -> dict[str, Schedule]:
+    """The schedule of each mode to run, by its name. Those named in `besides` have none."""
     settings = (found.gamma, found.branches, found.width, found.max_ahead)
-    made = {name: Schedule.of(name, *settings) for name in found.mode}
-    if not made:
+    if not found.mode:
         raise UsageError(f"Name at least one mode: {', '.join(MODES)}.")
-    return made
+    return {name: Schedule.of(name, *settings) for name in found.mode if name not in besides}
 
 
 def hardest(schedules: Iterable[Schedule]) -> Schedule:
-    """The one that an engine must be made for to run them all."""
-    return max(schedules, key=lambda s: (s.drafts, s.post_verify or s.pre_verify, s.mode == "ar-all"))
+    """The one that an engine must be made for to run them all; without any, the target alone."""
+
+    def demands(schedule: Schedule) -> tuple[bool, bool, bool]:
+        return schedule.drafts, schedule.post_verify or schedule.pre_verify, schedule.mode == "ar-all"
+
+    return max(schedules, key=demands, default=Schedule.of("ar"))
 
 
 def choose(count: int, limit: int | None, indices: str | None) -> list[int]:

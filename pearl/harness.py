@@ -1,21 +1,17 @@
-"""Runs problems in several modes, interleaved, and writes what happened. Every evaluation script stands on this.
+"""Runs problems in several modes, interleaved, and writes what happened. Every evaluation stands on this.
 
 The modes of one problem follow one another in the same processes before the next problem begins, in an order that
-rotates, so that their ratios hold on a machine whose speed drifts. Files of a run:
-
-    samples.jsonl    a line a text; what `evaluate_functional_correctness` reads
-    passes.jsonl     a line a target pass
-    summary.json     config, environment, and the figures of each mode, derived from those facts
+rotates, so that their ratios hold on a machine whose speed drifts. What a run leaves behind, and how it goes on after
+an interruption, is told in `pearl.results`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,88 +22,118 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pearl import metrics, records
+from pearl import metrics, records, results
 from pearl.engine import Engine
+from pearl.records import Key
+from pearl.results import Round
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
+from pearl.tables import COLUMNS, OF_A_RUN
 
 WARM_UP_TOKENS = 8
+
+Decoder = Callable[[Sequence[int], SamplingParams], records.Sequence]  # a mode: writes the text after a prompt
 
 
 @dataclass(frozen=True)
 class Task:
-    """One problem as the harness sees it: a name, the prompt's tokens, and what of a text is its sample."""
+    """One problem as the harness sees it: a name, its prompts' tokens, and what of a text is its sample."""
 
     id: str
-    prompt: tuple[int, ...]
-    completion: Callable[[str], str]
+    prompt: Callable[[Sequence[str]], tuple[int, ...]]  # of the next turn, after these answers
+    completion: Callable[[str], str] = str
+    turns: int = 1
+    category: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. The first sample of a problem has the params' own seed."""
+    """What to run. The first sample of a problem has the params' own seed; a repeat does the same again."""
 
     tasks: tuple[Task, ...]
-    schedules: dict[str, Schedule]  # by the name of the mode
+    modes: Mapping[str, Decoder]
     params: SamplingParams
     samples: int = 1
+    repeats: int = 1
+
+    @property
+    def rounds(self) -> list[Round]:
+        """In their order: repeats last, so that a run that is broken off has all problems rather than all repeats."""
+        return [
+            Round(task.id, sample, repeat)
+            for repeat in range(self.repeats)
+            for task in self.tasks
+            for sample in range(self.samples)
+        ]
+
+    @property
+    def texts(self) -> dict[str, int]:
+        """How many a round of each problem makes."""
+        return {task.id: task.turns * len(self.modes) for task in self.tasks}
+
+    @property
+    def digest(self) -> str:
+        return results.digest((task.id, task.prompt(())) for task in self.tasks)
+
+    def task(self, id: str) -> Task:
+        return next(task for task in self.tasks if task.id == id)
 
 
-class Output:
-    """The files of a run, in one folder. Those of an earlier run there are kept beside them as `*.previous`."""
+def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Decoder]:
+    """The engine's own modes."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("samples.jsonl", "passes.jsonl", "summary.json"):
-            if (folder / name).exists():
-                (folder / name).replace(folder / f"{name}.previous")
+    def decoder(schedule: Schedule) -> Decoder:
+        return lambda prompt, params: engine.generate(prompt, params, mode=schedule).facts
 
-    def append(self, name: str, lines: Iterable[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(text)
-
-    def write(self, name: str, value: Any) -> None:
-        """The whole file or none of it."""
-        partial = self._folder / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self._folder / name)
+    return {mode: decoder(schedule) for mode, schedule in schedules.items()}
 
 
-def run(engine: Engine, plan: Plan, output: Output, console: Console) -> dict[str, metrics.Runs]:
-    """Decodes every problem in every mode. Returns the texts by mode, problem and sample."""
-    modes = tuple(plan.schedules)
-    runs: dict[str, metrics.Runs] = {mode: {} for mode in modes}
-    warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-    for schedule in plan.schedules.values():
-        engine.generate(plan.tasks[0].prompt, warm, mode=schedule)
+def run(plan: Plan, folder: Path, console: Console, rounds: Collection[Round] | None = None) -> None:
+    """Decodes every problem in every mode, or only these `rounds`, and adds each round to `folder` once it is done."""
+    wanted = set(plan.rounds if rounds is None else rounds)
+    modes = tuple(plan.modes)
+    if wanted:
+        warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
+        for decode in plan.modes.values():
+            decode(plan.tasks[0].prompt(()), warm)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("decoding", total=len(plan.tasks) * plan.samples * len(modes))
-        for number, task in enumerate(plan.tasks):
-            for sample in range(plan.samples):
-                params = replace(plan.params, seed=plan.params.seed + sample)
-                turn = (number * plan.samples + sample) % len(modes)
-                for mode in (*modes[turn:], *modes[:turn]):
-                    progress.update(bar, description=f"{task.id} {mode}")
-                    text = engine.generate(task.prompt, params, mode=plan.schedules[mode]).facts
-                    runs[mode][task.id, sample] = text
-                    output.append("samples.jsonl", [_sample(task, mode, sample, text)])
-                    output.append("passes.jsonl", _passes(task, mode, sample, text))
-                    progress.advance(bar)
-    return runs
+        bar = progress.add_task("decoding", total=len(wanted) * len(modes))
+        for number, one in enumerate(plan.rounds):
+            if one not in wanted:
+                continue
+            samples, passes = [], []
+            turn = number % len(modes)
+            for mode in (*modes[turn:], *modes[:turn]):
+                progress.update(bar, description=f"{one.task} {mode}")
+                for key, text, completion in _talk(plan, one, plan.modes[mode]):
+                    samples.append(results.sample_line(key, mode, text, completion))
+                    passes += results.pass_lines(key, mode, text)
+                progress.advance(bar)
+            results.append(folder, samples, passes)
+
+
+def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, records.Sequence, str]]:
+    """The turns of one sample, each with what of it counts."""
+    task, answers = plan.task(one.task), []
+    params = replace(plan.params, seed=plan.params.seed + one.sample)
+    for turn in range(task.turns):
+        text = decode(task.prompt(answers), params)
+        answers.append(text.text)
+        yield Key(*one, turn), text, task.completion(text.text)
 
 
 def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: dict[str, metrics.Runs]) -> dict[str, Any]:
-    """`summary.json`, with None for what a caller fills in later (pass@k)."""
-    prompts = {task.id: task.prompt for task in plan.tasks}
-    by_text = {id(text): prompts[key[0]] for texts in runs.values() for key, text in texts.items()}
+    """`summary.json`, with None for what a caller fills in later (scores)."""
+    tasks = {task.id: task for task in plan.tasks}
 
-    def gap(text: records.Sequence, index: int) -> float:
-        return engine.top_two_gap([*by_text[id(text)], *text.tokens[:index]])
+    def gap(key: Key, index: int) -> float:
+        ar = runs["ar"]
+        answers = [ar[key._replace(turn=turn)].text for turn in range(key.turn)]
+        return engine.top_two_gap([*tasks[key.task].prompt(answers), *ar[key].tokens[:index]])
 
-    modes = metrics.summarise(runs, gap)
+    runs = {mode: runs[mode] for mode in plan.modes}
+    modes = metrics.summarise(runs, gap, lambda key: tasks[key.task].category)
     if plan.params.rejection:  # the text depends on the drafter there; only its distribution is the target's
         for figures in modes.values():
             figures["identical_to_ar"] = figures["first_divergence_gaps"] = None
@@ -138,50 +164,11 @@ def table(figures: dict[str, dict[str, Any]], title: str) -> Table:
     """The summary as a person reads it."""
     made = Table(title=title, title_justify="left", header_style="bold")
     made.add_column("mode")
-    for name, *_ in _COLUMNS:
-        made.add_column(name, justify="right")
+    for name in OF_A_RUN:
+        made.add_column(COLUMNS[name].heading, justify="right")
     for mode, values in figures.items():
-        made.add_row(mode, *(_cell(values.get(key), form) for _, key, form in _COLUMNS))
+        made.add_row(mode, *(COLUMNS[name].cell(values.get(name)) for name in OF_A_RUN))
     return made
-
-
-_COLUMNS: Sequence[tuple[str, str, str]] = (
-    ("tok/s", "tokens_per_second", "{:.2f}"),
-    ("x ar", "speedup_vs_ar", "{:.2f}"),
-    ("same", "identical_to_ar", "{:.0%}"),
-    ("tok/pass", "tokens_per_pass", "{:.2f}"),
-    ("accept", "acceptance", "{:.2f}"),
-    ("ready", "misses_prepared", "{:.0%}"),
-    ("target", "target_busy", "{:.0%}"),
-    ("drafter", "drafter_busy", "{:.0%}"),
-    ("first ms", "ttft_ms", "{:.0f}"),
-    ("p50", "tpot_ms_p50", "{:.0f}"),
-    ("p95", "tpot_ms_p95", "{:.0f}"),
-    ("B/pass", "bytes_per_pass", "{:.0f}"),
-    ("pass@1", "pass_at_1", "{:.2f}"),
-)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _sample(task: Task, mode: str, sample: int, text: records.Sequence) -> dict[str, Any]:
-    return {
-        "task_id": task.id,
-        "completion": task.completion(text.text),
-        "mode": mode,
-        "sample": sample,
-        "text": text.text,
-        "tokens": list(text.tokens),
-        "finish": text.finish,
-        "seconds": text.seconds,
-    }
-
-
-def _passes(task: Task, mode: str, sample: int, text: records.Sequence) -> Iterable[dict[str, Any]]:
-    for index, one in enumerate(text.passes):
-        yield {"task_id": task.id, "mode": mode, "sample": sample, "index": index, **asdict(one)}
 
 
 def _commit() -> str | None:

@@ -12,23 +12,49 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pearl import theory
-from pearl.records import Pass
+from pearl.records import Key, Pass
 from pearl.records import Sequence as Text
 
-Key = tuple[str, int]  # problem, sample
 Runs = dict[Key, Text]
+BY_CATEGORY = (
+    "sequences",
+    "tokens",
+    "tokens_per_second",
+    "speedup_vs_ar",
+    "speedup_interval_95",
+    "identical_to_ar",
+    "tokens_per_pass",
+    "acceptance",
+)
 
 
-def summarise(modes: dict[str, Runs], gap: Callable[[Text, int], float]) -> dict[str, dict[str, Any]]:
+def summarise(
+    modes: dict[str, Runs],
+    gap: Callable[[Key, int], float],
+    category: Callable[[Key], str | None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
     """The figures of each mode, keyed as `summary.json` has them.
 
-    `modes`: the texts of each mode, by problem and sample. `gap(text, index)`: the distance of the target's two best
-    logits for the token at `index` of an `ar` text; asked only where another mode's token differs.
+    `modes`: the texts of each mode. `gap(key, index)`: the distance of the target's two best logits for the token at
+    `index` of an `ar` text; asked only where another mode's token differs. `category`: of a text, if it has one.
     """
-    return {mode: _figures(runs, modes.get("ar"), gap) for mode, runs in modes.items()}
+    ar, everywhere = modes.get("ar", {}), modes.get("ar-all", {})
+    summary = {}
+    for mode, runs in modes.items():
+        figures = _figures(runs, ar)
+        figures["speedup_vs_ar_all"] = _speedup(*_shared(runs, everywhere))
+        if ar:
+            figures["first_divergence_gaps"] = [gap(key, index) for key, index in _divergences(runs, ar)]
+        figures["by_category"] = {
+            name: {one: some[one] for one in BY_CATEGORY}
+            for name in dict.fromkeys(filter(None, map(category, runs)))
+            for some in [_figures({key: text for key, text in runs.items() if category(key) == name}, ar)]
+        } or None
+        summary[mode] = figures
+    return summary
 
 
-def _figures(runs: Runs, ar: Runs | None, gap: Callable[[Text, int], float]) -> dict[str, Any]:
+def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
     texts = list(runs.values())
     passes = [p for text in texts for p in text.passes]
     decoding = [p for text in texts for p in text.passes[1:]]  # the first pass reads the prompt
@@ -45,10 +71,12 @@ def _figures(runs: Runs, ar: Runs | None, gap: Callable[[Text, int], float]) -> 
         "decode_tokens_per_second": _ratio(sum(p.committed for p in decoding), sum(p.seconds for p in decoding)),
         "speedup_vs_ar": None,
         "speedup_interval_95": None,
+        "speedup_vs_ar_all": None,
         "decode_speedup_vs_ar": None,
         "identical_to_ar": None,
         "first_divergence_gaps": None,
         "tokens_per_pass": tokens / len(passes),
+        "tokens_per_rejection": _ratio(tokens, sum(p.accepted < p.tested for p in passes)),
         "acceptance": _ratio(accepted, tested),
         "acceptance_by_depth": _by_depth(passes),
         "hit_rate": _ratio(sum(report.hits for report in reports), verdicts),
@@ -76,28 +104,35 @@ def _figures(runs: Runs, ar: Runs | None, gap: Callable[[Text, int], float]) -> 
         "peak_memory_mb": max(text.peak_memory for text in texts) / 1e6,
         "bytes_per_pass": sum(text.bytes_on_wire for text in texts) / len(passes),
         "predicted_speedup": None,
-        "pass_at_1": None,
+        "score": None,
     }
-    if ar is not None:
-        shared = [key for key in runs if key in ar]
-        figures |= _against(runs, ar, shared, gap)
-        figures["predicted_speedup"] = _predicted(texts[0].mode, figures, ar)
+    mine, theirs = _shared(runs, ar)
+    if mine:
+        figures |= {
+            "speedup_vs_ar": _speedup(mine, theirs),
+            "speedup_interval_95": _interval(runs, ar),
+            "decode_speedup_vs_ar": _speedup(mine, theirs, first_pass=1),
+            "identical_to_ar": sum(m.tokens == t.tokens for m, t in zip(mine, theirs, strict=True)) / len(mine),
+            "predicted_speedup": _predicted(texts[0].mode, figures, ar),
+        }
     return figures
 
 
-def _against(runs: Runs, ar: Runs, shared: Sequence[Key], gap: Callable[[Text, int], float]) -> dict[str, Any]:
-    """Speed and sameness against `ar` on the texts that both have."""
-    if not shared:
-        return {}
-    mine, theirs = [runs[key] for key in shared], [ar[key] for key in shared]
-    differing = [(m, t) for m, t in zip(mine, theirs, strict=True) if m.tokens != t.tokens]
-    return {
-        "speedup_vs_ar": _speedup(mine, theirs),
-        "speedup_interval_95": _interval(mine, theirs),
-        "decode_speedup_vs_ar": _speedup(mine, theirs, first_pass=1),
-        "identical_to_ar": 1 - len(differing) / len(shared),
-        "first_divergence_gaps": [gap(t, _first_difference(m, t)) for m, t in differing],
-    }
+def _shared(runs: Runs, others: Runs) -> tuple[list[Text], list[Text]]:
+    """The texts that both have, in one order."""
+    keys = [key for key in runs if key in others]
+    return [runs[key] for key in keys], [others[key] for key in keys]
+
+
+def _divergences(runs: Runs, ar: Runs) -> list[tuple[Key, int]]:
+    """Where texts leave those of `ar`. A turn after one that differs has another prompt, and tells nothing."""
+    found = []
+    for key, mine in runs.items():
+        before = [key._replace(turn=turn) for turn in range(key.turn)]
+        alike = all(runs[one].tokens == ar[one].tokens for one in before if one in ar)
+        if alike and key in ar and mine.tokens != ar[key].tokens:
+            found.append((key, _first_difference(mine, ar[key])))
+    return found
 
 
 def _predicted(mode: str, figures: dict[str, Any], ar: Runs) -> float | None:
@@ -123,17 +158,26 @@ def _speedup(mine: Sequence[Text], theirs: Sequence[Text], first_pass: int = 0) 
     return above / below if above and below else None
 
 
-def _interval(mine: Sequence[Text], theirs: Sequence[Text], rounds: int = 1000) -> list[float] | None:
-    """95 % bootstrap interval of the speed-up over resampled texts; None of fewer than three."""
-    if len(mine) < 3:
+def _interval(runs: Runs, ar: Runs, rounds: int = 1000) -> list[float] | None:
+    """95 % bootstrap interval of the speed-up over resampled problems, each with all its samples, repeats and turns,
+    which are no independent draws; None of fewer than three."""
+    problems: dict[str, list[float]] = {}  # tokens and seconds of mine, and of theirs
+    for key in runs:
+        if key in ar:
+            sums = problems.setdefault(key.task, [0.0] * 4)
+            for place, text in ((0, runs[key]), (2, ar[key])):
+                sums[place] += sum(text.committed)
+                sums[place + 1] += text.seconds
+    if len(problems) < 3:
         return None
-    generator = random.Random(0)
+    generator, drawn = random.Random(0), list(problems.values())
     ratios = []
     for _ in range(rounds):
-        drawn = generator.choices(range(len(mine)), k=len(mine))
-        ratio = _speedup([mine[i] for i in drawn], [theirs[i] for i in drawn])
-        if ratio is not None:
-            ratios.append(ratio)
+        tokens, seconds, their_tokens, their_seconds = map(
+            sum, zip(*generator.choices(drawn, k=len(drawn)), strict=True)
+        )
+        if seconds and their_tokens and their_seconds:
+            ratios.append((tokens / seconds) / (their_tokens / their_seconds))
     ratios.sort()
     return [ratios[int(0.025 * len(ratios))], ratios[int(0.975 * len(ratios))]] if ratios else None
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from pearl import metrics
 from pearl.cli import Parser, guarded
 from pearl.errors import UsageError
+from pearl.records import Key
 from pearl.replay import LATENCY_S, Case, missed, read_run, sureness
 from pearl.rows import LEAVES, LIMIT, RowPlan
 from pearl.schedule import Schedule
@@ -42,7 +43,7 @@ def predict(case: Case, modes: Iterable[str], seed: int = 0) -> dict[str, dict[s
     for mode, schedule in schedules.items():
         texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed)
         runs[mode] = dict(zip(case.scripts, texts, strict=True))
-    return metrics.summarise(runs, lambda text, index: 0.0)
+    return metrics.summarise(runs, lambda key, index: 0.0)
 
 
 def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_cost: float = 0.0, seed: int = 0) -> Case:
@@ -67,7 +68,7 @@ def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_co
     # the drafter's prompt takes part of a forward more than one, so that the two clocks do not strike together
     script = Script(1, tuple(places), 1.0, 1.37 / c)
     times = Times(rows, tuple(shape), draft_s, draft_s, latency)
-    return Case({("by hand", 0): script}, times, 0.0, {}, {}, f"a {a:g}, c {c:g}, latency {latency:g}")
+    return Case({Key("by hand"): script}, times, 0.0, {}, {}, f"a {a:g}, c {c:g}, latency {latency:g}")
 
 
 def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:

@@ -27,20 +27,31 @@ _READY, _KEY = "ready", "drafter"
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that a launcher started; alone if there is none."""
+    """This process among those that a launcher started; alone if there is none.
 
-    rank: int
+    2 R processes are R replicas, each a target and its drafter: ranks 0 and 1 are the first.
+    """
+
+    rank: int  # within the replica
     size: int
+    replica: int = 0
+    replicas: int = 1
+    neighbour: int = 0  # this replica among those of its machine,
+    neighbours: int = 1  # and how many they are
 
     @staticmethod
     def here() -> World:
-        world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if world.size > 2:
+        rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if size == 1:
+            return World(0, 1)
+        if size % 2:
             raise UsageError(
-                f"The launcher started {world.size} processes, but one target and one drafter are two: use "
-                "--num_processes 2 (a target over several GPUs is one process with --target-device cuda:0,cuda:1)."
+                f"The launcher started {size} processes, but one target and one drafter are two: use "
+                "--num_processes 2, or 2 R for R replicas (a target over several GPUs is one process with "
+                "--target-device cuda:0,cuda:1)."
             )
-        return world
+        local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2))
 
 
 def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
@@ -156,11 +167,19 @@ def drafter_trace(config: EngineConfig):
     return Trace("drafter", Path(config.trace).absolute()) if config.trace else OFF
 
 
-def _rendezvous():
+def launchers_store():
+    """Where all processes of a launcher meet."""
     import torch.distributed as dist
 
     store, _, _ = next(iter(dist.rendezvous("env://")))
+    return store
+
+
+def _rendezvous():
+    import torch.distributed as dist
+
     host = os.environ.get("MASTER_ADDR", _LOCAL)
+    store = dist.PrefixStore(f"replica-{World.here().replica}", launchers_store())
     return store, _LOCAL if host in (_LOCAL, "localhost") else None
 
 

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from pearl.messages import Report
+
+
+class Key(NamedTuple):
+    """Which text of a run: a problem, its sample (each has a seed of its own), a repeat of that, a turn of a talk."""
+
+    task: str
+    sample: int = 0
+    repeat: int = 0
+    turn: int = 0
+
+    @staticmethod
+    def of(line: Mapping[str, Any]) -> Key:
+        """Of a line in a run's files; early ones know no repeats and no turns."""
+        return Key(line["task_id"], line["sample"], line.get("repeat", 0), line.get("turn", 0))
 
 
 @dataclass(frozen=True)
@@ -54,3 +70,8 @@ class Sequence:
     @property
     def seconds(self) -> float:
         return sum(p.seconds for p in self.passes)
+
+    @property
+    def committed(self) -> list[int]:
+        """Tokens of each pass."""
+        return [p.committed for p in self.passes]

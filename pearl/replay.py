@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pearl.errors import UsageError
+from pearl.records import Key
 from pearl.rows import LEAVES, RowPlan
 from pearl.simulation import VOCABULARY, Place, Script, Times
 
@@ -36,7 +37,6 @@ PRIOR = 3  # passes that the measured cost of a row count counts for, beside tho
 FEW = 5  # passes below which no mean is worth a comparison
 TOGETHER = 0.3  # of its passes that must be beside a working drafter if a mode is to tell what that costs
 
-Key = tuple[str, int]  # problem, sample
 Texts = dict[Key, list[dict[str, Any]]]  # their passes, as in passes.jsonl
 
 
@@ -118,7 +118,7 @@ def _read_passes(folder: Path) -> dict[str, Texts]:
     for line in lines:
         if "judged" not in line:
             raise UsageError(f"{path} is of an earlier version, which kept no single guesses: record the run again.")
-        modes.setdefault(line["mode"], {}).setdefault((line["task_id"], line["sample"]), []).append(line)
+        modes.setdefault(line["mode"], {}).setdefault(Key.of(line), []).append(line)
     if not modes:
         raise UsageError(f"{path} is empty: the run that wrote it made no pass.")
     return modes

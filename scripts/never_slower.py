@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from pearl import harness
+    from pearl import harness, results
     from pearl.engine import Engine
     from pearl.loading import preflight
 
@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             tasks = []
             for problem in problems:
                 text = humaneval.prompt_text(problem, "completion", checked.tokenizer)
-                tasks.append(harness.Task(problem.task_id, tuple(checked.tokenizer(text).input_ids), str))
-            plan = harness.Plan(tuple(tasks), schedules, sampling)
+                prompt = tuple(checked.tokenizer(text).input_ids)
+                tasks.append(harness.Task(problem.task_id, lambda _, prompt=prompt: prompt))
             with Engine(case, cli.hardest(schedules.values()), found.processes, checked) as engine:
-                output = harness.Output(folder / name)
-                runs = harness.run(engine, plan, output, console)
-                summary = harness.summary(engine, plan, {"case": name, "resolved": vars(case)}, runs)
-            output.write("summary.json", summary)
+                plan = harness.Plan(tuple(tasks), harness.decoders(engine, schedules), sampling)
+                asked = {"case": name, "resolved": vars(case)}
+                results.begin(folder / name, asked)
+                harness.run(plan, folder / name, console)
+                summary = harness.summary(engine, plan, asked, results.read(folder / name)[0])
+            results.write(folder / name / results.SUMMARY, summary)
             figures[name] = summary["modes"]
             console.print(harness.table(summary["modes"], f"{name}: {case.target} <- {case.draft}"))
     worst = min(f["speedup_vs_ar"] for modes in figures.values() for f in modes.values())
