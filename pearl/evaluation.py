@@ -13,14 +13,16 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pearl import cli
-from pearl.config import NGRAM, one_of
+from pearl.config import NGRAM, EngineConfig, one_of
 from pearl.errors import UsageError
+from pearl.pairs import Pair
 from pearl.sampling import SamplingParams
+from pearl.schedule import Schedule
 from pearl.tasks.prompts import FORMATS
 from pearl.tasks.suite import Suite
 
@@ -39,64 +41,69 @@ def parser(suite: Suite) -> cli.Parser:
     return made
 
 
-def main(suite: Suite, argv: Sequence[str] | None) -> int:
+@dataclass(frozen=True)
+class Order:
+    """What a command line asks for, checked as far as that goes without a model."""
+
+    suite: Suite
+    found: argparse.Namespace
+    config: EngineConfig
+    pair: Pair | None
+    schedules: dict[str, Schedule]
+    baselines: tuple[str, ...]
+    params: SamplingParams
+    problems: list[Any]
+    folder: Path
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """As the files of the run keep it."""
+        return vars(self.found) | {"suite": self.suite.name, "resolved": vars(self.config)}
+
+    @property
+    def title(self) -> str:
+        config = self.config
+        return f"{self.suite.title}, {len(self.problems)} problems, {config.target} <- {config.draft}, {config.dtype}"
+
+
+def order(suite: Suite, argv: Sequence[str] | None) -> Order:
     found = cli.parse(parser(suite), argv)
     config, pair = cli.engine_config(found)
     one_of("format", found.format, (*FORMATS, None))
     schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found)
-    baselines = [mode for mode in found.mode if mode in cli.BASELINES]
-    _check_baselines(baselines, params, config.draft)
+    baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
+    if baselines and not params.greedy:
+        raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
+    if "hf-assisted" in baselines and config.draft == NGRAM:
+        raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     cli.at_least_one("--num-samples", found.num_samples)
     cli.at_least_one("--repeats", found.repeats)
     if found.resume and not found.output:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
     problems = choose(suite, suite.load(found.data), found)
     folder = Path(found.output or time.strftime(f"results/{suite.name}-%Y%m%d-%H%M%S"))
-    asked = vars(found) | {"suite": suite.name, "resolved": vars(config)}
+    return Order(suite, found, config, pair, schedules, baselines, params, problems, folder)
+
+
+def main(suite: Suite, argv: Sequence[str] | None) -> int:
+    asked = order(suite, argv)
 
     from rich.console import Console  # from here on slow imports: everything that can be refused has been
 
     from pearl import harness, results
-    from pearl.engine import Engine, count_processes
-    from pearl.loading import preflight
     from pearl.process import World
-    from pearl.replicas import Team, place
 
     world, console = World.here(), Console(width=None if sys.stdout.isatty() else 140)
-    title = f"{suite.title}, {len(problems)} problems, {config.target} <- {config.draft}, {config.dtype}"
-    summary = results.ended(folder, asked) if found.resume else None
+    summary = results.ended(asked.folder, asked.asked) if asked.found.resume else None
     if summary is None:
-        schedule = cli.hardest(schedules.values())
-        count_processes(schedule, found.processes, world)
-        checked = preflight(place(config, world))
-        form = found.format or (pair.prompt if pair else "chat" if checked.tokenizer.chat_template else "completion")
-        if form == "completion" and not params.ignore_eos:
-            params = replace(params, stop=suite.stop)
-        tasks = tuple(_task(suite, problem, form, checked.tokenizer) for problem in problems)
-        for task in tasks:
-            checked.check_prompt(task.prompt([""] * (task.turns - 1)), task.turns * params.max_new_tokens)
-        with Engine(checked.config, schedule, found.processes, checked) as engine:  # rank 1 stays in here
-            console.print(engine.description, highlight=False)
-            modes = harness.decoders(engine, schedules)
-            if baselines:
-                from pearl.baselines import Baselines
-
-                modes |= Baselines(engine, checked).decoders(baselines)
-            plan = harness.Plan(
-                tasks, {mode: modes[mode] for mode in found.mode}, params, found.num_samples, found.repeats
-            )
-            team = Team(world)
-            asked |= {"prompt_format": form, "prompts": plan.digest}
-            if not _decode(plan, team, folder, asked, console):
-                return 1
-            if team.first:
-                summary = harness.summary(engine, plan, asked, results.read(folder)[0])
-            team.leave()
-        if summary:
-            _judge(suite, problems, folder, summary, found.no_score)
-    if world.rank == world.replica == 0:
-        console.print(harness.table(summary["modes"], title))
-        console.print(f"written to {folder}", highlight=False)
+        summary, failed = _decode(asked, world, console)
+        if failed:
+            return 1
+        if summary is not None:
+            _judge(asked, summary)
+    if summary is not None and world.rank == world.replica == 0:
+        console.print(harness.table(summary["modes"], asked.title))
+        console.print(f"written to {asked.folder}", highlight=False)
     return 0
 
 
@@ -115,13 +122,6 @@ def choose(suite: Suite, problems: list[Any], found: argparse.Namespace) -> list
     return [shared[i] for i in cli.choose(len(shared), found.limit, found.indices)]
 
 
-def _check_baselines(baselines: Sequence[str], params: SamplingParams, draft: str) -> None:
-    if baselines and not params.greedy:
-        raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
-    if "hf-assisted" in baselines and draft == NGRAM:
-        raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
-
-
 def _task(suite: Suite, problem: Any, form: str, tokenizer: Any) -> Any:
     from pearl.harness import Task
 
@@ -138,8 +138,45 @@ def _task(suite: Suite, problem: Any, form: str, tokenizer: Any) -> Any:
     )
 
 
-def _decode(plan: Any, team: Any, folder: Path, asked: Mapping[str, Any], console: Any) -> bool:
-    """All rounds that are not there yet, shared among the replicas. False if some are missing after that."""
+def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | None, bool]:
+    """The summary, in the first replica, and whether something is missing because a replica failed."""
+    from pearl import harness, results
+    from pearl.engine import Engine, count_processes
+    from pearl.loading import preflight
+    from pearl.replicas import Team, place
+
+    found, suite, params = order.found, order.suite, order.params
+    schedule = cli.hardest(order.schedules.values())
+    count_processes(schedule, found.processes, world)
+    checked = preflight(place(order.config, world))
+    form = found.format or (
+        order.pair.prompt if order.pair else "chat" if checked.tokenizer.chat_template else "completion"
+    )
+    if form == "completion" and not params.ignore_eos:
+        params = replace(params, stop=suite.stop)
+    tasks = tuple(_task(suite, problem, form, checked.tokenizer) for problem in order.problems)
+    for task in tasks:
+        checked.check_prompt(task.prompt([""] * (task.turns - 1)), task.turns * params.max_new_tokens)
+    with Engine(checked.config, schedule, found.processes, checked) as engine:  # rank 1 stays in here
+        console.print(engine.description, highlight=False)
+        modes = harness.decoders(engine, order.schedules)
+        if order.baselines:
+            from pearl.baselines import Baselines
+
+            modes |= Baselines(engine, checked).decoders(order.baselines)
+        modes = {mode: modes[mode] for mode in found.mode}
+        plan = harness.Plan(tasks, modes, params, found.num_samples, found.repeats)
+        asked = order.asked | {"prompt_format": form, "prompts": plan.digest}
+        team, summary = Team(world), None
+        failed = not _complete(plan, team, order.folder, asked, console)
+        if team.first and not failed:
+            summary = harness.summary(engine, plan, asked, results.read(order.folder)[0])
+        team.leave()
+    return summary, failed
+
+
+def _complete(plan: Any, team: Any, folder: Path, asked: Mapping[str, Any], console: Any) -> bool:
+    """Decodes all rounds that are not there yet, shared among the replicas. False if some are missing after that."""
     from pearl import harness, results
 
     def missing() -> list[list[Any]]:
@@ -155,7 +192,7 @@ def _decode(plan: Any, team: Any, folder: Path, asked: Mapping[str, Any], consol
     failure = ""
     try:
         harness.run(plan, folder / team.name, console, rounds)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the others go on
         traceback.print_exc()
         failure = f"{type(error).__name__}: {error}"
     failures = team.finish(failure)
@@ -163,18 +200,17 @@ def _decode(plan: Any, team: Any, folder: Path, asked: Mapping[str, Any], consol
         results.merge(folder, plan.rounds)
         for name, reason in failures.items():
             print(f"error: {name} failed ({reason}); what it left is done with --resume.", file=sys.stderr)
-    if failures:
-        team.leave()
     return not failures
 
 
-def _judge(suite: Suite, problems: Sequence[Any], folder: Path, summary: dict[str, Any], no_score: bool) -> None:
+def _judge(order: Order, summary: dict[str, Any]) -> None:
     """Scores each mode's answers and writes what other tools read; then the summary, which ends the run."""
     from pearl import results
 
-    texts, completions = results.read(folder)
+    suite, problems = order.suite, order.problems
+    texts, completions = results.read(order.folder)
     for mode, figures in summary["modes"].items():
-        if suite.score and not no_score:
+        if suite.score and not order.found.no_score:
             first = [(key.task, one) for key, one in completions[mode].items() if key.repeat == key.turn == 0]
             figures |= suite.score(problems, first)
         if suite.export:
@@ -183,6 +219,6 @@ def _judge(suite: Suite, problems: Sequence[Any], folder: Path, summary: dict[st
                 if key.repeat == 0:
                     samples = talks.setdefault(key.task, [])
                     samples.append([text]) if key.turn == 0 else samples[-1].append(text)
-            name = f"{Path(summary['config']['resolved']['target']).name}-{mode.replace(':', '-')}"
-            results.write_lines(folder / "model_answer" / f"{name}.jsonl", suite.export(problems, talks, name))
-    results.write(folder / results.SUMMARY, summary)
+            name = f"{Path(order.config.target).name}-{mode.replace(':', '-')}"
+            results.write_lines(order.folder / "model_answer" / f"{name}.jsonl", suite.export(problems, talks, name))
+    results.write(order.folder / results.SUMMARY, summary)

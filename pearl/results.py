@@ -87,10 +87,22 @@ def ended(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
 def append(folder: Path, samples: Sequence[Line], passes: Sequence[Line]) -> None:
     """Adds a finished round; it is on disk when this returns."""
     folder.mkdir(exist_ok=True)
-    for name, lines in ((PASSES, passes), (SAMPLES, samples)):
-        with open(folder / name, "ab", buffering=0) as file:
-            file.write(_lines(lines))
-            os.fsync(file.fileno())
+    append_lines(folder / PASSES, passes)
+    append_lines(folder / SAMPLES, samples)
+
+
+def append_lines(file: Path, lines: Sequence[Line]) -> None:
+    with open(file, "ab", buffering=0) as stream:
+        stream.write(_lines(lines))
+        os.fsync(stream.fileno())
+
+
+def whole_lines(file: Path) -> list[Line]:
+    """The lines of a file; a last one that a killed process broke off is removed from it."""
+    lines = _read(file)
+    if file.exists():
+        _settle(file, _lines(lines))
+    return lines
 
 
 def repair(folder: Path, texts: Mapping[str, int]) -> set[Round]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pearl.errors import UsageError
+
 Figures = Mapping[str, Any]
 
 
@@ -67,6 +69,15 @@ OF_A_RUN = (
     "score",
 )
 Row = tuple[Sequence[str], Figures]  # its labels, one a leading column
+
+
+def choose(words: str) -> list[str]:
+    """The columns of a comma-separated list. Raises UsageError for an unknown one."""
+    names = [name for name in words.split(",") if name]
+    for name in names:
+        if name not in COLUMNS:
+            raise UsageError(f"There is no column {name!r}: choose from {', '.join(COLUMNS)}.")
+    return names
 
 
 def markdown(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> str:

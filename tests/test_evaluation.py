@@ -42,7 +42,7 @@ def own_cache(tmp_path_factory):
 
 def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"eval_{name}", ROOT / "eval" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -30,6 +30,8 @@ class DataSet(Generic[Problem]):
     hub: tuple[str, ...] = ()  # what `datasets.load_dataset` takes,
     options: dict[str, str] = field(default_factory=dict)  # and by name
     url: str = ""  # of the original file
+    unit: str = "problem"  # what a line is
+    option: str = "--data"  # that names a file
 
     def load(self, path: str | None) -> list[Problem]:
         """The problems in `path`, a ``.jsonl`` or ``.jsonl.gz`` in the original format, or those of the hub.
@@ -43,10 +45,10 @@ class DataSet(Generic[Problem]):
             data = file.read_bytes()
             text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} cannot be read as {self.title} problems: {error}.") from error
+            raise UsageError(f"{file} cannot be read as {self.title} {self.unit}s: {error}.") from error
         problems = [self._problem(line, i, f"{file}, line {number}") for i, (number, line) in enumerate(_lines(text))]
         if not problems:
-            raise UsageError(f"{file} holds no problem; it must have one JSON object a line.")
+            raise UsageError(f"{file} holds no {self.unit}; it must have one JSON object a line.")
         return problems
 
     def _problem(self, line: str, index: int, where: str) -> Problem:
@@ -57,7 +59,7 @@ class DataSet(Generic[Problem]):
         try:
             return self.parse(record, index)
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{where} is not a {self.title} problem: it must be {self.needs}.") from error
+            raise UsageError(f"{where} is not a {self.title} {self.unit}: it must be {self.needs}.") from error
 
     def _fetch(self) -> list[Problem]:
         try:
@@ -66,8 +68,8 @@ class DataSet(Generic[Problem]):
             records = load_dataset(*self.hub, **self.options)
         except Exception as error:  # one thing in many kinds: no network, no hub, no package
             raise UsageError(
-                f"{self.title} can't be fetched here ({type(error).__name__}): download {self.url} where there is a "
-                "network and name the file with --data FILE."
+                f"The {self.title} {self.unit}s can't be fetched here ({type(error).__name__}): download "
+                f"{self.url} where there is a network and name the file with {self.option} FILE."
             ) from error
         return [self.parse(dict(record), index) for index, record in enumerate(records)]
 

@@ -1,0 +1,42 @@
+# Sourced by the scripts of tables: `row` decodes what is missing, `table` shows it. Run twice, nothing is done twice.
+#
+#   PAIR      pairs of the registry (python -m pearl.pairs) or YAML files; default: smollm2-135m
+#   LIMIT     problems of each task; default: all.  TOKENS: new tokens of a text; default: the task's
+#   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl; default: the hub
+#   OPTIONS   further options of every run.  RESULTS: where all goes; default: results
+#   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
+#   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
+set -euo pipefail
+scripts=$(dirname "${BASH_SOURCE[0]}")
+if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh"; fi
+PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
+LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}
+MODES="ar ar-all sd pearl tree"  # of runs that several tables share
+TASKS="humaneval gsm8k mgsm mt_bench spec_bench"
+folders=()
+
+run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+
+# row NAME TASK OPTIONS...: a run of every pair, in RESULTS/PAIR/NAME
+row() {
+  local name=$1 task=$2 pair folder command; shift 2
+  for pair in $PAIR; do
+    folder=$RESULTS/$(basename "$pair" .yaml)${LIMIT:+-limit-$LIMIT}${TOKENS:+-tokens-$TOKENS}/$name
+    folders+=("$folder")
+    command=($LAUNCH "eval/$task.py" --pair "$pair" --output "$folder" --resume)
+    command+=(${LIMIT:+--limit "$LIMIT"} ${TOKENS:+--max-new-tokens "$TOKENS"} ${TRACE:+--trace "$folder/trace.json"})
+    if [[ -n ${DATA:-} ]]; then case $task in
+      gsm8k) command+=(--data "$DATA/gsm8k/test.jsonl") ;;
+      mgsm) command+=(--data "$DATA/mgsm/mgsm.jsonl") ;;
+      mt_bench | spec_bench) command+=(--data "$DATA/$task/question.jsonl") ;;
+    esac; fi
+    [[ -n ${DRY_RUN:-} ]] || mkdir -p "$folder"
+    run "${command[@]}" ${OPTIONS:-} "$@"
+  done
+}
+
+# table TITLE OPTIONS...: of all rows so far, in RESULTS/tables/SCRIPT
+table() {
+  local title=$1; shift
+  run python eval/table.py "${folders[@]}" --title "$title" --output "$RESULTS/tables/$(basename "$0" .sh)" "$@"
+}
