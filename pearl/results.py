@@ -28,7 +28,7 @@ from pearl.records import Judged, Key, Pass
 from pearl.records import Sequence as Text
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
-VOLATILE = ("config", "data", "output", "resume", "trace", "no_score")  # how a run was asked for, not what for
+VOLATILE = ("config", "data", "output", "resume", "trace")  # how a run was asked for, not what for
 
 Line = dict[str, Any]
 
@@ -56,9 +56,8 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
         return
     if resume and (folder / SAMPLES).exists():
         raise UsageError(f"{folder} holds results without a config.json and can't be resumed: choose another --output.")
-    for file in [folder / name for name in (CONFIG, SAMPLES, PASSES, SUMMARY)] + sorted(
-        folder.glob("replica-*/*.jsonl")
-    ):
+    earlier = [folder / name for name in (CONFIG, SAMPLES, PASSES, SUMMARY)]
+    for file in [*earlier, *folder.glob("replica-*/*.jsonl")]:
         if file.exists():
             file.replace(file.with_name(f"{file.name}.previous"))
     write(folder / CONFIG, _asked(asked))
@@ -212,8 +211,8 @@ def _pass(line: Line) -> Pass:
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON gives it back, without what may change from one start to the next."""
-    kept = {key: value for key, value in config.items() if key not in VOLATILE}
-    return json.loads(json.dumps(kept))
+    kept = {key: _asked(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return json.loads(json.dumps({key: value for key, value in kept.items() if key not in VOLATILE}))
 
 
 def _lines(lines: Collection[Line]) -> bytes:

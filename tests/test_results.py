@@ -179,8 +179,10 @@ def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):
 
 
 def test_a_folder_begun_with_another_config_is_refused_in_a_sentence(tmp_path):
-    results.begin(tmp_path, ASKED | {"output": "there"})
-    results.begin(tmp_path, ASKED | {"output": "here"})  # where it lies does not matter
+    for place in ("there", "here"):  # where it lies does not matter
+        results.begin(
+            tmp_path, ASKED | {"output": place, "resolved": {"trace": f"{place}/trace.json", "dtype": "float32"}}
+        )
     for check in (results.begin, results.ended):
         with pytest.raises(UsageError, match="was begun with max_new_tokens 6, not 7: resume it with the same options"):
             check(tmp_path, ASKED | {"max_new_tokens": 7})
