@@ -24,6 +24,7 @@ from pearl.replicas import place
 from pearl.tasks import gsm8k, mgsm
 
 ROOT = Path(__file__).resolve().parent.parent
+ALONE = ("--processes", "1", "--target-cores", str(min(os.sched_getaffinity(0))))
 EVERY = pytest.mark.parametrize("name", SAMPLES)
 
 
@@ -48,26 +49,15 @@ def script(name: str) -> ModuleType:
 
 
 def options(pair, data: str, output: Path, *more: str, mode: str = "ar,sd:3") -> list[str]:
-    """For the tiny pair, in one process."""
-    small = ["--dtype", "float32", "--max-length", "500", "--max-new-tokens", "12", "--processes", "1"]
-    return [
-        *small,
-        "--target",
-        pair[0],
-        "--draft",
-        pair[1],
-        "--data",
-        data,
-        "--output",
-        str(output),
-        "--mode",
-        mode,
-        *more,
-    ]
+    """For the tiny pair."""
+    small = "--dtype float32 --max-length 500 --max-new-tokens 12"
+    files = ["--target", pair[0], "--draft", pair[1], "--data", data, "--output", str(output)]
+    return [*small.split(), *files, "--mode", mode, *more]
 
 
 def run(name: str, *arguments: str) -> int:
-    return script(name).main(list(arguments))
+    """In this process, on one core."""
+    return script(name).main([*ALONE, *arguments])
 
 
 def summary(folder: Path) -> dict:
@@ -251,7 +241,7 @@ def test_an_evaluation_that_was_killed_goes_on(pair, tmp_path):
     arguments = options(pair, written(tmp_path, "mt_bench"), tmp_path / "whole", "--repeats", "3")
     assert run("mt_bench", *arguments) == 0
     arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
-    child = launch(tmp_path, [*arguments, "--resume"], str(ROOT / "eval" / "mt_bench.py"))
+    child = launch(tmp_path, [*ALONE, *arguments, "--resume"], str(ROOT / "eval" / "mt_bench.py"))
     samples, deadline = tmp_path / "killed" / results.SAMPLES, time.monotonic() + 120
     while not (samples.exists() and samples.stat().st_size) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -289,9 +279,7 @@ sys.exit(evaluation.main(gsm8k.SUITE, sys.argv[1:]))
 def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
     data = written(tmp_path, "gsm8k", records)
-    arguments = [
-        word for word in options(pair, data, tmp_path / "shared", "--resume") if word not in ("--processes", "1")
-    ]
+    arguments = options(pair, data, tmp_path / "shared", "--resume")
     (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
     child = launch(tmp_path, arguments, *TWO_REPLICAS, "failing.py")
     printed, _ = child.communicate(timeout=300)
