@@ -164,7 +164,7 @@ def small(tmp_path_factory) -> dict[str, str]:
         "TOKENS": "6",
         "READY": "1",
         "LAUNCH": sys.executable,
-        "OPTIONS": "--max-length 480 --no-score",
+        "OPTIONS": "--max-length 500 --no-score",
         "RESULTS": str(folder / "results"),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
