@@ -137,6 +137,18 @@ def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list
     return committed
 
 
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix; by halves, as comparing slices is much faster than a loop."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _kill(children: dict[int, Node]) -> None:
     for node in children.values():
         node.dead = True

@@ -1,0 +1,243 @@
+"""The feature drafter as a draft source: one forward gives the distributions of the next K tokens.
+
+What the target has read comes with its verdicts, as features. Known positions whose features are there are read once
+and stay in the cache; tokens beyond them are guesses or too new, so they enter with the learned hidden state instead
+and are read anew each time. One forward holds the newly confirmed rows, the paths of the leaves that it extends, and
+the slots after each leaf:
+
+    confirmed rows                 see the text up to themselves
+    a leaf's path                  sees the text and itself up to each row
+    a leaf's slots                 see the text, the path, and themselves up to each row (`pearl.feature.mask`)
+
+Bits are of no account here: whatever is drafted, the target decides.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.feature.network import FeatureDrafter, KeyValue
+from pearl.sampling import SamplingParams, ranked
+from pearl.sources import Proposal
+from pearl.trie import Node, Trie, shared_prefix
+
+CHILDREN = 6  # guesses after a row at most
+FAINTEST = math.log(0.003)  # a path that is less likely is not offered
+LEAVES = 4  # extended by one forward at most
+BEAM = 8  # paths that survive a depth
+CROWD = 128  # leaves in waiting; beyond that the drafter rests
+_GROW = 256  # slots by which the cache grows
+_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+
+Guesses = list[list[tuple[int, float, Proposal]]]  # by depth, likeliest first: (token, log q, proposal)
+
+
+class FeatureSource:
+    """`sources.DraftSource` and `sources.TreeGrower`. Takes features through `observe`."""
+
+    whole = True  # one forward makes a tree by itself
+
+    def __init__(self, drafter: FeatureDrafter, beam: int = 0, longest: int = 1 << 20):
+        """`drafter` has its target attached. `beam`: paths kept at each depth, 0: `BEAM`; 1 makes chains.
+        `longest`: tokens of a text."""
+        self._drafter, self._beam, self._longest = drafter.eval(), beam or BEAM, longest
+        self._device = drafter.mask_embedding.device
+        self._vocabulary = drafter.vocabulary
+        self._cache = _Cache(drafter)
+        self.forwards = self.rows = self.own = self.confirmed = 0
+        self.costs: tuple[float, ...] = ()
+        self.start(SamplingParams())
+        self.costs = self._time()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of the target, whose features are wanted."""
+        return self._drafter.shape.features
+
+    def start(self, params: SamplingParams) -> None:
+        self._params = params
+        self._read: list[int] = []  # confirmed tokens in the cache
+        self._features: list[np.ndarray] = []  # pieces, bfloat16 bits
+        self._known = 0  # positions that they are of
+
+    def observe(self, features: np.ndarray) -> None:
+        """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
+        self._features.append(features)
+        self._known += len(features)
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        """The best guess of every depth, one after the other."""
+        path = list(text[self._known + 1 :]) if self.layers else []
+        trunk = list(text[: len(text) - len(path)])
+        if not self._ready(trunk) or len(text) + self._drafter.shape.depths > self._longest:
+            return []
+        (guesses,) = self._guess(trunk, [path])
+        return [(depth[0][0], depth[0][2]) for depth in guesses[:room]]
+
+    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+        """Grows the trie below its likeliest leaves, at most `most` of them; see `sources.TreeGrower`."""
+        deepest = min(deepest, self._longest - len(trie.tokens) - self._drafter.shape.depths)
+        leaves = trie.leaves(deepest - 1)
+        if not leaves or len(leaves) > CROWD or not self._ready(trie.tokens):
+            return []
+        leaves = [leaf for leaf in leaves[: min(most, LEAVES)] if leaf[2] >= FAINTEST or leaf is leaves[0]]
+        tables = self._guess(trie.tokens, [list(path) for path, _, _ in leaves])
+        new = []
+        for (path, node, logp), table in zip(leaves, tables, strict=True):
+            new += self._grow(trie, node, logp, table[: deepest - len(path)])
+        return new
+
+    def _ready(self, trunk: Sequence[int]) -> bool:
+        """Whether the features of all of the text but its last token are there, if any are wanted."""
+        return not self.layers or self._known >= max(1, len(trunk) - 1)
+
+    def _grow(self, trie: Trie, leaf: Node, logp: float, table: Guesses) -> list[tuple[Node, Node]]:
+        """A beam of highest joint probability: every surviving parent meets every candidate of its depth."""
+        beam, new = [(logp, leaf)], []
+        for guesses in table:
+            paths = [
+                (joint + q, rank, parent, token, proposal, q)
+                for joint, parent in beam
+                for rank, (token, q, proposal) in enumerate(guesses)
+            ]
+            first = paths[0] if paths else None
+            paths = sorted(paths, key=lambda path: (-path[0], path[1]))[: self._beam]
+            beam = []
+            for path in paths:
+                joint, _, parent, token, proposal, q = path
+                if joint < FAINTEST and path is not first:
+                    continue
+                child = trie.grow(parent, token, proposal, q)
+                assert child is not None, "a source extends the tree that it was given"
+                new.append((parent, child))
+                beam.append((joint, child))
+            if not beam:
+                break
+        return new
+
+    @torch.inference_mode()
+    def _guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+        """For each path after the trunk, guesses of K depths."""
+        drafter, depths = self._drafter, self._drafter.shape.depths
+        device = self._device
+        kept = min(shared_prefix(self._read, trunk), len(trunk) - 1)
+        fresh = list(trunk[kept:])
+        tokens = torch.tensor([*fresh, *(token for path in paths for token in path)], device=device)
+        withheld = torch.ones(len(tokens), dtype=torch.bool)
+        features = torch.zeros(len(tokens), 0)
+        if self.layers:
+            withheld[: len(fresh)] = torch.arange(kept, len(trunk)) == 0
+            features = torch.zeros(len(tokens), len(self.layers) * drafter.shape.hidden, dtype=torch.bfloat16)
+            first = max(kept, 1)
+            features[first - kept : len(fresh)] = self._between(first - 1, len(trunk) - 1)
+        known = drafter.known(tokens[None], features[None].to(device), withheld[None].to(device))[0]
+        slots = drafter.slots(1, depths - 1)[0]
+        inputs, positions, groups = [known[: len(fresh)]], list(range(kept, len(trunk))), []
+        at, rows = len(fresh), len(fresh)
+        for path in paths:
+            inputs += [known[at : at + len(path)], slots]
+            at += len(path)
+            count = len(path) + depths - 1
+            positions += range(len(trunk), len(trunk) + count)
+            groups.append((rows, count))
+            rows += count
+        mask = _tree_mask(kept, len(fresh), groups).to(device)
+        x = torch.cat(inputs)[None]
+        hidden, made = drafter.stack(x, torch.tensor(positions, device=device), mask, self._cache.upto(kept))
+        self._cache.keep(made, kept, len(fresh))
+        self._read = list(trunk)
+        wanted = []  # rows: depth 0 is the last known row of each leaf, the others its slots
+        for (first_row, count), path in zip(groups, paths, strict=True):
+            ahead = first_row + count - (depths - 1)
+            wanted += [ahead - 1 if path else len(fresh) - 1, *range(ahead, ahead + depths - 1)]
+        logits = drafter.head(hidden[0, wanted]).float()
+        self.forwards += 1
+        self.rows += rows
+        return self._ranked(logits, [len(trunk) + len(path) for path in paths])
+
+    def _ranked(self, logits: Tensor, positions: Sequence[int]) -> list[Guesses]:
+        """logits: [leaves * K, V] over the draft vocabulary; positions: of the first guess of each leaf."""
+        depths = self._drafter.shape.depths
+        full = logits
+        if not self._params.greedy:  # noise and filters are functions of the target's own token ids
+            size = int(self._vocabulary.max()) + 1
+            full = logits.new_full((len(logits), size), -torch.inf)
+            full[:, self._vocabulary] = logits
+        places = [position + depth for position in positions for depth in range(depths)]
+        found = ranked(full, self._params, places, CHILDREN)
+        if self._params.greedy:
+            ids = self._vocabulary
+            found = [[(int(ids[row]), q, proposal) for row, q, proposal in guesses] for guesses in found]
+        return [found[leaf * depths : (leaf + 1) * depths] for leaf in range(len(positions))]
+
+    def _between(self, first: int, last: int) -> Tensor:
+        """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
+        if len(self._features) > 1:
+            self._features = [np.concatenate(self._features)]
+        if not self._features:
+            return torch.zeros(0)
+        return torch.from_numpy(self._features[0][first:last].copy()).view(torch.bfloat16)
+
+    def _time(self) -> tuple[float, ...]:
+        """Seconds of a forward of 1, 2, ... leaves."""
+        length, rounds = _TIMED
+        text = [0] * length
+        if self.layers:
+            self.observe(np.zeros((length - 1, len(self.layers) * self._drafter.shape.hidden), np.int16))
+        costs = []
+        for count in range(1, LEAVES + 1):
+            seconds = []
+            for _ in range(rounds):
+                began = time.perf_counter()
+                self._guess(text, [[0]] * count)
+                seconds.append(time.perf_counter() - began)
+            costs.append(min(seconds))
+        self.start(SamplingParams())
+        self.forwards = self.rows = 0
+        return tuple(costs)
+
+
+class _Cache:
+    """Keys and values of the confirmed positions, [1, kv heads, slots, head_dim] a layer."""
+
+    def __init__(self, drafter: FeatureDrafter):
+        shape, one = drafter.shape, drafter.mask_embedding
+        empty = one.new_zeros(1, shape.kv_heads, 0, shape.head_dim)
+        self._layers: list[KeyValue] = [(empty, empty) for _ in drafter.layers]
+
+    def upto(self, count: int) -> list[KeyValue]:
+        return [(keys[:, :, :count], values[:, :, :count]) for keys, values in self._layers]
+
+    def keep(self, made: Sequence[KeyValue], first: int, count: int) -> None:
+        """Takes over the first `count` new rows as the positions from `first` on."""
+        for number, new in enumerate(made):
+            self._layers[number] = tuple(
+                _written(old, part[:, :, :count], first) for old, part in zip(self._layers[number], new, strict=True)
+            )
+
+
+def _written(old: Tensor, rows: Tensor, first: int) -> Tensor:
+    last = first + rows.shape[2]
+    if last > old.shape[2]:
+        more = -(-(last - old.shape[2]) // _GROW) * _GROW
+        old = torch.cat([old.to(rows.dtype), rows.new_zeros(1, rows.shape[1], more, rows.shape[3])], 2)
+    old[:, :, first:last] = rows
+    return old
+
+
+def _tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """bool [rows, kept + rows]; `groups`: first row and count of each leaf's path and slots, after the fresh rows."""
+    rows = fresh + sum(count for _, count in groups)
+    mask = torch.zeros(rows, kept + rows, dtype=torch.bool)
+    mask[:, :kept] = True
+    mask[:fresh, kept : kept + fresh] = torch.ones(fresh, fresh, dtype=torch.bool).tril()
+    mask[fresh:, kept : kept + fresh] = True
+    for first, count in groups:
+        own = slice(first, first + count)
+        mask[own, kept + first : kept + first + count] = torch.ones(count, count, dtype=torch.bool).tril()
+    return mask
