@@ -4,8 +4,8 @@ For a small model the head is much of a forward (Qwen2.5-0.5B: 136 of 494 millio
 trained brings the ids of its frequent tokens. Of others: byte-level and SentencePiece BPE number their tokens by how
 early, that is how often, they were merged, so the first N ids are the frequent ones. To these come the special tokens
 and every token of the text so far, as far as it is known; so a rare name can be drafted from its second occurrence on.
-Where the text keeps leaving the vocabulary (another script, say), all of it is read. A token that can't be drafted costs
-a guess, never the text.
+Where the text keeps leaving the vocabulary (another script, say), all of it is read. A token that can't be drafted
+costs a guess, never the text.
 """
 
 from __future__ import annotations

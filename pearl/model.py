@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pearl.cache import Branch, SlotCache, as_model_mask, reads_branches
-from pearl.head import DraftHead
 from pearl.feature.taps import Taps
+from pearl.head import DraftHead
 from pearl.leaves import Leaves
 from pearl.rows import ANY, LIMIT, RowPlan
 from pearl.trie import shared_prefix

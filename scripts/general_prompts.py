@@ -46,17 +46,19 @@ Suggest three ways to improve {}.
 """.strip().splitlines()
 
 ABOUT = """
-photosynthesis; gravity; the water cycle; volcanoes; black holes; vaccines; the human heart; DNA; antibiotics; climate change
-solar energy; nuclear power; electric cars; bicycles; railways; airplanes; sailing ships; bridges; skyscrapers; city parks
-the printing press; the telephone; the internet; artificial intelligence; robots; encryption; databases; computer games
-the stock market; inflation; small businesses; taxes; insurance; remote work; job interviews; teamwork; leadership
-chess; football; swimming; mountain climbing; yoga; cooking pasta; baking bread; coffee; tea; chocolate; cheese; gardening
-dogs; cats; bees; whales; elephants; migrating birds; forests; deserts; coral reefs; rivers; islands; the moon; the planets
-classical music; jazz; the guitar; painting; photography; theatre; film; poetry; fairy tales; museums; libraries
-the Roman Empire; ancient Egypt; the Silk Road; the Renaissance; the industrial revolution; democracy; human rights; elections
-learning a language; memory; sleep; dreams; friendship; kindness; patience; fear; humour; curiosity; honesty; time management
-probability; geometry; prime numbers; statistics; algebra; calculus; logic puzzles; sorting algorithms; recursion; binary numbers
-earthquakes; hurricanes; recycling; clean water; public transport; healthy eating; exercise; first aid; schools; universities
+photosynthesis; gravity; the water cycle; volcanoes; black holes; vaccines; the human heart; DNA; antibiotics
+climate change; solar energy; nuclear power; electric cars; bicycles; railways; airplanes; sailing ships; bridges
+skyscrapers; city parks; the printing press; the telephone; the internet; artificial intelligence; robots
+encryption; databases; computer games; the stock market; inflation; small businesses; taxes; insurance; remote work
+job interviews; teamwork; leadership; chess; football; swimming; mountain climbing; yoga; cooking pasta
+baking bread; coffee; tea; chocolate; cheese; gardening; dogs; cats; bees; whales; elephants; migrating birds
+forests; deserts; coral reefs; rivers; islands; the moon; the planets; classical music; jazz; the guitar; painting
+photography; theatre; film; poetry; fairy tales; museums; libraries; the Roman Empire; ancient Egypt; the Silk Road
+the Renaissance; the industrial revolution; democracy; human rights; elections; learning a language; memory; sleep
+dreams; friendship; kindness; patience; fear; humour; curiosity; honesty; time management; probability; geometry
+prime numbers; statistics; algebra; calculus; logic puzzles; sorting algorithms; recursion; binary numbers
+earthquakes; hurricanes; recycling; clean water; public transport; healthy eating; exercise; first aid; schools
+universities
 """.replace("\n", ";").split(";")
 
 

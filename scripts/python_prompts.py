@@ -2,8 +2,8 @@
 
     python scripts/python_prompts.py 2000 > python.jsonl
 
-Each is a signature and its docstring, asked for in the words of eval/humaneval.py. The library's tests are left out, and
-HumanEval has nothing to do with it.
+Each is a signature and its docstring, asked for in the words of eval/humaneval.py. The library's tests are left out,
+and HumanEval has nothing to do with it.
 """
 
 from __future__ import annotations

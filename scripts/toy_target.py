@@ -1,6 +1,6 @@
 """Writes a tiny random target with a chat template, for trying the training pipeline out in seconds.
 
-    python scripts/toy_target.py FOLDER
+python scripts/toy_target.py FOLDER
 """
 
 from __future__ import annotations

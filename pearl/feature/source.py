@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class FeatureSource:
         """Of the target, whose features are wanted."""
         return self._drafter.shape.features
 
+    @property
+    def depths(self) -> int:
+        """K: guesses that follow one another in one forward."""
+        return self._drafter.shape.depths
+
     def start(self, params: SamplingParams) -> None:
         self._params = params
         self._read: list[int] = []  # confirmed tokens in the cache
@@ -74,19 +80,19 @@ class FeatureSource:
         """The best guess of every depth, one after the other."""
         path = list(text[self._known + 1 :]) if self.layers else []
         trunk = list(text[: len(text) - len(path)])
-        if not self._ready(trunk) or len(text) + self._drafter.shape.depths > self._longest:
+        if not self._ready(trunk) or len(text) + self.depths > self._longest:
             return []
-        (guesses,) = self._guess(trunk, [path])
+        (guesses,) = self.guess(trunk, [path])
         return [(depth[0][0], depth[0][2]) for depth in guesses[:room]]
 
     def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
         """Grows the trie below its likeliest leaves, at most `most` of them; see `sources.TreeGrower`."""
-        deepest = min(deepest, self._longest - len(trie.tokens) - self._drafter.shape.depths)
+        deepest = min(deepest, self._longest - len(trie.tokens) - self.depths)
         leaves = trie.leaves(deepest - 1)
         if not leaves or len(leaves) > CROWD or not self._ready(trie.tokens):
             return []
         leaves = [leaf for leaf in leaves[: min(most, LEAVES)] if leaf[2] >= FAINTEST or leaf is leaves[0]]
-        tables = self._guess(trie.tokens, [list(path) for path, _, _ in leaves])
+        tables = self.guess(trie.tokens, [list(path) for path, _, _ in leaves])
         new = []
         for (path, node, logp), table in zip(leaves, tables, strict=True):
             new += self._grow(trie, node, logp, table[: deepest - len(path)])
@@ -121,9 +127,9 @@ class FeatureSource:
         return new
 
     @torch.inference_mode()
-    def _guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
         """For each path after the trunk, guesses of K depths."""
-        drafter, depths = self._drafter, self._drafter.shape.depths
+        drafter, depths = self._drafter, self.depths
         device = self._device
         kept = min(shared_prefix(self._read, trunk), len(trunk) - 1)
         fresh = list(trunk[kept:])
@@ -162,7 +168,7 @@ class FeatureSource:
 
     def _ranked(self, logits: Tensor, positions: Sequence[int]) -> list[Guesses]:
         """logits: [leaves * K, V] over the draft vocabulary; positions: of the first guess of each leaf."""
-        depths = self._drafter.shape.depths
+        depths = self.depths
         full = logits
         if not self._params.greedy:  # noise and filters are functions of the target's own token ids
             size = int(self._vocabulary.max()) + 1
@@ -194,7 +200,7 @@ class FeatureSource:
             seconds = []
             for _ in range(rounds):
                 began = time.perf_counter()
-                self._guess(text, [[0]] * count)
+                self.guess(text, [[0]] * count)
                 seconds.append(time.perf_counter() - began)
             costs.append(min(seconds))
         self.start(SamplingParams())

@@ -11,7 +11,7 @@ _STRIDE = 61  # rows of the embedding that are looked at
 
 
 def fingerprint(embedding: Tensor, norm: Tensor) -> str:
-    """Of a target, by its embedding [V, hidden] and final norm [hidden]; the same in every dtype that holds bfloat16."""
+    """Of a target, by its embedding [V, hidden] and final norm [hidden]; alike in every dtype that holds bfloat16."""
     digest = hashlib.sha256(str(tuple(embedding.shape)).encode())
     for weight in (embedding[::_STRIDE], norm):
         digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
