@@ -141,6 +141,10 @@ class _Reader:
     def __init__(self, words: Words):
         self._words, self._at = words, 0
 
+    @property
+    def left(self) -> int:
+        return len(self._words) - self._at
+
     def _take(self, count: int) -> Words:
         taken = self._words[self._at : self._at + count]
         assert len(taken) == count, "a message ended early"
@@ -210,7 +214,7 @@ def _encode_body(message: Message) -> Iterator[int]:
             yield from (len(prompt), *prompt)
         case Verdict(_, position, plan, tokens, features):
             yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
-            yield from (0, 0) if features is None else features.shape
+            yield from () if features is None else features.shape
         case Costs(_, seconds):
             yield from (len(seconds), *_singles(seconds))
         case Nodes(_, root, position, resting, guesses):
@@ -246,8 +250,10 @@ def _decode_body(kind: type, read: _Reader) -> Message:
     if kind is Verdict:
         position, block, most, ahead, count = read.words(5)
         tokens = read.words(count)
+        if not read.left:
+            return Verdict(sequence, position, Plan(block, most, ahead), tokens)
         rows, width = read.words(2)
-        features = read.halves(rows * width).reshape(rows, width) if width else None
+        features = read.halves(rows * width).reshape(rows, width)
         return Verdict(sequence, position, Plan(block, most, ahead), tokens, features)
     if kind is Costs:
         return Costs(sequence, read.singles(read.word()))
