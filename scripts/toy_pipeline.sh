@@ -4,7 +4,7 @@
 #
 #   bash scripts/toy_pipeline.sh [FOLDER]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 folder=${1:-$(mktemp -d)}
 mkdir -p "$folder"
 
