@@ -187,9 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mark = weights.of_model(target)
     data.must_be_of(mark, recipe.target)
     train, held_out = data.split(recipe.held_out)
-    vocabulary = frequent(
-        (data[text].top_ids[:, 0] for text in train), recipe.vocabulary, checked.tokenizer.all_special_ids
-    )
+    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     student = student_of(target, recipe.layers)
     del target
     learner = Student(student, data, vocabulary, recipe, mark)

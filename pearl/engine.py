@@ -57,8 +57,8 @@ class Engine:
 
         `target`, `draft`: hub ids, folders, GGUF files; the defaults are the embedded target and the n-gram source.
         `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
-        keeps everything in this one (modes
-        `ar` and `sd`); by default as many as the mode needs. `options`: the other fields of `EngineConfig`.
+        keeps everything in this one (modes `ar` and `sd`); by default as many as the mode needs. `options`: the other
+        fields of `EngineConfig`.
 
         Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
         program when the target closes. Raises `UsageError`.

@@ -204,6 +204,12 @@ class Recorded:
         ids, logp = file.get_slice("top_ids")[span], file.get_slice("top_logp")[span]
         return Text(file.get_slice("tokens")[span].long(), prompts[text], features, ids, logp)
 
+    def choices(self, number: int) -> Tensor:
+        """The target's own choices alone, int32 [n]; -1 where none was noted."""
+        at, text = self._places[number]
+        file, offsets, _ = self._files[at]
+        return file.get_slice("top_ids")[offsets[text] : offsets[text + 1], :1].flatten()
+
     def __iter__(self) -> Iterator[Text]:
         return (self[number] for number in range(len(self)))
 

@@ -200,8 +200,15 @@ def _cut(text: Text, longest: int) -> Text:
     return Text(text.tokens[keep], text.prompt, text.features[keep], text.top_ids[keep], text.top_logp[keep])
 
 
-def new_drafter(target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: Tensor) -> FeatureDrafter:
-    """An untrained drafter for a loaded target: the last of its features and one of its layers are the start."""
+def new_drafter(
+    target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: Tensor, sample: Tensor | None = None
+) -> FeatureDrafter:
+    """An untrained drafter for a loaded target, which starts from layers of it.
+
+    sample: features of some tokens, [tokens, F]. Their dimensions differ in size by orders of magnitude, and what a
+    dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
+    `fuse` by giving the last layer its own back: the target's own layer then finds what it is used to.
+    """
     shape = Shape.of_target(
         target.config,
         tuple(layers) if recipe.features == "recorded" else (),
@@ -213,13 +220,20 @@ def new_drafter(target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int],
     )
     torch.manual_seed(recipe.seed)
     drafter = FeatureDrafter(shape, vocabulary)
-    eye = torch.eye(shape.hidden)
+    embedding = target.get_input_embeddings().weight.detach().float()
     with torch.no_grad():
-        drafter.in_proj.weight *= 0.3
-        drafter.in_proj.weight += torch.cat([0.5 * eye, 0.5 * eye], 1)
+        spread = _even(drafter.token_norm, embedding[vocabulary])
+        drafter.in_proj.weight *= 0.1
+        drafter.in_proj.weight[:, : shape.hidden] += torch.diag(spread)
         if shape.features:
-            drafter.fuse.weight *= 0.3
-            drafter.fuse.weight[:, -shape.hidden :] += eye
+            drafter.in_proj.weight[:, shape.hidden :] += torch.eye(shape.hidden)
+            parts = torch.ones(2, len(shape.features) * shape.hidden) if sample is None else sample.float()
+            spreads = [
+                _even(norm, part)
+                for norm, part in zip(drafter.feature_norms, parts.chunk(len(shape.features), -1), strict=True)
+            ]
+            drafter.fuse.weight *= 0.1
+            drafter.fuse.weight[:, -shape.hidden :] += torch.diag(spreads[-1])
     stack = decoder_layers(target)
     for number, layer in enumerate(drafter.layers):
         start = stack[max(0, min(recipe.start_layer, len(stack) - 1) - (shape.layers - 1 - number))].state_dict()
@@ -227,6 +241,14 @@ def new_drafter(target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int],
         if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
             layer.load_state_dict({name: start[name].float() for name in mine})
     return drafter.attach(target)
+
+
+def _even(norm: nn.RMSNorm, sample: Tensor) -> Tensor:
+    """Sets a norm so that each dimension of `sample` [tokens, H] comes out with spread 1; returns what undoes that."""
+    size = sample.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    spread = (sample / size).std(0).clamp(min=1e-3)
+    norm.weight.copy_(1 / spread)
+    return spread * size.mean()
 
 
 @cli.guarded
@@ -254,10 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = load_plain(checked, "cpu")
     data.must_be_of(weights.of_model(target), recipe.target)
     train, held_out = data.split(recipe.held_out)
-    vocabulary = frequent(
-        (data[text].top_ids[:, 0] for text in train), recipe.vocabulary, checked.tokenizer.all_special_ids
-    )
-    drafter = new_drafter(target, recipe, data.manifest.layers, vocabulary)
+    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
+    sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if recipe.features == "recorded" else None
+    drafter = new_drafter(target, recipe, data.manifest.layers, vocabulary, sample)
     size = target.get_output_embeddings().weight.shape[0]
     del target
     drafter.place(accelerator.device, torch.float32)
