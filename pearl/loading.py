@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pearl import borrowed, embedded, linear
 from pearl.cache import longest_text, use_grouped_attention
-from pearl.config import EMBEDDED, NGRAM, EngineConfig
+from pearl.config import EMBEDDED, NGRAM, EngineConfig, model_path
 from pearl.errors import UsageError
 from pearl.feature import network
 from pearl.feature.network import FeatureDrafter
@@ -44,7 +44,7 @@ class Source:
     def of(name: str) -> Source:
         if name == EMBEDDED:
             return Source(str(embedded.folder()))
-        path = Path(name).expanduser()
+        path = model_path(name)
         if path.is_dir() and not (path / "config.json").exists():
             path = sorted(path.glob("*.gguf"))[0]  # config.check_model has seen one
         return Source(str(path.parent), path.name) if path.is_file() else Source(str(path) if path.exists() else name)

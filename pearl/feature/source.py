@@ -70,6 +70,7 @@ class FeatureSource:
         self._read: list[int] = []  # confirmed tokens in the cache
         self._features: list[np.ndarray] = []  # pieces, bfloat16 bits
         self._known = 0  # positions that they are of
+        self._guessed = 0  # length of the text when the tree was last extended
 
     def observe(self, features: np.ndarray) -> None:
         """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
@@ -86,16 +87,30 @@ class FeatureSource:
         return [(depth[0][0], depth[0][2]) for depth in guesses[:room]]
 
     def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
-        """Grows the trie below its likeliest leaves, at most `most` of them; see `sources.TreeGrower`."""
+        """Grows the trie below its likeliest leaves, at most `most` of them; see `sources.TreeGrower`.
+
+        Where the text has grown since the last time, the way to these leaves is gone again: the target has said more,
+        so what follows each node on the way is known better than when it was first guessed.
+        """
         deepest = min(deepest, self._longest - len(trie.tokens) - self.depths)
         leaves = trie.leaves(deepest - 1)
         if not leaves or len(leaves) > CROWD or not self._ready(trie.tokens):
             return []
         leaves = [leaf for leaf in leaves[: min(most, LEAVES)] if leaf[2] >= FAINTEST or leaf is leaves[0]]
-        tables = self.guess(trie.tokens, [list(path) for path, _, _ in leaves])
-        new = []
-        for (path, node, logp), table in zip(leaves, tables, strict=True):
-            new += self._grow(trie, node, logp, table[: deepest - len(path)])
+        anew = self._guessed != len(trie.tokens)
+        self._guessed = len(trie.tokens)
+        read = self._read_on(trie.tokens, [path for path, _, _ in leaves])
+        new: list[tuple[Node, Node]] = []
+        gone: set[int] = set()
+        for (path, leaf, logp), (way, table) in zip(leaves, read, strict=True):
+            node, joint = trie.root, 0.0
+            for token, guesses in zip(path, way if anew else (), strict=False):
+                if id(node) not in gone:
+                    gone.add(id(node))
+                    new += self._grow(trie, node, joint, [guesses])
+                node = node.children[token]
+                joint += node.logp
+            new += self._grow(trie, leaf, joint if anew else logp, table[: deepest - len(path)])
         return new
 
     def _ready(self, trunk: Sequence[int]) -> bool:
@@ -126,60 +141,66 @@ class FeatureSource:
                 break
         return new
 
-    @torch.inference_mode()
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
         """For each path after the trunk, guesses of K depths."""
-        drafter, depths = self._drafter, self.depths
-        device = self._device
+        return [table for _, table in self._read_on(trunk, paths)]
+
+    @torch.inference_mode()
+    def _read_on(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[tuple[Guesses, Guesses]]:
+        """One forward. For each path: what follows each node on its way, the trunk's last token first, and guesses of K
+        depths after its end."""
+        drafter, slots = self._drafter, self.depths - 1
         kept = min(shared_prefix(self._read, trunk), len(trunk) - 1)
-        fresh = list(trunk[kept:])
-        tokens = torch.tensor([*fresh, *(token for path in paths for token in path)], device=device)
+        fresh = len(trunk) - kept
+        known = self._known_rows(trunk, kept, paths)
+        ahead = drafter.slots(1, slots)[0]
+        inputs, positions, groups = [known[:fresh]], list(range(kept, len(trunk))), []
+        wanted, at, rows = [], fresh, fresh
+        for path in paths:
+            inputs += [known[at : at + len(path)], ahead]
+            at += len(path)
+            count = len(path) + slots
+            positions += range(len(trunk), len(trunk) + count)
+            groups.append((rows, count))
+            wanted += [fresh - 1, *range(rows, rows + count)]
+            rows += count
+        mask = _tree_mask(kept, fresh, groups).to(self._device)
+        places = torch.tensor(positions, device=self._device)
+        hidden, made = drafter.stack(torch.cat(inputs)[None], places, mask, self._cache.upto(kept))
+        self._cache.keep(made, kept, fresh)
+        self._read = list(trunk)
+        self.forwards += 1
+        self.rows += rows
+        guesses = self._ranked(drafter.head(hidden[0, wanted]).float(), [positions[row] + 1 for row in wanted])
+        found = []
+        for path in paths:
+            count = 1 + len(path) + slots
+            found.append((guesses[: len(path)], guesses[len(path) : count]))
+            guesses = guesses[count:]
+        return found
+
+    def _known_rows(self, trunk: Sequence[int], kept: int, paths: Sequence[Sequence[int]]) -> Tensor:
+        """The inputs of the trunk's rows from `kept` on, with features, and of all paths' rows, without, [R, H]."""
+        tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=self._device)
+        fresh = len(trunk) - kept
         withheld = torch.ones(len(tokens), dtype=torch.bool)
         features = torch.zeros(len(tokens), 0)
         if self.layers:
-            withheld[: len(fresh)] = torch.arange(kept, len(trunk)) == 0
-            features = torch.zeros(len(tokens), len(self.layers) * drafter.shape.hidden, dtype=torch.bfloat16)
+            withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
+            features = torch.zeros(len(tokens), len(self.layers) * self._drafter.shape.hidden, dtype=torch.bfloat16)
             first = max(kept, 1)
-            features[first - kept : len(fresh)] = self._between(first - 1, len(trunk) - 1)
-        known = drafter.known(tokens[None], features[None].to(device), withheld[None].to(device))[0]
-        slots = drafter.slots(1, depths - 1)[0]
-        inputs, positions, groups = [known[: len(fresh)]], list(range(kept, len(trunk))), []
-        at, rows = len(fresh), len(fresh)
-        for path in paths:
-            inputs += [known[at : at + len(path)], slots]
-            at += len(path)
-            count = len(path) + depths - 1
-            positions += range(len(trunk), len(trunk) + count)
-            groups.append((rows, count))
-            rows += count
-        mask = _tree_mask(kept, len(fresh), groups).to(device)
-        x = torch.cat(inputs)[None]
-        hidden, made = drafter.stack(x, torch.tensor(positions, device=device), mask, self._cache.upto(kept))
-        self._cache.keep(made, kept, len(fresh))
-        self._read = list(trunk)
-        wanted = []  # rows: depth 0 is the last known row of each leaf, the others its slots
-        for (first_row, count), path in zip(groups, paths, strict=True):
-            ahead = first_row + count - (depths - 1)
-            wanted += [ahead - 1 if path else len(fresh) - 1, *range(ahead, ahead + depths - 1)]
-        logits = drafter.head(hidden[0, wanted]).float()
-        self.forwards += 1
-        self.rows += rows
-        return self._ranked(logits, [len(trunk) + len(path) for path in paths])
+            features[first - kept : fresh] = self._between(first - 1, len(trunk) - 1)
+        return self._drafter.known(tokens[None], features[None].to(self._device), withheld[None].to(self._device))[0]
 
-    def _ranked(self, logits: Tensor, positions: Sequence[int]) -> list[Guesses]:
-        """logits: [leaves * K, V] over the draft vocabulary; positions: of the first guess of each leaf."""
-        depths = self.depths
-        full = logits
-        if not self._params.greedy:  # noise and filters are functions of the target's own token ids
-            size = int(self._vocabulary.max()) + 1
-            full = logits.new_full((len(logits), size), -torch.inf)
-            full[:, self._vocabulary] = logits
-        places = [position + depth for position in positions for depth in range(depths)]
-        found = ranked(full, self._params, places, CHILDREN)
+    def _ranked(self, logits: Tensor, positions: Sequence[int]) -> Guesses:
+        """logits: [R, V] over the draft vocabulary; positions: of the token that each row guesses."""
         if self._params.greedy:
-            ids = self._vocabulary
-            found = [[(int(ids[row]), q, proposal) for row, q, proposal in guesses] for guesses in found]
-        return [found[leaf * depths : (leaf + 1) * depths] for leaf in range(len(positions))]
+            found = ranked(logits, self._params, positions, CHILDREN)
+            return [[(int(self._vocabulary[at]), q, proposal) for at, q, proposal in guesses] for guesses in found]
+        # noise and filters are functions of the target's own token ids
+        full = logits.new_full((len(logits), int(self._vocabulary.max()) + 1), -torch.inf)
+        full[:, self._vocabulary] = logits
+        return ranked(full, self._params, positions, CHILDREN)
 
     def _between(self, first: int, last: int) -> Tensor:
         """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
