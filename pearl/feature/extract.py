@@ -41,7 +41,6 @@ class Job:
     longest: int  # tokens of a text
     temperatures: tuple[float, ...]
     seed: int
-    devices: tuple[str, ...]
     threads: int
 
 
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     random.Random(found.seed).shuffle(questions)
     questions = questions[: found.limit]
     config = EngineConfig(target=found.target, dtype=dtype)
-    job, manifest = _plan(found, config, tuple(questions), devices, max(1, len(os.sched_getaffinity(0)) // workers))
+    job, manifest = _plan(found, config, tuple(questions), max(1, len(os.sched_getaffinity(0)) // workers))
     job.folder.mkdir(parents=True, exist_ok=True)
     if before := shards.Manifest.read(job.folder):
         if differs := before.differs(manifest):
@@ -98,11 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     manifest.shards = [shard for shard in manifest.shards if shard.number in done]
     missing = [number for number in range(manifest.count) if number not in done]
     manifest.write(job.folder)
+    spawn = multiprocessing.get_context("spawn")
+    places = spawn.SimpleQueue()
+    for worker in range(workers):
+        places.put(devices[worker % len(devices)])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        multiprocessing.get_context("spawn").Pool(workers, _begin, (job,)) as pool,
+        spawn.Pool(workers, _begin, (job, places)) as pool,
     ):
         bar = progress.add_task("shards", total=manifest.count, completed=len(done))
         for shard in pool.imap_unordered(_make, missing):
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], devices: tuple[str, ...], threads: int):
+def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
     """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
     from pearl.feature import taps, weights
     from pearl.feature.shards import Manifest
@@ -140,7 +143,6 @@ def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], d
         longest=found.max_length,
         temperatures=tuple(found.temperature),
         seed=found.seed,
-        devices=devices,
         threads=threads,
     )
     asked = "\n".join("" if question is None else question for question in questions)
@@ -172,15 +174,13 @@ def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], d
 class _Worker:
     """A loaded target in a process of its own."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, device: str):
         import torch
 
         from pearl import linear
         from pearl.feature.prompts import Chat
         from pearl.loading import eos_ids, load_plain, preflight
 
-        index = multiprocessing.current_process()._identity[-1] - 1
-        device = job.devices[index % len(job.devices)]
         torch.set_num_threads(job.threads)
         checked = preflight(job.config)
         self.job, self.chat = job, Chat(checked.tokenizer)
@@ -230,9 +230,10 @@ class _Worker:
 _worker: _Worker | None = None  # of this process
 
 
-def _begin(job: Job) -> None:
+def _begin(job: Job, devices: Any) -> None:
+    """In a new worker process; `devices` is a queue that has one for each."""
     global _worker
-    _worker = _Worker(job)
+    _worker = _Worker(job, devices.get())
 
 
 def _make(number: int):

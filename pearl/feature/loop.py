@@ -12,8 +12,9 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 import yaml
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from pearl.config import one_of, refuse_unknown
+from pearl.config import refuse_unknown
 from pearl.errors import UsageError
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
@@ -51,19 +52,26 @@ class Recipe:
     checkpoint_every: int = 200  # steps
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if kind == "int" and (type(value) is not int or value < 0):
-                raise UsageError(f"The recipe's {field.name} must be a whole number from 0, not {value!r}.")
-            if kind == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
-                raise UsageError(f"The recipe's {field.name} must be a number from 0, not {value!r}.")
-            if kind == "bool":
-                one_of(f"the recipe's {field.name}", value, (True, False))
-            if kind == "str" and not (isinstance(value, str) and value):
-                raise UsageError(f"The recipe's {field.name} must be a text, not {value!r}.")
+        kinds = get_type_hints(type(self))
+        for name, value in asdict(self).items():
+            if problem := _problem(value, kinds[name]):
+                raise UsageError(f"The recipe's {name} must be {problem}, not {value!r}.")
         for name in ("batch", "micro", "vocabulary", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"The recipe's {name} must be at least 1.")
+
+
+def _problem(value: object, kind: Any) -> str:
+    """What a setting of that type should be, if this value is not; else nothing."""
+    number = type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
+    checks = {
+        bool: (type(value) is bool, "true or false"),
+        int: (type(value) is int and number, "a whole number from 0"),
+        float: (number, "a number from 0"),
+        str: (isinstance(value, str) and bool(value), "a text"),
+    }
+    good, words = checks.get(kind, (True, ""))
+    return "" if good else words
 
 
 def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
@@ -166,15 +174,9 @@ def batch_of(texts: Sequence[int], recipe: Recipe, step: int) -> list[int]:
     return found
 
 
-_orders: dict[tuple[int, int, int], list[int]] = {}
-
-
+@lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> list[int]:
-    key = (count, seed, epoch)
-    if key not in _orders:
-        _orders.clear() if len(_orders) > 2 else None
-        _orders[key] = random.Random(seed * 7919 + epoch).sample(range(count), count)
-    return _orders[key]
+    return random.Random(seed * 7919 + epoch).sample(range(count), count)
 
 
 def _rate(step: int, total: int, warmup: float) -> float:

@@ -37,7 +37,7 @@ class FeatureRecipe(Recipe):
     features: str = "recorded"  # or "none": a drafter of tokens only
     depths: int = 5  # K
     layers: int = 1
-    start_layer: int = -1  # of the target, copied into the first layer; -1: its last one
+    start_layer: int | None = None  # of the target, copied into the drafter's last layer; None: the target's last one
     depth_decay: float = 0.8  # weight of a depth's loss against the one before
     anchors: float = 0.5  # share of the answer's tokens from which slots look ahead
     withheld: float = 0.05  # chance that a run of withheld features begins at a token
@@ -45,8 +45,6 @@ class FeatureRecipe(Recipe):
     longest: int = 1024  # tokens of a text; what is beyond is cut off
 
     def __post_init__(self) -> None:
-        if self.start_layer == -1:  # the one number here that may be negative
-            object.__setattr__(self, "start_layer", 1 << 20)
         super().__post_init__()
         if self.features not in ("recorded", "none"):
             raise UsageError(f"The recipe's features must be recorded or none, not {self.features!r}.")
@@ -235,8 +233,9 @@ def new_drafter(
             drafter.fuse.weight *= 0.1
             drafter.fuse.weight[:, -shape.hidden :] += torch.diag(spreads[-1])
     stack = decoder_layers(target)
+    last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):
-        start = stack[max(0, min(recipe.start_layer, len(stack) - 1) - (shape.layers - 1 - number))].state_dict()
+        start = stack[max(0, last - (shape.layers - 1 - number))].state_dict()
         mine = layer.state_dict()
         if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
             layer.load_state_dict({name: start[name].float() for name in mine})
