@@ -227,17 +227,21 @@ class _Worker:
         return (decode(answer.response, skip_special_tokens=True).strip() for _, answer in answers)
 
 
-_worker: _Worker | None = None  # of this process
+_place: tuple[Job, str] | None = None  # of this process
+_worker: _Worker | None = None
 
 
 def _begin(job: Job, devices: Any) -> None:
     """In a new worker process; `devices` is a queue that has one for each."""
-    global _worker
-    _worker = _Worker(job, devices.get())
+    global _place
+    _place = (job, devices.get())
 
 
 def _make(number: int):
-    assert _worker, "a worker begins before it makes anything"
+    """A shard. The target is loaded with the first one: what goes wrong here is raised where the pool is awaited."""
+    global _worker
+    assert _place, "a worker begins before it makes anything"
+    _worker = _worker or _Worker(*_place)
     return _worker.make(number)
 
 
