@@ -103,9 +103,9 @@ def write(folder: Path, number: int, answers: Sequence[Answer]) -> Shard:
         "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         "prompts": torch.tensor([len(answer.request.prompt) for answer in answers], dtype=torch.int64),
         "tokens": torch.tensor([token for answer in answers for token in answer.tokens], dtype=torch.int32),
-        "features": torch.cat([_features(answer) for answer in answers]),
-        "top_ids": torch.cat([_noted(answer, answer.top_ids, -1) for answer in answers]),
-        "top_logp": torch.cat([_noted(answer, answer.top_logp, 0) for answer in answers]),
+        "features": _joined([_features(answer) for answer in answers], torch.bfloat16),
+        "top_ids": _joined([_noted(answer, answer.top_ids, -1) for answer in answers], torch.int32),
+        "top_logp": _joined([_noted(answer, answer.top_logp, 0) for answer in answers], torch.float16),
     }
     partial = folder / f".{shard_name(number)}.partial"
     save_file(tensors, partial)
@@ -119,6 +119,11 @@ def write(folder: Path, number: int, answers: Sequence[Answer]) -> Shard:
     )
     partial.replace(folder / shard.name)
     return shard
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One after the other; a shard is empty if all its prompts were too long."""
+    return torch.cat(list(pieces)) if pieces else torch.zeros(0, 0, dtype=dtype)
 
 
 def _features(answer: Answer) -> Tensor:

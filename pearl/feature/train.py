@@ -182,7 +182,7 @@ def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Ten
     begins = torch.rand(tuple(shape), generator=generator) < chance
     lengths = torch.randint(1, RUN + 1, tuple(shape), generator=generator)
     withheld = torch.zeros(tuple(shape), dtype=torch.bool)
-    for back in range(RUN):
+    for back in range(min(RUN, shape[1])):
         covered = begins & (lengths > back)
         withheld[:, back:] |= covered[:, : covered.shape[1] - back]
     return withheld
