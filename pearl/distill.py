@@ -87,7 +87,7 @@ class Student:
         self._taps = Taps(model, [layer for _, layer in self._matched]) if self._matched else None
         self._spread = _spread(data).to(device) if self._taps else None
 
-    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float) -> Figures:
+    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         loss, figures = self._judge(texts)
         (share * loss).backward()
         return figures

@@ -95,8 +95,8 @@ class Learner(Protocol):
 
     module: nn.Module
 
-    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float) -> Figures:
-        """Adds `share` times the gradient of these texts' loss."""
+    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
+        """Adds `share` times the gradient of these texts' loss. `done`: share of the training that is behind."""
 
     def test(self, texts: Sequence[int]) -> Figures: ...
 
@@ -126,7 +126,7 @@ def train(
     with Progress(*columns, console=console, disable=not (main and console.is_terminal)) as progress:
         bar = progress.add_task("training", total=total, completed=step)
         while step < total:
-            _add(sums, _one_step(learner, recipe, texts, step, accelerator))
+            _add(sums, _one_step(learner, recipe, texts, step, step / total, accelerator))
             for weight in parameters:
                 if accelerator.num_processes > 1 and weight.grad is not None:
                     weight.grad = accelerator.reduce(weight.grad, "sum")
@@ -153,7 +153,9 @@ def train(
     return found
 
 
-def _one_step(learner: Learner, recipe: Recipe, texts: Sequence[int], step: int, accelerator: Accelerator) -> Figures:
+def _one_step(
+    learner: Learner, recipe: Recipe, texts: Sequence[int], step: int, done: float, accelerator: Accelerator
+) -> Figures:
     """The gradients of this process's share of a step."""
     mine = batch_of(texts, recipe, step)[accelerator.process_index :: accelerator.num_processes]
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step * 97 + accelerator.process_index)
@@ -161,7 +163,7 @@ def _one_step(learner: Learner, recipe: Recipe, texts: Sequence[int], step: int,
     for first in range(0, len(mine), recipe.micro):
         some = mine[first : first + recipe.micro]
         with accelerator.autocast():
-            _add(sums, learner.learn(some, generator, len(some) / recipe.batch))
+            _add(sums, learner.learn(some, generator, len(some) / recipe.batch, done))
     return sums
 
 

@@ -34,20 +34,21 @@ RUN = 8  # features withheld in a row at most
 
 @dataclass(frozen=True)
 class FeatureRecipe(Recipe):
-    features: str = "recorded"  # or "none": a drafter of tokens only
+    features: tuple[int, ...] | None = None  # layers of the target; None: those recorded, []: a drafter of tokens only
     depths: int = 5  # K
     layers: int = 1
     start_layer: int | None = None  # of the target, copied into the drafter's last layer; None: the target's last one
     depth_decay: float = 0.8  # weight of a depth's loss against the one before
     anchors: float = 0.5  # share of the answer's tokens from which slots look ahead
+    slots_after: float = 0.5  # share of the training after which slots are learnt; before, depth 0 alone: it is cheaper
     withheld: float = 0.05  # chance that a run of withheld features begins at a token
     segments: int = 4  # S, see pearl.feature.partition
     longest: int = 1024  # tokens of a text; what is beyond is cut off
 
     def __post_init__(self) -> None:
+        if self.features is not None:
+            object.__setattr__(self, "features", tuple(self.features))
         super().__post_init__()
-        if self.features not in ("recorded", "none"):
-            raise UsageError(f"The recipe's features must be recorded or none, not {self.features!r}.")
         if not 1 <= self.layers <= 4 or not 1 <= self.depths <= 16 or self.segments < 1:
             raise UsageError("The recipe's layers must be 1 to 4, its depths 1 to 16, its segments at least 1.")
 
@@ -73,11 +74,12 @@ class Learner:
         longest = min(recipe.longest, max(data.lengths))
         self._mask = SlotMask(longest, drafter.shape.depths, device)
 
-    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float) -> Figures:
+    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
         hidden = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
         batch = Batch(batch.tokens, batch.features, batch.withheld | hidden, batch.top_ids, batch.top_logp)
-        return self._run(batch, self._anchors(batch, self._recipe.anchors, generator), share)
+        anchors = self._recipe.anchors if done >= self._recipe.slots_after else 0.0
+        return self._run(batch, self._anchors(batch, anchors, generator), share)
 
     @torch.no_grad()
     def test(self, texts: Sequence[int]) -> Figures:
@@ -201,7 +203,7 @@ def _cut(text: Text, longest: int) -> Text:
 def new_drafter(
     target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: Tensor, sample: Tensor | None = None
 ) -> FeatureDrafter:
-    """An untrained drafter for a loaded target, which starts from layers of it.
+    """An untrained drafter for a loaded target, which starts from layers of it; `layers`: whose features it reads.
 
     sample: features of some tokens, [tokens, F]. Their dimensions differ in size by orders of magnitude, and what a
     dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
@@ -209,7 +211,7 @@ def new_drafter(
     """
     shape = Shape.of_target(
         target.config,
-        tuple(layers) if recipe.features == "recorded" else (),
+        tuple(layers),
         recipe.depths,
         recipe.layers,
         len(vocabulary),
@@ -270,14 +272,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.loading import load_plain, preflight
 
     accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
-    data = Recorded(Path(recipe.data), features=recipe.features == "recorded")
+    data = Recorded(Path(recipe.data), features=recipe.features != ())
+    layers = data.manifest.layers if recipe.features is None else recipe.features
+    if layers and list(layers) != data.manifest.layers:
+        raise UsageError(
+            f"The recipe wants features of the layers {list(layers)}, recorded are {data.manifest.layers}: leave "
+            "features out, or extract texts with --layers."
+        )
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
     target = load_plain(checked, "cpu")
     data.must_be_of(weights.of_model(target), recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
-    sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if recipe.features == "recorded" else None
-    drafter = new_drafter(target, recipe, data.manifest.layers, vocabulary, sample)
+    sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if layers else None
+    drafter = new_drafter(target, recipe, layers, vocabulary, sample)
     size = target.get_output_embeddings().weight.shape[0]
     del target
     drafter.place(accelerator.device, torch.float32)
