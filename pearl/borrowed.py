@@ -9,6 +9,7 @@ the bytes. Its folder is an ordinary transformers folder without them, and besid
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ class Note:
 def save(model: nn.Module, folder: Path, target: str, mark: str, vocabulary: Tensor) -> None:
     """Writes `model` in bfloat16 without its embeddings, which are those of `target` with the fingerprint `mark`."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
     kept = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pearl.config import DTYPES, LOADS, EngineConfig, refuse_unknown
+from pearl.config import DTYPES, EMBEDDED, LOADS, EngineConfig, refuse_unknown
 from pearl.errors import UsageError
 from pearl.pairs import Pair, load_pair
 from pearl.sampling import METHODS, SamplingParams
@@ -35,9 +35,11 @@ def parser(description: str, max_new_tokens: int) -> Parser:
     add("--config", metavar="FILE", help="a YAML file with any of these options")
 
     pair = made.add_argument_group("the pair")
-    pair.add_argument("--pair", metavar="NAME", help="of the registry (python -m pearl.pairs), or a YAML file")
+    pair.add_argument(
+        "--pair", metavar="NAME", help="of the registry (python -m pearl.pairs), or a YAML file; default: smollm2-135m"
+    )
     pair.add_argument("--target", help="hub id, folder or GGUF file; default: the embedded SmolLM2-135M-Instruct")
-    pair.add_argument("--draft", help="hub id, folder, GGUF file, feature:FOLDER, or ngram; default: ngram")
+    pair.add_argument("--draft", help="hub id, folder, GGUF file, feature:FOLDER, or ngram")
     pair.add_argument("--dtype", help=f"of the target: {', '.join(DTYPES)}; default: the pair's, or bfloat16")
     pair.add_argument("--draft-dtype", help="default: as the target's")
     pair.add_argument("--load-in", help=f"{' or '.join(LOADS)}: quantize the target through bitsandbytes")
@@ -118,7 +120,8 @@ def _yaml(path: str, names: list[str]) -> dict[str, Any]:
 
 def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]:
     """The engine's config: the pair's values where one is named, and the command line over them."""
-    pair = load_pair(found.pair) if found.pair else None
+    alone = not (found.pair or found.target or found.draft)
+    pair = load_pair(found.pair or EMBEDDED) if found.pair or alone else None
     values: dict[str, Any] = {}
     if pair:
         shared = ("target", "draft", "dtype", "load_in", "draft_load_in")

