@@ -133,9 +133,11 @@ class FeatureSource:
                 joint, _, parent, token, proposal, q = path
                 if joint < FAINTEST and path is not first:
                     continue
+                there = token in parent.children
                 child = trie.grow(parent, token, proposal, q)
                 assert child is not None, "a source extends the tree that it was given"
-                new.append((parent, child))
+                if not there:
+                    new.append((parent, child))
                 beam.append((joint, child))
             if not beam:
                 break
