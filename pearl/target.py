@@ -139,11 +139,13 @@ class Target:
     def _features(self, rows: dict[Node, int], root: Node, committed: Sequence[int], read: int) -> np.ndarray | None:
         """What the model's layers said at the tokens that this pass has read for good: the root, with the rest of a
         prompt of `read` tokens before it, and every committed token but the last."""
+        if not isinstance(self._model, Tapped):
+            return None
         passed, node = list(range(1 - read, 0)), root
         for token in committed:
             passed.append(rows[node])
             node = node.children.get(token, node)
-        return self._model.features(passed) if isinstance(self._model, Tapped) else None
+        return self._model.features(passed)
 
     def _choose(self, text: _Text) -> tuple[list[Node], list[SideRow]]:
         """The nodes of the next pass, the root and the likeliest chain first, and where those beside it hang.
