@@ -181,6 +181,17 @@ def test_what_is_hardly_likely_is_not_offered_but_the_best_guess_is():
     assert list(paths_of(trie)) == [(0,)]
 
 
+def test_it_rests_where_nothing_likely_is_left_to_go_on_from():
+    """A drafter that waits for its target would else draft what is never read, and be late with what is."""
+    source, trie = Told([[math.log(0.3), math.log(0.1)]] * 2), Trie([7])
+    while source.extend(trie, 1, 99):
+        assert len(source.asked) < 20
+    assert 4 * math.log(0.3) > FAINTEST > 5 * math.log(0.3)
+    assert max(map(len, paths_of(trie))) == 5, "the best guess is offered, but nothing after it"
+    forwards = len(source.asked)
+    assert source.extend(trie, 4, 99) == [] and len(source.asked) == forwards
+
+
 def test_it_rests_where_the_text_may_not_go_on():
     source = Told([[0.0]] * 3, longest=10)
     assert source.extend(Trie([7] * 7), 1, 9) == [] and source.propose([7] * 8, 3) == []

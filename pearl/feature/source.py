@@ -28,7 +28,7 @@ from pearl.sources import Proposal
 from pearl.trie import Node, Trie, shared_prefix
 
 CHILDREN = 6  # guesses after a row at most
-FAINTEST = math.log(0.003)  # a path that is less likely is not offered
+FAINTEST = math.log(0.003)  # a path that is less likely is not offered, nor gone on from
 LEAVES = 4  # extended by one forward at most
 BEAM = 8  # paths that survive a depth
 CROWD = 128  # leaves in waiting; beyond that the drafter rests
@@ -94,9 +94,11 @@ class FeatureSource:
         """
         deepest = min(deepest, self._longest - len(trie.tokens) - self.depths)
         leaves = trie.leaves(deepest - 1)
-        if not leaves or len(leaves) > CROWD or not self._ready(trie.tokens):
+        if len(leaves) > CROWD or not self._ready(trie.tokens):
             return []
-        leaves = [leaf for leaf in leaves[: min(most, LEAVES)] if leaf[2] >= FAINTEST or leaf is leaves[0]]
+        leaves = [leaf for leaf in leaves[: min(most, LEAVES)] if leaf[2] >= FAINTEST]
+        if not leaves:
+            return []
         anew = self._guessed != len(trie.tokens)
         self._guessed = len(trie.tokens)
         read = self._read_on(trie.tokens, [path for path, _, _ in leaves])
