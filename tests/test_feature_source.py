@@ -187,7 +187,7 @@ def test_it_rests_where_nothing_likely_is_left_to_go_on_from():
     while source.extend(trie, 1, 99):
         assert len(source.asked) < 20
     assert 4 * math.log(0.3) > FAINTEST > 5 * math.log(0.3)
-    assert max(map(len, paths_of(trie))) == 5, "the best guess is offered, but nothing after it"
+    assert max(map(len, paths_of(trie))) == 6, "two depths a forward, and none begins below the line"
     forwards = len(source.asked)
     assert source.extend(trie, 4, 99) == [] and len(source.asked) == forwards
 
