@@ -222,10 +222,23 @@ def test_a_slot_moves_itself_and_the_deeper_ones_of_its_anchor_only(anchor: int,
     assert differ == [(anchor, deeper) for deeper in range(depth, 4)]
 
 
-def test_depth_is_told_by_position():
-    """All slots are fed alike; without the rotary turn they could not differ."""
-    _, slots = outputs(precise(), inputs(precise()))
+def test_depth_is_told_by_position(monkeypatch: pytest.MonkeyPatch):
+    """All slots are fed alike. Were they all where their anchor is, they would say something else."""
+    known, slots = outputs(precise(), inputs(precise()))
     assert all(not torch.allclose(slots[:, a], slots[:, b]) for a, b in ((0, 1), (1, 2), (0, 2)))
+    monkeypatch.setattr(SlotMask, "positions", lambda self, anchors: anchors.repeat_interleave(self.slots))
+    same, other = outputs(precise(), inputs(precise()))
+    assert torch.equal(known, same) and not torch.allclose(slots, other, rtol=1e-2)
+
+
+def test_only_the_distance_counts():
+    """A text that begins later says the same (RoFormer, Su et al. 2021)."""
+    drafter = precise()
+    given, mask = inputs(drafter), SlotMask(N, 4)
+    with torch.no_grad():
+        known = drafter.known(given.tokens, given.features, given.withheld)
+        here, there = (drafter.stack(known, torch.arange(N) + shift, mask.known(N))[0] for shift in (0, 50))
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
