@@ -322,8 +322,8 @@ def test_without_features_of_the_text_there_is_nothing_to_draft_from():
 
 
 PROMPT = [5, 9, 5, 9, 5]
-GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True)
-SEEDED = SamplingParams(max_new_tokens=30, ignore_eos=True, temperature=1.0, seed=7)
+GREEDY = SamplingParams(max_new_tokens=20, ignore_eos=True)
+SEEDED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, seed=7)
 
 
 @functools.cache
