@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pearl import borrowed, cli
@@ -32,6 +34,7 @@ from pearl.feature.taps import Taps, decoder_layers
 @dataclass(frozen=True)
 class DistillRecipe(Recipe):
     layers: tuple[int, ...] = ()  # of the target, which the student starts from
+    start: str | None = None  # what an earlier run saved: begin with its weights instead of the target's
     match: float = 1.0  # weight of the match of hidden states; 0: only what is said counts
     match_after: tuple[
         int, ...
@@ -67,6 +70,19 @@ def student_of(target: nn.Module, layers: Sequence[int]) -> nn.Module:
         mine.load_state_dict(stack[layer].state_dict())
     weights.final_norm(student).load_state_dict(weights.final_norm(target).state_dict())
     return student
+
+
+def go_on_from(student: nn.Module, folder: str) -> None:
+    """Gives the student the weights that an earlier run saved. Raises `UsageError` if it had other layers."""
+    path = Path(folder) / "model.safetensors"
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"The recipe's start {path} can't be read ({error}).") from None
+    mine = student.state_dict()
+    if any(name not in mine or mine[name].shape != weight.shape for name, weight in saved.items()) or not saved:
+        raise UsageError(f"The recipe's start {folder} is not a student of these layers: name one, or leave it out.")
+    student.load_state_dict(saved, strict=False)
 
 
 class Student:
@@ -189,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     student = student_of(target, recipe.layers)
+    if recipe.start:
+        go_on_from(student, recipe.start)
     del target
     learner = Student(student, data, vocabulary, recipe, mark)
     figures: dict[str, Any] = loop.train(learner, recipe, train, held_out, accelerator)

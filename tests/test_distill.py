@@ -278,3 +278,17 @@ def test_the_command_refuses_texts_of_another_target(distilled, tmp_path, capsys
     assert distill.main(["--config", str(distilled / "r.yaml"), "--data", str(tmp_path / "data")]) != 0
     assert "whose weights are not those of" in capsys.readouterr().err
     assert distill.main([]) != 0 and "Give --config" in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):
+    """What it saved, in bfloat16; only a student of the same layers takes them over."""
+    first, second, third = (student(recipe(data, tmp_path / "first", layers=layers)) for layers in ((0, 2), (0, 1), (0,)))
+    first.save(tmp_path / "first")
+    distill.go_on_from(second.module, str(tmp_path / "first"))
+    for mine, its in zip(decoder_layers(second.module), decoder_layers(first.module), strict=True):
+        for name, weight in its.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], weight.bfloat16().float()), name
+    with pytest.raises(UsageError, match="not a student of these layers"):
+        distill.go_on_from(third.module, str(tmp_path / "first"))
+    with pytest.raises(UsageError, match=r"start .* can't be read"):
+        distill.go_on_from(third.module, str(tmp_path / "nowhere"))
