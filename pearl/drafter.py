@@ -21,7 +21,7 @@ from typing import Any
 from pearl import memory
 from pearl.channel import Channel, Clock
 from pearl.messages import Costs, End, Guess, Nodes, Plan, Report, Start, Verdict
-from pearl.sources import DraftSource, TreeGrower
+from pearl.sources import DraftSource, Observer, TreeGrower
 from pearl.timeline import OFF, Trace, flow_id
 from pearl.trie import Node, Trie
 
@@ -93,6 +93,8 @@ class Drafter:
         hit = text.trie.commit(verdict.tokens)
         assert text.trie.root.position == verdict.position, "a verdict was lost"
         text.plan = verdict.plan
+        if verdict.features is not None and isinstance(self._source, Observer):
+            self._source.observe(verdict.features)
         if not text.trie.root.children:
             text.drafted = 0
         self._count(verdicts=1, hits=int(hit), misses=misses, prepared=prepared)
@@ -105,7 +107,7 @@ class Drafter:
         root = text.trie.root
         if text.report.failed or not text.plan.ahead:
             grown, resting = [], True
-        elif text.start.schedule.tree and isinstance(self._source, TreeGrower):
+        elif isinstance(self._source, TreeGrower) and text.start.schedule.grows_trees(self._source.whole):
             grown, resting = self._tree(text, self._source)
         else:
             grown, resting = self._chain(text)
@@ -141,12 +143,15 @@ class Drafter:
         return grown, len(grown) in (0, room)
 
     def _tree(self, text: _Text, source: TreeGrower) -> tuple[list[tuple[Node, Node]], bool]:
-        """The nodes of one forward over the likeliest leaves, and whether it rests: nothing worth extending."""
+        """The nodes of one forward over the likeliest leaves, and whether it rests: nothing worth extending, or, where
+        the schedule works in turns, the one forward of its turn is made."""
+        if not text.start.schedule.post_verify and text.trie.root.children:
+            return [], True
         own, confirmed = source.own, source.confirmed
         plan, fixed = text.plan, text.start.schedule.branches is not None
         grown = self._try(text, partial(source.extend, text.trie, plan.branches, plan.ahead, fixed)) or []
         self._count(drafted=len(grown), own=source.own - own, confirmed=source.confirmed - confirmed)
-        return grown, not grown
+        return grown, not grown or not text.start.schedule.post_verify
 
     def _try(self, text: _Text, draft: Callable[[], Any]) -> Any:
         """What the source says; None if it raised, and then it is not asked again in this text."""

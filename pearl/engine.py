@@ -16,7 +16,7 @@ import torch
 
 from pearl import cores, memory, records, timeline
 from pearl.channel import Channel, LocalChannel
-from pearl.config import EngineConfig
+from pearl.config import DRAFT, EngineConfig
 from pearl.drafter import Drafter
 from pearl.errors import UsageError
 from pearl.loading import Placed, Preflight, eos_ids, load_target, preflight
@@ -55,15 +55,16 @@ class Engine:
     ) -> Engine:
         """Loads a target and its drafter and starts the drafter's process if no launcher did.
 
-        `target`, `draft`: hub ids, folders, GGUF files; the defaults are the embedded target and the n-gram source.
+        `target`, `draft`: hub ids, folders, GGUF files. Without either it is the embedded target and its draft model; a
+        target alone is drafted for by n-grams, and a draft alone drafts for the embedded target.
         `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
-        keeps everything in this one (modes
-        `ar` and `sd`); by default as many as the mode needs. `options`: the other fields of `EngineConfig`.
+        keeps everything in this one (modes `ar` and `sd`); by default as many as the mode needs. `options`: the other
+        fields of `EngineConfig`.
 
         Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
         program when the target closes. Raises `UsageError`.
         """
-        given = {"target": target, "draft": draft}
+        given = {"target": target, "draft": DRAFT if target is None and draft is None else draft}
         config = EngineConfig(**{k: v for k, v in given.items() if v is not None}, **options)  # type: ignore[arg-type]
         return cls(config, _schedule(mode, gamma), processes)
 

@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from pearl import embedded, linear
+from pearl import borrowed, embedded, linear
 from pearl.cache import longest_text, use_grouped_attention
-from pearl.config import EMBEDDED, NGRAM, EngineConfig
+from pearl.config import EMBEDDED, NGRAM, EngineConfig, model_path
 from pearl.errors import UsageError
+from pearl.feature import network
+from pearl.feature.network import FeatureDrafter
+from pearl.feature.taps import Taps
+from pearl.feature.weights import of_model, other_target
 from pearl.head import cut
 from pearl.model import LanguageModel
 from pearl.pairs import needed_gb, probe
@@ -39,7 +44,7 @@ class Source:
     def of(name: str) -> Source:
         if name == EMBEDDED:
             return Source(str(embedded.folder()))
-        path = Path(name).expanduser()
+        path = model_path(name)
         if path.is_dir() and not (path / "config.json").exists():
             path = sorted(path.glob("*.gguf"))[0]  # config.check_model has seen one
         return Source(str(path.parent), path.name) if path.is_file() else Source(str(path) if path.exists() else name)
@@ -114,10 +119,17 @@ def preflight(config: EngineConfig) -> Preflight:
     target_config, tokenizer = _describe("target", target, config)
     vocabulary = target_config.get_text_config().vocab_size
     draft = None
-    if config.draft != NGRAM:
+    if shape := _drafter_of(config):
+        if shape.hidden != target_config.get_text_config().hidden_size or vocabulary <= shape.vocabulary:
+            raise UsageError(
+                f"The feature drafter {config.feature_folder} was trained for {shape.target}, whose hidden states have "
+                f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
+            )
+    elif config.draft != NGRAM:
         draft = Source.of(config.draft)
-        draft_config, draft_tokenizer = _describe("draft", draft, config)
-        compare_vocabularies(tokenizer, draft_tokenizer)
+        draft_config, draft_tokenizer = _describe("draft", draft, config, own=borrowed.note(draft.name) is None)
+        if draft_tokenizer is not None:
+            compare_vocabularies(tokenizer, draft_tokenizer)
         vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
         longest_text(draft_config)
     _check_memory(config, target, draft, target_on, draft_on)
@@ -128,6 +140,8 @@ def preflight(config: EngineConfig) -> Preflight:
 def load_target(checked: Preflight) -> LanguageModel:
     config = checked.config
     model = _load(checked.target, config, config.dtype, config.load_in, checked.target_on)
+    if (shape := _drafter_of(config)) and of_model(model) != shape.fingerprint:
+        raise UsageError(other_target(shape.target))
     return _reader(model, checked, checked.target_on, checked.max_length, config.target, config.dtype)
 
 
@@ -137,17 +151,64 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
     config = checked.config
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
-    count = config.draft_vocabulary
-    head = cut(model, count, checked.tokenizer.all_special_ids) if count else None
+    count: int | Tensor = config.draft_vocabulary
+    if needs := borrowed.note(checked.draft.name):
+        rim = _rim(checked, config.draft_dtype or config.dtype, checked.draft_on)
+        borrowed.complete(model, rim, needs)
+        count = count or borrowed.vocabulary(checked.draft.name)
+    cutting = isinstance(count, Tensor) or count > 0
+    head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
     _prepare(model, config.draft_kernel, checked.draft_on)
     longest = min(checked.max_length + ahead, longest_text(model.config))
     reader = LanguageModel(model, checked.vocabulary, longest, head=head)
     dtype = config.draft_dtype or config.dtype
-    drafter = {"leaves": 2, "load_in": config.draft_load_in, "kernel": config.draft_kernel, "head": count}
+    drafter = {
+        "leaves": 2,
+        "load_in": config.draft_load_in,
+        "kernel": config.draft_kernel,
+        "head": len(head) if head else 0,
+    }
     key = _key(model, config, checked.draft_on, checked.draft.name, dtype) | drafter
     found = remembered(key, lambda: {"seconds": leaf_costs(reader, checked.vocabulary)})
     reader.forget()
     return reader, tuple(found["seconds"])
+
+
+def load_plain(checked: Preflight, device: str) -> Any:
+    """The target as transformers loads it, on one device: what training and recording start from."""
+    config = checked.config
+    return _load(checked.target, config, config.dtype, config.load_in, Placed((device,)))
+
+
+def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
+    """The feature drafter with its target's embedding, norm and head, ready to draft."""
+    config, placed = checked.config, checked.draft_on
+    assert config.feature_folder, "the draft source is a feature drafter"
+    drafter = network.load(config.feature_folder).attach(_rim(checked, "float32", Placed(("cpu",))))
+    packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
+    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
+    if packed:
+        head = nn.ModuleList([drafter.head])
+        linear.pack(drafter, int8=config.draft_kernel == "int8")
+        linear.pack(head, int8=config.draft_kernel == "int8")
+        drafter.replace_head(head[0])
+    return drafter
+
+
+def _rim(checked: Preflight, dtype: str, placed: Placed) -> Any:
+    """The target without its layers: embedding, final norm and head."""
+    source, config = checked.target, checked.config
+    bare = AutoConfig.from_pretrained(source.name, **source.kwargs(config))
+    text = bare.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    return _load(source, config, dtype, None, placed, bare)
+
+
+def _drafter_of(config: EngineConfig) -> network.Shape | None:
+    """Of the feature drafter, if that is the draft source."""
+    return network.read_shape(config.feature_folder) if config.feature_folder else None
 
 
 def compare_vocabularies(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
@@ -179,11 +240,14 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
 
-def _describe(role: str, source: Source, config: EngineConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def _describe(
+    role: str, source: Source, config: EngineConfig, own: bool = True
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
+    """The config and, if the model has its own, the tokenizer."""
     kwargs = source.kwargs(config)
     try:
         found = AutoConfig.from_pretrained(source.name, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs) if own else None
     except Exception as error:  # transformers raises many kinds for one thing: this is no model it can load from here
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
@@ -194,8 +258,13 @@ def _describe(role: str, source: Source, config: EngineConfig) -> tuple[PreTrain
     return found, tokenizer
 
 
-def _load(source: Source, config: EngineConfig, dtype: str, load_in: str | None, placed: Placed) -> Any:
+def _load(
+    source: Source, config: EngineConfig, dtype: str, load_in: str | None, placed: Placed, shape: Any = None
+) -> Any:
+    """`shape`: a config to load by, instead of the checkpoint's own."""
     kwargs = {**source.kwargs(config), "dtype": getattr(torch, dtype), "device_map": placed.device_map()}
+    if shape is not None:
+        kwargs["config"] = shape
     if memory := placed.max_memory():
         kwargs["max_memory"] = memory
     if load_in:
@@ -221,7 +290,9 @@ def _prepare(model: Any, kernel: str, placed: Placed) -> None:
 def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, name: str, dtype: str) -> LanguageModel:
     config = checked.config
     _prepare(model, config.kernel, placed)
-    reader = LanguageModel(model, checked.vocabulary, max_length)
+    shape = _drafter_of(config)
+    taps = Taps(model, shape.features) if shape and shape.features else None
+    reader = LanguageModel(model, checked.vocabulary, max_length, taps=taps)
 
     def find() -> dict[str, Any]:
         plan = measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)

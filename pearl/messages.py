@@ -1,7 +1,8 @@
 """What the two sides say to each other, and its layout in 32-bit words.
 
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
-                         Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races)
+                         Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races), and
+                                  what the target's layers said at them, for a source that drafts from it
                          End      the sequence is over
     drafter -> target    Costs    once: the seconds of a forward by its rows
                          Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
@@ -16,7 +17,7 @@ numbers only, no pickles. Floating-point numbers travel as their own bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -63,6 +64,8 @@ class Verdict:
     position: int  # of the new root
     plan: Plan
     tokens: tuple[int, ...]
+    # of the positions before the new root that were not sent yet: int16 [positions, F], bits of bfloat16
+    features: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ class _Reader:
     def __init__(self, words: Words):
         self._words, self._at = words, 0
 
+    @property
+    def left(self) -> int:
+        return len(self._words) - self._at
+
     def _take(self, count: int) -> Words:
         taken = self._words[self._at : self._at + count]
         assert len(taken) == count, "a message ended early"
@@ -153,6 +160,10 @@ class _Reader:
     def singles(self, count: int) -> tuple[float, ...]:
         return tuple(self._take(count).copy().view(np.float32).tolist())
 
+    def halves(self, count: int) -> np.ndarray:
+        """int16 [count]; two in a word."""
+        return self._take(-(-count // 2)).copy().view(np.int16)[:count]
+
     def real(self) -> float:
         return float(self._take(2).copy().view(np.float64)[0])
 
@@ -163,8 +174,18 @@ class _Reader:
 def encode(message: Message) -> Words:
     """The message as words, the first two being its kind and its length, padded to a frame."""
     body = list(_encode_body(message))
-    words = [_KINDS.index(type(message)), 2 + len(body), *body]
-    return np.array(words + [0] * (FRAME - len(words)), np.int32)
+    bits = _bits(message)
+    words = [_KINDS.index(type(message)), 2 + len(body) + len(bits), *body]
+    spare = [0] * (FRAME - len(words) - len(bits))
+    return np.concatenate([np.array(words, np.int32), bits, np.array(spare, np.int32)])
+
+
+def _bits(message: Message) -> Words:
+    """What follows the body: a verdict's features, two in a word, as they lie in memory."""
+    if not isinstance(message, Verdict) or message.features is None:
+        return np.zeros(0, np.int32)
+    halves = message.features.ravel()
+    return np.concatenate([halves, np.zeros(len(halves) % 2, np.int16)]).view(np.int32)
 
 
 def length(frame: Words) -> int:
@@ -191,8 +212,9 @@ def _encode_body(message: Message) -> Iterator[int]:
                 yield from _float(number)
             yield from _long(params.seed)
             yield from (len(prompt), *prompt)
-        case Verdict(_, position, plan, tokens):
+        case Verdict(_, position, plan, tokens, features):
             yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
+            yield from () if features is None else features.shape
         case Costs(_, seconds):
             yield from (len(seconds), *_singles(seconds))
         case Nodes(_, root, position, resting, guesses):
@@ -227,7 +249,12 @@ def _decode_body(kind: type, read: _Reader) -> Message:
         return Start(sequence, schedule, params, read.words(read.word()), Plan(block, most, ahead))
     if kind is Verdict:
         position, block, most, ahead, count = read.words(5)
-        return Verdict(sequence, position, Plan(block, most, ahead), read.words(count))
+        tokens = read.words(count)
+        if not read.left:
+            return Verdict(sequence, position, Plan(block, most, ahead), tokens)
+        rows, width = read.words(2)
+        features = read.halves(rows * width).reshape(rows, width)
+        return Verdict(sequence, position, Plan(block, most, ahead), tokens, features)
     if kind is Costs:
         return Costs(sequence, read.singles(read.word()))
     if kind is Nodes:

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pearl.cache import Branch, SlotCache, as_model_mask, reads_branches
+from pearl.feature.taps import Taps
 from pearl.head import DraftHead
 from pearl.leaves import Leaves
 from pearl.rows import ANY, LIMIT, RowPlan
+from pearl.trie import shared_prefix
 
 TREE = 256  # slots for the nodes of a drafter beyond its longest text
 CHUNK = 512  # rows of one prefill forward at most
@@ -55,10 +58,13 @@ class LanguageModel:
         max_length: int,
         rows: RowPlan = ANY,
         head: DraftHead | None = None,
+        taps: Taps | None = None,
     ):
         """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a text, in tokens. `head`: the
-        model's, if it can be cut; it is whole except for leaves."""
-        self._head = head
+        model's, if it is cut to a draft vocabulary. `taps`: layers whose hidden states `features` gives."""
+        self._head, self._taps = head, taps
+        self._said: list[Tensor] = []  # by the tapped layers, [rows, F] of each forward of the last `read`
+        self._before = 0  # rows of it before the first whose logits were asked for
         self.model, self.vocabulary, self.max_length, self.rows = model, vocabulary, max_length, rows
         self._cache = SlotCache(max_length + TREE)
         self._cached: list[int] = []  # the token in each slot
@@ -87,9 +93,10 @@ class LanguageModel:
         tokens = list(tokens)
         assert 0 < keep <= len(tokens) <= self.max_length, "a text must fit the cache and hold the rows asked for"
         if self._head:
-            self._head.whole = True
+            self._head.follow(tokens)
         known = self._known(tokens, len(tokens) - keep)
         self._cached, self._sides, self._leaves = tokens[:known], {}, None  # if what follows fails, no more is known
+        self._said, self._before = [], len(tokens) - keep - known
         while (ahead := len(tokens) - keep - known) >= CHUNK or (branches and ahead > LIMIT):
             self.forward(tokens[known : known + min(CHUNK, ahead)], known, 1)
             known += min(CHUNK, ahead)
@@ -103,10 +110,22 @@ class LanguageModel:
         self._sides = {side: len(new) + i for i, side in enumerate(sides)}
         return logits[: keep + len(sides), : self.vocabulary]
 
+    def features(self, rows: Sequence[int]) -> np.ndarray | None:
+        """What the tapped layers said at rows of the last `read`; None if none are tapped.
+
+        Rows are numbered as its logits are; those before the first one, as far as they were read, are negative. Returns
+        int16 [rows, F], the bits of bfloat16.
+        """
+        if self._taps is None:
+            return None
+        said = torch.cat(self._said) if len(self._said) > 1 else self._said[0]
+        wanted = torch.tensor([self._before + row for row in rows], device=said.device)
+        return said[wanted].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+
     def _known(self, tokens: list[int], most: int) -> int:
         """How many of `tokens` need no reading. A side branch of the last forward that the text took is put in place:
         its rows have the bits that the chain's would have."""
-        known = min(_shared_prefix(self._cached, tokens), most)
+        known = min(shared_prefix(self._cached, tokens), most)
         row, taken = known - self._first - 1, []
         while known + len(taken) < most and (side := self._sides.get((row, tokens[known + len(taken)]))) is not None:
             taken.append(side)
@@ -128,7 +147,10 @@ class LanguageModel:
         branches = _branches(first, len(tokens), [parent for parent, _ in sides], depths, self.rows)
         mask = self._cache.place(first, len(rows), len(tokens), branches, depths[len(tokens) :])
         positions = torch.tensor([first + depth for depth in depths] + [first] * pads)
-        return self._run(rows, positions, mask, keep)
+        logits = self._run(rows, positions, mask, keep)
+        if self._taps:
+            self._said.append(self._taps.states()[0])
+        return logits
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits [len(paths), V] of what follows `text` and each of `paths`, which may share their beginnings.
@@ -187,15 +209,3 @@ def _branches(first: int, chain: int, parents: Sequence[int], depths: Sequence[i
         queries = (*mine, *[mine[-1]] * (plan.pad(count) - count))
         made.append(Branch(first + depths[path[0]], tuple(path), queries, count))
     return made
-
-
-def _shared_prefix(a: list[int], b: list[int]) -> int:
-    """The length of the longest common prefix; by halves, as comparing slices is much faster than a loop."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -155,8 +155,12 @@ def draft_source(config: EngineConfig):
     if config.draft == NGRAM:
         return NgramSource()
     from pearl.beam import TreeSource
-    from pearl.loading import load_draft, preflight
+    from pearl.loading import load_draft, load_feature_drafter, preflight
 
+    if config.feature_folder:
+        from pearl.feature.source import FeatureSource
+
+        return FeatureSource(load_feature_drafter(preflight(config)), config.draft_beam)
     model, costs = load_draft(preflight(config), ahead=2 * MAX_GAMMA + 1)
     return TreeSource(model, costs)
 

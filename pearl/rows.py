@@ -49,14 +49,6 @@ class RowPlan:
         """The most rows of a pass whose root is at `position`: it ends where the cache's grain does."""
         return GRAIN - position % GRAIN
 
-    def best_width(self, acceptance: float) -> int:
-        """The rows of a pass that commit most a second if each guess is accepted with this probability.
-
-        A chain of n - 1 guesses commits (1 - a^n) / (1 - a) tokens (Leviathan et al. 2023, eq. 1).
-        """
-        a = min(acceptance, 0.999)
-        return max(self.safe, key=lambda n: (1 - a**n) / (1 - a) / self.cost_s[n - 1])
-
 
 class CannotBranch(Exception):
     """The model's attention does not read the cached keys themselves."""

@@ -92,6 +92,11 @@ class Schedule:
         """Whether guesses may branch and the drafter guesses for itself; else they are one chain."""
         return self.mode == "tree"
 
+    def grows_trees(self, whole: bool) -> bool:
+        """Whether a source that can grow trees does so. `whole`: one forward of it makes a tree anyhow, so that serial
+        decoding takes the tree too."""
+        return self.tree or (whole and not (self.pre_verify or self.post_verify))
+
     def guesses_to_wait_for(self, hit: bool, block: int) -> int:
         """How many guesses below the root the target wants before it starts a pass.
 

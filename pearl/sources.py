@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from pearl.model import Reader
 from pearl.sampling import SamplingParams, propose
 from pearl.trie import Node, Trie
@@ -35,12 +37,23 @@ class TreeGrower(Protocol):
     """A source that can grow a tree too (`pearl.beam`)."""
 
     costs: tuple[float, ...]  # seconds of a forward by its rows
+    whole: bool  # whether one forward makes a tree by itself; else a chain, unless several leaves are extended
     rows: int  # read so far
     own: int  # of those: guesses of its own
     confirmed: int  # of those: what its model said too
 
     def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
         """Grows the trie by one forward of at most `most` rows. Returns the new nodes, each with its parent."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A source that drafts from what the target's layers say (`pearl.feature`)."""
+
+    layers: tuple[int, ...]  # whose hidden states it wants
+
+    def observe(self, features: np.ndarray) -> None:
+        """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
 
 
 class ModelSource:

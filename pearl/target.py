@@ -15,6 +15,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from pearl.channel import Channel, Clock
 from pearl.controller import Controller
@@ -28,6 +31,14 @@ from pearl.timeline import OFF, Trace, flow_id
 from pearl.trie import Likely, Node, Trie, walk
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
+
+
+@runtime_checkable
+class Tapped(Protocol):
+    """A reader that knows what its layers said."""
+
+    def features(self, rows: Sequence[int]) -> np.ndarray | None:
+        """At rows of the last read, see `model.LanguageModel.features`."""
 
 
 class Target:
@@ -92,6 +103,7 @@ class Target:
         walked = walk(trie.root, rows, lambda node: picker.pick(rows[node], node))
         judged = _judge(trie.root, walked, controller)
         committed = text.stopper.take(walked)
+        features = self._features(rows, trie.root, committed, prompt if first else 1)
         text.hit = trie.commit(committed)
 
         if not first:
@@ -99,7 +111,7 @@ class Target:
         self.draft_costs = text.draft_costs or self.draft_costs
         plan = controller.plan
         if text.channel and text.stopper.finish is None:
-            text.channel.send(Verdict(text.sequence, trie.root.position, plan, tuple(committed)))
+            text.channel.send(Verdict(text.sequence, trie.root.position, plan, tuple(committed), features))
         ended = self._clock()
         self.passes.append(
             Pass(
@@ -123,6 +135,17 @@ class Target:
         )
         self._draw(text, began, ready, read, ended)
         return committed
+
+    def _features(self, rows: dict[Node, int], root: Node, committed: Sequence[int], read: int) -> np.ndarray | None:
+        """What the model's layers said at the tokens that this pass has read for good: the root, with the rest of a
+        prompt of `read` tokens before it, and every committed token but the last."""
+        if not isinstance(self._model, Tapped):
+            return None
+        passed, node = list(range(1 - read, 0)), root
+        for token in committed:
+            passed.append(rows[node])
+            node = node.children.get(token, node)
+        return self._model.features(passed)
 
     def _choose(self, text: _Text) -> tuple[list[Node], list[SideRow]]:
         """The nodes of the next pass, the root and the likeliest chain first, and where those beside it hang.

@@ -54,7 +54,10 @@ class Trie:
     def grow(
         self, parent: Node, token: int, proposal: tuple[tuple[int, float], ...] = (), logp: float = 0.0
     ) -> Node | None:
-        """The node "`token` follows `parent`", or None where the text has already decided otherwise."""
+        """The node "`token` follows `parent`", or None where the text has already decided otherwise.
+
+        A node that is there already keeps its place and its proposal; `logp` replaces what was thought of it before.
+        """
         if parent.dead:
             return None
         if parent.position < self.root.position:  # the text has moved on: is this what it says?
@@ -64,7 +67,11 @@ class Trie:
             return self.root if position == self.root.position else Node(token, position)
         if parent.position == self.root.position:
             parent = self.root  # the same token at the same place, whatever object names it
-        return parent.children.setdefault(token, Node(token, parent.position + 1, proposal=proposal, logp=logp))
+        node = parent.children.get(token)
+        if node is None:
+            node = parent.children[token] = Node(token, parent.position + 1, proposal=proposal)
+        node.logp = logp
+        return node
 
     def commit(self, tokens: Sequence[int]) -> bool:
         """Appends `tokens` to the text and moves the root to the last of them.
@@ -135,6 +142,18 @@ def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list
         committed.append(pick(node))
         node = node.children.get(committed[-1])
     return committed
+
+
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest common prefix; by halves, as comparing slices is much faster than a loop."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _kill(children: dict[int, Node]) -> None:

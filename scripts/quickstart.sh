@@ -3,6 +3,6 @@
 # processes, alone (ar) and in parallel (pearl), interleaved problem by problem, and prints one table.
 # Further options go to eval/humaneval.py.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
   eval/humaneval.py --mode ar pearl --limit 6 --max-new-tokens 128 "$@"

@@ -42,10 +42,29 @@ def test_a_rare_token_is_draftable_once_the_text_has_it_and_in_the_next_text_no_
     assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
 
 
-def test_chains_are_drafted_from_the_whole_head():
+def test_chains_and_trees_are_drafted_from_the_same_tokens():
+    chain, tree = drafter(), drafter()
+    torch.testing.assert_close(chain.read(TEXT, 1), tree.read_leaves(TEXT, [()]), atol=1e-4, rtol=0)
+    assert (chain.read(TEXT, 1) == -torch.inf).any()
+
+
+def test_a_vocabulary_may_be_any_tokens():
+    """As many as a trained draft model brings, in the order of their ids or not."""
+    ids = torch.tensor([150, 3, 77, 9])
+    model = random_model(CONFIGS["llama"]())
+    head = cut(model, ids, always=(159,))
+    assert head is not None and len(head) == 4
+    logits, expected = reader(model, head=head).read(TEXT, 1)[0], whole().read(TEXT, 1)[0]
+    kept = [3, *TEXT[:1], 9, 77, *TEXT[1:], 150, 159]
+    torch.testing.assert_close(logits[kept], expected[kept], atol=1e-4, rtol=0)
+    assert int(logits.isfinite().sum()) == len(kept)
+
+
+def test_a_text_that_goes_another_way_brings_its_own_rare_tokens():
     model = drafter()
-    model.read_leaves(TEXT, [()])
-    assert model.read(TEXT, 1).isfinite().all()
+    model.read([5, 6, 130], 1)
+    logits = model.read([5, 6, 131, 7], 1)[0]
+    assert logits[131].isfinite() and logits[132] == -torch.inf
 
 
 def test_a_text_that_keeps_leaving_the_vocabulary_gets_the_whole_head():

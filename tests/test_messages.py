@@ -75,6 +75,31 @@ def test_what_is_decoded_is_what_was_said(message):
     assert decode(encode(message)) == message
 
 
+FEATURES = st.tuples(st.integers(1, 4), st.integers(1, 7)).flatmap(
+    lambda size: st.lists(
+        st.integers(-(1 << 15), (1 << 15) - 1), min_size=size[0] * size[1], max_size=size[0] * size[1]
+    ).map(lambda bits: np.array(bits, np.int16).reshape(size))
+)
+
+
+@examples(200)
+@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS), FEATURES)
+def test_features_arrive_bit_for_bit(verdict: Verdict, features: np.ndarray):
+    """Two in a word: of an odd number the last has a word of its own."""
+    there = decode(encode(replace(verdict, features=features)))
+    assert there == verdict and isinstance(there, Verdict) and there.features is not None
+    assert there.features.dtype == np.int16 and np.array_equal(there.features, features)
+    words = encode(replace(verdict, features=features))
+    assert length(words[:FRAME]) == len(words)
+    words[int(words[1]) :] = -1
+    assert np.array_equal(decode(words).features, features), "what pads the frame is not read"
+
+
+@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS))
+def test_a_verdict_without_features_has_none_there(verdict: Verdict):
+    assert decode(encode(verdict)).features is None
+
+
 @examples(200)
 @given(STARTS)
 def test_a_start_carries_all_that_a_drafter_needs(start: Start):

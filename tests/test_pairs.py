@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pearl import pairs
+from pearl.config import SHIPPED
 from pearl.errors import UsageError
 from pearl.pairs import Machine, Pair, all_pairs, check, load_pair, main, needed_gb
 
@@ -36,13 +37,17 @@ def test_every_file_of_the_registry_is_the_pair_it_is_named_after(name):
 def test_the_registry_is_listed_whole_and_smallest_first():
     listed = all_pairs()
     assert sorted(pair.name for pair in listed) == NAMES
-    assert listed[0].name == "smollm2-135m"
+    assert listed[0].name == "smollm2-135m-ngram"
     assert [p.target_gb + p.draft_gb for p in listed] == sorted(p.target_gb + p.draft_gb for p in listed)
 
 
-def test_the_default_pair_drafts_without_weights():
-    pair = load_pair("smollm2-135m")
-    assert (pair.target, pair.draft, pair.draft_gb, pair.prompt) == ("smollm2-135m", "ngram", 0.0, "chat")
+def test_the_default_pair_and_its_variants_need_no_download():
+    names = ("smollm2-135m", "smollm2-135m-feature", "smollm2-135m-ngram")
+    drafts = [load_pair(name).draft for name in names]
+    assert drafts == ["smollm2-135m-draft", "feature:smollm2-135m-feature", "ngram"]
+    assert {load_pair(name).target for name in names} == {"smollm2-135m"}
+    for name in ("smollm2-135m-draft", "smollm2-135m-feature"):
+        assert (SHIPPED / name).is_dir()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("self-")])
@@ -158,7 +163,7 @@ def test_this_machine_has_memory():
 def test_the_command_exits_0_where_a_pair_fits_and_1_where_it_does_not(monkeypatch, capsys):
     monkeypatch.setattr(pairs, "probe", lambda: ROOMY)
     assert main(["smollm2-135m"]) == 0
-    assert capsys.readouterr().out.startswith("smollm2-135m fits: it needs 1.3 GB")
+    assert capsys.readouterr().out.startswith("smollm2-135m fits: it needs 2.4 GB")
     monkeypatch.setattr(pairs, "probe", lambda: TINY)
     assert main(["smollm2-135m"]) == 1
     assert "does not fit" in capsys.readouterr().out

@@ -140,19 +140,6 @@ def test_a_pass_is_padded_to_the_next_safe_count():
     assert plan.pad(7) == 7  # beyond what was tested
 
 
-def test_the_best_width_weighs_what_rows_cost_against_what_they_bring():
-    flat = RowPlan(tuple(range(1, 9)), (1.0,) * LIMIT)
-    linear_cost = RowPlan(tuple(range(1, 9)), tuple(float(n) for n in range(1, LIMIT + 1)))
-    assert flat.best_width(0.8) == 8  # free rows: all of them
-    assert linear_cost.best_width(0.8) == 1  # rows that cost a pass each never pay
-    assert flat.best_width(1.0) == 8  # a perfect drafter divides by nothing
-    assert linear_cost.best_width(0.0) == 1
-    steps = RowPlan((1, 4, 8), (1.0,) * 4 + (2.0,) * (LIMIT - 4))
-    assert steps.best_width(0.5) == 4
-    assert steps.best_width(0.99) == 4
-    assert RowPlan((2, 3), (0.1, 1.0, 1.0)).best_width(0.5) == 3  # an unsafe count is no choice, however cheap
-
-
 def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = {"safe": [2, 3, 5], "cost_s": [n / 7 for n in range(LIMIT)], "exact": True}

@@ -1,0 +1,68 @@
+"""What a drafter is asked to learn: the target's next-token choice, and how sure the target was.
+
+Shapes: R rows, V draft vocabulary, k noted tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOTHING = -1  # instead of a token that was not noted, or that can't be drafted
+_GONE = -30.0  # log-probability of a token that was not noted
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of R rows: the loss of each, and whether the best guess, or one of the best five, was the target's choice."""
+
+    loss: Tensor  # float [R]
+    first: Tensor  # bool [R]
+    fifth: Tensor  # bool [R]
+
+
+class Objective:
+    """Cross-entropy against the target's choice, mixed with the divergence from its likeliest tokens."""
+
+    def __init__(self, vocabulary: Tensor, tokens: int, kl: float):
+        """vocabulary: int64 [V], ids that can be drafted; `tokens`: of the target's vocabulary; `kl`: the mix, 0 to 1.
+
+        A choice outside the draft vocabulary can't be learned; it counts as a wrong guess and adds no loss.
+        """
+        self._row = torch.full((tokens + 1,), NOTHING, dtype=torch.int64, device=vocabulary.device)
+        self._row[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
+        self._kl = kl
+
+    def judge(self, logits: Tensor, top_ids: Tensor, top_logp: Tensor) -> Judged:
+        """logits: [R, V]; top_ids: [R, k], the choice first; top_logp: [R, k]"""
+        logq = logits.float().log_softmax(-1)
+        rows = self._row[top_ids.long()]  # a NOTHING indexes the last entry, which is NOTHING
+        there = rows >= 0
+        q = logq.gather(1, rows.clamp(min=0))
+        choice = torch.where(there[:, 0], -q[:, 0], 0.0)
+        p = torch.where(there, top_logp.float(), _GONE).softmax(-1)
+        soft = torch.where(there[:, 0], -(p * torch.where(there, q, 0.0)).sum(-1), 0.0)
+        best = logq.detach().topk(min(5, logq.shape[-1])).indices
+        right = (best == rows[:, :1]) & there[:, :1]
+        return Judged((1 - self._kl) * choice + self._kl * soft, right[:, 0], right.any(-1))
+
+
+def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = ()) -> Tensor:
+    """The draft vocabulary: the `count` tokens most often chosen by the target, and those of `always` among them.
+
+    choices: int [*] pieces. Returns ids in ascending order, int64; fewer if fewer ever occurred.
+    """
+    seen: Counter[int] = Counter()
+    for piece in choices:
+        tokens, times = piece[piece >= 0].unique(return_counts=True)
+        seen.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
+    kept = dict.fromkeys(always)
+    for token, _ in sorted(seen.items(), key=lambda entry: (-entry[1], entry[0])):
+        if len(kept) >= count:
+            break
+        kept[token] = None
+    return torch.tensor(sorted(kept), dtype=torch.int64)

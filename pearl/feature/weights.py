@@ -1,0 +1,39 @@
+"""What a feature drafter takes from its target: embedding, final norm and head. And how it knows its target again."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+_STRIDE = 61  # rows of the embedding that are looked at
+
+
+def fingerprint(embedding: Tensor, norm: Tensor) -> str:
+    """Of a target, by its embedding [V, hidden] and final norm [hidden]; alike in every dtype that holds bfloat16."""
+    digest = hashlib.sha256(str(tuple(embedding.shape)).encode())
+    for weight in (embedding[::_STRIDE], norm):
+        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def other_target(name: str) -> str:
+    """What to say where a drafter meets weights that are not those of the target called `name`."""
+    return (
+        f"This drafter was trained for {name}, and its weights are not those of this target: name the target that it "
+        "belongs to, or train a drafter for this one."
+    )
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last decoder layer and the head."""
+    base = model.base_model
+    found = next((getattr(base, name) for name in ("norm", "ln_f", "final_layernorm") if hasattr(base, name)), None)
+    assert found is not None, "a transformers decoder ends in a norm"
+    return found
+
+
+def of_model(model: nn.Module) -> str:
+    """The fingerprint of a loaded target."""
+    return fingerprint(model.get_input_embeddings().weight, final_norm(model).weight)
