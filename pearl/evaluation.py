@@ -74,7 +74,7 @@ def order(suite: Suite, argv: Sequence[str] | None) -> Order:
     baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
     if baselines and not params.greedy:
         raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
-    if "hf-assisted" in baselines and config.draft == NGRAM:
+    if "hf-assisted" in baselines and (config.draft == NGRAM or config.feature_folder):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     cli.at_least_one("--num-samples", found.num_samples)
     cli.at_least_one("--repeats", found.repeats)

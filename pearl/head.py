@@ -31,14 +31,14 @@ class DraftHead(nn.Module):
         self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
         self._ids, self._size = frequent, head.out_features
         self._always = [token for token in always if token < head.out_features]
-        self.whole = True
         self.forget()
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def forget(self) -> None:
-        """A new text begins."""
+        """A new text begins. Until `follow` has told which, the whole head is read."""
+        self.whole = True
         self._rare: list[int] = []
         self._known: set[int] = set(self._ids.tolist())
         self._weight: Tensor | None = None  # [rare tokens, hidden]

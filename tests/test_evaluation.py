@@ -160,6 +160,7 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--format", "prose"], "format 'prose' is unknown"),
         (["--mode", "hf-assisted", "--draft", "ngram"], "hf-assisted needs a draft model"),
+        (["--mode", "hf-assisted", "--draft", "feature:smollm2-135m-feature"], "hf-assisted needs a draft model"),
         (
             ["--mode", "ar", "hf-prompt-lookup", "--temperature", "1"],
             "hf-prompt-lookup draws its samples in its own way",

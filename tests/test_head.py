@@ -42,6 +42,15 @@ def test_a_rare_token_is_draftable_once_the_text_has_it_and_in_the_next_text_no_
     assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
 
 
+def test_somebody_who_tells_of_no_text_has_the_whole_head():
+    """transformers' own assisted generation, which drafts with this model too."""
+    model = drafter()
+    model.read(TEXT, 1)
+    model.forget()
+    model.model.set_attn_implementation("sdpa")
+    assert model.model(torch.tensor([TEXT])).logits.isfinite().all()
+
+
 def test_chains_and_trees_are_drafted_from_the_same_tokens():
     chain, tree = drafter(), drafter()
     torch.testing.assert_close(chain.read(TEXT, 1), tree.read_leaves(TEXT, [()]), atol=1e-4, rtol=0)
