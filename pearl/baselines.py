@@ -2,7 +2,8 @@
 
 The target is the engine's own, with the same weights and linear layers on the same cores or GPU, under transformers'
 cache, masks and attention. Greedy, and a text ends where ours does. What a pass is, is seen from outside: a forward of
-the target, and the tokens that a streamer is given after it.
+the target, and the tokens that a streamer is given after it. A second turn is read from its beginning: whatever cache
+it is given, assisted generation of transformers 5 reads the whole prompt in its first forward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from pearl import memory
 from pearl.engine import Engine
+from pearl.harness import Decoder
 from pearl.loading import Preflight, eos_ids, load_draft
 from pearl.records import Pass
 from pearl.records import Sequence as Text
@@ -35,10 +37,10 @@ class Baselines:
         self._model = engine.model.model
         self._eos = eos_ids(self._model, engine.tokenizer)
 
-    def decoders(self, names: Sequence[str]) -> dict[str, Callable[[Sequence[int], SamplingParams], Text]]:
+    def decoders(self, names: Sequence[str]) -> dict[str, Decoder]:
         return {name: self._decoder(name) for name in names}
 
-    def _decoder(self, name: str) -> Callable[[Sequence[int], SamplingParams], Text]:
+    def _decoder(self, name: str) -> Decoder:
         if name == "hf-prompt-lookup":
             options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP}
         else:
@@ -48,7 +50,7 @@ class Baselines:
             assistant.config.get_text_config().vocab_size = self._model.config.get_text_config().vocab_size
             _attend_as(assistant, "sdpa")
             options = {"assistant_model": assistant}
-        return lambda prompt, params: self._generate(name, prompt, params, options)
+        return lambda prompt, params, _: self._generate(name, prompt, params, options)
 
     def _generate(self, name: str, prompt: Sequence[int], params: SamplingParams, options: dict[str, Any]) -> Text:
         assert params.greedy, "a sample of transformers is not a seeded one"

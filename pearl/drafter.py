@@ -21,7 +21,7 @@ from typing import Any
 from pearl import memory
 from pearl.channel import Channel, Clock
 from pearl.messages import Costs, End, Guess, Nodes, Plan, Report, Start, Verdict
-from pearl.sources import DraftSource, Observer, TreeGrower
+from pearl.sources import Continuing, DraftSource, Observer, TreeGrower
 from pearl.timeline import OFF, Trace, flow_id
 from pearl.trie import Node, Trie
 
@@ -84,7 +84,10 @@ class Drafter:
             self._channel.send(Costs(start.sequence, self._source.costs))
             self._told_costs = True
         try:
-            self._source.start(start.params)
+            if start.continues and isinstance(self._source, Continuing):
+                self._source.go_on(start.params)
+            else:
+                self._source.start(start.params)
         except Exception:
             self._fail(self._text)
 

@@ -116,12 +116,14 @@ class Engine:
         *,
         mode: str | Schedule | None = None,
         gamma: int | str = "auto",
+        continues: bool = False,
     ) -> Generation:
         """The whole text that follows `prompt`: text, token ids, or chat messages (dicts with "role" and "content").
 
-        `mode` and `gamma` replace the engine's own for this text. Raises `UsageError` for an empty or too long prompt.
+        `mode` and `gamma` replace the engine's own for this text. `continues`: the prompt begins with the last text,
+        which both models need not read again. Raises `UsageError` for an empty or too long prompt.
         """
-        run = self._prepare(prompt, params, mode, gamma)
+        run = self._prepare(prompt, params, mode, gamma, continues)
         for _ in run.tokens():
             pass
         return run.result()
@@ -133,9 +135,10 @@ class Engine:
         *,
         mode: str | Schedule | None = None,
         gamma: int | str = "auto",
+        continues: bool = False,
     ) -> Iterator[int]:
         """The same tokens, one by one, as they are committed. What is yielded is never taken back."""
-        return self._prepare(prompt, params, mode, gamma).tokens()
+        return self._prepare(prompt, params, mode, gamma, continues).tokens()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, as `generate` reads it."""
@@ -251,7 +254,12 @@ class Engine:
             torch.set_num_threads(len(self.target_cpus))
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams | None, mode: str | Schedule | None, gamma: int | str
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        mode: str | Schedule | None,
+        gamma: int | str,
+        continues: bool,
     ) -> _Run:
         params = params or SamplingParams()
         schedule = _schedule(mode, gamma) if mode else self.schedule
@@ -267,14 +275,15 @@ class Engine:
         self._checked.check_prompt(tokens, params.max_new_tokens)
         if self._run:
             self._run.close()  # a stream that its reader left
-        return _Run(self, tokens, params, schedule)
+        return _Run(self, tokens, params, schedule, continues)
 
 
 class _Run:
     """One text under way: its tokens, then its result."""
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, schedule: Schedule):
+    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, schedule: Schedule, continues: bool):
         self._engine, self._prompt, self._params, self._schedule = engine, prompt, params, schedule
+        self._continues = continues
         self._stopper = Stopper(params, engine._eos, engine.decode)
         self._target = engine._target
         self._bytes = 0
@@ -288,7 +297,8 @@ class _Run:
         everything = self._schedule.mode == "ar-all"
         with self._engine._everything() if everything else contextlib.nullcontext(self._target) as self._target:
             before = _bytes(self._target.channel)
-            for committed in self._target.decode(self._prompt, self._schedule, self._params, self._stopper):
+            decoding = self._target.decode(self._prompt, self._schedule, self._params, self._stopper, self._continues)
+            for committed in decoding:
                 self._bytes = _bytes(self._target.channel) - before
                 yield from committed
 

@@ -32,7 +32,8 @@ from pearl.tables import COLUMNS, OF_A_RUN
 
 WARM_UP_TOKENS = 8
 
-Decoder = Callable[[Sequence[int], SamplingParams], records.Sequence]  # a mode: writes the text after a prompt
+# a mode: writes the text after a prompt, which may continue the last one that it wrote
+Decoder = Callable[[Sequence[int], SamplingParams, bool], records.Sequence]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Dec
     """The engine's own modes."""
 
     def decoder(schedule: Schedule) -> Decoder:
-        return lambda prompt, params: engine.generate(prompt, params, mode=schedule).facts
+        return lambda prompt, params, on: engine.generate(prompt, params, mode=schedule, continues=on).facts
 
     return {mode: decoder(schedule) for mode, schedule in schedules.items()}
 
@@ -95,7 +96,7 @@ def run(plan: Plan, folder: Path, console: Console, rounds: Collection[Round] | 
     if wanted:
         warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
         for decode in plan.modes.values():
-            decode(plan.tasks[0].prompt(()), warm)
+            decode(plan.tasks[0].prompt(()), warm, False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("decoding", total=len(wanted) * len(modes))
@@ -118,7 +119,7 @@ def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, record
     task, answers = plan.task(one.task), []
     params = replace(plan.params, seed=plan.params.seed + one.sample)
     for turn in range(task.turns):
-        text = decode(task.prompt(answers), params)
+        text = decode(task.prompt(answers), params, turn > 0)
         answers.append(text.text)
         yield Key(*one, turn), text, task.completion(text.text)
 

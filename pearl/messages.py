@@ -56,6 +56,7 @@ class Start:
     params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
     prompt: tuple[int, ...]
     plan: Plan
+    continues: bool = False  # the sequence before: what was read of it need not be read again
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def decode(words: Words) -> Message:
 def _encode_body(message: Message) -> Iterator[int]:
     yield message.sequence
     match message:
-        case Start(_, schedule, params, prompt, plan):
+        case Start(_, schedule, params, prompt, plan, continues):
             yield MODES.index(schedule.mode)
             for setting in (schedule.gamma, schedule.branches, schedule.width, schedule.max_ahead):
                 yield _AUTO if setting is None else setting
@@ -211,7 +212,7 @@ def _encode_body(message: Message) -> Iterator[int]:
             for number in (params.temperature, params.top_p, params.min_p):
                 yield from _float(number)
             yield from _long(params.seed)
-            yield from (len(prompt), *prompt)
+            yield from (int(continues), len(prompt), *prompt)
         case Verdict(_, position, plan, tokens, features):
             yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
             yield from () if features is None else features.shape
@@ -246,7 +247,8 @@ def _decode_body(kind: type, read: _Reader) -> Message:
         params = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method
         )
-        return Start(sequence, schedule, params, read.words(read.word()), Plan(block, most, ahead))
+        continues, count = read.words(2)
+        return Start(sequence, schedule, params, read.words(count), Plan(block, most, ahead), bool(continues))
     if kind is Verdict:
         position, block, most, ahead, count = read.words(5)
         tokens = read.words(count)

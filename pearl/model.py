@@ -44,8 +44,8 @@ class Reader(Protocol):
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits [len(paths), V] of what follows `text` and each path, for a drafter: bits are of no account."""
 
-    def forget(self) -> None:
-        """Empties the cache."""
+    def forget(self, but: Sequence[int] = ()) -> None:
+        """Empties the cache, but for what it holds of the text `but`, from its beginning."""
 
 
 class LanguageModel:
@@ -76,9 +76,10 @@ class LanguageModel:
     def branches(self) -> bool:
         return self.rows.branches and reads_branches(self.model)
 
-    def forget(self) -> None:
-        self._cached, self._sides = [], {}
-        self._leaves = None
+    @torch.inference_mode()
+    def forget(self, but: Sequence[int] = ()) -> None:
+        but = list(but)
+        self._cached, self._sides, self._leaves = but[: self._known(but, len(but))], {}, None
         if self._head:
             self._head.forget()
 

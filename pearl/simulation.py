@@ -259,7 +259,7 @@ class _TargetReader:
         self._stage, self._wire = stage, wire
         self._fresh = True
 
-    def forget(self) -> None:
+    def forget(self, but: Sequence[int] = ()) -> None:
         self._fresh = True
 
     def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
@@ -293,7 +293,7 @@ class _DraftReader:
         self._stage = stage
         self.forget()
 
-    def forget(self) -> None:
+    def forget(self, but: Sequence[int] = ()) -> None:
         self._cached: list[int] = []
         self._leaves: Leaves | None = None
 

@@ -33,6 +33,14 @@ class DraftSource(Protocol):
 
 
 @runtime_checkable
+class Continuing(Protocol):
+    """A source that remembers what it has read."""
+
+    def go_on(self, params: SamplingParams) -> None:
+        """As `start`, but the new sequence continues the last one: what was read of it may be used."""
+
+
+@runtime_checkable
 class TreeGrower(Protocol):
     """A source that can grow a tree too (`pearl.beam`)."""
 
@@ -65,8 +73,11 @@ class ModelSource:
         self.forwards = 0
 
     def start(self, params: SamplingParams) -> None:
-        self._params = params
         self._model.forget()
+        self.go_on(params)
+
+    def go_on(self, params: SamplingParams) -> None:
+        self._params = params
 
     def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
         if len(text) > self._model.max_length:

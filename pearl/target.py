@@ -28,7 +28,7 @@ from pearl.sampling import Picker, SamplingParams
 from pearl.schedule import MAX_WIDTH, Schedule
 from pearl.stopping import Stopper
 from pearl.timeline import OFF, Trace, flow_id
-from pearl.trie import Likely, Node, Trie, walk
+from pearl.trie import Likely, Node, Trie, shared_prefix, walk
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
 
@@ -56,24 +56,38 @@ class Target:
         self._controllers: dict[tuple[Schedule, bool], Controller] = {}
         self.draft_costs: tuple[float, ...] = ()  # seconds of a drafter forward by its rows, as it has said
         self._sequence = 0
+        self._last: _Text | None = None
         self.passes: list[Pass] = []
         self.report: Report | None = None
 
     def decode(
-        self, prompt: Sequence[int], schedule: Schedule, params: SamplingParams, stopper: Stopper
+        self,
+        prompt: Sequence[int],
+        schedule: Schedule,
+        params: SamplingParams,
+        stopper: Stopper,
+        continues: bool = False,
     ) -> Iterator[list[int]]:
-        """Yields the tokens of each pass as they are committed, until the stopper has finished."""
+        """Yields the tokens of each pass as they are committed, until the stopper has finished.
+
+        `continues`: what was read of the last text is not read again, as far as this prompt begins with it. Its last
+        token is: only some modes have read it, as a guess, and the first pass is to have the same rows in every mode.
+        """
         channel = self.channel if schedule.drafts else None
         assert channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._sequence += 1
+        last = self._last if continues and self.passes else None
         self.passes, self.report = [], None
-        self._model.forget()
         controller = self._controllers.setdefault((schedule, params.greedy), Controller(schedule, self._model.rows))
         controller.draft_costs(self.draft_costs)
         text = _Text(self._sequence, prompt, schedule, params, stopper, channel, self._clock, controller, self._trace)
+        if last:
+            text.follow(last)
+        self._model.forget(but=prompt[: text.known])
+        self._last = text
         self._trace.instant("sequence", self._clock(), sequence=text.sequence, mode=schedule.mode)
         if channel:
-            channel.send(Start(text.sequence, schedule, params, tuple(prompt), controller.plan))
+            channel.send(Start(text.sequence, schedule, params, tuple(prompt), controller.plan, continues))
         try:
             while stopper.finish is None:
                 yield self._pass(text)
@@ -97,13 +111,13 @@ class Target:
         read = self._clock()
 
         text.take()  # what arrived meanwhile may already tell hit from miss
-        position, prompt = trie.root.position, len(trie.tokens)
+        position, unread = trie.root.position, len(trie.tokens) - text.known if first else 1
         picker = Picker(text.params, logits, [node.position for node in nodes])
         rows = {node: row for row, node in enumerate(nodes)}
         walked = walk(trie.root, rows, lambda node: picker.pick(rows[node], node))
         judged = _judge(trie.root, walked, controller)
         committed = text.stopper.take(walked)
-        features = self._features(rows, trie.root, committed, prompt if first else 1)
+        features = text.gather(self._features(rows, trie.root, committed, unread), first)
         text.hit = trie.commit(committed)
 
         if not first:
@@ -116,7 +130,7 @@ class Target:
         self.passes.append(
             Pass(
                 position=position,
-                rows=len(nodes) + (prompt - 1 if first else 0),
+                rows=len(nodes) + unread - 1,
                 offered=len(nodes) - 1,
                 sides=len(sides),
                 tested=len(judged),
@@ -137,8 +151,8 @@ class Target:
         return committed
 
     def _features(self, rows: dict[Node, int], root: Node, committed: Sequence[int], read: int) -> np.ndarray | None:
-        """What the model's layers said at the tokens that this pass has read for good: the root, with the rest of a
-        prompt of `read` tokens before it, and every committed token but the last."""
+        """What the model's layers said at the tokens that this pass has read for good: the root and what it has read
+        of a prompt before it, `read` tokens, and every committed token but the last."""
         if not isinstance(self._model, Tapped):
             return None
         passed, node = list(range(1 - read, 0)), root
@@ -237,10 +251,25 @@ class _Text:
         self._trace = trace
         self.trie = Trie(prompt)
         self.draft_costs: tuple[float, ...] = ()
+        self.known = 0  # tokens of the prompt that need no reading
+        self._features: list[np.ndarray] = []  # of all tokens but the last, if the model tells them
         self.hit = False  # the last walk ended on a node that had arrived
         self.patience_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._rested_at = -1
+
+    def follow(self, last: _Text) -> None:
+        """This text goes on where `last` has ended, as far as it does."""
+        self.known = shared_prefix(last.trie.tokens[:-1], self.trie.tokens[:-1])
+        if last._features:
+            self._features = [np.concatenate(last._features)[: self.known]]
+
+    def gather(self, features: np.ndarray | None, first: bool) -> np.ndarray | None:
+        """What the drafter is told of a pass with `features`: in the first one also those that were known before."""
+        if features is None:
+            return None
+        self._features.append(features)
+        return np.concatenate(self._features) if first else features
 
     @property
     def resting(self) -> bool:

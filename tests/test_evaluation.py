@@ -134,6 +134,15 @@ def test_the_second_prompt_holds_the_first_answer(finished):
     assert talk[1]["prompt_tokens"] > talk[0]["prompt_tokens"] + len(talk[0]["tokens"]) - 2
 
 
+def test_the_second_turn_reads_only_what_is_new(finished):
+    texts, _ = results.read(finished["mt_bench"])
+    for runs in texts.values():
+        for key, text in runs.items():
+            before = runs[key._replace(turn=0)]
+            known = before.prompt_tokens if key.turn else 0
+            assert text.passes[0].rows <= text.prompt_tokens - known
+
+
 # Choosing
 
 

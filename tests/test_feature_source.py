@@ -381,6 +381,45 @@ def test_the_features_of_a_text_are_those_of_a_plain_forward(mode: str, params: 
         assert any(p.sides and p.committed > 1 for p in target.passes), "a side branch was read and taken"
 
 
+@pytest.mark.parametrize("mode", ["sd", "tree"])
+def test_a_second_turn_tells_the_features_of_the_first_too_and_reads_only_what_is_new(mode: str):
+    reader, prompt, reply = tapped(), PROMPT * 8, [4, 5, 6]
+    own = together(Target(reader), prompt, Schedule.of("ar"), GREEDY, decode=str).tokens
+    source = Scattered([*prompt, *own])
+    channel = ScriptedChannel(source, EAGER)
+    target = Target(reader, channel, ticks())
+    together(target, prompt, Schedule.of(mode), GREEDY, decode=str)
+    before, talk = len(channel.sent), [*prompt, *own, *reply]
+    together(target, talk, Schedule.of(mode), GREEDY, decode=str, continues=True)
+    assert target.passes[0].rows == 1 + len(reply)
+    verdict = next(message for message in channel.sent[before:] if isinstance(message, Verdict))
+    assert len(verdict.features) == verdict.position
+    with torch.no_grad():
+        out = small_target()(torch.tensor([[*talk, *verdict.tokens[:-1]]]), output_hidden_states=True)
+    expected = torch.cat([out.hidden_states[layer + 1][0] for layer in (0, 1)], -1)
+    mine = torch.from_numpy(verdict.features).view(torch.bfloat16).float()
+    torch.testing.assert_close(mine, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_feature_drafter_keeps_its_cache_in_a_second_turn():
+    source, text = FeatureSource(network((0, 1))), [*PROMPT, 7, 8]
+    fresh = FeatureSource(network((0, 1)))
+    width = 2 * network((0, 1)).shape.hidden
+    features = torch.randn(len(text) + 2, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    features = features.view(torch.int16).numpy()
+    source.observe(features[: len(text) - 1])
+    source.guess(text, [[]])
+    longer, rows = [*text, 9, 10], source.rows
+    source.go_on(GREEDY)
+    for one in (source, fresh):
+        one.observe(features[: len(longer) - 1])
+    (mine,), (wanted,) = source.guess(longer, [[]]), fresh.guess(longer, [[]])
+    for depth, other in zip(mine, wanted, strict=True):
+        assert [token for token, _, _ in depth] == [token for token, _, _ in other]
+        assert [q for _, q, _ in depth] == pytest.approx([q for _, q, _ in other], abs=1e-4)
+    assert source.rows - rows == fresh.rows - len(text)
+
+
 def test_a_target_without_taps_sends_no_features():
     channel = ScriptedChannel(FeatureSource(network(())), EAGER)
     together(Target(tiny.reader(small_target()), channel, ticks()), PROMPT, Schedule.of("sd"), GREEDY, decode=str)

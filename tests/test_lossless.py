@@ -287,7 +287,7 @@ class Forgetful:
         self.forget()
         return self._model.read_leaves(text, paths)
 
-    def forget(self) -> None:
+    def forget(self, but: Sequence[int] = ()) -> None:
         self._model.forget()
 
 

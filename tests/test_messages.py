@@ -58,7 +58,7 @@ PARAMS = st.builds(
     stop=st.lists(st.text(min_size=1), max_size=2).map(tuple),
     ignore_eos=st.booleans(),
 )
-STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS)
+STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS, st.booleans())
 OTHERS = st.one_of(
     st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS),
     st.builds(Costs, NUMBERS, st.lists(st.floats(0, 100, width=32), max_size=20).map(tuple)),

@@ -41,7 +41,7 @@ def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) 
 
 def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int = 2) -> Plan:
     def decoder(mode: str):
-        def decode(prompt: Sequence[int], params: SamplingParams) -> Text:
+        def decode(prompt: Sequence[int], params: SamplingParams, continues: bool) -> Text:
             time.sleep(pause_s)
             return text(mode, prompt, params.seed)
 
@@ -104,14 +104,14 @@ def test_modes_follow_one_another_and_take_turns_at_being_first(tmp_path):
 def test_a_second_turn_reads_the_first_answer():
     read = []
 
-    def decode(prompt, params):
-        read.append(prompt)
+    def decode(prompt, params, continues):
+        read.append((prompt, continues))
         return text("ar", prompt)
 
     task = Task("T", lambda answers: (7, *(int(letter) for answer in answers for letter in answer)), turns=2)
     made = Plan((task,), {"ar": decode}, PARAMS)
     said = [one for _, one, _ in harness._talk(made, Round("T", 0, 0), decode)]
-    assert read == [(7,), (7, *said[0].tokens)]
+    assert read == [((7,), False), ((7, *said[0].tokens), True)]
 
 
 def test_a_run_that_is_not_resumed_keeps_the_files_of_an_earlier_one(tmp_path):

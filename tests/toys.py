@@ -65,7 +65,7 @@ class TableModel:
         assert all(len(text) + len(path) <= self.max_length for path in paths)
         return torch.stack([self.after([*text, *path]) for path in paths])
 
-    def forget(self) -> None:
+    def forget(self, but: Sequence[int] = ()) -> None:
         self.forgotten += 1
 
 
@@ -275,10 +275,11 @@ def together(
     params: SamplingParams,
     eos: Collection[int] = (),
     decode: Decode = letters,
+    continues: bool = False,
 ) -> Text:
     """What the target says with its drafter."""
     stopper = Stopper(params, eos, decode)
-    said = [token for committed in target.decode(prompt, schedule, params, stopper) for token in committed]
+    said = [token for part in target.decode(prompt, schedule, params, stopper, continues) for token in part]
     assert said == stopper.tokens, "what left the target is not what it took down"
     assert stopper.finish is not None
     return Text(said, stopper.text, stopper.finish)

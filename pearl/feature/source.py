@@ -66,8 +66,12 @@ class FeatureSource:
         return self._drafter.shape.depths
 
     def start(self, params: SamplingParams) -> None:
-        self._params = params
         self._read: list[int] = []  # confirmed tokens in the cache
+        self.go_on(params)
+
+    def go_on(self, params: SamplingParams) -> None:
+        """The target tells the features of the whole prompt again."""
+        self._params = params
         self._features: list[np.ndarray] = []  # pieces, bfloat16 bits
         self._known = 0  # positions that they are of
         self._guessed = 0  # length of the text when the tree was last extended
