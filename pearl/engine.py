@@ -79,8 +79,9 @@ class Engine:
         self.config, self.schedule = config, schedule or Schedule.of("pearl")
         world = World.here()
         self.processes = count_processes(self.schedule, processes, world)
-        checked = checked or preflight(config)
-        self.target_cpus, self.draft_cpus = shares(config, self.processes == 2 or self.schedule.mode == "ar-all")
+        checked = checked or preflight(config, world.roles)
+        two = self.processes == 2 or self.schedule.mode == "ar-all"
+        self.target_cpus, self.draft_cpus = shares(config, two and not world.apart)
         if world.rank == 1:
             serve(config, self.draft_cpus)
             raise SystemExit(0)

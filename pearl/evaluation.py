@@ -148,7 +148,7 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
     found, suite, params = order.found, order.suite, order.params
     schedule = cli.hardest(order.schedules.values())
     count_processes(schedule, found.processes, world)
-    checked = preflight(place(order.config, world))
+    checked = preflight(place(order.config, world), world.roles)
     form = found.format or (
         order.pair.prompt if order.pair else "chat" if checked.tokenizer.chat_template else "completion"
     )

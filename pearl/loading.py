@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pearl import borrowed, embedded, linear
 from pearl.cache import longest_text, use_grouped_attention
-from pearl.config import EMBEDDED, NGRAM, EngineConfig, model_path
+from pearl.config import EMBEDDED, NGRAM, ROLES, EngineConfig, model_path
 from pearl.errors import UsageError
 from pearl.feature import network
 from pearl.feature.network import FeatureDrafter
@@ -103,8 +103,10 @@ class Preflight:
             )
 
 
-def preflight(config: EngineConfig) -> Preflight:
-    """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`."""
+def preflight(config: EngineConfig, roles: Sequence[str] = ROLES) -> Preflight:
+    """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`.
+
+    `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     target_on, draft_on = _place(config)
@@ -132,7 +134,10 @@ def preflight(config: EngineConfig) -> Preflight:
             compare_vocabularies(tokenizer, draft_tokenizer)
         vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
         longest_text(draft_config)
-    _check_memory(config, target, draft, target_on, draft_on)
+    held = {"target": (target, target_on, config.load_in or config.dtype)}
+    if draft:
+        held["draft"] = (draft, draft_on, config.draft_load_in or config.draft_dtype or config.dtype)
+    _check_memory([held[role] for role in roles if role in held])
     max_length = min(config.max_length, longest_text(target_config))
     return Preflight(config, target, draft, tokenizer, vocabulary, max_length, target_on, draft_on)
 
@@ -354,15 +359,11 @@ def _check_bitsandbytes() -> None:
         raise UsageError("8-bit and 4-bit weights need the bitsandbytes package: run `bash install.sh`.") from None
 
 
-def _check_memory(
-    config: EngineConfig, target: Source, draft: Source | None, target_on: Placed, draft_on: Placed
-) -> None:
+def _check_memory(held: Sequence[tuple[Source, Placed, str]]) -> None:
+    """`held`: the models that this machine is to hold, where, and in which kind of numbers."""
     needs: dict[tuple[str, ...], float] = {}
-    for source, placed, kind in (
-        (target, target_on, config.load_in or config.dtype),
-        (draft, draft_on, config.draft_load_in or config.draft_dtype or config.dtype),
-    ):
-        if source and (count := _parameters(source)):
+    for source, placed, kind in held:
+        if count := _parameters(source):
             need = needed_gb(count * _BYTES[kind] / 1e9)
             needs[placed.devices] = needs.get(placed.devices, 0.0) + need
     if not needs:

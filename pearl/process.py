@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pearl import cores
-from pearl.config import NGRAM, EngineConfig
+from pearl.config import NGRAM, ROLES, EngineConfig
 from pearl.errors import UsageError
 
 _ORDERS = "PEARL_DRAFTER"  # what a started drafter finds in its environment
@@ -38,6 +38,12 @@ class World:
     replicas: int = 1
     neighbour: int = 0  # this replica among those of its machine,
     neighbours: int = 1  # and how many they are
+    apart: bool = False  # target and drafter are on two machines
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose models this machine holds for this replica."""
+        return (ROLES[self.rank],) if self.apart else ROLES
 
     @staticmethod
     def here() -> World:
@@ -51,7 +57,7 @@ class World:
                 "--target-device cuda:0,cuda:1)."
             )
         local, here = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2))
+        return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2), apart=here == 1)
 
 
 def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
@@ -157,11 +163,12 @@ def draft_source(config: EngineConfig):
     from pearl.beam import TreeSource
     from pearl.loading import load_draft, load_feature_drafter, preflight
 
+    checked = preflight(config, World.here().roles)
     if config.feature_folder:
         from pearl.feature.source import FeatureSource
 
-        return FeatureSource(load_feature_drafter(preflight(config)), config.draft_beam)
-    model, costs = load_draft(preflight(config), ahead=2 * MAX_GAMMA + 1)
+        return FeatureSource(load_feature_drafter(checked), config.draft_beam)
+    model, costs = load_draft(checked, ahead=2 * MAX_GAMMA + 1)
     return TreeSource(model, costs)
 
 

@@ -321,7 +321,8 @@ def test_ranks_are_replicas_of_two(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a target and its drafter on two machines
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert World.here() == World(1, 2, 0, 1, 0, 1)
+    assert World.here() == World(1, 2, 0, 1, 0, 1, apart=True)
+    assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
 
 
 def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from pearl import cores, loading
-from pearl.config import EngineConfig, from_mapping
+from pearl.config import ROLES, EngineConfig, from_mapping
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.loading import compare_vocabularies, load_draft, load_target, preflight
@@ -114,6 +114,18 @@ def test_more_than_the_memory_holds_is_refused(pair, monkeypatch):
         preflight(EngineConfig(pair[0]))
     monkeypatch.setattr(loading, "probe", lambda: Machine(ram_gb=2.5))
     preflight(EngineConfig(*pair))
+
+
+def test_on_two_machines_each_holds_one_model(pair, monkeypatch):
+    monkeypatch.setattr(loading, "probe", lambda: Machine(ram_gb=1.5))
+    with pytest.raises(UsageError, match=r"need about 2\.0 GB"):
+        preflight(EngineConfig(*pair))
+    for role in ROLES:
+        preflight(EngineConfig(*pair), [role])
+    monkeypatch.setattr(loading, "probe", lambda: Machine(ram_gb=0.5))
+    for role in ROLES:
+        with pytest.raises(UsageError, match=r"need about 1\.0 GB"):
+            preflight(EngineConfig(*pair), [role])
 
 
 def test_weights_in_two_formats_are_counted_once(pair, tmp_path, monkeypatch):
