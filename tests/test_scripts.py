@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,7 +14,7 @@ import tiny
 import yaml
 from test_tasks import written
 
-from pearl import cli, evaluation, plots, tables
+from pearl import cli, evaluation, plots, results, tables
 from pearl.schedule import MODES
 from pearl.tasks import gsm8k
 
@@ -26,9 +27,9 @@ SLURM = sorted((SCRIPTS / "slurm").glob("*.slurm"))
 NAMES = [file.stem for file in TABLES]
 
 
-def bash(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def bash(*command: str, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=600
+        ["bash", *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )
 
 
@@ -193,6 +194,22 @@ def test_a_timeline_is_drawn_of_a_traced_run(small):
     done = bash("scripts/timeline.sh", **small | {"TOKENS": "24"})
     assert done.returncode == 0, done.stderr
     assert (Path(small["RESULTS"]) / "tables" / "timeline" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_script_runs_on_the_default_pair(small, tmp_path):
+    """As a user starts them, with a handful of problems; every mode writes what the target alone writes."""
+    kept = ("DATA", "READY", "PATH")
+    settings = {name: small[name] for name in kept} | {"LIMIT": "2", "TOKENS": "12", "RESULTS": str(tmp_path)}
+    done = bash("scripts/all.sh", timeout=1800, **settings)
+    assert done.returncode == 0, done.stderr
+    made = {file.parent.name for file in tmp_path.glob("tables/*/table.csv")}
+    assert made == set(NAMES) - {"batch_scaling"}
+    rows = [words for words in commands("scripts/all.sh", **settings) if "--resume" in words]
+    page = (tmp_path / "report.html").read_text()
+    for folder in {Path(values(row, "--output")[0]) for row in rows}:
+        modes = json.loads((folder / results.SUMMARY).read_text())["modes"]
+        assert {figures["identical_to_ar"] for figures in modes.values()} == {1.0}, folder
+        assert folder.name in page
 
 
 # Slurm

@@ -12,11 +12,11 @@ from toys import EAGER, Right, ScriptedChannel, scrambled, ticks, together
 
 from pearl.beam import TreeSource
 from pearl.model import LanguageModel, SideRow
-from pearl.records import Pass
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
 from pearl.sources import DraftSource, ModelSource
 from pearl.target import Target
+from pearl.trie import Node, Trie
 
 REPLY = random_prompt(20)  # what the other side says between the turns
 PARAMS = SamplingParams(max_new_tokens=16)
@@ -29,31 +29,55 @@ SCHEDULES = {
 
 
 class Recording:
-    """A reader that keeps all that it has said."""
+    """A reader that keeps what it has said, and how many tokens it read for that."""
 
     def __init__(self, reader: LanguageModel):
         self._reader, self.rows, self.branches, self.max_length = reader, reader.rows, reader.branches, 256
-        self.said: list[torch.Tensor] = []
+        self.said: list[tuple[int, torch.Tensor]] = []
         self.forget = reader.forget
 
     def read(
         self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()
     ) -> torch.Tensor:
-        self.said.append(self._reader.read(tokens, keep, padded, branches))
-        return self.said[-1]
+        logits = self._reader.read(tokens, keep, padded, branches)
+        self.said.append((len(tokens) - self._reader._first, logits))
+        return logits
+
+
+class Aside(Right):
+    """A source of trees that knows the text too, and puts it second: the walk goes down a side branch."""
+
+    whole, costs = True, ()
+    rows = own = confirmed = 0
+
+    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+        if trie.root.children:
+            return []
+        at = len(trie.tokens)
+        right = self.text[at : at + self.chunk]
+        new, parent = [], trie.root
+        for wrong in ((right or [0])[0] + 1, (right or [0])[0] + 2):
+            new.append((parent, trie.grow(parent, wrong % tiny.VOCABULARY, (), -0.1)))
+        for token in right:
+            new.append((parent, trie.grow(parent, token, (), -0.2)))
+            parent = new[-1][1]
+        return new
 
 
 def talk(
     reader: LanguageModel, schedule: Schedule, source: DraftSource | None, eos: int, reply: Sequence[int] = REPLY
-) -> tuple[list[list[int]], torch.Tensor, list[Pass]]:
-    """Two turns: what was said, the logits after the second prompt, and the passes of the second turn."""
+) -> tuple[list[list[int]], torch.Tensor, int, int]:
+    """Two turns: what was said, the logits after the second prompt, the tokens read for them, and the side rows of the
+    first turn's last pass."""
     recording = Recording(reader)
-    channel = ScriptedChannel(source, scrambled(3) if schedule.mode == "tree" else EAGER) if source else None
+    channel = ScriptedChannel(source, scrambled(3) if isinstance(source, TreeSource) else EAGER) if source else None
     target, prompt = Target(recording, channel, ticks()), random_prompt(61)
     first = together(target, prompt, schedule, PARAMS, [eos], str).tokens
-    read = len(recording.said)
+    read, sides = len(recording.said), target.passes[-1].sides
     second = together(target, [*prompt, *first, *reply], schedule, PARAMS, (), str, continues=True).tokens
-    return [first, second], recording.said[read][:1], target.passes
+    rows, logits = recording.said[read]
+    assert rows == target.passes[0].rows
+    return [first, second], logits[:1], rows, sides
 
 
 def ending(reader: LanguageModel) -> tuple[list[int], int]:
@@ -68,15 +92,16 @@ def test_a_second_turn_has_the_same_bits_in_every_mode_and_reads_only_what_is_ne
     """The drafters know the reply: what follows the first text was read too, as a guess, where the mode allows it."""
     reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
     first, eos = ending(reader)
-    said, logits, passes = talk(reader, SCHEDULES["ar"], None, eos)
-    assert said[0] == first and passes[0].rows == 1 + len(REPLY)
+    said, logits, rows, _ = talk(reader, SCHEDULES["ar"], None, eos)
+    assert said[0] == first and rows == 1 + len(REPLY)
     for mode in ("sd", "pearl", "tree"):
         draft = tiny.reader(close_model(name, "float32", drift=0.1))
-        knowing = Right([*random_prompt(61), *first, *REPLY, *said[1]], chunk=3)
+        knowing = (Aside if mode == "tree" else Right)([*random_prompt(61), *first, *REPLY, *said[1]], chunk=3)
         for source in (knowing, TreeSource(draft) if mode == "tree" else ModelSource(draft)):
-            mine, bits, read = talk(reader, SCHEDULES[mode], source, eos)
+            mine, bits, rows, sides = talk(reader, SCHEDULES[mode], source, eos)
             assert torch.equal(bits, logits), mode
-            assert mine == said and read[0].rows == 1 + len(REPLY)
+            assert mine == said and rows == 1 + len(REPLY)
+            assert sides or not reader.branches or not isinstance(source, Aside)
 
 
 def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
