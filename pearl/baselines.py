@@ -159,6 +159,7 @@ def _passes(watch: _Watch, stopper: Stopper, prompt: int) -> Iterator[Pass]:
             rows=rows,
             offered=offered,
             sides=0,
+            paths=0,
             tested=min(accepted + 1, offered),
             accepted=accepted,
             committed=len(committed),

@@ -39,14 +39,23 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What one branch's attention call needs in every layer."""
+
+    spare: Tensor  # int64 [n]: where the rows lie that go to the n slots from the pass's first on
+    queries: Tensor  # int64 [q], the last of them for filling up
+    own: Tensor  # int64: those of the queries that count
+    mask: Tensor  # bool [1, 1, q, seen]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the rows of a forward write their keys and values, and what they see."""
 
     slots: slice | Tensor  # of the first rows; the others lie in no slot of their own
     written: int  # how many rows that are
     seen: int  # slots read
-    branches: tuple[Branch, ...] = ()
-    masks: tuple[Tensor, ...] = ()  # of each branch, bool [1, 1, queries, seen]
+    calls: tuple[Call, ...] = ()  # for the branches
 
 
 class SlotCache(Cache):
@@ -60,6 +69,7 @@ class SlotCache(Cache):
         self._batch = batch
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, made where that layer's device is
         self.layout = Layout(slice(0, 0), 0, GRAIN)
+        self._repeated: dict[tuple[int, int], Tensor] = {}  # masks of this forward, see `repeated`
 
     def place(
         self, first: int, count: int, written: int, branches: Sequence[Branch] = (), depths: Sequence[int] = ()
@@ -75,16 +85,19 @@ class SlotCache(Cache):
         seen = -(-(first + max([written, *(depth + 1 for depth in depths)])) // GRAIN) * GRAIN
         slots = torch.arange(seen)
         own = torch.arange(first, first + count).clamp_(max=first + written - 1)
-        masks = []
+        calls = []
         for branch in branches:
+            rows = [*range(branch.slot - first), *branch.laid]
+            queries = torch.tensor(branch.queries)
             last = torch.tensor([first + depths[row - written] for row in branch.queries])
-            masks.append((slots <= last[:, None])[None, None])
-        self.layout = Layout(slice(first, first + written), written, seen, tuple(branches), tuple(masks))
+            mask = (slots <= last[:, None])[None, None]
+            calls.append(Call(self.slots + torch.tensor(rows), queries, queries[: branch.own], mask))
+        self.layout, self._repeated = Layout(slice(first, first + written), written, seen, tuple(calls)), {}
         return (slots <= own[:, None])[None, None]
 
     def place_at(self, slots: Tensor, seen: int) -> None:
         """The next forward writes its rows to `slots`, int64 [rows], and reads some of the first `seen`."""
-        self.layout = Layout(slots, len(slots), seen)
+        self.layout, self._repeated = Layout(slots, len(slots), seen), {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
         """Called by each layer with its new keys and values, [batch, kv heads, rows, head_dim]."""
@@ -93,7 +106,7 @@ class SlotCache(Cache):
         layout, seen = self.layout, []
         for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
             buffer[:, :, layout.slots] = states[:, :, : layout.written]
-            if layout.branches:
+            if layout.calls:
                 buffer[:, :, self.slots : self.slots + states.shape[2]] = states
             seen.append(buffer[:, :, : layout.seen])
         return tuple(seen)
@@ -106,6 +119,19 @@ class SlotCache(Cache):
         for buffers in self._buffers.values() if layer is None else [self._buffers[layer]]:
             for buffer in buffers:
                 buffer[:, :, slot : slot + len(rows)] = buffer[:, :, spare]
+
+    def lay(self, call: Call, layer: int) -> None:
+        """Puts a branch, and the chain up to where it leaves it, to the slots of the pass in one layer."""
+        first = self.layout.slots.start
+        for buffer in self._buffers[layer]:
+            buffer[:, :, first : first + len(call.spare)] = buffer.index_select(2, call.spare.to(buffer.device))
+
+    def repeated(self, mask: Tensor, groups: int, device: torch.device) -> Tensor:
+        """A mask of this forward for `groups` heads that share a key; made once for all layers."""
+        key = (id(mask), device.index or 0)
+        if key not in self._repeated:
+            self._repeated[key] = mask.repeat(1, 1, groups, 1).to(device)
+        return self._repeated[key]
 
     def holds(self, keys: Tensor, layer: int) -> bool:
         """Whether `keys` are a view of what this layer has cached."""
@@ -155,15 +181,16 @@ def grouped_sdpa(
     """
     cache = _under_way
     out = _attend(query, key, value, attention_mask, scaling)
-    if cache is not None and cache.layout.branches:
-        layout, layer = cache.layout, module.layer_idx
+    if cache is not None and cache.layout.calls:
+        layer = module.layer_idx
         if not cache.holds(key, layer):
             raise CannotBranch
-        for branch, mask in zip(layout.branches, layout.masks, strict=True):
-            cache.move(branch.laid, branch.slot, layer)
-            one = _attend(query[:, :, list(branch.queries)], key, value, mask.to(query.device), scaling)
-            out[:, :, list(branch.queries[: branch.own])] = one[:, :, : branch.own]
-            cache.move(range(layout.written), layout.slots.start, layer)  # the chain is back where it was
+        for call in cache.layout.calls:
+            cache.lay(call, layer)
+            queries, own = call.queries.to(query.device), call.own.to(query.device)
+            one = _attend(query.index_select(2, queries), key, value, call.mask, scaling)
+            out.index_copy_(2, own, one[:, :, : len(own)])
+        cache.move(range(cache.layout.written), cache.layout.slots.start, layer)  # the chain is back where it was
     return out.transpose(1, 2), None
 
 
@@ -172,8 +199,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
     packed = query.reshape(batch, key.shape[1], groups * rows, width)
-    if groups > 1:
+    if groups > 1 and _under_way is None:
         mask = mask.repeat(1, 1, groups, 1)
+    elif groups > 1:
+        mask = _under_way.repeated(mask, groups, query.device)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(batch, heads, rows, value.shape[-1])
 

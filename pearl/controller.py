@@ -15,13 +15,14 @@ import math
 from collections.abc import Sequence
 
 from pearl.messages import Plan
-from pearl.rows import LEAVES, LIMIT, RowPlan
+from pearl.rows import LEAVES, RowPlan
 from pearl.schedule import MAX_AHEAD, Schedule
 from pearl.theory import best_gamma
-from pearl.trie import Likely
+from pearl.trie import Likely, path_numbers
 
 MEMORY = 0.95  # of a moving sum, from one pass to the next
-TRIAL = 12  # passes after which drafting is judged
+TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled each time that it was worth it
+LOOK = 4  # passes without drafting that show what the target makes alone
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
 MOMENT = 0.02  # of a pass: the short wait for a source that answers at once
 WORTH = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
@@ -63,7 +64,9 @@ class Controller:
         self._alone_s = 0.0  # of a pass while the drafter rests; both models share caches and memory
         self._guess_s = 0.0  # waited for, each: of a lock-step schedule
         self._trial = (0, 0.0, 0)  # tokens, seconds and passes since drafting was last judged
+        self._trial_passes = TRIAL  # after so many it is judged again
         self._pause, self._left = FIRST_PAUSE, 0  # how long the next pause is, and what is left of this one
+        self._resting = False  # the drafter has finished the forward that it was in when the pause began
         self._moment_every = self._moment_in = 1  # passes until a short wait for a first guess is tried again
         self.acceptance = 0.7
 
@@ -88,10 +91,10 @@ class Controller:
         each = seconds / guesses
         self._guess_s = self._guess_s + 0.1 * (each - self._guess_s) if self._guess_s else each
 
-    def passed(self, rows: int, committed: int, forward_s: float, seconds: float) -> None:
-        measured = self._rows.cost_s[min(self._rows.pad(rows), LIMIT) - 1]
-        new = not self._seconds
-        self._scale = forward_s / measured if new else self._scale + 0.1 * (forward_s / measured - self._scale)
+    def passed(self, rows: int, committed: int, forward_s: float, seconds: float, paths: int = 0) -> None:
+        """A pass of so many rows, some of them on `paths` beside its chain, is over."""
+        ratio = forward_s / self._rows.cost(rows, paths)
+        self._scale = self._scale + 0.1 * (ratio - self._scale) if self._seconds else ratio
         self._tokens = MEMORY * self._tokens + committed
         self._seconds = MEMORY * self._seconds + seconds
         if self.free and self._draft_s:  # a source without a model takes nothing from the target
@@ -100,21 +103,25 @@ class Controller:
     def _judge_drafting(self, committed: int, seconds: float) -> None:
         """Whether drafting pays is found out by stopping it where it may not, and trying again, ever more rarely."""
         if self._left:
-            self._left -= 1
-            if self._left < FIRST_PAUSE - 1:  # the drafter has finished the forward that it was in
+            if self._resting:
                 self._alone_s = self._alone_s + 0.1 * (seconds - self._alone_s) if self._alone_s else seconds
-            self._trial = (0, 0.0, 0)
-            return
-        tokens, time, passes = self._trial
-        self._trial = (tokens + committed, time + seconds, passes + 1)
-        if passes + 1 < TRIAL:
-            return
-        tokens, time, _ = self._trial
-        clearly = CLEAR / self._rows.cost_s[self._rows.pad(1) - 1]  # until it is known what the target makes alone
-        if tokens / time > (WORTH / self._alone_s if self._alone_s else clearly):
-            self._pause = FIRST_PAUSE
+            self._left, self._resting = self._left - 1, True
+            if self._left or not self._trial[2]:
+                return
         else:
-            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+            tokens, time, passes = self._trial
+            self._trial = (tokens + committed, time + seconds, passes + 1)
+            if passes + 1 < self._trial_passes:
+                return
+        tokens, time, _ = self._trial
+        if not self._alone_s and tokens / time <= CLEAR / self._rows.cost(1):
+            self._left, self._resting = LOOK, False  # and then this trial is judged
+            return
+        if not self._alone_s or tokens / time > WORTH / self._alone_s:
+            self._pause, self._trial_passes = FIRST_PAUSE, min(2 * self._trial_passes, LONGEST_TRIAL)
+        else:
+            self._left, self._resting, self._trial_passes = self._pause, False, TRIAL
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._trial = (0, 0.0, 0)
 
     # decisions
@@ -151,24 +158,34 @@ class Controller:
         c = self._cost(1) / self._guess_s if self._guess_s else 3.0
         return best_gamma(self.acceptance, max(c, 0.01))
 
-    def width(self, nodes: Sequence[Likely]) -> int:
-        """How many of `nodes`, likeliest first, a pass verifies: those that bring more tokens than their time does."""
+    def choose(self, nodes: Sequence[Likely]) -> list[Likely]:
+        """Those of `nodes`, likeliest first, that a pass verifies: they bring more tokens than their time does.
+
+        Every path beside the chain has a price of its own, so the best choice may leave out some whose nodes are
+        likelier than others on the chain.
+        """
         plan, schedule = self._rows, self._schedule
-        most = min(schedule.width or plan.safe[-1], plan.safe[-1], len(nodes) + 1)
+        most = min(schedule.width or plan.safe[-1], plan.safe[-1]) - 1
         if schedule.gamma is not None:
-            return min(most, schedule.gamma + 1) - 1
+            return list(nodes[: min(most, schedule.gamma)])
         if schedule.width is not None:
-            return most - 1
-        reached = [1.0]  # the chance that the walk comes to each
-        for node in nodes:
-            reached.append(reached[node.parent + 1] * self.chances[node.node.logp])
-        rate, best, chosen, tokens = self.rate, -math.inf, 1, 0.0
-        for rows in range(1, most + 1):
-            tokens += reached[rows - 1]
-            gain = tokens - rate * self._cost(rows)
-            if gain >= best:
-                best, chosen = gain, rows
-        return chosen - 1
+            return list(nodes[:most])
+        reached = {-1: 1.0}  # the chance that the walk comes to each
+        for place, node in enumerate(nodes):
+            reached[place] = reached[node.parent] * self.chances[node.node.logp]
+        numbers = path_numbers(nodes)
+        all_paths = max(numbers, default=0)
+        best, chosen = -math.inf, []
+        for limit in range(all_paths + 1) if plan.path_s else (all_paths,):
+            kept = [place for place, number in enumerate(numbers) if number <= limit][:most]
+            tokens, paths = 0.0, 0
+            for rows, place in enumerate([-1, *kept], 1):
+                tokens += reached[place]
+                paths = max(paths, numbers[place] if place >= 0 else 0)
+                gain = tokens - self.rate * self._cost(rows, paths)
+                if gain >= best:
+                    best, chosen = gain, kept[: rows - 1]
+        return _renumbered(nodes, chosen)
 
     def patience(self) -> float:
         """Seconds worth waiting for a first guess.
@@ -192,5 +209,11 @@ class Controller:
             return LEAVES
         return max(range(1, len(self._draft_s) + 1), key=lambda rows: rows / self._draft_s[rows - 1])
 
-    def _cost(self, rows: int) -> float:
-        return self._scale * self._rows.cost_s[min(self._rows.pad(rows), LIMIT) - 1]
+    def _cost(self, rows: int, paths: int = 0) -> float:
+        return self._scale * self._rows.cost(rows, paths)
+
+
+def _renumbered(nodes: Sequence[Likely], places: Sequence[int]) -> list[Likely]:
+    """Those at `places`, which hold the parents of all of them, as a list of its own."""
+    new = {-1: -1} | {place: number for number, place in enumerate(places)}
+    return [nodes[place]._replace(parent=new[nodes[place].parent]) for place in places]

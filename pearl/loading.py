@@ -28,7 +28,7 @@ from pearl.feature.weights import of_model, other_target
 from pearl.head import cut
 from pearl.model import LanguageModel
 from pearl.pairs import needed_gb, probe
-from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, remembered
+from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, path_cost, remembered
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
 
@@ -302,9 +302,11 @@ def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, nam
     def find() -> dict[str, Any]:
         plan = measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)
         reader.rows = plan
-        return asdict(replace(plan, branches=reader.branches and branches_agree(reader, checked.vocabulary)))
+        branches = reader.branches and branches_agree(reader, checked.vocabulary)
+        path_s = path_cost(reader, checked.vocabulary) if branches else 0.0
+        return asdict(replace(plan, branches=branches, path_s=path_s))
 
-    found = remembered({"rows": 2, **_key(model, config, placed, name, dtype)}, find)
+    found = remembered({"rows": 3, **_key(model, config, placed, name, dtype)}, find)
     reader.rows = RowPlan(**{field: tuple(v) if isinstance(v, list) else v for field, v in found.items()})
     reader.forget()
     return reader

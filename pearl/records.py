@@ -38,7 +38,8 @@ class Pass:
     position: int  # of the root
     rows: int  # read: new tokens of the text, the root and the guesses, without padding
     offered: int  # guesses among them
-    sides: int  # of those: beside the chain
+    sides: int  # of those: beside the chain,
+    paths: int  # on so many paths
     tested: int  # guesses compared with a pick, one of which may have arrived during the pass (pre-verify)
     accepted: int  # of those
     committed: int

@@ -201,7 +201,7 @@ def _times(modes: dict[str, Texts], mode: str, summary: dict[str, Any], latency_
     """What forwards take, from those of all modes. Whether the drafter has a model is asked of `mode`."""
     environment, figures = summary["environment"], summary["modes"]
     facts = environment["rows"]
-    rows = RowPlan(tuple(facts["safe"]), tuple(facts["cost_s"]), facts["exact"], facts.get("branches", True))
+    rows = RowPlan(**{**facts, "safe": tuple(facts["safe"]), "cost_s": tuple(facts["cost_s"])})
     shares = {name: _Shares.of(figures.get(name) or {}) for name in modes}
     by_rows = {name: _by_rows(texts, rows) for name, texts in modes.items()}
     crowding = _crowding(by_rows, shares)
@@ -224,15 +224,19 @@ def _times(modes: dict[str, Texts], mode: str, summary: dict[str, Any], latency_
     draft_s: tuple[float, ...] = ()
     if _forwards(figures.get(mode) or {}):
         draft_s = _draft_s(modes, figures, shares, costs or (1.0,) * LEAVES, pass_s[rows.pad(1) - 1], crowding)
-    return Times(rows, tuple(pass_s), draft_s, costs, latency_s, crowding, _prompt_crowding(modes, shares))
+    prompts = _prompt_crowding(modes, shares)
+    return Times(rows, tuple(pass_s), draft_s, costs, latency_s, crowding, prompts, scale * rows.path_s)
 
 
 def _by_rows(texts: Texts, rows: RowPlan) -> dict[int, list[float]]:
-    """The seconds of the passes after the prompt, by their rows with padding."""
+    """The seconds of the passes after the prompt, less what paths beside the chain took, by their rows with padding."""
     found: dict[int, list[float]] = {}
     for passes in texts.values():
         for one in passes[1:]:
-            found.setdefault(rows.pad(one["offered"] + 1), []).append(one["forward_s"])
+            alone = (
+                one["forward_s"] * rows.cost(one["offered"] + 1) / rows.cost(one["offered"] + 1, one.get("paths", 0))
+            )
+            found.setdefault(rows.pad(one["offered"] + 1), []).append(alone)
     return found
 
 

@@ -205,7 +205,8 @@ def _round(line: Line) -> Round:
 
 
 def _pass(line: Line) -> Pass:
-    facts = {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
+    """Early lines know no paths."""
+    facts = {"paths": 0} | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
     return Pass(**facts | {"judged": tuple(Judged(one["rank"], tuple(one["q"])) for one in line["judged"])})
 
 

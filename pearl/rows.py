@@ -29,6 +29,7 @@ LEAST = 2  # a single row goes through another kernel, and a short measurement m
 GRAIN = 128
 LEAVES = 8  # rows of a drafter's forward at most, once its text is read
 _PREFIX = 61  # tokens before the text under test
+_ROUNDS, _TIMING_S = 4, 2.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
 
 
@@ -40,10 +41,15 @@ class RowPlan:
     cost_s: tuple[float, ...]
     exact: bool = True  # False: the bits depend on the row count whatever is done
     branches: bool = True  # a row beside the chain has the bits that it would have in it
+    path_s: float = 0.0  # seconds that a pass takes longer for each path beside its chain
 
     def pad(self, rows: int) -> int:
         """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
         return next((count for count in self.safe if count >= rows), rows)
+
+    def cost(self, rows: int, paths: int = 0) -> float:
+        """Seconds of a pass of so many rows, some of them on `paths` beside its chain."""
+        return self.cost_s[min(self.pad(rows), LIMIT) - 1] + paths * self.path_s
 
     def up_to(self, position: int) -> int:
         """The most rows of a pass whose root is at `position`: it ends where the cache's grain does."""
@@ -67,20 +73,43 @@ def measure(read: Callable[[Sequence[int], int], Tensor], vocabulary: int) -> Ro
     read(text[:_PREFIX], 0)
     logits: dict[int, list[Tensor]] = {}
     seconds: dict[int, list[float]] = {}
-    for count in [LIMIT, *range(1, LIMIT + 1)]:
-        for offset in _OFFSETS:
-            first = _PREFIX + offset
-            began = time.perf_counter()
-            rows = read(text[first : first + count], first)
-            _finish(rows)
-            seconds.setdefault(count, []).append(time.perf_counter() - began)
-            logits.setdefault(count, []).append(rows)
-    logits[LIMIT] = logits[LIMIT][: len(_OFFSETS)]  # the first round also warmed up
+    started = time.perf_counter()
+    while True:
+        for count in [LIMIT, *range(1, LIMIT + 1)]:
+            for offset in _OFFSETS:
+                first = _PREFIX + offset
+                began = time.perf_counter()
+                rows = read(text[first : first + count], first)
+                _finish(rows)
+                seconds.setdefault(count, []).append(time.perf_counter() - began)
+                logits.setdefault(count, []).append(rows)
+        if time.perf_counter() - started > _TIMING_S or len(seconds[LIMIT]) >= 2 * _ROUNDS * len(_OFFSETS):
+            break
+    logits = {count: rows[: len(_OFFSETS)] for count, rows in logits.items()}
     safe = max((_agreeing(logits, reference) for reference in logits), key=len)
-    costs = [min(seconds[count]) for count in range(1, LIMIT + 1)]
+    costs = _rising([min(seconds[count]) for count in range(1, LIMIT + 1)])
     if len(safe) < 3:
-        return RowPlan(ANY.safe, tuple(costs), exact=False)
-    return RowPlan(safe, tuple(costs))
+        return RowPlan(ANY.safe, costs, exact=False)
+    return RowPlan(safe, costs)
+
+
+def _rising(costs: Sequence[float]) -> tuple[float, ...]:
+    """Whatever else ran on the machine made some of them longer: a pass costs no more than one of more rows."""
+    return tuple(min(costs[count:]) for count in range(len(costs)))
+
+
+def path_cost(reader: Any, vocabulary: int) -> float:
+    """Seconds that a pass takes longer for each path beside its chain. `reader` is a `model.LanguageModel`."""
+    generator = torch.Generator().manual_seed(3)
+    *text, a, b, c, d, e = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS):
+        for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
+            reader.read(text, 1)
+            began = time.perf_counter()
+            _finish(reader.read([*text, *chain], len(chain) + 1, branches=[(0, side) for side in sides]))
+            found.append(time.perf_counter() - began)
+    return max(0.0, (min(seconds[0]) - min(seconds[1])) / 3)
 
 
 def branches_agree(reader: Any, vocabulary: int) -> bool:

@@ -94,6 +94,7 @@ class Times:
     latency_s: float  # of a message
     crowding: float = 1.0
     prompt_crowding: float = 1.0
+    path_s: float = 0.0  # that a pass takes longer for each path beside its chain
 
     def draft(self, rows: int) -> float:
         """Of a drafter forward. Beyond what was measured, each row costs as much as the last one that was."""
@@ -268,7 +269,8 @@ class _TargetReader:
         if self._fresh:
             self._wire.work(stage.script.prefill_s, times.prompt_crowding)
         else:
-            self._wire.work(times.pass_s[self.rows.pad(rows) - 1], times.crowding)
+            paths = times.path_s * _paths(keep, [parent for parent, _ in branches])
+            self._wire.work(times.pass_s[self.rows.pad(rows) - 1] + paths, times.crowding)
         self._fresh = False
         positions = list(range(len(tokens) - keep, len(tokens)))
         for parent, _ in branches:
@@ -279,6 +281,14 @@ class _TargetReader:
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         raise AssertionError("a target reads no leaves")
+
+
+def _paths(chain: int, parents: Sequence[int]) -> int:
+    """How many paths the side rows beside a chain make; see `trie.path_numbers`."""
+    ends = set[int]()
+    for row, parent in enumerate(parents, chain):
+        ends = {*(ends - {parent}), row}
+    return len(ends)
 
 
 class _DraftReader:

@@ -28,7 +28,7 @@ from pearl.sampling import Picker, SamplingParams
 from pearl.schedule import MAX_WIDTH, Schedule
 from pearl.stopping import Stopper
 from pearl.timeline import OFF, Trace, flow_id
-from pearl.trie import Likely, Node, Trie, shared_prefix, walk
+from pearl.trie import Likely, Node, Trie, path_numbers, shared_prefix, walk
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
 
@@ -104,7 +104,7 @@ class Target:
             self._await_guesses(text)
         ready = self._clock()
 
-        nodes, sides = self._choose(text)
+        nodes, sides, paths = self._choose(text)
         keep = len(nodes) - len(sides)
         chain = [node.token for node in nodes[1:keep]]
         logits = self._model.read(trie.tokens + chain, keep=keep, branches=sides)
@@ -121,7 +121,7 @@ class Target:
         text.hit = trie.commit(committed)
 
         if not first:
-            controller.passed(len(nodes), len(committed), read - ready, self._clock() - began)
+            controller.passed(len(nodes), len(committed), read - ready, self._clock() - began, paths)
         self.draft_costs = text.draft_costs or self.draft_costs
         plan = controller.plan
         if text.channel and text.stopper.finish is None:
@@ -133,6 +133,7 @@ class Target:
                 rows=len(nodes) + unread - 1,
                 offered=len(nodes) - 1,
                 sides=len(sides),
+                paths=paths,
                 tested=len(judged),
                 accepted=sum(one.rank is not None for one in judged),
                 committed=len(committed),
@@ -161,8 +162,9 @@ class Target:
             node = node.children.get(token, node)
         return self._model.features(passed)
 
-    def _choose(self, text: _Text) -> tuple[list[Node], list[SideRow]]:
-        """The nodes of the next pass, the root and the likeliest chain first, and where those beside it hang.
+    def _choose(self, text: _Text) -> tuple[list[Node], list[SideRow], int]:
+        """The nodes of the next pass, the root and the likeliest chain first, where those beside it hang, and on how
+        many paths these lie.
 
         None lies beyond the end of the text, or of the cache's grain.
         """
@@ -172,7 +174,7 @@ class Target:
         likely = text.trie.best(MAX_WIDTH - 1, deepest)
         if not self._model.branches:
             likely = _chain(likely)
-        likely = likely[: text.controller.width(likely)]
+        likely = text.controller.choose(likely)
         chain = _chain(likely)
         on_chain = {one.node for one in chain}
         rows = {-1: 0}  # by the place in `likely`
@@ -184,7 +186,8 @@ class Target:
                 rows[place] = 1 + len(chain) + len(beside)
                 beside.append(one)
         sides = [(rows[one.parent], one.node.token) for one in beside]
-        return [root, *(one.node for one in chain), *(one.node for one in beside)], sides
+        nodes = [root, *(one.node for one in chain), *(one.node for one in beside)]
+        return nodes, sides, max(path_numbers(likely), default=0)
 
     def _await_guesses(self, text: _Text) -> None:
         """Takes what has arrived, and waits for as many guesses as the schedule asks for.

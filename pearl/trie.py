@@ -129,6 +129,20 @@ class Trie:
         return sorted(found, key=lambda leaf: -leaf[2])
 
 
+def path_numbers(nodes: Sequence[Likely]) -> list[int]:
+    """The path on which each of `nodes` lies (see `Trie.best`): 0, the likeliest chain, 1, 2, ... as they begin.
+
+    A node goes on with its parent's path if it is the first child there; else a path begins with it. So no node has a
+    number below its parent's.
+    """
+    numbers, ends = [], {-1: 0}  # the last node of each path so far, and its number
+    for place, node in enumerate(nodes):
+        number = ends.pop(node.parent, None)
+        ends[place] = len(ends) if number is None else number
+        numbers.append(ends[place])
+    return numbers
+
+
 def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:
     """The tokens that a pass commits: from the root follow the target's pick while that child was in the pass.
 

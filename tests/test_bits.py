@@ -389,8 +389,8 @@ def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
 
     def further(self, first, count, written, branches=(), depths=()):
         mask = place(self, first, count, written, branches, depths)
-        masks = tuple(seen | seen.roll(1, -1) for seen in self.layout.masks)
-        self.layout = replace(self.layout, masks=masks)
+        calls = tuple(replace(call, mask=call.mask | call.mask.roll(1, -1)) for call in self.layout.calls)
+        self.layout = replace(self.layout, calls=calls)
         return mask
 
     patch.setattr(SlotCache, "place", further)
@@ -407,12 +407,7 @@ def leave_the_branch_over_the_chain(patch: pytest.MonkeyPatch) -> None:
 
 def leave_the_chain_where_the_branch_was(patch: pytest.MonkeyPatch) -> None:
     """A branch is not laid at all: its rows see the chain."""
-    move = SlotCache.move
-    patch.setattr(
-        SlotCache,
-        "move",
-        lambda self, rows, slot, layer=None: move(self, rows, slot, layer) if layer is None else None,
-    )
+    patch.setattr(SlotCache, "lay", lambda self, call, layer: None)
 
 
 def take_the_keys_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
@@ -447,7 +442,7 @@ def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self, rows, positions, mask, keep):
         written = self._cache.layout.written
-        if self._cache.layout.branches:
+        if self._cache.layout.calls:
             positions = torch.cat([positions[:written], positions[written:] + 1])
         return run(self, rows, positions, mask, keep)
 

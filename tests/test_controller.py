@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import examples
 
-from pearl.controller import FIRST_PAUSE, LONGEST_PAUSE, MOMENT, TRIAL, Chances, Controller
+from pearl.controller import FIRST_PAUSE, LONGEST_PAUSE, LONGEST_TRIAL, LOOK, MOMENT, TRIAL, Chances, Controller
 from pearl.rows import ANY, LEAVES, LIMIT, RowPlan
 from pearl.schedule import MAX_AHEAD, Schedule
 from pearl.theory import best_gamma
-from pearl.trie import Likely, Trie
+from pearl.trie import Likely, Trie, path_numbers
 
 FREE = ("pearl", "pearl-no-pre", "tree")
 TREE = Schedule.of("tree")
@@ -45,29 +46,8 @@ def bush(*chances: float) -> list[Likely]:
     return trie.best(99)
 
 
-# the width of a pass
-
-
-def test_rows_that_cost_nothing_are_all_taken():
-    for nodes in (chain(*[0.5] * 15), bush(*[0.01] * 15), chain(0.9), []):
-        assert Controller(TREE, ANY).width(nodes) == len(nodes)
-
-
-def test_rows_that_cost_a_pass_each_are_never_taken():
-    assert Controller(TREE, EACH).width(chain(*[0.99] * 15)) == 0
-
-
-def test_a_row_is_taken_where_its_chance_is_worth_its_time():
-    """The run makes one token a second, and the second row costs a third of one."""
-    plan = costing(1.0, 1.33, 3.0)
-    assert Controller(TREE, plan).width(chain(0.5, 0.5)) == 1
-    assert Controller(TREE, plan).width(chain(0.25, 0.5)) == 0
-
-
-def test_padding_is_free():
-    """Passes of 2 and 3 rows are padded to 4, whose cost counts for them too."""
-    plan = costing(1.0, 9.0, 9.0, 1.2, 9.0, safe=(1, 4, 16))
-    assert Controller(TREE, plan).width(chain(*[0.5] * 15)) == 3
+def taken_by(controller: Controller, nodes: list[Likely]) -> int:
+    return len(controller.choose(nodes))
 
 
 COST_STEPS = st.lists(st.floats(0.0, 1.0), min_size=LIMIT - 1, max_size=LIMIT - 1)
@@ -81,6 +61,96 @@ def plans(draw: st.DrawFn) -> RowPlan:
     for step in draw(COST_STEPS):
         costs.append(costs[-1] + step)
     return RowPlan(draw(SAFE), tuple(costs))
+
+
+@st.composite
+def plans_with_paths(draw: st.DrawFn) -> RowPlan:
+    return replace(draw(plans()), path_s=draw(st.floats(0.0, 1.0)))
+
+
+@st.composite
+def tries(draw: st.DrawFn) -> Trie:
+    trie = Trie([0])
+    nodes = [trie.root]
+    for parent, token, logp in draw(
+        st.lists(st.tuples(st.integers(0, 20), st.integers(0, 3), st.floats(-5, -0.01)), max_size=20)
+    ):
+        nodes.append(trie.grow(nodes[parent % len(nodes)], token, logp=logp))
+    return trie
+
+
+# the width of a pass
+
+
+def test_rows_that_cost_nothing_are_all_taken():
+    for nodes in (chain(*[0.5] * 15), bush(*[0.01] * 15), chain(0.9), []):
+        assert taken_by(Controller(TREE, ANY), nodes) == len(nodes)
+
+
+def test_rows_that_cost_a_pass_each_are_never_taken():
+    assert taken_by(Controller(TREE, EACH), chain(*[0.99] * 15)) == 0
+
+
+def test_a_row_is_taken_where_its_chance_is_worth_its_time():
+    """The run makes one token a second, and the second row costs a third of one."""
+    plan = costing(1.0, 1.33, 3.0)
+    assert taken_by(Controller(TREE, plan), chain(0.5, 0.5)) == 1
+    assert taken_by(Controller(TREE, plan), chain(0.25, 0.5)) == 0
+
+
+def test_a_path_beside_the_chain_has_a_price_of_its_own():
+    """Two guesses for the next token, one more after the second: a path costs a third of a token."""
+    trie = Trie([0])
+    trie.grow(trie.root, 1, logp=math.log(0.65))
+    beside = trie.grow(trie.root, 2, logp=math.log(0.25))
+    trie.grow(beside, 3, logp=math.log(0.95))
+    nodes = trie.best(9)
+    plan = costing(1.0)
+    assert [one.node.token for one in Controller(TREE, plan).choose(nodes)] == [1, 2, 3]
+    for path_s, tokens in ((0.33, [1, 2, 3]), (0.6, [1])):
+        assert [one.node.token for one in Controller(TREE, replace(plan, path_s=path_s)).choose(nodes)] == tokens
+
+
+def test_likelier_nodes_on_a_path_that_does_not_pay_make_room_for_the_chain():
+    trie = Trie([0])
+    first = trie.grow(trie.root, 1, logp=math.log(0.5))
+    trie.grow(trie.root, 2, logp=math.log(0.45))
+    trie.grow(first, 3, logp=math.log(0.55))
+    chosen = Controller(TREE, replace(costing(1.0), path_s=0.6)).choose(trie.best(9))
+    assert [(one.node.token, one.parent) for one in chosen] == [(1, -1), (3, 0)]
+
+
+@examples(200)
+@given(tries(), plans_with_paths())
+def test_no_other_choice_of_paths_would_gain_more(trie: Trie, plan: RowPlan):
+    """Every prefix of the nodes on the first few paths is tried; what is chosen is what a pass can read."""
+    controller, nodes = Controller(TREE, plan), trie.best(15)
+    numbers, reached = path_numbers(nodes), [1.0]
+    for node in nodes:
+        reached.append(reached[node.parent + 1] * controller.chances[node.node.logp])
+
+    def gain(places: list[int]) -> float:
+        paths = max((numbers[place] for place in places), default=0)
+        cost = plan.cost(len(places) + 1, paths) / plan.cost(1)
+        return 1 + sum(reached[place + 1] for place in places) - cost
+
+    options = [
+        [place for place, number in enumerate(numbers) if number <= limit][:rows]
+        for limit in range(len(nodes) + 1)
+        for rows in range(plan.safe[-1])
+    ]
+    chosen = controller.choose(nodes)
+    kept = {id(one.node): place for place, one in enumerate(nodes)}
+    assert gain([kept[id(one.node)] for one in chosen]) == pytest.approx(max(map(gain, options)))
+    for place, one in enumerate(chosen):
+        parent = chosen[one.parent].node if one.parent >= 0 else trie.root
+        assert one.parent < place and parent.children[one.node.token] is one.node
+
+
+def test_padding_is_free():
+    """Passes of 2 and 3 rows are padded to 4, whose cost counts for them too."""
+    plan = costing(1.0, 9.0, 9.0, 1.2, 9.0, safe=(1, 4, 16))
+    assert taken_by(Controller(TREE, plan), chain(*[0.5] * 15)) == 3
 
 
 def brute_force(plan: RowPlan, chances: list[float]) -> float:
@@ -98,7 +168,7 @@ def brute_force(plan: RowPlan, chances: list[float]) -> float:
 @given(plans(), CHANCES)
 def test_no_other_width_would_gain_more(plan: RowPlan, chances: list[float]):
     controller, nodes = Controller(TREE, plan), chain(*chances)
-    width = controller.width(nodes)
+    width = taken_by(controller, nodes)
     believed = [controller.chances[node.node.logp] for node in nodes]
     taken = sum(math.prod(believed[:depth]) for depth in range(width + 1))
     cost = plan.cost_s[plan.pad(width + 1) - 1] / plan.cost_s[plan.pad(1) - 1]
@@ -109,7 +179,9 @@ def test_no_other_width_would_gain_more(plan: RowPlan, chances: list[float]):
 @given(plans(), st.integers(0, 20), st.floats(0.001, 0.999), st.floats(0.001, 0.999))
 def test_likelier_guesses_never_make_a_pass_narrower(plan: RowPlan, count: int, a: float, b: float):
     low, high = sorted((a, b))
-    assert Controller(TREE, plan).width(chain(*[low] * count)) <= Controller(TREE, plan).width(chain(*[high] * count))
+    assert taken_by(Controller(TREE, plan), chain(*[low] * count)) <= taken_by(
+        Controller(TREE, plan), chain(*[high] * count)
+    )
 
 
 @examples(200)
@@ -122,7 +194,7 @@ def test_likelier_guesses_never_make_a_pass_narrower(plan: RowPlan, count: int, 
 )
 def test_a_pass_is_never_wider_than_the_schedule_the_machine_and_the_guesses_allow(plan, chances, width, gamma, mode):
     schedule = Schedule.of(mode, gamma, None, width)
-    taken = Controller(schedule, plan).width(chain(*chances))
+    taken = taken_by(Controller(schedule, plan), chain(*chances))
     allowed = [len(chances), plan.safe[-1] - 1, (width or LIMIT) - 1, 99 if schedule.gamma is None else schedule.gamma]
     assert 0 <= taken <= min(allowed)
     if width or schedule.gamma is not None:
@@ -137,7 +209,7 @@ def test_a_faster_run_has_higher_prices():
         slow.passed(1, 1, 1.0, 1.0)
         fast.passed(1, 4, 1.0, 1.0)
     assert (slow.rate, fast.rate) == (pytest.approx(1.0), pytest.approx(4.0))
-    assert (slow.width(nodes), fast.width(nodes)) == (1, 0)
+    assert (taken_by(slow, nodes), taken_by(fast, nodes)) == (1, 0)
 
 
 def test_a_machine_that_has_become_slower_changes_no_width():
@@ -146,7 +218,7 @@ def test_a_machine_that_has_become_slower_changes_no_width():
     controller = Controller(TREE, plan)
     for _ in range(50):
         controller.passed(1, 1, 2.0, 2.0)
-    assert controller.width(nodes) == 1
+    assert taken_by(controller, nodes) == 1
 
 
 # chances
@@ -175,7 +247,7 @@ def test_a_drafter_that_promises_too_much_gets_narrower_passes():
     for i in range(200):
         honest.judged(math.log(0.9), i % 10 != 0)
         boasting.judged(math.log(0.9), i % 10 == 0)
-    assert honest.width(nodes) == 5 and boasting.width(nodes) == 0
+    assert taken_by(honest, nodes) == 5 and taken_by(boasting, nodes) == 0
 
 
 def test_only_first_guesses_count_for_acceptance():
@@ -234,7 +306,8 @@ def test_drafting_that_brings_nothing_is_stopped_and_tried_ever_more_rarely(mode
     drafted = run(make(Schedule.of(mode), ANY), 4000, 1, 1.1)
     lengths = pauses(drafted)
     assert drafted.index(False) == TRIAL, "it is judged after a trial"
-    assert lengths[0] == FIRST_PAUSE and max(lengths) == LONGEST_PAUSE
+    assert lengths[0] == LOOK + FIRST_PAUSE and max(lengths) == LONGEST_PAUSE
+    lengths[0] -= LOOK
     assert all(later == min(2 * one, LONGEST_PAUSE) for one, later in itertools.pairwise(lengths))
     assert sum(drafted[1000:]) / 3000 < 1.5 * TRIAL / LONGEST_PAUSE, "it costs next to nothing, and it is still tried"
 
@@ -245,7 +318,7 @@ def test_drafting_that_brings_much_is_never_stopped():
 
 def test_drafting_that_brings_a_little_is_stopped_once_to_see_what_the_target_makes_alone():
     drafted = run(with_a_model(TREE), 2000, 1.5, 1.3)
-    assert sum(not one for one in drafted) == FIRST_PAUSE
+    assert sum(not one for one in drafted) == LOOK
 
 
 def test_guesses_that_cost_nothing_are_not_stopped_for_bringing_little():
@@ -258,7 +331,15 @@ def test_a_drafter_that_becomes_good_is_taken_back_and_its_past_is_forgiven():
     run(controller, 3000, 1, 1.3)
     run(controller, LONGEST_PAUSE + 2 * TRIAL, 3, 1.1)
     assert all(run(controller, 500, 3, 1.1))
-    assert pauses(run(controller, 200, 1, 1.3))[0] == FIRST_PAUSE
+    assert pauses(run(controller, 2 * LONGEST_TRIAL + 2 * FIRST_PAUSE, 1, 1.3))[0] == FIRST_PAUSE
+
+
+def test_a_few_bad_passes_of_a_drafter_that_pays_do_not_stop_it():
+    """Sixteen passes of hard text in every hundred, after it has been worth it for a while."""
+    controller = with_a_model(TREE)
+    run(controller, 4 * LONGEST_TRIAL, 2, 1.2)
+    for _ in range(10):
+        assert all(run(controller, 16, 1, 1.2)) and all(run(controller, 84, 2, 1.2))
 
 
 def test_a_target_slower_while_the_drafter_runs_is_compared_with_itself_alone():

@@ -282,8 +282,9 @@ def test_the_command_refuses_texts_of_another_target(distilled, tmp_path, capsys
 
 def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):
     """What it saved, in bfloat16; only a student of the same layers takes them over."""
-    chosen = ((0, 2), (0, 1), (0,))
-    first, second, third = (student(recipe(data, tmp_path / "first", layers=layers)) for layers in chosen)
+    first, second, third = (
+        student(recipe(data, tmp_path / "first", layers=layers)) for layers in ((0, 2), (0, 1), (0,))
+    )
     first.save(tmp_path / "first")
     distill.go_on_from(second.module, str(tmp_path / "first"))
     for mine, its in zip(decoder_layers(second.module), decoder_layers(first.module), strict=True):

@@ -28,7 +28,7 @@ from pearl.sampling import SamplingParams
 QUIET = Console(file=io.StringIO())
 PARAMS = SamplingParams(max_new_tokens=6, seed=3)
 ASKED = {"resume": True, "max_new_tokens": 6}
-ONE = Pass(3, 2, 1, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
+ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
 
 
 def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> Text:

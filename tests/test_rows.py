@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pearl import linear
 from pearl.model import LanguageModel
-from pearl.rows import ANY, GRAIN, LEAST, LEAVES, LIMIT, RowPlan, leaf_costs, measure, remembered
+from pearl.rows import ANY, GRAIN, LEAST, LEAVES, LIMIT, RowPlan, leaf_costs, measure, path_cost, remembered
 
 VOCABULARY = 8
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -132,6 +132,28 @@ def make(name: str, kernel: str) -> LanguageModel:
 
 def plan_of(reader: LanguageModel) -> RowPlan:
     return measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary)
+
+
+def test_a_pass_costs_no_more_than_one_of_more_rows(monkeypatch):
+    """Something else ran on the machine while three rows were timed."""
+    now = itertools.accumulate(itertools.cycle([0.0, 1.0]))
+    slow = iter(range(10_000))
+    monkeypatch.setattr("pearl.rows.time.perf_counter", lambda: next(now) + 9 * (next(slow) % 64 > 30))
+    costs = measure(fake(lambda count, row: 0), VOCABULARY).cost_s
+    assert list(costs) == sorted(costs)
+
+
+def test_a_path_costs_what_it_makes_a_pass_longer(monkeypatch):
+    """A reader for which each path takes 30 ms and everything else 200 ms."""
+    now = [0.0]
+
+    class Slow:
+        def read(self, tokens, keep, padded=True, branches=()):
+            now[0] += 0.2 + 0.03 * len(branches)
+            return torch.zeros(keep + len(branches), VOCABULARY)
+
+    monkeypatch.setattr("pearl.rows.time.perf_counter", lambda: now[0])
+    assert path_cost(Slow(), VOCABULARY) == pytest.approx(0.03)
 
 
 def test_a_pass_is_padded_to_the_next_safe_count():

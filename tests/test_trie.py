@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from toys import examples
 
 import pearl.trie
-from pearl.trie import Node, Trie, walk
+from pearl.model import _branches
+from pearl.rows import ANY
+from pearl.trie import Node, Trie, path_numbers, walk
 
 Path = tuple[int, ...]
 TOKENS = st.integers(0, 2)
@@ -173,6 +175,26 @@ def test_the_best_nodes_are_the_likeliest_and_come_with_their_parents(trie: Trie
     assert logps == sorted(logps, reverse=True) and len(set(paths)) == len(paths)
     left_out = [logp for path, (_, logp) in nodes.items() if path not in paths]
     assert not left_out or not best or max(left_out) <= min(logps) + 1e-9
+
+
+@examples(200)
+@given(tries())
+def test_paths_are_those_that_a_model_lays_beside_its_chain(trie: Trie):
+    """The numbers agree with the paths that `pearl.model` makes of the same nodes, the chain first."""
+    nodes = trie.best(15)
+    numbers = path_numbers(nodes)
+    assert all(
+        number >= (numbers[node.parent] if node.parent >= 0 else 0) for node, number in zip(nodes, numbers, strict=True)
+    )
+    order = [-1, *sorted(range(len(nodes)), key=lambda place: numbers[place] > 0)]
+    rows = {place: row for row, place in enumerate(order)}
+    chain = 1 + numbers.count(0)
+    parents = [rows[nodes[place].parent] for place in order[chain:]]
+    depths = [0 if place < 0 else nodes[place].depth for place in order]
+    paths = _branches(0, chain, parents, depths, ANY)
+    own = [{order[row] for row in path.laid[-path.own :]} for path in paths]
+    assert own == [{place for place, n in enumerate(numbers) if n == number} for number in range(1, len(own) + 1)]
+    assert len(own) == max(numbers, default=0)
 
 
 def test_among_equals_the_first_guess_comes_first_so_that_a_chain_without_probabilities_is_best():
