@@ -101,7 +101,7 @@ def _rising(costs: Sequence[float]) -> tuple[float, ...]:
 def path_cost(reader: Any, vocabulary: int) -> float:
     """Seconds that a pass takes longer for each path beside its chain. `reader` is a `model.LanguageModel`."""
     generator = torch.Generator().manual_seed(3)
-    *text, a, b, c, d, e = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
+    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX,), generator=generator).tolist()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
         for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
