@@ -56,7 +56,11 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     machine.add_argument("--target-cores", help="on CPU, like 0-3; default: half of them")
     machine.add_argument("--draft-cores", help="on CPU; default: the others")
     machine.add_argument("--kernel", default="auto", help="linear layers on CPU: auto, stock or packed")
-    machine.add_argument("--draft-kernel", default="auto", help="the same for the drafter, or int8: rounded weights")
+    machine.add_argument(
+        "--draft-kernel",
+        default="auto",
+        help="the same for the drafter, or int8: rounded weights; auto rounds those of distilled ones",
+    )
     machine.add_argument(
         "--draft-vocabulary", type=int, default=0, help="frequent tokens to draft from; 0: all, or the model's own"
     )

@@ -41,7 +41,7 @@ class EngineConfig:
     target_cores: str | None = None  # on CPU, like 0-3
     draft_cores: str | None = None
     kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
-    draft_kernel: str = "auto"  # the same for the drafter; int8 rounds its weights
+    draft_kernel: str = "auto"  # the same for the drafter; int8 rounds its weights (auto: those of distilled ones)
     draft_vocabulary: int = 0  # most frequent tokens that a draft model guesses; 0: all, or its own
     draft_beam: int = 0  # paths that a feature drafter keeps at each depth; 1: a chain, 0: auto
     max_length: int = 4096  # tokens of a text, prompt included

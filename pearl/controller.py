@@ -24,6 +24,7 @@ MEMORY = 0.95  # of a moving sum, from one pass to the next
 TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled each time that it was worth it
 LOOK = 4  # passes without drafting that show what the target makes alone
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
+LONG = 3  # times as long as usual: no guess is waited for any longer
 MOMENT = 0.02  # of a pass: the short wait for a source that answers at once
 WORTH = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
 CLEAR = 1.3  # times faster than the target was expected to be alone: no need to find out what it really makes
@@ -67,12 +68,15 @@ class Controller:
         self._trial_passes = TRIAL  # after so many it is judged again
         self._pause, self._left = FIRST_PAUSE, 0  # how long the next pause is, and what is left of this one
         self._resting = False  # the drafter has finished the forward that it was in when the pause began
+        self._wait_s = 0.0  # until the first guess after a miss comes
         self._moment_every = self._moment_in = 1  # passes until a short wait for a first guess is tried again
         self.acceptance = 0.7
 
     # facts
 
     def draft_costs(self, seconds: Sequence[float]) -> None:
+        if seconds and not self._draft_s:
+            self._wait_s = 1.5 * seconds[min(1, len(seconds) - 1)]
         self._draft_s = tuple(seconds)
 
     def judged(self, logp: float, right: bool, first: bool = True) -> None:
@@ -81,8 +85,9 @@ class Controller:
         if first:
             self.acceptance += 0.05 * (right - self.acceptance)
 
-    def waited(self, came: bool) -> None:
+    def waited(self, came: bool, seconds: float = 0.0) -> None:
         """A wait for a first guess is over."""
+        self._wait_s += 0.1 * (seconds - self._wait_s)
         self._moment_every = 1 if came else min(2 * self._moment_every, 64)
         self._moment_in = self._moment_every
 
@@ -190,16 +195,15 @@ class Controller:
     def patience(self) -> float:
         """Seconds worth waiting for a first guess.
 
-        After a miss the drafter needs about a forward and a half: the one under way is lost, half of it on average. If
-        a guess is worth more than that time, it is waited for. Else there is a short wait now and then, for a source
-        that answers at once, and ever more rarely where nothing came of it.
+        A pass that reads the root alone tells whether the first guess is right, as it comes meanwhile (pre-verify), and
+        the next pass reads those that follow. So waiting for it saves a pass only where it is right and the second is
+        wrong: if that is worth the wait, it is waited for. Else there is a short wait now and then, for a source that
+        answers at once, and ever more rarely where nothing came of it.
         """
         if not self.free or self.paused:
             return 0.0
-        if self._draft_s:
-            expected = 1.5 * self._draft_s[min(1, len(self._draft_s) - 1)]
-            if self.acceptance > self.rate * expected:
-                return 2 * expected
+        if self._draft_s and self.acceptance * (1 - self.acceptance) * self._cost(1) > self._wait_s:
+            return LONG * self._wait_s
         self._moment_in -= 1
         return 0.0 if self._moment_in > 0 else MOMENT * self._cost(1)
 

@@ -12,6 +12,7 @@ entries are 2^29 times smaller than the largest; `shift_of` tells, and a layer t
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ class Int8Linear(nn.Module):
         weight = weight.float()
         scales = (weight.abs().amax(1) / 127).clamp_(min=1e-12).double()
         zeros = torch.zeros(len(weight), dtype=torch.int64)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch means to drop this function one day, and says so to every user
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self._packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:

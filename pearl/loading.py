@@ -157,20 +157,23 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
     count: int | Tensor = config.draft_vocabulary
+    kernel = config.draft_kernel
     if needs := borrowed.note(checked.draft.name):
         rim = _rim(checked, config.draft_dtype or config.dtype, checked.draft_on)
         borrowed.complete(model, rim, needs)
         count = count or borrowed.vocabulary(checked.draft.name)
+        if kernel == "auto" and linear.wanted(kernel):
+            kernel = "int8"  # so small a model spends its time on reading its weights
     cutting = isinstance(count, Tensor) or count > 0
     head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
-    _prepare(model, config.draft_kernel, checked.draft_on)
+    _prepare(model, kernel, checked.draft_on)
     longest = min(checked.max_length + ahead, longest_text(model.config))
     reader = LanguageModel(model, checked.vocabulary, longest, head=head)
     dtype = config.draft_dtype or config.dtype
     drafter = {
         "leaves": 2,
         "load_in": config.draft_load_in,
-        "kernel": config.draft_kernel,
+        "kernel": kernel,
         "head": len(head) if head else 0,
     }
     key = _key(model, config, checked.draft_on, checked.draft.name, dtype) | drafter

@@ -206,7 +206,7 @@ class Target:
         elif not there and not text.resting and (patience := text.controller.patience()):
             text.patience_s = patience
             text.wait_for(1, patience)
-            text.controller.waited(came=text.depth() > 0 or text.resting)
+            text.controller.waited(text.depth() > 0 or text.resting, self._clock() - began)
 
     def _draw(self, text: _Text, began: float, ready: float, read: float, ended: float) -> None:
         """The last pass, in the timeline."""

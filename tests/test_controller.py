@@ -424,12 +424,26 @@ def test_a_guess_is_waited_for_if_the_drafter_is_much_faster_than_a_pass():
     assert max(slow.patience(), poor.patience()) <= MOMENT, "neither for late guesses nor for wrong ones"
 
 
-def test_in_a_run_that_makes_more_of_its_time_the_same_guess_is_not_waited_for():
+def test_a_guess_that_is_nearly_certain_is_not_waited_for():
+    """Whether it is right is known after the pass anyhow, and so it is with the one after it."""
     controller = Controller(TREE, costing(1.0))
-    controller.draft_costs([0.2, 0.2])
-    assert controller.patience() > 0.2
+    controller.draft_costs([0.1, 0.1])
+    assert controller.patience() > 0.15
     for _ in range(50):
-        controller.passed(8, 5, 1.0, 1.0)
+        controller.judged(-0.1, True)
+    assert controller.patience() <= MOMENT
+
+
+def test_how_long_a_first_guess_takes_is_learned():
+    """It comes much later than the drafter's forwards would have it: then it is not waited for."""
+    controller = Controller(TREE, costing(1.0))
+    controller.draft_costs([0.1, 0.1])
+    assert controller.patience() == pytest.approx(0.45)
+    for _ in range(60):
+        controller.waited(True, 0.2)
+    assert controller.patience() == pytest.approx(0.6, rel=0.01)
+    for _ in range(60):
+        controller.waited(True, 0.9)
     assert controller.patience() <= MOMENT
 
 
