@@ -34,7 +34,6 @@ from pearl.feature.taps import Taps, decoder_layers
 @dataclass(frozen=True)
 class DistillRecipe(Recipe):
     layers: tuple[int, ...] = ()  # of the target, which the student starts from
-    start: str | None = None  # what an earlier run saved: begin with its weights instead of the target's
     match: float = 1.0  # weight of the match of hidden states; 0: only what is said counts
     match_after: tuple[
         int, ...

@@ -24,7 +24,7 @@ from pearl.feature.objective import NOTHING, Objective, frequent
 from pearl.feature.shards import Recorded
 from pearl.feature.source import FeatureSource
 from pearl.feature.taps import Taps
-from pearl.feature.train import FeatureRecipe, Learner, new_drafter
+from pearl.feature.train import FeatureRecipe, Learner, go_on_from, new_drafter
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
 from pearl.target import Target
@@ -247,6 +247,21 @@ def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path):
     again.save(tmp_path / "two")
     for name in (network.CONFIG, network.WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path):
+    """Its words too; one of another shape or another target has nothing to give."""
+    target, made = small_target(), recipe(folder)
+    shown = learner(made, vocabulary=range(WORDS - 3)).module
+    shown.save(tmp_path / "first")
+    drafter = go_on_from(str(tmp_path / "first"), target, made, (0, 2))
+    assert drafter.vocabulary.tolist() == list(range(WORDS - 3))
+    for name, tensor in shown.state_dict().items():
+        kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(drafter.state_dict()[name], kept), name
+    for other, values in ((small_target(), {"depths": 4}), (small_target(), {"layers": 2}), (small_target(seed=5), {})):
+        with pytest.raises(UsageError, match="a drafter of another shape or target"):
+            go_on_from(str(tmp_path / "first"), other, recipe(folder, **values), (0, 2))
 
 
 class Interrupted(Exception):

@@ -37,6 +37,7 @@ class Recipe:
     data: str
     output: str
     target: str = "smollm2-135m"
+    start: str | None = None  # what an earlier run saved: begin with its weights instead of the target's
     epochs: float = 4.0
     batch: int = 8  # texts a step, over all processes
     micro: int = 1  # texts of one forward

@@ -244,6 +244,24 @@ def new_drafter(
     return drafter.attach(target)
 
 
+def go_on_from(folder: str, target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
+    """The drafter that an earlier run saved, with its draft vocabulary, for a loaded target. Raises `UsageError` if it
+    is of another target or of another shape than the recipe's."""
+    drafter = network.load(Path(folder))
+    wanted = Shape.of_target(
+        target.config,
+        tuple(layers),
+        recipe.depths,
+        recipe.layers,
+        drafter.shape.vocabulary,
+        drafter.shape.target,
+        weights.of_model(target),
+    )
+    if drafter.shape != wanted:
+        raise UsageError(f"The recipe's start {folder} is a drafter of another shape or target: leave it out.")
+    return drafter.attach(target)
+
+
 def _even(norm: nn.RMSNorm, sample: Tensor) -> Tensor:
     """Sets a norm so that each dimension of `sample` [tokens, H] comes out with spread 1; returns what undoes that."""
     size = sample.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
@@ -285,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if layers else None
-    drafter = new_drafter(target, recipe, layers, vocabulary, sample)
+    if recipe.start:
+        drafter = go_on_from(recipe.start, target, recipe, layers)
+    else:
+        drafter = new_drafter(target, recipe, layers, vocabulary, sample)
     size = target.get_output_embeddings().weight.shape[0]
     del target
     drafter.place(accelerator.device, torch.float32)
