@@ -26,7 +26,8 @@ if [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
 fi
 
 echo "pearl: installing into ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
-pip() { python -m pip --disable-pip-version-check --quiet "$@"; }
+# Old pips would let a source package fetch what builds it by itself, which today's setuptools no longer gets right.
+pip() { PIP_USE_PEP517=1 python -m pip --disable-pip-version-check --quiet "$@"; }
 # The tested torch first, so that nothing below picks another: a CPU build where there is one, else the usual build.
 python -c 'import torch' 2>/dev/null || pip install "torch==2.13.0"
 if [[ $extras == dev ]]; then pip install --editable '.[dev]'; else pip install --editable .; fi

@@ -16,18 +16,23 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pearl.model import Reader
+from torch import Tensor
+
+from pearl.model import Reader, WantedLeaves
+from pearl.rows import LEAVES, extended
 from pearl.sampling import ranked
-from pearl.sources import ModelSource, NgramSource
+from pearl.sources import ModelSource, NgramSource, Tree
 from pearl.trie import Node, Trie
 
 CHILDREN = 6  # guesses after a row at most
 FAINTEST = math.log(0.003)  # a path that is less likely is not offered, unless nothing else follows its parent
 CROWD = 192  # leaves in waiting; beyond that the drafter rests
 LONGEST = 4  # of an n-gram match
+_TIMED, _LEAVES_TIMED = 160, 3  # tokens of the texts, and rows of each, at which a forward of several is timed
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,17 @@ class TreeSource(ModelSource):
 
     whole = False
 
-    def __init__(self, model: Reader, costs: Sequence[float] = (), own: NgramSource | None = None):
-        """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `own`: its own guesser."""
+    def __init__(
+        self,
+        model: Reader,
+        costs: Sequence[float] = (),
+        own: NgramSource | None = None,
+        several: tuple[float, float] = (0.0, 0.0),
+    ):
+        """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `own`: its own guesser.
+        `several`: see `several_costs`."""
         super().__init__(model)
-        self.costs = tuple(costs)
+        self.costs, self._several = tuple(costs), several
         self._own = own or NgramSource(LONGEST, 1)
         self._trust = _Trust()
         self.rows = self.own = self.confirmed = 0
@@ -73,18 +85,28 @@ class TreeSource(ModelSource):
         Grows the trie and returns the new nodes, each with its parent, parents first. `fixed`: take as many leaves as
         `most` says, whether they pay or not. An empty list: nothing is worth extending until the root moves.
         """
-        deepest = min(deepest, self._model.max_length - len(trie.tokens) + 1)
-        rows = self._choose(trie, most, deepest, fixed)
-        if not rows:
-            return []
+        return self.extend_each([Tree(0, trie, most, deepest, fixed)])[0]
+
+    def extend_each(self, asked: Sequence[Tree]) -> list[list[tuple[Node, Node]]]:
+        """The same of several tries, whose rows compete for one forward; at most `most` for each."""
+        chosen = self._choose(asked)
+        reading = [(one, rows) for one, rows in zip(asked, chosen, strict=True) if rows]
+        if not reading:
+            return [[] for _ in asked]
         self.forwards += 1
-        self.rows += len(rows)
-        self.own += sum(row.node is None for row in rows)
-        logits = self._model.read_leaves(trie.tokens, [row.path for row in rows])
+        self.rows += sum(map(len, chosen))
+        self.own += sum(row.node is None for rows in chosen for row in rows)
+        wanted = [WantedLeaves(one.text, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
+        read = iter(self._model.read_leaves_together(wanted))
+        return [self._grow(one, rows, next(read)) if rows else [] for one, rows in zip(asked, chosen, strict=True)]
+
+    def _grow(self, one: Tree, rows: Sequence[_Row], logits: Tensor) -> list[tuple[Node, Node]]:
+        """The nodes that come of the rows of one trie. logits: [rows, V]"""
+        trie = one.trie
         read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
         new: list[tuple[Node, Node]] = []
         positions = [len(trie.tokens) + len(row.path) for row in rows]
-        guesses = ranked(logits, self._params, positions, CHILDREN)
+        guesses = ranked(logits, self._params[one.text], positions, CHILDREN)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
             found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))
             if found is None:
@@ -109,24 +131,32 @@ class TreeSource(ModelSource):
         self._trust.learn(row.match, first)
         return None if node is None else (node, joint + node.logp)
 
-    def _choose(self, trie: Trie, most: int, deepest: int, fixed: bool) -> list[_Row]:
-        leaves = trie.leaves(deepest - 1)
-        if len(leaves) > CROWD:
-            return []
+    def _choose(self, asked: Sequence[Tree]) -> list[list[_Row]]:
+        """The rows of each, of all that are asked for those that pay."""
         order = itertools.count()
-        heap = [(-logp, next(order), _Row(path, logp, node)) for path, node, logp in leaves]
+        deepest = [min(one.deepest, self._model.max_length - len(one.trie.tokens) + 1) for one in asked]
+        heap = []
+        for number, one in enumerate(asked):
+            leaves = one.trie.leaves(deepest[number] - 1)
+            if len(leaves) <= CROWD:
+                heap += [(-logp, next(order), number, _Row(path, logp, node)) for path, node, logp in leaves]
         heapq.heapify(heap)
-        rows: list[_Row] = []
-        gain = 0.0  # rows of this forward that the walk is expected to pass through
-        while heap and len(rows) < most:
-            _, _, row = heapq.heappop(heap)
-            use, before, after = math.exp(row.logp), self._cost(len(rows)), self._cost(len(rows) + 1)
-            if rows and not fixed and (gain + use) / after < gain / before:
+        rows: list[list[_Row]] = [[] for _ in asked]
+        count, gain = 0, 0.0  # rows of this forward, and how many of them the walks are expected to pass through
+        texts = 0
+        while heap:
+            _, _, number, row = heapq.heappop(heap)
+            one, mine = asked[number], rows[number]
+            if len(mine) >= one.most:
+                continue
+            use, begun = math.exp(row.logp), texts + (not mine)
+            before, after = self._cost(count, texts), self._cost(count + 1, begun)
+            if count and not one.fixed and (gain + use) / after < gain / before:
                 break
-            rows.append(row)
-            gain += use
-            if (guess := self._guess(trie, row, deepest)) is not None:
-                heapq.heappush(heap, (-guess.logp, next(order), guess))
+            mine.append(row)
+            count, gain, texts = count + 1, gain + use, begun
+            if (guess := self._guess(one.trie, row, deepest[number])) is not None:
+                heapq.heappush(heap, (-guess.logp, next(order), number, guess))
         return rows
 
     def _guess(self, trie: Trie, row: _Row, deepest: int) -> _Row | None:
@@ -139,5 +169,32 @@ class TreeSource(ModelSource):
         logp = row.logp + math.log(self._trust[match])
         return _Row((*row.path, guesses[0]), logp, None, guesses[1:], match)
 
-    def _cost(self, rows: int) -> float:
-        return self.costs[min(rows, len(self.costs)) - 1] if self.costs and rows else 1.0
+    def _cost(self, rows: int, texts: int) -> float:
+        """Of a forward of so many rows, of so many texts."""
+        if not self.costs or not rows:
+            return 1.0
+        if texts == 1 or not any(self._several):
+            return extended(self.costs, rows)
+        a_text, a_row = self._several
+        return self.costs[0] + (texts - 1) * a_text + (rows - texts) * a_row
+
+
+def several_costs(reader: Reader, vocabulary: int, alone_s: float) -> tuple[float, float]:
+    """Seconds that a forward takes longer for each text more, and for each row more than one a text.
+
+    `alone_s`: of one row of one text.
+    """
+    texts = min(reader.texts, LEAVES)
+    assert texts > 1, "several texts"
+    tokens = [token % vocabulary for token in range(11, 11 + _TIMED)]
+    found = []
+    for leaves in (1, _LEAVES_TIMED):
+        wanted = [WantedLeaves(text, tokens, [(token,) for token in range(leaves)]) for text in range(texts)]
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            reader.read_leaves_together(wanted)[0].max().item()
+            seconds.append(time.perf_counter() - began)
+        found.append(min(seconds))
+    one, more = found
+    return max(0.0, one - alone_s) / (texts - 1), max(0.0, more - one) / ((_LEAVES_TIMED - 1) * texts)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from pearl.messages import Message, encode
+from pearl.messages import Message, pack
 
 Clock = Callable[[], float]  # seconds since some moment: the computer's own, or a simulation's
 
@@ -24,8 +24,8 @@ class Channel(Protocol):
     @property
     def lost(self) -> bool: ...
 
-    def send(self, message: Message) -> None:
-        """Never waits for the other side."""
+    def send(self, *messages: Message) -> None:
+        """They travel together. Never waits for the other side."""
 
     def receive(self) -> Message | None:
         """The next message that has arrived, in the order of sending, or None. Never waits."""
@@ -54,9 +54,9 @@ class LocalChannel:
     def lost(self) -> bool:
         return False
 
-    def send(self, message: Message) -> None:
-        self.bytes_sent += encode(message).nbytes  # what it would be on the wire
-        self._outbox.append(message)
+    def send(self, *messages: Message) -> None:
+        self.bytes_sent += pack(messages).nbytes  # what it would be on the wire
+        self._outbox += messages
 
     def receive(self) -> Message | None:
         return self._inbox.popleft() if self._inbox else None

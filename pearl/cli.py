@@ -10,13 +10,20 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from pearl.config import DTYPES, EMBEDDED, LOADS, EngineConfig, refuse_unknown
+from pearl.config import (
+    DEADLINE_S,
+    DTYPES,
+    EMBEDDED,
+    LOADS,
+    SILENCE_S,
+    START_TIMEOUT_S,
+    EngineConfig,
+    refuse_unknown,
+)
 from pearl.errors import UsageError
+from pearl.inputs import brief, parse_yaml, read_text
 from pearl.pairs import Pair, load_pair
 from pearl.sampling import METHODS, SamplingParams
 from pearl.schedule import MODES, Schedule
@@ -49,9 +56,14 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     pair.add_argument("--double-quant", action="store_true", help="quantize the constants of 4-bit weights too")
     pair.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a checkpoint")
     pair.add_argument("--max-length", type=int, default=4096, help="tokens of a text, prompt included")
+    pair.add_argument("--max-sequences", type=int, help="texts side by side that there is memory for; default: a batch")
+    pair.add_argument("--cache-gb", type=float, default=0.0, help="of their keys and values at most; 0: no limit")
 
     machine = made.add_argument_group("the machine")
     machine.add_argument("--target-device", default="auto", help="cpu, cuda:0, or several: cuda:0,cuda:1")
+    machine.add_argument(
+        "--target-tp", type=int, default=1, metavar="N", help="spread every matrix of the target over N ranks"
+    )
     machine.add_argument("--draft-device", default="auto", help="the last GPU by default")
     machine.add_argument("--target-cores", help="on CPU, like 0-3; default: half of them")
     machine.add_argument("--draft-cores", help="on CPU; default: the others")
@@ -65,6 +77,18 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
         "--draft-vocabulary", type=int, default=0, help="frequent tokens to draft from; 0: all, or the model's own"
     )
     machine.add_argument("--draft-beam", type=int, default=0, help="paths a feature drafter keeps; 1: a chain, 0: auto")
+    machine.add_argument("--eager", action="store_true", help="on a GPU: run forwards without CUDA graphs")
+    machine.add_argument("--static", default="auto", help="forwards of fixed shapes: on, off, or auto: on a GPU")
+    machine.add_argument(
+        "--draft-deadline-s", type=float, default=DEADLINE_S, help="wait so long beyond a pass for a silent drafter"
+    )
+    machine.add_argument(
+        "--silence-s", type=float, default=SILENCE_S, help="no sign of life for so long: the other side is dead"
+    )
+    machine.add_argument(
+        "--start-timeout-s", type=float, default=START_TIMEOUT_S, help="the other side may take so long to come"
+    )
+    machine.add_argument("--draft-restarts", type=int, default=3, help="start a lost drafter anew so many times")
     machine.add_argument("--processes", type=int, help="1: ar and sd in one process; default: as many as needed")
 
     run = made.add_argument_group("the run")
@@ -89,6 +113,7 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     run.add_argument("--num-samples", type=int, default=1, help="texts a problem, with the seeds from --seed on")
     run.add_argument("--limit", type=int, help="only the first so many problems")
     run.add_argument("--indices", help="only these problems, like 0,3,10-20")
+    run.add_argument("--batch-size", type=int, default=1, help="texts decoded side by side")
     run.add_argument("--trace", metavar="FILE", help="write both processes' timeline (Chrome trace format)")
     run.add_argument("--output", metavar="DIR", help="default: a new folder under results/")
     return made
@@ -98,30 +123,39 @@ def parse(made: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, those of a `--config` file under those of the command line."""
     found = made.parse_args(argv)
     if found.config:
-        names = [action.dest for action in made._actions if action.dest not in ("help", "config")]
-        made.set_defaults(**_yaml(found.config, names))
+        made.set_defaults(**_yaml(found.config, made))
         found = made.parse_args(argv)
-    found.mode = [mode for word in _words(found.mode) for mode in word.split(",") if mode]
+    found.mode = [mode for word in found.mode for mode in word.split(",") if mode]
     return found
 
 
-def _words(modes: Any) -> list[str]:
-    return [modes] if isinstance(modes, str) else [str(mode) for mode in modes]
+def _yaml(path: str, made: Parser) -> dict[str, Any]:
+    """The values of a config as their options would have made them of words of the command line."""
+    where = f"The config {brief(path)}"
+    values = parse_yaml(read_text(path, "The config"), where)
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    options = {action.dest: action for action in made._actions if action.dest not in ("help", "config")}
+    refuse_unknown(values, list(options), path)
+    return {key: _default(options[key], value, f"{where}: {key}") for key, value in values.items()}
 
 
-def _yaml(path: str, names: list[str]) -> dict[str, Any]:
+def _default(option: argparse.Action, value: Any, where: str) -> Any:
+    several = option.nargs in ("+", "*")
+    if value is None:
+        return option.default
+    if option.nargs == 0:  # a flag
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} must be true or false, not {brief(repr(value))}.")
+        return value
+    words = value if several and isinstance(value, list) else [value]
+    if any(isinstance(word, bool) or not isinstance(word, str | int | float) for word in words):
+        raise UsageError(f"{where} must be {'a list of words' if several else 'one word'}, not {brief(repr(value))}.")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"The config {path} can't be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"The config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"The config {path} must be a mapping of options to values.")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    refuse_unknown(values, names, path)
-    # as words of a command line, so that a value of the wrong type is refused the same way
-    return {key: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for key, v in values.items()}
+        words = [str(word) for word in words]
+        read = words if option.type is None else [option.type(word) for word in words]  # type: ignore[operator]
+    except ValueError:
+        raise UsageError(f"{where} is {brief(repr(value))}, which the option does not take (see --help).") from None
+    return read if several else read[0]
 
 
 def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]:
@@ -132,6 +166,7 @@ def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]
     if pair:
         shared = ("target", "draft", "dtype", "load_in", "draft_load_in")
         values = {name: getattr(pair, name) for name in shared}
+    values["max_sequences"] = at_least_one("--batch-size", found.batch_size)
     for field in fields(EngineConfig):
         given = getattr(found, field.name)
         if given is not None:
@@ -178,7 +213,8 @@ def choose(count: int, limit: int | None, indices: str | None) -> list[int]:
         try:
             for part in str(indices).split(","):
                 first, _, last = part.partition("-")
-                chosen += range(int(first), int(last or first) + 1)
+                named = range(int(first), int(last or first) + 1)
+                chosen += named if named and named[0] >= 0 and named[-1] < count else [-1]
         except ValueError:
             raise UsageError(f"--indices must be written like 0,3,10-20, not {indices!r}.") from None
         if not chosen or not set(chosen) <= set(range(count)):
@@ -195,14 +231,24 @@ def at_least_one(name: str, value: int) -> int:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """A `main` whose `UsageError` becomes a line on standard error and exit code 2. Both ranks meet it; one says it."""
+    """A `main` whose `UsageError` becomes a line on standard error and exit code 2, and Ctrl-C one and 130. Both ranks
+    meet it; one says it."""
+
+    def say(line: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr)
 
     def run(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv)
         except UsageError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             return 2
+        except KeyboardInterrupt:
+            say(
+                "interrupted: what was finished is written. The same command goes on from there; an evaluation with "
+                "--resume and the same --output."
+            )
+            return 130
 
     return run

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from pearl.errors import UsageError
 
+_MOST = 1 << 16  # CPUs of a machine; a range of more is not worth counting
+
 
 def available() -> list[int]:
     """The CPUs this process may use, those of one core side by side."""
@@ -40,8 +42,9 @@ def parse(text: str) -> list[int]:
     try:
         for part in str(text).split(","):  # YAML reads a single core as a number
             first, dash, last = part.partition("-")
-            cpus += range(int(first), int(last if dash else first) + 1)
-    except ValueError:
+            named = range(int(first), int(last if dash else first) + 1)
+            cpus += named if len(named) <= _MOST else [-1]
+    except (ValueError, OverflowError):
         raise UsageError(f"cores must be written like 0-3,8, not {text!r}.") from None
     if not cpus or not set(cpus) <= os.sched_getaffinity(0):
         there = ",".join(map(str, sorted(os.sched_getaffinity(0))))

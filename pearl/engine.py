@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, overload
 
 import torch
 
 from pearl import cores, memory, records, timeline
+from pearl.bits import rows_check
 from pearl.channel import Channel, LocalChannel
 from pearl.config import DRAFT, EngineConfig
 from pearl.drafter import Drafter
 from pearl.errors import UsageError
+from pearl.lifeline import Event, Lifeline
 from pearl.loading import Placed, Preflight, eos_ids, load_target, preflight
-from pearl.process import Peer, World, draft_source, drafter_trace, serve, shares
+from pearl.model import LanguageModel
+from pearl.process import (
+    Peer,
+    TargetGone,
+    World,
+    draft_source,
+    drafter_trace,
+    follow_launcher,
+    serve,
+    shares,
+)
+from pearl.ranks import Crew, deal, launched
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
 from pearl.stopping import Stopper
-from pearl.target import Target
+from pearl.target import Request, Target, Text
 
 Prompt = str | Sequence[int] | Sequence[dict]
 
@@ -37,6 +52,16 @@ class Generation:
     text: str
     finish_reason: str  # "eos", "stop" or "length"
     facts: records.Sequence
+
+
+@dataclass(eq=False)
+class Job:
+    """A text to be written, one of several."""
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    after: Job | None = None  # which the prompt begins with: what was read of its text need not be read again
+    text: Text | None = None  # what became of it
 
 
 class Engine:
@@ -77,31 +102,47 @@ class Engine:
     ):
         """`checked`: the preflight of this config, if the caller has made it already."""
         self.config, self.schedule = config, schedule or Schedule.of("pearl")
-        world = World.here()
+        world = World.here(config.target_tp)
         self.processes = count_processes(self.schedule, processes, world)
-        checked = checked or preflight(config, world.roles)
+        checked = checked or preflight(config, world.roles, world.shards_here)
         two = self.processes == 2 or self.schedule.mode == "ar-all"
         self.target_cpus, self.draft_cpus = shares(config, two and not world.apart)
         if world.rank == 1:
-            serve(config, self.draft_cpus)
+            try:
+                serve(config, self.draft_cpus)
+            except TargetGone as gone:
+                print(f"pearl: the drafter has lost its target ({gone}) and ends.", file=sys.stderr)
+                raise SystemExit(1) from None
             raise SystemExit(0)
+        dealt = deal(self.target_cpus, world.shards_here)  # neighbours on a machine are neighbours in rank
+        self.target_cpus = dealt[world.shard % world.shards_here]
+        if world.shard:
+            launched(config, world, checked, self.target_cpus)
+        if world.size == 2:
+            follow_launcher("target")
 
         self._trace_path = Path(config.trace).absolute() if config.trace else None
         if self._trace_path:
             timeline.prepare(self._trace_path)
         self._allowed_cpus, self._threads = cores.available(), torch.get_num_threads()
         self._peer: Peer | None = None
+        self._crew: Crew | None = None
+        self._lifeline: Lifeline | None = None
         self._closed = False
-        self._run: Generator[int, None, None] | None = None  # the text under way
+        self._run: Generator[Any, None, None] | None = None  # the texts under way
+        self._last: Job | None = None  # that was begun
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         atexit.register(self.close)
         try:
             if self.processes == 2:  # the drafter loads its model meanwhile
                 self._peer = Peer(config, world, self.draft_cpus)
+            if world.shards > 1:
+                self._crew = Crew(config, world, dealt)
+                self._crew.gather()
             cores.pin(self.target_cpus)
             torch.set_num_threads(len(self.target_cpus))
             self.tokenizer = checked.tokenizer
-            self.model = load_target(checked)
+            self.model = load_target(checked, self._crew)
             self._checked = checked
             self._eos = eos_ids(self.model.model, self.tokenizer)
             trace = timeline.Trace("target", self._trace_path) if self._trace_path else timeline.OFF
@@ -110,50 +151,164 @@ class Engine:
             self.close()
             raise
 
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **settings: Any
+    ) -> list[Generation]: ...
+
     def generate(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         mode: str | Schedule | None = None,
         gamma: int | str = "auto",
         continues: bool = False,
-    ) -> Generation:
+        batch_size: int | None = None,
+    ) -> Generation | list[Generation]:
         """The whole text that follows `prompt`: text, token ids, or chat messages (dicts with "role" and "content").
+        Of a list of prompts all of their texts, in the same order; `params` may then be a list too.
 
         `mode` and `gamma` replace the engine's own for this text. `continues`: the prompt begins with the last text,
-        which both models need not read again. Raises `UsageError` for an empty or too long prompt.
+        which both models need not read again. `batch_size`: texts side by side at most, else as many as the engine has
+        places for (`max_sequences`); the others wait for a place. Raises `UsageError` for an empty or too long prompt.
         """
-        run = self._prepare(prompt, params, mode, gamma, continues)
-        for _ in run.tokens():
-            pass
-        return run.result()
+        several = _several(prompt)
+        jobs = self._jobs(prompt if several else [prompt], params, continues)  # type: ignore[list-item, arg-type]
+        done: dict[Job, Generation] = {}
+        for job, said in self.write(jobs, mode=mode, gamma=gamma, batch_size=batch_size):
+            if isinstance(said, Generation):
+                done[job] = said
+        texts = [done[job] for job in jobs]
+        return texts if several else texts[0]
 
     def stream(
         self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         mode: str | Schedule | None = None,
         gamma: int | str = "auto",
         continues: bool = False,
-    ) -> Iterator[int]:
-        """The same tokens, one by one, as they are committed. What is yielded is never taken back."""
-        return self._prepare(prompt, params, mode, gamma, continues).tokens()
+        batch_size: int | None = None,
+    ) -> Iterator[int] | Iterator[tuple[int, int]]:
+        """The same tokens, one by one, as they are committed. What is yielded is never taken back. Of a list of
+        prompts: (number of the prompt, token)."""
+        several = _several(prompt)
+        jobs = self._jobs(prompt if several else [prompt], params, continues)  # type: ignore[list-item, arg-type]
+        numbers = {job: number for number, job in enumerate(jobs)}
+        run = self.write(jobs, mode=mode, gamma=gamma, batch_size=batch_size)
+
+        def tokens() -> Iterator[Any]:
+            for job, said in run:
+                if not isinstance(said, Generation):
+                    yield from ((numbers[job], token) for token in said) if several else said
+
+        return tokens()
+
+    def write(
+        self,
+        jobs: Iterable[Job | None],
+        *,
+        mode: str | Schedule | None = None,
+        gamma: int | str = "auto",
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[Job, list[int] | Generation]]:
+        """Texts side by side: yields each job with the tokens that a pass has committed of it, and at last with all of
+        it. A job is taken when there is a place for it; None says that there is none for now."""
+        schedule = _schedule(mode, gamma) if mode else self.schedule
+        if self._closed:
+            raise UsageError("This engine is closed: make another one.")
+        self.config.check_mode(schedule.mode)
+        if schedule.drafts and self._target.channel is None:
+            raise UsageError(
+                f"This engine was made for {self.schedule.mode} and has no drafter: make one for {schedule.mode}."
+            )
+        if self.processes == 1:
+            _refuse_alone(schedule)
+        places = self.model.texts if batch_size is None else batch_size
+        if not 1 <= places <= self.model.texts:
+            raise UsageError(
+                f"batch_size must be from 1 to the {self.model.texts} texts that this engine has places for, not "
+                f"{batch_size!r}: make one with more max_sequences."
+            )
+        if self._run:
+            self._run.close()  # a stream that its reader left
+        self._run = self._write(jobs, schedule, places)
+        return self._run
+
+    def _write(
+        self, jobs: Iterable[Job | None], schedule: Schedule, places: int
+    ) -> Generator[tuple[Job, list[int] | Generation], None, None]:
+        memory.reset_peak()
+        sent: dict[Job, int] = {}  # bytes on the wire while it was written
+        with self._everything() if schedule.mode == "ar-all" else contextlib.nullcontext(self._target) as target:
+            before = _bytes(target.channel)
+            for text, committed in target.write(map(self._request, jobs), schedule, places):
+                job = text.request.tag
+                assert isinstance(job, Job)
+                job.text = text
+                if committed:
+                    now = _bytes(target.channel)
+                    sent[job], before = sent.get(job, 0) + now - before, now
+                    yield job, committed
+                else:
+                    yield job, _generation(text, places, sent.get(job, 0))
+
+    def _jobs(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, continues: bool
+    ) -> list[Job]:
+        """One for each prompt, all of them checked."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise UsageError(f"There are {len(prompts)} prompts and {len(params)} params: give one for each, or one.")
+        if continues and len(prompts) > 1:
+            raise UsageError("Only one text can continue the last one: give each a Job, and write them.")
+        jobs = [Job(self.encode(prompt), own) for prompt, own in zip(prompts, params, strict=True)]
+        for job in jobs:
+            self._checked.check_prompt(job.prompt, job.params.max_new_tokens)  # type: ignore[arg-type]
+        if continues and jobs:
+            jobs[0].after = self._last
+        if jobs:
+            self._last = jobs[-1]
+        return jobs
+
+    def _request(self, job: Job | None) -> Request | None:
+        if job is None:
+            return None
+        prompt = self.encode(job.prompt)
+        self._checked.check_prompt(prompt, job.params.max_new_tokens)
+        stopper = Stopper(job.params, self._eos, _decoder(self.tokenizer))
+        after, job.after = job.after, None  # once it is known what may be kept, a talk keeps only its last turn
+        return Request(prompt, job.params, stopper, after.text if after else None, job)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt, as `generate` reads it."""
+        """The token ids of a prompt, as `generate` reads it. Raises `UsageError`."""
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(f"The prompt holds half a character at {error.start}: it is no text.") from None
             return list(self.tokenizer(prompt).input_ids)
+        if not isinstance(prompt, list | tuple):
+            raise UsageError(f"The prompt must be text, token ids or messages, not {type(prompt).__name__}.")
         if prompt and isinstance(prompt[0], dict):
             if not self.tokenizer.chat_template:
                 raise UsageError("This tokenizer has no chat template: give the prompt as text.")
-            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in prompt):
+                raise UsageError("Every message must be a mapping with the texts role and content.")
+            try:
+                text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template is a program, and says in its own way what it does not take
+                raise UsageError(f"The chat template does not take these messages ({error}).") from error
             return list(self.tokenizer(text, add_special_tokens=False).input_ids)
         return list(prompt)  # type: ignore[arg-type]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return _decoder(self.tokenizer)(tokens)
 
     def top_two_gap(self, text: Sequence[int]) -> float:
         """The distance of the two best logits of what follows `text`: how near the target is to another choice."""
@@ -172,26 +327,25 @@ class Engine:
     @property
     def description(self) -> str:
         """A few lines for a person: who runs where, and how the bits are kept equal."""
-        plan, lines = self.model.rows, []
+        lines = []
         shares = {"target": (self.config.target, self.target_cpus), "drafter": (self.config.draft, self.draft_cpus)}
         for role, devices in self.devices.items():
             name, cpus = shares[role]
             where = (
                 f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads" if devices == ["cpu"] else ", ".join(devices)
             )
+            if role == "target" and self.config.target_tp > 1:
+                where += f", as rank 0 of {self.config.target_tp}"
             lines.append(f"{role}: {name} on {where}")
+        if self._crew and self._crew.pids:
+            lines[0] += f" (the others were started as processes {', '.join(map(str, self._crew.pids))})"
         if self.drafter_pid:
             lines[-1] += (
                 f" (no launcher started two processes, so the drafter was started as process {self.drafter_pid})"
             )
-        if plan.exact:
-            lines.append(
-                f"rows: a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here"
-            )
-        else:
-            lines.append(
-                "rows: the bits depend on the row count on this device; near-equal logits may pick differently"
-            )
+        checks = self.model.checks if isinstance(self.model, LanguageModel) else ()
+        checks = (rows_check(self.model.rows), *(check for check in checks if check.what != "rows"))
+        lines += [f"{check.what}: {check.found}" for check in checks]
         return "\n".join(lines)
 
     @property
@@ -204,6 +358,11 @@ class Engine:
         """Of the drafter's process if this engine has started it; None if a launcher did, or there is none."""
         return self._peer.pid if self._peer else None
 
+    @property
+    def events(self) -> list[Event]:
+        """What has happened to the drafter's process, and when."""
+        return self._lifeline.history() if self._lifeline else []
+
     def close(self) -> None:
         """Ends the drafter's process and gives the cores back. Closing twice is harmless."""
         if self._closed:
@@ -212,8 +371,14 @@ class Engine:
         atexit.unregister(self.close)
         if self._run:
             self._run.close()  # a stream that its reader left
+        if self._crew:
+            self._crew.close()
+        if self._lifeline:
+            if self._peer and (self._lifeline.lost or self._peer.stopped):
+                self._peer.close(stuck=True)
+            self._lifeline.close()
         if self._peer:
-            self._peer.close()
+            self._peer.close(stuck=bool(self._lifeline and not self._lifeline.farewell))
         if self._trace_path and hasattr(self, "_target"):
             timeline.merge(self._trace_path)
         cores.pin(self._allowed_cpus)
@@ -227,8 +392,16 @@ class Engine:
 
     def _open_channel(self) -> Channel | None:
         if self._peer:
-            self._peer.connect()
-            return self._peer.link
+            config, vocabulary = self.config, self._checked.vocabulary
+            self._lifeline = Lifeline(
+                self._peer.reach,
+                vocabulary,
+                config.draft_deadline_s,
+                restarts=config.draft_restarts,
+                give_up=self._peer.give_up,
+            )
+            self._lifeline.settle()
+            return self._lifeline
         if not self.schedule.drafts:
             return None
         here, there = LocalChannel.pair()
@@ -254,70 +427,36 @@ class Engine:
             cores.pin(self.target_cpus)
             torch.set_num_threads(len(self.target_cpus))
 
-    def _prepare(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        mode: str | Schedule | None,
-        gamma: int | str,
-        continues: bool,
-    ) -> _Run:
-        params = params or SamplingParams()
-        schedule = _schedule(mode, gamma) if mode else self.schedule
-        if self._closed:
-            raise UsageError("This engine is closed: make another one.")
-        if schedule.drafts and self._target.channel is None:
-            raise UsageError(
-                f"This engine was made for {self.schedule.mode} and has no drafter: make one for {schedule.mode}."
-            )
-        if self.processes == 1:
-            _refuse_alone(schedule)
-        tokens = self.encode(prompt)
-        self._checked.check_prompt(tokens, params.max_new_tokens)
-        if self._run:
-            self._run.close()  # a stream that its reader left
-        return _Run(self, tokens, params, schedule, continues)
+
+def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    """Not a method of the engine, which a text that is kept would then keep, models and all."""
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-class _Run:
-    """One text under way: its tokens, then its result."""
+def _generation(text: Text, places: int, sent: int) -> Generation:
+    """A text that is over."""
+    stopper = text.stopper
+    assert stopper.finish, "a result before the end"
+    facts = records.Sequence(
+        mode=text.schedule.mode,
+        prompt_tokens=len(text.request.prompt),
+        tokens=tuple(stopper.tokens),
+        text=stopper.text,
+        finish=stopper.finish,
+        passes=tuple(text.passes),
+        drafter=text.report,
+        bytes_on_wire=sent,
+        peak_memory=memory.peak() + (text.report.memory if text.report else 0),
+        places=places,
+        began_s=text.placed,
+        ended_s=text.ended,
+    )
+    return Generation(list(stopper.tokens), facts.text, stopper.finish, facts)
 
-    def __init__(self, engine: Engine, prompt: list[int], params: SamplingParams, schedule: Schedule, continues: bool):
-        self._engine, self._prompt, self._params, self._schedule = engine, prompt, params, schedule
-        self._continues = continues
-        self._stopper = Stopper(params, engine._eos, engine.decode)
-        self._target = engine._target
-        self._bytes = 0
 
-    def tokens(self) -> Generator[int, None, None]:
-        self._engine._run = self._iterate()
-        return self._engine._run
-
-    def _iterate(self) -> Generator[int, None, None]:
-        memory.reset_peak()
-        everything = self._schedule.mode == "ar-all"
-        with self._engine._everything() if everything else contextlib.nullcontext(self._target) as self._target:
-            before = _bytes(self._target.channel)
-            decoding = self._target.decode(self._prompt, self._schedule, self._params, self._stopper, self._continues)
-            for committed in decoding:
-                self._bytes = _bytes(self._target.channel) - before
-                yield from committed
-
-    def result(self) -> Generation:
-        stopper, target = self._stopper, self._target
-        assert stopper.finish, "a result before the end"
-        facts = records.Sequence(
-            mode=self._schedule.mode,
-            prompt_tokens=len(self._prompt),
-            tokens=tuple(stopper.tokens),
-            text=stopper.text,
-            finish=stopper.finish,
-            passes=tuple(target.passes),
-            drafter=target.report,
-            bytes_on_wire=self._bytes,
-            peak_memory=memory.peak() + (target.report.memory if target.report else 0),
-        )
-        return Generation(list(stopper.tokens), facts.text, stopper.finish, facts)
+def _several(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is a list of prompts; one prompt is a text, or holds numbers or messages."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], str | list | tuple)
 
 
 def _schedule(mode: str | Schedule, gamma: int | str) -> Schedule:

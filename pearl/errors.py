@@ -1,4 +1,6 @@
-"""What a user can get wrong, said in one sentence."""
+"""What a user can get wrong, said in one sentence; and what may be right the next time."""
+
+LONGEST = 2000  # characters of a sentence; it may repeat what it was given
 
 
 class UsageError(Exception):
@@ -7,3 +9,11 @@ class UsageError(Exception):
     Raised before anything is loaded wherever that is possible. Command-line entry points print it as ``error: ...`` on
     standard error and exit with code 2; a Python caller catches it like any exception.
     """
+
+    def __init__(self, sentence: str):
+        sentence = sentence.encode("utf-8", "backslashreplace").decode()  # what can't be printed is spelt out
+        super().__init__(sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 3]}...")
+
+
+class Unreachable(Exception):
+    """The drafter could not be reached this time; the message says why. Nobody but the runtime meets it."""

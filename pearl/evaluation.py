@@ -76,6 +76,8 @@ def order(suite: Suite, argv: Sequence[str] | None) -> Order:
         raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
     if "hf-assisted" in baselines and (config.draft == NGRAM or config.feature_folder):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
+    for mode in found.mode:
+        config.check_mode(mode)
     cli.at_least_one("--num-samples", found.num_samples)
     cli.at_least_one("--repeats", found.repeats)
     if found.resume and not found.output:
@@ -93,7 +95,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
     from pearl import harness, results
     from pearl.process import World
 
-    world, console = World.here(), Console(width=None if sys.stdout.isatty() else 140)
+    world, console = World.here(asked.config.target_tp), Console(width=None if sys.stdout.isatty() else 140)
     summary = results.ended(asked.folder, asked.asked) if asked.found.resume else None
     if summary is None:
         summary, failed = _decode(asked, world, console)
@@ -101,7 +103,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
             return 1
         if summary is not None:
             _judge(asked, summary)
-    if summary is not None and world.rank == world.replica == 0:
+    if summary is not None and world.rank == world.replica == world.shard == 0:
         console.print(harness.table(summary["modes"], asked.title))
         console.print(f"written to {asked.folder}", highlight=False)
     return 0
@@ -148,7 +150,7 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
     found, suite, params = order.found, order.suite, order.params
     schedule = cli.hardest(order.schedules.values())
     count_processes(schedule, found.processes, world)
-    checked = preflight(place(order.config, world), world.roles)
+    checked = preflight(place(order.config, world), world.roles, world.shards_here)
     form = found.format or (
         order.pair.prompt if order.pair else "chat" if checked.tokenizer.chat_template else "completion"
     )
@@ -165,7 +167,9 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
 
             modes |= Baselines(engine, checked).decoders(order.baselines)
         modes = {mode: modes[mode] for mode in found.mode}
-        plan = harness.Plan(tasks, modes, params, found.num_samples, found.repeats)
+        size = min(found.batch_size, engine.model.texts)
+        side_by_side = harness.writers(engine, order.schedules, size)
+        plan = harness.Plan(tasks, modes, params, found.num_samples, found.repeats, side_by_side, size)
         asked = order.asked | {"prompt_format": form, "prompts": plan.digest}
         team, summary = Team(world), None
         failed = not _complete(plan, team, order.folder, asked, console)

@@ -11,8 +11,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pearl import metrics, records, results
-from pearl.engine import Engine
+from pearl.display import Board
+from pearl.engine import Engine, Generation, Job
 from pearl.records import Key
 from pearl.results import Round
 from pearl.sampling import SamplingParams
@@ -31,6 +33,10 @@ from pearl.schedule import Schedule
 from pearl.tables import COLUMNS, OF_A_RUN
 
 WARM_UP_TOKENS = 8
+BLOCK = 4  # times the batch size: the rounds that a mode writes before the next mode has its turn
+
+# several texts side by side, in one mode: yields each job with what a pass has committed, and at last with all of it
+Writer = Callable[[Iterable[Job | None]], Iterator[tuple[Job, list[int] | Generation]]]
 
 # a mode: writes the text after a prompt, which may continue the last one that it wrote
 Decoder = Callable[[Sequence[int], SamplingParams, bool], records.Sequence]
@@ -56,6 +62,8 @@ class Plan:
     params: SamplingParams
     samples: int = 1
     repeats: int = 1
+    writers: Mapping[str, Writer] = field(default_factory=dict)  # of modes that write several texts side by side
+    batch_size: int = 1
 
     @property
     def rounds(self) -> list[Round]:
@@ -89,29 +97,103 @@ def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Dec
     return {mode: decoder(schedule) for mode, schedule in schedules.items()}
 
 
+def writers(engine: Engine, schedules: Mapping[str, Schedule], batch_size: int) -> dict[str, Writer]:
+    """The same for several texts side by side."""
+
+    def writer(schedule: Schedule) -> Writer:
+        return lambda jobs: engine.write(jobs, mode=schedule, batch_size=batch_size)
+
+    return {mode: writer(schedule) for mode, schedule in schedules.items()}
+
+
 def run(plan: Plan, folder: Path, console: Console, rounds: Collection[Round] | None = None) -> None:
     """Decodes every problem in every mode, or only these `rounds`, and adds each round to `folder` once it is done."""
     wanted = set(plan.rounds if rounds is None else rounds)
-    modes = tuple(plan.modes)
+    modes, texts = tuple(plan.modes), plan.texts
     if wanted:
         warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-        for decode in plan.modes.values():
+        for mode, decode in plan.modes.items():
             decode(plan.tasks[0].prompt(()), warm, False)
+            if plan.batch_size > 1 and mode in plan.writers:
+                tasks = plan.tasks[: plan.batch_size]
+                deque(plan.writers[mode](Job(task.prompt(()), warm) for task in tasks), maxlen=0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rounds = [one for one in plan.rounds if one in wanted]
+    size = 1 if plan.batch_size == 1 else BLOCK * plan.batch_size
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("decoding", total=len(wanted) * len(modes))
-        for number, one in enumerate(plan.rounds):
-            if one not in wanted:
-                continue
-            samples, passes = [], []
-            turn = number % len(modes)
-            for mode in (*modes[turn:], *modes[:turn]):
-                progress.update(bar, description=f"{one.task} {mode}")
-                for key, text, completion in _talk(plan, one, plan.modes[mode]):
-                    samples.append(results.sample_line(key, mode, text, completion))
-                    passes += results.pass_lines(key, mode, text)
-                progress.advance(bar)
-            results.append(folder, samples, passes)
+        for block in (rounds[first : first + size] for first in range(0, len(rounds), size)):
+            written: dict[Round, list[tuple[results.Line, list[results.Line]]]] = {one: [] for one in block}
+            turn = plan.rounds.index(block[0]) // size % len(modes)
+            try:
+                for mode in (*modes[turn:], *modes[:turn]):
+                    progress.update(bar, description=f"{block[0].task} {mode}")
+                    for key, text, completion in _written(plan, block, mode, Board(progress, bar, mode)):
+                        lines = results.sample_line(key, mode, text, completion), results.pass_lines(key, mode, text)
+                        written[Round(key.task, key.sample, key.repeat)].append(lines)
+                        progress.advance(bar, 1 / plan.task(key.task).turns)
+            finally:  # also where somebody has enough: what is finished is kept
+                whole = [some for one, some in written.items() if len(some) == texts[one.task]]
+                if whole:
+                    samples, passes = zip(*(line for some in whole for line in some), strict=True)
+                    results.append(folder, samples, [line for some in passes for line in some])
+
+
+def _written(
+    plan: Plan, block: Sequence[Round], mode: str, board: Board
+) -> Iterator[tuple[Key, records.Sequence, str]]:
+    """The texts of a block in one mode: side by side where the mode can."""
+    if plan.batch_size > 1 and mode in plan.writers:
+        yield from _talks(plan, block, plan.writers[mode], board)
+    else:
+        for one in block:
+            yield from _talk(plan, one, plan.modes[mode])
+
+
+@dataclass
+class _Talk:
+    """A sample under way."""
+
+    round: Round
+    task: Task
+    params: SamplingParams
+    answers: list[str] = field(default_factory=list)
+
+    def job(self, after: Job | None = None) -> Job:
+        """Its next turn."""
+        return Job(self.task.prompt(self.answers), self.params, after)
+
+
+def _talks(
+    plan: Plan, block: Sequence[Round], write: Writer, board: Board
+) -> Iterator[tuple[Key, records.Sequence, str]]:
+    """Several samples side by side. The next turn of one goes before those that have not begun, where it was."""
+    talks: dict[Job, tuple[_Talk, int]] = {}
+    queue: deque[Job] = deque()
+    for one in block:
+        talk = _Talk(one, plan.task(one.task), replace(plan.params, seed=plan.params.seed + one.sample))
+        queue.append(talk.job())
+        talks[queue[-1]] = talk, 0
+    left = sum(talk.task.turns for talk, _ in talks.values())
+
+    def jobs() -> Iterator[Job | None]:
+        given = 0
+        while given < left:
+            given += bool(queue)
+            yield queue.popleft() if queue else None
+
+    for job, said in write(jobs()):
+        talk, turn = talks[job]
+        if isinstance(said, Generation):
+            board.over(job)
+            yield Key(*talk.round, turn), said.facts, talk.task.completion(said.text)
+            continue
+        board.said(job, talk.round.task, said)
+        assert job.text is not None
+        if job.text.stopper.finish and turn + 1 < talk.task.turns:
+            talk.answers.append(job.text.stopper.text)
+            queue.appendleft(talk.job(after=job))
+            talks[queue[0]] = talk, turn + 1
 
 
 def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, records.Sequence, str]]:
@@ -138,7 +220,8 @@ def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: dict[str, 
     if plan.params.rejection:  # the text depends on the drafter there; only its distribution is the target's
         for figures in modes.values():
             figures["identical_to_ar"] = figures["first_divergence_gaps"] = None
-    return {"config": config, "environment": environment(engine), "modes": modes}
+    events = [asdict(event) for event in engine.events]
+    return {"config": config, "environment": environment(engine), "events": events, "modes": modes}
 
 
 def environment(engine: Engine) -> dict[str, Any]:

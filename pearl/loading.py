@@ -17,19 +17,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from pearl import borrowed, embedded, linear
-from pearl.cache import longest_text, use_grouped_attention
+from pearl import bits, borrowed, embedded, linear, quantized, shards
+from pearl.beam import several_costs
+from pearl.cache import bytes_of_a_text, longest_text, use_grouped_attention
 from pearl.config import EMBEDDED, NGRAM, ROLES, EngineConfig, model_path
 from pearl.errors import UsageError
 from pearl.feature import network
 from pearl.feature.network import FeatureDrafter
 from pearl.feature.taps import Taps
 from pearl.feature.weights import of_model, other_target
+from pearl.graphs import capture_for
 from pearl.head import cut
-from pearl.model import LanguageModel
+from pearl.inputs import brief
+from pearl.model import TREE, LanguageModel
 from pearl.pairs import needed_gb, probe
-from pearl.rows import RowPlan, branches_agree, leaf_costs, measure, path_cost, remembered
+from pearl.rows import JointRows, RowPlan, branches_agree, leaf_costs, measure, measure_together, path_cost, remembered
+from pearl.schedule import MAX_GAMMA
+from pearl.shards import LeadReader, Others
 
+AHEAD = 2 * MAX_GAMMA + 1  # guesses by which a drafter's text may be longer than the target's
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}
 
 
@@ -89,6 +95,7 @@ class Preflight:
     max_length: int
     target_on: Placed
     draft_on: Placed
+    texts: int = 1  # side by side
 
     def check_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> None:
         """Raises `UsageError` for a prompt that the models can't read or that leaves too little room."""
@@ -103,13 +110,15 @@ class Preflight:
             )
 
 
-def preflight(config: EngineConfig, roles: Sequence[str] = ROLES) -> Preflight:
+def preflight(config: EngineConfig, roles: Sequence[str] = ROLES, ranks: int | None = None) -> Preflight:
     """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`.
 
-    `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one."""
+    `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one.
+    `ranks`: how many of the target's are on this machine; None: all."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    target_on, draft_on = _place(config)
+    ranks = config.target_tp if ranks is None else ranks
+    target_on, draft_on = _place(config, ranks)
     for role, placed, dtype in (
         ("target", target_on, config.dtype),
         ("draft", draft_on, config.draft_dtype or config.dtype),
@@ -119,6 +128,10 @@ def preflight(config: EngineConfig, roles: Sequence[str] = ROLES) -> Preflight:
         _check_bitsandbytes()
     target = Source.of(config.target)
     target_config, tokenizer = _describe("target", target, config)
+    if config.target_tp > 1:
+        if target.gguf_file:
+            raise UsageError(f"{config.target} is a GGUF file, which one process loads: leave target_tp out.")
+        shards.check(target_config, config.target_tp, config.target)
     vocabulary = target_config.get_text_config().vocab_size
     draft = None
     if shape := _drafter_of(config):
@@ -137,22 +150,68 @@ def preflight(config: EngineConfig, roles: Sequence[str] = ROLES) -> Preflight:
     held = {"target": (target, target_on, config.load_in or config.dtype)}
     if draft:
         held["draft"] = (draft, draft_on, config.draft_load_in or config.draft_dtype or config.dtype)
-    _check_memory([held[role] for role in roles if role in held])
     max_length = min(config.max_length, longest_text(target_config))
-    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, target_on, draft_on)
+    each = {"target": bytes_of_a_text(target_config, max_length + TREE, _width(config.dtype)) / config.target_tp / 1e9}
+    if draft:
+        width = _width(config.draft_dtype or config.dtype)
+        each["draft"] = bytes_of_a_text(draft_config, max_length + AHEAD + TREE, width) / 1e9
+    texts = _texts(config, each["target"], max_length)
+    caches = {role: texts * size if texts > 1 else 0.0 for role, size in each.items()}
+    here = ranks if target_on.on_cpu else 1  # a GPU holds one rank, main memory all that are here
+    parts = {"target": here / config.target_tp, "draft": 1.0}
+    caches["target"] *= here
+    _check_memory([(*held[role], caches[role], parts[role]) for role in roles if role in held], texts)
+    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, target_on, draft_on, texts)
 
 
-def load_target(checked: Preflight) -> LanguageModel:
+def _texts(config: EngineConfig, each_gb: float, max_length: int) -> int:
+    """How many texts may be side by side: as many as asked for, or as the budget for their keys and values holds."""
+    if not config.cache_gb:
+        return config.max_sequences
+    if config.cache_gb < each_gb:
+        raise UsageError(
+            f"cache_gb {config.cache_gb:g} does not hold one text, whose {max_length} tokens take {each_gb:.2f} GB: "
+            "raise it, or lower max_length."
+        )
+    return min(config.max_sequences, int(config.cache_gb / each_gb))
+
+
+def _width(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+def load_target(checked: Preflight, others: Others | None = None) -> LanguageModel | LeadReader:
+    """`others`: the other ranks, of a target that is spread over several."""
+    model = _load_target(checked)
+    return _reader(model, checked, checked.target_on, checked.max_length, others)
+
+
+def load_shard(checked: Preflight) -> LanguageModel:
+    """What a rank other than the first has of the target."""
+    model = _load_target(checked)
+    _prepare(model, "stock", checked.target_on)
+    return LanguageModel(model, checked.vocabulary, checked.max_length, texts=checked.texts)
+
+
+def _load_target(checked: Preflight) -> Any:
     config = checked.config
-    model = _load(checked.target, config, config.dtype, config.load_in, checked.target_on)
+    model = _load(checked.target, config, config.dtype, config.load_in, checked.target_on, ranks=config.target_tp)
     if (shape := _drafter_of(config)) and of_model(model) != shape.fingerprint:
         raise UsageError(other_target(shape.target))
-    return _reader(model, checked, checked.target_on, checked.max_length, config.target, config.dtype)
+    return model
 
 
-def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[float, ...]]:
-    """The draft model, and the seconds of a forward by its leaves. Its texts are up to `ahead` guesses longer than the
-    target's."""
+@dataclass(frozen=True)
+class DraftCosts:
+    """Seconds of a drafter's forward: of one text by its leaves, see `rows.leaf_costs`; of several, see
+    `beam.several_costs`."""
+
+    seconds: tuple[float, ...]
+    several: tuple[float, float]
+
+
+def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, DraftCosts]:
+    """The draft model, and what its forwards cost. Its texts are up to `ahead` guesses longer than the target's."""
     config = checked.config
     assert checked.draft is not None, "the ngram source has no model"
     model = _load(checked.draft, config, config.draft_dtype or config.dtype, config.draft_load_in, checked.draft_on)
@@ -168,7 +227,8 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
     head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
     _prepare(model, kernel, checked.draft_on)
     longest = min(checked.max_length + ahead, longest_text(model.config))
-    reader = LanguageModel(model, checked.vocabulary, longest, head=head)
+    coarse = not checked.draft_on.on_cpu
+    reader = LanguageModel(model, checked.vocabulary, longest, head=head, texts=checked.texts, coarse=coarse)
     dtype = config.draft_dtype or config.dtype
     drafter = {
         "leaves": 2,
@@ -177,9 +237,19 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, tuple[flo
         "head": len(head) if head else 0,
     }
     key = _key(model, config, checked.draft_on, checked.draft.name, dtype) | drafter
-    found = remembered(key, lambda: {"seconds": leaf_costs(reader, checked.vocabulary)})
-    reader.forget()
-    return reader, tuple(found["seconds"])
+    if _fixes(config, checked.draft_on):
+        capture = None if config.eager else capture_for(checked.draft_on.devices)
+        key |= {"fixed": 1, "graphs": capture is not None}
+        captured = remembered({**key, "draft": 1}, lambda: {"captured": bits.examine_drafter(reader, capture)[0]})
+        reader.fix(capture=capture if captured["captured"] else None)
+    found = remembered(key, lambda: {"seconds": leaf_costs(reader, checked.vocabulary)})["seconds"]
+    several = {"several": (0.0, 0.0)}
+    if reader.texts > 1:
+        key["texts"] = reader.texts
+        several = remembered(key, lambda: {"several": several_costs(reader, checked.vocabulary, found[0])})
+    for text in range(reader.texts):
+        reader.forget(text=text)
+    return reader, DraftCosts(tuple(found), tuple(several["several"]))
 
 
 def load_plain(checked: Preflight, device: str) -> Any:
@@ -263,14 +333,22 @@ def _describe(
             f"file ({type(error).__name__}: {reason})."
         ) from error
     longest_text(found)
+    quantized.check(role, source.name, found, config.load_in if role == "target" else config.draft_load_in)
     return found, tokenizer
 
 
 def _load(
-    source: Source, config: EngineConfig, dtype: str, load_in: str | None, placed: Placed, shape: Any = None
+    source: Source,
+    config: EngineConfig,
+    dtype: str,
+    load_in: str | None,
+    placed: Placed,
+    shape: Any = None,
+    ranks: int = 1,
 ) -> Any:
-    """`shape`: a config to load by, instead of the checkpoint's own."""
-    kwargs = {**source.kwargs(config), "dtype": getattr(torch, dtype), "device_map": placed.device_map()}
+    """`shape`: a config to load by, instead of the checkpoint's own. `ranks`: this is one of them, with a shard."""
+    where = {"device_map": placed.device_map()} if ranks == 1 else shards.sharding(ranks)
+    kwargs = {**source.kwargs(config), "dtype": getattr(torch, dtype), **where}
     if shape is not None:
         kwargs["config"] = shape
     if memory := placed.max_memory():
@@ -285,7 +363,24 @@ def _load(
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    model = AutoModelForCausalLM.from_pretrained(source.name, **kwargs).eval()
+    if not source.gguf_file:
+        kwargs["use_safetensors"] = True  # a pickle may run whatever its maker likes
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **kwargs)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a file that is missing, cut short, of other shapes, or a pickle: each in its own way
+        raise UsageError(
+            f"The weights of {source.name} can't be loaded: they must be whole, of the shapes that its config.json "
+            f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(str(error), 300)})."
+        ) from error
+    if found["missing_keys"] and not source.gguf_file and borrowed.note(source.name) is None:
+        some = ", ".join(sorted(found["missing_keys"])[:3])
+        raise UsageError(
+            f"The weights of {source.name} lack {len(found['missing_keys'])} tensors (such as {some}), which would be "
+            "random numbers: get the whole checkpoint again."
+        )
+    model.eval()
     return embedded.plain_weights(model) if source.gguf_file else model
 
 
@@ -295,12 +390,19 @@ def _prepare(model: Any, kernel: str, placed: Placed) -> None:
         linear.pack(model, int8=kernel == "int8")
 
 
-def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, name: str, dtype: str) -> LanguageModel:
-    config = checked.config
-    _prepare(model, config.kernel, placed)
+def _reader(
+    model: Any, checked: Preflight, placed: Placed, max_length: int, others: Others | None
+) -> LanguageModel | LeadReader:
+    config, name, dtype = checked.config, checked.config.target, checked.config.dtype
+    _prepare(model, "stock" if others else config.kernel, placed)
     shape = _drafter_of(config)
     taps = Taps(model, shape.features) if shape and shape.features else None
-    reader = LanguageModel(model, checked.vocabulary, max_length, taps=taps)
+    coarse = not (placed.on_cpu or others)
+    reader: LanguageModel | LeadReader
+    reader = LanguageModel(model, checked.vocabulary, max_length, taps=taps, texts=checked.texts, coarse=coarse)
+    if others:
+        others.settle()
+        reader = LeadReader(reader, others)
 
     def find() -> dict[str, Any]:
         plan = measure(lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary)
@@ -309,10 +411,43 @@ def _reader(model: Any, checked: Preflight, placed: Placed, max_length: int, nam
         path_s = path_cost(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
-    found = remembered({"rows": 3, **_key(model, config, placed, name, dtype)}, find)
-    reader.rows = RowPlan(**{field: tuple(v) if isinstance(v, list) else v for field, v in found.items()})
-    reader.forget()
+    if isinstance(reader, LanguageModel) and _fixes(config, placed):
+        capture = None if config.eager else capture_for(placed.devices)
+        forms = bits.forms(placed.on_cpu)
+        key = {"fixed": 1, "forms": forms, "graphs": capture is not None, **_key(model, config, placed, name, dtype)}
+        known = bits.Report.of(remembered(key, lambda: asdict(bits.examine(reader, capture, forms))))
+        bits.apply(reader, known, capture)
+    else:
+        found = remembered({"rows": 3, **_key(model, config, placed, name, dtype)}, find)
+        reader.rows = RowPlan(**_tuples(found))
+        reader.checks = (bits.rows_check(reader.rows),)
+    if reader.texts > 1:
+        reader.joint = _joint(reader, checked, {"texts": reader.texts, **_key(model, config, placed, name, dtype)})
+    for text in range(reader.texts):
+        reader.forget(text=text)
     return reader
+
+
+def _fixes(config: EngineConfig, placed: Placed) -> bool:
+    """Whether forwards have fixed shapes: by default on one GPU, where graphs save most of a step. On CPU they save
+    nothing, and what fills them up costs a little."""
+    return config.static == "on" or (config.static == "auto" and len(placed.devices) == 1 and not placed.on_cpu)
+
+
+def _joint(reader: LanguageModel | LeadReader, checked: Preflight, key: dict[str, object]) -> JointRows | None:
+    """The row counts of forwards that several texts share, if there are any."""
+    reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
+
+    def find() -> dict[str, Any]:
+        plan = measure_together(reader, checked.vocabulary) if reader.rows.exact else None
+        return {"joint": asdict(plan) if plan else None}
+
+    found = remembered({"joint": 2, **key}, find)["joint"]
+    return JointRows(**_tuples(found)) if found else None
+
+
+def _tuples(found: dict[str, Any]) -> dict[str, Any]:
+    return {field: tuple(value) if isinstance(value, list) else value for field, value in found.items()}
 
 
 def _key(model: Any, config: EngineConfig, placed: Placed, name: str, dtype: str) -> dict[str, object]:
@@ -325,12 +460,20 @@ def _key(model: Any, config: EngineConfig, placed: Placed, name: str, dtype: str
         "kernel": config.kernel,
         "devices": placed.devices,
         "config": model.config.to_json_string(),
-    }
+    } | ({"ranks": config.target_tp} if config.target_tp > 1 else {})
 
 
-def _place(config: EngineConfig) -> tuple[Placed, Placed]:
+def _place(config: EngineConfig, ranks: int) -> tuple[Placed, Placed]:
+    """`ranks`: how many of the target's are on this machine."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    target = _devices("target_device", config.target_device, gpus, 0)
+    number = 0
+    if config.target_tp > 1 and gpus:
+        if config.target_device == "cpu":
+            raise UsageError("A target over several ranks takes the machine's GPUs: CUDA_VISIBLE_DEVICES= hides them.")
+        if ranks > gpus:
+            raise UsageError(f"{ranks} ranks of the target need {ranks} GPUs on this machine, which has {gpus}.")
+        number = min(int(os.environ.get("LOCAL_RANK", 0)), gpus - 1)  # the drafter may come after the last GPU
+    target = _devices("target_device", config.target_device, gpus, number)
     draft = _devices("draft_device", config.draft_device, gpus, gpus - 1)
     return target, draft
 
@@ -364,12 +507,13 @@ def _check_bitsandbytes() -> None:
         raise UsageError("8-bit and 4-bit weights need the bitsandbytes package: run `bash install.sh`.") from None
 
 
-def _check_memory(held: Sequence[tuple[Source, Placed, str]]) -> None:
-    """`held`: the models that this machine is to hold, where, and in which kind of numbers."""
+def _check_memory(held: Sequence[tuple[Source, Placed, str, float, float]], texts: int) -> None:
+    """`held`: the models that this machine is to hold, where, in which kind of numbers, the gigabytes of keys and
+    values of all texts, and which part of the model it is."""
     needs: dict[tuple[str, ...], float] = {}
-    for source, placed, kind in held:
+    for source, placed, kind, cache, part in held:
         if count := _parameters(source):
-            need = needed_gb(count * _BYTES[kind] / 1e9)
+            need = needed_gb(count * part * _BYTES[kind] / 1e9) + cache
             needs[placed.devices] = needs.get(placed.devices, 0.0) + need
     if not needs:
         return
@@ -382,6 +526,7 @@ def _check_memory(held: Sequence[tuple[Source, Placed, str]]) -> None:
             raise UsageError(
                 f"The models need about {need:.1f} GB {where}, where {free:.1f} GB are free: choose smaller models, "
                 "--load-in 4bit, or other devices."
+                + (f" {texts} texts side by side are part of it: fewer, or a shorter max_length." if texts > 1 else "")
             )
 
 

@@ -8,10 +8,12 @@
                          Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
                          Report   what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
+                         Beat     nothing to say, but alive
 
 Every message carries the number of its sequence, so nothing can leak into the next one. A message is a *frame* of 16
 words (64 bytes); a longer one says so in its second word and the rest follows in one piece. Both ends know the shapes:
-numbers only, no pickles. Floating-point numbers travel as their own bits.
+numbers only, no pickles. Floating-point numbers travel as their own bits. What is said at once, of several sequences,
+travels together. Words that are no message are `Garbage`, and nothing else comes of them.
 """
 
 from __future__ import annotations
@@ -21,12 +23,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pearl.errors import UsageError
 from pearl.sampling import SamplingParams
 from pearl.schedule import MODES, Schedule
 
 FRAME = 16  # words
+MOST = 1 << 28  # words of a message: the features of a long prompt are the longest
 _AUTO = -1  # on the wire
 Words = np.ndarray  # int32 [n]
+
+
+class Garbage(ValueError):
+    """What came over the wire is no message."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Start:
     params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
     prompt: tuple[int, ...]
     plan: Plan
-    continues: bool = False  # the sequence before: what was read of it need not be read again
+    continues: int = 0  # a sequence that has ended: what was read of it need not be read again
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,14 @@ class Close:
     sequence: int = 0
 
 
-Message = Start | Verdict | End | Costs | Nodes | Report | Close
-_KINDS: tuple[type, ...] = (Start, Verdict, End, Costs, Nodes, Report, Close)
+@dataclass(frozen=True)
+class Beat:
+    sequence: int = 0
+
+
+Message = Start | Verdict | End | Costs | Nodes | Report | Close | Beat
+_KINDS: tuple[type, ...] = (Start, Verdict, End, Costs, Nodes, Report, Close, Beat)
+_SEVERAL = len(_KINDS)
 _COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
 
 
@@ -147,8 +161,9 @@ class _Reader:
         return len(self._words) - self._at
 
     def _take(self, count: int) -> Words:
+        if not 0 <= count <= self.left:
+            raise Garbage(f"a message of {len(self._words)} words ends before {count} that it should hold")
         taken = self._words[self._at : self._at + count]
-        assert len(taken) == count, "a message ended early"
         self._at += count
         return taken
 
@@ -190,14 +205,48 @@ def _bits(message: Message) -> Words:
 
 
 def length(frame: Words) -> int:
-    """How many words the message has whose first frame this is."""
+    """How many words the message has whose first frame this is. Raises `Garbage`."""
+    if not 0 <= frame[0] <= _SEVERAL or not 2 < frame[1] <= MOST:
+        raise Garbage(f"there is no message of kind {frame[0]} and {frame[1]} words")
     return max(FRAME, int(frame[1]))
 
 
+def pack(messages: Sequence[Message]) -> Words:
+    """Several messages as one, so that what is said of many texts at once leaves at once; one is itself."""
+    if len(messages) == 1:
+        return encode(messages[0])
+    inner = [encode(message) for message in messages]
+    head = np.zeros(FRAME, np.int32)
+    head[:2] = _SEVERAL, FRAME + sum(map(len, inner))
+    return np.concatenate([head, *inner])
+
+
+def unpack(words: Words) -> list[Message]:
+    """The inverse of `pack`. Raises `Garbage`."""
+    if words[0] != _SEVERAL:
+        return [decode(words)]
+    messages, at = [], FRAME
+    while at + FRAME <= len(words):
+        size = length(words[at:])
+        messages.append(decode(words[at : at + size]))
+        at += size
+    if at != len(words) or not messages:
+        raise Garbage(f"several messages of {at - FRAME} words in {len(words) - FRAME}")
+    return messages
+
+
 def decode(words: Words) -> Message:
-    """The inverse of `encode`."""
-    kind = _KINDS[int(words[0])]
-    return _decode_body(kind, _Reader(words[2 : int(words[1])]))
+    """The inverse of `encode`. Raises `Garbage`."""
+    if not 0 <= words[0] < len(_KINDS) or length(words) != max(FRAME, len(words)):
+        raise Garbage(f"kind {words[0]} and length {words[1]} of {len(words)} words")
+    read = _Reader(words[2 : int(words[1])])
+    try:
+        message = _decode_body(_KINDS[int(words[0])], read)
+    except (ArithmeticError, LookupError, UsageError, ValueError) as error:
+        raise Garbage(str(error)) from None
+    if read.left:
+        raise Garbage(f"{read.left} words more than a {type(message).__name__} has")
+    return message
 
 
 def _encode_body(message: Message) -> Iterator[int]:
@@ -212,7 +261,7 @@ def _encode_body(message: Message) -> Iterator[int]:
             for number in (params.temperature, params.top_p, params.min_p):
                 yield from _float(number)
             yield from _long(params.seed)
-            yield from (int(continues), len(prompt), *prompt)
+            yield from (continues, len(prompt), *prompt)
         case Verdict(_, position, plan, tokens, features):
             yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
             yield from () if features is None else features.shape
@@ -230,7 +279,7 @@ def _encode_body(message: Message) -> Iterator[int]:
             for name in _COUNTS:
                 yield from _long(getattr(message, name))
             yield int(message.failed)
-        case End() | Close():
+        case End() | Close() | Beat():
             pass
 
 
@@ -242,13 +291,13 @@ def _decode_body(kind: type, read: _Reader) -> Message:
         block, most, ahead, top_k, rejection = read.words(5)
         temperature, top_p, min_p = read.real(), read.real(), read.real()
         seed = read.long()
-        schedule = replace(Schedule.of(MODES[mode]), gamma=gamma, branches=branches, width=width, max_ahead=max_ahead)
+        schedule = replace(Schedule.of(_mode(mode)), gamma=gamma, branches=branches, width=width, max_ahead=max_ahead)
         method = "rejection" if rejection else "seeded"
         params = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method
         )
         continues, count = read.words(2)
-        return Start(sequence, schedule, params, read.words(count), Plan(block, most, ahead), bool(continues))
+        return Start(sequence, schedule, params, read.words(count), Plan(block, most, ahead), continues)
     if kind is Verdict:
         position, block, most, ahead, count = read.words(5)
         tokens = read.words(count)
@@ -267,6 +316,12 @@ def _decode_body(kind: type, read: _Reader) -> Message:
         counts = {name: read.long() for name in _COUNTS}
         return Report(sequence, busy, waiting, **counts, failed=bool(read.word()))
     return kind(sequence)
+
+
+def _mode(number: int) -> str:
+    if not 0 <= number < len(MODES):
+        raise Garbage(f"there is no mode {number}")
+    return MODES[number]
 
 
 def _decode_guess(read: _Reader) -> Guess:

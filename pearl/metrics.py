@@ -16,6 +16,7 @@ from pearl.records import Key, Pass
 from pearl.records import Sequence as Text
 
 Runs = dict[Key, Text]
+GAP_S = 0.5  # without any text on the target: another batch
 BY_CATEGORY = (
     "sequences",
     "tokens",
@@ -50,6 +51,8 @@ def summarise(
             for name in dict.fromkeys(filter(None, map(category, runs)))
             for some in [_figures({key: text for key, text in runs.items() if category(key) == name}, ar)]
         } or None
+        if any(text.places > 1 for text in runs.values()):
+            figures["by_sequence"] = by_sequence(runs)
         summary[mode] = figures
     return summary
 
@@ -68,7 +71,7 @@ def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "decode_tokens_per_second": _ratio(sum(p.committed for p in decoding), sum(p.seconds for p in decoding)),
+        "decode_tokens_per_second": _ratio(sum(p.committed for p in decoding), sum(p.share_s for p in decoding)),
         "speedup_vs_ar": None,
         "speedup_interval_95": None,
         "speedup_vs_ar_all": None,
@@ -88,9 +91,12 @@ def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
         "draft_own_confirmed": sum(report.confirmed for report in reports) if reports else None,
         "draft_busy_s": sum(report.busy_s for report in reports) if reports else None,
         "pauses": sum(p.ahead == 0 for p in decoding),
-        "overhead_ms": 1e3 * _percentile([(p.seconds - p.forward_s - p.waited_s, 1) for p in decoding], 50),
-        "target_busy": sum(p.forward_s for p in passes) / seconds,
-        "target_waiting": sum(p.waited_s for p in passes) / seconds,
+        "overhead_ms": 1e3
+        * _percentile([(p.seconds - p.others_s - p.forward_s - p.waited_s, 1) for p in decoding], 50),
+        "target_busy": sum(p.forward_s / p.texts for p in passes) / seconds,
+        "target_waiting": sum(p.waited_s / p.texts for p in passes) / seconds,
+        "texts_per_pass": sum(p.texts for p in decoding) / len(decoding) if decoding else None,
+        "occupancy": occupancy(texts),
         "drafter_busy": sum(report.busy_s for report in reports) / seconds if reports else None,
         "drafter_failures": sum(report.failed for report in reports),
         "ttft_ms": 1e3 * _percentile([(text.passes[0].seconds, 1) for text in texts], 50),
@@ -116,6 +122,44 @@ def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
             "predicted_speedup": _predicted(texts[0].mode, figures, ar),
         }
     return figures
+
+
+def occupancy(texts: Sequence[Text]) -> float | None:
+    """The share of the places that texts were at, while more were waiting for one: from the first text of a batch to
+    the start of its last. None if no text had another beside it."""
+    taken = available = 0.0
+    for batch in _batches(texts):
+        last = max(text.began_s for text in batch)
+        first = min(text.began_s for text in batch)
+        taken += sum(min(text.ended_s, last) - text.began_s for text in batch)
+        available += max(text.places for text in batch) * (last - first)
+    return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
+
+
+def _batches(texts: Sequence[Text]) -> list[list[Text]]:
+    """Those that followed one another without a gap: a place was always taken."""
+    batches: list[list[Text]] = []
+    end = -math.inf
+    for text in sorted(texts, key=lambda text: text.began_s):
+        if text.began_s > end + GAP_S or not batches:
+            batches.append([])
+        batches[-1].append(text)
+        end = max(end, text.ended_s)
+    return batches
+
+
+def by_sequence(runs: Runs) -> list[dict[str, Any]]:
+    """What each text of a batch was worth."""
+    return [
+        {
+            **key._asdict(),
+            "tokens": len(text.tokens),
+            "seconds": text.ended_s - text.began_s,
+            "tokens_per_second": _ratio(len(text.tokens), text.ended_s - text.began_s),
+            "acceptance": _ratio(sum(p.accepted for p in text.passes), sum(p.tested for p in text.passes)),
+        }
+        for key, text in runs.items()
+    ]
 
 
 def _shared(runs: Runs, others: Runs) -> tuple[list[Text], list[Text]]:
@@ -152,7 +196,7 @@ def _speedup(mine: Sequence[Text], theirs: Sequence[Text], first_pass: int = 0) 
 
     def rate(texts: Sequence[Text]) -> float | None:
         passes = [p for text in texts for p in text.passes[first_pass:]]
-        return _ratio(sum(p.committed for p in passes), sum(p.seconds for p in passes))
+        return _ratio(sum(p.committed for p in passes), sum(p.share_s for p in passes))
 
     above, below = rate(mine), rate(theirs)
     return above / below if above and below else None

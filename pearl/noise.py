@@ -8,6 +8,7 @@ distribution (docs/theory.md shows by how much). The mixing function is SplitMix
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +59,13 @@ def gumbel(seed: int, position: int, purpose: int, tokens: Tensor) -> Tensor:
     return _gumbel(_words(seed, position, purpose, tokens))
 
 
+def gumbel_rows(seed: int, positions: Sequence[int], purpose: int, tokens: int, device: torch.device) -> Tensor:
+    """The noise of tokens 0, 1, ... at each of several positions.  float64 [positions, tokens]"""
+    streams = torch.tensor([_signed(_stream(seed, position, purpose)) for position in positions], device=device)
+    state = torch.arange(1, tokens + 1, device=device).mul_(_signed(_GOLDEN)) + streams[:, None]
+    return _gumbel(_word(state))
+
+
 def loud(seed: int, position: int, purpose: int, tokens: Tensor, least: float) -> Tensor:
     """Those of `tokens` whose Gumbel noise is above `least`, and perhaps one or two that are just below: found without
     a logarithm for each, in pieces that stay in the processor's cache."""
@@ -69,6 +77,11 @@ def loud(seed: int, position: int, purpose: int, tokens: Tensor, least: float) -
 def _words(seed: int, position: int, purpose: int, tokens: Tensor) -> Tensor:
     """The upper bits of the hash.  tokens: int64 [n]"""
     state = tokens.add(1).mul_(_signed(_GOLDEN)).add_(_signed(_stream(seed, position, purpose)))
+    return _word(state)
+
+
+def _word(state: Tensor) -> Tensor:
+    """The upper bits of what a state is mixed into, in place.  int64"""
     return _mix_tensor(state).bitwise_right_shift_(64 - _BITS).bitwise_and_((1 << _BITS) - 1)
 
 

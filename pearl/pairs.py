@@ -20,11 +20,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from pearl.errors import UsageError
+from pearl.inputs import brief, parse_yaml, read_text
 
 COMMAND = "python -m pearl.pairs"
 
@@ -176,14 +176,7 @@ def _registry() -> list[Path]:
 
 def _read(path: Path) -> Pair:
     """The pair in one file, every key known and every value of its type, as the fields of Pair declare them."""
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); `{COMMAND}` lists the pairs there are") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(facts, dict):
-        raise UsageError(f"{path} is not a pair: write one `key: value` a line")
+    facts = parse_yaml(read_text(path, "The pair"), f"The pair {path}")
     kinds = get_type_hints(Pair)
     for key in facts:
         if key not in kinds:
@@ -204,7 +197,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         choices = get_args(kind)
         good, wanted = value in choices, " or ".join("null" if choice is None else choice for choice in choices)
     if not good:
-        raise UsageError(f"{where} is {value!r}; it must be {wanted}")
+        raise UsageError(f"{where} is {brief(repr(value))}; it must be {wanted}")
     return float(value) if kind is float else value
 
 

@@ -51,24 +51,34 @@ def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_co
 
     Every row after the first adds `row_cost` of a forward, on both sides.
     """
-    if not 0.0 <= a <= 1.0:
-        raise UsageError(f"The acceptance a is a probability, so give a number from 0 to 1 (got {a}).")
     if not 0.0 < c < math.inf:
         raise UsageError(f"The speed ratio c is target pass time / drafter forward time, so give c > 0 (got {c}).")
-    if tokens < 1 or latency < 0 or row_cost < 0:
-        raise UsageError("Give at least one token, and a latency and a cost of rows that are not negative.")
+    if latency < 0 or row_cost < 0:
+        raise UsageError("Give a latency and a cost of rows that are not negative.")
+    shape = [1 + row_cost * row for row in range(LIMIT)]
+    rows = RowPlan(tuple(range(1, LIMIT + 1)), tuple(shape))
+    draft_s = tuple(cost / c for cost in shape[:LEAVES])
+    return by_times(a, rows, draft_s, latency, tokens, seed, f"a {a:g}, c {c:g}, latency {latency:g}")
+
+
+def by_times(
+    a: float, rows: RowPlan, draft_s: Sequence[float], latency: float, tokens: int, seed: int, source: str
+) -> Case:
+    """The same of a pass and a drafter forward that take so many seconds by their rows, each side on its own device."""
+    if not 0.0 <= a <= 1.0:
+        raise UsageError(f"The acceptance a is a probability, so give a number from 0 to 1 (got {a}).")
+    if tokens < 1:
+        raise UsageError("Give at least one token.")
     rng = random.Random(seed)
     places = []
     for _ in range(tokens):
         rank = 0 if rng.random() < a else missed(1, rng)
         places.append(Place(rank, (sureness(rank == 0, a, rng),)))
-    shape = [1 + row_cost * row for row in range(LIMIT)]
-    rows = RowPlan(tuple(range(1, LIMIT + 1)), tuple(shape))
-    draft_s = tuple(cost / c for cost in shape[:LEAVES])
     # the drafter's prompt takes part of a forward more than one, so that the two clocks do not strike together
-    script = Script(1, tuple(places), 1.0, 1.37 / c)
-    times = Times(rows, tuple(shape), draft_s, draft_s, latency)
-    return Case({Key("by hand"): script}, times, 0.0, {}, {}, f"a {a:g}, c {c:g}, latency {latency:g}")
+    script = Script(1, tuple(places), rows.cost(1), 1.37 * draft_s[0])
+    pass_s = tuple(rows.cost(count) for count in range(1, LIMIT + 1))
+    times = Times(rows, pass_s, tuple(draft_s), tuple(draft_s), latency, path_s=rows.path_s)
+    return Case({Key("by hand"): script}, times, 0.0, {}, {}, source)
 
 
 def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:

@@ -52,6 +52,23 @@ class Pass:
     waited_s: float  # before the pass, for guesses
     forward_s: float
     seconds: float  # all of it, with waiting, picking, walking and messages
+    texts: int = 1  # that were read in the same forward
+    others_s: float = 0.0  # of `seconds`: spent on the prompts and passes of other texts alone
+
+    @property
+    def share_s(self) -> float:
+        """This text's share of the target's time."""
+        return (self.seconds - self.others_s) / self.texts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the target's loop over all texts."""
+
+    texts: int  # under way
+    places: int  # for texts
+    queue: bool  # whether more texts were waiting for a place
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -67,10 +84,14 @@ class Sequence:
     drafter: Report | None
     bytes_on_wire: int  # both ways, verdicts and nodes
     peak_memory: int  # bytes, both processes
+    places: int = 1  # texts that may be under way at once
+    began_s: float = 0.0  # on the target's clock: when it took a place,
+    ended_s: float = 0.0  # and when it gave that back
 
     @property
     def seconds(self) -> float:
-        return sum(p.seconds for p in self.passes)
+        """Of the target's time; all of it where the text was alone."""
+        return sum(p.share_s for p in self.passes)
 
     @property
     def committed(self) -> list[int]:

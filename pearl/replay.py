@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pearl.errors import UsageError
+from pearl.inputs import json_lines, read_text, sound
 from pearl.records import Key
 from pearl.rows import LEAVES, RowPlan
 from pearl.simulation import VOCABULARY, Place, Script, Times
@@ -58,6 +59,11 @@ def read_run(folder: Path, mode: str | None = None, latency_s: float = LATENCY_S
 
     Raises `UsageError` where something is missing.
     """
+    with sound(str(folder), "record the run again"):
+        return _read_run(folder, mode, latency_s, seed)
+
+
+def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Case:
     modes, summary = _read_passes(folder), _read_summary(folder)
     mode = mode or max(modes, key=lambda name: sum(map(_judged_places, modes[name].values())))
     if mode not in modes:
@@ -109,11 +115,12 @@ def _read_passes(folder: Path) -> dict[str, Texts]:
         raise UsageError(f"There is no folder {folder}: name one that an evaluation has written.")
     path = folder / "passes.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no passes.jsonl: name a folder that an evaluation has written.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} can't be read: {error}.") from None
+        there = path.exists()
+    except OSError:
+        there = False
+    if not there:
+        raise UsageError(f"{folder} holds no passes.jsonl: name a folder that an evaluation has written.")
+    lines = [line for _, line in json_lines(read_text(path, "The passes"), str(path))]
     modes: dict[str, Texts] = {}
     for line in lines:
         if "judged" not in line:
@@ -128,7 +135,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} can't be read ({error}): a run writes it at its end.") from None
     if not {"config", "environment", "modes"} <= summary.keys() or "rows" not in summary["environment"]:
         raise UsageError(f"{path} does not say what rows cost: record the run again.")

@@ -64,7 +64,9 @@ def load(places: Sequence[Path]) -> list[Run]:
             facts = json.loads(file.read_text(encoding="utf-8"))
             name = str(folder.absolute().relative_to(shared))
             runs.append(Run(folder, name, facts["config"], facts["environment"], facts["modes"]))
-        except (OSError, ValueError, KeyError) as error:
+            if not all(isinstance(part, dict) for part in (runs[-1].config, runs[-1].environment, runs[-1].modes)):
+                raise TypeError("not a summary")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"{file} can't be read as results ({type(error).__name__}): make the run again."
             ) from error

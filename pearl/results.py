@@ -13,16 +13,19 @@ process left behind a finished round is dropped when the run is resumed, and tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pearl.errors import UsageError
+from pearl.inputs import parse_json, read_text, sound
 from pearl.messages import Report
 from pearl.records import Judged, Key, Pass
 from pearl.records import Sequence as Text
@@ -49,7 +52,8 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
 
     Raises UsageError if another run was begun there than is to be resumed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with _kept(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     resume = asked.get("resume")
     if resume and (folder / CONFIG).exists():
         check(folder, asked)
@@ -65,7 +69,7 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
 
 def check(folder: Path, asked: Mapping[str, Any]) -> None:
     """Refuses a folder that was begun with another config."""
-    begun = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    begun = _object(folder / CONFIG)
     asked = _asked(asked)
     for key in asked:
         if key in begun and begun[key] != asked[key]:
@@ -80,20 +84,27 @@ def ended(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     if (folder / CONFIG).exists():
         check(folder, asked)
     file = folder / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return _object(file) if file.exists() else None
 
 
 def append(folder: Path, samples: Sequence[Line], passes: Sequence[Line]) -> None:
     """Adds a finished round; it is on disk when this returns."""
-    folder.mkdir(exist_ok=True)
+    with _kept(folder):
+        folder.mkdir(exist_ok=True)
     append_lines(folder / PASSES, passes)
     append_lines(folder / SAMPLES, samples)
 
 
 def append_lines(file: Path, lines: Sequence[Line]) -> None:
-    with open(file, "ab", buffering=0) as stream:
-        stream.write(_lines(lines))
-        os.fsync(stream.fileno())
+    """All of them, on disk, or none: where the disk is full the file becomes what it was."""
+    data = _lines(lines)
+    with _kept(file), open(file, "ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            _write_all(stream, data)
+        except OSError:
+            stream.truncate(before)
+            raise
 
 
 def whole_lines(file: Path) -> list[Line]:
@@ -109,6 +120,11 @@ def repair(folder: Path, texts: Mapping[str, int]) -> set[Round]:
 
     `texts`: how many a round of each problem has. Raises UsageError if a file is damaged anywhere but at its end.
     """
+    with sound(str(folder), "remove it, or choose another --output"):
+        return _repair(folder, texts)
+
+
+def _repair(folder: Path, texts: Mapping[str, int]) -> set[Round]:
     done: set[Round] = set()
     for part in parts(folder):
         samples, passes = _read(part / SAMPLES), _read(part / PASSES)
@@ -141,6 +157,11 @@ def parts(folder: Path) -> list[Path]:
 
 def read(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dict[Key, str]]]:
     """The texts of each mode, and their completions."""
+    with sound(str(folder), "remove it, or choose another --output"):
+        return _read_texts(folder)
+
+
+def _read_texts(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dict[Key, str]]]:
     passes: dict[tuple[str, Key], list[Pass]] = {}
     for line in _read(folder / PASSES):
         passes.setdefault((line["mode"], Key.of(line)), []).append(_pass(line))
@@ -158,6 +179,9 @@ def read(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dict[Key, 
             drafter=Report(sequence=0, **line["drafter"]) if line["drafter"] else None,
             bytes_on_wire=line["bytes_on_wire"],
             peak_memory=line["peak_memory"],
+            places=line.get("places", 1),
+            began_s=line.get("began_s", 0.0),
+            ended_s=line.get("ended_s", 0.0),
         )
         completions.setdefault(mode, {})[key] = line["completion"]
     return texts, completions
@@ -179,6 +203,9 @@ def sample_line(key: Key, mode: str, text: Text, completion: str) -> Line:
         "drafter": report,
         "bytes_on_wire": text.bytes_on_wire,
         "peak_memory": text.peak_memory,
+        "places": text.places,
+        "began_s": text.began_s,
+        "ended_s": text.ended_s,
     }
 
 
@@ -194,6 +221,14 @@ def write(file: Path, value: Any) -> None:
 def write_lines(file: Path, lines: Sequence[Line]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     _replace(file, _lines(lines))
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a file holds that is written whole or not at all."""
+    value = parse_json(read_text(file, "The file"), str(file))
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} is damaged: remove it, or choose another --output.")
+    return value
 
 
 def _of(key: Key) -> Line:
@@ -225,10 +260,9 @@ def _read(file: Path) -> list[Line]:
     if not file.exists():
         return []
     *lines, _ = file.read_bytes().split(b"\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UsageError(f"{file} is damaged ({error}): remove it, or choose another --output.") from error
+    with sound(str(file), "remove it, or choose another --output"):
+        read = [json.loads(line) for line in lines]
+        return read
 
 
 def _settle(file: Path, data: bytes) -> None:
@@ -239,7 +273,32 @@ def _settle(file: Path, data: bytes) -> None:
 
 def _replace(file: Path, data: bytes) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "wb") as stream:
-        stream.write(data)
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    with _kept(file):
+        try:
+            with open(partial, "wb", buffering=0) as stream:
+                _write_all(stream, data)
+            partial.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def _write_all(stream: io.RawIOBase, data: bytes) -> None:
+    """On the disk. The system may take a part and refuse the rest."""
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+    os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _kept(file: Path) -> Iterator[None]:
+    """Around writing: raises `UsageError` where the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"{file} can't be written ({error.strerror}). What was finished before is kept: make room, and go on with "
+            "--resume."
+        ) from error

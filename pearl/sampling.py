@@ -47,7 +47,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
+            raise UsageError("stop must hold non-empty strings.")
+        object.__setattr__(self, "stop", tuple(stop))
         _whole("max_new_tokens", self.max_new_tokens, 1)
         _whole("top_k", self.top_k, 0)
         _whole("seed", self.seed, 0)
@@ -57,8 +60,6 @@ class SamplingParams:
         _within("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
         if self.method not in METHODS:
             raise UsageError(f"sampling method {self.method!r} is unknown; choose {' or '.join(METHODS)}.")
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise UsageError("stop must hold non-empty strings.")
 
     @property
     def greedy(self) -> bool:
@@ -75,7 +76,7 @@ def _whole(name: str, value: object, least: int) -> None:
 
 
 def _within(name: str, value: object, low: float, high: float, words: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)  # nan is within nothing
     if not number or not low <= value <= high:  # type: ignore[operator]
         raise UsageError(f"{name} must be {words}, not {value!r}.")
 

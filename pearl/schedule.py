@@ -109,16 +109,17 @@ class Schedule:
             return 0 if self.pre_verify or hit else 1
         return block
 
-    def room(self, depth: int, block: int, drafted: int) -> int:
+    def room(self, depth: int, block: int, drafted: int, ahead: int = MAX_AHEAD) -> int:
         """How many more guesses the drafter may add to its chain.
 
         `depth`: guesses below the root now; `drafted`: guesses made since the chain began, at the last miss or when it
         was used up. Post-verify drafts beyond what is being verified: the block under verification, its bonus
-        token, and the next block. Without it the drafter makes one block and waits for the verdict.
+        token, and the next block; where there is no block, up to `ahead`. Without it the drafter makes one block and
+        waits for the verdict.
         """
         if not self.post_verify:
             return max(0, block - drafted)
-        return max(0, (self.max_ahead or MAX_AHEAD if self.gamma is None else 2 * block + 1) - depth)
+        return max(0, (self.max_ahead or ahead if self.gamma is None else 2 * block + 1) - depth)
 
 
 def _number(name: str, value: int | str | None, least: int, most: int) -> int | None:

@@ -29,8 +29,8 @@ from pearl import records
 from pearl.beam import TreeSource
 from pearl.drafter import Drafter
 from pearl.leaves import Leaves
-from pearl.messages import Message, encode
-from pearl.model import TREE, SideRow
+from pearl.messages import Message, pack
+from pearl.model import TREE, SideRow, WantedLeaves
 from pearl.rows import RowPlan
 from pearl.sampling import SamplingParams
 from pearl.schedule import Schedule
@@ -179,9 +179,9 @@ class _End:
     def clock(self) -> float:
         return self.now
 
-    def send(self, message: Message) -> None:
-        self.bytes_sent += encode(message).nbytes
-        self.peer.inbox.append((self.now + self._latency_s, message))
+    def send(self, *messages: Message) -> None:
+        self.bytes_sent += pack(messages).nbytes
+        self.peer.inbox += [(self.now + self._latency_s, message) for message in messages]
 
     def receive(self) -> Message | None:
         return self.inbox.popleft()[1] if self.inbox and self.inbox[0][0] <= self.now else None
@@ -252,7 +252,7 @@ class _TargetEnd(_End):
 class _TargetReader:
     """A `Reader` that says what the script says."""
 
-    branches = True
+    branches, texts, joint = True, 1, None
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
         self.rows = stage.times.rows
@@ -260,10 +260,12 @@ class _TargetReader:
         self._stage, self._wire = stage, wire
         self._fresh = True
 
-    def forget(self, but: Sequence[int] = ()) -> None:
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
         self._fresh = True
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+    ) -> Tensor:
         stage, times = self._stage, self._stage.times
         rows = keep + len(branches)
         if self._fresh:
@@ -295,7 +297,7 @@ class _DraftReader:
     """A drafter's `Reader`. It counts the rows that a forward reads, as the real one would, and says what the script
     says of their places."""
 
-    branches = False
+    branches, texts, joint = False, 1, None
 
     def __init__(self, stage: _Stage):
         self.rows = stage.times.rows
@@ -303,11 +305,13 @@ class _DraftReader:
         self._stage = stage
         self.forget()
 
-    def forget(self, but: Sequence[int] = ()) -> None:
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
         self._cached: list[int] = []
         self._leaves: Leaves | None = None
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+    ) -> Tensor:
         assert keep == 1, "a chain is drafted one token after the other"
         tokens = list(tokens)
         known = min(len(self._cached), len(tokens))
@@ -316,6 +320,9 @@ class _DraftReader:
         self._work(max(1, len(tokens) - known), fresh=not self._cached)
         self._cached = tokens
         return self._after([len(tokens)])
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         fresh, script = self._leaves is None, self._stage.script

@@ -7,11 +7,12 @@ business alone, so a source may be anything: a smaller model, a search in the te
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from pearl.model import Reader
+from pearl.model import Reader, WantedLeaves
 from pearl.sampling import SamplingParams, propose
 from pearl.trie import Node, Trie
 
@@ -32,12 +33,45 @@ class DraftSource(Protocol):
         """
 
 
-@runtime_checkable
-class Continuing(Protocol):
-    """A source that remembers what it has read."""
+@dataclass(frozen=True)
+class Chain:
+    """Asks a source that holds several texts for at most `room` guesses: what follows `path` after the text."""
 
-    def go_on(self, params: SamplingParams) -> None:
-        """As `start`, but the new sequence continues the last one: what was read of it may be used."""
+    text: int  # which of the source's texts
+    tokens: Sequence[int]
+    path: tuple[int, ...]
+    room: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Asks it to extend a tree; see `TreeGrower.extend`."""
+
+    text: int
+    trie: Trie
+    most: int
+    deepest: int
+    fixed: bool = False
+
+
+@runtime_checkable
+class Several(Protocol):
+    """A source that remembers several texts, and guesses for all of them in one forward. One that remembers nothing
+    needs no more than `DraftSource`: it is asked for one text after the other."""
+
+    def begin(self, text: int, params: SamplingParams, continues: bool = False) -> None:
+        """A new sequence begins where `text` was. Nothing of that may be used unless it continues it."""
+
+    def propose_each(self, asked: Sequence[Chain]) -> list[list[tuple[int, Proposal]]]:
+        """As `DraftSource.propose`, for each."""
+
+
+@runtime_checkable
+class SeveralTrees(Protocol):
+    """The same of trees."""
+
+    def extend_each(self, asked: Sequence[Tree]) -> list[list[tuple[Node, Node]]]:
+        """As `TreeGrower.extend`, for each."""
 
 
 @runtime_checkable
@@ -60,7 +94,7 @@ class Observer(Protocol):
 
     layers: tuple[int, ...]  # whose hidden states it wants
 
-    def observe(self, features: np.ndarray) -> None:
+    def observe(self, features: np.ndarray, text: int = 0) -> None:
         """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
 
 
@@ -69,22 +103,35 @@ class ModelSource:
 
     def __init__(self, model: Reader):
         self._model = model
-        self._params = SamplingParams()
+        self._params: dict[int, SamplingParams] = {0: SamplingParams()}
         self.forwards = 0
 
     def start(self, params: SamplingParams) -> None:
-        self._model.forget()
-        self.go_on(params)
+        self.begin(0, params)
 
-    def go_on(self, params: SamplingParams) -> None:
-        self._params = params
+    def begin(self, text: int, params: SamplingParams, continues: bool = False) -> None:
+        self._params[text] = params
+        if not continues:
+            self._model.forget(text=text)
 
     def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
         if len(text) > self._model.max_length:
             return []
         self.forwards += 1
         logits = self._model.read(text, keep=1, padded=False)[0]
-        return [propose(logits, self._params, position=len(text))]
+        return [propose(logits, self._params[0], position=len(text))]
+
+    def propose_each(self, asked: Sequence[Chain]) -> list[list[tuple[int, Proposal]]]:
+        fitting = [one for one in asked if len(one.tokens) + len(one.path) <= self._model.max_length]
+        if not fitting:
+            return [[] for _ in asked]
+        self.forwards += 1
+        read = self._model.read_leaves_together([WantedLeaves(one.text, one.tokens, [one.path]) for one in fitting])
+        said = {
+            one.text: [propose(logits[0], self._params[one.text], position=len(one.tokens) + len(one.path))]
+            for one, logits in zip(fitting, read, strict=True)
+        }
+        return [said.get(one.text, []) for one in asked]
 
 
 class NgramSource:

@@ -4,6 +4,7 @@
 #   LIMIT     problems of each task; default: all.  TOKENS: new tokens of a text; default: the task's
 #   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl; default: the hub
 #   OPTIONS   further options of every run.  RESULTS: where all goes; default: results
+#   MODES     of runs that several tables share; default: ar ar-all sd pearl tree
 #   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
 #   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
 set -euo pipefail
@@ -11,7 +12,7 @@ scripts=$(dirname "${BASH_SOURCE[0]}")
 if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh"; fi
 PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}
-MODES="ar ar-all sd pearl tree"  # of runs that several tables share
+MODES=${MODES:-ar ar-all sd pearl tree}
 TASKS="humaneval gsm8k mgsm mt_bench spec_bench"
 folders=()
 

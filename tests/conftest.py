@@ -3,11 +3,30 @@
 `pytest --hypothesis-profile=search` looks for new ones, for fifty times as long.
 """
 
+import signal
+
+import pytest
+import tiny
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 settings.register_profile("pearl", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("pearl")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folders of a tiny target and of a draft model that is often right."""
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Row plans of models that will be gone are gone with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

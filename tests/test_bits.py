@@ -178,8 +178,8 @@ def tree(step: Step, deepest: int, most: int, branches: bool) -> Tree:
 def assert_same_cache(reader: LanguageModel, plain: Plain, text: Sequence[int]) -> None:
     """The keys and values of all of `text`. The reader has read it, and the chain of its last pass, nothing since."""
     plain.go(text)
-    for layer, buffers in reader._cache._buffers.items():
-        for mine, wanted in zip(buffers, plain.reader._cache._buffers[layer], strict=True):
+    for layer, buffers in reader._memos[0].cache._buffers.items():
+        for mine, wanted in zip(buffers, plain.reader._memos[0].cache._buffers[layer], strict=True):
             assert torch.equal(mine[:, :, : len(text)], wanted[:, :, : len(text)]), f"what layer {layer} has cached"
 
 
@@ -211,7 +211,13 @@ def sentence(plan: RowPlan) -> str:
     """What a run says of its rows."""
     config = SimpleNamespace(target="a", draft="b")
     engine = SimpleNamespace(
-        model=SimpleNamespace(rows=plan), config=config, target_cpus=[0], draft_cpus=[1], devices={}, drafter_pid=None
+        model=SimpleNamespace(rows=plan),
+        config=config,
+        target_cpus=[0],
+        draft_cpus=[1],
+        devices={},
+        drafter_pid=None,
+        _crew=None,
     )
     lines = Engine.description.fget(engine).splitlines()  # type: ignore[attr-defined]
     return next(line for line in lines if line.startswith("rows:"))
@@ -440,11 +446,11 @@ def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:
     """A side row's position is its row's, as if it stood at the end of the chain."""
     run = LanguageModel._run
 
-    def wrong(self, rows, positions, mask, keep):
-        written = self._cache.layout.written
-        if self._cache.layout.calls:
+    def wrong(self, rows, positions, mask, keep, cache):
+        written = cache.layout.written
+        if cache.layout.calls:
             positions = torch.cat([positions[:written], positions[written:] + 1])
-        return run(self, rows, positions, mask, keep)
+        return run(self, rows, positions, mask, keep, cache)
 
     patch.setattr(LanguageModel, "_run", wrong)
 

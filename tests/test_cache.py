@@ -132,7 +132,7 @@ def counted(reader: LanguageModel, monkeypatch) -> list[int]:
     """The rows of every forward from now on."""
     rows, forward = [], reader.forward
 
-    def counting(tokens, first, keep, sides=(), pads=0):
+    def counting(tokens, first, keep, sides=(), pads=0, text=0):
         rows.append(len(tokens) + len(sides) + pads)
         return forward(tokens, first, keep, sides, pads)
 

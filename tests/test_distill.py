@@ -26,15 +26,10 @@ from pearl.feature.taps import decoder_layers
 from pearl.loading import load_draft, preflight
 from pearl.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PROMPT = [1, 30, 31, 32, 0, 2]
 VOCABULARY = sorted({*range(3), *range(20, 200, 2)})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

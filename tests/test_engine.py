@@ -21,6 +21,8 @@ from pearl.errors import UsageError
 from pearl.sampling import SamplingParams
 from pearl.schedule import MODES
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "def the(thing):\n"
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
@@ -32,23 +34,10 @@ USERS_CACHE = os.environ.get("XDG_CACHE_HOME", "")
 ONE_CORE = str(min(os.sched_getaffinity(0)))
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
-
-
 @contextlib.contextmanager
 def opened(*models: str, **options: object):
     with Engine.from_pretrained(*models, **{"dtype": "float32", "max_length": 300, **options}) as engine:
         yield engine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Row plans of models that will be gone are gone with them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -13,32 +14,20 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import tiny
 from test_tasks import SAMPLES, written
 
-from pearl import evaluation, results
+from pearl import cli, evaluation, results
 from pearl.config import EngineConfig
 from pearl.errors import UsageError
 from pearl.process import World
 from pearl.replicas import place
 from pearl.tasks import gsm8k, mgsm
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = ("--processes", "1", "--target-cores", str(min(os.sched_getaffinity(0))))
 EVERY = pytest.mark.parametrize("name", SAMPLES)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """Row plans of models that will be gone are gone with them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def script(name: str) -> ModuleType:
@@ -272,13 +261,86 @@ def test_an_evaluation_that_was_killed_goes_on(pair, tmp_path):
         assert figures["identical_to_ar"] == 1.0 and figures["speedup_interval_95"] is None  # of two problems
 
 
+@pytest.mark.parametrize("batch, texts, rounds", [("1", 7, 3), ("2", 13, 4)])
+def test_ctrl_c_keeps_every_problem_that_all_modes_have_finished(
+    pair, tmp_path, monkeypatch, capsys, batch, texts, rounds
+):
+    """It comes when so many texts are written, of two modes; a block of two at once is eight problems a mode."""
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(8)]
+    data = written(tmp_path, "gsm8k", records)
+    more = ["--batch-size", batch]
+    assert run("gsm8k", *options(pair, data, tmp_path / "whole", *more)) == 0
+    lines, count = results.sample_line, itertools.count(1)
+
+    def interrupted(*facts: object) -> dict:
+        if next(count) == texts:
+            signal.raise_signal(signal.SIGINT)
+        return lines(*facts)
+
+    monkeypatch.setattr(results, "sample_line", interrupted)
+    assert run("gsm8k", *options(pair, data, tmp_path / "left", *more)) == 130
+    monkeypatch.setattr(results, "sample_line", lines)
+    assert "interrupted: what was finished is written" in capsys.readouterr().err
+    if batch == "1":  # else texts end in the order of their lengths
+        assert said(tmp_path / "left") == said(tmp_path / "whole")[: 2 * rounds]
+    kept = said(tmp_path / "left")
+    assert 0 < len(kept) <= 2 * rounds and len({line[0] for line in kept}) * 2 == len(kept)
+    assert run("gsm8k", *options(pair, data, tmp_path / "left", *more, "--resume")) == 0
+    assert said(tmp_path / "left") == said(tmp_path / "whole")
+
+
+def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pair, tmp_path):
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    data, name = written(tmp_path, "gsm8k", records), str(ROOT / "eval" / "gsm8k.py")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = options(pair, data, tmp_path / "run", "--resume", mode="ar,pearl")
+    child = launch(tmp_path, [*arguments, "--repeats", "50"], *two, name)
+    samples, deadline = tmp_path / "run" / results.SAMPLES, time.monotonic() + 200
+    while not (samples.exists() and samples.stat().st_size) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(_of_rank(child.pid, "1"), signal.SIGKILL)
+    printed, _ = child.communicate(timeout=60)
+    assert child.returncode != 0 and "SIGKILL" in printed
+    before = said(tmp_path / "run")
+    assert before and not (tmp_path / "run" / results.SUMMARY).exists()
+    begun = json.loads((tmp_path / "run" / results.CONFIG).read_text())
+    (tmp_path / "run" / results.CONFIG).write_text(json.dumps(begun | {"repeats": 1}))  # enough to see it go on
+    child = launch(tmp_path, arguments, *two, name)
+    printed, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, printed
+    assert [line for line in said(tmp_path / "run") if line in before] == [line for line in before if line[2] == 0]
+    assert summary(tmp_path / "run")["modes"]["pearl"]["identical_to_ar"] == 1.0
+
+
+def _of_rank(launcher: int, rank: str) -> int:
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RANK={rank}".encode() in environment.read_bytes().split(b"\0"):
+                stat = (environment.parent / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == launcher:
+                    return int(environment.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank} below {launcher}")
+
+
+@pytest.mark.parametrize(
+    "indices, chosen", [("0,3,10-12", [0, 3, 10, 11, 12]), ("2", [2]), ("19,0-1", [19, 0, 1]), ("1,1", [1])]
+)
+def test_indices_name_all_their_problems(indices, chosen):
+    assert cli.choose(20, None, indices) == chosen
+    for wrong in ("20", "0,20", "20,0", "3-2", "0,-1", "x"):
+        with pytest.raises(UsageError, match="--indices"):
+            cli.choose(20, None, wrong)
+
+
 # Replicas
 
 TWO_REPLICAS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
 FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
-from pearl import evaluation, results
+from pearl import cli, evaluation, results
 from pearl.tasks import gsm8k
 
 append, done = results.append, []

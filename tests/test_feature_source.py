@@ -32,7 +32,7 @@ from pearl.errors import UsageError
 from pearl.feature import source as source_module
 from pearl.feature.mask import SlotMask
 from pearl.feature.network import CONFIG, WEIGHTS, FeatureDrafter, load
-from pearl.feature.source import FAINTEST, LEAVES, FeatureSource
+from pearl.feature.source import FAINTEST, LEAVES, FeatureSource, _Asked
 from pearl.feature.taps import Taps
 from pearl.loading import load_target, preflight
 from pearl.messages import Verdict
@@ -43,6 +43,8 @@ from pearl.sources import Observer, TreeGrower
 from pearl.stopping import Stopper
 from pearl.target import Target
 from pearl.trie import Node, Trie
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 DEPTHS = 4
 
@@ -76,9 +78,9 @@ class Told(FeatureSource):
         ]
         self.asked.clear()
 
-    def _read_on(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]):
-        self.asked.append([tuple(path) for path in paths])
-        return [(self.tables[:1] * len(path), self.tables) for path in paths]
+    def _read_on(self, asked):
+        self.asked += [[tuple(path) for path in one.paths] for one in asked]
+        return [[(self.tables[:1] * len(path), self.tables) for path in one.paths] for one in asked]
 
 
 def paths_of(trie: Trie) -> dict[tuple[int, ...], float]:
@@ -212,7 +214,7 @@ def test_it_is_a_source_of_trees_that_observes():
 class Raw(FeatureSource):
     """Gives the logits as they are."""
 
-    def _ranked(self, logits, positions):
+    def _ranked(self, logits, positions, params):
         return logits
 
 
@@ -236,7 +238,7 @@ def as_trained(text: Sequence[int], confirmed: int, features: tuple[int, ...]) -
 
 
 def assert_as_trained(source: Raw, trunk: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
-    for path, (way, logits) in zip(paths, source._read_on(trunk, paths), strict=True):
+    for path, (way, logits) in zip(paths, source._read_on([_Asked(source._texts[0], trunk, paths)])[0], strict=True):
         expected = as_trained([*trunk, *path], len(trunk) - 1, features)
         torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
         assert len(way) == len(path)
@@ -345,14 +347,13 @@ class Scattered(FeatureSource):
         super().__init__(network((0, 1)))
         self.text = list(text)
 
-    def _read_on(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]):
-        found = []
-        for path in paths:
-            first, last = len(trunk), len(trunk) + len(path)
-            right = [*self.text[first : last + 3], *[0] * (last + 3)][: last + 3 - first]
-            tables = [[((token + 1) % WORDS, -0.6, ()), (token, -0.8, ())] for token in right]
-            found.append((tables[: len(path)], tables[len(path) :]))
-        return found
+    def _read_on(self, asked):
+        return [[self._told(len(one.trunk), len(one.trunk) + len(path)) for path in one.paths] for one in asked]
+
+    def _told(self, first: int, last: int):
+        right = [*self.text[first : last + 3], *[0] * (last + 3)][: last + 3 - first]
+        tables = [[((token + 1) % WORDS, -0.6, ()), (token, -0.8, ())] for token in right]
+        return tables[: last - first], tables[last - first :]
 
 
 @pytest.mark.parametrize("script", [EAGER, IDLE, scrambled(1)], ids=["eager", "idle", "scrambled"])
@@ -468,13 +469,6 @@ def drafter_folder(toy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drafter")
     drafter_for(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3)).save(folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @contextlib.contextmanager

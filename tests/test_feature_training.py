@@ -259,9 +259,32 @@ def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path):
     for name, tensor in shown.state_dict().items():
         kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
         assert torch.equal(drafter.state_dict()[name], kept), name
-    for other, values in ((small_target(), {"depths": 4}), (small_target(), {"layers": 2}), (small_target(seed=5), {})):
+    for other, values in (
+        (small_target(), {"depths": 4}),
+        (small_target(), {"intermediate": 999}),
+        (small_target(seed=5), {}),
+    ):
         with pytest.raises(UsageError, match="a drafter of another shape or target"):
             go_on_from(str(tmp_path / "first"), other, recipe(folder, **values), (0, 2))
+
+
+def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
+    target = small_target()
+    drafter = drafter_for(target, layers=1)
+    with torch.no_grad():  # a third of the neurons say nothing
+        silent = range(0, drafter.shape.intermediate, 3)
+        drafter.layers[-1].mlp.down_proj.weight[:, list(silent)] = 0
+    drafter.save(tmp_path / "first")
+    first = network.load(tmp_path / "first").attach(target)
+    width = drafter.shape.intermediate - len(silent)
+    features, depths, layers = drafter.shape.features, drafter.shape.depths, drafter.shape.layers
+    wanted = recipe(folder, features=features, depths=depths, layers=layers + 2, intermediate=width)
+    larger = go_on_from(str(tmp_path / "first"), target, wanted, features)
+    assert larger.shape.layers == layers + 2 and larger.layers[0].mlp.up_proj.weight.shape[0] == width
+    x, at, sees = torch.randn(2, 5, drafter.shape.hidden), torch.arange(5), torch.ones(5, 5).tril().bool()
+    assert torch.allclose(larger.stack(x, at, sees)[0], first.stack(x, at, sees)[0], atol=1e-6)
+    larger.stack(x, at, sees)[0].pow(2).mean().backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() for layer in larger.layers), "what is added can learn"
 
 
 class Interrupted(Exception):
@@ -348,8 +371,8 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
         ("{data: d, output: o, learning_rat: 1}", "unknown key 'learning_rat'; did you mean learning_rate?"),
         ("{depths: 3}", "lacks data and output"),
         ("{data: d}", "lacks output"),
-        ("[data, output]", "must be a mapping of settings to values"),
-        ("{data: ", "can't be read"),
+        ("[data, output]", "must be a mapping of names to values"),
+        ("{data: ", "is not YAML"),
         ("{data: d, output: o, depths: 17}", "depths 1 to 16"),
         ("{data: d, output: o, depths: 0}", "depths 1 to 16"),
         ("{data: d, output: o, layers: 5}", "layers must be 1 to 4"),

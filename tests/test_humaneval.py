@@ -286,6 +286,35 @@ def test_a_large_file_is_refused(folder):
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open({0!r}, 'w')",
+        "open({0!r}, 'a')",
+        "open({0!r}, 'r+b')",
+        "import os; os.open({0!r}, os.O_WRONLY | os.O_TRUNC)",
+        "import pathlib; pathlib.Path({0!r}).write_text('x')",
+        "import os; os.mkdir({0!r} + '.folder')",
+        "import os; os.link({0!r}, 'mine')",
+        "import os; os.symlink({0!r}, 'mine'); open('mine', 'w')",
+        "import posix; posix.unlink({0!r})",
+        "import posix; posix.rename({0!r}, 'mine')",
+        "import posix; posix.rename('nothing', {0!r})",
+        "import posix; posix.chmod({0!r}, 0)",
+        "import posix; posix.truncate({0!r}, 0)",
+        "open('../' * 20 + {0!r}[1:], 'w')",
+    ],
+)
+def test_results_are_out_of_reach(folder, tmp_path, attack):
+    results = tmp_path / "samples.jsonl"
+    results.write_text("one line\n")
+    results.chmod(0o600)
+    outcome = run(attack.format(str(results)))
+    assert outcome.startswith("failed: PermissionError"), outcome
+    assert [path.name for path in tmp_path.glob("samples*")] == ["samples.jsonl"]
+    assert (results.read_text(), results.stat().st_mode & 0o777) == ("one line\n", 0o600)
+
+
 # Six forks in a row, so that a sandbox that lets them through is left with 64 processes and not with a dead machine.
 @pytest.mark.parametrize("fork", ["os.fork()", "os.forkpty()", "posix.fork()", "subprocess.Popen(['sleep', '60'])"])
 def test_a_fork_bomb_does_not_go_off(folder, fork):

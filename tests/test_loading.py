@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from pearl import cores, loading
+from pearl import cores, loading, quantized
 from pearl.config import ROLES, EngineConfig, from_mapping
 from pearl.engine import Engine
 from pearl.errors import UsageError
@@ -20,11 +21,6 @@ from pearl.rows import LEAVES
 from pearl.sampling import SamplingParams
 
 ONE_CORE = str(min(os.sched_getaffinity(0)))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +71,9 @@ def test_a_pair_with_embeddings_padded_differently_reads_the_shared_vocabulary(p
     assert (target.model.config.vocab_size, draft.model.config.vocab_size) == (tiny.SHARED + 16, tiny.SHARED)
     assert target.read([5, 6, 7], 2).shape == draft.read([5, 6, 7], 2).shape == (2, tiny.SHARED)
     assert (target.max_length, draft.max_length) == (100, 109)
-    assert len(costs) == LEAVES and all(seconds > 0 for seconds in costs), "what each number of leaves costs"
+    assert len(costs.seconds) == LEAVES and all(seconds > 0 for seconds in costs.seconds), (
+        "what each number of leaves costs"
+    )
 
 
 def test_a_draft_of_another_tokenizer_is_refused_before_anything_is_loaded(pair, tmp_path, monkeypatch):
@@ -156,6 +154,30 @@ def test_quantized_weights_without_their_package_are_refused(pair, monkeypatch):
             preflight(EngineConfig(*pair, **{option: "4bit"}))
 
 
+@pytest.mark.parametrize("method, package", [("gptq", "optimum and gptqmodel"), ("awq", "gptqmodel"), ("hqq", "hqq")])
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_quantized_checkpoint_names_the_package_that_it_needs(pair, role, method, package, tmp_path, monkeypatch):
+    monkeypatch.setattr("pearl.quantized.check.__defaults__", (lambda name: None,))
+    made = tmp_path / "quantized"
+    shutil.copytree(pair[role == "draft"], made)
+    config = json.loads((made / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 128}
+    (made / "config.json").write_text(json.dumps(config))
+    names = [str(made), pair[1]] if role == "target" else [pair[0], str(made)]
+    with pytest.raises(UsageError, match=f"The {role} .* holds {method} weights, which need {package}: run") as caught:
+        preflight(EngineConfig(*names))
+    assert "\n" not in str(caught.value)
+    twice = {"load_in" if role == "target" else "draft_load_in": "4bit"}
+    with pytest.raises(UsageError, match=f"holds {method} weights already: leave out load_in 4bit"):
+        preflight(EngineConfig(*names, **twice))
+
+
+def test_what_is_not_quantized_or_has_its_package_goes_on():
+    config = SimpleNamespace(quantization_config={"quant_method": "gptq"})
+    assert quantized.check("target", "t", config, None, there=lambda name: name) == "gptq"
+    assert quantized.check("target", "t", SimpleNamespace(), "4bit") is None
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu,cpu", "cpu:0", "cuda:x", "", "cpu,cuda:0"])
 @pytest.mark.parametrize("option", ["target_device", "draft_device"])
 def test_devices_that_are_not_there_are_refused(pair, option, device):
@@ -194,6 +216,8 @@ def test_quantized_models_decode_on_the_cpu(pair, options, request):
         ({"dtype": "float64"}, "dtype 'float64' is unknown; choose from float32, bfloat16, float16"),
         ({"draft_dtype": "int8"}, "draft_dtype 'int8' is unknown"),
         ({"load_in": "2bit"}, "load_in '2bit' is unknown; choose from 8bit, 4bit"),
+        ({"static": "maybe"}, "static 'maybe' is unknown; choose from auto, on, off"),
+        ({"eager": "yes"}, "eager must be true or false, not 'yes'"),
         ({"kernel": "fast"}, "kernel 'fast' is unknown; choose from auto, stock, packed"),
         ({"max_length": 1}, "max_length must be a whole number from 2, not 1"),
         ({"max_length": "long"}, "max_length must be a whole number from 2"),

@@ -37,7 +37,7 @@ from pearl.beam import TreeSource
 from pearl.channel import LocalChannel
 from pearl.drafter import Drafter
 from pearl.messages import Nodes, Verdict
-from pearl.model import LanguageModel
+from pearl.model import LanguageModel, WantedLeaves
 from pearl.rows import GRAIN
 from pearl.sampling import Picker, SamplingParams
 from pearl.schedule import MODES, Schedule
@@ -275,19 +275,27 @@ class Forgetful:
     def __init__(self, model: LanguageModel):
         self._model, self.rows, self.max_length = model, model.rows, model.max_length
 
-    branches = True
+    branches, texts, joint = True, 1, None
 
     def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[tuple[int, int]] = ()
+        self,
+        tokens: Sequence[int],
+        keep: int,
+        padded: bool = True,
+        branches: Sequence[tuple[int, int]] = (),
+        text: int = 0,
     ) -> torch.Tensor:
         self.forget()
         return self._model.read(tokens, keep, padded, branches)
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[torch.Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
         self.forget()
         return self._model.read_leaves(text, paths)
 
-    def forget(self, but: Sequence[int] = ()) -> None:
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
         self._model.forget()
 
 

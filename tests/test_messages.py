@@ -12,9 +12,12 @@ from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks,
 
 from pearl.messages import (
     FRAME,
+    MOST,
+    Beat,
     Close,
     Costs,
     End,
+    Garbage,
     Guess,
     Nodes,
     Plan,
@@ -66,6 +69,7 @@ OTHERS = st.one_of(
     st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
     st.builds(Report, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
     st.builds(Close, NUMBERS),
+    st.builds(Beat, NUMBERS),
 )
 
 
@@ -128,10 +132,10 @@ def test_what_pads_a_frame_is_not_read(message):
     assert decode(words) == decode(encode(message))
 
 
-def test_a_message_that_ends_early_is_noticed():
+def test_a_message_that_ends_early_is_garbage():
     words = encode(Verdict(1, 2, Plan(), (4, 5)))
     words[1] -= 1
-    with pytest.raises(AssertionError, match="ended early"):
+    with pytest.raises(Garbage, match="ends before"):
         decode(words)
 
 
@@ -159,3 +163,35 @@ def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
             if method == "seeded" and isinstance(source, ModelSource):
                 steady = [m for m in said if isinstance(m, Nodes | Verdict)]
                 assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 8)
+
+
+# Garbage
+
+
+WORDS = st.integers(-(1 << 31), (1 << 31) - 1)
+
+
+@examples(1000)
+@given(st.integers(-2, 9), st.lists(st.one_of(st.integers(-3, 40), WORDS), min_size=FRAME, max_size=60))
+def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
+    made = np.array([kind, len(words), *words[2:]], np.int32)
+    try:
+        message = decode(made)
+    except Garbage:
+        return
+    assert type(message).__name__ in ("Start", "Verdict", "End", "Costs", "Nodes", "Report", "Close", "Beat")
+
+
+@examples(300)
+@given(OTHERS, st.data())
+def test_a_message_that_was_cut_short_is_garbage(message, data):
+    words = encode(message)
+    words[1] = data.draw(st.integers(0, int(words[1]) - 1))
+    with pytest.raises(Garbage):
+        decode(words[: length(words)])
+
+
+@pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MOST + 1, (1 << 31) - 1])
+def test_no_message_has_so_many_words(count):
+    with pytest.raises(Garbage, match="words"):
+        length(np.array([3, count, *[0] * 14], np.int32))

@@ -104,8 +104,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_it_must_be(tmp_path, cha
     "text, wanted",
     [
         ("name: [", "is not YAML"),
-        ("just words", "is not a pair"),
-        ("", "is not a pair"),
+        ("just words", "must be a mapping"),
+        ("", "must be a mapping"),
         ("name: x", "add target, draft"),
     ],
 )
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_pair_is_refused(tmp_path, text, wanted):
 
 
 def test_a_path_to_nothing_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="can't be read"):
         load_pair(str(tmp_path / "absent.yaml"))
 
 

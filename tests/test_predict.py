@@ -296,7 +296,7 @@ def without_rows(folder: Path) -> None:
         (without("passes.jsonl"), "holds no passes.jsonl"),
         (without("summary.json"), "can't be read"),
         (lambda folder: (folder / "passes.jsonl").write_text(""), "is empty"),
-        (lambda folder: (folder / "passes.jsonl").write_text("{"), "can't be read"),
+        (lambda folder: (folder / "passes.jsonl").write_text("{"), "is not JSON"),
         (of_an_earlier_version, "record the run again"),
         (of_ar_alone, "no guess"),
         (without_rows, "does not say what rows cost"),

@@ -217,11 +217,12 @@ def test_every_script_runs_on_the_default_pair(small, tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
-    """Stand-ins: srun starts its command once a node, scontrol knows the nodes, accelerate says what it was asked."""
+    """Stand-ins: srun starts its command once a node, scontrol knows the nodes, launchers say what they were asked."""
     tools = {
         "srun": 'for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node SLURM_PROCID=$node "$@"; done',
         "scontrol": '[[ "$1 $2" == "show hostnames" ]] && echo "$3" | tr , "\\n"',
         "accelerate": 'printf "%q " "$@"; echo',
+        "torchrun": 'printf "%q " "$@"; echo',
         "python": "true",  # the table: there are no results
     }
     for name, body in tools.items():
@@ -237,7 +238,7 @@ def cluster(tmp_path) -> dict[str, str]:
 
 
 def started(file: Path, nodes: list[str], cluster: dict[str, str], **more: str) -> list[list[str]]:
-    """What accelerate is asked on each node for the first row."""
+    """What the launcher is asked on each node for the first row."""
     facts = {"SLURM_NNODES": str(len(nodes)), "SLURM_JOB_NODELIST": ",".join(nodes)}
     done = bash(str(file), "scripts/acceptance_by_depth.sh", cwd=Path("/"), **cluster | facts | more)
     assert done.returncode == 0, done.stderr
@@ -249,7 +250,8 @@ def test_a_slurm_file_asks_for_machines_and_calls_a_script(file):
     lines = file.read_text().splitlines()
     body = [line for line in lines if line and not line.startswith("#")]
     assert any(line.startswith("#SBATCH --nodes=") for line in lines)
-    assert len(body) == 4 and body[-1] == 'bash "${1:-scripts/main_results.sh}"'
+    commands = [line for line, before in zip(body, ["", *body], strict=False) if not before.endswith("\\")]
+    assert len(commands) == 4 and body[-1] == 'bash "${1:-scripts/main_results.sh}"'
     assert not any("--mode" in line or "eval/" in line for line in body)
 
 
@@ -276,3 +278,23 @@ def test_on_one_node_two_processes_start(cluster):
 def test_replicas_are_two_processes_each(cluster, replicas):
     (words,) = started(SCRIPTS / "slurm" / "replicas.slurm", ["n7"], cluster, REPLICAS=replicas)
     assert values(words, "--num_processes") == [str(2 * int(replicas))]
+
+
+@pytest.mark.parametrize(
+    "ranks, gpus, each",
+    [("4", "4", ["4", "1"]), ("7", "4", ["4", "4"]), ("8", "4", ["4", "5"]), ("2", "2", ["2", "1"])],
+)
+def test_a_target_over_several_ranks_fills_the_nodes_and_the_drafter_comes_after_it(cluster, ranks, gpus, each):
+    file = SCRIPTS / "slurm" / "tensor.slurm"
+    asked = started(file, ["n7", "n8"], cluster, TARGET_TP=ranks, SLURM_GPUS_ON_NODE=gpus)
+    assert [values(words, "--nproc_per_node") for words in asked] == [[count] for count in each]
+    assert [values(words, "--node_rank") for words in asked] == [["0"], ["1"]]
+    for words in asked:
+        assert (values(words, "--master_addr"), values(words, "--nnodes")) == (["n7"], ["2"])
+        assert values(words, "--target-tp") == [ranks] and "ar-all" not in values(words, "--mode")
+
+
+def test_more_nodes_than_ranks_are_refused(cluster):
+    facts = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n7,n8", "SLURM_GPUS_ON_NODE": "8", "TARGET_TP": "4"}
+    done = bash(str(SCRIPTS / "slurm" / "tensor.slurm"), "scripts/acceptance_by_depth.sh", **cluster | facts)
+    assert done.returncode == 2 and "do not reach the last of 2 nodes: ask for fewer" in done.stderr

@@ -33,14 +33,15 @@ class Recording:
 
     def __init__(self, reader: LanguageModel):
         self._reader, self.rows, self.branches, self.max_length = reader, reader.rows, reader.branches, 256
+        self.texts, self.joint = 1, None
         self.said: list[tuple[int, torch.Tensor]] = []
         self.forget = reader.forget
 
     def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
     ) -> torch.Tensor:
-        logits = self._reader.read(tokens, keep, padded, branches)
-        self.said.append((len(tokens) - self._reader._first, logits))
+        logits = self._reader.read(tokens, keep, padded, branches, text)
+        self.said.append((len(tokens) - self._reader._memos[text].first, logits))
         return logits
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from pearl import noise
 from pearl.channel import Clock
 from pearl.drafter import Drafter
-from pearl.messages import Message, decode, encode
-from pearl.model import SideRow
-from pearl.rows import ANY
+from pearl.messages import Message, pack, unpack
+from pearl.model import SideRow, Wanted, WantedLeaves
+from pearl.rows import ANY, JointRows
 from pearl.sampling import SamplingParams, warp
 from pearl.schedule import Schedule
 from pearl.sources import Proposal
@@ -51,9 +51,12 @@ class TableModel:
             self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
         return self._table[key]
 
-    branches = True
+    branches, texts = True, 64
+    joint = JointRows(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
-    def read(self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = ()) -> Tensor:
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+    ) -> Tensor:
         assert 0 < keep <= len(tokens) <= self.max_length
         paths = [list(tokens[:end]) for end in range(len(tokens) - keep + 1, len(tokens) + 1)]
         for parent, token in branches:
@@ -61,11 +64,18 @@ class TableModel:
         assert max(map(len, paths)) <= self.max_length
         return torch.stack([self.after(path) for path in paths])
 
+    def read_together(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        assert len({one.text for one in wanted}) == len(wanted), "a text is read once a pass"
+        return [self.read(one.tokens, one.keep, True, one.branches, one.text) for one in wanted]
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
+
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         assert all(len(text) + len(path) <= self.max_length for path in paths)
         return torch.stack([self.after([*text, *path]) for path in paths])
 
-    def forget(self, but: Sequence[int] = ()) -> None:
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
         self.forgotten += 1
 
 
@@ -190,14 +200,14 @@ class End:
     def lost(self) -> bool:
         return self.gone and not self.inbox
 
-    def send(self, message: Message) -> None:
+    def send(self, *messages: Message) -> None:
         if not self.gone:
-            self.sent.append(message)
-            self.peer.coming.append(encode(message))
+            self.sent += messages
+            self.peer.coming.append(pack(messages))
 
     def deliver(self, count: int) -> None:
         for _ in range(min(count, len(self.coming))):
-            self.inbox.append(decode(self.coming.popleft()))
+            self.inbox += unpack(self.coming.popleft())
 
     def receive(self) -> Message | None:
         return self.inbox.popleft() if self.inbox else None

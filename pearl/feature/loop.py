@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
 import torch
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from pearl.config import refuse_unknown
 from pearl.errors import UsageError
+from pearl.inputs import parse_yaml, read_text
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
 Figures = dict[str, float]  # sums; "x" is divided by "n:x"
@@ -77,12 +77,7 @@ def _problem(value: object, kind: Any) -> str:
 
 def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
     """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"The recipe {path} can't be read ({' '.join(str(error).split())}).") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"The recipe {path} must be a mapping of settings to values.")
+    values = parse_yaml(read_text(path, "The recipe"), f"The recipe {path}")
     values |= {name: value for name, value in overrides.items() if value is not None}
     refuse_unknown(values, [field.name for field in fields(kind)], path)
     missing = [name for name in ("data", "output") if name not in values]

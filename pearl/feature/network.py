@@ -55,9 +55,16 @@ class Shape:
 
     @staticmethod
     def of_target(
-        config: Any, features: tuple[int, ...], depths: int, layers: int, vocabulary: int, target: str, mark: str
+        config: Any,
+        features: tuple[int, ...],
+        depths: int,
+        layers: int,
+        vocabulary: int,
+        target: str,
+        mark: str,
+        intermediate: int | None = None,
     ) -> Shape:
-        """`config`: the target's; `mark`: its fingerprint."""
+        """`config`: the target's; `mark`: its fingerprint; `intermediate`: another one than the target's."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or {}
@@ -69,7 +76,7 @@ class Shape:
             target=target,
             fingerprint=mark,
             hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            intermediate=intermediate or getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

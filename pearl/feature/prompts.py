@@ -6,15 +6,14 @@ without a template reads the question as it is.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pearl.errors import UsageError
+from pearl.inputs import json_lines, read_text
 
 COLUMNS = ("prompt", "question", "instruction")  # where a record may keep its question; or "messages", or "turns"
 _MARK = "\u241e"  # stands where a user's words stand in a chat template
@@ -22,19 +21,8 @@ _MARK = "\u241e"  # stands where a user's words stand in a chat template
 
 def from_jsonl(path: str) -> list[str]:
     """The questions in a file of JSON lines. Raises `UsageError` with the line that has none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The prompts {path} can't be read: {error}.") from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number} is not JSON: {error}.") from None
-        found.append(_question(record, f"{path}, line {number}"))
+    lines = json_lines(read_text(path, "The prompts"), path)
+    found = [_question(record, f"{path}, line {number}") for number, record in lines]
     if not found:
         raise UsageError(f"{path} holds no prompt; it must have one JSON object a line.")
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class FeatureRecipe(Recipe):
     features: tuple[int, ...] | None = None  # layers of the target; None: those recorded, []: a drafter of tokens only
     depths: int = 5  # K
     layers: int = 1
+    intermediate: int | None = None  # of the layers' SwiGLU; None: the target's
     start_layer: int | None = None  # of the target, copied into the drafter's last layer; None: the target's last one
     depth_decay: float = 0.8  # weight of a depth's loss against the one before
     anchors: float = 0.5  # share of the answer's tokens from which slots look ahead
@@ -51,6 +52,8 @@ class FeatureRecipe(Recipe):
         super().__post_init__()
         if not 1 <= self.layers <= 4 or not 1 <= self.depths <= 16 or self.segments < 1:
             raise UsageError("The recipe's layers must be 1 to 4, its depths 1 to 16, its segments at least 1.")
+        if self.intermediate is not None and (type(self.intermediate) is not int or self.intermediate < 1):
+            raise UsageError(f"The recipe's intermediate must be a whole number from 1, not {self.intermediate!r}.")
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,7 @@ def new_drafter(
         len(vocabulary),
         recipe.target,
         weights.of_model(target),
+        recipe.intermediate,
     )
     torch.manual_seed(recipe.seed)
     drafter = FeatureDrafter(shape, vocabulary)
@@ -237,16 +241,27 @@ def new_drafter(
     stack = decoder_layers(target)
     last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):
-        start = stack[max(0, last - (shape.layers - 1 - number))].state_dict()
+        start = strongest(stack[max(0, last - (shape.layers - 1 - number))].state_dict(), shape.intermediate)
         mine = layer.state_dict()
         if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
             layer.load_state_dict({name: start[name].float() for name in mine})
     return drafter.attach(target)
 
 
+def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """A layer's weights by name, of its SwiGLU the `count` neurons that can say most: by the product of their norms."""
+    names = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    if any(name not in layer for name in names) or len(layer[names[0]]) <= count:
+        return layer
+    gate, up, down = (layer[name].float() for name in names)
+    kept = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).topk(count).indices.sort().values
+    return layer | {name: layer[name].index_select(int("down" in name), kept) for name in names}
+
+
 def go_on_from(folder: str, target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
-    """The drafter that an earlier run saved, with its draft vocabulary, for a loaded target. Raises `UsageError` if it
-    is of another target or of another shape than the recipe's."""
+    """The drafter that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
+    those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
+    can't become the recipe's."""
     drafter = network.load(Path(folder))
     wanted = Shape.of_target(
         target.config,
@@ -256,10 +271,30 @@ def go_on_from(folder: str, target: nn.Module, recipe: FeatureRecipe, layers: Se
         drafter.shape.vocabulary,
         drafter.shape.target,
         weights.of_model(target),
+        recipe.intermediate,
     )
-    if drafter.shape != wanted:
+    had = drafter.shape
+    if wanted != replace(
+        had, layers=max(had.layers, wanted.layers), intermediate=min(had.intermediate, wanted.intermediate)
+    ):
         raise UsageError(f"The recipe's start {folder} is a drafter of another shape or target: leave it out.")
-    return drafter.attach(target)
+    return (drafter if had == wanted else grown(drafter, wanted)).attach(target)
+
+
+def grown(drafter: FeatureDrafter, shape: Shape) -> FeatureDrafter:
+    """A drafter with more layers, or a narrower SwiGLU. An added layer is a copy of the last one that adds nothing yet:
+    what writes to the residual is 0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
+    larger = FeatureDrafter(shape, drafter.vocabulary)
+    rest = {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("layers.")}
+    larger.load_state_dict(rest, strict=False)
+    for number, layer in enumerate(larger.layers):
+        layer.load_state_dict(
+            strongest(drafter.layers[min(number, drafter.shape.layers - 1)].state_dict(), shape.intermediate)
+        )
+        if number >= drafter.shape.layers:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+    return larger
 
 
 def _even(norm: nn.RMSNorm, sample: Tensor) -> Tensor:

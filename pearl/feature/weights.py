@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _STRIDE = 61  # rows of the embedding that are looked at
 
@@ -36,4 +37,9 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 def of_model(model: nn.Module) -> str:
     """The fingerprint of a loaded target."""
-    return fingerprint(model.get_input_embeddings().weight, final_norm(model).weight)
+    return fingerprint(_whole(model.get_input_embeddings().weight), _whole(final_norm(model).weight))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Of a model that is spread over several ranks, which all ask for it together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

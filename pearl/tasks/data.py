@@ -4,14 +4,14 @@ Knows files and lines. What a line means is the data set's own business (`parse`
 """
 
 import gzip
-import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pearl.errors import UsageError
+from pearl.inputs import as_text, json_lines, read_bytes
 
 Problem = TypeVar("Problem")
 Record = dict[str, Any]
@@ -41,24 +41,21 @@ class DataSet(Generic[Problem]):
         return self.read(Path(path)) if path else self._fetch()
 
     def read(self, file: Path) -> list[Problem]:
+        data = read_bytes(file, f"The {self.title} {self.unit}s")
         try:
-            data = file.read_bytes()
-            text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            data = gzip.decompress(data) if file.suffix == ".gz" else data
+        except (OSError, EOFError, zlib.error) as error:
             raise UsageError(f"{file} cannot be read as {self.title} {self.unit}s: {error}.") from error
-        problems = [self._problem(line, i, f"{file}, line {number}") for i, (number, line) in enumerate(_lines(text))]
+        lines = enumerate(json_lines(as_text(data, str(file)), str(file)))
+        problems = [self._problem(record, i, f"{file}, line {number}") for i, (number, record) in lines]
         if not problems:
             raise UsageError(f"{file} holds no {self.unit}; it must have one JSON object a line.")
         return problems
 
-    def _problem(self, line: str, index: int, where: str) -> Problem:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where} is not JSON: {error}.") from error
+    def _problem(self, record: Any, index: int, where: str) -> Problem:
         try:
             return self.parse(record, index)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{where} is not a {self.title} {self.unit}: it must be {self.needs}.") from error
 
     def _fetch(self) -> list[Problem]:
@@ -80,9 +77,3 @@ def texts(record: Record, *names: str) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise TypeError("not a text")
     return values
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers. Not splitlines: JSON may hold characters such as U+2028
-    unescaped, which end a line only there."""
-    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

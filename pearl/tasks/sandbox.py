@@ -1,10 +1,10 @@
 """Runs one program that nobody has read, and tells whether it ran to its end.
 
 Knows processes and their limits, and nothing of what the program is for. A model's code is mostly wrong rather than
-malicious: it loops, eats memory, writes files, calls ``exit``. Against that the program gets a fresh interpreter (never
-a fork of ours, which may hold a model), an empty folder, no secrets, no network, no new processes and hard limits. It
-is *not* a wall against an attacker: the program shares the interpreter with the runner that judges it. Put a container
-or a virtual machine around the evaluation of models that you do not trust.
+malicious: it loops, eats memory, writes files, calls ``exit``. Against that the program gets a fresh interpreter
+(never a fork of ours, which may hold a model), an empty folder and no writing elsewhere, no secrets, no network, no
+new processes and hard limits. It is *not* a wall against an attacker: the program shares the interpreter with the
+runner that judges it. Put a container or a virtual machine around the evaluation of models that you do not trust.
 """
 
 import contextlib
@@ -133,15 +133,33 @@ def _runner() -> None:
     limit(resource.RLIMIT_CPU, math.ceil(job["timeout_s"] + time.process_time()), grace=1)  # SIGXCPU, then SIGKILL
     limit(resource.RLIMIT_FSIZE, 16 * 2**20)
     limit(resource.RLIMIT_NPROC, 64)  # the kernel exempts root from this one: hence `refuse` as well
+    limit(resource.RLIMIT_NOFILE, 64)
     limit(resource.RLIMIT_CORE, 0)
 
     # The guard takes functions out of modules, but leaves others beside them (posix.fork); an audit hook sees them all.
     refused = {"os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "os.kill", "os.killpg"}
     refused |= {"subprocess.Popen", "socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"}
 
-    def refuse(event: str, _: object) -> None:
+    # Its own folder is all that it may change. What it may read is what any program of this user may.
+    home, real, decode = os.path.realpath(os.curdir), os.path.realpath, os.fsdecode
+    changing = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
+    changing |= {"os.chown", "os.utime", "os.chdir"}
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+    def inside(path: object) -> bool:
+        if isinstance(path, int):
+            return True  # open already
+        name = decode(path)  # type: ignore[arg-type]
+        whole = real(name if name.startswith("/") else f"{home}/{name}")  # the guard has taken getcwd away
+        return whole == home or whole.startswith(f"{home}/") or whole == os.devnull
+
+    def refuse(event: str, what: tuple) -> None:
         if event in refused:
             raise PermissionError(f"{event} is refused in the sandbox")
+        changes = event in changing or (event == "open" and isinstance(what[2], int) and what[2] & writing)
+        paths = what[:2] if event in ("os.rename", "os.link", "os.symlink") else what[:1]
+        if changes and not all(map(inside, paths)):
+            raise PermissionError("outside its own folder a program of the sandbox may change nothing")
 
     write, leave = os.write, os._exit  # the program may replace them
 

@@ -1,0 +1,40 @@
+"""Checkpoints whose weights are quantized already: transformers reads them, with packages that not everyone has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from pearl.errors import UsageError
+
+NEEDS = {  # by `quant_method`: the packages that transformers asks for
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed_tensors",),
+    "hqq": ("hqq",),
+}
+
+
+def check(
+    role: str, name: str, config: Any, load_in: str | None, there: Callable[[str], object] = find_spec
+) -> str | None:
+    """How the weights of a checkpoint are quantized; None if they are not.
+
+    `config`: the checkpoint's. Raises `UsageError` where a package is missing, or `load_in` would quantize them again.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = str(getattr(method, "value", method))
+    if load_in:
+        raise UsageError(f"The {role} {name} holds {method} weights already: leave out load_in {load_in}.")
+    missing = [package for package in NEEDS.get(method, ()) if there(package) is None]
+    if missing:
+        raise UsageError(
+            f"The {role} {name} holds {method} weights, which need {' and '.join(missing)}: run "
+            f"`pip install {' '.join(missing)}`, or choose a checkpoint that is not quantized."
+        )
+    return method
