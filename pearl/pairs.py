@@ -13,7 +13,6 @@ Memory is counted in GB of 1e9 bytes throughout.
 
 import argparse
 import difflib
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -192,7 +191,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     if kind is str:
         good, wanted = isinstance(value, str), "text"
     elif kind is float:
-        good, wanted = type(value) in (int, float) and 0 <= value < math.inf, "a number of GB"
+        good, wanted = type(value) in (int, float) and 0 <= value <= sys.float_info.max, "a number of GB"
     else:
         choices = get_args(kind)
         good, wanted = value in choices, " or ".join("null" if choice is None else choice for choice in choices)

@@ -88,6 +88,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
         (dict(draft_gb=True), "draft_gb is True"),
         (dict(draft_gb=-1), "draft_gb is -1"),
         (dict(target_gb=float("nan")), "target_gb is nan"),
+        (dict(draft_gb=10**400), "it must be a number of GB"),
         (dict(target=7), "target is 7; it must be text"),
         (dict(target=None), "target is None"),
         (dict(load_in="2bit"), "load_in is '2bit'; it must be 8bit or 4bit or null"),

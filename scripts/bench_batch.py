@@ -1,0 +1,94 @@
+"""Several texts side by side: tokens per second by batch size and mode, all of them interleaved in one run.
+
+    python scripts/bench_batch.py --gsm8k test.jsonl --sizes 1 4 8 32 --mode ar pearl tree --max-new-tokens 128
+
+The prompts are HumanEval's and GSM8K's in turn, so of mixed lengths, and the same for every mode. A round writes for
+every size as many texts as it holds (four at least) in every mode; after it the table of all rounds so far is written.
+Reading prompts is part of the time. Every text is compared with the one that `ar` wrote alone or beside others.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pearl import cli
+from pearl.tasks import gsm8k, humaneval
+
+FEWEST = 4  # texts of a cell, so that one at a time is no matter of one text
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.parser(__doc__.splitlines()[0], max_new_tokens=128)
+    parser.set_defaults(mode=["ar", "pearl", "tree"], max_length=1024)
+    parser.add_argument("--gsm8k", metavar="FILE", help="GSM8K in its original format; default: fetched from the hub")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 32])
+    parser.add_argument("--rounds", type=int, default=2)
+    found = cli.parse(parser, argv)
+    config, _ = cli.engine_config(found)
+    config = replace(config, max_sequences=max(found.sizes))
+    schedules = cli.schedules(found)
+    params = cli.sampling(found)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from pearl.engine import Engine
+    from pearl.loading import preflight
+
+    checked = preflight(config)
+    suites = (humaneval.SUITE, gsm8k.SUITE)
+    asked = [
+        suite.prompt(problem, (), "chat", checked.tokenizer)
+        for pair in zip(suites[0].load(None), suites[1].load(found.gsm8k), strict=False)
+        for suite, problem in zip(suites, pair, strict=True)
+    ]
+    prompts = [tuple(checked.tokenizer(text, add_special_tokens=False).input_ids) for text in asked]
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    folder = Path(found.output or "results/bench-batch")
+    folder.mkdir(parents=True, exist_ok=True)
+    speeds: dict[tuple[int, str], list[float]] = defaultdict(list)
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    same = told = 0
+    with Engine(config, list(schedules.values())[-1], checked=checked) as engine:
+        engine.generate([list(p) for p in prompts[-2:]], replace(params, max_new_tokens=16))  # warm
+        for turn in range(found.rounds):
+            for size in found.sizes:
+                count = max(size, FEWEST)
+                first = turn * count % (len(prompts) - count)
+                texts = prompts[first : first + count]
+                for mode in found.mode:
+                    began = time.perf_counter()
+                    done = engine.generate([list(p) for p in texts], params, mode=schedules[mode], batch_size=size)
+                    took = time.perf_counter() - began
+                    tokens = sum(len(one.tokens) for one in done)
+                    speeds[size, mode].append(tokens / took)
+                    for prompt, one in zip(texts, done, strict=True):
+                        told += 1
+                        same += known.setdefault(prompt, tuple(one.tokens)) == tuple(one.tokens)
+                    print(f"round {turn} {size} {mode}: {tokens} tokens in {took:.1f} s", file=sys.stderr, flush=True)
+            table = Table("texts", *found.mode, title=f"tokens/s, {turn + 1} rounds; {same}/{told} texts the same")
+            for size in found.sizes:
+                table.add_row(str(size), *(f"{statistics.median(speeds[size, mode]):.1f}" for mode in found.mode))
+            console.print(table)
+            said = {
+                "command": sys.argv,
+                "same": [same, told],
+                "tokens_per_second": [{"size": s, "mode": m, "rounds": v} for (s, m), v in speeds.items()],
+            }
+            (folder / "bench_batch.json").write_text(json.dumps(said, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
