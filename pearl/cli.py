@@ -80,6 +80,11 @@ def parser(description: str, max_new_tokens: int, baselines: Sequence[str] = ())
     machine.add_argument("--eager", action="store_true", help="on a GPU: run forwards without CUDA graphs")
     machine.add_argument("--static", default="auto", help="forwards of fixed shapes: on, off, or auto: on a GPU")
     machine.add_argument(
+        "--feature-lane",
+        default="auto",
+        help="features go from device to device: on, off (through the host), or auto: between GPUs",
+    )
+    machine.add_argument(
         "--draft-deadline-s", type=float, default=DEADLINE_S, help="wait so long beyond a pass for a silent drafter"
     )
     machine.add_argument(

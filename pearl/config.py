@@ -55,6 +55,7 @@ class EngineConfig:
     trust_remote_code: bool = False
     static: str = "auto"  # forwards of fixed shapes: on, off, or auto: on one GPU
     eager: bool = False  # don't record them as CUDA graphs
+    feature_lane: str = "auto"  # features go from device to device: on, off (through the host), or auto: between GPUs
     draft_deadline_s: float = DEADLINE_S  # longer than a pass that the target waits for a drafter that says nothing
     silence_s: float = SILENCE_S  # without a sign of life after which one side takes the other for dead
     start_timeout_s: float = START_TIMEOUT_S  # that the other side may take to come
@@ -68,6 +69,7 @@ class EngineConfig:
         one_of("draft_load_in", self.draft_load_in, (*LOADS, None))
         one_of("kernel", self.kernel, ("auto", "stock", "packed"))
         one_of("static", self.static, ("auto", "on", "off"))
+        one_of("feature_lane", self.feature_lane, ("auto", "on", "off"))
         if not isinstance(self.eager, bool):
             raise UsageError(f"eager must be true or false, not {self.eager!r}.")
         one_of("draft_kernel", self.draft_kernel, ("auto", "stock", "packed", "int8"))

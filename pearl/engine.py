@@ -23,7 +23,7 @@ from pearl.config import DRAFT, EngineConfig
 from pearl.drafter import Drafter
 from pearl.errors import UsageError
 from pearl.lifeline import Event, Lifeline
-from pearl.loading import Placed, Preflight, eos_ids, load_target, preflight
+from pearl.loading import Placed, Preflight, eos_ids, features_from, load_target, preflight
 from pearl.model import LanguageModel
 from pearl.process import (
     Peer,
@@ -133,9 +133,10 @@ class Engine:
         self._last: Job | None = None  # that was begun
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         atexit.register(self.close)
+        direct = features_from(checked, world.apart)
         try:
             if self.processes == 2:  # the drafter loads its model meanwhile
-                self._peer = Peer(config, world, self.draft_cpus)
+                self._peer = Peer(config, world, self.draft_cpus, direct)
             if world.shards > 1:
                 self._crew = Crew(config, world, dealt)
                 self._crew.gather()
@@ -143,6 +144,8 @@ class Engine:
             torch.set_num_threads(len(self.target_cpus))
             self.tokenizer = checked.tokenizer
             self.model = load_target(checked, self._crew)
+            if isinstance(self.model, LanguageModel):
+                self.model.features_stay = bool(self._peer and direct)
             self._checked = checked
             self._eos = eos_ids(self.model.model, self.tokenizer)
             trace = timeline.Trace("target", self._trace_path) if self._trace_path else timeline.OFF

@@ -24,12 +24,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from pearl.channel import Channel, Clock
 from pearl.config import DEADLINE_S, MAX_SEQUENCES
 from pearl.errors import Unreachable, UsageError
-from pearl.messages import Costs, End, Message, Nodes, Report, Start, Verdict
+from pearl.messages import Costs, End, Features, Message, Nodes, Report, Start, Verdict, joined
 
 BACK_OFF_S = 0.25  # before the first new connection; four times as long before each further one, up to 16 s
 _REMEMBERED = 1000  # events
@@ -57,7 +55,7 @@ class _Said:
 
     start: Start
     tokens: list[int] = field(default_factory=list)  # committed after the prompt
-    features: list[np.ndarray] = field(default_factory=list)
+    features: list[Features] = field(default_factory=list)
     last: Verdict | None = None
 
     @property
@@ -68,8 +66,7 @@ class _Said:
     def again(self) -> list[Message]:
         if not self.last:
             return [self.start]
-        features = np.concatenate(self.features) if self.features else None
-        return [self.start, replace(self.last, tokens=tuple(self.tokens), features=features)]
+        return [self.start, replace(self.last, tokens=tuple(self.tokens), features=joined(self.features))]
 
 
 class Lifeline:

@@ -22,13 +22,15 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 
 from pearl.config import SILENCE_S
-from pearl.messages import FRAME, Beat, Close, Garbage, Message, length, pack, unpack
+from pearl.lane import Lane, OnDevice
+from pearl.messages import FRAME, Beat, Close, Elsewhere, Garbage, Message, Verdict, length, pack, unpack
 
 _BEATS = 5  # in the time of a silence
 _CONNECT_S = 20.0  # that both sides, who know that the other is there, may take to connect
@@ -42,13 +44,20 @@ class Link:
 
     `silence_s`: how long waiting for any message or beat may take. `host`: where rank 0 is to be reached, by default
     the address of this machine that the launcher's address is reached from. `name`: both ends give the same; a new
-    connection over the same store needs a new one. Raises RuntimeError if the other rank does not come.
+    connection over the same store needs a new one. `lane`: for features that lie on a device, which goes with the
+    connection. Raises RuntimeError if the other rank does not come.
     """
 
     def __init__(
-        self, store: Any, rank: int, host: str | None = None, silence_s: float = SILENCE_S, name: str = "pearl"
+        self,
+        store: Any,
+        rank: int,
+        host: str | None = None,
+        silence_s: float = SILENCE_S,
+        name: str = "pearl",
+        lane: Lane | None = None,
     ):
-        self._silence_s = silence_s
+        self._silence_s, self._lane = silence_s, lane
         try:
             self._socket = (_accepted if rank == 0 else _connected)(store, host, f"{name}/address")
         except OSError as error:
@@ -76,7 +85,12 @@ class Link:
         return self._gone.is_set() and not self._inbox
 
     def send(self, *messages: Message) -> None:
-        self.bytes_sent += self._send(*messages)
+        try:
+            ready = [self._handed_over(message) for message in messages]
+        except RuntimeError as error:
+            self._lose(f"features could not be sent: {_line(error)}")
+            return
+        self.bytes_sent += self._send(*ready)
 
     def receive(self) -> Message | None:
         return self._inbox.popleft() if self._inbox else None
@@ -160,7 +174,7 @@ class Link:
                     return
                 if not isinstance(messages[0], Beat):
                     self.bytes_received += (FRAME + rest) * _WORD
-                    self._inbox += messages
+                    self._inbox += map(self._taken_over, messages)
                     self._arrived.set()
         except Garbage as error:
             self._lose(f"it sent what can't be read: {error}")
@@ -168,6 +182,28 @@ class Link:
             self._lose(_brief(error))
         except MemoryError:
             self._lose("it sent a message that memory does not suffice for")
+        except RuntimeError as error:
+            self._lose(f"features could not be received: {_line(error)}")
+
+    def _handed_over(self, message: Message) -> Message:
+        """Features that lie on a device go over the lane, or else become bits of the message."""
+        if not isinstance(message, Verdict) or not isinstance(message.features, OnDevice):
+            return message
+        if self._lane is None:
+            return replace(message, features=message.features.bits())
+        if not self._gone.is_set():
+            self._lane.send(message.features.rows)
+            self.bytes_sent += message.features.nbytes
+        return replace(message, features=Elsewhere(message.features.shape))
+
+    def _taken_over(self, message: Message) -> Message:
+        if not isinstance(message, Verdict) or not isinstance(message.features, Elsewhere):
+            return message
+        if self._lane is None:
+            raise Garbage("features on a way that there is not")
+        features = self._lane.receive(*message.features.shape)
+        self.bytes_received += features.nbytes
+        return replace(message, features=features)
 
     def _words(self, count: int, whole_by: float = math.inf) -> np.ndarray:
         """int32 [count]. `whole_by`: the moment when all must be there."""
@@ -196,6 +232,8 @@ class Link:
         self._end(reason)
         with contextlib.suppress(OSError):  # it was closed already
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the other thread, and tells the other side
+        if self._lane:
+            self._lane.close()
 
 
 def _accepted(store: Any, host: str | None, key: str) -> socket.socket:
@@ -232,6 +270,10 @@ def _address() -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as towards:
         towards.connect(where)  # sends nothing
         return towards.getsockname()[0]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def _brief(error: Exception) -> str:

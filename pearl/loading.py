@@ -273,6 +273,17 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     return drafter
 
 
+def features_from(checked: Preflight, apart: bool) -> str:
+    """The device from which features go to the drafter over a lane; empty: through the host. `apart`: target and
+    drafter are on two machines."""
+    shape, wanted = _drafter_of(checked.config), checked.config.feature_lane
+    here, there = checked.target_on, checked.draft_on
+    between_gpus = len(here.devices) == 1 and not here.on_cpu and not there.on_cpu and (apart or here != there)
+    if not shape or not shape.features or wanted == "off" or (wanted == "auto" and not between_gpus):
+        return ""
+    return here.devices[0]
+
+
 def _rim(checked: Preflight, dtype: str, placed: Placed) -> Any:
     """The target without its layers: embedding, final norm and head."""
     source, config = checked.target, checked.config

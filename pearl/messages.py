@@ -2,7 +2,8 @@
 
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
                          Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races), and
-                                  what the target's layers said at them, for a source that drafts from it
+                                  what the target's layers said at them, for a source that drafts from it, or that this
+                                  comes another way
                          End      the sequence is over
     drafter -> target    Costs    once: the seconds of a forward by its rows
                          Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -67,14 +69,50 @@ class Start:
     continues: int = 0  # a sequence that has ended: what was read of it need not be read again
 
 
+class Held(Protocol):
+    """Features that lie on a device and may stay there, see `lane.OnDevice`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Held: ...
+
+    def join(self, others: list) -> Held: ...
+
+    @property
+    def rows(self) -> Any:
+        """A tensor, bfloat16."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """In place of features that come another way."""
+
+    shape: tuple[int, int]  # positions, F
+
+
+# of some positions, [positions, F]: an array of int16, the bits of bfloat16, or what lies on a device
+Features = np.ndarray | Held
+
+
+def joined(parts: Sequence[Features]) -> Features | None:
+    """One after the other; None if there are none."""
+    if not parts:
+        return None
+    first, *others = parts
+    return np.concatenate(parts) if isinstance(first, np.ndarray) else first.join(others)
+
+
 @dataclass(frozen=True)
 class Verdict:
     sequence: int
     position: int  # of the new root
     plan: Plan
     tokens: tuple[int, ...]
-    # of the positions before the new root that were not sent yet: int16 [positions, F], bits of bfloat16
-    features: np.ndarray | None = field(default=None, compare=False)
+    # of the positions before the new root that were not sent yet
+    features: Features | Elsewhere | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -198,7 +236,7 @@ def encode(message: Message) -> Words:
 
 def _bits(message: Message) -> Words:
     """What follows the body: a verdict's features, two in a word, as they lie in memory."""
-    if not isinstance(message, Verdict) or message.features is None:
+    if not isinstance(message, Verdict) or not isinstance(message.features, np.ndarray):
         return np.zeros(0, np.int32)
     halves = message.features.ravel()
     return np.concatenate([halves, np.zeros(len(halves) % 2, np.int16)]).view(np.int32)
@@ -264,7 +302,7 @@ def _encode_body(message: Message) -> Iterator[int]:
             yield from (continues, len(prompt), *prompt)
         case Verdict(_, position, plan, tokens, features):
             yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
-            yield from () if features is None else features.shape
+            yield from () if features is None else (*features.shape, int(isinstance(features, Elsewhere)))
         case Costs(_, seconds):
             yield from (len(seconds), *_singles(seconds))
         case Nodes(_, root, position, resting, guesses):
@@ -303,8 +341,10 @@ def _decode_body(kind: type, read: _Reader) -> Message:
         tokens = read.words(count)
         if not read.left:
             return Verdict(sequence, position, Plan(block, most, ahead), tokens)
-        rows, width = read.words(2)
-        features = read.halves(rows * width).reshape(rows, width)
+        rows, width, elsewhere = read.words(3)
+        if rows < 0 or width < 0 or rows * width > 2 * MOST:
+            raise Garbage(f"features of {rows} positions with {width} numbers each")
+        features = Elsewhere((rows, width)) if elsewhere else read.halves(rows * width).reshape(rows, width)
         return Verdict(sequence, position, Plan(block, most, ahead), tokens, features)
     if kind is Costs:
         return Costs(sequence, read.singles(read.word()))

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,9 @@ from pearl.cache import Branch, Buffers, Share, SharedCache, SlotCache, as_model
 from pearl.feature.taps import Taps
 from pearl.fixed import COUNTS, Capture, FixedForward, Rows
 from pearl.head import DraftHead
+from pearl.lane import OnDevice
 from pearl.leaves import Chunk, Leaves
+from pearl.messages import Features
 from pearl.rows import ANY, GRAIN, LIMIT, Check, JointRows, RowPlan
 from pearl.trie import shared_prefix
 
@@ -162,6 +163,7 @@ class LanguageModel:
         self.joint: JointRows | None = None
         self.fixed: FixedForward | None = None
         self.checks: tuple[Check, ...] = ()  # what was found of its bits (`pearl.bits`)
+        self.features_stay = False  # on the device, for a lane
         buffers = Buffers(max_length + TREE, texts, coarse)
         self._memos = [_Memo(SlotCache(buffers, text)) for text in range(texts)]
 
@@ -263,18 +265,19 @@ class LanguageModel:
         self.joint = None
         return [logits[:, : self.vocabulary] for logits in found.values()]
 
-    def features(self, rows: Sequence[int], text: int = 0) -> np.ndarray | None:
+    def features(self, rows: Sequence[int], text: int = 0) -> Features | None:
         """What the tapped layers said at rows of the last read; None if none are tapped.
 
         Rows are numbered as its logits are; those before the first one, as far as they were read, are negative. Returns
-        int16 [rows, F], the bits of bfloat16.
+        [rows, F]: int16, the bits of bfloat16, or what stays on the device if `features_stay`.
         """
         if self._taps is None:
             return None
         memo = self._memos[text]
         said = torch.cat(memo.said) if len(memo.said) > 1 else memo.said[0]
         wanted = torch.tensor([memo.before + row for row in rows], device=said.device)
-        return said[wanted].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        features = OnDevice(said[wanted].to(torch.bfloat16))
+        return features if self.features_stay else features.bits()
 
     def _begin(
         self, text: int, tokens: list[int], keep: int, branches: Sequence[SideRow], most: int

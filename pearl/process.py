@@ -30,7 +30,7 @@ from pearl.errors import Unreachable, UsageError
 
 _ORDERS = "PEARL_DRAFTER"  # what a started drafter finds in its environment
 LOCAL = "127.0.0.1"
-_READY, _KEY = "ready", "drafter"
+_READY, _KEY, _LANE = "ready", "drafter", "features"
 _END_S = 2.0  # that a drafter which has said goodbye may take to end
 _GONE = "gone: "  # before a reason that may be another one the next time
 
@@ -105,11 +105,12 @@ class Peer:
     `reach` may be called from a thread of its own; everything else is for the thread of the engine.
     """
 
-    def __init__(self, config: EngineConfig, world: World, cpus: list[int]):
-        """Starts the drafter where no launcher has done so."""
+    def __init__(self, config: EngineConfig, world: World, cpus: list[int], features_from: str = ""):
+        """Starts the drafter where no launcher has done so. `features_from`: the device from which features go to it
+        over a lane; empty: they ride on the verdicts."""
         import torch.distributed as dist
 
-        self._config, self._cpus = config, cpus
+        self._config, self._cpus, self._features_from = config, cpus, features_from
         self._child: Child | None = None
         self._closing = threading.Event()
         self._launched = world.size == 2
@@ -137,6 +138,7 @@ class Peer:
         """
         from pearl.link import Link
 
+        self._store.set(f"{_LANE}/{number}", self._features_from)
         if number and not self._launched:
             self._end_child()
             self._start(number)
@@ -146,7 +148,14 @@ class Peer:
         if said != _READY:
             raise UsageError(said)
         try:
-            return Link(self._store, rank=0, host=self._host, silence_s=self._config.silence_s, name=f"pearl-{number}")
+            return Link(
+                self._store,
+                rank=0,
+                host=self._host,
+                silence_s=self._config.silence_s,
+                name=f"pearl-{number}",
+                lane=_lane(self._store, number, 0, self._features_from, self._host),
+            )
         except RuntimeError as error:
             raise Unreachable(f"it was ready, but did not connect: {str(error)[:200]}") from None
 
@@ -298,7 +307,9 @@ def serve(
     while True:
         try:
             store.set(f"{_KEY}/{number}", _READY)
-            link = Link(store, rank=1, host=host, silence_s=config.silence_s, name=f"pearl-{number}")
+            wanted = _word(store, f"{_LANE}/{number}", config.start_timeout_s)  # the target may still be loading
+            lane = _lane(store, number, 1, wanted and source.device, host)
+            link = Link(store, rank=1, host=host, silence_s=config.silence_s, name=f"pearl-{number}", lane=lane)
         except RuntimeError as error:
             raise TargetGone(f"{str(error)[:200]}") from None
         try:
@@ -313,6 +324,24 @@ def serve(
         if port is not None:
             raise TargetGone(link.reason)
         number += 1
+
+
+def _lane(store: Any, number: int, rank: int, device: Any, host: str | None):
+    """For the features of connection `number`, if they leave from, or go to, a device."""
+    if not device:
+        return None
+    import torch
+    import torch.distributed as dist
+
+    from pearl.lane import Lane
+
+    return Lane.open(dist.PrefixStore(f"{_LANE}-{number}", store), rank, torch.device(device), host)
+
+
+def _word(store: Any, key: str, timeout_s: float) -> str:
+    """Raises `RuntimeError` if it is not said in time."""
+    store.wait([key], timedelta(seconds=timeout_s))
+    return store.get(key).decode()
 
 
 def draft_source(config: EngineConfig):

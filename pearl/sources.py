@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
+from pearl.messages import Features
 from pearl.model import Reader, WantedLeaves
 from pearl.sampling import SamplingParams, propose
 from pearl.trie import Node, Trie
@@ -94,8 +93,8 @@ class Observer(Protocol):
 
     layers: tuple[int, ...]  # whose hidden states it wants
 
-    def observe(self, features: np.ndarray, text: int = 0) -> None:
-        """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
+    def observe(self, features: Features, text: int = 0) -> None:
+        """Those of the positions that follow the ones seen so far, [positions, F]."""
 
 
 class ModelSource:

@@ -26,14 +26,13 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pearl import picks
 from pearl.channel import Channel, Clock
 from pearl.controller import Chances, Controller
-from pearl.messages import Costs, End, Message, Nodes, Report, Start, Verdict
+from pearl.messages import Costs, End, Features, Message, Nodes, Report, Start, Verdict, joined
 from pearl.model import CHUNK, Reader, SideRow, Wanted
 from pearl.picks import Picks
 from pearl.records import Judged, Pass, Turn
@@ -50,7 +49,7 @@ REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be i
 class Tapped(Protocol):
     """A reader that knows what its layers said."""
 
-    def features(self, rows: Sequence[int], text: int = 0) -> np.ndarray | None:
+    def features(self, rows: Sequence[int], text: int = 0) -> Features | None:
         """At rows of the last read, see `model.LanguageModel.features`."""
 
 
@@ -299,7 +298,7 @@ class Target:
             self._controllers[key].draft_costs(self.draft_costs)
         return self._controllers[key]
 
-    def _features(self, text: Text, nodes: Sequence[Node], walked: _Walk) -> np.ndarray | None:
+    def _features(self, text: Text, nodes: Sequence[Node], walked: _Walk) -> Features | None:
         """What the drafter is told of the tokens that this pass has read for good: the root and every committed token
         but the last; in the first one also of all tokens before them."""
         if not isinstance(self._model, Tapped):
@@ -310,9 +309,9 @@ class Target:
             return text.gather(self._said(text, passed))
         rest = len(text.request.prompt) - text.read
         text.gather(self._said(text, [*range(1 - rest, 0), *passed]))
-        return np.concatenate(text.features) if text.features else None
+        return joined(text.features)
 
-    def _said(self, text: Text, rows: Sequence[int]) -> np.ndarray | None:
+    def _said(self, text: Text, rows: Sequence[int]) -> Features | None:
         """What the model's layers said at rows of the last read."""
         return self._model.features(rows, text.place) if isinstance(self._model, Tapped) else None
 
@@ -436,17 +435,17 @@ class Text:
         self.ended = 0.0  # and when it was over
         self.known = 0  # tokens of the prompt that need no reading
         self.read, self.reading_s = 0, 0.0  # tokens of the prompt that are read by now, and for how long
-        self.features: list[np.ndarray] = []  # of all tokens but the last, if the model tells them
+        self.features: list[Features] = []  # of all tokens but the last, if the model tells them
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._rested_at = -1
 
     def follow(self, last: Text) -> None:
         """This text goes on where `last` has ended, as far as it does."""
         self.known = self.read = shared_prefix(last.trie.tokens[:-1], self.trie.tokens[:-1])
-        if last.features:
-            self.features = [np.concatenate(last.features)[: self.known]]
+        if (features := joined(last.features)) is not None:
+            self.features = [features[: self.known]]
 
-    def gather(self, features: np.ndarray | None) -> np.ndarray | None:
+    def gather(self, features: Features | None) -> Features | None:
         if features is not None:
             self.features.append(features)
         return features

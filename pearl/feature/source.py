@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pearl.feature.network import FeatureDrafter, KeyValue
+from pearl.messages import Features
 from pearl.sampling import SamplingParams, ranked
 from pearl.sources import Chain, Proposal, Tree
 from pearl.trie import Node, Trie, shared_prefix
@@ -49,7 +50,7 @@ class FeatureSource:
         """`drafter` has its target attached. `beam`: paths kept at each depth, 0: `BEAM`; 1 makes chains.
         `longest`: tokens of a text."""
         self._drafter, self._beam, self._longest = drafter.eval(), beam or BEAM, longest
-        self._device = drafter.mask_embedding.device
+        self.device = drafter.mask_embedding.device
         self._vocabulary = drafter.vocabulary
         self._texts: dict[int, _Text] = {}
         self.forwards = self.rows = self.own = self.confirmed = 0
@@ -79,8 +80,8 @@ class FeatureSource:
         old = self._texts.get(text) or _Text(params, _Cache(self._drafter))
         self._texts[text] = _Text(params, old.cache, old.read if continues else [])
 
-    def observe(self, features: np.ndarray, text: int = 0) -> None:
-        """The features of the positions that follow those seen so far: int16 [positions, F], bits of bfloat16."""
+    def observe(self, features: Features, text: int = 0) -> None:
+        """Those of the positions that follow the ones seen so far, [positions, F]."""
         self._texts[text].features.append(features)
         self._texts[text].known += len(features)
 
@@ -204,8 +205,8 @@ class FeatureSource:
             wanted += [first + row for row in mine]
             params += [one.state.params] * len(mine)
             first += len(rows)
-        mask = _side_by_side(blocks).to(self._device)
-        places = torch.tensor(positions, device=self._device)
+        mask = _side_by_side(blocks).to(self.device)
+        places = torch.tensor(positions, device=self.device)
         past = [one.state.cache.upto(block.kept) for one, block in zip(asked, blocks, strict=True)]
         hidden, made = drafter.stack(torch.cat(inputs)[None], places, mask, _concatenated(past))
         first = 0
@@ -246,16 +247,17 @@ class FeatureSource:
     def _known_rows(self, one: _Asked, kept: int) -> Tensor:
         """The inputs of the trunk's rows from `kept` on, with features, and of all paths' rows, without, [R, H]."""
         trunk, paths = one.trunk, one.paths
-        tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=self._device)
+        tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=self.device)
         fresh = len(trunk) - kept
         withheld = torch.ones(len(tokens), dtype=torch.bool)
-        features = torch.zeros(len(tokens), 0)
+        features = torch.zeros(len(tokens), 0, device=self.device)
         if self.layers:
             withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
-            features = torch.zeros(len(tokens), len(self.layers) * self._drafter.shape.hidden, dtype=torch.bfloat16)
+            width = len(self.layers) * self._drafter.shape.hidden
+            features = torch.zeros(len(tokens), width, dtype=torch.bfloat16, device=self.device)
             first = max(kept, 1)
             features[first - kept : fresh] = one.state.between(first - 1, len(trunk) - 1)
-        return self._drafter.known(tokens[None], features[None].to(self._device), withheld[None].to(self._device))[0]
+        return self._drafter.known(tokens[None], features[None], withheld[None].to(self.device))[0]
 
     def _ranked(self, logits: Tensor, positions: Sequence[int], params: Sequence[SamplingParams]) -> Guesses:
         """logits: [R, V] over the draft vocabulary; positions: of the token that each row guesses; params: of its
@@ -329,17 +331,24 @@ class _Text:
     params: SamplingParams
     cache: _Cache
     read: list[int] = field(default_factory=list)  # confirmed tokens in the cache
-    features: list[np.ndarray] = field(default_factory=list)  # pieces, bfloat16 bits
+    features: list[Features] = field(default_factory=list)  # one piece after the other
     known: int = 0  # positions that they are of
     guessed: int = 0  # length of the text when the tree was last extended
 
     def between(self, first: int, last: int) -> Tensor:
         """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
-        if len(self.features) > 1:
-            self.features = [np.concatenate(self.features)]
-        if not self.features:
-            return torch.zeros(0)
-        return torch.from_numpy(self.features[0][first:last].copy()).view(torch.bfloat16)
+        found, at = [], self.known
+        for piece in reversed(self.features):
+            if at <= first:
+                break
+            at -= len(piece)
+            if at < last:
+                found.append(_rows(piece)[max(0, first - at) : last - at])
+        return torch.cat(found[::-1]) if found else torch.zeros(0)
+
+
+def _rows(piece: Features) -> Tensor:
+    return torch.from_numpy(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
 
 
 @dataclass(frozen=True)
