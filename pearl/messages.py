@@ -102,7 +102,9 @@ def joined(parts: Sequence[Features]) -> Features | None:
     if not parts:
         return None
     first, *others = parts
-    return np.concatenate(parts) if isinstance(first, np.ndarray) else first.join(others)
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)  # type: ignore[arg-type]  # if one is an array, all are
+    return first.join(others)
 
 
 @dataclass(frozen=True)

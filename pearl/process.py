@@ -10,6 +10,7 @@ GPUs, which starts only one) starts the drafter itself: `python -m pearl.process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +31,9 @@ from pearl.errors import Unreachable, UsageError
 
 _ORDERS = "PEARL_DRAFTER"  # what a started drafter finds in its environment
 LOCAL = "127.0.0.1"
-_READY, _KEY, _LANE = "ready", "drafter", "features"
+_READY, _KEY = "ready", "drafter"
+_LANE = "features"  # from where the target sends them, which it says when it is there itself
+_OVER = "over"  # in place of that: there is no further connection
 _END_S = 2.0  # that a drafter which has said goodbye may take to end
 _GONE = "gone: "  # before a reason that may be another one the next time
 
@@ -113,6 +116,7 @@ class Peer:
         self._config, self._cpus, self._features_from = config, cpus, features_from
         self._child: Child | None = None
         self._closing = threading.Event()
+        self._reached = -1  # the last connection that was asked for
         self._launched = world.size == 2
         if self._launched:
             self._store, self._host = _rendezvous(config)
@@ -139,6 +143,7 @@ class Peer:
         from pearl.link import Link
 
         self._store.set(f"{_LANE}/{number}", self._features_from)
+        self._reached = number
         if number and not self._launched:
             self._end_child()
             self._start(number)
@@ -160,15 +165,24 @@ class Peer:
             raise Unreachable(f"it was ready, but did not connect: {str(error)[:200]}") from None
 
     def give_up(self) -> None:
-        """Ends what is left of a drafter that is ours and will not be started again."""
+        """Ends what is left of a drafter that is ours and will not be started again; a launcher's is let go."""
         if self._child:
             self._end_child()
+        self._let_go()
 
     def close(self, stuck: bool = False) -> None:
         """Ends the drafter if it is ours. `stuck`: it has not heard a goodbye, so it is not waited for."""
         self._closing.set()
         if self._child:
             self._end_child(patience_s=0.0 if stuck else _END_S)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Tells a launcher's drafter that waits for its next connection that there will be none: it ends well, as
+        otherwise the launcher would end the target too."""
+        for number in range(self._reached + 1, self._config.draft_restarts + 2) if self._launched else ():
+            with contextlib.suppress(RuntimeError):  # the launcher is gone
+                self._store.set(f"{_LANE}/{number}", _OVER)
 
     def _start(self, number: int) -> None:
         orders = {
@@ -308,6 +322,8 @@ def serve(
         try:
             store.set(f"{_KEY}/{number}", _READY)
             wanted = _word(store, f"{_LANE}/{number}", config.start_timeout_s)  # the target may still be loading
+            if wanted == _OVER:
+                return
             lane = _lane(store, number, 1, wanted and source.device, host)
             link = Link(store, rank=1, host=host, silence_s=config.silence_s, name=f"pearl-{number}", lane=lane)
         except RuntimeError as error:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore
+import torch
+from torch.distributed import HashStore, TCPStore
 
 from pearl import link as links
+from pearl import process
+from pearl.config import EngineConfig
 from pearl.link import Link
 from pearl.messages import FRAME, End, Nodes, Plan, Verdict, encode, pack
 
@@ -185,3 +190,57 @@ def test_closed_links_leave_no_thread_and_no_socket():
 
 def test_a_frame_is_one_send():
     assert encode(Nodes(1, 1, 1, False)).nbytes == FRAME * 4
+
+
+class Nothing:
+    """A source that never has a guess."""
+
+    forwards = 0
+
+    def start(self, params) -> None:
+        pass
+
+    def propose(self, text, room):
+        return []
+
+
+@pytest.fixture
+def waiting(monkeypatch) -> Iterator[tuple[object, list[str]]]:
+    """The store of a drafter that is ready before its target is, and how the drafter has ended."""
+    monkeypatch.setattr(links, "_CONNECT_S", 1.0)
+    store, ended = TCPStore(LOCAL, 0, 2, is_master=True, wait_for_workers=False), []
+    cpus = sorted(os.sched_getaffinity(0))[:1]
+    threads = torch.get_num_threads()
+
+    def serve() -> None:
+        try:
+            process.serve(EngineConfig(), cpus, store.port, make=lambda config: Nothing())
+            ended.append("well")
+        except process.TargetGone:
+            ended.append("its target is gone")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    store.wait(["drafter/0"], timedelta(seconds=30))
+    yield store, ended
+    thread.join(30)
+    torch.set_num_threads(threads)
+
+
+def test_a_drafter_waits_for_a_target_that_is_still_loading(waiting):
+    store, ended = waiting
+    time.sleep(1.5)  # longer than two that are both there may take to connect
+    store.set("features/0", "")
+    end = Link(store, 0, LOCAL, name="pearl-0")
+    assert not ended
+    end.close()
+    assert end.farewell
+
+
+def test_a_drafter_that_nobody_will_ask_for_again_ends_well(waiting):
+    store, ended = waiting
+    store.set("features/0", "over")
+    deadline = time.perf_counter() + 10
+    while not ended and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert ended == ["well"]

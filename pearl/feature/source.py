@@ -256,7 +256,8 @@ class FeatureSource:
             width = len(self.layers) * self._drafter.shape.hidden
             features = torch.zeros(len(tokens), width, dtype=torch.bfloat16, device=self.device)
             first = max(kept, 1)
-            features[first - kept : fresh] = one.state.between(first - 1, len(trunk) - 1)
+            if first < len(trunk):
+                features[first - kept : fresh] = one.state.between(first - 1, len(trunk) - 1)
         return self._drafter.known(tokens[None], features[None], withheld[None].to(self.device))[0]
 
     def _ranked(self, logits: Tensor, positions: Sequence[int], params: Sequence[SamplingParams]) -> Guesses:
@@ -344,7 +345,7 @@ class _Text:
             at -= len(piece)
             if at < last:
                 found.append(_rows(piece)[max(0, first - at) : last - at])
-        return torch.cat(found[::-1]) if found else torch.zeros(0)
+        return torch.cat(found[::-1])
 
 
 def _rows(piece: Features) -> Tensor:
