@@ -392,6 +392,8 @@ def _load(
             "random numbers: get the whole checkpoint again."
         )
     model.eval()
+    if load_in == "4bit" and placed.on_cpu:
+        quantized.keep_odd_shapes(model)
     return embedded.plain_weights(model) if source.gguf_file else model
 
 

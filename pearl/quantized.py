@@ -15,6 +15,7 @@ NEEDS = {  # by `quant_method`: the packages that transformers asks for
     "compressed-tensors": ("compressed_tensors",),
     "hqq": ("hqq",),
 }
+_TALL = 32  # rows of a tile of that layout
 
 
 def check(
@@ -38,3 +39,17 @@ def check(
             f"`pip install {' '.join(missing)}`, or choose a checkpoint that is not quantized."
         )
     return method
+
+
+def keep_odd_shapes(model: Any) -> int:
+    """Keeps bitsandbytes from laying out 4-bit layers for a CPU with AVX512-BF16 whose shapes its layout can't hold: it
+    would break off in the first forward. Returns how many there are."""
+    odd = [
+        layer
+        for layer in model.modules()
+        if type(layer).__name__ == "Linear4bit"
+        and (layer.in_features % layer.weight.quant_state.blocksize or layer.out_features % _TALL)
+    ]
+    for layer in odd:
+        layer.support_avx512bf16_for_cpu = False
+    return len(odd)
