@@ -124,15 +124,18 @@ def models(config: EngineConfig) -> Iterator[Finding]:
         with Engine(config, Schedule.of("pearl"), checked=checked) as engine:
             engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True), mode="sd")
             texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
-            lost = [event.what for event in engine.events]
+            events = engine.events
             bits = report(engine.model) if isinstance(engine.model, LanguageModel) else []
     except UsageError as error:
         yield Finding("start", NO, str(error))
         return
     for what, verdict, sentence in bits:
         yield Finding(f"bits: {what}", verdict, sentence)
-    if lost:
+    if lost := [event.what for event in events if event.kind not in ("late", "heard")]:
         yield Finding("drafter", NO, "; ".join(lost), "see its message above, and docs/reliability.md")
+    elif events:
+        busy = "its CPUs are busy: stop other programs, name --draft-cores"
+        yield Finding("drafter", SLOW, "; ".join(event.what for event in events), busy)
     differing = [mode for mode in ("sd", "pearl") if texts[mode].tokens != texts["ar"].tokens]
     if differing:
         gap = "its two best logits were near each other; if not, that is an error of pearl's"
