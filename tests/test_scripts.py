@@ -54,7 +54,7 @@ def test_all_the_tables_of_the_papers_are_there():
     wanted = (
         "main_results ablation gamma_sweep mean_accepted acceptance_by_depth equal_devices competition draft_sources"
     )
-    assert set(NAMES) == {*wanted.split(), "batch_scaling", "timeline"}
+    assert set(NAMES) == {*wanted.split(), "batch_scaling", "full_width", "timeline"}
 
 
 @pytest.mark.parametrize("file", [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")], ids=lambda file: file.name)
@@ -143,7 +143,7 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
 def test_all_of_them_end_on_one_page():
     every = commands("scripts/all.sh", BATCHES="1", FEATURE="drafter")
     made = {values(words, "--output")[0] for words in every if words[1] == "eval/table.py"}
-    assert made == {f"results/tables/{name}" for name in NAMES}
+    assert made == {f"results/tables/{name}" for name in NAMES if name != "full_width"}  # which takes hours
     assert every[-1] == ["python", "eval/report.py", "results", "--output", "results/report.html"]
 
 
