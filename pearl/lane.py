@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pearl.inputs import brief
+
 OPEN_S = 20.0  # that both sides, who know that the other is there, may take
 _TRIED = 64  # numbers of the known row
 _TAG = 0
@@ -91,7 +93,7 @@ class Lane:
             else:
                 whole = lane._arrives(lane.receive(1, _TRIED), known)
         except RuntimeError as error:
-            why = " ".join(str(error).split())[:200]
+            why = brief(str(error))
         if rank == 0:
             whole = lane is not None and _said(store) == b"whole"
         else:
@@ -154,11 +156,17 @@ def _said(store: dist.Store) -> bytes:
         return b""
 
 
-def _gloo(store: dist.Store, rank: int, host: str | None) -> Any:
+def gloo_group(store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None) -> Any:
+    """A gloo group that is no default one, once all have come. `host`: the address to listen at; None: by the machine's
+    name. What is not done after `deadline_s` fails."""
     gloo, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=OPEN_S)
+    options._timeout = timedelta(seconds=deadline_s)
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-    return gloo(store, rank, 2, options)
+    return gloo(store, rank, size, options)
+
+
+def _gloo(store: dist.Store, rank: int, host: str | None) -> Any:
+    return gloo_group(store, rank, 2, OPEN_S, host)
 
 
 def _nccl(store: dist.Store, rank: int, _: str | None) -> Any:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from pearl.config import SILENCE_S
+from pearl.inputs import brief
 from pearl.lane import Lane, OnDevice
 from pearl.messages import FRAME, Beat, Close, Elsewhere, Garbage, Message, Verdict, length, pack, unpack
 
@@ -88,7 +89,7 @@ class Link:
         try:
             ready = [self._handed_over(message) for message in messages]
         except RuntimeError as error:
-            self._lose(f"features could not be sent: {_line(error)}")
+            self._lose(f"features could not be sent: {brief(str(error), 120)}")
             return
         self.bytes_sent += self._send(*ready)
 
@@ -183,7 +184,7 @@ class Link:
         except MemoryError:
             self._lose("it sent a message that memory does not suffice for")
         except RuntimeError as error:
-            self._lose(f"features could not be received: {_line(error)}")
+            self._lose(f"features could not be received: {brief(str(error), 120)}")
 
     def _handed_over(self, message: Message) -> Message:
         """Features that lie on a device go over the lane, or else become bits of the message."""
@@ -270,10 +271,6 @@ def _address() -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as towards:
         towards.connect(where)  # sends nothing
         return towards.getsockname()[0]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
 
 
 def _brief(error: Exception) -> str:

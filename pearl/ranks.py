@@ -32,6 +32,7 @@ from pearl import cores, sums
 from pearl.calls import Call, End, Texts, Wait, decode
 from pearl.config import EngineConfig
 from pearl.errors import UsageError
+from pearl.lane import gloo_group
 from pearl.loading import Preflight, load_shard, preflight
 from pearl.process import LOCAL, World, end, meeting, start
 from pearl.rows import CannotBranch
@@ -56,10 +57,7 @@ class Line:
     def __init__(self, store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None):
         """Returns when all ranks have come. `host`: the address to listen at; None: by the machine's name."""
         self.rank, self.size = rank, size
-        options, gloo = dist.ProcessGroupGloo._Options(), dist.ProcessGroupGloo
-        options._timeout = timedelta(seconds=deadline_s)
-        options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-        self._group = gloo(dist.PrefixStore("calls", store), rank, size, options)
+        self._group = gloo_group(dist.PrefixStore("calls", store), rank, size, deadline_s, host)
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()  # keeps the tensors alive until they have left
 
     def send(self, words: Sequence[int]) -> None:
