@@ -26,8 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl import cli, results
+from pearl.config import cli
 from pearl.errors import UsageError
+from pearl.evaluation import results
 from pearl.tasks import judge, mt_bench
 from pearl.tasks.fastchat import Question
 from pearl.tasks.judge import Answer, Prompt

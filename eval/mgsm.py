@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl import cli, evaluation
+from pearl.config import cli
+from pearl.evaluation import main as evaluation
 from pearl.tasks import mgsm
 
 

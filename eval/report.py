@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl import cli, plots, report, tables
+from pearl.config import cli
+from pearl.evaluation import plots, report, tables
 
 
 @cli.guarded

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl import cli, plots, report, tables
+from pearl.config import cli
+from pearl.evaluation import plots, report, tables
 
 COLUMNS = "tokens_per_second,speedup_vs_ar,speedup_interval_95,identical_to_ar,tokens_per_pass,acceptance,score"
 

@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 _HOME = {
     "Engine": "pearl.engine",
     "Generation": "pearl.engine",
-    "EngineConfig": "pearl.config",
-    "SamplingParams": "pearl.sampling",
-    "Schedule": "pearl.schedule",
+    "EngineConfig": "pearl.config.engine_config",
+    "SamplingParams": "pearl.core.sampling",
+    "Schedule": "pearl.core.schedule",
     "UsageError": "pearl.errors",
 }
 __all__ = [*_HOME, "__version__"]

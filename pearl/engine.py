@@ -16,17 +16,18 @@ from typing import Any, overload
 
 import torch
 
-from pearl import cores, memory, records, timeline
-from pearl.bits import rows_check
-from pearl.channel import Channel, LocalChannel
-from pearl.config import DRAFT, EngineConfig
-from pearl.drafter import Drafter
+from pearl.checkpoints.loading import Placed, Preflight, eos_ids, features_from, load_target, preflight
+from pearl.config.engine_config import DRAFT, EngineConfig
+from pearl.core import records, timeline
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
 from pearl.errors import UsageError
-from pearl.lifeline import Event, Lifeline
-from pearl.loading import Placed, Preflight, eos_ids, features_from, load_target, preflight
-from pearl.model import LanguageModel
-from pearl.process import (
-    Peer,
+from pearl.machine import cores, memory
+from pearl.models.language_model import LanguageModel
+from pearl.models.numerics_check import rows_check
+from pearl.parallel.process import (
+    DrafterProcess,
     TargetGone,
     World,
     draft_source,
@@ -35,11 +36,11 @@ from pearl.process import (
     serve,
     shares,
 )
-from pearl.ranks import Crew, deal, launched
-from pearl.sampling import SamplingParams
-from pearl.schedule import Schedule
-from pearl.stopping import Stopper
-from pearl.target import Request, Target, Text
+from pearl.parallel.tensor_parallel import TensorParallelWorkers, deal, launched
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Request, Target, Text
+from pearl.wire.channel import Channel, LocalChannel
+from pearl.wire.reconnecting_channel import Event, ReconnectingChannel
 
 Prompt = str | Sequence[int] | Sequence[dict]
 
@@ -55,12 +56,14 @@ class Generation:
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationRequest:
     """A text to be written, one of several."""
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
-    after: Job | None = None  # which the prompt begins with: what was read of its text need not be read again
+    after: GenerationRequest | None = (
+        None  # which the prompt begins with: what was read of its text need not be read again
+    )
     text: Text | None = None  # what became of it
 
 
@@ -125,20 +128,20 @@ class Engine:
         if self._trace_path:
             timeline.prepare(self._trace_path)
         self._allowed_cpus, self._threads = cores.available(), torch.get_num_threads()
-        self._peer: Peer | None = None
-        self._crew: Crew | None = None
-        self._lifeline: Lifeline | None = None
+        self._peer: DrafterProcess | None = None
+        self._crew: TensorParallelWorkers | None = None
+        self._lifeline: ReconnectingChannel | None = None
         self._closed = False
         self._run: Generator[Any, None, None] | None = None  # the texts under way
-        self._last: Job | None = None  # that was begun
+        self._last: GenerationRequest | None = None  # that was begun
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         atexit.register(self.close)
         direct = features_from(checked, world.apart)
         try:
             if self.processes == 2:  # the drafter loads its model meanwhile
-                self._peer = Peer(config, world, self.draft_cpus, direct)
+                self._peer = DrafterProcess(config, world, self.draft_cpus, direct)
             if world.shards > 1:
-                self._crew = Crew(config, world, dealt)
+                self._crew = TensorParallelWorkers(config, world, dealt)
                 self._crew.gather()
             cores.pin(self.target_cpus)
             torch.set_num_threads(len(self.target_cpus))
@@ -180,7 +183,7 @@ class Engine:
         """
         several = _several(prompt)
         jobs = self._jobs(prompt if several else [prompt], params, continues)  # type: ignore[list-item, arg-type]
-        done: dict[Job, Generation] = {}
+        done: dict[GenerationRequest, Generation] = {}
         for job, said in self.write(jobs, mode=mode, gamma=gamma, batch_size=batch_size):
             if isinstance(said, Generation):
                 done[job] = said
@@ -213,12 +216,12 @@ class Engine:
 
     def write(
         self,
-        jobs: Iterable[Job | None],
+        jobs: Iterable[GenerationRequest | None],
         *,
         mode: str | Schedule | None = None,
         gamma: int | str = "auto",
         batch_size: int | None = None,
-    ) -> Iterator[tuple[Job, list[int] | Generation]]:
+    ) -> Iterator[tuple[GenerationRequest, list[int] | Generation]]:
         """Texts side by side: yields each job with the tokens that a pass has committed of it, and at last with all of
         it. A job is taken when there is a place for it; None says that there is none for now."""
         schedule = _schedule(mode, gamma) if mode else self.schedule
@@ -243,15 +246,15 @@ class Engine:
         return self._run
 
     def _write(
-        self, jobs: Iterable[Job | None], schedule: Schedule, places: int
-    ) -> Generator[tuple[Job, list[int] | Generation], None, None]:
+        self, jobs: Iterable[GenerationRequest | None], schedule: Schedule, places: int
+    ) -> Generator[tuple[GenerationRequest, list[int] | Generation], None, None]:
         memory.reset_peak()
-        sent: dict[Job, int] = {}  # bytes on the wire while it was written
+        sent: dict[GenerationRequest, int] = {}  # bytes on the wire while it was written
         with self._everything() if schedule.mode == "ar-all" else contextlib.nullcontext(self._target) as target:
             before = _bytes(target.channel)
             for text, committed in target.write(map(self._request, jobs), schedule, places):
                 job = text.request.tag
-                assert isinstance(job, Job)
+                assert isinstance(job, GenerationRequest)
                 job.text = text
                 if committed:
                     now = _bytes(target.channel)
@@ -262,7 +265,7 @@ class Engine:
 
     def _jobs(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, continues: bool
-    ) -> list[Job]:
+    ) -> list[GenerationRequest]:
         """One for each prompt, all of them checked."""
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
@@ -270,7 +273,7 @@ class Engine:
             raise UsageError(f"There are {len(prompts)} prompts and {len(params)} params: give one for each, or one.")
         if continues and len(prompts) > 1:
             raise UsageError("Only one text can continue the last one: give each a Job, and write them.")
-        jobs = [Job(self.encode(prompt), own) for prompt, own in zip(prompts, params, strict=True)]
+        jobs = [GenerationRequest(self.encode(prompt), own) for prompt, own in zip(prompts, params, strict=True)]
         for job in jobs:
             self._checked.check_prompt(job.prompt, job.params.max_new_tokens)  # type: ignore[arg-type]
         if continues and jobs:
@@ -279,7 +282,7 @@ class Engine:
             self._last = jobs[-1]
         return jobs
 
-    def _request(self, job: Job | None) -> Request | None:
+    def _request(self, job: GenerationRequest | None) -> Request | None:
         if job is None:
             return None
         prompt = self.encode(job.prompt)
@@ -396,7 +399,7 @@ class Engine:
     def _open_channel(self) -> Channel | None:
         if self._peer:
             config, vocabulary = self.config, self._checked.vocabulary
-            self._lifeline = Lifeline(
+            self._lifeline = ReconnectingChannel(
                 self._peer.reach,
                 vocabulary,
                 config.draft_deadline_s,

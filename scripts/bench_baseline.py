@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pearl import cli
+from pearl.config import cli
 from pearl.tasks import humaneval
 
 
@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from pearl.checkpoints.loading import Source
+    from pearl.core.sampling import SamplingParams
+    from pearl.core.schedule import Schedule
     from pearl.engine import Engine
-    from pearl.loading import Source
-    from pearl.sampling import SamplingParams
-    from pearl.schedule import Schedule
 
     # ar-all only to share the cores out as two processes would: `ar` then has the target's
     with Engine(config, Schedule.of("ar-all")) as engine:

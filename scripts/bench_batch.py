@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pearl import cli
+from pearl.config import cli
 from pearl.tasks import gsm8k, humaneval
 
 FEWEST = 4  # texts of a cell, so that one at a time is no matter of one text
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from pearl.checkpoints.loading import preflight
     from pearl.engine import Engine
-    from pearl.loading import preflight
 
     checked = preflight(config)
     suites = (humaneval.SUITE, gsm8k.SUITE)

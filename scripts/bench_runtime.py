@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pearl import cli, cores
+from pearl.config import cli
+from pearl.machine import cores
 
 LENGTH = 4096
 RIGHT = 0.85  # of the drafter's first guesses
@@ -64,12 +65,12 @@ def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiproces
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from pearl.beam import TreeSource
-    from pearl.drafter import Drafter
-    from pearl.link import Link
-    from pearl.model import LanguageModel
+    from pearl.drafters.tree import TreeSource
+    from pearl.models.language_model import LanguageModel
+    from pearl.roles.drafter import Drafter
+    from pearl.wire.process_channel import ProcessChannel
 
-    link = Link(dist.TCPStore("127.0.0.1", port, 2, is_master=False), rank=1, host="127.0.0.1")
+    link = ProcessChannel(dist.TCPStore("127.0.0.1", port, 2, is_master=False), rank=1, host="127.0.0.1")
     sleeper = Sleeper(vocabulary, seconds, RIGHT)
     source = TreeSource(LanguageModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
     busy = 0.0
@@ -103,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from pearl.link import Link
-    from pearl.model import LanguageModel
-    from pearl.sampling import SamplingParams
-    from pearl.schedule import Schedule
-    from pearl.stopping import Stopper
-    from pearl.target import Target
+    from pearl.core.sampling import SamplingParams
+    from pearl.core.schedule import Schedule
+    from pearl.core.stopping import Stopper
+    from pearl.models.language_model import LanguageModel
+    from pearl.roles.target import Target
+    from pearl.wire.process_channel import ProcessChannel
 
     figures = {}
     for temperature in found.temperature:
@@ -120,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             child = spawn.Process(target=draft, args=order, daemon=True)
             child.start()
             sleeper = Sleeper(found.vocabulary, found.pass_ms / 1e3, 1.0)
-            target = Target(LanguageModel(sleeper, found.vocabulary, LENGTH), Link(store, rank=0, host="127.0.0.1"))
+            target = Target(
+                LanguageModel(sleeper, found.vocabulary, LENGTH), ProcessChannel(store, rank=0, host="127.0.0.1")
+            )
             params = SamplingParams(max_new_tokens=LENGTH - 200, temperature=temperature, seed=1)
             stopper = Stopper(params, (), str)
             stream = target.decode(list(range(100)), Schedule.of(mode), params, stopper)

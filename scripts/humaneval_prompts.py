@@ -1,4 +1,4 @@
-"""HumanEval's prompts as questions for pearl.feature.extract: to test drafters on, never to train them.
+"""HumanEval's prompts as questions for pearl.training.extract: to test drafters on, never to train them.
 
     python scripts/humaneval_prompts.py 24 > humaneval.jsonl
 

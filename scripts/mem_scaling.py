@@ -11,13 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pearl import memory
-from pearl.feature.loop import Recipe
-from pearl.feature.mask import SlotMask
-from pearl.feature.network import FeatureDrafter
-from pearl.feature.objective import Objective
-from pearl.feature.partition import backward
-from pearl.feature.train import FeatureRecipe, new_drafter
+from pearl.drafters.feature.mask import SlotMask
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.machine import memory
+from pearl.training.loop import Recipe
+from pearl.training.objective import Objective
+from pearl.training.partition import backward
+from pearl.training.train import FeatureRecipe, new_drafter
 
 VOCABULARY = 4096
 HIDDEN = 512

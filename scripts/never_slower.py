@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pearl import cli
+from pearl.config import cli
 from pearl.tasks import humaneval
 
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from pearl import harness, results
+    from pearl.checkpoints.loading import preflight
     from pearl.engine import Engine
-    from pearl.loading import preflight
+    from pearl.evaluation import harness, results
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     folder = Path(found.output or "results/never-slower")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pearl.config.inputs import as_text, json_lines, read_bytes
 from pearl.errors import UsageError
-from pearl.inputs import as_text, json_lines, read_bytes
 
 Problem = TypeVar("Problem")
 Record = dict[str, Any]

@@ -1,0 +1,79 @@
+"""Model folders without embeddings: those of their target stand in for them.
+
+A draft model made from a target (`pearl.training.distill`) keeps the target's embeddings; for a small target they are
+most of the bytes. Its folder is an ordinary transformers folder without them, and beside it
+
+    borrowed.json            whose embeddings they are, and that target's fingerprint
+    vocabulary.safetensors   the ids of the tokens that it drafts from, int32 [V]
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pearl.errors import UsageError
+from pearl.models import fingerprint as weights
+
+NOTE, VOCABULARY = "borrowed.json", "vocabulary.safetensors"
+_EMBEDDINGS = ("embed_tokens.", "lm_head.", "wte.", "embed_in.", "embed_out.")
+
+
+@dataclass(frozen=True)
+class Note:
+    target: str
+    fingerprint: str
+
+
+def save(model: nn.Module, folder: Path, target: str, mark: str, vocabulary: Tensor) -> None:
+    """Writes `model` in bfloat16 without its embeddings, which are those of `target` with the fingerprint `mark`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    kept = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not any(part in f"{name}." for part in _EMBEDDINGS)
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({"ids": vocabulary.int().cpu()}, folder / VOCABULARY)
+    (folder / NOTE).write_text(json.dumps(asdict(Note(target, mark)), indent=1) + "\n", encoding="utf-8")
+
+
+def note(folder: str | Path) -> Note | None:
+    """Whose embeddings a model folder needs; None if it has its own. Raises `UsageError` for a broken note."""
+    path = Path(folder) / NOTE
+    if not path.is_file():
+        return None
+    try:
+        return Note(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} can't be read ({error}).") from None
+
+
+def vocabulary(folder: str | Path) -> Tensor:
+    """The ids that the folder's model drafts from, int64 [V]."""
+    path = Path(folder) / VOCABULARY
+    try:
+        return load_file(path)["ids"].long()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UsageError(f"{path} can't be read ({error}).") from None
+
+
+def complete(model: nn.Module, target: nn.Module, needs: Note) -> nn.Module:
+    """Gives `model` the embeddings of `target`, which may have no layers. Raises `UsageError` if it is another one."""
+    if weights.of_model(target) != needs.fingerprint:
+        raise UsageError(weights.other_target(needs.target))
+    model.set_input_embeddings(target.get_input_embeddings())
+    head: Any = target.get_output_embeddings()
+    model.set_output_embeddings(head)
+    return model

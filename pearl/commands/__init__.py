@@ -1,0 +1,1 @@
+"""What a person runs beside evaluations: each module is a thin `main`."""

@@ -1,0 +1,307 @@
+"""Will it run here, and will it pay? Each part that a run needs is tried by itself, before a run is.
+
+    python -m pearl.commands.doctor                      the default pair
+    python -m pearl.commands.doctor --pair NAME          any other; the options are those of the evaluations
+    python -m pearl.commands.doctor --no-models          only what needs no weights
+
+Every line is a verdict: `ok`, `slow` (it runs, but something is lost) or `no` (it does not), what was found, and what
+to do. Exit code 1 if one of them is `no`. Times are measured here and now: stop what else runs on the machine first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pearl.config import cli
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.pairs import Machine, Pair, check, probe
+from pearl.core import theory
+from pearl.errors import UsageError
+from pearl.machine import cores
+
+OK, SLOW, NO = "ok", "slow", "no"
+ROUND_TRIPS = 200
+SLOW_MESSAGE_S = 1e-3  # a message should take a small part of a drafter's forward
+LATE_S = 60.0  # for the second process of a check
+PROMPT = "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n\ndef fib_list(n):\n"
+TOKENS = 48
+_LOCAL = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    verdict: str
+    found: str
+    advice: str = ""
+
+
+def devices(machine: Machine, cpus: Sequence[int]) -> Finding:
+    if machine.gpus_gb:
+        names = f"{len(machine.gpus_gb)} GPUs with {', '.join(f'{gb:.0f}' for gb in machine.gpus_gb)} GB free"
+        if len(machine.gpus_gb) == 1:
+            return Finding("devices", SLOW, names, "both models share it; a second GPU lets them work at the same time")
+        return Finding("devices", OK, names)
+    found = f"no GPU; {len(cpus)} CPUs, {machine.ram_gb:.1f} GB free"
+    if len(cpus) == 1:
+        return Finding("devices", SLOW, found, "target and drafter share one CPU: only mode sd can pay")
+    return Finding("devices", OK, found)
+
+
+def peers(count: int, reaches: Callable[[int, int], bool]) -> Finding:
+    """`reaches(a, b)`: whether GPU a reads GPU b's memory directly."""
+    if count < 2:
+        return Finding("peer-to-peer", OK, f"{count} GPUs: not needed")
+    if reaches(0, count - 1) and reaches(count - 1, 0):
+        return Finding("peer-to-peer", OK, f"GPU 0 and GPU {count - 1} reach each other")
+    advice = "messages go through main memory; only features of a feature drafter are large enough to notice"
+    return Finding("peer-to-peer", SLOW, f"GPU 0 and GPU {count - 1} don't reach each other", advice)
+
+
+def messages() -> Finding:
+    """Between two processes, and what one takes."""
+    try:
+        latency = _latency()
+    except (RuntimeError, OSError) as error:
+        advice = "look at the network settings of this machine: firewalls, the loopback device"
+        return Finding("messages", NO, f"two processes did not find each other ({str(error)[:120]})", advice)
+    found = f"one takes {1e6 * latency:.0f} us"
+    if latency > SLOW_MESSAGE_S:
+        return Finding("messages", SLOW, found, "the CPUs are busy or shared: stop other programs, name --target-cores")
+    return Finding("messages", OK, found)
+
+
+def backend(name: str, gpus: int) -> Finding:
+    """torch.distributed between the two ranks: gloo on CPUs, which launchers need, nccl between two GPUs."""
+    import torch.distributed as dist
+
+    if name == "nccl" and gpus < 2:
+        return Finding(name, OK, f"{gpus} GPUs: not needed")
+    if not (dist.is_nccl_available() if name == "nccl" else dist.is_gloo_available()):
+        return Finding(name, NO, "this torch was built without it", "install another build of torch")
+    try:
+        with _Second(name) as store:
+            seconds = _swap(name, store, 0)
+    except (RuntimeError, OSError) as error:
+        advice = "NCCL_DEBUG=INFO says more" if name == "nccl" else "set GLOO_SOCKET_IFNAME to a network device"
+        return Finding(name, NO, f"two ranks can't talk ({str(error)[:120]})", advice)
+    return Finding(name, OK, f"1 MB there and back takes {1e3 * seconds:.2f} ms")
+
+
+def memory(pair: Pair, machine: Machine) -> Finding:
+    fit = check(pair, machine)
+    return Finding("memory", OK if fit.fits else NO, fit.verdict, "" if fit.fits else "or choose --load-in 4bit")
+
+
+def models(config: EngineConfig) -> Iterator[Finding]:
+    """Whether the two fit each other, and what they are worth together here."""
+    from pearl.checkpoints.loading import preflight
+    from pearl.commands.selfcheck import report
+    from pearl.core.sampling import SamplingParams
+    from pearl.core.schedule import Schedule
+    from pearl.engine import Engine
+    from pearl.models.language_model import LanguageModel
+
+    try:
+        checked = preflight(config)
+    except UsageError as error:
+        yield Finding("pair", NO, str(error))
+        return
+    same = "no model drafts" if config.draft == NGRAM else f"{checked.vocabulary} tokens that both know"
+    yield Finding("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
+    params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+    try:
+        with Engine(config, Schedule.of("pearl"), checked=checked) as engine:
+            engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True), mode="sd")
+            texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
+            events = engine.events
+            bits = report(engine.model) if isinstance(engine.model, LanguageModel) else []
+    except UsageError as error:
+        yield Finding("start", NO, str(error))
+        return
+    for what, verdict, sentence in bits:
+        yield Finding(f"bits: {what}", verdict, sentence)
+    if lost := [event.what for event in events if event.kind not in ("late", "heard")]:
+        yield Finding("drafter", NO, "; ".join(lost), "see its message above, and docs/reliability.md")
+    elif events:
+        busy = "its CPUs are busy: stop other programs, name --draft-cores"
+        yield Finding("drafter", SLOW, "; ".join(event.what for event in events), busy)
+    differing = [mode for mode in ("sd", "pearl") if texts[mode].tokens != texts["ar"].tokens]
+    if differing:
+        gap = "its two best logits were near each other; if not, that is an error of pearl's"
+        yield Finding("text", SLOW, f"another one in {', '.join(differing)} than in ar", gap)
+    else:
+        yield Finding("text", OK, "the same in all modes")
+    passes = {mode: text.facts.passes[1:] for mode, text in texts.items()}
+    pass_s = statistics.median(one.forward_s for one in passes["ar"])
+    drafted = texts["sd"].facts.drafter
+    tested = sum(one.tested for mode in ("sd", "pearl") for one in passes[mode])
+    accepted = sum(one.accepted for mode in ("sd", "pearl") for one in passes[mode])
+    seconds = {mode: sum(one.seconds for one in some) for mode, some in passes.items()}
+    measured = seconds["ar"] / seconds["pearl"] * len(texts["pearl"].tokens) / len(texts["ar"].tokens)
+    if not drafted or not drafted.forwards or not tested:
+        found = f"a pass takes {1e3 * pass_s:.1f} ms; pearl ran {measured:.2f} x ar; nothing was drafted by a model"
+        yield Finding("speed", OK, found)
+        return
+    yield speed(pass_s, drafted.busy_s / drafted.forwards, accepted / tested, measured)
+
+
+def speed(pass_s: float, forward_s: float, a: float, measured: float) -> Finding:
+    """`a`: guesses accepted of those tested. `measured`: the speed of pearl over that of ar."""
+    c = pass_s / forward_s
+    a = min(a, 0.999)
+    expected = theory.speedup_pearl(a, c)
+    found = (
+        f"a pass takes {1e3 * pass_s:.1f} ms, a drafter forward {1e3 * forward_s:.1f} ms: c = {c:.1f}; "
+        f"a = {a:.2f} on one text; expected of pearl {expected:.2f} x ar, measured there {measured:.2f} x"
+    )
+    if expected < 1.05:
+        why = "the drafter is too slow" if c < 1.5 else "its guesses are too often wrong"
+        return Finding("speed", SLOW, found, f"{why}: choose another draft model, mode tree, or ngram")
+    return Finding("speed", OK, found)
+
+
+class _Second:
+    """The other process of a check; gives the port of the store at which it waits."""
+
+    def __init__(self, kind: str):
+        self._kind = kind
+
+    def __enter__(self) -> Any:
+        import torch.distributed as dist
+
+        self.store = dist.TCPStore(_LOCAL, 0, 2, is_master=True, wait_for_workers=False)
+        code = "from pearl.commands.doctor import other; other()"
+        orders = json.dumps({"kind": self._kind, "port": self.store.port})
+        path = os.pathsep.join(sys.path)
+        environment = {**os.environ, "PEARL_DOCTOR": orders, "PYTHONPATH": path}
+        self._child = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL)
+        return self.store
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._child.wait(5)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+
+def _latency() -> float:
+    """Seconds of one message: half a round trip."""
+    from pearl.core.messages import End
+    from pearl.wire.process_channel import ProcessChannel
+
+    with _Second("messages") as store:
+        store.wait(["there"], timedelta(seconds=LATE_S))
+        link = ProcessChannel(store, 0, _LOCAL)
+        trips = []
+        for number in range(ROUND_TRIPS):
+            began = time.perf_counter()
+            link.send(End(number))
+            while link.receive() is None:
+                if link.lost or time.perf_counter() - began > LATE_S:
+                    raise TimeoutError("the other process stopped answering")
+                link.wait(LATE_S)
+            trips.append(time.perf_counter() - began)
+        link.close()
+    return statistics.median(trips) / 2
+
+
+def _swap(name: str, store: Any, rank: int) -> float:
+    """Seconds in which 1 MB goes to the other rank and back."""
+    import torch
+
+    device = torch.device("cuda", rank) if name == "nccl" else torch.device("cpu")
+    if name == "nccl":
+        torch.cuda.set_device(device)
+    group = _group(name, store, rank)
+    data = torch.zeros(1 << 20, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        for sender in (0, 1):
+            (group.send if rank == sender else group.recv)([data], 1 - rank, 0).wait()
+        if name == "nccl":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _group(name: str, store: Any, rank: int) -> Any:
+    """Not the default group of this process: that would be numbered, and one that failed here shifts the numbers."""
+    import torch.distributed as dist
+
+    if name == "gloo":
+        return dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=LATE_S))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=LATE_S)
+    return dist.ProcessGroupNCCL(store, rank, 2, options)
+
+
+def other() -> None:
+    """The second process of a check."""
+    import torch.distributed as dist
+
+    from pearl.parallel.process import follow
+    from pearl.wire.process_channel import ProcessChannel
+
+    follow(os.getppid(), "doctor's second process", "the doctor")
+    orders = json.loads(os.environ["PEARL_DOCTOR"])
+    store = dist.TCPStore(_LOCAL, orders["port"], 2, is_master=False)
+    if orders["kind"] != "messages":
+        _swap(orders["kind"], store, 1)
+        return
+    store.set("there", "")
+    link = ProcessChannel(store, 1, _LOCAL)
+    while not link.lost:
+        link.wait()
+        while (message := link.receive()) is not None:
+            link.send(message)
+    link.close()
+
+
+def examine(config: EngineConfig, pair: Pair | None, with_models: bool) -> Iterator[Finding]:
+    """The findings, one after the other, those that need no weights first."""
+    import torch
+
+    machine = probe()
+    yield devices(machine, cores.available())
+    yield peers(len(machine.gpus_gb), torch.cuda.can_device_access_peer)
+    yield messages()
+    yield from (backend(name, len(machine.gpus_gb)) for name in ("gloo", "nccl"))
+    if pair:
+        yield memory(pair, machine)
+    if with_models:
+        yield from models(config)
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.parser("Will it run here, and will it pay?", max_new_tokens=TOKENS)
+    made.add_argument("--no-models", action="store_true", help="only what needs no weights")
+    found = cli.parse(made, argv)
+    config, pair = cli.engine_config(found)
+    table = Table("", "what", "found", "what to do", box=None, header_style="bold")
+    worst = False
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for one in examine(config, pair, not found.no_models):
+        table.add_row(one.verdict, one.what, one.found, one.advice)
+        worst = worst or one.verdict == NO
+    console.print(table, highlight=False)
+    return int(worst)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""What the two sides say to each other, and its layout in 32-bit words.
+
+    target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
+                         Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races), and
+                                  what the target's layers said at them, for a source that drafts from it, or that this
+                                  comes another way
+                         End      the sequence is over
+    drafter -> target    Costs    once: the seconds of a forward by its rows
+                         Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
+                         Report   what the drafter did in a sequence, in answer to End
+    both ways            Close    nothing more will come
+                         Beat     nothing to say, but alive
+
+Every message carries the number of its sequence, so nothing can leak into the next one. A message is a *frame* of 16
+words (64 bytes); a longer one says so in its second word and the rest follows in one piece. Both ends know the shapes:
+numbers only, no pickles. Floating-point numbers travel as their own bits. What is said at once, of several sequences,
+travels together. Words that are no message are `Garbage`, and nothing else comes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+
+MOST = 1 << 28  # words of a message: the features of a long prompt are the longest
+
+
+class Garbage(ValueError):
+    """What came over the wire is no message."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A new node: `token` follows the node called `parent` and is called `id` from now on."""
+
+    id: int
+    parent: int
+    token: int
+    proposal: tuple[tuple[int, float], ...] = ()
+    logp: float = 0.0  # see trie.Node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the target has decided for the drafter until its next word."""
+
+    block: int = 1  # the block length in force, see Schedule.guesses_to_wait_for
+    branches: int = 1  # leaves and guesses of its own that a forward may read at most
+    ahead: int = 32  # how deep below the root it may guess; 0: not at all
+
+
+@dataclass(frozen=True)
+class Start:
+    sequence: int
+    schedule: Schedule
+    params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
+    prompt: tuple[int, ...]
+    plan: Plan
+    continues: int = 0  # a sequence that has ended: what was read of it need not be read again
+
+
+class Held(Protocol):
+    """Features that lie on a device and may stay there, see `lane.DeviceFeatures`."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> Held: ...
+
+    def join(self, others: list) -> Held: ...
+
+    @property
+    def rows(self) -> Any:
+        """A tensor, bfloat16."""
+
+
+@dataclass(frozen=True)
+class SentSeparately:
+    """In place of features that come another way."""
+
+    shape: tuple[int, int]  # positions, F
+
+
+# of some positions, [positions, F]: an array of int16, the bits of bfloat16, or what lies on a device
+Features = np.ndarray | Held
+
+
+def joined(parts: Sequence[Features]) -> Features | None:
+    """One after the other; None if there are none."""
+    if not parts:
+        return None
+    first, *others = parts
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)  # type: ignore[arg-type]  # if one is an array, all are
+    return first.join(others)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    sequence: int
+    position: int  # of the new root
+    plan: Plan
+    tokens: tuple[int, ...]
+    # of the positions before the new root that were not sent yet
+    features: Features | SentSeparately | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class End:
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """`root` is the id of the drafter's root and `position` its place in the text: so the target knows every parent.
+    `resting`: no more will come until the root moves."""
+
+    sequence: int
+    root: int
+    position: int
+    resting: bool
+    guesses: tuple[Guess, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The drafter's facts of one sequence: times in seconds, memory in bytes."""
+
+    sequence: int
+    busy_s: float = 0.0
+    waiting_s: float = 0.0
+    forwards: int = 0
+    drafted: int = 0
+    verdicts: int = 0
+    hits: int = 0  # verdicts whose new root was already in the drafter's trie
+    misses: int = 0  # committed tokens that were not the first guess after their parent
+    prepared: int = 0  # of those: among the other guesses
+    rows: int = 0  # read by all forwards
+    own: int = 0  # rows that held the drafter's own guesses
+    confirmed: int = 0  # of those: what its model then said too
+    memory: int = 0
+    failed: bool = False  # the draft source raised; the rest of the sequence is the target's alone
+
+
+@dataclass(frozen=True)
+class Costs:
+    """`seconds[n - 1]` is the time of a drafter forward of n rows; empty if the source has no model."""
+
+    sequence: int
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Close:
+    sequence: int = 0
+
+
+@dataclass(frozen=True)
+class Beat:
+    sequence: int = 0
+
+
+Message = Start | Verdict | End | Costs | Nodes | Report | Close | Beat

@@ -1,0 +1,99 @@
+"""The facts of a run: passes and sequences as they happen. Every figure is derived from them, in metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pearl.core.messages import Report
+
+
+class Key(NamedTuple):
+    """Which text of a run: a problem, its sample (each has a seed of its own), a repeat of that, a turn of a talk."""
+
+    task: str
+    sample: int = 0
+    repeat: int = 0
+    turn: int = 0
+
+    @staticmethod
+    def of(line: Mapping[str, Any]) -> Key:
+        """Of a line in a run's files; early ones know no repeats and no turns."""
+        return Key(line["task_id"], line["sample"], line.get("repeat", 0), line.get("turn", 0))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One place of the text where there were guesses when the target picked."""
+
+    rank: int | None  # of the pick among them, 0 the first; None: it was not there
+    q: tuple[float, ...]  # their probabilities, as the drafter saw them; 1: it had none
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One target forward. Times in seconds."""
+
+    position: int  # of the root
+    rows: int  # read: new tokens of the text, the root and the guesses, without padding
+    offered: int  # guesses among them
+    sides: int  # of those: beside the chain,
+    paths: int  # on so many paths
+    tested: int  # guesses compared with a pick, one of which may have arrived during the pass (pre-verify)
+    accepted: int  # of those
+    committed: int
+    hit: bool  # the new root was among the guesses that had arrived
+    judged: tuple[Judged, ...]  # place by place along the walk, up to the first without guesses
+    block: int  # decided after the pass: the block length in force,
+    branches: int  # rows of a draft,
+    ahead: int  # and how deep the drafter may guess; 0: not to speculate
+    patience_s: float  # decided before it: the longest wait for a first guess
+    waited_s: float  # before the pass, for guesses
+    forward_s: float
+    seconds: float  # all of it, with waiting, picking, walking and messages
+    texts: int = 1  # that were read in the same forward
+    others_s: float = 0.0  # of `seconds`: spent on the prompts and passes of other texts alone
+
+    @property
+    def share_s(self) -> float:
+        """This text's share of the target's time."""
+        return (self.seconds - self.others_s) / self.texts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the target's loop over all texts."""
+
+    texts: int  # under way
+    places: int  # for texts
+    queue: bool  # whether more texts were waiting for a place
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One text in one mode."""
+
+    mode: str
+    prompt_tokens: int
+    tokens: tuple[int, ...]
+    text: str
+    finish: str
+    passes: tuple[Pass, ...]
+    drafter: Report | None
+    bytes_on_wire: int  # both ways, verdicts and nodes
+    peak_memory: int  # bytes, both processes
+    places: int = 1  # texts that may be under way at once
+    began_s: float = 0.0  # on the target's clock: when it took a place,
+    ended_s: float = 0.0  # and when it gave that back
+
+    @property
+    def seconds(self) -> float:
+        """Of the target's time; all of it where the text was alone."""
+        return sum(p.share_s for p in self.passes)
+
+    @property
+    def committed(self) -> list[int]:
+        """Tokens of each pass."""
+        return [p.committed for p in self.passes]

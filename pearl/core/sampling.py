@@ -1,0 +1,225 @@
+"""Picking the next token: greedy, seeded, or by rejection.
+
+    greedy      pick = argmax p
+    seeded      pick = argmax over tokens of log p(token) + Gumbel(seed, position, token): an exact sample from p that
+                is a function of (prompt, seed, target), so the text is the same in every mode, with every drafter
+                (Gumbel coupling: Daliri et al. 2024). The drafter adds the same noise to its q and guesses the sample.
+    rejection   accept the guess x ~ q with min(1, p(x)/q(x)), else sample from norm(max(0, p - q)) (Leviathan et al.
+                2023, Chen et al. 2023): the most tokens accepted, exact in distribution; the text depends on q too.
+
+p is the target's distribution and q the drafter's, after temperature, top-k, top-p and min-p, in transformers' order.
+Shapes: R rows of a pass, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pearl.core import noise
+from pearl.core.trie import Node
+from pearl.errors import UsageError
+
+SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
+COLDEST = 1e-6  # logits divided by less could leave float32
+CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
+LIKELY = 5.0  # nats below the best token
+OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
+METHODS = ("seeded", "rejection")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is sampled and where it ends. temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    method: str = "seeded"  # or "rejection"
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
+            raise UsageError("stop must hold non-empty strings.")
+        object.__setattr__(self, "stop", tuple(stop))
+        _whole("max_new_tokens", self.max_new_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        _whole("seed", self.seed, 0)
+        if self.temperature != 0:
+            _within("temperature", self.temperature, COLDEST, 1000.0, f"0 (greedy) or from {COLDEST} to 1000")
+        _within("top_p", self.top_p, 1e-9, 1.0, "above 0 and at most 1")
+        _within("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
+        if self.method not in METHODS:
+            raise UsageError(f"sampling method {self.method!r} is unknown; choose {' or '.join(METHODS)}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def rejection(self) -> bool:
+        return not self.greedy and self.method == "rejection"
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
+        raise UsageError(f"{name} must be a whole number from {least}, not {value!r}.")
+
+
+def _within(name: str, value: object, low: float, high: float, words: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)  # nan is within nothing
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise UsageError(f"{name} must be {words}, not {value!r}.")
+
+
+def warp(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Temperature, top-k, top-p, min-p.  logits: [V]  ->  float32 [V], -inf where a token is cut.
+
+    Keeps the tokens that transformers' warpers keep; top-p sorts the whole vocabulary only where the nucleus is larger
+    than its first few hundred tokens.
+    """
+    scores = logits.float() / params.temperature
+    if 0 < params.top_k < scores.numel():
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
+    if params.top_p < 1:
+        scores = _nucleus(scores, params.top_p)
+    if params.min_p > 0:
+        scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
+    return scores
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """The fewest tokens whose probability reaches top_p; at least one."""
+    probabilities = scores.softmax(-1)
+    for count in (min(512, scores.numel()), scores.numel()):
+        best, tokens = probabilities.topk(count)
+        before = best.cumsum(-1) - best  # the mass of the tokens ahead of each
+        if before[-1] >= top_p or count == scores.numel():
+            break
+    kept = tokens[(before < top_p) & (best > 0)]
+    return torch.full_like(scores, -torch.inf).index_copy_(0, kept, scores[kept])
+
+
+def ranked(
+    logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int
+) -> list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]:
+    """The drafter's guesses for each of `positions`, likeliest first, at most `most`: (token, log q, proposal).
+
+    logits: [R, V], the drafter's. Greedy: the best of q. Seeded: the best *samples*, as both sides add the same noise
+    to p and to q; their gaps say how sure each is. Rejection: the first is drawn from q and is judged, the others are
+    the likeliest of the rest. Looks at the `CANDIDATES` best tokens of q only: guesses may miss.
+    """
+    best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
+    if params.greedy:
+        logp = best.float().log_softmax(-1).tolist()
+        pairs = [zip(row, qs, strict=False) for row, qs in zip(tokens.tolist(), logp, strict=True)]
+        # of equal logits, which half precision often has, the first token comes first, as argmax has it
+        return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
+    rows = zip(logits, best, tokens, positions, strict=True)
+    if params.rejection:
+        return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
+    return [_best_samples(warp(b, params), t, params, position, most) for _, b, t, position in rows]
+
+
+def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
+    """scores, tokens: [candidates], warped logits and their tokens."""
+    kept = scores.isfinite().nonzero().squeeze(1)
+    noisy = scores[kept].double() + noise.gumbel(params.seed, position, noise.PICK, tokens[kept])
+    logp, order = noisy.log_softmax(-1).sort(descending=True)
+    return [(t, q, ()) for t, q in zip(tokens[kept][order[:most]].tolist(), logp.tolist(), strict=False)]
+
+
+def _drawn_first(
+    logits: Tensor, scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int
+) -> list:
+    first, proposal = propose(logits, params, position)
+    shares = {t: q for t, q in zip(tokens.tolist(), scores.softmax(-1).tolist(), strict=True) if t != first and q > 0}
+    rest = sum(shares.values())
+    others = [(t, math.log(OTHERWISE * q / rest), ()) for t, q in list(shares.items())[: most - 1]]
+    return [(first, math.log(1 - OTHERWISE), proposal), *others]
+
+
+def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
+    """An exact sample from softmax(scores), by the Gumbel-max trick.  scores: [V]
+
+    The best of the likely tokens comes first. Of the others only those are looked at whose noise is large enough to
+    beat it; their noise decides, so the result is that of all tokens.
+    """
+    highest = float(scores.max())
+    likely = (scores >= highest - LIKELY).nonzero().squeeze(1)
+    best = float((scores[likely].double() + noise.gumbel(seed, position, purpose, likely)).max())
+    others = (scores >= best - noise.LOUDEST).nonzero().squeeze(1)
+    others = noise.loud(seed, position, purpose, others, best - (highest - LIKELY))
+    tokens = torch.cat([likely, others])
+    noisy = scores[tokens].double() + noise.gumbel(seed, position, purpose, tokens)
+    return int(tokens[noisy == noisy.max()].min())
+
+
+class Picker:
+    """The target's pick after each row of a pass."""
+
+    def __init__(self, params: SamplingParams, logits: Tensor, positions: Sequence[int]):
+        """logits: [R, V]; positions: of each row's own token, so the pick of row r is for positions[r] + 1."""
+        self.params, self.logits, self.positions = params, logits, positions
+        self._argmax = logits.argmax(-1).tolist() if params.greedy else []
+
+    def pick(self, row: int, node: Node) -> int:
+        """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
+        if self.params.greedy:
+            return self._argmax[row]
+        scores = warp(self.logits[row], self.params)
+        position = self.positions[row] + 1
+        if not self.params.rejection:
+            return noisy_argmax(scores, self.params.seed, position, noise.PICK)
+        guess = next(iter(node.children.values()), None)
+        if guess is None:
+            return noisy_argmax(scores, self.params.seed, position, noise.RESIDUAL)
+        return judge(scores, guess, self.params.seed)
+
+
+def judge(scores: Tensor, guess: Node, seed: int) -> int:
+    """Rejection sampling at one position.  scores: warped log-probabilities up to a constant, [V].
+
+    Accepts `guess` with min(1, p/q), else samples the residual norm(max(0, p - q)) (Leviathan et al. 2023, A.1).
+    A guess without a proposal was made for certain: q is 1 on it.
+    """
+    p = scores.double().softmax(-1)
+    q = dict(guess.proposal) or {guess.token: 1.0}
+    if noise.uniform(seed, guess.position, noise.ACCEPT) * q[guess.token] < float(p[guess.token]):
+        return guess.token
+    return noisy_argmax(residual(p, q).log(), seed, guess.position, noise.RESIDUAL)
+
+
+def residual(p: Tensor, q: dict[int, float]) -> Tensor:
+    """max(0, p - q), unnormalised.  p: [V]"""
+    support = torch.tensor(list(q), device=p.device)
+    mass = torch.tensor(list(q.values()), dtype=p.dtype, device=p.device)
+    return p.index_add(0, support, -mass).clamp_(min=0)
+
+
+def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int, tuple[tuple[int, float], ...]]:
+    """The drafter's guess for `position`, and the (token, q) pairs it was drawn from (rejection sampling only).
+
+    logits: [V], the drafter's. For rejection q is cut to its best few tokens first; what is sent is exactly what was
+    sampled from, which is all that the proof needs.
+    """
+    if params.greedy:
+        return int(logits.argmax()), ()
+    scores = warp(logits, params)
+    if not params.rejection:
+        return noisy_argmax(scores, params.seed, position, noise.PICK), ()
+    best, tokens = scores.topk(min(SUPPORT, scores.numel()))
+    # rounded to what a message carries before it is drawn from, so that both sides hold the same q
+    q = best.double().softmax(-1).float()
+    proposal = tuple((t, p) for t, p in zip(tokens.tolist(), q.tolist(), strict=True) if p > 0)
+    spread = torch.full_like(scores, -torch.inf).index_copy_(0, tokens, q.log().to(scores.dtype))
+    return noisy_argmax(spread, params.seed, position, noise.DRAFT), proposal

@@ -1,0 +1,106 @@
+"""How many rows a forward has, and what it costs: the plain half of batch invariance.
+
+Knows: for which row counts the bits of a row's logits are equal (the buckets), to which of them a pass is padded,
+and the seconds of each. Refuses to know: how that was found out (`pearl.models.batch_invariance`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LIMIT = 16
+
+
+LEAST = 2  # a single row goes through another kernel, and a short measurement may not meet a bit that tells
+
+
+# The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
+# count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
+GRAIN = 128
+
+
+ROWS_A_TEXT = 5  # of a pass that many texts share, on average at most
+
+
+LEAVES = 8  # rows of a drafter's forward at most, once its text is read
+
+
+@dataclass(frozen=True)
+class TokenBuckets:
+    """`safe`: row counts with equal bits, ascending. `cost_s[n - 1]`: seconds of a forward of n rows."""
+
+    safe: tuple[int, ...]
+    cost_s: tuple[float, ...]
+    exact: bool = True  # False: the bits depend on the row count whatever is done
+    branches: bool = True  # a row beside the chain has the bits that it would have in it
+    path_s: float = 0.0  # seconds that a pass takes longer for each path beside its chain
+
+    def pad(self, rows: int) -> int:
+        """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
+        return next((count for count in self.safe if count >= rows), rows)
+
+    @property
+    def most(self) -> int:
+        """The widest pass."""
+        return self.safe[-1]
+
+    @property
+    def fixed(self) -> bool:
+        """There is one width for all passes."""
+        return self.exact and len(self.safe) == 1
+
+    def cost(self, rows: int, paths: int = 0) -> float:
+        """Seconds of a pass of so many rows, some of them on `paths` beside its chain."""
+        return self.cost_s[min(self.pad(rows), LIMIT) - 1] + paths * self.path_s
+
+    def up_to(self, position: int) -> int:
+        """The most rows of a pass whose root is at `position`: it ends where the cache's grain does."""
+        return GRAIN - position % GRAIN
+
+
+@dataclass(frozen=True)
+class BatchedTokenBuckets:
+    """The row counts of forwards that several texts share, at which each text's rows have the bits that they have in a
+    forward of its own; ascending. `cost_s`: the seconds of each; `path_s`: see `TokenBuckets`."""
+
+    counts: tuple[int, ...]
+    cost_s: tuple[float, ...]
+    path_s: float = 0.0
+
+    def pad(self, rows: int) -> int:
+        """The least of the counts that holds `rows`."""
+        assert rows <= self.most, "no forward that wide was tried"
+        return self.counts[bisect.bisect_left(self.counts, rows)]
+
+    @property
+    def most(self) -> int:
+        return self.counts[-1]
+
+    def cost(self, rows: int, paths: int = 0) -> float:
+        """Seconds of a pass of so many rows, some of them on `paths` beside the chains."""
+        return self.cost_s[bisect.bisect_left(self.counts, min(rows, self.most))] + paths * self.path_s
+
+
+@dataclass(frozen=True)
+class Check:
+    """A fact about bits that was tried on this machine."""
+
+    what: str
+    holds: bool
+    found: str
+
+
+class CannotBranch(Exception):
+    """The model's attention does not read the cached keys themselves."""
+
+
+ANY = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
+
+
+def extended(seconds: Sequence[float], rows: int) -> float:
+    """The cost of so many rows, where that of 1, 2, ... is known: beyond, each costs as much as the last one did."""
+    known = len(seconds)
+    step = seconds[-1] - seconds[0] if known > 1 else 0.0
+    return seconds[min(rows, known) - 1] + max(0, rows - known) * max(0.0, step) / max(1, known - 1)

@@ -1,0 +1,45 @@
+"""A draft model: a smaller causal language model with the target's tokenizer, one token a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pearl.core.sampling import SamplingParams, propose
+from pearl.drafters.draft_source import Chain, Proposal
+from pearl.models.language_model import Reader, WantedLeaves
+
+
+class ModelSource:
+    """A smaller causal language model with the target's tokenizer, one token a forward."""
+
+    def __init__(self, model: Reader):
+        self._model = model
+        self._params: dict[int, SamplingParams] = {0: SamplingParams()}
+        self.forwards = 0
+
+    def start(self, params: SamplingParams) -> None:
+        self.begin(0, params)
+
+    def begin(self, text: int, params: SamplingParams, continues: bool = False) -> None:
+        self._params[text] = params
+        if not continues:
+            self._model.forget(text=text)
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        if len(text) > self._model.max_length:
+            return []
+        self.forwards += 1
+        logits = self._model.read(text, keep=1, padded=False)[0]
+        return [propose(logits, self._params[0], position=len(text))]
+
+    def propose_each(self, asked: Sequence[Chain]) -> list[list[tuple[int, Proposal]]]:
+        fitting = [one for one in asked if len(one.tokens) + len(one.path) <= self._model.max_length]
+        if not fitting:
+            return [[] for _ in asked]
+        self.forwards += 1
+        read = self._model.read_leaves_together([WantedLeaves(one.text, one.tokens, [one.path]) for one in fitting])
+        said = {
+            one.text: [propose(logits[0], self._params[one.text], position=len(one.tokens) + len(one.path))]
+            for one, logits in zip(fitting, read, strict=True)
+        }
+        return [said.get(one.text, []) for one in asked]

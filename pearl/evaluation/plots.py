@@ -1,0 +1,136 @@
+"""Pictures of runs, as PNG: speed-ups with their intervals, acceptance by depth, latencies, a timeline."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pearl.errors import UsageError
+from pearl.evaluation.report import Run
+from pearl.evaluation.trace import draw, frame, panels, read
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
+TRACE = "trace.json"  # in the folder of a run that was traced
+
+
+def speedup(runs: Sequence[Run]) -> bytes | None:
+    """Bars: the speed-up over `ar` of every mode of every run, with its 95 % interval."""
+    modes = [mode for mode in dict.fromkeys(m for run in runs for m in run.modes) if mode != "ar"]
+    if not any(run.modes[mode].get("speedup_vs_ar") for run in runs for mode in run.modes if mode != "ar"):
+        return None
+    figure, axes = _axes(max(6.0, 1.5 + 0.35 * len(modes) * len(runs)), 3.8)
+    width = 0.8 / len(modes)
+    for place, mode in enumerate(modes):
+        for at, run in enumerate(runs):
+            figures = run.modes.get(mode, {})
+            if (value := figures.get("speedup_vs_ar")) is None:
+                continue
+            low, high = figures.get("speedup_interval_95") or (value, value)
+            axes.bar(
+                at + (place - (len(modes) - 1) / 2) * width,
+                value,
+                0.9 * width,
+                color=_colour(place),
+                yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+                capsize=2,
+                label=mode if mode not in axes.get_legend_handles_labels()[1] else None,
+            )
+    axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(runs)), [run.name for run in runs], rotation=20 if len(runs) > 3 else 0)
+    axes.set_ylabel("speed-up over ar")
+    axes.legend(ncols=4, fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def depth(runs: Sequence[Run]) -> bytes | None:
+    """Lines: of the guesses at each depth whose parents were accepted, the share that was."""
+    curves = {
+        f"{run.name}, {mode}": figures["acceptance_by_depth"]
+        for run in runs
+        for mode, figures in run.modes.items()
+        if figures.get("acceptance_by_depth")
+    }
+    if not curves:
+        return None
+    figure, axes = _axes(7.0, 3.8)
+    for place, (name, shares) in enumerate(curves.items()):
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, color=_colour(place), label=name)
+    axes.set_xlabel("depth below the root")
+    axes.set_ylabel("accepted")
+    axes.set_ylim(0, 1.02)
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def latency(runs: Sequence[Run]) -> bytes | None:
+    """Lines: the share of tokens that took at most so long, each pass spread evenly over the tokens it committed."""
+    curves = {}
+    for run in runs:
+        for mode, texts in run.texts.items():
+            passes = [p for text in texts.values() for p in text.passes[1:] if p.committed]
+            times = [1e3 * p.seconds / p.committed for p in passes for _ in range(p.committed)]
+            curves[f"{run.name}, {mode}"] = sorted(times)
+    curves = {name: times for name, times in curves.items() if times}
+    if not curves:
+        return None
+    figure, axes = _axes(7.0, 3.8)
+    for place, (name, times) in enumerate(curves.items()):
+        shares = [(i + 1) / len(times) for i in range(len(times))]
+        axes.step(times, shares, where="post", color=_colour(place), label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("ms a token, after the first")
+    axes.set_ylabel("share of tokens")
+    axes.legend(fontsize=8, frameon=False)
+    return _png(figure)
+
+
+def timeline(runs: Sequence[Run]) -> bytes | None:
+    """What both processes did around a miss, of the first run that was traced."""
+    traced = next((run.folder / TRACE for run in runs if (run.folder / TRACE).exists()), None)
+    if traced is None:
+        return None
+    events = read(traced)
+    shown, window = frame(panels(events, [], []), None, None)
+    with tempfile.TemporaryDirectory() as folder:
+        draw(events, shown, window, Path(folder) / "timeline.png")
+        return (Path(folder) / "timeline.png").read_bytes()
+
+
+PLOTS: dict[str, Callable[[Sequence[Run]], bytes | None]] = {
+    "speedup": speedup,
+    "depth": depth,
+    "latency": latency,
+    "timeline": timeline,
+}
+
+
+def of(runs: Sequence[Run], names: Sequence[str]) -> dict[str, bytes]:
+    """The PNG of each plot that these runs have the facts for. Raises UsageError for an unknown one."""
+    for name in names:
+        if name not in PLOTS:
+            raise UsageError(f"There is no plot {name!r}: choose from {', '.join(PLOTS)}.")
+    made = {name: PLOTS[name](runs) for name in names}
+    return {name: png for name, png in made.items() if png}
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no window, and no state of pyplot's
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()

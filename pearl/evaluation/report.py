@@ -1,0 +1,177 @@
+"""Runs side by side: their figures as rows, what keeps them from being compared, and one page about them.
+
+Reads what runs have left (`pearl.evaluation.results`) and measures nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pearl.core.records import Key
+from pearl.core.records import Sequence as Text
+from pearl.errors import UsageError
+from pearl.evaluation import results, tables
+
+# What two runs must share if their figures are to be compared, and what else if they have the same suite
+ENVIRONMENT = ("commit", "torch", "transformers", "machine", "processor")
+SAMPLING = ("ignore_eos", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "num_samples")
+OF_A_SUITE = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING)
+DRIFT = 1.1  # `ar` of one target on one suite is the same figure in every run, within a tenth
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of results."""
+
+    folder: Path
+    name: str  # among the others
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    modes: Mapping[str, tables.Figures]
+
+    @cached_property
+    def texts(self) -> dict[str, dict[Key, Text]]:
+        return results.read(self.folder)[0]
+
+    @property
+    def command(self) -> str:
+        return " ".join(map(str, self.environment.get("command", ())))
+
+
+def load(places: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, or, of a folder that is none, all below it; named by what of their paths differs.
+
+    Raises UsageError for a place without a finished run.
+    """
+    folders: list[Path] = []
+    for place in places:
+        found = [file.parent for file in sorted(place.rglob(results.SUMMARY))]
+        if not found:
+            raise UsageError(f"{place} holds no finished run: name folders with a {results.SUMMARY}.")
+        folders += found
+    folders, runs = list(dict.fromkeys(folders)), []
+    shared = _shared_parent(folders)
+    for folder in folders:
+        file = folder / results.SUMMARY
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            name = str(folder.absolute().relative_to(shared))
+            runs.append(Run(folder, name, facts["config"], facts["environment"], facts["modes"]))
+            if not all(isinstance(part, dict) for part in (runs[-1].config, runs[-1].environment, runs[-1].modes)):
+                raise TypeError("not a summary")
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UsageError(
+                f"{file} can't be read as results ({type(error).__name__}): make the run again."
+            ) from error
+    return runs
+
+
+def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
+    """(run, mode), or (run, category, mode), and the figures of it."""
+    if not categories:
+        return [((run.name, mode), figures) for run in runs for mode, figures in run.modes.items()]
+    return [
+        ((run.name, category, mode), of_category)
+        for run in runs
+        for mode, figures in run.modes.items()
+        for category, of_category in (figures.get("by_category") or {}).items()
+    ]
+
+
+def doubts(runs: Sequence[Run]) -> list[str]:
+    """Why these runs' figures should not be compared, a sentence each; none if nothing speaks against it."""
+    found = list(_differences(runs, "environment", ENVIRONMENT))
+    for suite in dict.fromkeys(run.config.get("suite") for run in runs):
+        same = [run for run in runs if run.config.get("suite") == suite]
+        found += [f"Of {suite}: {sentence}" for sentence in _differences(same, "config", OF_A_SUITE)]
+        for target in dict.fromkeys(_target(run) for run in same):
+            found += _drift([run for run in same if _target(run) == target])
+    for run in runs:
+        for mode, figures in run.modes.items():
+            if (same := figures.get("identical_to_ar")) is not None and same < 1:
+                found.append(f"In {run.name}, {1 - same:.1%} of the texts of {mode} are not those of ar.")
+            if figures.get("drafter_failures"):
+                found.append(f"In {run.name}, the drafter of {mode} failed in {figures['drafter_failures']} texts.")
+    return found
+
+
+def _differences(runs: Sequence[Run], part: str, keys: Sequence[str]) -> Iterator[str]:
+    for key in keys:
+        values: dict[str, list[str]] = {}
+        for run in runs:
+            values.setdefault(str(getattr(run, part).get(key)), []).append(run.name)
+        if len(values) > 1:
+            told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
+            yield f"{key} differs: {told}."
+
+
+def _drift(runs: Sequence[Run]) -> Iterator[str]:
+    rates = {run.name: run.modes["ar"]["tokens_per_second"] for run in runs if "ar" in run.modes}
+    if rates and max(rates.values()) > DRIFT * min(rates.values()):
+        slow, fast = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
+        yield (
+            f"ar made {rates[slow]:.2f} tokens/s in {slow} and {rates[fast]:.2f} in {fast}: the machine was not the "
+            "same; compare ratios within a run."
+        )
+
+
+def _target(run: Run) -> tuple[Any, ...]:
+    resolved = run.config.get("resolved", {})
+    return resolved.get("target"), resolved.get("dtype"), resolved.get("target_device"), resolved.get("target_cores")
+
+
+def _shared_parent(folders: Sequence[Path]) -> Path:
+    """The deepest folder that holds them all."""
+    paths = [folder.absolute() for folder in folders]
+    return next(parent for parent in paths[0].parents if all(path.is_relative_to(parent) for path in paths))
+
+
+# One page
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd }
+td { text-align: right; font-variant-numeric: tabular-nums } td.label { text-align: left }
+img { max-width: 100% } pre { background: #f6f6f6; padding: .7em; overflow-x: auto; font-size: 13px }
+.doubt { background: #fff3d6; border-left: 4px solid #d55e00; padding: .4em 1em; margin: .4em 0 }
+"""
+
+
+def page(title: str, runs: Sequence[Run], columns: Sequence[str], pictures: Mapping[str, bytes]) -> str:
+    """A page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f'<p class="doubt">Not comparable: {html.escape(doubt)}</p>' for doubt in doubts(runs)]
+    parts.append(_table(("run", "mode"), columns, rows(runs)))
+    if by_category := rows(runs, categories=True):
+        kept = [name for name in columns if any(name in figures for _, figures in by_category)]
+        parts += ["<h2>By category</h2>", _table(("run", "category", "mode"), kept, by_category)]
+    for caption, png in pictures.items():
+        data = base64.b64encode(png).decode()
+        name = html.escape(caption)
+        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
+    parts.append("<h2>How each run was made</h2>")
+    for run in runs:
+        facts = json.dumps({"config": run.config, "environment": run.environment}, indent=2)
+        parts.append(
+            f"<h3>{html.escape(run.name)}</h3><pre>{html.escape(run.command)}</pre>"
+            f"<details><summary>config and versions</summary><pre>{html.escape(facts)}</pre></details>"
+        )
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _table(labels: Sequence[str], columns: Sequence[str], body: Sequence[tables.Row]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*labels, *(tables.COLUMNS[c].heading for c in columns)])
+    lines = []
+    for names, figures in body:
+        cells = [f'<td class="label">{html.escape(name)}</td>' for name in names]
+        cells += [f"<td>{html.escape(tables.COLUMNS[c].cell(figures.get(c)))}</td>" for c in columns]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

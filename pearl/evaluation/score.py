@@ -1,0 +1,216 @@
+"""What a drafter is worth on texts that are there already, read in parallel instead of being written.
+
+    python -m pearl.evaluation.score texts.jsonl --target TARGET --draft DRAFT [DRAFT ...] --batch-size 8
+
+Every token of a text is compared with what the drafter would have guessed there, had it read the text up to it
+(teacher forcing): one forward over several texts says it for all their tokens. So drafters can be compared in the
+course of a distillation, on texts that the target has written. A line of the file is a JSON object with "text" and, if
+only what follows it counts, "prompt": strings, or lists of token ids.
+
+    acceptance   the share of tokens that were the drafter's first guess; of greedy texts, that of a chain
+    among        the share that was among its first 2, 3, 5, 8 guesses: what a tree has prepared
+    run          right guesses in a row from any place on, at most `LONGEST`: what a block is worth
+    overlap      with --overlap, the mean over places of the sum of min(p, q): the acceptance of rejection sampling
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pearl.config import cli
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.inputs import json_lines, read_text
+from pearl.errors import UsageError
+
+RANKS = (1, 2, 3, 5, 8)
+LONGEST = 8
+ROWS = 2048  # tokens of a forward at most
+
+
+@dataclass(frozen=True)
+class Read:
+    """A text: `tokens[first:]` count."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One text: the rank of each token that counts among the drafter's guesses, 0 the first, and the overlap there."""
+
+    ranks: tuple[int, ...]
+    overlaps: tuple[float, ...] = ()
+
+
+def figures(texts: Sequence[Scored]) -> dict[str, Any]:
+    """Of all texts together; every token counts the same."""
+    ranks = [rank for text in texts for rank in text.ranks]
+    runs = [run for text in texts for run in _runs(text.ranks)]
+    overlaps = [overlap for text in texts for overlap in text.overlaps]
+    return {
+        "texts": len(texts),
+        "tokens": len(ranks),
+        "acceptance": sum(rank == 0 for rank in ranks) / len(ranks),
+        "among": {str(most): sum(rank < most for rank in ranks) / len(ranks) for most in RANKS},
+        "run": sum(runs) / len(runs),
+        "overlap": sum(overlaps) / len(overlaps) if overlaps else None,
+        "by_text": [sum(rank == 0 for rank in text.ranks) / len(text.ranks) for text in texts],
+    }
+
+
+def _runs(ranks: Sequence[int]) -> Iterator[int]:
+    """From each place on, how many guesses in a row are right, at most `LONGEST`.
+
+    Worked example: right, wrong, right, right gives 1, 0, 2, 1.
+    """
+    run, found = 0, []
+    for rank in reversed(ranks):
+        run = run + 1 if rank == 0 else 0
+        found.append(min(run, LONGEST))
+    yield from reversed(found)
+
+
+def batches(texts: Sequence[Read], most: int) -> Iterator[list[Read]]:
+    """At most `most` texts and about `ROWS` tokens each, in their order."""
+    batch: list[Read] = []
+    for text in texts:
+        if batch and (len(batch) == most or sum(len(one.tokens) for one in batch) + len(text.tokens) > ROWS):
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
+
+
+def score_model(draft: Any, texts: Sequence[Read], target: Any = None) -> list[Scored]:
+    """`draft`, `target`: `model.LanguageModel`s with places for all of `texts`, which are read in one forward."""
+    said = draft.read_whole([text.tokens for text in texts])
+    other = target.read_whole([text.tokens for text in texts]) if target else [None] * len(texts)
+    return [_score(text, q, p) for text, q, p in zip(texts, said, other, strict=True)]
+
+
+def _score(text: Read, q: Any, p: Any) -> Scored:
+    """q, p: logits [tokens, V] of what follows each token, or None."""
+    import torch
+
+    wanted = torch.tensor(text.tokens[text.first :], device=q.device)
+    q = q[text.first - 1 : -1].float()
+    ranks = (q > q.gather(1, wanted[:, None])).sum(1)
+    if p is None:
+        return Scored(tuple(ranks.tolist()))
+    shared = min(q.shape[1], p.shape[1])  # padded vocabularies differ
+    p = p[text.first - 1 : -1, :shared].float().to(q.device)
+    overlap = torch.minimum(q[:, :shared].softmax(-1), p.softmax(-1)).sum(1)
+    return Scored(tuple(ranks.tolist()), tuple(overlap.tolist()))
+
+
+def score_source(source: Any, texts: Sequence[Read]) -> list[Scored]:
+    """A source without a model, which is asked at every token. What it does not guess first it does not guess."""
+    scored = []
+    for text in texts:
+        ranks = []
+        for at in range(text.first, len(text.tokens)):
+            guesses = source.propose(text.tokens[:at], 1)
+            ranks.append(0 if guesses and guesses[0][0] == text.tokens[at] else max(RANKS))
+        scored.append(Scored(tuple(ranks)))
+    return scored
+
+
+def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, vocabulary: int) -> list[Read]:
+    """The texts of a file, cut to `max_length` tokens, which are below `vocabulary`. Raises `UsageError`."""
+    texts = []
+    for number, value in json_lines(read_text(path, "The texts"), path):
+        if not isinstance(value, dict) or "text" not in value:
+            told = f'{path}, line {number}: give a JSON object with "text", and "prompt" if there is one.'
+            raise UsageError(told)
+        parts = value.get("prompt", ""), value["text"]
+        first, rest = (_tokens(part, encode, vocabulary, f"{path}, line {number}") for part in parts)
+        tokens = tuple(first + rest)[:max_length]
+        if len(tokens) > max(1, len(first)):
+            texts.append(Read(tokens, max(1, len(first))))
+    if not texts:
+        raise UsageError(f"{path} holds no text of two tokens or more.")
+    return texts
+
+
+def _tokens(part: Any, encode: Callable[[str], Sequence[int]], vocabulary: int, where: str) -> list[int]:
+    if isinstance(part, str):
+        try:
+            part.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{where} holds half a character at {error.start}: it is no text.") from None
+        return [*encode(part)]
+    if not isinstance(part, list) or not all(type(one) is int and 0 <= one < vocabulary for one in part):
+        raise UsageError(f"{where}: prompt and text must be texts, or lists of token ids below {vocabulary}.")
+    return part
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    made = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("texts", help="a JSONL file: text, and prompt if there is one")
+    made.add_argument("--target", default=EngineConfig.target, help="whose tokenizer the texts are in")
+    made.add_argument("--draft", nargs="+", required=True, help="hub ids, folders, GGUF files, or ngram")
+    made.add_argument("--dtype", default=EngineConfig.dtype)
+    made.add_argument("--draft-device", default="auto")
+    made.add_argument("--batch-size", type=int, default=8, help="texts of a forward")
+    made.add_argument("--max-length", type=int, default=1024, help="tokens of a text; the rest is left out")
+    made.add_argument("--overlap", action="store_true", help="read the texts with the target too")
+    made.add_argument("--output", metavar="FILE", help="the figures of every drafter, as JSON")
+    found = made.parse_args(argv)
+    cli.at_least_one("--batch-size", found.batch_size)
+    configs = {
+        draft: EngineConfig(
+            target=found.target,
+            draft=draft,
+            dtype=found.dtype,
+            draft_device=found.draft_device,
+            max_length=found.max_length,
+            max_sequences=found.batch_size,
+        )
+        for draft in found.draft
+    }
+    for draft, config in configs.items():
+        if config.feature_folder:
+            raise UsageError(f"{draft} drafts from features: score it with python -m pearl.training.diagnose.")
+
+    from pearl.checkpoints.loading import load_draft, load_target, preflight
+    from pearl.drafters.ngram import NgramSource
+
+    scores: dict[str, Any] = {}
+    target = None
+    for draft, config in configs.items():
+        checked = preflight(config)
+        texts = load(found.texts, checked.tokenizer.encode, checked.max_length, checked.vocabulary)
+        if found.overlap and target is None:
+            target = load_target(replace(checked, texts=found.batch_size))
+        if draft == NGRAM:
+            scored = score_source(NgramSource(), texts)
+        else:
+            model, _ = load_draft(checked, ahead=0)
+            scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]
+        scores[draft] = figures(scored)
+        print(_line(draft, scores[draft]))
+    if found.output:
+        Path(found.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _line(draft: str, one: dict[str, Any]) -> str:
+    among = ", ".join(f"{share:.3f}" for share in one["among"].values())
+    overlap = "" if one["overlap"] is None else f", overlap {one['overlap']:.3f}"
+    return (
+        f"{draft}: acceptance {one['acceptance']:.3f}, among its first {', '.join(map(str, RANKS))}: {among}, "
+        f"run {one['run']:.2f}{overlap} ({one['tokens']} tokens of {one['texts']} texts)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+"""This machine: which CPU cores a process may use, how much memory it has, where results computed once are kept.
+
+Knows: the operating system. Refuses to know: what runs on it.
+"""

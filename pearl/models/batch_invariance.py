@@ -1,0 +1,205 @@
+"""How many rows a forward may have: for which row counts a row's bits are the same, and what each count costs.
+
+"Lossless" means the same tokens, and two near-equal logits are told apart by their last bits. Matrix kernels round
+differently for different row counts. So at start the model reads one text in passes of every width up to `LIMIT` and
+compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up
+to the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pearl.core.token_buckets import (
+    ANY,
+    GRAIN,
+    LEAST,
+    LEAVES,
+    LIMIT,
+    ROWS_A_TEXT,
+    BatchedTokenBuckets,
+    CannotBranch,
+    TokenBuckets,
+)
+
+WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
+_PREFIX = 61  # tokens before the text under test
+_LONG_PREFIX = GRAIN + _PREFIX  # the same where texts share their passes: attention is a good part of those
+_ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
+_OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
+
+
+def find_invariant_counts(
+    read: Callable[[Sequence[int], int], Tensor], vocabulary: int, one_width: bool = False
+) -> TokenBuckets:
+    """Tries every count on the model itself.
+
+    `read(tokens, first)` forwards `tokens` at the positions from `first` without padding and returns logits [rows, V].
+    `one_width`: where the bits change with the row count, look for a single one for all passes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(vocabulary, (_PREFIX + LIMIT + max(_OFFSETS),), generator=generator).tolist()
+    read(text[:_PREFIX], 0)
+    logits: dict[int, list[Tensor]] = {}
+    seconds: dict[int, list[float]] = {}
+    started = time.perf_counter()
+    while True:
+        for count in [LIMIT, *range(1, LIMIT + 1)]:
+            for offset in _OFFSETS:
+                first = _PREFIX + offset
+                began = time.perf_counter()
+                rows = read(text[first : first + count], first)
+                _finish(rows)
+                seconds.setdefault(count, []).append(time.perf_counter() - began)
+                logits.setdefault(count, []).append(rows)
+        if time.perf_counter() - started > _TIMING_S or len(seconds[LIMIT]) >= 2 * _ROUNDS * len(_OFFSETS):
+            break
+    logits = {count: rows[: len(_OFFSETS)] for count, rows in logits.items()}
+    safe = max((_agreeing(logits, reference) for reference in logits), key=len)
+    costs = _rising([min(seconds[count]) for count in range(1, LIMIT + 1)])
+    if len(safe) >= 3:
+        return TokenBuckets(safe, costs)
+    width = _one_width(read, text) if one_width else None
+    if width is None:
+        return TokenBuckets(ANY.safe, costs, exact=False)
+    return TokenBuckets((width,), (costs[width - 1],) * LIMIT)
+
+
+def _one_width(read: Callable[[Sequence[int], int], Tensor], text: Sequence[int]) -> int | None:
+    """A row count at which a token's bits are the same in every row, whatever the other rows hold; None if there is no
+    such."""
+    return next((width for width in WIDTHS if _steady(read, text, width)), None)
+
+
+def _steady(read: Callable[[Sequence[int], int], Tensor], text: Sequence[int], width: int) -> bool:
+    """Whether every token of the text under test has one set of bits in passes of `width` rows: each is read in every
+    row, and in the first one also with other tokens after it."""
+    bits: dict[int, Tensor] = {}
+    for first in range(_PREFIX, _PREFIX + LIMIT + max(_OFFSETS) - width + 1):
+        tokens = list(text[first : first + width])
+        for line in (tokens, tokens[:1] + tokens[:1] * (width - 1)):
+            rows = read(line, first)
+            same = rows if line is tokens else rows[:1]
+            if any(not torch.equal(bits.setdefault(first + r, row), row) for r, row in enumerate(same)):
+                return False
+    return True
+
+
+def _rising(costs: Sequence[float]) -> tuple[float, ...]:
+    """Whatever else ran on the machine made some of them longer: a pass costs no more than one of more rows."""
+    return tuple(min(costs[count:]) for count in range(len(costs)))
+
+
+def profile_path(reader: Any, vocabulary: int) -> float:
+    """Seconds that a pass takes longer for each path beside its chain. `reader` is a `model.LanguageModel`."""
+    generator = torch.Generator().manual_seed(3)
+    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX,), generator=generator).tolist()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_ROUNDS):
+        for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
+            reader.read(text, 1)
+            began = time.perf_counter()
+            _finish(reader.read([*text, *chain], len(chain) + 1, branches=[(0, side) for side in sides]))
+            found.append(time.perf_counter() - began)
+    return max(0.0, (min(seconds[0]) - min(seconds[1])) / 3)
+
+
+def branches_agree(reader: Any, vocabulary: int) -> bool:
+    """Whether rows beside the chain have, bit for bit, the logits that they would have in it, on this very model.
+
+    `reader` is a `model.LanguageModel`.
+    """
+    generator = torch.Generator().manual_seed(1)
+    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX + 5,), generator=generator).tolist()
+    try:
+        mixed = reader.read([*text, a, b], 3, branches=[(0, c), (3, d), (1, e)])
+    except CannotBranch:
+        return False
+    beside = reader.read([*text, c, d], 3)[1:]
+    later = reader.read([*text, a, e], 3)[2:]
+    return torch.equal(mixed[3:], torch.cat([beside, later]))
+
+
+def find_invariant_batches(reader: Any, vocabulary: int) -> BatchedTokenBuckets | None:
+    """Tries the row counts of a forward that all texts of `reader` share. None: their bits are not those of a text
+    alone, or too few counts' are.
+
+    All read the same tokens, so each row can be compared with one that a text has read alone. `reader` is a
+    `model.LanguageModel`, its `rows` known.
+    """
+    if not reader.branches or reader.texts < 2:
+        return None
+    prefix = min(_LONG_PREFIX, reader.max_length - reader.rows.most)
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(vocabulary, (prefix + reader.rows.most,), generator=generator).tolist()
+    reader.read(text[:prefix], 1)
+    reader.spread(prefix)
+    alone = reader.read(text, reader.rows.most)
+    counts = joint_candidates(reader.rows, reader.texts)
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    started, rounds = time.perf_counter(), 0
+    while rounds < 2 or (rounds < _ROUNDS and time.perf_counter() - started < _LONG_TIMING_S):
+        for count in list(counts):
+            share, more = divmod(count, reader.texts)
+            lengths = [share + (one < more) for one in range(reader.texts)]
+            began = time.perf_counter()
+            logits = reader.try_together(text[prefix:], prefix, lengths, count)
+            _finish(logits[0])
+            seconds[count].append(time.perf_counter() - began)
+            if not all(torch.equal(rows, alone[: len(rows)]) for rows in logits):
+                counts.remove(count)
+        rounds += 1
+    if len(counts) < 2:
+        return None
+    return BatchedTokenBuckets(tuple(counts), _rising([min(seconds[count]) for count in counts]), reader.rows.path_s)
+
+
+def joint_candidates(rows: TokenBuckets, texts: int) -> list[int]:
+    """Row counts worth trying: up to several rows for each of so many texts. Products over blocks of rows are often
+    made for multiples of 4 or 6."""
+    steps = (*rows.safe, 18, 20, 24, 28, 30, 36, 40, 48, 60, 72, 84, 96, 120, 144, 168, 192, 240, 288)
+    widest = min(texts * rows.most, max(2 * LIMIT, ROWS_A_TEXT * texts))
+    return [count for count in steps if count <= widest]
+
+
+def profile_leaves(reader: Any, vocabulary: int) -> tuple[float, ...]:
+    """Seconds of a drafter's forward of 1, 2, ... `LEAVES` leaves."""
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
+    costs = []
+    reader.read_leaves(text, [()])
+    for count in range(1, LEAVES + 1):
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            _finish(reader.read_leaves(text, [(token,) for token in range(count)]))
+            seconds.append(time.perf_counter() - began)
+        costs.append(min(seconds))
+    return tuple(costs)
+
+
+def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...]:
+    """The counts whose rows have the bits of the same rows of `reference`, wherever in the pass they stand."""
+    early, late = logits[reference]
+    shift = _OFFSETS[1] - _OFFSETS[0]
+
+    def agrees(count: int) -> bool:
+        mine, later = logits[count]
+        return _same(mine, early) and _same(later, late) and _same(mine[shift:], later)
+
+    return tuple(count for count in range(LEAST, LIMIT + 1) if agrees(count))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    shared = min(len(a), len(b))
+    return torch.equal(a[:shared], b[:shared])
+
+
+def _finish(rows: Tensor) -> None:
+    if rows.is_cuda:
+        torch.cuda.synchronize(rows.device)

@@ -1,0 +1,52 @@
+"""CUDA graphs: a forward of fixed shape, recorded once and replayed with one launch.
+
+Knows how torch records. Refuses to know what. A recording shares its memory with those of other shapes, as only one
+runs at a time; what a forward leaves for others must lie in buffers that were there before
+(`pearl.models.static_shapes`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pearl.models.static_shapes import Capture, Run
+
+_WARM_UP = 2  # runs before the recording, in which libraries choose kernels and make their workspaces
+
+
+class CudaGraphs:
+    """A `Capture` for one GPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool: object = None
+
+    def __call__(self, run: Run) -> Run:
+        with torch.cuda.device(self._device):
+            # not on the default stream: it can't be recorded, and libraries keep a workspace a stream
+            stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(usual)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    run()
+            usual.wait_stream(stream)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # the thread that receives messages touches no GPU; whatever else runs here may
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                run()
+            self._pool = graph.pool()
+
+        def replay() -> None:
+            with torch.cuda.device(self._device):  # the drafter's GPU is seldom the process's first
+                graph.replay()
+
+        return replay
+
+
+def capture_for(devices: tuple[str, ...]) -> Capture | None:
+    """What records forwards of a model on these devices; None: on CPU there is nothing to save, and a recording holds
+    the kernels of one GPU only."""
+    if len(devices) > 1 or not devices[0].startswith("cuda"):
+        return None
+    return CudaGraphs(torch.device(devices[0]))

@@ -1,0 +1,54 @@
+"""Hidden states of a few layers of a target, taken while it reads: an early, a middle and a late one.
+
+Knows where a transformers model keeps its decoder layers, and nothing of what the states are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pearl.errors import UsageError
+
+
+def default_layers(count: int) -> tuple[int, ...]:
+    """An early, a middle and a late one of `count` decoder layers (EAGLE-3, Li et al. 2025, section 3.1)."""
+    return tuple(sorted({min(2, count - 1), count // 2, max(0, count - 3)}))
+
+
+class HiddenStateHooks:
+    """Keeps what each of `layers` put out in the last forward: `states()` is [batch, rows, len(layers) * hidden]."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[int]):
+        """`layers`: numbers of decoder layers, from 0. Raises `UsageError` if the model has no such layer."""
+        stack = decoder_layers(model)
+        if not all(0 <= layer < len(stack) for layer in layers):
+            raise UsageError(f"The target has layers 0 to {len(stack) - 1}: features of {list(layers)} can't be taken.")
+        self._layers = tuple(layers)
+        self._last: dict[int, Tensor] = {}
+        self._hooks = [stack[layer].register_forward_hook(self._keep(layer)) for layer in self._layers]
+
+    def states(self) -> Tensor:
+        """Of the last forward, [batch, rows, len(layers) * hidden]."""
+        parts = [self._last[layer] for layer in self._layers]
+        return torch.cat([part.to(parts[0].device) for part in parts], -1)
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, layer: int):
+        def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
+            self._last[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of a causal language model's decoder layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    assert stacks, "a transformers decoder keeps its layers in one list"
+    return stacks[0]

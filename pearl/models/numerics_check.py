@@ -1,0 +1,204 @@
+"""On what a pass's bits depend here, and what the runtime does about it.
+
+"The text is the target's own" rests on facts about kernels that differ from device to device: that a row's bits are the
+same for every row count, wherever in the pass it stands, and beside the chain as in it; that a recorded graph does what
+its code does. So at start they are tried on the user's own model, device and dtype, on one text, bit for bit. Where a
+fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another form of the
+attention (`pearl.models.attention`), chains instead of trees, code instead of graphs; and says so. What was found is
+kept by model, device and versions (`rows.remembered`). `pearl.commands.selfcheck` shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
+from pearl.models.attention import FORMS
+from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
+from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.static_shapes import COUNTS, Capture
+
+_PREFIX = 61
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and what is done."""
+
+    plan: TokenBuckets
+    form: str  # of the attention
+    captured: bool  # forwards are recorded as graphs
+    checks: tuple[Check, ...]
+
+    @staticmethod
+    def of(found: dict[str, Any]) -> Report:
+        """From what `asdict` and JSON made of one."""
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in found["plan"].items()}
+        checks = tuple(Check(**check) for check in found["checks"])
+        return Report(TokenBuckets(**values), found["form"], found["captured"], checks)
+
+
+def examine(reader: LanguageModel, capture: Capture | None, forms: Sequence[str]) -> Report:
+    """Tries the forms of attention on this very model, and graphs if there is something to record them with. Leaves the
+    reader as the report says.
+
+    Of the forms that keep the bits it takes the one whose passes cost least; if none does, the last.
+    """
+    found: list[Report] = []
+    refused: list[Check] = []
+    for form in forms:
+        try:
+            found.append(_try(reader, form))
+        except (RuntimeError, NotImplementedError) as error:  # of kernels that can't do this model's shapes
+            if form == forms[-1]:
+                raise
+            refused.append(Check(f"attention {form}", False, f"not here ({_brief(error)})"))
+    best = min(found, key=lambda one: (not one.plan.exact, not one.plan.branches, one.plan.cost(LIMIT // 2)))
+    counts = _counts(best.plan)
+    reader.rows = best.plan
+    reader.fix(counts, None, best.form)
+    graphs, captured = _graphs(reader, capture)
+    plan = replace(best.plan, cost_s=_timed(reader, counts, best.plan.cost_s))
+    plan = replace(plan, safe=counts) if plan.exact else plan
+    reader.rows = plan
+    if plan.branches:
+        plan = replace(plan, path_s=profile_path(reader, reader.vocabulary))
+        reader.rows = plan
+    reader.forget()
+    return Report(plan, best.form, captured, (*best.checks, *refused, *graphs))
+
+
+def forms(on_cpu: bool) -> tuple[str, ...]:
+    """Those worth trying. On CPU the one that heads sharing a key were packed for."""
+    return ("packed",) if on_cpu else tuple(FORMS)
+
+
+def apply(reader: LanguageModel, known: Report, capture: Capture | None) -> None:
+    """Sets a reader up as a report says."""
+    reader.rows = known.plan
+    reader.checks = known.checks
+    reader.fix(_counts(known.plan), capture if known.captured else None, known.form)
+
+
+def examine_drafter(reader: LanguageModel, capture: Capture | None) -> tuple[bool, tuple[Check, ...]]:
+    """Graph against code for a model whose guesses are checked anyway: whether forwards are recorded. The reader is
+    left so."""
+    reader.fix(COUNTS)
+    checks, captured = _graphs(reader, capture)
+    return captured, tuple(checks)
+
+
+def rows_check(plan: TokenBuckets) -> Check:
+    """What a plan says of row counts."""
+    if not plan.exact:
+        found = "the bits depend on the row count on this device; near-equal logits may pick differently"
+    elif plan.fixed:
+        found = f"the bits depend on the row count here, so every pass has {plan.most} rows"
+    else:
+        found = f"a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here"
+    return Check("rows", plan.exact, found)
+
+
+def _counts(plan: TokenBuckets) -> tuple[int, ...]:
+    """The row counts of shapes: few of those that are safe, as each has a graph for every number of slots."""
+    if not plan.exact:
+        return COUNTS
+    thinned = {next((safe for safe in plan.safe if safe >= count), plan.most) for count in COUNTS}
+    return tuple(sorted(thinned))
+
+
+def _try(reader: LanguageModel, form: str) -> Report:
+    """Row counts, places and branches with one form of the attention, without graphs."""
+    reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
+    reader.fix(range(1, LIMIT + 1), None, form)
+    plan = find_invariant_counts(
+        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary, one_width=True
+    )
+    reader.rows = plan
+    reader.fix(_counts(plan), None, form)
+    branches = bool(plan.exact and reader.branches and branches_agree(reader, reader.vocabulary))
+    checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, form)]
+    return Report(replace(plan, branches=branches), form, False, tuple(checks))
+
+
+def _of_branches(reader: LanguageModel, plan: TokenBuckets, agree: bool) -> Check:
+    if agree:
+        return Check("tree against chain", True, "equal bits")
+    if not reader.branches:
+        return Check("tree against chain", False, "this model's attention reads no branches: passes are chains")
+    why = "other bits" if plan.exact else "not tried, as row counts change the bits"
+    return Check("tree against chain", False, f"{why}: passes are chains")
+
+
+def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check], bool]:
+    """Graph against code, on passes of every row count and of branches; whether graphs are used. The reader is left
+    with what is."""
+    fixed = reader.fixed
+    assert fixed, "what is compared with graphs is the same code"
+    if capture is None:
+        return [Check("graph against eager", True, "not recorded: forwards run eagerly")], False
+    texts = (4, 5, 4)  # each shape is recorded with one text, then replayed with another
+    code = [logits for seed in texts for logits in _said(reader, fixed.counts, seed)]
+    recorder = reader.fix(fixed.counts, capture, fixed.form)
+    graphs = [logits for seed in texts for logits in _said(reader, fixed.counts, seed)]
+    if recorder.failed:
+        why = f"forwards can't be recorded as graphs, so they run eagerly ({recorder.failed})"
+        return [Check("graph against eager", False, why)], False
+    if all(map(torch.equal, code, graphs)):
+        return [Check("graph against eager", True, f"equal bits in {recorder.shapes} shapes")], True
+    reader.fix(fixed.counts, None, fixed.form)
+    return [
+        Check("graph against eager", False, "a graph gives other bits than its code, so forwards run eagerly")
+    ], False
+
+
+def _said(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Tensor]:
+    """Logits of passes of each row count, chains and trees, over texts that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for count in counts:
+        text = torch.randint(reader.vocabulary, (_PREFIX + count,), generator=generator).tolist()
+        reader.forget()
+        reader.read(text[:_PREFIX], 1)
+        found.append(reader.read(text, count))
+        sides: list[SideRow] = [(0, 1), (0, 2)][: LIMIT - count]
+        if reader.branches and sides:
+            reader.forget(but=text[:_PREFIX])
+            found.append(reader.read(text[: _PREFIX + count], count, branches=sides))
+        found.append(reader.read_leaves(text[: _PREFIX + count], [(1,), (2, 3)]))
+    return found
+
+
+def _timed(reader: LanguageModel, counts: Sequence[int], before: Sequence[float]) -> tuple[float, ...]:
+    """Seconds of a pass of 1, 2, ... rows, as it runs from now on: that of the next count there is."""
+    text = torch.randint(reader.vocabulary, (_PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
+    seconds: dict[int, float] = {}
+    reader.forget()
+    reader.read(text[:_PREFIX], 1)
+    for count in counts:
+        taken = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            _finish(reader.forward(text[_PREFIX : _PREFIX + count], _PREFIX, count))
+            taken.append(time.perf_counter() - began)
+        seconds[count] = min(taken)
+    found = [
+        next((seconds[count] for count in counts if count >= rows), before[rows - 1]) for rows in range(1, LIMIT + 1)
+    ]
+    return tuple(min(found[rows:]) for rows in range(LIMIT))
+
+
+def _finish(rows: Tensor) -> None:
+    if rows.is_cuda:
+        torch.cuda.synchronize(rows.device)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,154 @@
+"""The output head of a draft model, cut to the tokens that matter: a forward then reads a fraction of its weights.
+
+For a small model the head is much of a forward (Qwen2.5-0.5B: 136 of 494 million weights). A draft model that we have
+trained brings the ids of its frequent tokens. Of others: byte-level and SentencePiece BPE number their tokens by how
+early, that is how often, they were merged, so the first N ids are the frequent ones. To these come the special tokens
+and every token of the text so far, as far as it is known; so a rare name can be drafted from its second occurrence on.
+Where the text keeps leaving the vocabulary (another script, say), all of it is read. A token that can't be drafted
+costs a guess, never the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pearl.core.trie import shared_prefix
+
+_ROOM = 512  # rare tokens, at first
+FRESH = 0.1  # share of new rare tokens in the text of late, above which the whole head is read
+
+
+@dataclass(frozen=True)
+class _Followed:
+    tokens: list[int]
+    fresh: float  # share of new rare tokens of late
+
+
+class ReducedVocabHead(nn.Module):
+    """Logits of the frequent tokens and of some rare ones; the others have -inf."""
+
+    def __init__(self, head: nn.Linear, frequent: Tensor, always: Sequence[int] = ()):
+        """frequent: int64 [N], ids; `always`: others beside them."""
+        super().__init__()
+        self.frequent = _layer(head.weight.detach()[frequent])
+        self.all = _layer(head.weight.detach())
+        self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
+        self._ids, self._size = frequent, head.out_features
+        self._always = [token for token in always if token < head.out_features]
+        self._texts: dict[int, _Followed] = {}
+        self._room = 0  # rare tokens that its tensors hold without being made anew; 0: as many as there are
+        self.forget()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def forget(self, text: int = 0) -> None:
+        """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
+        `follow` has told of a text, the whole head is read."""
+        self._texts.pop(text, None)
+        self._rare: list[int] = []
+        self._known: set[int] = set(self._ids.tolist())
+        self._weight: Tensor | None = None  # [rare tokens, hidden]
+        if self._room:
+            self._place(0)
+        self._add(self._always)
+        for other in self._texts.values():
+            self._add(other.tokens)
+        self._weigh()
+
+    def follow(self, tokens: Sequence[int], text: int = 0) -> None:
+        """Tokens of the text become draftable; too many new ones call for the whole head."""
+        before = self._texts.get(text)
+        fresh = tokens[shared_prefix(before.tokens, tokens) :] if before else tokens
+        new = {token for token in fresh if token not in self._known}
+        rate = before.fresh if before else 0.0
+        if before:  # a prompt's own tokens say nothing about what is being written
+            for token in fresh:
+                rate += 0.03 * ((token in new) - rate)
+        self._texts[text] = _Followed(list(tokens), rate)
+        self._add(new)
+        self._weigh()
+
+    @property
+    def layout(self) -> tuple[bool, int]:
+        """What a recorded forward can't change: whether the whole head is read, and how many rare tokens fit."""
+        return self.whole, self._room
+
+    def settle(self) -> None:
+        """From here on its tensors stay where they are until there are more rare tokens than fit."""
+        self._make_room(_ROOM)
+
+    def _make_room(self, room: int) -> None:
+        head = self._head[0].weight
+        like = head.detach().float() if head.device.type == "cpu" else head.detach()
+        self._room = room
+        self._rare_ids = torch.full((room,), self._size, device=head.device)  # beyond the vocabulary: nothing
+        self._rare_rows = like.new_zeros(room, head.shape[1])
+        self._place(0)
+
+    def _place(self, first: int) -> None:
+        """The rare tokens from the one numbered `first` on, into the tensors that stay."""
+        if len(self._rare) > self._room:
+            self._make_room(2 * len(self._rare))
+            return
+        self._rare_ids[first:] = self._size
+        if new := self._rare[first:]:
+            ids = torch.tensor(new, device=self._rare_ids.device)
+            self._rare_ids[first : len(self._rare)] = ids
+            rows = self._head[0].weight.detach()[ids]
+            self._rare_rows[first : len(self._rare)] = rows.to(self._rare_rows.dtype)
+
+    def _weigh(self) -> None:
+        self.whole = not self._texts or any(followed.fresh > FRESH for followed in self._texts.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.whole:
+            return self.all(x)
+        if self._room:
+            logits = x.new_full((*x.shape[:-1], self._size + 1), -torch.inf)
+            logits[..., self._ids] = self.frequent(x)
+            logits[..., self._rare_ids] = (x.to(self._rare_rows.dtype) @ self._rare_rows.T).to(logits.dtype)
+            return logits[..., : self._size]
+        logits = x.new_full((*x.shape[:-1], self._size), -torch.inf)
+        logits[..., self._ids] = self.frequent(x)
+        if self._weight is not None:
+            logits[..., self._rare] = (x.to(self._weight.dtype) @ self._weight.T).to(logits.dtype)
+        return logits
+
+    def _add(self, tokens: Iterable[int]) -> None:
+        new = [token for token in dict.fromkeys(tokens) if token not in self._known and token < self._size]
+        if not new:
+            return
+        self._known |= set(new)
+        self._rare += new
+        if self._room:
+            self._place(len(self._rare) - len(new))
+            return
+        weight = self._head[0].weight.detach()
+        rows = weight[new].float() if weight.device.type == "cpu" else weight[new]
+        self._weight = rows if self._weight is None else torch.cat([self._weight, rows])
+
+
+def _layer(weight: Tensor) -> nn.Linear:
+    """A head of these rows, without a copy."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def cut(model: nn.Module, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:
+    """Replaces the model's head by one that is cut to the tokens `frequent`, a number of them or their ids.
+
+    None where that is not possible.
+    """
+    head = model.get_output_embeddings()
+    ids = torch.arange(frequent) if isinstance(frequent, int) else frequent
+    if type(head) is not nn.Linear or head.bias is not None or head.out_features <= len(ids):
+        return None
+    made = ReducedVocabHead(head, ids.to(head.weight.device), always)
+    model.lm_head = made
+    return made if model.get_output_embeddings() is made else None

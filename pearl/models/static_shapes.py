@@ -1,0 +1,319 @@
+"""Forwards whose shapes are fixed, so that a GPU can replay them as recorded graphs.
+
+A decoding step launches hundreds of small kernels; on a GPU the launching takes longer than the kernels. A CUDA graph
+launches them all at once, but it replays *addresses*: same shapes, same buffers. So here the row count and the slots
+read come in buckets (`Shape`), and all that differs between two passes of one shape (token ids, positions, slots, what
+a row sees) is a few hundred numbers in one buffer (`Inputs`), which one copy fills. What a mask can be computed from is
+sent, not the mask. Masks are made, and branches laid, on the device, inside the graph.
+
+`Capture` says what becomes of a shape's code: it is recorded and replayed (`pearl.models.cuda_graphs`), or called
+anew each time, which is the reference. The code is the same, so one may be compared with the other bit for bit
+(`pearl.commands.selfcheck`), and without a GPU all but the recording is tested.
+
+A row that lies in no slot (padding, a row beside the chain) writes beyond the slots, to the spare place of its number.
+A branch is laid over the chain by *reading* each slot from where the branch has it, all branches in one attention call.
+
+Letters: R rows of the shape, P paths beside the chain, S slots read, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from pearl.core.token_buckets import LIMIT, CannotBranch
+from pearl.models.attention import FORMS, See
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.kv_cache import SPARE, Branch, SlotCache, active_cache, as_model_mask
+from pearl.models.reduced_head import ReducedVocabHead
+
+COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
+PATHS = (0, 1, 2, 4, 8, LIMIT)
+_TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of `Inputs.numbers` that every pass has
+_TO, _FROM, _QUERY, _QUERY_LAST = range(4)  # lines of each path, after those
+_COMMON, _OF_A_PATH = 5, 4
+
+Run = Callable[[], None]
+
+
+class Capture(Protocol):
+    def __call__(self, run: Run) -> Run:
+        """What does the same as `run` and may be called in its place. Raises `RuntimeError` if that can't be made."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a recorded forward can't change."""
+
+    text: int
+    rows: int
+    seen: int  # slots read
+    paths: int = 0
+    masked: bool = False  # each row says which slots it sees: a drafter's. Else all up to one
+    head: tuple[bool, int] = (True, 0)  # see `ReducedVocabHead.layout`
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a pass over one text, before padding."""
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]  # of the first rows; the others lie in no slot
+    first: int = 0  # position of the first
+    branches: Sequence[Branch] = ()
+    mask: np.ndarray | None = None  # bool [rows, slots]: what each sees, if that is not all up to its own slot
+    least: int = 0  # rows of the forward, these and padding
+
+
+class Inputs:
+    """The buffers from which every shape reads, and the way there: one copy, which does not wait for the device."""
+
+    def __init__(self, device: torch.device, slots: int):
+        lines = _COMMON + _OF_A_PATH * LIMIT
+        self.numbers = torch.zeros(lines, LIMIT, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(LIMIT * slots, dtype=torch.bool, device=device)
+        # two by turns: one is filled while the other's copy may still be under way
+        self._stages = [_Stage(self.numbers, self.mask) for _ in range(2)] if device.type == "cuda" else []
+
+    def fill(self, numbers: np.ndarray, mask: np.ndarray | None) -> None:
+        """numbers: int64 [lines, LIMIT]; mask: bool [R, S]"""
+        lines = len(numbers)
+        if not self._stages:
+            self.numbers[:lines] = torch.from_numpy(numbers)
+            if mask is not None:
+                self.mask[: mask.size] = torch.from_numpy(mask.reshape(-1))
+            return
+        stage = self._stages.pop(0)
+        self._stages.append(stage)
+        stage.send(numbers, mask, self.numbers[:lines], self.mask)
+
+
+class _Stage:
+    """Page-locked memory, from which a GPU copies by itself."""
+
+    def __init__(self, numbers: Tensor, mask: Tensor):
+        self._numbers = torch.zeros(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        self._mask = torch.zeros(mask.shape, dtype=mask.dtype, pin_memory=True)
+        self._sent = torch.cuda.Event()
+
+    def send(self, numbers: np.ndarray, mask: np.ndarray | None, to: Tensor, mask_to: Tensor) -> None:
+        self._sent.synchronize()  # has long happened: a pass lies between
+        here = self._numbers[: len(to)]
+        here.copy_(torch.from_numpy(numbers))
+        to.copy_(here, non_blocking=True)
+        if mask is not None:
+            flat = self._mask[: mask.size]
+            flat.copy_(torch.from_numpy(mask.reshape(-1)))
+            mask_to[: mask.size].copy_(flat, non_blocking=True)
+        self._sent.record(torch.cuda.current_stream(to.device))
+
+
+class FixedCache(Cache):
+    """A `SlotCache` as a forward of one shape sees it: where rows lie is read from the inputs, on the device."""
+
+    is_compileable = False
+
+    def __init__(self, cache: SlotCache, shape: Shape, inputs: Inputs, form: str):
+        super().__init__(layers=[])
+        self._cache, self._shape, self._form = cache, shape, FORMS[form]
+        self._read = shape.seen + (LIMIT if form == "flash" and not shape.masked else 0)
+        numbers = inputs.numbers[:, : shape.rows]
+        self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
+        slots = torch.arange(shape.seen, device=numbers.device)
+        if shape.masked:
+            mask = inputs.mask[: shape.rows * shape.seen].view(1, 1, shape.rows, shape.seen)
+            self.see = See(mask, None)
+        else:
+            last = numbers[_LAST][None]
+            self.see = See((slots <= last[..., None])[:, None], last)
+        if shape.paths:
+            lines = numbers[_COMMON : _COMMON + _OF_A_PATH * shape.paths].unflatten(0, (shape.paths, _OF_A_PATH))
+            # one column more takes what a path does not need
+            places = torch.arange(self._read + 1, device=numbers.device).repeat(shape.paths, 1)
+            to = lines[:, _TO].where(lines[:, _TO] < shape.seen, self._read)
+            self._places = places.scatter_(1, to, lines[:, _FROM])[:, : self._read].flatten()
+            self._queries = lines[:, _QUERY].flatten()
+            last = lines[:, _QUERY_LAST]
+            self._see_paths = See((slots <= last[..., None])[:, None], last)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
+        """Called by each layer with its new keys and values, [1, kv heads, R, head_dim]."""
+        buffers = self._cache.own(layer_idx, key_states, value_states)
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self._slots.to(buffer.device), states)
+        return tuple(buffer[:, :, : self._read] for buffer in buffers)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, layer: int
+    ) -> Tensor:
+        """The attention of the rows, [1, heads, R, head_dim], those of each path over what `_places` lays for it."""
+        out = self._form(query, key, value, self.see, scaling)
+        if not self._shape.paths:
+            return out
+        if not self._cache.holds(key, layer):
+            raise CannotBranch
+        laid = [self._laid(buffer) for buffer in self._cache.own(layer, key, value)]
+        queries = query.index_select(2, self._queries.to(query.device))
+        queries = queries[0].unflatten(1, (self._shape.paths, -1)).transpose(0, 1)  # [P, heads, R, head_dim]
+        beside = self._form(queries, *laid, self._see_paths, scaling).transpose(0, 1).flatten(1, 2)
+        return torch.cat([out, beside[None]], 2).index_select(2, self._take.to(out.device))
+
+    def _laid(self, buffer: Tensor) -> Tensor:
+        """Keys or values as each path sees them, [P, kv heads, S, head_dim]."""
+        gathered = buffer.index_select(2, self._places.to(buffer.device))
+        return gathered[0].unflatten(1, (self._shape.paths, self._read)).transpose(0, 1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self._cache.slots
+
+    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
+        return self._shape.seen, 0
+
+
+class StaticShapeRunner:
+    """A model's forwards by shape."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: int,
+        counts: Sequence[int] = COUNTS,
+        capture: Capture | None = None,
+        form: str = "packed",
+        taps: HiddenStateHooks | None = None,
+        head: ReducedVocabHead | None = None,
+    ):
+        """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
+        the code as it is. `form`: of the attention (`pearl.models.attention`)."""
+        self.counts, self.form = tuple(counts), form
+        self.failed = ""  # why nothing is recorded any more
+        self._model, self._slots, self._capture, self._taps, self._head = model, slots, capture, taps, head
+        if head:
+            head.settle()
+        self._inputs = Inputs(model.device, slots)
+        self._runs: dict[Shape, Run] = {}
+        self._logits = self._states = torch.empty(0)  # [LIMIT, V] and [LIMIT, F], of the last forward
+
+    @property
+    def captures(self) -> bool:
+        return self._capture is not None
+
+    @property
+    def shapes(self) -> int:
+        """How many there have been so far."""
+        return len(self._runs)
+
+    def takes(self, rows: int) -> bool:
+        """Whether a forward of so many rows has a shape."""
+        return rows <= self.counts[-1]
+
+    @torch.inference_mode()
+    def __call__(self, cache: SlotCache, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Logits [R, V], V as the model has it, and what the tapped layers said, [R, F]. Both are overwritten by the
+        next forward."""
+        count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
+        seen = cache.buffers.seen(rows.mask.shape[1] if rows.mask is not None else 1 + max(_lasts(rows)))
+        paths = next(paths for paths in PATHS if paths >= len(rows.branches))
+        layout = self._head.layout if self._head else (True, 0)
+        shape = Shape(cache.text, count, seen, paths, rows.mask is not None, layout)
+        self._inputs.fill(_numbers(rows, shape, self._slots), _mask(rows, shape))
+        if shape not in self._runs:
+            self._runs[shape] = self._prepared(cache, shape)
+        self._runs[shape]()
+        return self._logits[:count], self._states[:count] if self._taps else None
+
+    def _prepared(self, cache: SlotCache, shape: Shape) -> Run:
+        def run() -> None:
+            inputs, seen = self._inputs, FixedCache(cache, shape, self._inputs, self.form)
+            with active_cache(seen):
+                out = self._model(
+                    input_ids=inputs.numbers[_TOKEN : _TOKEN + 1, : shape.rows],
+                    position_ids=inputs.numbers[_POSITION : _POSITION + 1, : shape.rows],
+                    attention_mask=as_model_mask(self._model, seen.see.mask),
+                    past_key_values=seen,
+                    use_cache=True,
+                    logits_to_keep=0,
+                )
+            self._logits = _kept(self._logits, out.logits[0])
+            if self._taps:
+                self._states = _kept(self._states, self._taps.states()[0])
+
+        if self._capture is None:
+            return run
+        run()  # buffers are made outside of the recording
+        try:
+            return self._capture(run)
+        except RuntimeError as error:
+            self.failed = " ".join(str(error).split())[:200]
+            self._capture = None
+            print(f"pearl: forwards can't be recorded as graphs, so they run eagerly ({self.failed}).", file=sys.stderr)
+            return run
+
+
+def _kept(buffer: Tensor, rows: Tensor) -> Tensor:
+    """`rows` in the buffer of all shapes, which is made for the first of them."""
+    if buffer.shape[1:] != rows.shape[1:] or buffer.dtype != rows.dtype or buffer.device != rows.device:
+        buffer = rows.new_zeros(LIMIT, rows.shape[1])
+    buffer[: len(rows)] = rows
+    return buffer
+
+
+def _lasts(rows: Rows) -> list[int]:
+    """The last slot that each row sees in the main call; but rows beside the chain see theirs in a call of its own."""
+    written = len(rows.slots)
+    deepest = max([rows.first + written - 1, *rows.positions[written:]])
+    return [*rows.slots, *[deepest] * (len(rows.tokens) - written)]
+
+
+def _numbers(rows: Rows, shape: Shape, slots: int) -> np.ndarray:
+    """int64 [lines, LIMIT]"""
+    count, written, total = len(rows.tokens), len(rows.slots), shape.rows
+    made = np.zeros((_COMMON + _OF_A_PATH * shape.paths, LIMIT), dtype=np.int64)
+    made[_TOKEN, :total] = rows.tokens[-1]
+    made[_TOKEN, :count] = rows.tokens
+    made[_POSITION, :total] = rows.positions[-1]
+    made[_POSITION, :count] = rows.positions
+    made[_SLOT, :total] = slots + np.arange(total)
+    made[_SLOT, :written] = rows.slots
+    made[_LAST, :total] = min(rows.first + written, shape.seen) - 1
+    made[_LAST, :written] = np.minimum(rows.slots, shape.seen - 1)
+    made[_TAKE, :total] = np.arange(total)
+    for number in range(shape.paths):
+        line = made[_COMMON + _OF_A_PATH * number :]
+        line[_TO] = shape.seen
+        if number >= len(rows.branches):
+            continue
+        branch = rows.branches[number]
+        line[_TO, : len(branch.laid)] = branch.slot + np.arange(len(branch.laid))
+        line[_FROM, : len(branch.laid)] = slots + np.array(branch.laid)
+        own = list(branch.queries[: branch.own])
+        line[_QUERY, :total] = own[-1]
+        line[_QUERY, : len(own)] = own
+        line[_QUERY_LAST, :total] = rows.positions[own[-1]]
+        line[_QUERY_LAST, : len(own)] = [rows.positions[row] for row in own]
+        made[_TAKE, own] = total * (1 + number) + np.arange(len(own))
+    return made
+
+
+def _mask(rows: Rows, shape: Shape) -> np.ndarray | None:
+    """bool [R, S]: a row that only fills the shape sees what the last one does."""
+    if rows.mask is None:
+        return None
+    made = np.zeros((shape.rows, shape.seen), dtype=bool)
+    made[: len(rows.mask), : rows.mask.shape[1]] = rows.mask
+    made[len(rows.mask) :] = made[len(rows.mask) - 1]
+    return made
+
+
+assert SPARE > LIMIT, "rows in no slot have a place each"

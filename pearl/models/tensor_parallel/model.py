@@ -1,0 +1,172 @@
+"""A target whose every matrix is spread over several ranks: transformers' own tensor parallelism.
+
+Each rank holds a part of every layer's heads and of its feed-forward network, and of the head; after each of the two
+halves of a layer, and after the head, the ranks add or gather what they have, so that each has all of it. Here is what
+such a target must be like, and the reader that the first rank has of it. How the ranks find each other is told in
+`pearl.parallel.tensor_parallel`, what they say in `pearl.models.tensor_parallel.commands`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, TokenBuckets
+from pearl.errors import UsageError
+from pearl.models.language_model import LanguageModel, SideRow, Wanted, WantedLeaves
+from pearl.models.tensor_parallel import ordered_sum
+from pearl.models.tensor_parallel.commands import Call, Forget, Forward, Read, ReadTogether, Rows, Spread, TryTogether
+
+_HEADS = ("q_proj", "k_proj", "qkv_proj", "query_key_value")  # whose outputs are the attention's heads
+
+
+class Others(Protocol):
+    """The other ranks of the target, as the reader of the first one knows them."""
+
+    def settle(self) -> None:
+        """Returns when all of them have loaded their shards."""
+
+    def say(self, call: Call) -> None:
+        """To all of them. Returns before they have heard it."""
+
+    def blamed(self, error: Exception) -> Exception:
+        """What to raise for an error in a call: one of them may be the cause."""
+
+
+class TensorParallelModel:
+    """The first rank's reader: each call is said to the other ranks, and made here, where its result is used.
+
+    They do the same on their shards meanwhile, and the sums in between need all of them. So a call that broke off here
+    leaves them somewhere in it, and there is no other after it.
+    """
+
+    def __init__(self, shard: LanguageModel, others: Others):
+        self._shard, self._others, self._whole = shard, others, True
+        self.model, self.vocabulary, self.max_length = shard.model, shard.vocabulary, shard.max_length
+
+    @property
+    def texts(self) -> int:
+        return self._shard.texts
+
+    @property
+    def branches(self) -> bool:
+        return self._shard.branches
+
+    @property
+    def rows(self) -> TokenBuckets:
+        return self._shard.rows
+
+    @rows.setter
+    def rows(self, plan: TokenBuckets) -> None:
+        self._shard.rows = plan
+        self._settle()
+
+    @property
+    def joint(self) -> BatchedTokenBuckets | None:
+        return self._shard.joint
+
+    @joint.setter
+    def joint(self, plan: BatchedTokenBuckets | None) -> None:
+        self._shard.joint = plan
+        self._settle()
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        keep: int,
+        padded: bool = True,
+        branches: Sequence[SideRow] = (),
+        text: int = 0,
+    ) -> Tensor:
+        return self._all(Read(Wanted(text, tokens, keep, branches), padded))
+
+    def read_together(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        return self._all(ReadTogether(tuple(wanted)))
+
+    def forward(self, tokens: Sequence[int], first: int, keep: int) -> Tensor:
+        return self._all(Forward(tuple(tokens), first, keep))
+
+    def spread(self, tokens: int) -> None:
+        self._all(Spread(tokens))
+
+    def try_together(self, tokens: Sequence[int], first: int, lengths: Sequence[int], count: int) -> list[Tensor]:
+        return self._all(TryTogether(tuple(tokens), first, tuple(lengths), count))
+
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+        self._all(Forget(tuple(but), text))
+
+    def features(self, rows: Sequence[int], text: int = 0) -> np.ndarray | None:
+        """Of the last read; they are whole on every rank."""
+        return self._shard.features(rows, text)
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        raise AssertionError("a target that is spread over ranks drafts for nobody")
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
+        raise AssertionError("a target that is spread over ranks drafts for nobody")
+
+    def _settle(self) -> None:
+        plan, joint = self._shard.rows, self._shard.joint
+        self._others.say(Rows(plan.safe, plan.branches, joint.counts if joint else ()))
+
+    def _all(self, call: Call) -> Any:
+        if not self._whole:
+            raise UsageError(
+                "A forward of this engine was broken off, and its ranks are out of step: make another one."
+            )
+        self._whole = False
+        try:
+            self._others.say(call)
+            with ordered_sum.in_order():
+                made = call.on(self._shard)
+        except CannotBranch:  # before the ranks part: it comes on all of them
+            self._whole = True
+            raise
+        except Exception as error:
+            cause = self._others.blamed(error)
+            if cause is error:
+                raise
+            raise cause from error
+        self._whole = True
+        return made
+
+
+def check(config: PretrainedConfig, ranks: int, name: str) -> None:
+    """Refuses a target that can't be spread over so many ranks. Raises `UsageError`."""
+    text = config.get_text_config()
+    plan = _plan(config)
+    if not plan:
+        raise UsageError(
+            f"transformers has no tensor-parallel plan for {name} ({text.model_type}): spread its layers instead, with "
+            "--target-device cuda:0,cuda:1."
+        )
+    if getattr(config, "quantization_config", None):
+        raise UsageError(f"{name} is quantized, and a target over several ranks is not: choose the plain checkpoint.")
+    if not any(key.endswith(_HEADS) and style == "colwise" for key, style in plan.items()):
+        return  # the attention is whole on every rank
+    heads = text.num_attention_heads
+    for what, count in (
+        ("attention heads", heads),
+        ("key-value heads", getattr(text, "num_key_value_heads", None) or heads),
+    ):
+        if count % ranks:
+            fit = [n for n in range(2, count + 1) if count % n == 0 and heads % n == 0]
+            more = f"use {' or '.join(map(str, fit))}" if fit else "spread its layers instead (--target-device)"
+            raise UsageError(f"target_tp {ranks} does not divide the {count} {what} of {name}: {more}.")
+
+
+def _plan(config: PretrainedConfig) -> dict[str, str]:
+    """transformers' plan for this architecture: of the decoder and of the head."""
+    base = getattr(config.get_text_config(), "base_model_tp_plan", None)
+    return dict(base) if base else {}
+
+
+def sharding(ranks: int) -> dict[str, Any]:
+    """What `from_pretrained` takes to load this rank's shard; the default process group is that of the ranks."""
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_size=ranks)}

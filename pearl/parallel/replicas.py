@@ -1,0 +1,109 @@
+"""R replicas, each a target and its drafter, share one plan: who does which round, and when all are done.
+
+Knows the launcher's store and nothing of models. The first replica prepares and gathers; a replica that fails says so
+and waits for the others, because a launcher ends every process as soon as one of them ends badly.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.errors import UsageError
+from pearl.machine import cores
+from pearl.parallel.process import World, launchers_store
+
+POLL_S = 0.2
+
+
+class Team:
+    """This replica among all of them; one alone needs no store."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._store = None if self.alone else launchers_store()
+
+    @property
+    def name(self) -> str:
+        return f"replica-{self.world.replica}"
+
+    @property
+    def alone(self) -> bool:
+        return self.world.replicas == 1
+
+    @property
+    def first(self) -> bool:
+        return self.world.replica == 0
+
+    def prepare(self, make: Callable[[], list[Any]]) -> list[Any]:
+        """What the first replica makes, in all of them. A `UsageError` there is one here too."""
+        if self._store is None:
+            return make()
+        if self.first:
+            try:
+                self._store.set("prepared", json.dumps({"made": make()}))
+            except UsageError as error:
+                self._store.set("prepared", json.dumps({"refused": str(error)}))
+                raise
+        said = json.loads(self._wait("prepared"))
+        if "refused" in said:
+            raise UsageError(said["refused"])
+        return said["made"]
+
+    def share(self, rounds: Sequence[Any]) -> list[Any]:
+        """This replica's part: every R-th."""
+        return list(rounds[self.world.replica :: self.world.replicas])
+
+    def finish(self, failure: str) -> dict[str, str]:
+        """Waits until all replicas have finished. Returns what went wrong in which.
+
+        `failure`: what did in this one; empty if nothing."""
+        assert self._store, "one replica finishes when it does"
+        self._store.set(f"finished-{self.name}", failure)
+        names = [f"replica-{n}" for n in range(self.world.replicas)]
+        said = {name: self._wait(f"finished-{name}") for name in names}
+        return {name: failure for name, failure in said.items() if failure}
+
+    def leave(self) -> None:
+        """The first replica goes last: its process may serve the store."""
+        if self._store is None:
+            return
+        self._store.set(f"left-{self.name}", "")
+        if self.first:
+            for n in range(self.world.replicas):
+                self._wait(f"left-replica-{n}")
+
+    def _wait(self, key: str) -> str:
+        assert self._store, "one replica waits for nobody"
+        while not self._store.check([key]):
+            time.sleep(POLL_S)
+        return self._store.get(key).decode()
+
+
+def place(config: EngineConfig, world: World) -> EngineConfig:
+    """The config of one replica on a machine that it shares with others: its own cores, or its own GPUs.
+
+    Raises `UsageError` where there are too few GPUs, or where devices were named, as they would be everybody's.
+    """
+    if world.neighbours == 1:
+        return config
+    named = {config.target_device, config.draft_device} - {"auto", "cpu"}
+    if named or config.target_cores or config.draft_cores:
+        raise UsageError("Replicas on one machine share it out themselves: name no devices and no cores.")
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.target_device == "auto" else 0
+    if gpus:
+        if gpus < 2 * world.neighbours:
+            raise UsageError(f"{world.neighbours} replicas need two GPUs each, but this machine has {gpus}.")
+        return replace(
+            config, target_device=f"cuda:{2 * world.neighbour}", draft_device=f"cuda:{2 * world.neighbour + 1}"
+        )
+    there = cores.available()
+    mine = there[world.neighbour :: world.neighbours] if len(there) >= world.neighbours else there
+    target, draft = cores.split(mine, drafter_works=config.draft != NGRAM)
+    return replace(config, target_cores=",".join(map(str, target)), draft_cores=",".join(map(str, draft)))

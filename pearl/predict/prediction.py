@@ -1,0 +1,163 @@
+"""The speed-up to expect of every mode, from one recorded run, or from a few numbers.
+
+    python -m pearl.predict.prediction RUN_FOLDER                  a folder that an evaluation has written
+    python -m pearl.predict.prediction --a 0.8 --c 3               acceptance a and speed ratio c, as in
+    pearl.core.theory
+
+Knows: which modes to ask about, and how to say the answer. Refuses to know: how decoding works. A prediction is the
+figures (`pearl.evaluation.metrics`) of a simulated run (`pearl.predict.simulation`), in which the real loops,
+schedule and controller meet the guesses of the recorded one (`pearl.predict.replay`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pearl.config.cli import Parser, guarded
+from pearl.core.records import Key
+from pearl.core.schedule import Schedule
+from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
+from pearl.errors import UsageError
+from pearl.evaluation import metrics
+from pearl.predict.replay import LATENCY_S, Case, missed, read_run, sureness
+from pearl.predict.simulation import Place, Script, Times, simulate
+
+MODES = ("ar", "sd", "sd:2", "sd:4", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree")
+
+
+def predict(case: Case, modes: Iterable[str], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The figures of each mode, as `metrics.summarise` names them. Raises `UsageError` for an unknown mode."""
+    schedules = {mode: Schedule.of(mode, **case.settings) for mode in ("ar", *modes)}
+    if any(schedule.mode == "ar-all" for schedule in schedules.values()):
+        raise UsageError("ar-all runs on other cores or devices than what was recorded: leave it out.")
+    runs: dict[str, metrics.Runs] = {}
+    for mode, schedule in schedules.items():
+        texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed)
+        runs[mode] = dict(zip(case.scripts, texts, strict=True))
+    return metrics.summarise(runs, lambda key, index: 0.0)
+
+
+def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_cost: float = 0.0, seed: int = 0) -> Case:
+    """One text whose guesses are right with chance `a`, each for itself; a pass takes 1, a drafter forward 1/c.
+
+    Every row after the first adds `row_cost` of a forward, on both sides.
+    """
+    if not 0.0 < c < math.inf:
+        raise UsageError(f"The speed ratio c is target pass time / drafter forward time, so give c > 0 (got {c}).")
+    if latency < 0 or row_cost < 0:
+        raise UsageError("Give a latency and a cost of rows that are not negative.")
+    shape = [1 + row_cost * row for row in range(LIMIT)]
+    rows = TokenBuckets(tuple(range(1, LIMIT + 1)), tuple(shape))
+    draft_s = tuple(cost / c for cost in shape[:LEAVES])
+    return by_times(a, rows, draft_s, latency, tokens, seed, f"a {a:g}, c {c:g}, latency {latency:g}")
+
+
+def by_times(
+    a: float, rows: TokenBuckets, draft_s: Sequence[float], latency: float, tokens: int, seed: int, source: str
+) -> Case:
+    """The same of a pass and a drafter forward that take so many seconds by their rows, each side on its own device."""
+    if not 0.0 <= a <= 1.0:
+        raise UsageError(f"The acceptance a is a probability, so give a number from 0 to 1 (got {a}).")
+    if tokens < 1:
+        raise UsageError("Give at least one token.")
+    rng = random.Random(seed)
+    places = []
+    for _ in range(tokens):
+        rank = 0 if rng.random() < a else missed(1, rng)
+        places.append(Place(rank, (sureness(rank == 0, a, rng),)))
+    # the drafter's prompt takes part of a forward more than one, so that the two clocks do not strike together
+    script = Script(1, tuple(places), rows.cost(1), 1.37 * draft_s[0])
+    pass_s = tuple(rows.cost(count) for count in range(1, LIMIT + 1))
+    times = Times(rows, pass_s, tuple(draft_s), tuple(draft_s), latency, path_s=rows.path_s)
+    return Case({Key("by hand"): script}, times, 0.0, {}, {}, source)
+
+
+def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:
+    made = Table(title=f"expected of {case.source}", title_justify="left", header_style="bold")
+    made.add_column("mode")
+    for name in ("x ar", "after the prompt", "tok/pass", "hits", "target", "drafter", "measured", "ratio"):
+        made.add_column(name, justify="right")
+    for mode, values in figures.items():
+        measured = case.measured.get(mode)
+        ratio = values["speedup_vs_ar"] / measured if measured else None
+        made.add_row(
+            mode,
+            _cell(values["speedup_vs_ar"]),
+            _cell(values["decode_speedup_vs_ar"]),
+            _cell(values["tokens_per_pass"]),
+            _cell(values["hit_rate"], "{:.0%}"),
+            _cell(values["target_busy"], "{:.0%}"),
+            _cell(values["drafter_busy"], "{:.0%}"),
+            _cell(measured),
+            _cell(ratio),
+        )
+    return made
+
+
+def _cell(value: float | None, form: str = "{:.2f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+@guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m pearl.predict.prediction",
+        description="The speed-up to expect of every mode, by replaying a recorded run, or from numbers by hand.",
+    )
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN_FOLDER", help="what an evaluation has written")
+    add("--mode", help="of the run: whose guesses to replay (default: the one with most of them)")
+    add("--modes", nargs="+", metavar="MODE", help="to predict; default: the run's own and the usual ones")
+    add("--a", type=float, help="by hand: the acceptance")
+    add("--c", type=float, help="by hand: the time of a pass over that of a drafter forward")
+    add("--latency", type=float, help=f"of a message, in seconds ({LATENCY_S:g}), by hand in passes (0)")
+    add("--tokens", type=int, default=2000, help="by hand: of the text")
+    add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
+    add("--seed", type=int, default=0, help="of what a run does not say")
+    add("--json", metavar="FILE", help="write the figures there too")
+    found = parser.parse_args(argv)
+    case = _case(found)
+    modes = found.modes or [*dict.fromkeys([*MODES, *(mode for mode in case.measured if mode != "ar-all")])]
+    figures = predict(case, modes, found.seed)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(case, figures))
+    for note in case.notes:
+        console.print(note)
+    if found.json:
+        _write(
+            Path(found.json), {"source": case.source, "notes": case.notes, "measured": case.measured, "modes": figures}
+        )
+    return 0
+
+
+def _case(found: argparse.Namespace) -> Case:
+    by_numbers = found.a is not None or found.c is not None
+    if bool(found.run) == by_numbers:
+        raise UsageError("Name the folder of a run, or give both --a and --c.")
+    if not by_numbers:
+        latency_s = LATENCY_S if found.latency is None else found.latency
+        return read_run(Path(found.run), found.mode, latency_s, found.seed)
+    if found.a is None or found.c is None:
+        raise UsageError("Give both --a and --c: how often a guess is right, and passes per drafter forward.")
+    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}.") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

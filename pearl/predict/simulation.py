@@ -1,0 +1,396 @@
+"""The two role loops in virtual time: what a run would take, had the models said what a script says.
+
+Knows: scripts (what the drafter would guess at each place of a text, and how good that is), and what forwards and
+messages cost. Refuses to know: where those figures come from, and how decoding works: `Target`, `Drafter` and
+`TreeSource` are the real ones, over models without weights that let time pass, and so are schedule and controller.
+
+Nothing sleeps and nothing is random. One side is not ahead of the other by more than it can't know: the drafter makes
+a step only once the target has come to the time at which that step begins, so all that it may hear has been said.
+
+Tokens stand for their places. At position p the token (p + choice) mod `VOCABULARY` is the target's own for choice 0,
+and another one else. So what a model says of a place depends on the position alone, and a text that lost or repeated a
+place would not be the scripted one, which `simulate` asserts.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.core import records
+from pearl.core.messages import Message
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import TokenBuckets
+from pearl.drafters.draft_source import Proposal
+from pearl.drafters.ngram import NgramSource
+from pearl.drafters.tree import TreeSource
+from pearl.models.draft_tree_cache import DraftTreeCache
+from pearl.models.language_model import TREE, SideRow, WantedLeaves
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.codec import pack
+
+VOCABULARY = 32
+LOOKED_UP = 8  # guesses of one search in the text
+MATCH = 4  # tokens that an own guess of the drafter is taken to rest on
+_NEVER = 1e-6  # left for the guesses after those of a place, at least
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the drafter would say of the next token, were it asked at this place of the text."""
+
+    rank: int  # of the target's own token among its guesses: 0 the first, below `VOCABULARY`
+    q: tuple[float, ...]  # the probabilities of its first guesses, likeliest first
+
+    def choice(self, guess: int) -> int:
+        """The token of its guess so many: 0 is the target's own (see the top of this file)."""
+        if guess == self.rank:
+            return 0
+        return guess + 1 if guess < self.rank else guess
+
+
+@dataclass(frozen=True)
+class Script:
+    """One text: `places[i]` is where its token number i comes from; None: the drafter is at a loss there."""
+
+    prompt: int  # tokens
+    places: tuple[Place | None, ...]
+    prefill_s: float  # of the target
+    draft_prefill_s: float
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token(self.prompt + i) for i in range(len(self.places))]
+
+    @cached_property
+    def drafted(self) -> Tensor:
+        """Logits [places, V] of the drafter."""
+        logits = np.full((len(self.places), VOCABULARY), -math.inf, np.float32)
+        for i, place in enumerate(self.places):
+            if place:
+                at = [token(self.prompt + i, place.choice(guess)) for guess in range(VOCABULARY)]
+                logits[i, at] = np.log(_spread(place.q))
+        return torch.from_numpy(logits)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds, of sides that have the machine to themselves. While the other side works, a forward takes `crowding`
+    times as long, and one that reads a prompt `prompt_crowding` times (1: they share nothing)."""
+
+    rows: TokenBuckets  # what the target knows of its rows; it may be wrong about their cost
+    pass_s: tuple[float, ...]  # of a pass, by its rows with padding, and all that goes with it
+    draft_s: tuple[float, ...]  # of a drafter forward by its rows; empty: it has no model, it searches in the text
+    draft_costs: tuple[float, ...]  # what the drafter says of them
+    latency_s: float  # of a message
+    crowding: float = 1.0
+    prompt_crowding: float = 1.0
+    path_s: float = 0.0  # that a pass takes longer for each path beside its chain
+
+    def draft(self, rows: int) -> float:
+        """Of a drafter forward. Beyond what was measured, each row costs as much as the last one that was."""
+        known = len(self.draft_s)
+        step = self.draft_s[-1] - self.draft_s[-2] if known > 1 else 0.0
+        return self.draft_s[min(rows, known) - 1] + max(0, rows - known) * max(0.0, step)
+
+
+def token(position: int, choice: int = 0) -> int:
+    return (position + choice) % VOCABULARY
+
+
+def simulate(
+    schedule: Schedule, scripts: Sequence[Script], times: Times, own: float = 0.0, seed: int = 0
+) -> list[records.Sequence]:
+    """The records of a run over `scripts`, one after the other, by one target and one drafter.
+
+    `own`: how often the drafter's own guesses, which its forwards carry along, are what its model says then; 0: it
+    makes none.
+    """
+    stage = _Stage(times, own, seed)
+    wire = _TargetEnd(stage)
+    source = TreeSource(_DraftReader(stage), times.draft_costs, _Own(stage)) if times.draft_s else _Lookup(stage)
+    wire.drafter = Drafter(source, wire.peer, wire.peer.clock)
+    target = Target(_TargetReader(stage, wire), wire, wire.clock)
+    return [_text(target, wire, stage, schedule, script) for script in scripts]
+
+
+def _text(target: Target, wire: _TargetEnd, stage: _Stage, schedule: Schedule, script: Script) -> records.Sequence:
+    params = SamplingParams(max_new_tokens=len(script.places))
+    stopper = Stopper(params, (), lambda tokens: "")
+    stage.begin(script)
+    before = wire.bytes_sent + wire.peer.bytes_sent
+    for _ in target.decode([token(position) for position in range(script.prompt)], schedule, params, stopper):
+        pass
+    assert stopper.tokens == script.tokens, "a simulated text is the scripted one"
+    assert not (target.report and target.report.failed), "a simulated source does not fail"
+    return records.Sequence(
+        mode=schedule.mode,
+        prompt_tokens=script.prompt,
+        tokens=tuple(stopper.tokens),
+        text="",
+        finish=stopper.finish or "",
+        passes=tuple(target.passes),
+        drafter=target.report,
+        bytes_on_wire=wire.bytes_sent + wire.peer.bytes_sent - before,
+        peak_memory=0,
+    )
+
+
+class _Stage:
+    """What both sides play, the same for all who look at it."""
+
+    def __init__(self, times: Times, own: float, seed: int):
+        self.times, self.own = times, own
+        self.drafter = _End(times.latency_s)
+        self.target_works = False
+        self._random = random.Random(seed)
+
+    def begin(self, script: Script) -> None:
+        self.script = script
+        self.own_right = [self._random.random() < self.own for _ in script.places]
+
+    def index(self, position: int) -> int:
+        """The number of the place at a position of the text; beyond its end the last, as nothing is committed there."""
+        return min(position - self.script.prompt, len(self.script.places) - 1)
+
+
+class _End:
+    """One side's clock and its end of the wire: what has been sent is there after the latency."""
+
+    lost = False
+    bytes_received = 0
+
+    def __init__(self, latency_s: float):
+        self.now = 0.0
+        self.inbox: deque[tuple[float, Message]] = deque()  # with the time of arrival
+        self.peer = self
+        self.bytes_sent = 0
+        self._latency_s = latency_s
+
+    def clock(self) -> float:
+        return self.now
+
+    def send(self, *messages: Message) -> None:
+        self.bytes_sent += pack(messages).nbytes
+        self.peer.inbox += [(self.now + self._latency_s, message) for message in messages]
+
+    def receive(self) -> Message | None:
+        return self.inbox.popleft()[1] if self.inbox and self.inbox[0][0] <= self.now else None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        raise AssertionError("the drafter is stepped, it never waits")
+
+    def close(self) -> None:
+        pass
+
+
+class _TargetEnd(_End):
+    """The target's end, which lets the drafter catch up whenever it looks, waits or works."""
+
+    drafter: Drafter
+
+    def __init__(self, stage: _Stage):
+        super().__init__(stage.times.latency_s)
+        self._stage = stage
+        self.peer = stage.drafter
+        self.peer.peer = self
+        self._idle = False  # the drafter has nothing to do until it hears something
+
+    def receive(self) -> Message | None:
+        while self._step(self.now):
+            pass
+        return super().receive()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        deadline = math.inf if timeout_s is None else self.now + timeout_s
+        while not self.inbox and self._step(deadline):
+            pass
+        soonest = min(self.inbox[0][0] if self.inbox else math.inf, deadline)
+        assert soonest < math.inf, "the target waits for a message that nobody will send"
+        self.now = max(self.now, soonest)
+
+    def work(self, seconds: float, crowding: float) -> None:
+        """Passes so many seconds of the target's own work, `crowding` times as many while the drafter works."""
+        self._stage.target_works = True
+        left = seconds
+        while left > 0:
+            while self._step(self.now):
+                pass
+            drafting = self.peer.now > self.now
+            pace = crowding if drafting else 1.0
+            until = self.peer.now if drafting else self._next_word()
+            if until - self.now >= left * pace:
+                self.now += left * pace
+                break
+            left -= (until - self.now) / pace
+            self.now = until
+        self._stage.target_works = False
+
+    def _next_word(self) -> float:
+        """When the drafter, which has nothing to do, hears something."""
+        return self.peer.inbox[0][0] if self.peer.inbox else math.inf
+
+    def _step(self, until: float) -> bool:
+        """Lets the drafter make one step, if it can begin it by `until`. Returns whether it did."""
+        begins = max(self.peer.now, self._next_word()) if self._idle else self.peer.now
+        if begins > until:
+            return False
+        self.peer.now = begins
+        self._idle = not self.drafter.step()
+        return True
+
+
+class _TargetReader:
+    """A `Reader` that says what the script says."""
+
+    branches, texts, joint = True, 1, None
+
+    def __init__(self, stage: _Stage, wire: _TargetEnd):
+        self.rows = stage.times.rows
+        self.max_length = 1 << 20
+        self._stage, self._wire = stage, wire
+        self._fresh = True
+
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+        self._fresh = True
+
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+    ) -> Tensor:
+        stage, times = self._stage, self._stage.times
+        rows = keep + len(branches)
+        if self._fresh:
+            self._wire.work(stage.script.prefill_s, times.prompt_crowding)
+        else:
+            paths = times.path_s * _paths(keep, [parent for parent, _ in branches])
+            self._wire.work(times.pass_s[self.rows.pad(rows) - 1] + paths, times.crowding)
+        self._fresh = False
+        positions = list(range(len(tokens) - keep, len(tokens)))
+        for parent, _ in branches:
+            positions.append(positions[parent] + 1)
+        logits = torch.zeros(rows, VOCABULARY)
+        logits[range(rows), [token(position + 1) for position in positions]] = 1.0
+        return logits
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        raise AssertionError("a target reads no leaves")
+
+
+def _paths(chain: int, parents: Sequence[int]) -> int:
+    """How many paths the side rows beside a chain make; see `trie.path_numbers`."""
+    ends = set[int]()
+    for row, parent in enumerate(parents, chain):
+        ends = {*(ends - {parent}), row}
+    return len(ends)
+
+
+class _DraftReader:
+    """A drafter's `Reader`. It counts the rows that a forward reads, as the real one would, and says what the script
+    says of their places."""
+
+    branches, texts, joint = False, 1, None
+
+    def __init__(self, stage: _Stage):
+        self.rows = stage.times.rows
+        self.max_length = 1 << 20
+        self._stage = stage
+        self.forget()
+
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+        self._cached: list[int] = []
+        self._leaves: DraftTreeCache | None = None
+
+    def read(
+        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+    ) -> Tensor:
+        assert keep == 1, "a chain is drafted one token after the other"
+        tokens = list(tokens)
+        known = min(len(self._cached), len(tokens))
+        while self._cached[:known] != tokens[:known]:  # they part near their ends
+            known -= 1
+        self._work(max(1, len(tokens) - known), fresh=not self._cached)
+        self._cached = tokens
+        return self._after([len(tokens)])
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        fresh, script = self._leaves is None, self._stage.script
+        self._leaves = self._leaves or DraftTreeCache(script.prompt + len(script.places) + TREE)
+        self._work(len(self._leaves.plan(list(text), paths).entries), fresh)
+        return self._after([len(text) + len(path) for path in paths])
+
+    def _after(self, positions: Sequence[int]) -> Tensor:
+        return self._stage.script.drafted[[self._stage.index(position) for position in positions]]
+
+    def _work(self, rows: int, fresh: bool) -> None:
+        stage, times = self._stage, self._stage.times
+        seconds = stage.script.draft_prefill_s if fresh else times.draft(rows)
+        crowding = times.prompt_crowding if fresh else times.crowding
+        stage.drafter.now += seconds * (crowding if stage.target_works else 1.0)
+
+
+class _Lookup:
+    """A source without a model: at some places it knows, at once, a few tokens that may follow."""
+
+    forwards = 0
+
+    def __init__(self, stage: _Stage):
+        self._stage = stage
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        return [(guess, ()) for guess in self._found(len(text), min(room, LOOKED_UP))]
+
+    def _found(self, first: int, most: int) -> Iterator[int]:
+        script = self._stage.script
+        for position in range(first, min(first + most, script.prompt + len(script.places))):
+            place = script.places[position - script.prompt]
+            if place is None:
+                return
+            yield token(position, place.choice(0))
+
+
+class _Own(NgramSource):
+    """The drafter's own guesses: right, in its model's opinion, as often as the script has it."""
+
+    def __init__(self, stage: _Stage):
+        super().__init__()
+        self._stage = stage
+
+    def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        if not self._stage.own:
+            return 0, ()
+        return MATCH, tuple(self._guess(position) for position in range(len(text), len(text) + MATCH))
+
+    def _guess(self, position: int) -> int:
+        index = self._stage.index(position)
+        place = self._stage.script.places[index]
+        right = place is not None and self._stage.own_right[index]
+        return token(position, place.choice(0) if place and right else VOCABULARY - 1)
+
+
+def _spread(q: Sequence[float]) -> list[float]:
+    """The probabilities of all guesses, strictly falling: each one after those of `q` takes half of what is left."""
+    spread: list[float] = []
+    left = max(_NEVER, 1.0 - sum(q))
+    for guess in range(VOCABULARY):
+        value = max(q[guess], _NEVER) if guess < len(q) else left / 2
+        value = min(value, 0.999 * spread[-1]) if spread else value
+        left -= value if guess >= len(q) else 0.0
+        spread.append(value)
+    return spread

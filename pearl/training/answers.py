@@ -1,0 +1,198 @@
+"""Answers of a frozen target, many prompts at a time, with what the target knew at every token.
+
+A finished answer's row of the batch is given to the next prompt at once, so the batch stays full to the end. Each row
+has its own length: keys lie at slot = position of their row, and a mask hides what lies beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.kv_cache import as_model_mask, use_grouped_attention
+
+GRAIN = 32  # slots read are a multiple of this
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and when its answer ends: at one of the `ends`, or after `most` tokens."""
+
+    prompt: tuple[int, ...]
+    most: int
+    ends: tuple[int, ...]
+    temperature: float = 0.0  # 0: greedy
+
+
+@dataclass
+class Answer:
+    """A text and what the target knew after each of its tokens but the last: row i belongs to tokens[i].
+
+    `top_ids` and `top_logp` [rows, k] are the likeliest next tokens, from the prompt's last token on; -1 before that.
+    """
+
+    request: Request
+    tokens: list[int]
+    features: list[Tensor] = field(default_factory=list)  # pieces [rows, layers * hidden]
+    top_ids: list[Tensor] = field(default_factory=list)  # pieces [rows, k], int32
+    top_logp: list[Tensor] = field(default_factory=list)
+
+    @property
+    def response(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def complete(self) -> bool:
+        response = self.response
+        return bool(response) and (response[-1] in self.request.ends or len(response) >= self.request.most)
+
+
+class RowCache(Cache):
+    """Keys and values [rows, kv heads, slots, head_dim] of texts side by side, each from slot 0."""
+
+    is_compileable = False
+
+    def __init__(self, rows: int, slots: int):
+        super().__init__(layers=[])
+        self._shape = (rows, slots)
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._row: int | None = None  # of the text that is read alone
+        self._places = torch.zeros(0, dtype=torch.int64)  # of one token a row, else
+        self._seen = 0
+
+    def read_one(self, row: int, count: int) -> Tensor:
+        """The next forward reads the first `count` tokens of one row; its mask, bool [1, 1, count, count]."""
+        self._row, self._seen = row, count
+        return torch.ones(count, count, dtype=torch.bool).tril()[None, None]
+
+    def read_all(self, places: Tensor) -> Tensor:
+        """The next forward reads one token of each of the first rows, at `places`; bool [rows, 1, 1, slots seen]."""
+        self._row, self._places = None, places
+        self._seen = min(self._shape[1], -(-(int(places.max()) + 1) // GRAIN) * GRAIN)
+        return (torch.arange(self._seen) <= places[:, None])[:, None, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
+        if layer_idx not in self._buffers:
+            rows, slots = self._shape
+            self._buffers[layer_idx] = tuple(
+                states.new_zeros(rows, states.shape[1], slots, states.shape[3]) for states in (key_states, value_states)
+            )
+        seen = []
+        for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
+            if self._row is None:
+                live = len(self._places)
+                buffer[torch.arange(live), :, self._places] = states[:, :, 0]
+                seen.append(buffer[:live, :, : self._seen])
+            else:
+                buffer[self._row, :, : self._seen] = states[0]
+                seen.append(states)
+        return tuple(seen)
+
+    def move(self, row: int, to: int) -> None:
+        """Copies a row."""
+        if row != to:
+            for buffers in self._buffers.values():
+                for buffer in buffers:
+                    buffer[to] = buffer[row]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
+        return self._seen, 0
+
+
+class Writer:
+    """A target that answers `rows` prompts at a time; a text has at most `slots` tokens."""
+
+    def __init__(
+        self, model: nn.Module, rows: int, slots: int, taps: HiddenStateHooks | None = None, top: int = 0, seed: int = 0
+    ):
+        """`taps`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
+        use_grouped_attention(model)
+        self._model, self._rows, self._slots = model, rows, slots
+        self._taps, self._top = taps, top
+        self._cache = RowCache(rows, slots)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @torch.inference_mode()
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+        """Each request's number and answer, as they are finished. The same requests give the same answers."""
+        waiting = enumerate(requests)
+        live: list[tuple[int, Answer]] = []  # by row
+        while True:
+            while len(live) < self._rows and (entry := next(waiting, None)) is not None:
+                number, answer = entry[0], self._start(len(live), entry[1])
+                if answer.complete:
+                    yield number, answer
+                else:
+                    live.append((number, answer))
+            if not live:
+                return
+            self._step([answer for _, answer in live])
+            for row in reversed(range(len(live))):
+                if live[row][1].complete:
+                    yield live[row]
+                    self._cache.move(len(live) - 1, row)  # the last row fills the gap
+                    live[row] = live[-1]
+                    live.pop()
+
+    def _start(self, row: int, request: Request) -> Answer:
+        """Reads a prompt and picks the first token of its answer."""
+        assert len(request.prompt) + request.most <= self._slots, "a text must fit its row"
+        answer = Answer(request, list(request.prompt))
+        count = len(request.prompt)
+        logits = self._run(answer.tokens, torch.arange(count)[None], self._cache.read_one(row, count))
+        self._note([answer], logits)
+        if self._taps:
+            answer.features.append(self._taps.states()[0])
+        answer.tokens += self._pick([request], logits)
+        return answer
+
+    def _step(self, answers: list[Answer]) -> None:
+        """One more token of every live row."""
+        places = torch.tensor([len(answer.tokens) - 1 for answer in answers])
+        last = [answer.tokens[-1] for answer in answers]
+        logits = self._run(last, places[:, None], self._cache.read_all(places), batch=True)
+        self._note(answers, logits)
+        if self._taps:
+            for answer, states in zip(answers, self._taps.states().clone(), strict=True):
+                answer.features.append(states)
+        for answer, token in zip(answers, self._pick([a.request for a in answers], logits), strict=True):
+            answer.tokens.append(token)
+
+    def _run(self, tokens: list[int], positions: Tensor, mask: Tensor, batch: bool = False) -> Tensor:
+        """Logits [texts, V] after each text's last token."""
+        device = self._model.device
+        ids = torch.tensor(tokens, device=device)
+        out = self._model(
+            input_ids=ids[:, None] if batch else ids[None],
+            position_ids=positions.to(device),
+            attention_mask=as_model_mask(self._model, mask),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1].float().cpu()
+
+    def _note(self, answers: list[Answer], logits: Tensor) -> None:
+        if not self._top:
+            return
+        best, ids = logits.topk(self._top)
+        best -= logits.logsumexp(-1, keepdim=True)
+        for answer, one_best, one_ids in zip(answers, best, ids, strict=True):
+            answer.top_ids.append(one_ids.int()[None])
+            answer.top_logp.append(one_best.half()[None])
+
+    def _pick(self, requests: list[Request], logits: Tensor) -> list[int]:
+        picks = logits.argmax(-1).tolist()
+        for row, request in enumerate(requests):
+            if request.temperature > 0:
+                chances = (logits[row] / request.temperature).softmax(-1)
+                picks[row] = int(chances.multinomial(1, generator=self._generator))
+        return picks

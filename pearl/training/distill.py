@@ -1,0 +1,224 @@
+"""A small draft model out of a target: some of its own layers, its embeddings, and its own texts to learn from.
+
+    accelerate launch -m pearl.training.distill --config configs/distill/smollm2-135m.yaml
+
+The student is an ordinary transformers model. What is saved leaves out the embeddings, which are the target's, and adds
+what brings them back (`pearl.checkpoints.shared_embeddings`); `--draft PATH` then loads it like any other model, and
+`--whole DIR` writes a folder that needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pearl.checkpoints import shared_embeddings
+from pearl.config import cli
+from pearl.config.engine_config import EngineConfig
+from pearl.errors import UsageError
+from pearl.models import fingerprint
+from pearl.models.hidden_states import HiddenStateHooks, decoder_layers
+from pearl.training import loop
+from pearl.training.loop import Figures, Recipe
+from pearl.training.objective import NOTHING, Objective, frequent
+from pearl.training.shards import Recorded, Text
+
+
+@dataclass(frozen=True)
+class DistillRecipe(Recipe):
+    layers: tuple[int, ...] = ()  # of the target, which the student starts from
+    match: float = 1.0  # weight of the match of hidden states; 0: only what is said counts
+    match_after: tuple[
+        int, ...
+    ] = ()  # layers of the student, one for each layer whose features were recorded; -1: none
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers or ()))
+        object.__setattr__(self, "match_after", tuple(self.match_after or ()))
+        super().__post_init__()
+        if not all(type(layer) is int and -1 <= layer < len(self.layers) for layer in self.match_after):
+            raise UsageError(f"The recipe's match_after must name layers of the student, 0 to {len(self.layers) - 1}.")
+        if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
+            raise UsageError("The recipe's layers must name at least one layer of the target by its number, from 0.")
+
+
+def student_of(target: nn.Module, layers: Sequence[int]) -> nn.Module:
+    """A model of these layers of the target, with the target's own embeddings and a copy of all else.
+
+    Raises `UsageError` if the target has no such layer.
+    """
+    stack = decoder_layers(target)
+    if not all(layer < len(stack) for layer in layers):
+        raise UsageError(f"The target has layers 0 to {len(stack) - 1}: {list(layers)} can't be the start.")
+    config = copy.deepcopy(target.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[layer] for layer in layers]
+    student = type(target)(config).to(target.dtype)
+    student.set_input_embeddings(target.get_input_embeddings())
+    student.set_output_embeddings(target.get_output_embeddings())
+    for mine, layer in zip(decoder_layers(student), layers, strict=True):
+        mine.load_state_dict(stack[layer].state_dict())
+    fingerprint.final_norm(student).load_state_dict(fingerprint.final_norm(target).state_dict())
+    return student
+
+
+def go_on_from(student: nn.Module, folder: str) -> None:
+    """Gives the student the weights that an earlier run saved. Raises `UsageError` if it had other layers."""
+    path = Path(folder) / "model.safetensors"
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"The recipe's start {path} can't be read ({error}).") from None
+    mine = student.state_dict()
+    if any(name not in mine or mine[name].shape != weight.shape for name, weight in saved.items()) or not saved:
+        raise UsageError(f"The recipe's start {folder} is not a student of these layers: name one, or leave it out.")
+    student.load_state_dict(saved, strict=False)
+
+
+class Student:
+    """`loop.Learner`: learns the target's choices after every token of its answers."""
+
+    def __init__(self, model: nn.Module, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str):
+        """vocabulary: int64 [V], ids that it will draft from; `mark`: the target's fingerprint."""
+        self.module, self._data, self._recipe, self._mark = model, data, recipe, mark
+        device = model.device
+        self._vocabulary = vocabulary
+        head = model.get_output_embeddings()
+        for frozen in (model.get_input_embeddings(), head):
+            frozen.requires_grad_(False)
+        self._head = head.weight.detach()[vocabulary.to(device)]
+        self._objective = Objective(vocabulary.to(device), head.weight.shape[0], recipe.kl)
+        pairs = enumerate(recipe.match_after) if recipe.match else ()
+        self._matched = [(place, layer) for place, layer in pairs if layer >= 0]
+        self._taps = HiddenStateHooks(model, [layer for _, layer in self._matched]) if self._matched else None
+        self._spread = _spread(data).to(device) if self._taps else None
+
+    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
+        loss, figures = self._judge(texts)
+        (share * loss).backward()
+        return figures
+
+    @torch.no_grad()
+    def test(self, texts: Sequence[int]) -> Figures:
+        sums: dict[str, float] = {}
+        for text in texts:
+            for name, value in self._judge([text])[1].items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def save(self, folder: Path) -> None:
+        shared_embeddings.save(self.module, folder, self._recipe.target, self._mark, self._vocabulary)
+
+    def _judge(self, texts: Sequence[int]) -> tuple[Tensor, Figures]:
+        some = [self._data[text] for text in texts]
+        tokens, ids, logp = (part.to(self.module.device) for part in _stacked(some))
+        hidden = self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, n, H]
+        noted = ids[..., 0] != NOTHING
+        logits = hidden[noted] @ self._head.T.to(hidden.dtype)
+        judged = self._objective.judge(logits, ids[noted], logp[noted])
+        count = float(len(judged.loss))
+        figures = {
+            "loss": float(judged.loss.detach().sum()),
+            "accuracy": float(judged.first.sum()),
+            "top 5": float(judged.fifth.sum()),
+        }
+        figures |= {f"n:{name}": count for name in figures}
+        loss = judged.loss.mean()
+        if self._taps:
+            apart = self._apart(some)
+            figures |= {"apart": float(apart.detach()), "n:apart": 1.0}
+            loss = loss + self._recipe.match * apart
+        return loss, figures
+
+    def _apart(self, texts: Sequence[Text]) -> Tensor:
+        """How far the student's hidden states are from the target's, each dimension in units of its own spread.
+
+        Matching them teaches every token of a text, the prompt's as well, and hundreds of numbers at each (TinyBERT,
+        Jiao et al. 2020, section 3.1).
+        """
+        pad = nn.utils.rnn.pad_sequence
+        theirs = pad([text.features[:-1] for text in texts], batch_first=True).to(self.module.device).float()
+        read = pad([torch.ones(len(text.tokens) - 1, dtype=torch.bool) for text in texts], batch_first=True)
+        read = read.to(self.module.device)
+        mine = self._taps.states()[:, : theirs.shape[1]].chunk(len(self._matched), -1)
+        theirs, spread = (
+            theirs.chunk(len(self._recipe.match_after), -1),
+            self._spread.chunk(len(self._recipe.match_after), -1),
+        )
+        return sum(
+            nn.functional.smooth_l1_loss(part[read] / spread[place], theirs[place][read] / spread[place])
+            for part, (place, _) in zip(mine, self._matched, strict=True)
+        ) / len(self._matched)
+
+
+def _spread(data: Recorded) -> Tensor:
+    """The standard deviation of every dimension of the recorded features, from a few texts, [layers * hidden]."""
+    some = torch.cat([data[text].features[1:-1].float() for text in range(min(32, len(data)))])
+    return some.std(0).clamp(min=1e-3)
+
+
+def _stacked(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [B, n], top_ids and top_logp [B, n, k]; what follows a shorter text is never noted."""
+    pad = nn.utils.rnn.pad_sequence
+    return (
+        pad([text.tokens for text in texts], batch_first=True),
+        pad([text.top_ids for text in texts], batch_first=True, padding_value=NOTHING),
+        pad([text.top_logp for text in texts], batch_first=True),
+    )
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(description="Distil a small draft model from a target's own layers and texts.")
+    parser.add_argument("--config", metavar="FILE", help="the recipe")
+    parser.add_argument("--data", metavar="DIR", help="recorded texts; default: the recipe's")
+    parser.add_argument("--output", metavar="DIR", help="default: the recipe's")
+    parser.add_argument("--target", help="default: the recipe's")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--whole", metavar="DIR", help="write the trained model with its embeddings to this folder")
+    found = parser.parse_args(argv)
+    if not found.config:
+        raise UsageError("Give --config: a recipe such as configs/distill/smollm2-135m.yaml.")
+    overrides = {"data": found.data, "output": found.output, "target": found.target, "epochs": found.epochs}
+    recipe = loop.read_recipe(DistillRecipe, found.config, overrides)
+
+    from accelerate import Accelerator
+
+    from pearl.checkpoints.loading import load_plain, preflight
+
+    accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))
+    checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
+    target = load_plain(checked, str(accelerator.device))
+    mark = fingerprint.of_model(target)
+    data.must_be_of(mark, recipe.target)
+    train, held_out = data.split(recipe.held_out)
+    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
+    student = student_of(target, recipe.layers)
+    if recipe.start:
+        go_on_from(student, recipe.start)
+    del target
+    learner = Student(student, data, vocabulary, recipe, mark)
+    figures: dict[str, Any] = loop.train(learner, recipe, train, held_out, accelerator)
+    if accelerator.is_main_process:
+        print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        if found.whole:
+            student.to(torch.bfloat16).save_pretrained(found.whole)
+            checked.tokenizer.save_pretrained(found.whole)
+            print(f"the whole model is in {found.whole}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

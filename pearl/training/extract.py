@@ -1,0 +1,250 @@
+"""Records what a frozen target writes, and what it knew while it wrote: the data that drafters are trained on.
+
+    python -m pearl.training.extract --prompts questions.jsonl --self-written 1000 --output data/smollm2
+
+The answers are the target's own, since its own tokens are what a drafter has to guess. A shard holds the answers to a
+fixed range of prompts and is written whole; a run that was interrupted goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pearl.config import cli
+from pearl.config.engine_config import DTYPES, EMBEDDED, EngineConfig, one_of
+from pearl.errors import UsageError
+
+INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
+CALM = 0.7  # the temperature at which it does so
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a worker needs to make any shard."""
+
+    config: EngineConfig
+    folder: Path
+    layers: tuple[int, ...]
+    top: int
+    questions: tuple[str | None, ...]  # None: the target writes it itself
+    size: int  # prompts a shard
+    rows: int
+    most: int  # tokens of an answer
+    longest: int  # tokens of a text
+    temperatures: tuple[float, ...]
+    seed: int
+    threads: int
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser(description="Record a target's own answers, features and next-token choices.")
+    add = parser.add_argument
+    add("--target", default=EMBEDDED, help="hub id, folder or GGUF file; default: the embedded SmolLM2-135M-Instruct")
+    add("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on CPU, else bfloat16")
+    add("--prompts", nargs="+", default=[], metavar="FILE", help="questions, a JSON object a line")
+    add("--hub", nargs="+", default=[], metavar="NAME[:SPLIT]", help="questions from data sets of the hub")
+    add("--self-written", type=int, default=0, metavar="N", help="this many instructions that the target writes itself")
+    add("--limit", type=int, help="only so many prompts, drawn from all")
+    add("--output", required=True, metavar="DIR")
+    add("--layers", type=int, nargs="+", help="whose features to take; default: an early, a middle and a late one")
+    add("--top-k", type=int, default=32, help="likeliest next tokens to note")
+    add("--max-new-tokens", type=int, default=256)
+    add("--max-length", type=int, default=768, help="of a text; longer prompts are left out")
+    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 1.0], help="of the answers, in turn")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=48, help="texts at a time")
+    add("--shard", type=int, default=96, help="prompts a shard")
+    add("--workers", type=int, help="processes; default: one a GPU, or one a core")
+    found = parser.parse_args(argv)
+    for name in ("top_k", "max_new_tokens", "max_length", "batch", "shard"):
+        cli.at_least_one("--" + name.replace("_", "-"), getattr(found, name))
+    one_of("dtype", found.dtype, (*DTYPES, None))
+    if any(not 0 <= t < 100 for t in found.temperature) or found.self_written < 0:
+        raise UsageError("--temperature and --self-written must not be negative.")
+    if not (found.prompts or found.hub or found.self_written):
+        raise UsageError("Give --prompts, --hub or --self-written: without questions there are no answers.")
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pearl.training import prompts, shards
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
+    workers = found.workers or (gpus or len(os.sched_getaffinity(0)))
+    dtype = found.dtype or ("bfloat16" if gpus else "float32")
+    questions: list[str | None] = [*prompts.read(found.prompts, found.hub), *[None] * found.self_written]
+    random.Random(found.seed).shuffle(questions)
+    questions = questions[: found.limit]
+    config = EngineConfig(target=found.target, dtype=dtype)
+    job, manifest = _plan(found, config, tuple(questions), max(1, len(os.sched_getaffinity(0)) // workers))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if before := shards.Manifest.read(job.folder):
+        if differs := before.differs(manifest):
+            raise UsageError(f"{job.folder} was begun with other settings ({differs}): name another --output.")
+        manifest = before
+    done = {shard.number for shard in manifest.shards if (job.folder / shard.name).exists()}
+    manifest.shards = [shard for shard in manifest.shards if shard.number in done]
+    missing = [number for number in range(manifest.count) if number not in done]
+    manifest.write(job.folder)
+    spawn = multiprocessing.get_context("spawn")
+    places = spawn.SimpleQueue()
+    for worker in range(workers):
+        places.put(devices[worker % len(devices)])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        spawn.Pool(workers, _begin, (job, places)) as pool,
+    ):
+        bar = progress.add_task("shards", total=manifest.count, completed=len(done))
+        for shard in pool.imap_unordered(_make, missing):
+            manifest.shards = sorted([*manifest.shards, shard], key=lambda one: one.number)
+            manifest.write(job.folder)
+            progress.advance(bar)
+            console.print(
+                f"{shard.name}: {shard.texts} texts, {shard.tokens} tokens, {shard.responses} of answers",
+                highlight=False,
+            )
+    total = sum(shard.responses for shard in manifest.shards)
+    texts = sum(shard.texts for shard in manifest.shards)
+    console.print(f"{job.folder}: {texts} texts with {total} tokens of answers", highlight=False)
+    return 0
+
+
+def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
+    """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
+    from pearl.checkpoints.loading import load_plain, preflight
+    from pearl.models import fingerprint
+    from pearl.models import hidden_states as taps
+    from pearl.training.shards import Manifest
+
+    model = load_plain(preflight(config), "cpu")
+    layers = tuple(found.layers or taps.default_layers(model.config.get_text_config().num_hidden_layers))
+    taps.HiddenStateHooks(model, layers).remove()
+    job = GenerationRequest(
+        config=config,
+        folder=Path(found.output),
+        layers=layers,
+        top=found.top_k,
+        questions=questions,
+        size=found.shard,
+        rows=found.batch,
+        most=found.max_new_tokens,
+        longest=found.max_length,
+        temperatures=tuple(found.temperature),
+        seed=found.seed,
+        threads=threads,
+    )
+    asked = "\n".join("" if question is None else question for question in questions)
+    settings = {
+        "questions": len(questions),
+        "questions_sha256": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "prompts": [Path(path).name for path in found.prompts] + found.hub,
+        "self_written": found.self_written,
+        "max_new_tokens": job.most,
+        "max_length": job.longest,
+        "temperatures": list(job.temperatures),
+        "seed": job.seed,
+        "shard": job.size,
+        "batch": job.rows,
+        "dtype": config.dtype,
+    }
+    manifest = Manifest(
+        target=config.target,
+        fingerprint=fingerprint.of_model(model),
+        layers=list(layers),
+        hidden=model.config.get_text_config().hidden_size,
+        top=job.top,
+        settings=settings,
+        count=-(-len(questions) // job.size),
+    )
+    return job, manifest
+
+
+class _Worker:
+    """A loaded target in a process of its own."""
+
+    def __init__(self, job: GenerationRequest, device: str):
+        import torch
+
+        from pearl.checkpoints.loading import eos_ids, load_plain, preflight
+        from pearl.models import linear
+        from pearl.training.prompts import Chat
+
+        torch.set_num_threads(job.threads)
+        checked = preflight(job.config)
+        self.job, self.chat = job, Chat(checked.tokenizer)
+        self.model = load_plain(checked, device)
+        self.ends = eos_ids(self.model, checked.tokenizer)
+        if device == "cpu" and linear.wanted("auto"):
+            linear.pack(self.model)
+
+    def make(self, number: int):
+        """One shard: the same whoever makes it, and whatever was made before."""
+        from pearl.models.hidden_states import HiddenStateHooks
+        from pearl.training import shards
+        from pearl.training.answers import Request, Writer
+
+        job = self.job
+        first = number * job.size
+        questions = list(job.questions[first : first + job.size])
+        seed = job.seed * 1_000_003 + number
+        missing = [place for place, question in enumerate(questions) if question is None]
+        for place, question in zip(missing, self._instructions(len(missing), seed), strict=True):
+            questions[place] = question
+        requests = []
+        for place, question in enumerate(questions):
+            prompt = self.chat.prompt(question) if question else ()
+            if prompt and len(prompt) + job.most <= job.longest:
+                temperature = job.temperatures[(first + place) % len(job.temperatures)]
+                requests.append(Request(prompt, job.most, self.ends, temperature))
+        taps = HiddenStateHooks(self.model, job.layers)
+        writer = Writer(self.model, job.rows, job.longest, taps, job.top, seed)
+        answers = sorted(writer.answers(requests), key=lambda entry: entry[0])
+        taps.remove()
+        return shards.write(job.folder, number, [answer for _, answer in answers])
+
+    def _instructions(self, count: int, seed: int) -> Iterator[str]:
+        from pearl.training.answers import Request, Writer
+
+        if not count:
+            return iter(())
+        opening, ends = self.chat.opening()
+        writer = Writer(self.model, self.job.rows, len(opening) + INSTRUCTION, seed=seed)
+        asked = [Request(opening, INSTRUCTION, (*ends, *self.ends), CALM)] * count
+        answers = sorted(writer.answers(asked), key=lambda entry: entry[0])
+        decode = self.chat.tokenizer.decode
+        return (decode(answer.response, skip_special_tokens=True).strip() for _, answer in answers)
+
+
+_place: tuple[GenerationRequest, str] | None = None  # of this process
+_worker: _Worker | None = None
+
+
+def _begin(job: GenerationRequest, devices: Any) -> None:
+    """In a new worker process; `devices` is a queue that has one for each."""
+    global _place
+    _place = (job, devices.get())
+
+
+def _make(number: int):
+    """A shard. The target is loaded with the first one: what goes wrong here is raised where the pool is awaited."""
+    global _worker
+    assert _place, "a worker begins before it makes anything"
+    _worker = _worker or _Worker(*_place)
+    return _worker.make(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

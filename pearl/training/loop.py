@@ -1,0 +1,295 @@
+"""The training loop: steps, learning rate, checkpoints that resume exactly, a log. It knows no drafter by name.
+
+What a step does depends on nothing but the recipe, the data and the step's number; so a run that was cut off and
+resumed makes the same weights, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol, get_type_hints
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from pearl.config.engine_config import refuse_unknown
+from pearl.config.inputs import parse_yaml, read_text
+from pearl.errors import UsageError
+
+CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
+Figures = dict[str, float]  # sums; "x" is divided by "n:x"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every training has; `data` is a folder of recorded texts."""
+
+    data: str
+    output: str
+    target: str = "smollm2-135m"
+    start: str | None = None  # what an earlier run saved: begin with its weights instead of the target's
+    epochs: float = 4.0
+    batch: int = 8  # texts a step, over all processes
+    micro: int = 1  # texts of one forward
+    learning_rate: float = 1e-3
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.01
+    clip: float = 1.0  # norm of the gradient
+    vocabulary: int = 8192  # tokens that can be drafted
+    kl: float = 0.5  # 0: only the target's choice counts, 1: only the shape of its likeliest tokens
+    held_out: int = 1  # shards, the last ones, for validation only
+    seed: int = 0
+    bf16: bool = False
+    checkpoint_every: int = 200  # steps
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for name, value in asdict(self).items():
+            if problem := _problem(value, kinds[name]):
+                raise UsageError(f"The recipe's {name} must be {problem}, not {value!r}.")
+        for name in ("batch", "micro", "vocabulary", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"The recipe's {name} must be at least 1.")
+
+
+def _problem(value: object, kind: Any) -> str:
+    """What a setting of that type should be, if this value is not; else nothing."""
+    number = type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
+    checks = {
+        bool: (type(value) is bool, "true or false"),
+        int: (type(value) is int and number, "a whole number from 0"),
+        float: (number, "a number from 0"),
+        str: (isinstance(value, str) and bool(value), "a text"),
+    }
+    good, words = checks.get(kind, (True, ""))
+    return "" if good else words
+
+
+def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
+    """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
+    values = parse_yaml(read_text(path, "The recipe"), f"The recipe {path}")
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    refuse_unknown(values, [field.name for field in fields(kind)], path)
+    missing = [name for name in ("data", "output") if name not in values]
+    if missing:
+        raise UsageError(f"The recipe {path} lacks {' and '.join(missing)}.")
+    return kind(**values)
+
+
+class Learner(Protocol):
+    """What is trained. `learn` adds to the gradients, both report sums of figures."""
+
+    module: nn.Module
+
+    def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
+        """Adds `share` times the gradient of these texts' loss. `done`: share of the training that is behind."""
+
+    def test(self, texts: Sequence[int]) -> Figures: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def train(
+    learner: Learner, recipe: Recipe, texts: Sequence[int], held_out: Sequence[int], accelerator: Accelerator
+) -> Figures:
+    """Trains to the end of the recipe, from a checkpoint if its folder has one. Returns the validation's figures.
+
+    Raises `UsageError` if the folder's checkpoint is of another recipe.
+    """
+    folder, console = Path(recipe.output), Console()
+    main = accelerator.is_main_process
+    total = max(1, round(recipe.epochs * len(texts) / recipe.batch))
+    parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
+    optimizer = _optimizer(parameters, recipe, accelerator.device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
+    step = _resume(folder, learner.module, optimizer, schedule, recipe)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
+        _cut_log(folder / LOG, step)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    sums: dict[str, float] = defaultdict(float)
+    with Progress(*columns, console=console, disable=not (main and console.is_terminal)) as progress:
+        bar = progress.add_task("training", total=total, completed=step)
+        while step < total:
+            _add(sums, _one_step(learner, recipe, texts, step, step / total, accelerator))
+            for weight in parameters:
+                if accelerator.num_processes > 1 and weight.grad is not None:
+                    weight.grad = accelerator.reduce(weight.grad, "sum")
+            torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            progress.advance(bar)
+            last = step == total
+            if main and (step % 20 == 0 or last):
+                line = {"step": step, "rate": schedule.get_last_lr()[0], **means(sums)}
+                _append(folder / LOG, line)
+                console.print(_words(line, total), highlight=False)
+                sums.clear()
+            if main and (step % recipe.checkpoint_every == 0 or last):
+                _checkpoint(folder, learner.module, optimizer, schedule, recipe, step)
+                learner.save(folder)
+    accelerator.wait_for_everyone()
+    found = means(learner.test(held_out)) if main and held_out else {}
+    if main:
+        _append(folder / LOG, {"step": step, "validation": found})
+        plot(folder)
+    return found
+
+
+def _one_step(
+    learner: Learner, recipe: Recipe, texts: Sequence[int], step: int, done: float, accelerator: Accelerator
+) -> Figures:
+    """The gradients of this process's share of a step."""
+    mine = batch_of(texts, recipe, step)[accelerator.process_index :: accelerator.num_processes]
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step * 97 + accelerator.process_index)
+    sums: dict[str, float] = defaultdict(float)
+    for first in range(0, len(mine), recipe.micro):
+        some = mine[first : first + recipe.micro]
+        with accelerator.autocast():
+            _add(sums, learner.learn(some, generator, len(some) / recipe.batch, done))
+    return sums
+
+
+def batch_of(texts: Sequence[int], recipe: Recipe, step: int) -> list[int]:
+    """The texts of a step: every epoch all of them, in an order of its own."""
+    found = []
+    for place in range(step * recipe.batch, (step + 1) * recipe.batch):
+        epoch, within = divmod(place, len(texts))
+        found.append(texts[_order(len(texts), recipe.seed, epoch)[within]])
+    return found
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(seed * 7919 + epoch).sample(range(count), count)
+
+
+def _rate(step: int, total: int, warmup: float) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    rising = max(1, round(warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def _optimizer(parameters: list[Tensor], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW; with 8-bit states on GPUs where bitsandbytes is installed."""
+    options = {"lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay}
+    if device.type == "cuda":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(parameters, **options)
+        except ImportError:
+            pass
+    return torch.optim.AdamW(parameters, **options)
+
+
+def _checkpoint(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, step: int) -> None:
+    state = {
+        "module": _trained(module),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "recipe": asdict(recipe),
+        "step": step,
+    }
+    partial = folder / f".{CHECKPOINT}.partial"
+    torch.save(state, partial)
+    partial.replace(folder / CHECKPOINT)
+
+
+def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe) -> int:
+    """The step that the folder's checkpoint has come to, its state taken over; 0 if there is none."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before, now = state["recipe"], asdict(recipe)
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise UsageError(f"{path} can't be read ({type(error).__name__}): delete it to begin again.") from None
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise UsageError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}): name another output, or delete {path}."
+        )
+    module.load_state_dict(state["module"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    learned = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in learned}
+
+
+def means(sums: Figures) -> Figures:
+    """The averages that sums stand for."""
+    return {
+        name: value / sums[f"n:{name}"]
+        for name, value in sums.items()
+        if not name.startswith("n:") and sums.get(f"n:{name}")
+    }
+
+
+def _add(sums: dict[str, float], more: Figures) -> None:
+    for name, value in more.items():
+        sums[name] += value
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops the lines after the checkpoint that a run resumes from."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def _words(line: dict[str, float], total: int) -> str:
+    rest = "  ".join(f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "rate"))
+    return f"step {line['step']:.0f}/{total}  rate {line['rate']:.2e}  {rest}"
+
+
+def plot(folder: Path) -> None:
+    """Loss and accuracy over the steps, as PNG beside the log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    lines = [line for line in lines if "rate" in line]
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 7))
+    for name in sorted({name for line in lines for name in line} - {"step", "rate"}):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        (above if "loss" in name else below).plot(*zip(*points, strict=True), label=name)
+    above.set_ylabel("loss")
+    below.set_ylabel("share of the target's choices")
+    below.set_xlabel("step")
+    for axis in (above, below):
+        if axis.lines:
+            axis.legend(fontsize="small")
+            axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "training.png", dpi=110)
+    pyplot.close(figure)

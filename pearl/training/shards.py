@@ -1,0 +1,231 @@
+"""Recorded texts on disk: shards that are memory-mapped, and a manifest that says what they are.
+
+A shard is one safetensors file of the texts of a fixed range of prompts, one after the other (n: tokens, s: texts):
+
+    offsets    int64 [s + 1]     where each text begins
+    prompts    int64 [s]         how many of its first tokens are the prompt
+    tokens     int32 [n]
+    features   bfloat16 [n, layers * hidden]; the last token of a text was never read, its row is zero
+    top_ids    int32 [n, k]      the likeliest next tokens after each token; -1 where nothing was noted (in the prompt)
+    top_logp   float16 [n, k]    and the log of their probabilities
+
+A file is whole or not there. The manifest names the finished ones with their size and checksum, so that what a disk
+lost or a crash cut off is found before anything trains on it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pearl.errors import UsageError
+from pearl.training.answers import Answer
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished file."""
+
+    number: int
+    texts: int
+    tokens: int
+    responses: int  # tokens of answers
+    bytes: int
+    crc32: int
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.number)
+
+
+@dataclass
+class Manifest:
+    """What a folder of shards holds. Two runs may share a folder only if all but the shards are equal."""
+
+    target: str
+    fingerprint: str  # of the target, see `pearl.models.fingerprint.fingerprint`
+    layers: list[int]  # whose features were taken
+    hidden: int
+    top: int  # next tokens noted
+    settings: dict[str, Any]  # that decide what is written: prompts, lengths, temperatures, seed
+    count: int  # of shards when it is complete
+    shards: list[Shard] = field(default_factory=list)
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        partial = folder / f".{MANIFEST}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / MANIFEST)
+
+    @staticmethod
+    def read(folder: Path) -> Manifest | None:
+        """The manifest of a folder, None if there is none. Raises `UsageError` for one that can't be understood."""
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            values["shards"] = [Shard(**shard) for shard in values["shards"]]
+            found = Manifest(**values)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{folder / MANIFEST} is no manifest of recorded texts ({error}).") from None
+        if found.format != FORMAT:
+            raise UsageError(f"{folder} has format {found.format}, this version reads {FORMAT}: extract it again.")
+        return found
+
+    def differs(self, other: Manifest) -> str:
+        """Where another run's settings differ, in words; empty if it may go on in this folder."""
+        mine, its = asdict(self), asdict(other)
+        mine, its = ({**all_.pop("settings"), **all_} for all_ in (mine, its))
+        names = [name for name in mine if name != "shards" and mine[name] != its.get(name)]
+        return ", ".join(f"{name} is {mine[name]!r} there and {its.get(name)!r} now" for name in names)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.safetensors"
+
+
+def write(folder: Path, number: int, answers: Sequence[Answer]) -> Shard:
+    """Writes a shard and returns its entry."""
+    lengths = torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int64)
+    tensors = {
+        "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        "prompts": torch.tensor([len(answer.request.prompt) for answer in answers], dtype=torch.int64),
+        "tokens": torch.tensor([token for answer in answers for token in answer.tokens], dtype=torch.int32),
+        "features": _joined([_features(answer) for answer in answers], torch.bfloat16),
+        "top_ids": _joined([_noted(answer, answer.top_ids, -1) for answer in answers], torch.int32),
+        "top_logp": _joined([_noted(answer, answer.top_logp, 0) for answer in answers], torch.float16),
+    }
+    partial = folder / f".{shard_name(number)}.partial"
+    save_file(tensors, partial)
+    shard = Shard(
+        number=number,
+        texts=len(answers),
+        tokens=int(lengths.sum()),
+        responses=sum(len(answer.response) for answer in answers),
+        bytes=partial.stat().st_size,
+        crc32=checksum(partial),
+    )
+    partial.replace(folder / shard.name)
+    return shard
+
+
+def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One after the other; a shard is empty if all its prompts were too long."""
+    return torch.cat(list(pieces)) if pieces else torch.zeros(0, 0, dtype=dtype)
+
+
+def _features(answer: Answer) -> Tensor:
+    """[tokens, layers * hidden]"""
+    states = torch.cat(answer.features).to("cpu", torch.bfloat16)
+    return torch.cat([states, states.new_zeros(len(answer.tokens) - len(states), states.shape[1])])
+
+
+def _noted(answer: Answer, pieces: Sequence[Tensor], nothing: int) -> Tensor:
+    """[tokens, k]: noted from the prompt's last token to the last but one of all."""
+    noted = torch.cat(list(pieces)).cpu()
+    before, after = len(answer.request.prompt) - 1, 1
+    assert before + len(noted) + after == len(answer.tokens), "a note for each token that was read"
+    blank = noted.new_full((1, noted.shape[1]), nothing)
+    return torch.cat([blank.expand(before, -1), noted, blank])
+
+
+def checksum(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+@dataclass(frozen=True)
+class Text:
+    """One recorded text; shapes as in a shard, n: its own tokens."""
+
+    tokens: Tensor
+    prompt: int
+    features: Tensor
+    top_ids: Tensor
+    top_logp: Tensor
+
+
+class Recorded:
+    """The shards of a folder as one sequence of texts, read from the mapped files as they are asked for."""
+
+    def __init__(self, folder: Path, shards: Sequence[int] | None = None, features: bool = True):
+        """`shards`: only these numbers; `features`: whether texts come with them. Raises `UsageError` for a file that
+        is missing, cut off or changed."""
+        manifest = Manifest.read(folder)
+        if manifest is None or not manifest.shards:
+            raise UsageError(f"{folder} holds no recorded texts: make some with python -m pearl.training.extract.")
+        self.manifest, self._features = manifest, features
+        self._files = []
+        self._places: list[tuple[int, int]] = []  # (file, text in it)
+        self.lengths: list[int] = []
+        for shard in manifest.shards:
+            if shards is not None and shard.number not in shards:
+                continue
+            file = _open(folder / shard.name, shard)
+            offsets = file.get_tensor("offsets")
+            self._places += [(len(self._files), text) for text in range(shard.texts)]
+            self.lengths += (offsets[1:] - offsets[:-1]).tolist()
+            self._files.append((file, offsets.tolist(), file.get_tensor("prompts").tolist()))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def must_be_of(self, mark: str, target: str) -> None:
+        """Raises `UsageError` unless these are texts of the target with that fingerprint."""
+        if self.manifest.fingerprint != mark:
+            raise UsageError(
+                f"The recorded texts are those of {self.manifest.target}, whose weights are not those of {target}: "
+                "extract texts of this target."
+            )
+
+    def split(self, held_out: int) -> tuple[list[int], list[int]]:
+        """The numbers of the texts to train on, and of those of the last `held_out` shards."""
+        if held_out >= len(self._files):
+            raise UsageError(f"There are {len(self._files)} shards, too few to hold out {held_out}: extract more.")
+        first = len(self._files) - held_out
+        train = [number for number, (file, _) in enumerate(self._places) if file < first]
+        return train, [number for number, (file, _) in enumerate(self._places) if file >= first]
+
+    def __getitem__(self, number: int) -> Text:
+        at, text = self._places[number]
+        file, offsets, prompts = self._files[at]
+        span = slice(offsets[text], offsets[text + 1])
+        features = file.get_slice("features")[span] if self._features else torch.zeros(0)
+        ids, logp = file.get_slice("top_ids")[span], file.get_slice("top_logp")[span]
+        return Text(file.get_slice("tokens")[span].long(), prompts[text], features, ids, logp)
+
+    def choices(self, number: int) -> Tensor:
+        """The target's own choices alone, int32 [n]; -1 where none was noted."""
+        at, text = self._places[number]
+        file, offsets, _ = self._files[at]
+        return file.get_slice("top_ids")[offsets[text] : offsets[text + 1], :1].flatten()
+
+    def __iter__(self) -> Iterator[Text]:
+        return (self[number] for number in range(len(self)))
+
+
+def _open(path: Path, shard: Shard):
+    again = "delete it and run pearl.training.extract again, which makes only what is missing"
+    try:
+        if path.stat().st_size != shard.bytes:
+            raise UsageError(f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: {again}.")
+        if checksum(path) != shard.crc32:
+            raise UsageError(f"{path} is not what was written (its checksum differs): {again}.")
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} can't be read ({error}): {again}.") from None

@@ -1,0 +1,70 @@
+"""Carrying messages between the two sides, in order, without ever making a loop wait that does not want to.
+
+`Channel` is what the role loops see. Here is the one that stays in a process; `link.py` has the one over
+torch.distributed; the tests have one that delays what it may.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from pearl.core.messages import Message
+from pearl.wire.codec import pack
+
+Clock = Callable[[], float]  # seconds since some moment: the computer's own, or a simulation's
+
+
+class Channel(Protocol):
+    """One end. `lost` turns true when the other side is gone and nothing it sent is left to receive."""
+
+    bytes_sent: int
+    bytes_received: int
+
+    @property
+    def lost(self) -> bool: ...
+
+    def send(self, *messages: Message) -> None:
+        """They travel together. Never waits for the other side."""
+
+    def receive(self) -> Message | None:
+        """The next message that has arrived, in the order of sending, or None. Never waits."""
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Returns when a message is there, the other side is lost, or the time is over."""
+
+    def close(self) -> None: ...
+
+
+class LocalChannel:
+    """Two ends in one process. An end that waits lets the other side work instead: `peer_step` is one step of it."""
+
+    def __init__(self, inbox: deque[Message], outbox: deque[Message]):
+        self._inbox, self._outbox = inbox, outbox
+        self.peer_step: Callable[[], bool] = lambda: False
+        self.bytes_sent = self.bytes_received = 0
+
+    @staticmethod
+    def pair() -> tuple[LocalChannel, LocalChannel]:
+        there: deque[Message] = deque()
+        back: deque[Message] = deque()
+        return LocalChannel(back, there), LocalChannel(there, back)
+
+    @property
+    def lost(self) -> bool:
+        return False
+
+    def send(self, *messages: Message) -> None:
+        self.bytes_sent += pack(messages).nbytes  # what it would be on the wire
+        self._outbox += messages
+
+    def receive(self) -> Message | None:
+        return self._inbox.popleft() if self._inbox else None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        while not self._inbox and self.peer_step():
+            pass
+
+    def close(self) -> None:
+        self._inbox.clear()

@@ -1,0 +1,106 @@
+"""The GPU's bench runs anywhere, in seconds, and says of each figure what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pearl.commands import bench
+from pearl.core.token_buckets import LIMIT, TokenBuckets
+from pearl.models.numerics_check import Check
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What the script writes."""
+    folder = tmp_path_factory.mktemp("bench")
+    environment = os.environ | {
+        "SHAPES": "tiny",
+        "READY": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = ["bash", "scripts/gpu_bench.sh", "--output", str(folder), "--dtype", "float32"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (folder / "bench.md").read_text()
+    return folder
+
+
+def test_every_mode_writes_what_the_target_alone_writes(made):
+    _, target = json.loads((made / "bench.json").read_text())["shapes"]
+    same = target["identical_to_ar"]
+    assert len(same) == 2 * len(bench.MODES) and set(same.values()) == {1.0}
+    assert target["beside_the_forward_s"] > 0
+
+
+def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made):
+    result = json.loads((made / "bench.json").read_text())
+    page = (made / "bench.md").read_text()
+    assert "PREDICTED, not measured" in page
+    (pair,) = result["predicted"]
+    assert {"target": "tiny-target", "drafter": "tiny-drafter"}.items() <= pair.items() and pair["x"]["pearl"] > 0
+    assert not any(one["graphs"] or "graph_s" in one for one in result["shapes"])
+    assert "not recorded: forwards run eagerly" in page
+    assert result["left_out"] == []
+
+
+def test_shapes_have_as_many_weights_as_their_names_say():
+    for name, shape in bench.FULL.items():
+        assert abs(shape.parameters / 1e9 / float(name.removesuffix("B")) - 1) < 0.25, name
+    tiny = bench.TINY["tiny-target"]
+    model = bench._built(tiny, torch.device("cpu"), torch.float32)
+    assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == tiny.parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_bytes_of_a_forward_leave_out_what_is_not_read(tied):
+    shape = bench.Shape(1, 32, 48, 4, 2, 100, tied)
+    model = bench._built(shape, torch.device("cpu"), torch.bfloat16)
+    embedding = 2 * 100 * 32
+    whole = sum(p.nbytes for p in model.parameters())
+    assert bench._bytes_read(model) == whole - (0 if tied else embedding)
+
+
+def test_a_text_that_is_another_is_named_with_its_mode():
+    plan = TokenBuckets((2,), (1.0,) * LIMIT)
+    one = {
+        "shape": "x", "weight_bytes": 10**9, "eager_s": {2: 0.5}, "plain_s": {}, "plan": plan,
+        "checks": [("rows", False, Check("rows", False, "as they are").found)],
+        "identical_to_ar": {"tree greedy": 0.0, "sd:4 greedy": 1.0}, "beside_the_forward_s": 1e-4,
+        "one_row_difference": {"at": 7.0, "gap": 0.25},
+    }  # fmt: skip
+    machine = {"device": "d", "torch": "t", "transformers": "t", "dtype": "bfloat16", "copy_gb_s": 4.0}
+    page = bench.markdown({"machine": machine, "shapes": [one], "predicted": [], "left_out": ["y, as it is too large"]})
+    assert "another in tree greedy" in page and "from token 7 on, where the best logits are 0.25 apart" in page
+    assert "| x | 2 | - | 500.00 | - | 250.00 | 2.00 | 50% |" in page  # half the bandwidth, twice the reading time
+    assert "Left out: y, as it is too large." in page and "PREDICTED" not in page
+
+
+def test_when_the_time_is_over_what_is_left_is_named(monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda *_: {"seconds": 50.0, "roles": (), "weight_bytes": 1})
+    monkeypatch.setattr(bench, "_free_gb", lambda device: 1000.0)
+    result = bench.bench(bench.FULL, "cpu", "float32", limit_s=10.0)
+    assert len(result["shapes"]) == 1
+    assert result["left_out"] == [f"{name}, as the time is over" for name in list(bench.FULL)[1:]]
+
+
+def test_what_memory_does_not_hold_is_not_tried(monkeypatch):
+    monkeypatch.setattr(bench, "_free_gb", lambda device: 0.1)
+    result = bench.bench({"8B": bench.FULL["8B"]}, "cpu", "float32", limit_s=10.0)
+    assert not result["shapes"] and result["left_out"] == ["8B, as memory does not hold it"]
+
+
+def test_an_unknown_shape_is_refused_in_a_sentence(capsys):
+    assert bench.main(["--shapes", "9B"]) == 2
+    assert "'9B' is unknown; choose tiny, or some of 0.5B" in capsys.readouterr().err

@@ -1,0 +1,281 @@
+"""What the self-check finds out, and what it makes of it: every fact may fail to hold, and the text stays right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import tiny
+import torch
+from test_batch_invariance import VOCABULARY, fake
+from test_numerics_check import close_model, prepared
+from toys import ScriptedChannel, scrambled, ticks, together
+
+from pearl.checkpoints import loading
+from pearl.commands import selfcheck
+from pearl.config import cli
+from pearl.config.engine_config import EngineConfig
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.drafters.model import ModelSource
+from pearl.drafters.tree import TreeSource
+from pearl.engine import Engine
+from pearl.models import attention, numerics_check
+from pearl.models.batch_invariance import find_invariant_counts
+from pearl.models.cuda_graphs import capture_for
+from pearl.models.static_shapes import COUNTS
+from pearl.roles.target import Target
+
+PACKED = ("packed",)
+
+
+def graph(run):
+    """As good as a recording."""
+    return lambda: run()
+
+
+def reader():
+    return tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()))
+
+
+def found(report: numerics_check.Report) -> dict[str, numerics_check.Check]:
+    return {check.what: check for check in report.checks}
+
+
+def test_on_a_machine_whose_kernels_keep_the_bits_everything_is_used():
+    made = reader()
+    report = numerics_check.examine(made, graph, PACKED)
+    if not report.plan.exact:
+        pytest.skip("no row counts agree on this machine")
+    assert report.captured and report.form == "packed" and report.plan.branches
+    assert all(check.holds for check in report.checks), report.checks
+    assert set(report.plan.safe) == set(made.fixed.counts) and made.fixed.captures
+    assert list(report.plan.cost_s) == sorted(report.plan.cost_s)
+    assert "shapes" in found(report)["graph against eager"].found
+
+
+def test_a_graph_that_gives_other_bits_is_found_out():
+    made = reader()
+
+    def other(run):
+        def replay():
+            run()
+            made.fixed._logits.mul_(1 + 2**-20)
+
+        return replay
+
+    report = numerics_check.examine(made, other, PACKED)
+    check = found(report)["graph against eager"]
+    assert not report.captured and not made.fixed.captures
+    assert not check.holds and check.found == "a graph gives other bits than its code, so forwards run eagerly"
+
+
+def test_a_graph_that_reads_last_passs_inputs_is_found_out():
+    """The classic mistake: what was recorded is replayed, but from buffers that nobody fills."""
+    made = reader()
+
+    def stale(run):
+        run()
+        kept = made.fixed._logits.clone()
+
+        def replay():
+            made.fixed._logits[: len(kept)] = kept
+
+        return replay
+
+    report = numerics_check.examine(made, stale, PACKED)
+    assert not report.captured and not found(report)["graph against eager"].holds
+
+
+def test_where_nothing_can_be_recorded_it_says_why_and_runs_eagerly(capsys):
+    def fails(run):
+        raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+
+    made = reader()
+    report = numerics_check.examine(made, fails, PACKED)
+    sentence = found(report)["graph against eager"].found
+    assert not report.captured and not made.fixed.captures
+    assert sentence == (
+        "forwards can't be recorded as graphs, so they run eagerly "
+        "(CUDA error: operation not permitted when stream is capturing)"
+    )
+    plain = reader()
+    assert torch.allclose(made.read(list(range(40)), 3), plain.read(list(range(40)), 3), atol=1e-3)
+
+
+def test_a_form_of_attention_that_is_not_there_is_passed_over(monkeypatch):
+    def absent(*_):
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setitem(attention.FORMS, "flash", absent)
+    report = numerics_check.examine(reader(), None, ("flash", "packed"))
+    assert report.form == "packed" and not found(report)["attention flash"].holds
+
+
+def test_a_form_whose_bits_depend_on_the_row_count_is_not_taken(monkeypatch):
+    def odd(query, key, value, see, scaling):
+        return attention.packed(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
+
+    monkeypatch.setitem(attention.FORMS, "flash", odd)
+    report = numerics_check.examine(reader(), None, ("flash", "packed"))
+    assert report.form == "packed"
+
+
+def test_if_it_is_the_only_one_every_pass_has_one_width(monkeypatch):
+    def odd(query, key, value, see, scaling):
+        return attention.packed(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
+
+    monkeypatch.setitem(attention.FORMS, "packed", odd)
+    made = reader()
+    report = numerics_check.examine(made, None, PACKED)
+    (width,) = report.plan.safe
+    assert report.plan.fixed and made.fixed.counts == (width,)
+    assert found(report)["rows"].found == f"the bits depend on the row count here, so every pass has {width} rows"
+    text = list(range(30, 70))
+    made.read(text[:29], 1)  # a prompt: in one forward, in every mode
+    one = [made.read(text[:end], 1)[0] for end in range(30, 38)]
+    made.forget(but=text[:29])
+    assert torch.equal(made.read(text[:37], 8), torch.stack(one))
+
+
+def test_one_width_is_promised_only_where_places_do_not_matter():
+    assert find_invariant_counts(fake(lambda count, row: count), VOCABULARY, one_width=True).safe == (8,)
+    assert not find_invariant_counts(fake(lambda count, row: row), VOCABULARY, one_width=True).exact
+    only_twelve = find_invariant_counts(
+        fake(lambda count, row: count + (row if count != 12 else 0)), VOCABULARY, one_width=True
+    )
+    assert only_twelve.safe == (12,) and only_twelve.fixed
+
+
+def test_a_branch_with_bits_of_its_own_makes_passes_chains(monkeypatch):
+    def skewed(query, key, value, see, scaling):
+        out = attention.packed(query, key, value, see, scaling)
+        return out * (1 + 1e-3 * (len(key) > 1))
+
+    monkeypatch.setitem(attention.FORMS, "packed", skewed)
+    made = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()))
+    monkeypatch.setattr("pearl.models.static_shapes.PATHS", (0, 2, 4, 8, 16))
+    report = numerics_check.examine(made, None, PACKED)
+    assert not report.plan.branches and "other bits" in found(report)["tree against chain"].found
+    assert not made.branches
+
+
+def test_what_was_found_is_a_start_without_a_second_look():
+    first, second = reader(), reader()
+    report = numerics_check.Report.of(json.loads(json.dumps(asdict(numerics_check.examine(first, graph, PACKED)))))
+    numerics_check.apply(second, report, graph)
+    assert second.rows == report.plan and second.fixed.counts == first.fixed.counts
+    assert selfcheck.report(second) and {verdict for _, verdict, _ in selfcheck.report(second)} == {"ok"}
+    text = list(range(50))
+    first.forget()
+    assert torch.equal(first.read(text, 4, branches=[(0, 3)]), second.read(text, 4, branches=[(0, 3)]))
+
+
+def test_nothing_is_recorded_on_a_cpu_or_over_several_gpus():
+    assert capture_for(("cpu",)) is None and capture_for(("cuda:0", "cuda:1")) is None
+
+
+@pytest.mark.parametrize("form", ["grouped", "flash"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_forms_of_attention_are_the_same_sum(name, form, monkeypatch):
+    """The unmasked kernel exists on GPUs only: here a plain loop stands for it, which says what is asked of it."""
+
+    def varlen(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size, enable_gqa, seqused_k, num_splits=1):
+        assert window_size == (-1, 0), "causal, from the end"
+        out = []
+        for n in range(len(cu_q) - 1):
+            q = query[cu_q[n] : cu_q[n + 1]].transpose(0, 1)
+            k, v = (one[cu_k[n] : cu_k[n] + seqused_k[n]].transpose(0, 1) for one in (key, value))
+            rows, seen = q.shape[1], k.shape[1]
+            mask = torch.ones(rows, seen, dtype=torch.bool).tril(seen - rows)
+            options = dict(attn_mask=mask[None], scale=scale, enable_gqa=enable_gqa)
+            out.append(torch.nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], **options)[0])
+        return torch.cat([one.transpose(0, 1) for one in out])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    plain = prepared(name, "float32", "stock")
+    other = tiny.reader(plain.model, rows=plain.rows)
+    other.fix([count for count in COUNTS if count in plain.rows.safe], form=form)
+    text = [7 * i % 160 for i in range(40)]
+    for chain, sides in ((1, ()), (5, ()), (3, [(0, 4), (3, 5), (1, 6)]), (9, [(2, 2)])):
+        text += [chain + i for i in range(chain)]
+        said = [one.read(text, chain, branches=sides) for one in (plain, other)]
+        torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+    text += [1] * (128 - len(text) - 3)  # to where the slots read end
+    said = [one.read(text, 2) for one in (plain, other)]
+    torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["sd", "pearl", "pearl-no-pre", "pearl-no-post", "tree"])
+def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
+    """Both models with fixed shapes, of logits so close that other bits are other texts."""
+    plain = prepared("llama", "float32", "stock")
+    target, draft = (
+        tiny.reader(model, rows=plain.rows) for model in (plain.model, close_model("llama", "float32", drift=0.1))
+    )
+    numerics_check.apply(target, numerics_check.Report(plain.rows, "packed", True, ()), graph)
+    draft.fix(capture=graph)
+    source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
+    schedule = Schedule.of(mode, None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)
+    prompt = [5 * i % 160 for i in range(110)]
+    for temperature in (0.0, 0.7):
+        params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=2)
+        loop = Target(target, ScriptedChannel(source, scrambled(3)), ticks())
+        said = together(loop, prompt, schedule, params, decode=str).tokens
+        assert loop.report and not loop.report.failed
+        assert said == together(Target(plain), prompt, Schedule.of("ar"), params, decode=str).tokens
+        assert target.fixed.shapes > 1 and draft.fixed.shapes > 1
+
+
+@pytest.fixture(scope="module")
+def tiny_pair(tmp_path_factory):
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_engine_with_fixed_shapes_writes_the_same_text(tiny_pair, temperature, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3, ignore_eos=True)
+    said = {}
+    for static in ("off", "on"):
+        config = EngineConfig(*tiny_pair, dtype="float32", max_length=400, static=static, kernel="stock")
+        with Engine.from_pretrained(
+            config.target,
+            config.draft,
+            dtype="float32",
+            max_length=400,
+            static=static,
+            kernel="stock",
+            mode="sd",
+            processes=1,
+        ) as engine:
+            for mode in ("ar", "sd"):
+                said[static, mode] = engine.generate("def f(x):", params, mode=mode).tokens
+            assert (engine.model.fixed is not None) == (static == "on")
+            assert engine.description.count("rows: ") == 1
+    assert len({tuple(tokens) for tokens in said.values()}) == 1
+
+
+def test_the_command_says_what_was_found(tiny_pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["--target", tiny_pair[0], "--draft", "ngram", "--dtype", "float32", "--max-length", "300"]
+    said = {}
+    for name, more in (("plain", []), ("fixed", ["--static", "on"]), ("again", ["--static", "on"])):
+        assert selfcheck.main([*options, *more]) == 0
+        said[name] = capsys.readouterr().out
+    assert [line.split()[1] for line in said["plain"].splitlines()] == ["rows:"]
+    for what in ("rows:", "tree against chain: equal bits", "attention: packed", "graph against eager: not recorded"):
+        assert what in said["fixed"]
+    assert said["again"] == said["fixed"]
+
+
+def test_eager_and_static_reach_the_engine_from_a_command_line():
+    words = ["--target", "t", "--eager", "--static", "off"]
+    config, _ = cli.engine_config(cli.parse(cli.parser("", 1), words))
+    assert config.eager and config.static == "off"
+    usual, _ = cli.engine_config(cli.parse(cli.parser("", 1), ["--target", "t"]))
+    assert not usual.eager and usual.static == "auto"
+    cpu, gpu, both = (loading.Placed(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
+    assert [loading._fixes(usual, placed) for placed in (cpu, gpu, both)] == [False, True, False]
+    assert not loading._fixes(config, gpu)

@@ -1,0 +1,204 @@
+"""The registry says only what it can keep, and refuses the rest in a sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pearl.config import pairs
+from pearl.config.engine_config import SHIPPED
+from pearl.config.pairs import Machine, Pair, all_pairs, check, load_pair, main, needed_gb
+from pearl.errors import UsageError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+NAMES = sorted(file.stem for file in (CONFIGS / "pairs").glob("*.yaml"))
+FACTS = dict(name="mine", target="t", draft="d", dtype="float32", prompt="chat", target_gb=10, draft_gb=1.0)
+ROOMY = Machine(ram_gb=1000.0)
+TINY = Machine(ram_gb=0.5)
+
+
+def write(folder: Path, **changes: object) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(FACTS | changes))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_of_the_registry_is_the_pair_it_is_named_after(name):
+    pair = load_pair(name)
+    assert pair.name == name
+    assert pair.note and pair.source
+    assert 0 <= pair.draft_gb < pair.target_gb
+
+
+def test_the_registry_is_listed_whole_and_smallest_first():
+    listed = all_pairs()
+    assert sorted(pair.name for pair in listed) == NAMES
+    assert listed[0].name == "smollm2-135m-ngram"
+    assert [p.target_gb + p.draft_gb for p in listed] == sorted(p.target_gb + p.draft_gb for p in listed)
+
+
+def test_the_default_pair_and_its_variants_need_no_download():
+    names = ("smollm2-135m", "smollm2-135m-feature", "smollm2-135m-ngram")
+    drafts = [load_pair(name).draft for name in names]
+    assert drafts == ["smollm2-135m-draft", "feature:smollm2-135m-feature", "ngram"]
+    assert {load_pair(name).target for name in names} == {"smollm2-135m"}
+    for name in ("smollm2-135m-draft", "smollm2-135m-feature"):
+        assert (SHIPPED / name).is_dir()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("self-")])
+def test_self_speculation_drafts_with_a_smaller_copy_of_its_own_target(name):
+    pair = load_pair(name)
+    assert pair.draft == pair.target
+    assert (pair.load_in, pair.draft_load_in) == (None, "4bit")
+
+
+def test_no_pair_crosses_vocabularies_known_to_differ():
+    for pair in all_pairs():
+        assert "CodeLlama-34b" not in pair.target  # 32000 tokens against the 32016 of 7B
+        if "TinyLlama" in pair.draft:
+            assert "Llama-2-" in pair.target
+
+
+def test_a_file_of_ones_own_is_a_pair_like_any_other(tmp_path):
+    mine = load_pair(write(tmp_path))
+    assert mine == Pair(**FACTS)
+    assert (mine.load_in, mine.note) == (None, "")
+    assert isinstance(mine.target_gb, float)
+
+
+def test_an_unknown_pair_is_refused_with_the_nearest_name_and_the_list():
+    with pytest.raises(UsageError, match=r"'qwen2.5-0.5b-8b'.*'qwen2.5-0.5b-7b'.*python -m pearl.config.pairs"):
+        load_pair("qwen2.5-0.5b-8b")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(UsageError, match=r"unknown key 'traget'.*'target'"):
+        load_pair(write(tmp_path, traget="x"))
+
+
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        (dict(target_gb="big"), "target_gb is 'big'; it must be a number of GB"),
+        (dict(draft_gb=True), "draft_gb is True"),
+        (dict(draft_gb=-1), "draft_gb is -1"),
+        (dict(target_gb=float("nan")), "target_gb is nan"),
+        (dict(draft_gb=10**400), "it must be a number of GB"),
+        (dict(target=7), "target is 7; it must be text"),
+        (dict(target=None), "target is None"),
+        (dict(load_in="2bit"), "load_in is '2bit'; it must be 8bit or 4bit or null"),
+        (dict(dtype="bf16"), "dtype is 'bf16'; it must be bfloat16 or float16 or float32"),
+        (dict(prompt=["chat"]), "prompt is \\['chat'\\]; it must be completion or chat"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_what_it_must_be(tmp_path, changes, wanted):
+    with pytest.raises(UsageError, match=wanted):
+        load_pair(write(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("name: [", "is not YAML"),
+        ("just words", "must be a mapping"),
+        ("", "must be a mapping"),
+        ("name: x", "add target, draft"),
+    ],
+)
+def test_a_file_that_is_no_pair_is_refused(tmp_path, text, wanted):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=wanted):
+        load_pair(str(file))
+
+
+def test_a_path_to_nothing_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="can't be read"):
+        load_pair(str(tmp_path / "absent.yaml"))
+
+
+def test_weights_need_a_fifth_and_a_gigabyte_more_and_none_need_nothing():
+    assert needed_gb(10.0) == pytest.approx(13.0)
+    assert needed_gb(0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    "machine, fits, where",
+    [
+        (Machine(15.3, ()), True, ["in RAM"]),
+        (Machine(15.1, ()), False, ["in RAM"]),
+        (Machine(0.0, (15.3,)), True, ["on the GPU"]),
+        (Machine(999.0, (15.1,)), False, ["on the GPU"]),
+        (Machine(0.0, (13.1, 2.3)), True, ["on GPU 0", "on GPU 1"]),
+        (Machine(0.0, (2.3, 13.1)), False, ["on GPU 0", "on GPU 1"]),
+        (Machine(0.0, (13.1, 2.1)), False, ["on GPU 0", "on GPU 1"]),
+        (Machine(0.0, (13.1, 9.0, 2.3)), True, ["on GPU 0", "on GPU 2"]),
+        (Machine(0.0, (7.0, 7.0, 2.3)), True, ["on GPUs 0-1", "on GPU 2"]),
+        (Machine(0.0, (6.0, 6.0, 9.0)), False, ["on GPUs 0-1", "on GPU 2"]),
+    ],
+)
+def test_the_target_goes_to_the_first_gpus_and_the_draft_to_the_last(machine, fits, where):
+    fit = check(Pair(**FACTS), machine)  # the target needs 13.0 GB, the draft 2.2
+    assert [place.where for place in fit.places] == where
+    assert fit.fits is fits
+
+
+def test_a_machine_too_small_is_told_how_much_is_needed_and_how_much_is_free():
+    fit = check(load_pair("llama3-1b-8b"), Machine(ram_gb=8.0, gpus_gb=(16.0, 12.0)))
+    assert not fit.fits
+    assert fit.verdict == (
+        "llama3-1b-8b does not fit: it needs 20.3 GB for the target (16.0 GB free on GPU 0) and 4.0 GB for the draft "
+        "(12.0 GB free on GPU 1); `python -m pearl.config.pairs` shows which pairs fit here."
+    )
+
+
+def test_this_machine_has_memory():
+    assert pairs.probe().ram_gb > 0
+
+
+def test_the_command_exits_0_where_a_pair_fits_and_1_where_it_does_not(monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "probe", lambda: ROOMY)
+    assert main(["smollm2-135m"]) == 0
+    assert capsys.readouterr().out.startswith("smollm2-135m fits: it needs 2.4 GB")
+    monkeypatch.setattr(pairs, "probe", lambda: TINY)
+    assert main(["smollm2-135m"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
+def test_the_command_exits_2_on_bad_input_with_the_reason_on_standard_error(capsys):
+    assert main(["smollm"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_list_names_every_pair_unbroken(monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "probe", lambda: Machine(ram_gb=30.0))
+    assert main([]) == 0
+    lines = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert sorted(lines) == NAMES
+    assert (lines["smollm2-135m"], lines["llama2-7b-70b"]) == ("yes", "no")
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_launch_is_two_processes_by_the_type_that_torchrun_starts(file):
+    config = yaml.safe_load(file.read_text())
+    assert (config["num_processes"], config["distributed_type"]) == (2, "MULTI_GPU")
+
+
+def test_the_cpu_launch_really_starts_two_processes_that_see_no_gpu(tmp_path):
+    pytest.importorskip("accelerate")
+    script = tmp_path / "who.py"
+    script.write_text(
+        "import os, pathlib, sys\n"
+        "rank, world, gpus = (os.environ[key] for key in ('RANK', 'WORLD_SIZE', 'CUDA_VISIBLE_DEVICES'))\n"
+        "pathlib.Path(sys.argv[1], rank + '.rank').write_text(f'{world} {gpus}')\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "accelerate" / "cpu.yaml"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    subprocess.run([*launch, script, tmp_path], check=True, env=clean, timeout=120, capture_output=True)
+    assert {file.stem: file.read_text() for file in tmp_path.glob("*.rank")} == {"0": "2 -1,-1", "1": "2 -1,-1"}

@@ -1,0 +1,120 @@
+"""A text ends where it would end if it were written one token at a time, whatever the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from toys import examples, letters
+
+from pearl.core.sampling import SamplingParams
+from pearl.core.stopping import Stopper
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+
+
+def in_bytes(tokens: list[int]) -> str:
+    """A byte-level tokenizer: a letter beyond ASCII takes several tokens, and half of one shows as a mark."""
+    return bytes(tokens).decode(errors="replace")
+
+
+def without_specials(tokens: list[int]) -> str:
+    """A tokenizer that shows nothing for token 2."""
+    return letters([token for token in tokens if token != 2])
+
+
+def feed(stopper: Stopper, tokens: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """The tokens in passes of these sizes, over and over, until the text ends. Returns what was kept."""
+    kept: list[int] = []
+    at = turn = 0
+    while at < len(tokens) and stopper.finish is None:
+        size = sizes[turn % len(sizes)]
+        kept += stopper.take(tokens[at : at + size])
+        at, turn = at + size, turn + 1
+    return kept
+
+
+def naive(
+    tokens: Sequence[int], params: SamplingParams, eos: set[int], decode=letters
+) -> tuple[list[int], str, str | None]:
+    """(tokens, text, finish), by looking at the whole text after every token."""
+    for count in range(1, len(tokens) + 1):
+        said = list(tokens[:count])
+        text = decode(said)
+        if said[-1] in eos and not params.ignore_eos:
+            return said, text, "eos"
+        if found := [text.find(stop) for stop in params.stop if stop in text]:
+            return said, text[: min(found)], "stop"
+        if count == params.max_new_tokens:
+            return said, text, "length"
+    return list(tokens), decode(list(tokens)), None
+
+
+@examples(300)
+@given(
+    TOKENS,
+    st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    st.integers(1, 50),
+    st.lists(st.text("abc", min_size=1, max_size=5), max_size=3),
+    st.sets(st.integers(0, 2), max_size=1),
+    st.booleans(),
+    st.sampled_from([letters, without_specials]),
+)
+def test_a_text_ends_where_it_would_one_token_at_a_time(
+    tokens: list[int], sizes: list[int], most: int, stop: list[str], eos: set[int], ignore: bool, decode
+):
+    if decode is without_specials:
+        tokens = tokens[:20]  # a stop string torn apart by more tokens without letters is not looked for
+    params = SamplingParams(max_new_tokens=most, stop=tuple(stop), ignore_eos=ignore)
+    stopper = Stopper(params, eos, decode)
+    kept = feed(stopper, tokens, sizes)
+    assert kept == stopper.tokens
+    assert (stopper.tokens, stopper.text, stopper.finish) == naive(tokens, params, eos, decode)
+
+
+@examples(200)
+@given(st.text("aé漢😀", min_size=1, max_size=60), st.text("aé漢😀", min_size=1, max_size=3), st.integers(1, 7))
+def test_a_stop_string_is_found_among_letters_of_several_tokens(text: str, stop: str, size: int):
+    tokens = list(text.encode())
+    params = SamplingParams(max_new_tokens=10_000, stop=stop)
+    stopper = Stopper(params, (), in_bytes)
+    feed(stopper, tokens, [size])
+    assert (stopper.tokens, stopper.text, stopper.finish) == naive(tokens, params, set(), in_bytes)
+
+
+@given(st.integers(0, 300), st.text("abc", min_size=1, max_size=60))
+def test_a_stop_string_is_found_however_long_the_text_before_it(before: int, stop: str):
+    tokens = [3] * before + [ord(letter) - 97 for letter in stop] + [3]
+    stopper = Stopper(SamplingParams(max_new_tokens=1000, stop=stop), (), letters)
+    assert feed(stopper, tokens, [5]) == tokens[:-1]
+    assert (stopper.finish, stopper.text) == ("stop", "d" * before)
+
+
+@given(TOKENS, st.text("abc", min_size=1, max_size=4))
+def test_a_text_that_goes_on_is_shown_whole(tokens: list[int], stop: str):
+    assume(stop not in letters(tokens))
+    stopper = Stopper(SamplingParams(max_new_tokens=100, stop=stop), (), letters)
+    stopper.take(tokens)
+    assert (stopper.finish, stopper.text) == (None, letters(tokens))
+
+
+def test_the_first_reason_in_the_order_of_the_text_counts():
+    params = SamplingParams(max_new_tokens=3, stop="bc")
+    for tokens, finish, kept in (
+        ([0, 9, 1, 2], "eos", 2),
+        ([1, 2, 9, 0], "stop", 2),
+        ([0, 0, 0, 9], "length", 3),
+        ([0, 0, 9, 0], "eos", 3),  # an end-of-sequence that is also the last token asked for
+        ([0, 1, 2, 0], "stop", 3),
+    ):
+        stopper = Stopper(params, [9], letters)
+        assert stopper.take(tokens) == tokens[:kept] and stopper.finish == finish
+
+
+def test_nothing_comes_after_the_end():
+    stopper = Stopper(SamplingParams(max_new_tokens=1), (), letters)
+    stopper.take([0])
+    with pytest.raises(AssertionError, match="after the end"):
+        stopper.take([1])

@@ -1,0 +1,419 @@
+"""All evaluations are one: the same options, files and keys; the same texts in every mode, resumed or shared out."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_tasks import SAMPLES, written
+
+from pearl.config import cli
+from pearl.config.engine_config import EngineConfig
+from pearl.errors import UsageError
+from pearl.evaluation import main as evaluation
+from pearl.evaluation import results
+from pearl.parallel.process import World
+from pearl.parallel.replicas import place
+from pearl.tasks import gsm8k, mgsm
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = ("--processes", "1", "--target-cores", str(min(os.sched_getaffinity(0))))
+EVERY = pytest.mark.parametrize("name", SAMPLES)
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", ROOT / "eval" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(pair, data: str, output: Path, *more: str, mode: str = "ar,sd:3") -> list[str]:
+    """For the tiny pair."""
+    small = "--dtype float32 --max-length 500 --max-new-tokens 12"
+    files = ["--target", pair[0], "--draft", pair[1], "--data", data, "--output", str(output)]
+    return [*small.split(), *files, "--mode", mode, *more]
+
+
+def run(name: str, *arguments: str) -> int:
+    """In this process, on one core."""
+    return script(name).main([*ALONE, *arguments])
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / results.SUMMARY).read_text())
+
+
+def said(folder: Path) -> list[tuple]:
+    """The texts of a run, in the order of the file."""
+    lines = (folder / results.SAMPLES).read_text().splitlines()
+    return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
+
+
+def answers(folder: Path) -> dict[str, list]:
+    """What was left for other tools, timing aside."""
+    files = (folder / "model_answer").glob("*.jsonl")
+    lines = {file.name: map(json.loads, file.read_text().splitlines()) for file in files}
+    return {name: [[choice["turns"] for choice in one["choices"]] for one in found] for name, found in lines.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(pair, tmp_path_factory):
+    """A run of each suite."""
+    folders = {}
+    for name in SAMPLES:
+        folders[name] = tmp_path_factory.mktemp(name)
+        assert run(name, *options(pair, written(folders[name], name), folders[name])) == 0
+    return folders
+
+
+# One harness
+
+
+@EVERY
+def test_every_suite_leaves_the_same_files_with_the_same_keys(finished, name):
+    first, mine = summary(finished["gsm8k"]), summary(finished[name])
+    assert {"config.json", "samples.jsonl", "passes.jsonl", "summary.json"} <= {
+        f.name for f in finished[name].iterdir()
+    }
+    assert mine.keys() == first.keys() and list(mine["modes"]) == ["ar", "sd:3"]
+    common = set.intersection(*(set(summary(folder)["modes"]["ar"]) for folder in finished.values()))
+    assert set(mine["modes"]["sd:3"]) - common <= {"score_by_category"}
+    assert {"score", "by_category", "speedup_vs_ar", "speedup_interval_95", "identical_to_ar"} <= common
+
+
+@EVERY
+def test_every_mode_writes_what_the_target_alone_writes(finished, name):
+    assert all(figures["identical_to_ar"] == 1.0 for figures in summary(finished[name])["modes"].values())
+    by_mode = [[line for line in said(finished[name]) if line[4] == mode] for mode in ("ar", "sd:3")]
+    assert len({len(lines) for lines in by_mode}) == 1 and by_mode[0]
+
+
+@EVERY
+def test_all_problems_are_there_and_all_their_turns(finished, name):
+    turns = {(line[0], line[3]) for line in said(finished[name])}
+    assert len(turns) == sum(len(record.get("turns", "x")) for record in SAMPLES[name])
+
+
+def test_scores_are_there_where_there_is_something_to_score(finished):
+    scores = {name: summary(folder)["modes"]["sd:3"]["score"] for name, folder in finished.items()}
+    assert scores["gsm8k"] is not None and scores["mgsm"] is not None
+    assert scores["mt_bench"] is scores["spec_bench"] is None
+    categories = summary(finished["mgsm"])["modes"]["ar"]["by_category"]
+    assert list(categories) == ["german", "bengali"] and categories["german"]["speedup_vs_ar"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["mt_bench", "spec_bench"])
+def test_answers_are_left_for_other_tools_a_file_a_mode(finished, name):
+    for mode in ("ar", "sd-3"):
+        lines = (finished[name] / "model_answer" / f"target-{mode}.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert [answer["question_id"] for answer in answers] == [record["question_id"] for record in SAMPLES[name]]
+        counts = [len(answer["choices"][0]["turns"]) for answer in answers]
+        assert counts == [len(record["turns"]) for record in SAMPLES[name]]
+        assert all(len(answer["choices"][0]["wall_time"]) == n for answer, n in zip(answers, counts, strict=True))
+
+
+def test_the_second_prompt_holds_the_first_answer(finished):
+    lines = [json.loads(line) for line in (finished["mt_bench"] / results.SAMPLES).read_text().splitlines()]
+    talk = [line for line in lines if line["task_id"] == "81" and line["mode"] == "ar"]
+    assert [line["turn"] for line in talk] == [0, 1]
+    assert talk[1]["prompt_tokens"] > talk[0]["prompt_tokens"] + len(talk[0]["tokens"]) - 2
+
+
+def test_the_second_turn_reads_only_what_is_new(finished):
+    texts, _ = results.read(finished["mt_bench"])
+    for runs in texts.values():
+        for key, text in runs.items():
+            before = runs[key._replace(turn=0)]
+            known = before.prompt_tokens if key.turn else 0
+            assert text.passes[0].rows <= text.prompt_tokens - known
+
+
+# Choosing
+
+
+def test_a_share_takes_the_first_of_every_category(tmp_path):
+    words = [
+        {"question_id": i, "question": "?", "answer": "1", "category": c} for i, c in enumerate(["thai", "german"] * 7)
+    ]
+    problems = mgsm.SUITE.load(written(tmp_path, "mgsm", words))
+
+    def chosen(*more: str) -> list[str]:
+        found = evaluation.parser(mgsm.SUITE).parse_args(list(more))
+        return [problem.task_id for problem in evaluation.choose(mgsm.SUITE, problems, found)]
+
+    assert chosen("--share", "0.25") == ["MGSM/0", "MGSM/1", "MGSM/2", "MGSM/3"]
+    assert chosen("--share", "0.01") == ["MGSM/0", "MGSM/1"]
+    assert chosen("--share", "0.25", "--limit", "3") == ["MGSM/0", "MGSM/1", "MGSM/2"]
+    assert len(chosen()) == 14
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--share", "0"], "--share must be above 0"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--format", "prose"], "format 'prose' is unknown"),
+        (["--mode", "hf-assisted", "--draft", "ngram"], "hf-assisted needs a draft model"),
+        (["--mode", "hf-assisted", "--draft", "feature:smollm2-135m-feature"], "hf-assisted needs a draft model"),
+        (
+            ["--mode", "ar", "hf-prompt-lookup", "--temperature", "1"],
+            "hf-prompt-lookup draws its samples in its own way",
+        ),
+        (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
+        (["--batch-size", "2"], "unrecognized arguments"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, more, sentence):
+    if "--batch-size" in more and "batch_size" in vars(evaluation.parser(gsm8k.SUITE).parse_args([])):
+        pytest.skip("batches are there by now")
+    assert run("gsm8k", *options(pair, written(tmp_path, "gsm8k"), tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_resuming_needs_a_folder(capsys):
+    assert run("gsm8k", "--resume") == 2
+    assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_texts_that_can_not_fit_are_refused_before_the_first(pair, tmp_path, capsys):
+    data, out = written(tmp_path, "mt_bench"), tmp_path / "out"
+    assert run("mt_bench", *options(pair, data, out, "--max-new-tokens", "240")) == 2  # two turns of 240 and 500 in all
+    assert "max_new_tokens 480 are more than" in capsys.readouterr().err
+
+
+# transformers beside us
+
+
+@pytest.mark.parametrize("more", [[], ["--ignore-eos"], ["--format", "completion"]], ids=["eos", "no eos", "stop"])
+def test_transformers_assisted_generation_writes_the_same(pair, tmp_path, more):
+    data, modes = written(tmp_path, "mgsm"), "ar,hf-assisted,hf-prompt-lookup"
+    assert run("mgsm", *options(pair, data, tmp_path, "--max-new-tokens", "30", *more, mode=modes)) == 0
+    figures = summary(tmp_path)["modes"]
+    assert list(figures) == modes.split(",")
+    assert [one["identical_to_ar"] for one in figures.values()] == [1.0, 1.0, 1.0]
+    assert figures["hf-assisted"]["tokens"] == figures["ar"]["tokens"]
+    assert 0 < figures["hf-assisted"]["acceptance"] < 1 < figures["hf-assisted"]["tokens_per_pass"]
+    texts, _ = results.read(tmp_path)
+    for text in texts["hf-assisted"].values():
+        assert sum(text.committed) == len(text.tokens)
+        assert all(p.accepted <= p.tested <= p.offered for p in text.passes)
+        assert all(p.waited_s >= 0 and p.waited_s + p.forward_s <= p.seconds for p in text.passes)
+
+
+# Resuming
+
+
+def test_a_finished_run_loads_nothing_when_it_is_resumed(pair, finished, monkeypatch, capsys):
+    monkeypatch.setattr("pearl.checkpoints.loading.preflight", None)
+    before = (finished["gsm8k"] / results.SAMPLES).stat()
+    data = str(finished["gsm8k"] / "gsm8k.jsonl")
+    assert run("gsm8k", *options(pair, data, finished["gsm8k"], "--resume")) == 0
+    assert "sd:3" in capsys.readouterr().out
+    assert (finished["gsm8k"] / results.SAMPLES).stat() == before
+    assert run("gsm8k", *options(pair, data, finished["gsm8k"], "--resume", "--seed", "9")) == 2
+    assert "was begun with seed 0, not 9" in capsys.readouterr().err
+
+
+def test_other_problems_in_the_same_file_are_not_mixed_with_those_before(pair, tmp_path, capsys):
+    data = written(tmp_path, "gsm8k")
+    assert run("gsm8k", *options(pair, data, tmp_path, "--resume")) == 0
+    (tmp_path / results.SUMMARY).unlink()
+    written(tmp_path, "gsm8k", SAMPLES["gsm8k"][::-1])
+    assert run("gsm8k", *options(pair, data, tmp_path, "--resume")) == 2
+    assert "was begun with prompts" in capsys.readouterr().err
+
+
+def launch(tmp_path: Path, arguments: list[str], *launcher: str) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def test_an_evaluation_that_was_killed_goes_on(pair, tmp_path):
+    arguments = options(pair, written(tmp_path, "mt_bench"), tmp_path / "whole", "--repeats", "3")
+    assert run("mt_bench", *arguments) == 0
+    arguments[arguments.index(str(tmp_path / "whole"))] = str(tmp_path / "killed")
+    child = launch(tmp_path, [*ALONE, *arguments, "--resume"], str(ROOT / "eval" / "mt_bench.py"))
+    samples, deadline = tmp_path / "killed" / results.SAMPLES, time.monotonic() + 120
+    while not (samples.exists() and samples.stat().st_size) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert run("mt_bench", *arguments, "--resume") == 0
+    assert said(tmp_path / "killed") == said(tmp_path / "whole")
+    assert answers(tmp_path / "killed") == answers(tmp_path / "whole")
+    assert summary(tmp_path / "killed")["modes"]["ar"]["sequences"] == 12
+    for figures in (summary(tmp_path / one)["modes"]["sd:3"] for one in ("killed", "whole")):
+        assert figures["identical_to_ar"] == 1.0 and figures["speedup_interval_95"] is None  # of two problems
+
+
+@pytest.mark.parametrize("batch, texts, rounds", [("1", 7, 3), ("2", 13, 4)])
+def test_ctrl_c_keeps_every_problem_that_all_modes_have_finished(
+    pair, tmp_path, monkeypatch, capsys, batch, texts, rounds
+):
+    """It comes when so many texts are written, of two modes; a block of two at once is eight problems a mode."""
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(8)]
+    data = written(tmp_path, "gsm8k", records)
+    more = ["--batch-size", batch]
+    assert run("gsm8k", *options(pair, data, tmp_path / "whole", *more)) == 0
+    lines, count = results.sample_line, itertools.count(1)
+
+    def interrupted(*facts: object) -> dict:
+        if next(count) == texts:
+            signal.raise_signal(signal.SIGINT)
+        return lines(*facts)
+
+    monkeypatch.setattr(results, "sample_line", interrupted)
+    assert run("gsm8k", *options(pair, data, tmp_path / "left", *more)) == 130
+    monkeypatch.setattr(results, "sample_line", lines)
+    assert "interrupted: what was finished is written" in capsys.readouterr().err
+    if batch == "1":  # else texts end in the order of their lengths
+        assert said(tmp_path / "left") == said(tmp_path / "whole")[: 2 * rounds]
+    kept = said(tmp_path / "left")
+    assert 0 < len(kept) <= 2 * rounds and len({line[0] for line in kept}) * 2 == len(kept)
+    assert run("gsm8k", *options(pair, data, tmp_path / "left", *more, "--resume")) == 0
+    assert said(tmp_path / "left") == said(tmp_path / "whole")
+
+
+def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pair, tmp_path):
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    data, name = written(tmp_path, "gsm8k", records), str(ROOT / "eval" / "gsm8k.py")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = options(pair, data, tmp_path / "run", "--resume", mode="ar,pearl")
+    child = launch(tmp_path, [*arguments, "--repeats", "50"], *two, name)
+    samples, deadline = tmp_path / "run" / results.SAMPLES, time.monotonic() + 200
+    while not (samples.exists() and samples.stat().st_size) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(_of_rank(child.pid, "1"), signal.SIGKILL)
+    printed, _ = child.communicate(timeout=60)
+    assert child.returncode != 0 and "SIGKILL" in printed
+    before = said(tmp_path / "run")
+    assert before and not (tmp_path / "run" / results.SUMMARY).exists()
+    begun = json.loads((tmp_path / "run" / results.CONFIG).read_text())
+    (tmp_path / "run" / results.CONFIG).write_text(json.dumps(begun | {"repeats": 1}))  # enough to see it go on
+    child = launch(tmp_path, arguments, *two, name)
+    printed, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, printed
+    assert [line for line in said(tmp_path / "run") if line in before] == [line for line in before if line[2] == 0]
+    assert summary(tmp_path / "run")["modes"]["pearl"]["identical_to_ar"] == 1.0
+
+
+def _of_rank(launcher: int, rank: str) -> int:
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RANK={rank}".encode() in environment.read_bytes().split(b"\0"):
+                stat = (environment.parent / "stat").read_text().rpartition(")")[2].split()
+                if int(stat[1]) == launcher:
+                    return int(environment.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank} below {launcher}")
+
+
+@pytest.mark.parametrize(
+    "indices, chosen", [("0,3,10-12", [0, 3, 10, 11, 12]), ("2", [2]), ("19,0-1", [19, 0, 1]), ("1,1", [1])]
+)
+def test_indices_name_all_their_problems(indices, chosen):
+    assert cli.choose(20, None, indices) == chosen
+    for wrong in ("20", "0,20", "20,0", "3-2", "0,-1", "x"):
+        with pytest.raises(UsageError, match="--indices"):
+            cli.choose(20, None, wrong)
+
+
+# Replicas
+
+TWO_REPLICAS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
+FAILING = """
+import os, sys
+sys.path.insert(0, {root!r})
+from pearl import cli, evaluation, results
+from pearl.tasks import gsm8k
+
+append, done = results.append, []
+
+def fails_in_the_second_replica(folder, *lines):
+    done.append(folder)
+    if os.environ["RANK"] == "2" and len(done) > 1:
+        raise RuntimeError("out of memory")
+    append(folder, *lines)
+
+results.append = fails_in_the_second_replica
+sys.exit(evaluation.main(gsm8k.SUITE, sys.argv[1:]))
+"""
+
+
+def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path):
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
+    data = written(tmp_path, "gsm8k", records)
+    arguments = options(pair, data, tmp_path / "shared", "--resume")
+    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
+    child = launch(tmp_path, arguments, *TWO_REPLICAS, "failing.py")
+    printed, _ = child.communicate(timeout=300)
+    assert child.returncode != 0 and not (tmp_path / "shared" / results.SUMMARY).exists(), printed
+    assert "replica-1 failed (RuntimeError: out of memory); what it left is done with --resume" in printed
+    done = {line[0] for line in said(tmp_path / "shared")}
+    assert done == {"GSM8K/0", "GSM8K/2", "GSM8K/4", "GSM8K/1"}
+
+    child = launch(tmp_path, arguments, *TWO_REPLICAS, str(ROOT / "eval" / "gsm8k.py"))
+    printed, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, printed
+    assert summary(tmp_path / "shared")["modes"]["sd:3"]["identical_to_ar"] == 1.0
+    assert not list((tmp_path / "shared").glob("replica-*"))
+    alone = tmp_path / "alone"
+    assert run("gsm8k", *options(pair, data, alone)) == 0
+    assert said(tmp_path / "shared") == said(alone)
+
+
+def test_ranks_are_replicas_of_two(monkeypatch):
+    for rank, local, world in [
+        (0, 0, World(0, 2, 0, 4, 0, 2)),
+        (3, 3, World(1, 2, 1, 4, 1, 2)),
+        (5, 1, World(1, 2, 2, 4, 0, 2)),
+    ]:
+        facts = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 4}
+        for name, value in facts.items():
+            monkeypatch.setenv(name, str(value))
+        assert World.here() == world
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a target and its drafter on two machines
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert World.here() == World(1, 2, 0, 1, 0, 1, apart=True)
+    assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
+
+
+def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):
+    monkeypatch.setattr("pearl.machine.cores.available", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("pearl.machine.cores.parse", lambda text: [int(cpu) for cpu in text.split(",")])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = EngineConfig(*pair)
+    assert place(config, World(0, 2)) == config
+    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
+    assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "2"), ("1", "3")]
+    with pytest.raises(UsageError, match="name no devices and no cores"):
+        place(placed[0], World(0, 2, 0, 2, 0, 2))
+
+
+def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = EngineConfig(*pair)
+    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
+    assert [(one.target_device, one.draft_device) for one in placed] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
+    with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
+        place(config, World(0, 2, 0, 3, 0, 3))

@@ -1,0 +1,200 @@
+"""Tables, pictures and the page say what the runs' files say, and what keeps runs from being compared."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_evaluation import script
+from test_results import text
+
+from pearl.core.records import Key
+from pearl.errors import UsageError
+from pearl.evaluation import metrics, plots, report, results, tables
+
+PNG = b"\x89PNG\r\n"
+ENVIRONMENT = {"commit": "abc", "torch": "2.13", "processor": "a CPU", "command": ["eval/gsm8k.py", "--limit", "4"]}
+CONFIG = {"suite": "gsm8k", "temperature": 0.0, "prompts": "p", "resolved": {"target": "t"}}
+
+
+def make(folder: Path, config: dict | None = None, environment: dict | None = None, **seconds: float) -> Path:
+    """A run of three problems; `seconds` of a pass by mode."""
+    folder.mkdir(parents=True)
+    texts = {
+        mode: {Key(f"T/{i}"): text(mode, (i,), seconds=s) for i in range(3)}
+        for mode, s in (seconds or {"ar": 2.0, "sd": 1.0}).items()
+    }
+    for mode, runs in texts.items():
+        for key, one in runs.items():
+            results.append(folder, [results.sample_line(key, mode, one, "")], results.pass_lines(key, mode, one))
+    figures = metrics.summarise(texts, lambda key, index: 0.0, lambda key: "even" if key.task < "T/2" else "odd")
+    facts = {"config": CONFIG | (config or {}), "environment": ENVIRONMENT | (environment or {}), "modes": figures}
+    results.write(folder / results.SUMMARY, facts)
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [make(tmp_path / "results" / name / "gsm8k") for name in ("small", "large")]
+
+
+# Tables
+
+
+def test_a_table_has_a_row_a_mode_and_the_figures_of_the_summary(two, tmp_path, capsys):
+    output = tmp_path / "out"
+    words = [*map(str, two), "--columns", "tokens_per_second,speedup_vs_ar,speedup_interval_95,score"]
+    assert script("table").main([*words, "--title", "Main", "--output", str(output)]) == 0
+    printed, doubts = capsys.readouterr()
+    assert doubts == "" and printed.startswith(
+        "Main\n\n| run | mode | tok/s | x ar | 95 % | score |\n| --- | --- | ---: |"
+    )
+    assert "| small/gsm8k | sd | 2.00 | 4.00 | 4.00 to 4.00 | - |" in printed
+    assert (output / "table.md").read_text() in printed
+    rows = list(csv.DictReader(io.StringIO((output / "table.csv").read_text())))
+    assert [(row["run"], row["mode"]) for row in rows] == [
+        (f"{n}/gsm8k", m) for n in ("small", "large") for m in ("ar", "sd")
+    ]
+    figures = json.loads((two[0] / results.SUMMARY).read_text())["modes"]["sd"]
+    assert float(rows[1]["speedup_vs_ar"]) == figures["speedup_vs_ar"]
+    assert rows[1]["speedup_interval_95"].split() == list(map(str, figures["speedup_interval_95"]))
+
+
+def test_categories_are_rows_where_they_are_asked_for(two, tmp_path, capsys):
+    words = [*map(str, two), "--by-category", "--columns", "speedup_vs_ar"]
+    assert script("table").main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert "| large/gsm8k | odd | sd | 4.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value, cell",
+    [(None, "-"), ([], "-"), (1.234, "1.23"), ([1.0, 2.0], "1.00 to 2.00"), ([1.0, None, 0.5], "1.00 - 0.50")],
+)
+def test_cells_are_written_for_people(value, cell):
+    assert tables.Column("x", "{:.2f}").cell(value) == cell
+
+
+def test_every_column_is_a_figure(two):
+    figures = json.loads((two[0] / results.SUMMARY).read_text())["modes"]["sd"]
+    assert set(tables.COLUMNS) <= set(figures) and set(tables.OF_A_RUN) <= set(tables.COLUMNS)
+
+
+def test_a_folder_stands_for_all_runs_below_it(two, tmp_path):
+    assert [run.name for run in report.load([tmp_path])] == ["large/gsm8k", "small/gsm8k"]
+    assert [run.name for run in report.load([two[0]])] == ["gsm8k"]
+    assert [run.name for run in report.load([*two, two[0]])] == ["small/gsm8k", "large/gsm8k"]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["nowhere"], "nowhere holds no finished run"),
+        (["results", "--columns", "speed"], "There is no column 'speed'"),
+        (["results", "--plots", "pie"], "There is no plot 'pie'"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_a_sentence(two, tmp_path, monkeypatch, capsys, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name in ("table", "report"):
+        assert script(name).main([*words, "--output", "out"]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    (tmp_path / results.SUMMARY).write_text("{")
+    with pytest.raises(UsageError, match=r"summary\.json can't be read as results"):
+        report.load([tmp_path])
+
+
+# Doubts
+
+
+def doubts(tmp_path: Path, second: dict, **seconds: float) -> list[str]:
+    folders = [make(tmp_path / "a"), make(tmp_path / "b", **second, **seconds)]
+    return report.doubts(report.load(folders))
+
+
+def test_runs_of_one_kind_are_comparable(tmp_path):
+    assert doubts(tmp_path, {}) == []
+
+
+@pytest.mark.parametrize(
+    "second, sentence",
+    [
+        ({"environment": {"commit": "def"}}, "commit differs: abc in a; def in b."),
+        ({"environment": {"processor": "another"}}, "processor differs: a CPU in a; another in b."),
+        ({"config": {"temperature": 1.0}}, "Of gsm8k: temperature differs: 0.0 in a; 1.0 in b."),
+        ({"config": {"prompts": "q"}}, "Of gsm8k: prompts differs: p in a; q in b."),
+    ],
+)
+def test_what_differs_between_runs_is_named(tmp_path, second, sentence):
+    assert doubts(tmp_path, second) == [sentence]
+
+
+def test_other_tasks_may_have_other_prompts(tmp_path):
+    assert doubts(tmp_path, {"config": {"suite": "mgsm", "prompts": "q"}}) == []
+
+
+def test_a_baseline_that_moved_between_runs_is_noticed(tmp_path):
+    (sentence,) = doubts(tmp_path, {}, ar=2.5, sd=1.0)
+    assert "ar made 0.40 tokens/s in b and 0.50 in a" in sentence
+    assert doubts(tmp_path / "other", {"config": {"resolved": {"target": "another"}}}, ar=2.5, sd=1.0) == []
+
+
+def test_texts_that_are_not_the_targets_are_noticed(tmp_path):
+    folder = make(tmp_path / "a")
+    summary = json.loads((folder / results.SUMMARY).read_text())
+    summary["modes"]["sd"] |= {"identical_to_ar": 0.75, "drafter_failures": 2}
+    results.write(folder / results.SUMMARY, summary)
+    told = report.doubts(report.load([folder]))
+    assert told == [
+        "In a, 25.0% of the texts of sd are not those of ar.",
+        "In a, the drafter of sd failed in 2 texts.",
+    ]
+
+
+# Pictures and the page
+
+
+def test_every_plot_is_a_picture_of_the_facts_or_none(two, tmp_path):
+    runs = report.load(two)
+    made = plots.of(runs, list(plots.PLOTS))
+    assert set(made) == {"speedup", "depth", "latency"}  # nothing was traced
+    assert all(png.startswith(PNG) and len(png) > 5000 for png in made.values())
+    alone = report.load([make(tmp_path / "alone", ar=1.0)])
+    assert "speedup" not in plots.of(alone, list(plots.PLOTS))
+
+
+class Page(HTMLParser):
+    """What a browser would find."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.links, self.text, self.tags = [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_other_file_and_says_how_each_run_was_made(two, tmp_path, capsys):
+    make(tmp_path / "results" / "odd <run>" / "gsm8k", environment={"commit": "<def>"})
+    file = tmp_path / "report.html"
+    assert script("report").main([str(tmp_path / "results"), "--output", str(file)]) == 0
+    page = Page(file.read_text())
+    assert len(page.links) == 3 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert all(base64.b64decode(link.partition(",")[2]).startswith(PNG) for link in page.links)
+    assert "script" not in page.tags and page.tags.count("tr") == 1 + 6 + 1 + 12
+    assert "Not comparable: commit differs: abc in large/gsm8k, small/gsm8k; <def> in odd <run>/gsm8k." in page.text
+    assert page.text.count("eval/gsm8k.py --limit 4") == 3
+    assert re.search(r'"torch": "2\.13"', page.text) and '"suite": "gsm8k"' in page.text

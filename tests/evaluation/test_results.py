@@ -1,0 +1,332 @@
+"""A run that is interrupted, at any moment and however often, leaves the files of one that is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pearl.core.messages import Report
+from pearl.core.records import Judged, Key, Pass
+from pearl.core.records import Sequence as Text
+from pearl.core.sampling import SamplingParams
+from pearl.errors import UsageError
+from pearl.evaluation import harness, metrics, results
+from pearl.evaluation.harness import Plan, Task
+from pearl.evaluation.results import Round
+
+QUIET = Console(file=io.StringIO())
+PARAMS = SamplingParams(max_new_tokens=6, seed=3)
+ASKED = {"resume": True, "max_new_tokens": 6}
+ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
+
+
+def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> Text:
+    """What the toy decoder of `mode` writes: the same words in every mode, in other passes."""
+    words = random.Random(f"{list(prompt)} {seed}").choices(range(9), k=4)
+    passes = tuple(replace(ONE, committed=n, seconds=seconds) for n in ((1, 1, 1, 1) if mode == "ar" else (1, 3)))
+    report = None if mode == "ar" else Report(sequence=0, hits=2, verdicts=3, busy_s=0.1)
+    return Text(mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6)
+
+
+def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int = 2) -> Plan:
+    def decoder(mode: str):
+        def decode(prompt: Sequence[int], params: SamplingParams, continues: bool) -> Text:
+            time.sleep(pause_s)
+            return text(mode, prompt, params.seed)
+
+        return decode
+
+    def task(n: int) -> Task:
+        turns = 1 + n % 2
+        return Task(
+            f"T/{n}",
+            lambda answers: (n, *map(len, answers)),
+            lambda said: f"<{said}>",
+            turns,
+            ["even", "odd"][n % 2],
+        )
+
+    tasks = tuple(task(n) for n in range(problems))
+    return Plan(tasks, {mode: decoder(mode) for mode in ("ar", "pearl")}, PARAMS, samples, repeats)
+
+
+def resume(folder: Path, made: Plan) -> list[Round]:
+    """Goes on with the run in `folder`, as an evaluation does. Returns the rounds that it did."""
+    results.begin(folder, ASKED)
+    done = results.repair(folder, made.texts)
+    missing = [one for one in made.rounds if one not in done]
+    harness.run(made, folder, QUIET, missing)
+    return missing
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in (results.SAMPLES, results.PASSES)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    resume(folder, plan())
+    return files(folder)
+
+
+# What a run leaves
+
+
+def test_facts_come_back_as_they_were(tmp_path):
+    resume(tmp_path, plan())
+    runs, completions = results.read(tmp_path)
+    assert list(runs) == ["ar", "pearl"]
+    assert runs["pearl"][Key("T/1", 1, 0, 0)] == text("pearl", (1,), PARAMS.seed + 1)
+    assert runs["ar"][Key("T/1", 0, 1, 1)] == text("ar", (1, 4), PARAMS.seed)
+    assert completions["ar"][Key("T/0")] == f"<{text('ar', (0,), PARAMS.seed).text}>"
+
+
+def test_modes_follow_one_another_and_take_turns_at_being_first(tmp_path):
+    resume(tmp_path, plan(problems=2, samples=1, repeats=1))
+    lines = [json.loads(line) for line in (tmp_path / results.SAMPLES).read_text().splitlines()]
+    order = [(line["task_id"], line["mode"], line["turn"]) for line in lines]
+    first = [("T/0", "ar", 0), ("T/0", "pearl", 0)]
+    assert order == [*first, ("T/1", "pearl", 0), ("T/1", "pearl", 1), ("T/1", "ar", 0), ("T/1", "ar", 1)]
+
+
+def test_a_second_turn_reads_the_first_answer():
+    read = []
+
+    def decode(prompt, params, continues):
+        read.append((prompt, continues))
+        return text("ar", prompt)
+
+    task = Task("T", lambda answers: (7, *(int(letter) for answer in answers for letter in answer)), turns=2)
+    made = Plan((task,), {"ar": decode}, PARAMS)
+    said = [one for _, one, _ in harness._talk(made, Round("T", 0, 0), decode)]
+    assert read == [((7,), False), ((7, *said[0].tokens), True)]
+
+
+def test_a_run_that_is_not_resumed_keeps_the_files_of_an_earlier_one(tmp_path):
+    resume(tmp_path, plan())
+    before = files(tmp_path)
+    results.begin(tmp_path, ASKED | {"resume": False})
+    assert not (tmp_path / results.SAMPLES).exists()
+    assert (tmp_path / f"{results.SAMPLES}.previous").read_bytes() == before[results.SAMPLES]
+
+
+# Resuming
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, undisturbed):
+    assert len(resume(tmp_path, plan())) == 20
+    assert resume(tmp_path, plan()) == []
+    assert files(tmp_path) == undisturbed
+
+
+def test_wherever_a_write_breaks_off_the_round_is_done_again(tmp_path, undisturbed):
+    resume(tmp_path, plan())
+    draw, whole = random.Random(0), files(tmp_path)
+    ends = [0]
+    for line in whole[results.SAMPLES].splitlines(keepends=True):
+        ends.append(ends[-1] + len(line))
+    cuts = draw.sample(range(len(whole[results.SAMPLES])), 25) + draw.sample(ends, 5)  # the end of a line among them
+    for cut in cuts:
+        (tmp_path / results.SAMPLES).write_bytes(whole[results.SAMPLES][:cut])
+        assert 0 < len(resume(tmp_path, plan())) <= 20
+        assert files(tmp_path) == undisturbed
+
+
+def test_passes_without_their_samples_are_no_finished_round(tmp_path, undisturbed):
+    resume(tmp_path, plan())
+    *samples, _, _ = (tmp_path / results.SAMPLES).read_bytes().splitlines(keepends=True)  # T/4 has one turn
+    (tmp_path / results.SAMPLES).write_bytes(b"".join(samples))
+    (tmp_path / results.PASSES).write_bytes(undisturbed[results.PASSES][:-30])
+    assert resume(tmp_path, plan()) == [Round("T/4", 1, 1)]
+    assert files(tmp_path) == undisturbed
+
+
+def test_a_run_killed_ten_times_is_the_run_that_was_not(tmp_path, undisturbed):
+    draw, fork, killed = random.Random(1), multiprocessing.get_context("fork"), 0
+    while killed < 10:
+        child = fork.Process(target=resume, args=(tmp_path, plan(pause_s=0.002)))
+        child.start()
+        time.sleep(draw.uniform(0.01, 0.04))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        before = results.repair(tmp_path, plan().texts)
+        assert before == results.repair(tmp_path, plan().texts)
+        if len(before) == 20:  # it was done before it was killed: begin anew
+            results.begin(tmp_path, ASKED | {"resume": False})
+    resume(tmp_path, plan())
+    assert files(tmp_path) == undisturbed
+
+
+def test_a_damaged_line_in_the_middle_is_not_passed_over(tmp_path):
+    resume(tmp_path, plan())
+    lines = (tmp_path / results.SAMPLES).read_bytes().splitlines(keepends=True)
+    (tmp_path / results.SAMPLES).write_bytes(b"".join([lines[0], b'{"task_id": "T/\n', *lines[1:]]))
+    with pytest.raises(UsageError, match=r"samples\.jsonl is damaged"):
+        resume(tmp_path, plan())
+
+
+def test_a_folder_begun_with_another_config_is_refused_in_a_sentence(tmp_path):
+    for place in ("there", "here"):  # where it lies does not matter
+        results.begin(
+            tmp_path, ASKED | {"output": place, "resolved": {"trace": f"{place}/trace.json", "dtype": "float32"}}
+        )
+    for check in (results.begin, results.ended):
+        with pytest.raises(UsageError, match="was begun with max_new_tokens 6, not 7: resume it with the same options"):
+            check(tmp_path, ASKED | {"max_new_tokens": 7})
+
+
+def test_results_of_nobody_knows_what_are_not_resumed(tmp_path):
+    (tmp_path / results.SAMPLES).touch()
+    with pytest.raises(UsageError, match=r"without a config\.json"):
+        results.begin(tmp_path, ASKED)
+
+
+def test_other_problems_under_the_same_options_are_noticed():
+    prompts = [("a", (1, 2)), ("b", (3,))]
+    assert results.digest(prompts) == results.digest(iter(prompts))
+    assert len({results.digest(p) for p in (prompts, prompts[:1], [("a", (1, 2)), ("b", (4,))])}) == 3
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_what_replicas_did_is_one_run_and_what_one_left_is_done_later(tmp_path, undisturbed, lost):
+    made = plan()
+    results.begin(tmp_path, ASKED)
+    for replica in range(2):
+        mine = made.rounds[replica::2]
+        harness.run(made, tmp_path / f"replica-{replica}", QUIET, mine[: len(mine) - lost * replica])
+    results.merge(tmp_path, made.rounds)
+    assert not list(tmp_path.glob("replica-*"))
+    assert resume(tmp_path, made) == [one for one in made.rounds if one in made.rounds[1::2][10 - lost :]]
+    results.merge(tmp_path, made.rounds)
+    assert files(tmp_path) == undisturbed
+
+
+def test_a_merge_that_was_interrupted_counts_nothing_twice(tmp_path, undisturbed):
+    made = plan()
+    results.begin(tmp_path, ASKED)
+    for replica in range(2):
+        harness.run(made, tmp_path / f"replica-{replica}", QUIET, made.rounds[replica::2])
+    copies = {part.name: files(part) for part in results.parts(tmp_path)[1:]}
+    results.merge(tmp_path, made.rounds)
+    for name, copy in copies.items():  # as if it had been killed before it removed them
+        (tmp_path / name).mkdir()
+        for file, data in copy.items():
+            (tmp_path / name / file).write_bytes(data)
+    assert resume(tmp_path, made) == []
+    results.merge(tmp_path, made.rounds)
+    assert files(tmp_path) == undisturbed
+
+
+# Figures
+
+
+def runs(seconds: dict[str, float], repeats: int = 1) -> dict[Key, Text]:
+    return {Key(name, 0, i): text("sd", (1,), seconds=s) for name, s in seconds.items() for i in range(repeats)}
+
+
+def summary(**modes: dict[Key, Text]) -> dict:
+    return metrics.summarise(modes, lambda key, index: float(index), lambda key: key.task[0])
+
+
+def test_repeats_of_a_problem_are_no_further_problems():
+    ar = {"a": 6.0, "b": 6.0, "c": 6.0, "d": 6.0}
+    mine = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 6.0}
+    once, often = (summary(ar=runs(ar, n), sd=runs(mine, n))["sd"] for n in (1, 5))
+    assert often["speedup_vs_ar"] == pytest.approx(once["speedup_vs_ar"])
+    assert often["speedup_interval_95"] == pytest.approx(once["speedup_interval_95"])
+    low, high = once["speedup_interval_95"]
+    assert once["speedup_vs_ar"] == pytest.approx(2.0) and low < 2.0 < high
+    assert summary(ar=runs(ar), sd={Key("a"): text("sd", (1,))})["sd"]["speedup_interval_95"] is None
+
+
+def test_every_category_has_its_own_speed():
+    figures = summary(ar=runs({"a1": 6.0, "a2": 6.0, "b1": 6.0}), sd=runs({"a1": 3.0, "a2": 3.0, "b1": 1.0}))["sd"]
+    assert {name: one["speedup_vs_ar"] for name, one in figures["by_category"].items()} == {"a": 2.0, "b": 6.0}
+    assert figures["by_category"]["a"]["sequences"] == 2
+
+
+def test_a_turn_after_one_that_differs_tells_nothing_of_the_target():
+    ar = {Key("a", turn=t): replace(text("ar", (1,)), tokens=(1, 2, 3)) for t in range(2)}
+    mine = {key: replace(one, tokens=(1, 9, 3)) for key, one in ar.items()}
+    figures = summary(ar=ar, sd=mine)["sd"]
+    assert figures["identical_to_ar"] == 0.0
+    assert figures["first_divergence_gaps"] == [1.0]  # of the first turn alone
+
+
+def test_equal_devices_are_compared_too():
+    modes = {"ar": runs({"a": 6.0}), "ar-all": runs({"a": 4.0}), "sd": runs({"a": 2.0})}
+    figures = summary(**modes)
+    assert [figures[mode]["speedup_vs_ar_all"] for mode in modes] == pytest.approx([4 / 6, 1.0, 2.0])
+    assert summary(ar=modes["ar"])["ar"]["speedup_vs_ar_all"] is None
+
+
+# A full disk
+
+opened = open
+
+
+class Full:
+    """A file that takes a few bytes more and then no others, as the system does it: a short write, then an error."""
+
+    def __init__(self, stream, room: int):
+        self.stream, self.room = stream, room
+
+    def write(self, data) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.stream.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 7, 30])
+def test_a_full_disk_keeps_what_was_written_and_says_so(tmp_path, monkeypatch, room):
+    file = tmp_path / results.SAMPLES
+    results.append_lines(file, [{"line": 1}])
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "open", lambda *a, **k: Full(opened(*a, **k), room), raising=False)
+        with pytest.raises(UsageError, match=r"No space left.*--resume"):
+            results.append_lines(file, [{"line": 2, "long": "x" * 99}])
+        with pytest.raises(UsageError, match="No space left"):
+            results.write(tmp_path / results.SUMMARY, {"a": "x" * 99})
+    assert file.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [results.SAMPLES]
+    results.append_lines(file, [{"line": 3}])
+    assert [line["line"] for line in results.whole_lines(file)] == [1, 3]
+
+
+def test_a_write_that_the_system_takes_in_parts_is_whole(tmp_path, monkeypatch):
+    class Slow(Full):
+        def write(self, data) -> int:
+            return self.stream.write(data[:3])
+
+    monkeypatch.setattr(results, "open", lambda *a, **k: Slow(opened(*a, **k), 9), raising=False)
+    results.append_lines(tmp_path / results.SAMPLES, [{"line": n} for n in range(5)])
+    monkeypatch.undo()
+    assert len(results.whole_lines(tmp_path / results.SAMPLES)) == 5

@@ -1,0 +1,223 @@
+"""Row counts are called safe only where the bits say so."""
+
+import itertools
+import math
+from dataclasses import asdict
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pearl.checkpoints.calibration import remembered
+from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
+from pearl.models import linear
+from pearl.models.batch_invariance import find_invariant_counts, profile_leaves, profile_path
+from pearl.models.language_model import LanguageModel
+
+VOCABULARY = 8
+FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+KERNELS = ["stock", pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm"))]
+
+
+def fake(bits):
+    """A `read` whose row r of n has the noise `bits(n, r)`; else it knows only the token and where it stands."""
+
+    def read(tokens, first):
+        rows = [
+            [math.sin(token + first + r) + 1e-6 * bits(len(tokens), r)] * VOCABULARY for r, token in enumerate(tokens)
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    return read
+
+
+def test_where_bits_never_change_every_count_is_safe():
+    plan = find_invariant_counts(fake(lambda count, row: 0), VOCABULARY)
+    assert plan.exact and plan.safe == tuple(range(LEAST, LIMIT + 1))
+
+
+def test_counts_with_bits_of_their_own_are_found_out():
+    plan = find_invariant_counts(fake(lambda count, row: count if count in (1, 2, 7) else 0), VOCABULARY)
+    assert plan.exact
+    assert plan.safe == tuple(sorted(set(range(1, LIMIT + 1)) - {1, 2, 7}))
+
+
+def test_the_largest_count_may_be_the_odd_one():
+    plan = find_invariant_counts(fake(lambda count, row: int(count == LIMIT)), VOCABULARY)
+    assert plan.exact and plan.safe == tuple(range(LEAST, LIMIT))
+
+
+def test_where_no_two_counts_agree_nothing_is_promised():
+    plan = find_invariant_counts(fake(lambda count, row: count), VOCABULARY)
+    assert not plan.exact
+    assert plan.safe == ANY.safe
+    assert [plan.pad(rows) for rows in (1, 5, 40)] == [1, 5, 40]
+
+
+def test_a_row_whose_bits_depend_on_its_place_is_not_safe():
+    plan = find_invariant_counts(fake(lambda count, row: row), VOCABULARY)
+    assert not plan.exact
+
+
+def test_a_last_row_with_a_kernel_of_its_own_is_found_out():
+    plan = find_invariant_counts(fake(lambda count, row: int(count == 2 and row == 1)), VOCABULARY)
+    assert plan.exact and 2 not in plan.safe
+
+
+@settings(max_examples=100)
+@given(block=st.integers(1, 9), rest=st.lists(st.integers(0, 2), min_size=9, max_size=9), alone=st.integers(0, 2))
+def test_safe_counts_agree_in_every_row_whatever_the_kernel(block, rest, alone):
+    """Matrix kernels take rows in blocks and what is left over by other code, which may depend on how much is left."""
+
+    def bits(count, row):
+        if count == 1:
+            return alone
+        return 0 if row < count - count % block else rest[count % block]
+
+    plan = find_invariant_counts(fake(bits), VOCABULARY)
+    if plan.exact:
+        assert len({bits(count, row) for count in plan.safe for row in range(count)}) == 1
+
+
+# In float32: in a model as small as these, rounding to bfloat16 hides most differences from a measurement this short.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, kernel):
+    reader = make(name, kernel)
+    plan = plan_of(reader)
+    if not plan.exact:
+        pytest.skip("no row counts agree on this machine")
+    text = torch.randint(tiny.VOCABULARY, (tiny.LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
+    reader.forward(text, 0, 1)
+    bits: dict[int, torch.Tensor] = {}  # by position
+    for first in (17, 50, 58, 63, 64, GRAIN - 27, GRAIN, GRAIN + 40):
+        for count in plan.safe:
+            logits = reader.forward(text[first : first + count], first, count)
+            for position, row in enumerate(logits, first):
+                assert torch.equal(bits.setdefault(position, row), row), f"{count} rows from {first}, at {position}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel):
+    reader = make("llama", kernel)
+    reader.rows = plan_of(reader)
+    if not reader.rows.exact:
+        pytest.skip("no row counts agree on this machine")
+    text = torch.randint(tiny.VOCABULARY, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+    start = GRAIN - 50
+    reader.read(text[:start], 1)
+    alone = torch.cat([reader.read(text[:end], 1) for end in range(start + 1, len(text) + 1)])
+    reader.forget()
+    reader.read(text[:start], 1)
+    known, together = start, []
+    for count in itertools.cycle((1, 2, 3, 5, 8, 13, 16, 7, 11, 14)):
+        count = min(count, reader.rows.up_to(known), len(text) - known)
+        if not count:
+            break
+        wrong = [3] * min(9, reader.rows.up_to(known))
+        reader.read(text[:known] + wrong, len(wrong))  # guesses that nothing came of
+        together.append(reader.read(text[: known + count], count))
+        known += count
+    assert torch.equal(torch.cat(together), alone)
+
+
+def make(name: str, kernel: str) -> LanguageModel:
+    model = (
+        tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float()
+    )  # weights that fit, as a bfloat16 checkpoint's do
+    if kernel == "packed":
+        assert linear.pack(model) == 0
+    return tiny.reader(model)
+
+
+def plan_of(reader: LanguageModel) -> TokenBuckets:
+    return find_invariant_counts(
+        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary
+    )
+
+
+def test_a_pass_costs_no_more_than_one_of_more_rows(monkeypatch):
+    """Something else ran on the machine while three rows were timed."""
+    now = itertools.accumulate(itertools.cycle([0.0, 1.0]))
+    slow = iter(range(10_000))
+    monkeypatch.setattr(
+        "pearl.models.batch_invariance.time.perf_counter", lambda: next(now) + 9 * (next(slow) % 64 > 30)
+    )
+    costs = find_invariant_counts(fake(lambda count, row: 0), VOCABULARY).cost_s
+    assert list(costs) == sorted(costs)
+
+
+def test_a_path_costs_what_it_makes_a_pass_longer(monkeypatch):
+    """A reader for which each path takes 30 ms and everything else 200 ms."""
+    now = [0.0]
+
+    class Slow:
+        def read(self, tokens, keep, padded=True, branches=()):
+            now[0] += 0.2 + 0.03 * len(branches)
+            return torch.zeros(keep + len(branches), VOCABULARY)
+
+    monkeypatch.setattr("pearl.models.batch_invariance.time.perf_counter", lambda: now[0])
+    assert profile_path(Slow(), VOCABULARY) == pytest.approx(0.03)
+
+
+def test_a_pass_is_padded_to_the_next_safe_count():
+    plan = TokenBuckets((2, 3, 6), (1.0,) * LIMIT)
+    assert [plan.pad(rows) for rows in (1, 2, 3, 4, 6)] == [2, 2, 3, 6, 6]
+    assert plan.pad(7) == 7  # beyond what was tested
+
+
+def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = {"safe": [2, 3, 5], "cost_s": [n / 7 for n in range(LIMIT)], "exact": True}
+    calls = []
+
+    def find() -> dict[str, object]:
+        calls.append(1)
+        return found
+
+    key = {"model": "m", "devices": ("cpu",), "load_in": None}
+    assert [remembered(key, find) for _ in range(3)] == [found] * 3
+    assert len(calls) == 1
+    assert all(tmp_path in file.parents for file in tmp_path.rglob("*.json"))
+
+    remembered(key | {"model": "another"}, find)
+    assert len(calls) == 2
+    torch.set_num_threads(2)  # other threads, other sums
+    try:
+        remembered(key, find)
+    finally:
+        torch.set_num_threads(1)
+    assert len(calls) == 3
+
+
+def test_a_plan_without_promises_is_remembered_as_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan = find_invariant_counts(fake(lambda count, row: count), VOCABULARY)
+    assert TokenBuckets(**as_tuples(remembered({}, lambda: asdict(plan)))) == plan
+    assert TokenBuckets(**as_tuples(remembered({}, lambda: pytest.fail("measured again")))) == plan
+
+
+def as_tuples(found: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+class Counting:
+    """A drafter's reader that takes down how many paths it was asked for, and their texts."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[int, ...]]] = []
+
+    def read_leaves(self, text, paths):
+        self.asked.append(list(paths))
+        return torch.zeros(len(paths), VOCABULARY)
+
+
+def test_the_cost_of_each_number_of_leaves_is_measured_on_as_many_different_leaves():
+    reader = Counting()
+    costs = profile_leaves(reader, VOCABULARY)
+    assert len(costs) == LEAVES and all(seconds > 0 for seconds in costs)
+    timed = [paths for paths in reader.asked if paths != [()]]
+    assert {len(paths) for paths in timed} == set(range(1, LEAVES + 1))
+    assert all(len(set(paths)) == len(paths) for paths in timed)

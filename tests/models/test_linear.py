@@ -1,0 +1,134 @@
+"""A packed layer is the layer that it replaces, to the last rounding; where it can't be, it is not packed."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pearl.models import linear
+from pearl.models.linear import PackedLinear, pack, shift_of
+
+needs_fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="a torch without fbgemm"
+)
+HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # the relative error of one rounding
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def assert_same_product(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Within what a sum of float32 products may err, and one rounding to the layer's own type."""
+    wanted = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        wanted, size = wanted + bias.double(), size + bias.double().abs()
+    allowed = x.shape[-1] * 2.0**-24 * size + HALF_STEP[got.dtype] * 1.01 * wanted.abs()
+    assert ((got.double() - wanted).abs() <= allowed).all()
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 65])
+def test_a_packed_layer_is_its_linear_layer(dtype, bias, rows):
+    layer = nn.Linear(100, 70, bias=bias).bfloat16().to(dtype)
+    packed = PackedLinear(layer.weight.detach(), layer.bias, shift_of(layer.weight.detach()))
+    x = torch.randn(2, rows, 100).to(dtype)
+    y = packed(x)
+    assert y.dtype == dtype and y.shape == (2, rows, 70)
+    assert_same_product(y, x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("scale", [2.0**-90, 1e-6, 1e4, 2.0**90])
+def test_weights_far_from_one_lose_nothing(scale):
+    weight = (torch.randn(48, 64) * scale).bfloat16()
+    shift = shift_of(weight)
+    assert shift is not None
+    packed, x = PackedLinear(weight, None, shift), torch.randn(5, 64).bfloat16()
+    assert_same_product(packed(x), x, weight, None)
+
+
+@needs_fbgemm
+def test_every_weight_is_kept_exactly_also_the_smallest_of_float16():
+    steps = 2.0**-24 * torch.arange(1.0, 65.0)  # denormal in float16
+    weight = torch.stack([steps, steps.flip(0), -steps, torch.linspace(-1, 1, 64).bfloat16().float()])
+    assert shift_of(weight) == 0
+    assert torch.equal(PackedLinear(weight, None, 0)(torch.eye(64)), weight.T)
+
+
+def spread(low: float) -> torch.Tensor:
+    """Weights of both signs from `low` to 1, as many of each size."""
+    sizes = 10 ** (torch.rand(64, 64) * torch.tensor(low).log10())
+    return sizes * torch.randn(64, 64).sign()
+
+
+def test_a_shift_is_exact_or_there_is_none():
+    for weight in (spread(1e-6).bfloat16(), spread(1e-9).bfloat16(), spread(1e-3).half(), torch.zeros(3, 3)):
+        shift = shift_of(weight)
+        scaled = weight.float() * 2.0**shift
+        assert torch.equal(scaled.half().float(), scaled)
+        assert torch.equal(scaled * 2.0**-shift, weight.float())
+    assert shift_of(spread(1e-3).half()) == 0
+    assert shift_of(torch.full((2, 2), 3.0).bfloat16()) == 0
+    assert shift_of(torch.tensor([[2.0**40]])) == 14 - 40
+    assert shift_of(torch.randn(64, 64)) is None
+    assert shift_of(torch.tensor([[1.0, 2.0**-38]])) == 14  # the smallest that float16 has, then
+    assert shift_of(torch.tensor([[1.0, 2.0**-39]])) is None
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fits = nn.Linear(16, 24).bfloat16().float()
+        self.does_not = nn.Linear(16, 24)
+        self.turned = Conv1D(24, 16).bfloat16().float()  # (out, in), and its weight is [in, out]
+        self.inner = nn.Sequential(nn.ReLU(), nn.Linear(16, 24, bias=False).bfloat16().float())
+        self.not_linear = nn.Embedding(10, 16)
+
+
+@needs_fbgemm
+def test_packing_changes_the_layers_that_fit_and_no_other():
+    torch.manual_seed(0)
+    parent, x = Parent(), torch.randn(3, 16)
+    inexact, embedding = parent.does_not, parent.not_linear
+    with torch.no_grad():
+        before = [parent.fits(x), parent.turned(x), parent.inner(x)]
+        assert pack(parent) == 1
+        after = [parent.fits(x), parent.turned(x), parent.inner(x)]
+    for layer in (parent.fits, parent.turned, parent.inner[1]):
+        assert isinstance(layer, PackedLinear)
+    assert parent.does_not is inexact and parent.not_linear is embedding
+    torch.testing.assert_close(after, before)
+    assert pack(parent) == 1  # packed layers stay
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "gpt2", "phi3"])
+def test_a_packed_model_says_what_the_model_says(name):
+    models = [tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float() for _ in range(2)]
+    assert pack(models[0]) == 0
+    assert not any(type(module) in (nn.Linear, Conv1D) for module in models[0].modules())
+    text = torch.randint(tiny.VOCABULARY, (30,)).tolist()
+    packed, plain = (tiny.reader(model).read(text, 30) for model in models)
+    torch.testing.assert_close(packed, plain, atol=1e-3, rtol=0)
+    assert torch.equal(packed.argmax(-1), plain.argmax(-1))
+
+
+def test_who_asks_for_a_kernel_gets_it():
+    assert linear.wanted("packed") and not linear.wanted("stock")
+
+
+def test_a_cpu_with_bfloat16_products_keeps_them(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert not linear.wanted("auto")
+
+
+@needs_fbgemm
+def test_a_cpu_without_them_packs(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert linear.wanted("auto")

@@ -1,0 +1,115 @@
+"""A draft vocabulary makes a forward cheaper and some guesses impossible, and never changes a text."""
+
+import pytest
+import torch
+from tiny import CONFIGS, VOCABULARY, random_model, reader
+from toys import EAGER, ScriptedChannel, ticks, together
+
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.drafters.tree import TreeSource
+from pearl.models.language_model import LanguageModel
+from pearl.models.linear import Int8Linear, pack
+from pearl.models.reduced_head import cut
+from pearl.roles.target import Target
+
+TEXT = [5, 130, 6, 7]  # 130 lies outside the vocabulary
+FREQUENT = 100
+
+
+def drafter(frequent: int = FREQUENT, always: tuple[int, ...] = (159,)) -> LanguageModel:
+    model = random_model(CONFIGS["llama"]())
+    return reader(model, head=cut(model, frequent, always))
+
+
+def whole() -> LanguageModel:
+    return reader(random_model(CONFIGS["llama"]()))
+
+
+def test_kept_tokens_have_the_logits_of_the_whole_head_and_the_others_none():
+    logits, expected = drafter().read_leaves(TEXT, [(), (9,)]), whole().read_leaves(TEXT, [(), (9,)])
+    kept = [*range(FREQUENT), 130, 159]
+    torch.testing.assert_close(logits[:, kept], expected[:, kept], atol=1e-4, rtol=0)
+    others = sorted(set(range(VOCABULARY)) - set(kept))
+    assert (logits[:, others] == -torch.inf).all()
+
+
+def test_a_rare_token_is_draftable_once_the_text_has_it_and_in_the_next_text_no_more():
+    model = drafter()
+    assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
+    assert model.read_leaves([5, 6, 130], [()])[0, 130].isfinite()
+    model.forget()
+    assert model.read_leaves([5, 6], [()])[0, 130] == -torch.inf
+
+
+def test_somebody_who_tells_of_no_text_has_the_whole_head():
+    """transformers' own assisted generation, which drafts with this model too."""
+    model = drafter()
+    model.read(TEXT, 1)
+    model.forget()
+    model.model.set_attn_implementation("sdpa")
+    assert model.model(torch.tensor([TEXT])).logits.isfinite().all()
+
+
+def test_chains_and_trees_are_drafted_from_the_same_tokens():
+    chain, tree = drafter(), drafter()
+    torch.testing.assert_close(chain.read(TEXT, 1), tree.read_leaves(TEXT, [()]), atol=1e-4, rtol=0)
+    assert (chain.read(TEXT, 1) == -torch.inf).any()
+
+
+def test_a_vocabulary_may_be_any_tokens():
+    """As many as a trained draft model brings, in the order of their ids or not."""
+    ids = torch.tensor([150, 3, 77, 9])
+    model = random_model(CONFIGS["llama"]())
+    head = cut(model, ids, always=(159,))
+    assert head is not None and len(head) == 4
+    logits, expected = reader(model, head=head).read(TEXT, 1)[0], whole().read(TEXT, 1)[0]
+    kept = [3, *TEXT[:1], 9, 77, *TEXT[1:], 150, 159]
+    torch.testing.assert_close(logits[kept], expected[kept], atol=1e-4, rtol=0)
+    assert int(logits.isfinite().sum()) == len(kept)
+
+
+def test_a_text_that_goes_another_way_brings_its_own_rare_tokens():
+    model = drafter()
+    model.read([5, 6, 130], 1)
+    logits = model.read([5, 6, 131, 7], 1)[0]
+    assert logits[131].isfinite() and logits[132] == -torch.inf
+
+
+def test_a_text_that_keeps_leaving_the_vocabulary_gets_the_whole_head():
+    model, text = drafter(), [5, 6]
+    for token in range(101, 111):
+        text.append(token)
+        logits = model.read_leaves(text, [()])
+    assert logits.isfinite().all()
+    text += [7] * 60  # and the cut one again, once it stays inside
+    model.read_leaves(text, [()])
+    assert model.read_leaves([*text, 7], [()])[0, 150] == -torch.inf
+
+
+def test_a_vocabulary_as_large_as_the_models_is_no_cut():
+    assert cut(random_model(CONFIGS["llama"]()), VOCABULARY) is None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_a_tiny_vocabulary_the_text_is_the_targets_own(temperature: float):
+    params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=2)
+    alone = together(Target(whole()), TEXT, Schedule.of("ar"), params, decode=str)
+    target = Target(whole(), ScriptedChannel(TreeSource(drafter(40)), EAGER), ticks())
+    assert together(target, TEXT, Schedule.of("tree"), params, decode=str) == alone
+    assert any(one.accepted for one in target.passes) and any(
+        one.rank is None for p in target.passes for one in p.judged
+    )
+
+
+def test_an_8_bit_drafter_differs_by_rounding_only():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 96).to(torch.bfloat16)
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    rounded = Int8Linear(layer.weight.detach(), layer.bias)(x)
+    error = (rounded - layer(x)).float()
+    assert rounded.dtype == torch.bfloat16 and 0 < error.abs().max() < 0.05
+    model = random_model(CONFIGS["llama"]())
+    expected = model(torch.tensor([TEXT])).logits[0, -1]
+    assert pack(model, int8=True) == 0
+    assert torch.corrcoef(torch.stack([expected, model(torch.tensor([TEXT])).logits[0, -1]]))[0, 1] > 0.98

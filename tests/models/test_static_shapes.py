@@ -1,0 +1,215 @@
+"""Forwards of fixed shape say, bit for bit, what those of today say; without a graph, and with what stands for one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import tiny
+import torch
+from test_numerics_check import FBGEMM, prepared
+
+from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.language_model import LanguageModel
+from pearl.models.static_shapes import COUNTS, PATHS, Inputs, StaticShapeRunner
+
+PACKED = pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")
+SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kernel here tells apart
+
+
+def pair(name: str, dtype: str, kernel: str = "stock") -> tuple[LanguageModel, LanguageModel]:
+    """Two readers of one model: of today, and with fixed shapes, of row counts whose bits are equal here."""
+    plain = prepared(name, dtype, kernel)
+    if not plain.rows.exact:
+        pytest.skip("no row counts agree on this machine")
+    fixed = LanguageModel(plain.model, plain.vocabulary, plain.max_length, plain.rows)
+    fixed.fix([count for count in COUNTS if count in plain.rows.safe])
+    return plain, fixed
+
+
+def tree(rng: random.Random, most: int) -> tuple[int, list[tuple[int, int]]]:
+    """Rows of a chain, and side rows that hang anywhere."""
+    chain = rng.randint(1, most)
+    sides: list[tuple[int, int]] = []
+    for row in range(chain, rng.randint(chain, most)):
+        sides.append((rng.randrange(row), rng.randrange(tiny.VOCABULARY)))
+    return chain, list(dict.fromkeys(sides))
+
+
+@pytest.mark.parametrize("kernel", ["stock", pytest.param("packed", marks=PACKED)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_every_pass_has_the_bits_of_today(name, dtype, kernel):
+    plain, fixed = pair(name, dtype, kernel)
+    rng = random.Random(name + dtype)
+    text = [rng.randrange(tiny.VOCABULARY) for _ in range(GRAIN - 30)]
+    paths = set()
+    while len(text) < tiny.LENGTH - LIMIT:
+        chain, sides = tree(rng, min(LIMIT, plain.rows.up_to(len(text) - 1)))
+        text += [rng.randrange(tiny.VOCABULARY) for _ in range(chain - 1)]
+        said = [reader.read(text, chain, branches=sides) for reader in (plain, fixed)]
+        assert torch.equal(*said)
+        row, way = 0, []  # the text takes the chain for a while, or a branch
+        while (next_rows := [i for i, side in enumerate(sides) if side[0] == row]) and rng.random() < 0.8:
+            way.append(sides[next_rows[0]][1])
+            row = chain + next_rows[0]
+        paths.add(len(sides))
+        text = text[: len(text) - chain + 1] + way if way else text[: len(text) - rng.randrange(chain)]
+        text.append(rng.randrange(tiny.VOCABULARY))
+    assert len(paths) > 3 and fixed.fixed and fixed.fixed.shapes > 3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "deepseek"])
+def test_models_with_an_attention_of_their_own_keep_their_bits(name):
+    plain, fixed = pair(name, "float32")
+    text = [3 * i % tiny.VOCABULARY for i in range(40)]
+    for keep in (1, 3, 8, 2):
+        text += [keep] * keep
+        assert torch.equal(plain.read(text, keep), fixed.read(text, keep))
+
+
+def test_the_cache_is_the_same_afterwards():
+    plain, fixed = pair("llama", "float32")
+    for keep in (5, 2, 9):
+        text = list(range(60 + keep))
+        for reader in (plain, fixed):
+            reader.read(text, keep, branches=[(0, 7), (keep, 8)])
+    for (_, ours), (_, theirs) in zip(
+        fixed._memos[0].cache._buffers.items(), plain._memos[0].cache._buffers.items(), strict=True
+    ):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a[:, :, :69], b[:, :, :69])
+
+
+def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
+    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    taps = HiddenStateHooks(model, (0, 1))
+    plain, fixed = (tiny.reader(model, rows=SAFE, texts=2, taps=taps) for _ in range(2))
+    fixed.fix(capture=Recorder())
+    texts = [list(range(40)), list(range(70, 100))]
+    for step in range(6):
+        for number, text in enumerate(texts):
+            sides = [(0, 9), (0, 11)] if step % 2 else []
+            keep = 2 + step
+            text += [(13 * step + number) % tiny.VOCABULARY] * keep
+            logits, features = [], []
+            for one in (plain, fixed):
+                logits.append(one.read(text, keep, branches=sides, text=number))
+                features.append(one.features(range(-1 if step == 0 else 0, keep + len(sides)), text=number))
+            assert torch.equal(*logits)
+            assert (features[0] == features[1]).all() and features[0].shape[1] == 2 * model.config.hidden_size
+
+
+@pytest.mark.parametrize("vocabulary", [0, 40])
+def test_a_drafters_leaves_are_the_same(vocabulary):
+    from pearl.models.reduced_head import cut
+
+    def make(fixed: bool) -> LanguageModel:
+        model = tiny.random_model(tiny.CONFIGS["llama"]())
+        made = tiny.reader(model, head=cut(model, vocabulary) if vocabulary else None)
+        if fixed:
+            made.fix()
+        return made
+
+    plain, fixed = make(False), make(True)
+    rng = random.Random(5)
+    text = [rng.randrange(tiny.VOCABULARY) for _ in range(50)]
+    for _ in range(40):
+        paths = [tuple(rng.randrange(4) for _ in range(rng.randrange(4))) for _ in range(rng.randint(1, 4))]
+        paths = list(dict.fromkeys(paths))
+        a, b = (reader.read_leaves(text, paths) for reader in (plain, fixed))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # its bits are of no account
+        assert (a.argmax(-1) == b.argmax(-1)).all()
+        text.append(rng.randrange(tiny.VOCABULARY))
+    assert fixed.fixed and fixed.fixed.shapes > 2
+
+
+def test_rare_tokens_of_a_draft_head_stay_where_a_graph_reads_them():
+    from pearl.models import reduced_head
+
+    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    plain, settled = (reduced_head.ReducedVocabHead(model.lm_head, torch.arange(20)) for _ in range(2))
+    settled.settle()
+    x = torch.randn(2, model.config.hidden_size)
+    for made in (plain, settled):
+        made.follow([1, 2, 30, 31])
+    rows = settled._rare_rows.data_ptr()
+    for text in ([1, 2, 30, 31, 32], [1, 2], list(range(20, 150)), [5, 99]):
+        for made in (plain, settled):
+            made.forget()
+            made.follow(text)
+        assert plain.layout[0] == settled.layout[0]
+        torch.testing.assert_close(plain(x), settled(x))
+    assert rows == settled._rare_rows.data_ptr()
+    before = settled.layout
+    settled._make_room(2)
+    settled.follow(list(range(20, 60)))
+    assert settled.layout != before  # a graph of before would read tensors that are gone
+
+
+def test_coarse_buckets_are_few_and_waste_little():
+    buffers = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), coarse=True)._memos[0].cache.buffers
+    buffers.slots = 1 << 15
+    found = [buffers.seen(end) for end in range(1, buffers.slots + 1)]
+    assert len(set(found)) < 40
+    assert all(seen >= end and seen % GRAIN == 0 for end, seen in enumerate(found, 1))
+    assert all(seen <= 1.25 * end + GRAIN for end, seen in enumerate(found, 1))
+    # a pass ends where the grain does, so all of its rows read as many slots, however it is cut
+    assert all(len({found[i] for i in range(at, at + GRAIN)}) == 1 for at in range(0, buffers.slots, GRAIN))
+
+
+class Recorder:
+    """Stands for a graph: it calls the code, and counts how often it recorded and replayed."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            run()
+
+        return replay
+
+
+def test_a_shape_is_recorded_once_and_replayed_ever_after():
+    reader = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    recorder = Recorder()
+    reader.fix(capture=recorder)
+    text = list(range(30))
+    reader.read(text, 1)
+    for keep in itertools.islice(itertools.cycle((1, 2, 3, 4)), 20):
+        text = [*text, *[keep] * keep]
+        reader.read(text, keep)
+    assert recorder.recorded == reader.fixed.shapes <= 3
+    assert recorder.replayed == 20
+
+
+def test_if_recording_fails_it_says_so_once_and_goes_on(capsys):
+    def fails(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    reader = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    plain = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    reader.fix(capture=fails)
+    for keep in (1, 2, 9):
+        text = list(range(40 + keep))
+        assert torch.equal(reader.read(text, keep), plain.read(text, keep))
+    assert not reader.fixed.captures and "not permitted" in reader.fixed.failed
+    assert capsys.readouterr().err.count("eagerly") == 1
+
+
+def test_inputs_of_a_smaller_shape_leave_nothing_behind():
+    """What a wide pass left in the buffers is not seen by a narrow one."""
+    reader, plain = (tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE) for _ in range(2))
+    reader.fix()
+    wide = list(range(16))
+    reader.read(wide, 16)
+    reader.forget()
+    assert isinstance(reader.fixed, StaticShapeRunner) and isinstance(reader.fixed._inputs, Inputs)
+    assert torch.equal(reader.read([5, 6], 2), plain.read([5, 6], 2))
+    assert PATHS[-1] == LIMIT == COUNTS[-1]

@@ -1,0 +1,303 @@
+"""Every table is a short list of rows: it says what it would do, does it once, and is what a Slurm job runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from test_tasks import written
+
+from pearl.config import cli
+from pearl.core.schedule import MODES
+from pearl.evaluation import main as evaluation
+from pearl.evaluation import plots, results, tables
+from pearl.tasks import gsm8k
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+TABLES = sorted(
+    file for file in SCRIPTS.glob("*.sh") if "rows.sh" in file.read_text() and file.stem not in ("rows", "all")
+)
+SLURM = sorted((SCRIPTS / "slurm").glob("*.slurm"))
+NAMES = [file.stem for file in TABLES]
+IN_ALL = [name for name in NAMES if name != "full_width"]  # which takes hours
+
+
+def bash(*command: str, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def commands(*command: str, **environment: str) -> list[list[str]]:
+    """What a script would run."""
+    done = bash(*command, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def values(words: list[str], option: str) -> list[str]:
+    """What stands after an option."""
+    found: list[str] = []
+    for word in words[words.index(option) + 1 :]:
+        if word.startswith("--"):
+            break
+        found.append(word)
+    return found
+
+
+def test_all_the_tables_of_the_papers_are_there():
+    wanted = (
+        "main_results ablation gamma_sweep mean_accepted acceptance_by_depth equal_devices competition draft_sources"
+    )
+    assert set(NAMES) == {*wanted.split(), "batch_scaling", "full_width", "timeline"}
+
+
+@pytest.mark.parametrize("file", [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")], ids=lambda file: file.name)
+def test_every_script_is_bash(file):
+    assert bash("-n", str(file)).returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_says_what_would_run_and_runs_nothing(name, tmp_path):
+    here = {
+        "RESULTS": str(tmp_path / "results"),
+        "PAIR": "smollm2-135m",
+        "LIMIT": "4",
+        "FEATURE": "drafter",
+        "DATA": "data",
+    }
+    *rows, table = commands(f"scripts/{name}.sh", **here)
+    assert rows and not (tmp_path / "results").exists()
+    folders = [values(row, "--output")[0] for row in rows]
+    assert len(set(folders)) == len(folders) and table[:2] == ["python", "eval/table.py"]
+    assert table[2 : 2 + len(folders)] == folders  # the table is of these runs
+    for row in rows:
+        assert row[:2] == ["accelerate", "launch"] and "--resume" in row
+        assert (ROOT / next(word for word in row if word.startswith("eval/"))).exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_and_table_is_one_that_the_commands_understand(name, tmp_path):
+    *rows, table = commands(f"scripts/{name}.sh", LIMIT="4", FEATURE="drafter")
+    parser = evaluation.parser(gsm8k.SUITE)
+    for row in rows:
+        words = row[next(i for i, word in enumerate(row) if word.startswith("eval/")) + 1 :]
+        if name == "batch_scaling" and "--batch-size" not in parser.format_help():
+            at = words.index("--batch-size")
+            del words[at : at + 2]
+        found = cli.parse(parser, words)
+        assert found.resume and found.output and cli.schedules(found, cli.BASELINES)
+        assert "ar" in found.mode  # without which nothing is told to be the target's own text
+    assert set(values(table, "--plots") if "--plots" in table else []) <= set(plots.PLOTS)
+    if "--columns" in table:
+        assert tables.choose(values(table, "--columns")[0])
+
+
+def test_the_ablation_leaves_out_one_thing_at_a_time():
+    *rows, _ = commands("scripts/ablation.sh")
+    assert all(values(row, "--mode") == ["ar", "pearl-no-pre", "pearl-no-post", "pearl"] for row in rows)
+
+
+def test_the_gamma_sweep_has_auto_beside_it():
+    (row, _) = commands("scripts/gamma_sweep.sh")
+    assert {"sd", "pearl", "sd:1", "sd:8", "pearl:1", "pearl:8"} <= set(values(row, "--mode"))
+
+
+def test_main_results_are_of_all_modes_tasks_and_pairs():
+    *rows, _ = commands("scripts/main_results.sh", PAIR="smollm2-135m qwen2.5-0.5b-7b")
+    assert len(rows) == 2 * 5
+    assert {values(row, "--pair")[0] for row in rows} == {"smollm2-135m", "qwen2.5-0.5b-7b"}
+    assert all(set(values(row, "--mode")) <= set(MODES) for row in rows)
+
+
+def test_tables_of_the_same_runs_share_them():
+    def folders(name: str) -> set[str]:
+        return {tuple(values(row, "--output") + values(row, "--mode")) for row in commands(f"scripts/{name}.sh")[:-1]}
+
+    shared = folders("main_results")
+    assert all(folders(name) <= shared for name in ("mean_accepted", "acceptance_by_depth", "equal_devices"))
+
+
+def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
+    settings = {
+        "PAIR": "mine.yaml",
+        "LIMIT": "3",
+        "TOKENS": "9",
+        "DATA": "d",
+        "OPTIONS": "--max-length 77",
+        "LAUNCH": "python",
+    }
+    row = next(row for row in commands("scripts/main_results.sh", **settings) if "eval/mt_bench.py" in row)
+    assert row[:2] == ["python", "eval/mt_bench.py"]
+    chosen = {"--pair": "mine.yaml", "--limit": "3", "--max-new-tokens": "9", "--max-length": "77"}
+    assert {option: values(row, option)[0] for option in chosen} == chosen
+    assert values(row, "--data") == ["d/mt_bench/question.jsonl"]
+    assert values(row, "--output") == ["results/mine-limit-3-tokens-9/mt_bench"]
+
+
+def test_all_of_them_end_on_one_page():
+    every = commands("scripts/all.sh", BATCHES="1", FEATURE="drafter")
+    made = {values(words, "--output")[0] for words in every if words[1] == "eval/table.py"}
+    assert made == {f"results/tables/{name}" for name in IN_ALL}
+    assert every[-1] == ["python", "eval/report.py", "results", "--output", "results/report.html"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[str, str]:
+    """The environment in which a script takes seconds: two tiny models, one problem, a few tokens."""
+    folder = tmp_path_factory.mktemp("small")
+    target, draft = tiny.save_pair(folder)
+    facts = dict(name="tiny", target=target, draft=draft, dtype="float32", prompt="chat", target_gb=0.01, draft_gb=0.01)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(facts | {"note": "for tests", "source": "none"}))
+    for task in ("gsm8k", "mgsm", "mt_bench", "spec_bench"):
+        (folder / task).mkdir()
+        name = {"gsm8k": "test", "mgsm": "mgsm"}.get(task, "question")
+        Path(written(folder, task)).rename(folder / task / f"{name}.jsonl")
+    return {
+        "PAIR": str(folder / "tiny.yaml"),
+        "DATA": str(folder),
+        "LIMIT": "1",
+        "TOKENS": "6",
+        "READY": "1",
+        "LAUNCH": sys.executable,
+        "OPTIONS": "--max-length 500 --no-score",
+        "RESULTS": str(folder / "results"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def test_a_script_run_twice_does_nothing_twice(small):
+    done = bash("scripts/ablation.sh", **small)
+    assert done.returncode == 0, done.stderr
+    tables_at = Path(small["RESULTS"]) / "tables" / "ablation"
+    assert {file.name for file in tables_at.iterdir()} == {"table.md", "table.csv", "speedup.png"}
+    rows = (tables_at / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 4
+    column = rows[0].split(",").index("identical_to_ar")
+    assert {row.split(",")[column] for row in rows[1:]} == {"1.0"}
+    samples = sorted(Path(small["RESULTS"]).glob("*/*/samples.jsonl"))
+    before = [(file, file.stat().st_mtime_ns) for file in samples]
+    again = bash("scripts/ablation.sh", **small)
+    assert again.returncode == 0 and len(before) == 2
+    assert [(file, file.stat().st_mtime_ns) for file in samples] == before
+    assert (tables_at / "table.md").read_text() in again.stdout
+
+
+def test_a_timeline_is_drawn_of_a_traced_run(small):
+    done = bash("scripts/timeline.sh", **small | {"TOKENS": "24"})
+    assert done.returncode == 0, done.stderr
+    assert (Path(small["RESULTS"]) / "tables" / "timeline" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_script_runs_on_the_default_pair(small, tmp_path):
+    """As a user starts them, with a handful of problems; every mode writes what the target alone writes."""
+    kept = ("DATA", "READY", "PATH")
+    settings = {name: small[name] for name in kept} | {"LIMIT": "2", "TOKENS": "12", "RESULTS": str(tmp_path)}
+    done = bash("scripts/all.sh", timeout=1800, **settings)
+    assert done.returncode == 0, done.stderr
+    made = {file.parent.name for file in tmp_path.glob("tables/*/table.csv")}
+    assert made == set(IN_ALL) - {"batch_scaling"}
+    rows = [words for words in commands("scripts/all.sh", **settings) if "--resume" in words]
+    page = (tmp_path / "report.html").read_text()
+    for folder in {Path(values(row, "--output")[0]) for row in rows}:
+        modes = json.loads((folder / results.SUMMARY).read_text())["modes"]
+        assert {figures["identical_to_ar"] for figures in modes.values()} == {1.0}, folder
+        assert folder.name in page
+
+
+# Slurm
+
+
+@pytest.fixture
+def cluster(tmp_path) -> dict[str, str]:
+    """Stand-ins: srun starts its command once a node, scontrol knows the nodes, launchers say what they were asked."""
+    tools = {
+        "srun": 'for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node SLURM_PROCID=$node "$@"; done',
+        "scontrol": '[[ "$1 $2" == "show hostnames" ]] && echo "$3" | tr , "\\n"',
+        "accelerate": 'printf "%q " "$@"; echo',
+        "torchrun": 'printf "%q " "$@"; echo',
+        "python": "true",  # the table: there are no results
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    return {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "70012",
+        "READY": "1",
+        "RESULTS": str(tmp_path / "results"),
+    }
+
+
+def started(file: Path, nodes: list[str], cluster: dict[str, str], **more: str) -> list[list[str]]:
+    """What the launcher is asked on each node for the first row."""
+    facts = {"SLURM_NNODES": str(len(nodes)), "SLURM_JOB_NODELIST": ",".join(nodes)}
+    done = bash(str(file), "scripts/acceptance_by_depth.sh", cwd=Path("/"), **cluster | facts | more)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("file", SLURM, ids=lambda file: file.stem)
+def test_a_slurm_file_asks_for_machines_and_calls_a_script(file):
+    lines = file.read_text().splitlines()
+    body = [line for line in lines if line and not line.startswith("#")]
+    assert any(line.startswith("#SBATCH --nodes=") for line in lines)
+    commands = [line for line, before in zip(body, ["", *body], strict=False) if not before.endswith("\\")]
+    assert len(commands) == 4 and body[-1] == 'bash "${1:-scripts/main_results.sh}"'
+    assert not any("--mode" in line or "eval/" in line for line in body)
+
+
+def test_on_two_nodes_the_first_is_the_target_and_the_second_the_drafter(cluster):
+    asked = started(SCRIPTS / "slurm" / "two_nodes.slurm", ["n7", "n8"], cluster)
+    assert [values(words, "--machine_rank") for words in asked] == [["0"], ["1"]]
+    for words in asked:
+        shared = {
+            "--num_processes": "2",
+            "--num_machines": "2",
+            "--main_process_ip": "n7",
+            "--main_process_port": "30012",
+        }
+        assert {option: values(words, option)[0] for option in shared} == shared
+        assert "eval/humaneval.py" in words and "--multi_gpu" in words
+
+
+def test_on_one_node_two_processes_start(cluster):
+    (words,) = started(SCRIPTS / "slurm" / "one_node.slurm", ["n7"], cluster)
+    assert (values(words, "--num_processes"), values(words, "--num_machines")) == (["2"], ["1"])
+
+
+@pytest.mark.parametrize("replicas", ["2", "4"])
+def test_replicas_are_two_processes_each(cluster, replicas):
+    (words,) = started(SCRIPTS / "slurm" / "replicas.slurm", ["n7"], cluster, REPLICAS=replicas)
+    assert values(words, "--num_processes") == [str(2 * int(replicas))]
+
+
+@pytest.mark.parametrize(
+    "ranks, gpus, each",
+    [("4", "4", ["4", "1"]), ("7", "4", ["4", "4"]), ("8", "4", ["4", "5"]), ("2", "2", ["2", "1"])],
+)
+def test_a_target_over_several_ranks_fills_the_nodes_and_the_drafter_comes_after_it(cluster, ranks, gpus, each):
+    file = SCRIPTS / "slurm" / "tensor.slurm"
+    asked = started(file, ["n7", "n8"], cluster, TARGET_TP=ranks, SLURM_GPUS_ON_NODE=gpus)
+    assert [values(words, "--nproc_per_node") for words in asked] == [[count] for count in each]
+    assert [values(words, "--node_rank") for words in asked] == [["0"], ["1"]]
+    for words in asked:
+        assert (values(words, "--master_addr"), values(words, "--nnodes")) == (["n7"], ["2"])
+        assert values(words, "--target-tp") == [ranks] and "ar-all" not in values(words, "--mode")
+
+
+def test_more_nodes_than_ranks_are_refused(cluster):
+    facts = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n7,n8", "SLURM_GPUS_ON_NODE": "8", "TARGET_TP": "4"}
+    done = bash(str(SCRIPTS / "slurm" / "tensor.slurm"), "scripts/acceptance_by_depth.sh", **cluster | facts)
+    assert done.returncode == 2 and "do not reach the last of 2 nodes: ask for fewer" in done.stderr

@@ -1,0 +1,399 @@
+"""Texts side by side: each is what the target writes of it alone, whatever the others do.
+
+Any number of places, any arrival of requests, any drafter, any schedule, any delay of messages. The last part breaks
+the code on purpose, and the same property has to notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_lossless import all_params, schedules
+from toys import (
+    Crashing,
+    Moody,
+    Move,
+    Noise,
+    Right,
+    ScriptedChannel,
+    Sometimes,
+    TableModel,
+    Text,
+    alone,
+    examples,
+    letters,
+    ticks,
+)
+
+import pearl.roles.drafter
+import pearl.roles.target
+from pearl.core.messages import Nodes, Verdict
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import MODES, Schedule
+from pearl.core.stopping import Stopper
+from pearl.drafters.draft_source import Proposal
+from pearl.drafters.model import ModelSource
+from pearl.drafters.ngram import NgramSource
+from pearl.drafters.tree import TreeSource
+from pearl.models.language_model import Wanted
+from pearl.roles.target import Request, Target
+
+DRAFTING = [mode for mode in MODES if Schedule.of(mode).drafts]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A text to be written."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    late: int  # how often the queue says that there is nothing for now, before it gives this one
+
+
+@dataclass(frozen=True)
+class Case:
+    vocabulary: int
+    order: int
+    table: int
+    eos: frozenset[int]
+    asked: tuple[Asked, ...]
+    places: int
+    schedule: Schedule
+    source: str
+    chance: float
+    chunk: int
+    script: tuple[Move, ...]
+
+    @property
+    def model(self) -> TableModel:
+        return TableModel(self.vocabulary, self.order, self.table)
+
+    @property
+    def alone(self) -> list[Text]:
+        return [alone(self.model, one.prompt, one.params, self.eos) for one in self.asked]
+
+    def make_source(self):
+        other = TableModel(self.vocabulary, self.order, self.table + 1)
+        match self.source:
+            case "right":
+                return AnyOf([Right(text, self.chunk) for text in self._endless()])
+            case "sometimes":
+                return AnyOf([Sometimes(t, self.vocabulary, self.chance, self.chunk) for t in self._endless()])
+            case "random":
+                return Noise(self.vocabulary, self.chunk, self.table)
+            case "another model":
+                return ModelSource(other)
+            case "a tree":
+                return TreeSource(other)
+            case "its own tree":
+                return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
+            case "ngram":
+                return NgramSource(shortest=1)
+            case "moody":
+                return Moody(AnyOf([Right(text, self.chunk) for text in self._endless()]), 1 + self.chunk)
+            case "crashing":
+                return Crashing(Noise(self.vocabulary, self.chunk, self.table), 2 * self.chunk)
+        raise AssertionError(self.source)
+
+    def _endless(self) -> Iterator[list[int]]:
+        for one in self.asked:
+            params = replace(one.params, max_new_tokens=one.params.max_new_tokens + 8, stop=(), ignore_eos=True)
+            yield [*one.prompt, *alone(self.model, one.prompt, params, ()).tokens]
+
+
+class AnyOf:
+    """Several sources that know one text each: whichever knows this one."""
+
+    def __init__(self, sources: Sequence[Right]):
+        self.sources = list(sources)
+
+    @property
+    def forwards(self) -> int:
+        return sum(source.forwards for source in self.sources)
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        return next((said for source in self.sources if (said := source.propose(text, room))), [])
+
+
+SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own tree", "ngram", "moody", "crashing")
+
+
+def small(schedule: Schedule) -> Schedule:
+    """The drafter is infinitely fast here and fills the tree of every text."""
+    return replace(schedule, max_ahead=min(2, schedule.max_ahead or 2)) if schedule.tree else schedule
+
+
+@st.composite
+def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
+    vocabulary = draw(st.integers(2, 6))
+    token = st.integers(0, vocabulary - 1)
+    prompts = st.lists(token, min_size=1, max_size=5).map(tuple)
+    asked = st.builds(Asked, prompts, all_params(vocabulary), st.sampled_from([0, 0, 0, 1, 5]))
+    return Case(
+        vocabulary=vocabulary,
+        order=draw(st.integers(1, 3)),
+        table=draw(st.integers(0, 1000)),
+        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
+        asked=tuple(draw(st.lists(asked, min_size=1, max_size=9))),
+        places=draw(st.sampled_from([1, 2, 3, 8])),
+        schedule=small(draw(schedules(modes))),
+        source=draw(st.sampled_from(sources)),
+        chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
+        chunk=draw(st.integers(1, 4)),
+        script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
+    )
+
+
+def requests(case: Case) -> Iterator[Request | None]:
+    for one in case.asked:
+        yield from [None] * one.late
+        yield Request(one.prompt, one.params, Stopper(one.params, case.eos, letters))
+
+
+def check(
+    case: Case, lost_after: int | None = None, target: Target | None = None
+) -> tuple[Target, list[pearl.roles.target.Text]]:
+    """Writes the texts of the case. The one claim of this file is made here."""
+    channel = ScriptedChannel(case.make_source(), case.script, lost_after)
+    target = target or Target(case.model, channel, ticks())
+    said: dict[int, list[int]] = {}
+    over: list[pearl.roles.target.Text] = []
+    for text, committed in target.write(requests(case), case.schedule, case.places):
+        assert text not in over, "nothing is said of a text after its end"
+        if committed:
+            said.setdefault(text.sequence, []).extend(committed)
+        else:
+            over.append(text)
+    over.sort(key=lambda text: text.sequence)
+    assert len(over) == len(case.asked), "every text comes to its end"
+    for text, wanted in zip(over, case.alone, strict=True):
+        stopper = text.stopper
+        assert stopper.finish and said[text.sequence] == stopper.tokens
+        assert Text(stopper.tokens, stopper.text, stopper.finish) == wanted, "the text is not the target's own"
+        assert not text.passes[0].offered, "a prompt is read by the same rows in every mode"
+    return target, over
+
+
+@examples(150)
+@given(cases())
+def test_each_text_is_what_it_is_alone(case: Case):
+    check(case)
+
+
+@examples(50)
+@given(cases(modes=DRAFTING), st.integers(0, 60))
+def test_a_lost_drafter_ends_no_text(case: Case, moves: int):
+    check(case, lost_after=moves)
+
+
+@examples(50)
+@given(cases())
+def test_a_place_is_taken_again_at_once(case: Case):
+    case = replace(case, asked=tuple(replace(one, late=0) for one in case.asked))
+    target, _ = check(case)
+    for turn in target.turns:
+        assert turn.texts <= turn.places
+        assert not turn.queue or turn.texts == turn.places, "somebody waits, and a place is free"
+
+
+@examples(50)
+@given(cases(modes=DRAFTING))
+def test_the_drafters_facts_are_those_of_each_text(case: Case):
+    target, texts = check(case)
+    channel = target.channel
+    if not case.schedule.drafts:  # a block of no guesses
+        assert not channel.sent and not channel.peer.sent
+        return
+    for text in texts:
+        verdicts = [m for m in channel.sent if isinstance(m, Verdict) and m.sequence == text.sequence]
+        guesses = [m for m in channel.peer.sent if isinstance(m, Nodes) and m.sequence == text.sequence]
+        assert text.report.verdicts == len(verdicts) == len(text.passes) - 1
+        assert text.report.drafted == sum(len(m.guesses) for m in guesses)
+        position = len(text.request.prompt) - 1
+        for p in text.passes:
+            assert p.position == position and 1 <= p.texts <= case.places
+            position += p.committed
+
+
+@examples(40)
+@given(cases(modes=DRAFTING), st.integers(1, 6))
+def test_a_run_that_its_reader_leaves_does_not_reach_the_next(case: Case, passes: int):
+    model, channel = case.model, ScriptedChannel(case.make_source(), case.script)
+    target = Target(model, channel, ticks())
+    run = target.write(requests(case), case.schedule, case.places)
+    for _ in zip(range(passes), run, strict=False):
+        pass
+    run.close()
+    assert not channel.drafter._texts or channel.coming or channel.peer.coming or channel.peer.inbox
+    for _ in range(2):
+        over = []
+        for text, committed in target.write(requests(case), case.schedule, case.places):
+            over += [] if committed else [text]
+        over.sort(key=lambda text: text.sequence)
+        written = [Text(text.stopper.tokens, text.stopper.text, text.stopper.finish) for text in over]
+        assert written == case.alone
+
+
+def plain(mode: str, source: str = "sometimes", texts: int = 6, places: int = 3, tokens: int = 20) -> Case:
+    """Nothing special about it: greedy, no end before the last token, an eager drafter."""
+    asked = tuple(
+        Asked((1 + i % 4, 2, i % 3), SamplingParams(max_new_tokens=tokens + 7 * (i % 3)), 0) for i in range(texts)
+    )
+    return Case(5, 3, 7, frozenset(), asked, places, Schedule.of(mode, "auto"), source, 0.7, 1, ((9, 9, 9),))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_share_their_passes(mode: str):
+    _, texts = check(plain(mode))
+    shared = [p.texts for text in texts for p in text.passes[1:]]
+    assert max(shared) == 3 and sum(shared) / len(shared) > 2
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_no_text_waits_for_anothers_miss(mode: str):
+    """Every text that has read its prompt is in every pass."""
+    target, texts = check(plain(mode, places=6))
+    longest = max(len(text.passes) for text in texts)
+    assert len(target.turns) <= longest + len(texts)
+
+
+def test_a_drafter_guesses_for_all_texts_in_one_forward():
+    case = plain("pearl", "another model", texts=4, places=4)
+    together: list[int] = []
+
+    class Counting(TableModel):
+        def read_leaves_together(self, wanted):
+            together.append(len(wanted))
+            return super().read_leaves_together(wanted)
+
+    channel = ScriptedChannel(ModelSource(Counting(5, 3, 8)), case.script)
+    target = Target(case.model, channel, ticks())
+    for _ in target.write(requests(case), case.schedule, 4):
+        pass
+    assert max(together) == 4
+
+
+def test_a_prompt_is_read_in_pieces_between_the_passes_of_others(monkeypatch):
+    """A long prompt comes while another text is written: no pass of that one waits for more than a piece."""
+    long = Asked(tuple([1, 2, 3, 0] * 200), SamplingParams(max_new_tokens=4), 0)
+    case = replace(plain("ar", texts=1, places=2, tokens=60), schedule=Schedule.of("ar"))
+    case = replace(case, asked=(*case.asked, long))
+    read: list[tuple[int, int]] = []
+    right = TableModel.read
+
+    def noting(self, tokens, keep, padded=True, branches=(), text=0):
+        read.append((text, len(tokens)))
+        return right(self, tokens, keep, padded, branches, text)
+
+    monkeypatch.setattr(TableModel, "read", noting)
+    _, texts = check(case)
+    pieces = [length for text, length in read if text == 1][:7]
+    assert pieces == [128, 256, 384, 512, 640, 768, 800]
+    between = [text for text, _ in read]
+    first, last = between.index(1) + 1, len(between) - 1 - between[::-1].index(1)
+    assert all(
+        a == 0 or b == 0 for a, b in zip(between[first : first + 12], between[first + 1 : first + 13], strict=True)
+    )
+    assert last > first
+    assert texts[1].passes[0].rows == 800
+
+
+class Tight(TableModel):
+    """Has memory for so many texts in a forward."""
+
+    suffices_for = 2
+
+    def read_together(self, wanted: Sequence[Wanted]) -> list[torch.Tensor]:
+        if len(wanted) > self.suffices_for:
+            raise torch.OutOfMemoryError("this model was made small")
+        return super().read_together(wanted)
+
+
+def test_where_memory_runs_out_passes_hold_fewer_texts_and_nothing_is_lost(monkeypatch, capsys):
+    monkeypatch.setattr(Case, "model", property(lambda self: Tight(self.vocabulary, self.order, self.table)))
+    for mode in ("ar", "pearl", "tree"):
+        _, texts = check(plain(mode, places=6))
+        assert max(p.texts for text in texts for p in text.passes) > 2
+    assert "out of memory; passes hold at most 2 texts from now on" in capsys.readouterr().err
+
+
+def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
+    class TightDraft(TableModel):
+        def read_leaves_together(self, wanted):
+            if len(wanted) > 2:
+                raise torch.OutOfMemoryError("this model was made small")
+            return super().read_leaves_together(wanted)
+
+    for mode, source in (("pearl", ModelSource), ("tree", TreeSource)):
+        case = plain(mode, texts=4, places=4)
+        channel = ScriptedChannel(source(TightDraft(5, 3, 8)), case.script)
+        target = Target(case.model, channel, ticks())
+        texts = [text for text, committed in target.write(requests(case), small(case.schedule), 4) if not committed]
+        assert all(text.report.drafted > 8 and not text.report.failed for text in texts)
+        assert [sorted(text.stopper.tokens for text in texts)] == [sorted(one.tokens for one in case.alone)]
+        assert "a draft is for at most 2 texts from now on" in capsys.readouterr().err
+
+
+# Break the code on purpose: the property has to fail.
+
+
+def give_a_verdict_to_the_wrong_text(patch: pytest.MonkeyPatch) -> None:
+    walk = pearl.roles.target._walk
+
+    def wrong(text, nodes, picks, controller, seen=[]):  # noqa: B006
+        seen.append((len(nodes), picks))
+        previous = seen[-2][1] if len(seen) > 1 and seen[-2][0] == len(nodes) else picks
+        return walk(text, nodes, previous, controller)
+
+    patch.setattr(pearl.roles.target, "_walk", wrong)
+
+
+def hang_guesses_into_the_first_text(patch: pytest.MonkeyPatch) -> None:
+    """What the drafter says of a text is taken for another's: its roots are not theirs."""
+    right = Target._take
+
+    def take(self):
+        live = dict(self._live)
+        if live:
+            first = next(iter(live.values()))
+            self._live = dict.fromkeys(live, first)
+        right(self)
+        self._live = live
+
+    patch.setattr(Target, "_take", take)
+
+
+def share_one_end(patch: pytest.MonkeyPatch) -> None:
+    """All texts are sampled by the params of the last one begun."""
+    begin = Target._begin
+
+    def wrong(self, request):
+        begin(self, request)
+        for text in self._live.values():
+            text.params = request.params
+
+    patch.setattr(Target, "_begin", wrong)
+
+
+MUTANTS = [give_a_verdict_to_the_wrong_text, hang_guesses_into_the_first_text, share_one_end]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
+    mutate(monkeypatch)
+
+    @settings(max_examples=2000, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+    @given(cases(modes=DRAFTING))
+    def the_property(case: Case) -> None:
+        check(case)
+
+    with pytest.raises(AssertionError):
+        the_property()

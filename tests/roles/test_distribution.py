@@ -1,0 +1,265 @@
+"""Sampled text follows the target's exact distribution, whoever drafts and whenever the guesses arrive.
+
+Every text of a few tokens has a probability that can be worked out by hand from the target's table. Many short texts
+are decoded with a drafter, one seed each, and compared with it by a chi-square test. The seeds are fixed, so a test
+that passes always passes. The last part breaks the sampling on purpose, and the same test has to notice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from toys import EAGER, IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ticks
+
+from pearl.core import noise, sampling
+from pearl.core.records import Pass
+from pearl.core.sampling import SamplingParams, warp
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.trie import Node
+from pearl.drafters import draft_source
+from pearl.drafters.draft_source import DraftSource, Proposal
+from pearl.drafters.model import ModelSource
+from pearl.drafters.ngram import NgramSource
+from pearl.roles.target import Target
+
+VOCABULARY, LENGTH = 4, 3
+TEXTS = 1200
+ALPHA = 1e-4
+TARGET = TableModel(VOCABULARY, order=2, seed=3, scale=1.0)
+DRAFT = TableModel(VOCABULARY, order=2, seed=4, scale=1.0)
+PROMPT = (0, 1, 2, 0, 1)
+
+# When guesses arrive. The pass over the prompt never waits for one, so its token comes before the texts compared.
+SCRIPTS: dict[str, Sequence[Move]] = {
+    "when waited for": IDLE,
+    "at any time": scrambled(5),
+    "late": [(0, 0, 0), (9, 1, 9)],  # not before the pass, but while it runs
+}
+
+
+class Certain:
+    """Guesses for certain: the next token is a function of the last one. Two tokens a turn."""
+
+    forwards = 0
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+        first = (3 * text[-1] + 1) % VOCABULARY
+        return [(first, ()), ((3 * first + 1) % VOCABULARY, ())][:room]
+
+
+def ngram_source() -> DraftSource:
+    return NgramSource(shortest=1, most=3)
+
+
+@dataclass
+class Sample:
+    counts: Counter[tuple[int, ...]]
+    passes: list[Pass]
+
+
+def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[int, ...], float]:
+    """The probability of each text of `LENGTH` tokens after one token that is not looked at."""
+    steps: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def after(text: tuple[int, ...]) -> torch.Tensor:
+        if text not in steps:
+            steps[text] = warp(TARGET.after(text), params).double().softmax(-1)
+        return steps[text]
+
+    chances: Counter[tuple[int, ...]] = Counter()
+    for text in itertools.product(range(VOCABULARY), repeat=1 + LENGTH):
+        chance = 1.0
+        for i, token in enumerate(text):
+            chance *= float(after((*prompt, *text[:i])[-TARGET.order :])[token])
+        chances[text[1:]] += chance
+    assert abs(sum(chances.values()) - 1) < 1e-9
+    return chances
+
+
+def sample(
+    source: DraftSource, schedule: Schedule, params: SamplingParams, script: Sequence[Move], texts: int = TEXTS
+) -> Sample:
+    target = Target(TARGET, ScriptedChannel(source, script), ticks())
+    schedule = replace(schedule, max_ahead=2)  # a drafter far ahead of so short a text is only slow
+    counts: Counter[tuple[int, ...]] = Counter()
+    passes: list[Pass] = []
+    for seed in range(texts):
+        stopper = Stopper(replace(params, seed=seed), (), letters)
+        for _ in target.decode(PROMPT, schedule, replace(params, seed=seed), stopper):
+            pass
+        counts[tuple(stopper.tokens[1:])] += 1
+        passes += target.passes
+    return Sample(counts, passes)
+
+
+def chance_of(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], float]) -> float:
+    """How likely counts this far off are if the texts do follow `chances`. Texts too rare to test are pooled."""
+    assert all(chances[text] > 0 for text in counts), "a text that the target can't write"
+    total = sum(counts.values())
+    observed, expected, rare = [], [], [0.0, 0.0]
+    for text, chance in chances.items():
+        if total * chance >= 5:
+            observed.append(counts[text])
+            expected.append(total * chance)
+        else:
+            rare = [rare[0] + counts[text], rare[1] + total * chance]
+    if rare[1] > 0:
+        observed, expected = [*observed, rare[0]], [*expected, rare[1]]
+    return float(chisquare(observed, expected).pvalue)
+
+
+PLAIN = SamplingParams(max_new_tokens=1 + LENGTH, temperature=1.0)
+REJECTION = replace(PLAIN, method="rejection")
+CUTS: dict[str, dict[str, float]] = {
+    "nothing": {},
+    "top-k": {"top_k": 2},
+    "top-p": {"top_p": 0.7},
+    "all of them": {"temperature": 1.3, "top_k": 3, "top_p": 0.9, "min_p": 0.1},
+}
+
+
+def p_value(
+    params: SamplingParams,
+    mode: str = "sd",
+    gamma: int | str = 2,
+    script: str = "when waited for",
+    texts: int = TEXTS,
+) -> float:
+    drawn = sample(ModelSource(DRAFT), Schedule.of(mode, gamma), params, SCRIPTS[script], texts)
+    return chance_of(drawn.counts, exact(params))
+
+
+def sample_alone(model: TableModel, params: SamplingParams) -> Counter[tuple[int, ...]]:
+    target = Target(model)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for seed in range(TEXTS):
+        stopper = Stopper(replace(params, seed=seed), (), letters)
+        list(target.decode(PROMPT, Schedule.of("ar"), replace(params, seed=seed), stopper))
+        counts[tuple(stopper.tokens[1:])] += 1
+    return counts
+
+
+def test_the_comparison_itself_tells_distributions_apart():
+    """The drafter's distribution is not the target's: otherwise nothing below would mean anything."""
+    assert chance_of(sample_alone(DRAFT, PLAIN), exact(PLAIN)) < 1e-50
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_target_alone_draws_from_its_distribution(cut: str):
+    """So does every seeded text: it is this text, token for token (test_lossless)."""
+    params = replace(PLAIN, **CUTS[cut])
+    assert chance_of(sample_alone(TARGET, params), exact(params)) > ALPHA
+
+
+@pytest.mark.parametrize(
+    "params, mode, gamma, script",
+    [
+        (PLAIN, "sd", 2, "when waited for"),
+        (PLAIN, "pearl", "auto", "at any time"),
+        (REJECTION, "sd", 2, "when waited for"),
+        (REJECTION, "pearl", "auto", "at any time"),
+        (REJECTION, "pearl", 2, "late"),
+        (REJECTION, "pearl-no-post", 1, "at any time"),
+    ],
+    ids=lambda value: value.method if isinstance(value, SamplingParams) else str(value),
+)
+def test_with_a_drafter_the_text_follows_the_targets_distribution(
+    params: SamplingParams, mode: str, gamma: int | str, script: str
+):
+    drawn = sample(ModelSource(DRAFT), Schedule.of(mode, gamma), params, SCRIPTS[script])
+    assert chance_of(drawn.counts, exact(params)) > ALPHA
+    # every way that a pass can end is among them
+    assert any(p.tested > p.accepted for p in drawn.passes), "a wrong guess"
+    assert any(p.accepted == p.offered > 0 for p in drawn.passes), "a pass accepted to its end"
+    if mode == "pearl":
+        assert any(p.tested > p.offered for p in drawn.passes), "a guess that came while the pass ran"
+        assert any(p.hit for p in drawn.passes)
+
+
+@pytest.mark.parametrize("cut", ["top-k", "top-p", "all of them"])
+def test_what_is_cut_is_never_said_and_the_rest_keeps_its_share(cut: str):
+    assert p_value(replace(REJECTION, **CUTS[cut]), "pearl", "auto", "at any time") > ALPHA
+
+
+@pytest.mark.parametrize("source", [Certain, ngram_source])
+def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource]):
+    drawn = sample(source(), Schedule.of("pearl", "auto"), REJECTION, SCRIPTS["at any time"])
+    assert chance_of(drawn.counts, exact(REJECTION)) > ALPHA
+    assert any(p.tested > p.accepted > 0 for p in drawn.passes)
+
+
+def test_a_drafter_that_sends_only_its_likeliest_tokens_shifts_nothing(monkeypatch: pytest.MonkeyPatch):
+    """q is cut to a few tokens before it is drawn from, so what is sent is all that the residual needs."""
+    monkeypatch.setattr(sampling, "SUPPORT", 2)
+    assert p_value(REJECTION) > ALPHA
+
+
+def test_rejection_accepts_more_than_the_seeded_coupling_and_neither_less_than_its_bound():
+    """With d the total variation distance: rejection 1 - d; seeded at least (1 - d) / (1 + d) (Daliri et al. 2024)."""
+    p = TARGET.after(PROMPT).double().softmax(-1)
+    q = DRAFT.after(PROMPT).double().softmax(-1)
+    d = float((p - q).abs().sum()) / 2
+    accepted = {}
+    for params in (PLAIN, REJECTION):
+        one = replace(params, max_new_tokens=1)
+        passes = sample(ModelSource(DRAFT), Schedule.of("pearl"), one, EAGER).passes
+        assert all(x.tested == 1 for x in passes)
+        accepted[params.method] = sum(x.accepted for x in passes) / TEXTS
+    error = 3 / TEXTS**0.5 / 2
+    assert abs(accepted["rejection"] - (1 - d)) < error
+    assert (1 - d) / (1 + d) - error < accepted["seeded"] < 1 - d + error
+
+
+# Break the sampling on purpose: the comparison has to fail.
+
+FEW = 800  # texts; what is broken shows early
+
+
+def test_without_the_residual_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    assert p_value(REJECTION, texts=FEW) < ALPHA
+
+
+def test_with_a_q_that_is_not_what_was_drawn_from_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    honest = sampling.propose
+
+    def propose(logits: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, Proposal]:
+        token, proposal = honest(logits, params, position)
+        return token, tuple((t, 1 / len(proposal)) for t, _ in proposal)
+
+    monkeypatch.setattr(draft_source, "propose", propose)
+    assert p_value(REJECTION, texts=FEW) < ALPHA
+
+
+def test_one_number_for_all_positions_makes_the_distribution_wrong(monkeypatch: pytest.MonkeyPatch):
+    stream = noise._stream
+    monkeypatch.setattr(noise, "_stream", lambda seed, position, purpose: stream(seed, 0, purpose))
+    assert p_value(PLAIN, texts=FEW) < ALPHA
+
+
+def judged(p: Sequence[float], q: Sequence[float]) -> float:
+    """The comparison at one position, for guesses drawn from q."""
+    counts = [0] * len(p)
+    for seed in range(TEXTS):
+        token, proposal = sampling.propose(torch.tensor(q).log(), replace(REJECTION, seed=seed), position=5)
+        counts[sampling.judge(torch.tensor(p).log(), Node(token, 5, proposal=proposal), seed)] += 1
+    return float(chisquare(counts, [TEXTS * x for x in p]).pvalue)
+
+
+@pytest.mark.parametrize("shared", [None, "ACCEPT", "RESIDUAL"])
+def test_one_stream_for_two_purposes_makes_the_distribution_wrong(shared: str | None, monkeypatch: pytest.MonkeyPatch):
+    """The test of a guess, or the choice of what replaces it, would know the number that the guess was drawn with."""
+    if shared:
+        monkeypatch.setattr(noise, shared, noise.DRAFT)
+    chance = judged(p=[0.1, 0.45, 0.45], q=[0.8, 0.19, 0.01])
+    assert chance < ALPHA if shared else chance > ALPHA

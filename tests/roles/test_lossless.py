@@ -1,0 +1,577 @@
+"""Any drafter, any schedule, any delay: the text is what the target says by itself.
+
+The last part breaks the code on purpose, and the same property has to notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tiny import CONFIGS, random_model, reader
+from toys import (
+    EAGER,
+    IDLE,
+    Crashing,
+    Moody,
+    Move,
+    Noise,
+    Right,
+    ScriptedChannel,
+    Sometimes,
+    TableModel,
+    alone,
+    examples,
+    letters,
+    scrambled,
+    ticks,
+    together,
+)
+
+import pearl.roles.target
+from pearl.core.messages import Nodes, Verdict
+from pearl.core.sampling import Picker, SamplingParams
+from pearl.core.schedule import MODES, Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import GRAIN
+from pearl.core.trie import Node, Trie
+from pearl.drafters.model import ModelSource
+from pearl.drafters.ngram import NgramSource
+from pearl.drafters.tree import TreeSource
+from pearl.models.language_model import LanguageModel, WantedLeaves
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.channel import LocalChannel
+
+DRAFTING = [mode for mode in MODES if Schedule.of(mode).drafts]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One text under one schedule, with one drafter, over one wire."""
+
+    vocabulary: int
+    order: int
+    scale: float
+    table: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    eos: frozenset[int]
+    schedule: Schedule
+    source: str
+    chance: float  # that a guess of `sometimes` is right
+    chunk: int  # guesses a turn
+    script: tuple[Move, ...]
+
+    @property
+    def model(self) -> TableModel:
+        return TableModel(self.vocabulary, self.order, self.table, self.scale)
+
+    @property
+    def endless(self) -> list[int]:
+        """The prompt and what the target would say if nothing ended it: a drafter does not know where the text ends."""
+        params = replace(self.params, max_new_tokens=self.params.max_new_tokens + 8, stop=(), ignore_eos=True)
+        return [*self.prompt, *alone(self.model, self.prompt, params, ()).tokens]
+
+    def make_source(self):
+        good = Sometimes(self.endless, self.vocabulary, self.chance, self.chunk)
+        match self.source:
+            case "right":
+                return Right(self.endless, self.chunk)
+            case "never right":
+                return Sometimes(self.endless, self.vocabulary, 0.0, self.chunk)
+            case "sometimes":
+                return good
+            case "random":
+                return Noise(self.vocabulary, self.chunk, self.table)
+            case "another model":
+                return ModelSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+            case "a tree":
+                return TreeSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+            case "its own tree":
+                return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
+            case "ngram":
+                return NgramSource(shortest=1)
+            case "moody":
+                return Moody(good, 1 + self.chunk)
+            case "at a loss":
+                return Moody(good, 1)
+            case "crashing":
+                return Crashing(good, self.chunk - 1)
+        raise AssertionError(self.source)
+
+
+SOURCES = (
+    "right",
+    "never right",
+    "sometimes",  # hits and misses of every length: three times as often as the others
+    "sometimes",
+    "sometimes",
+    "random",
+    "another model",
+    "a tree",
+    "a tree",
+    "its own tree",
+    "ngram",
+    "moody",
+    "at a loss",
+    "crashing",
+)
+
+
+@st.composite
+def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
+    greedy = draw(st.booleans())
+    letter = st.sampled_from(letters(list(range(vocabulary))))
+    return SamplingParams(
+        max_new_tokens=draw(st.one_of(st.integers(1, 24), st.just(24))),
+        temperature=0.0 if greedy else draw(st.sampled_from([1.0, 0.3, 1.7])),
+        top_k=0 if greedy else draw(st.sampled_from([0, 0, 1, 2, vocabulary, vocabulary + 1])),
+        top_p=1.0 if greedy else draw(st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05])),
+        min_p=0.0 if greedy else draw(st.sampled_from([0.0, 0.0, 0.1, 0.9])),
+        seed=draw(st.integers(0, 1 << 40)),
+        stop=tuple(draw(st.lists(st.text(letter, min_size=1, max_size=4), max_size=draw(st.sampled_from([0, 0, 2]))))),
+        ignore_eos=draw(st.booleans()),
+    )
+
+
+@st.composite
+def schedules(draw: st.DrawFn, modes: Sequence[str]) -> Schedule:
+    """A tree is kept small, as its drafter here is infinitely fast and would fill it."""
+    mode = draw(st.sampled_from(modes))
+    if mode == "tree":
+        branches, width = draw(st.sampled_from([None, 1, 2, 5])), draw(st.sampled_from([None, None, 3, 7]))
+        return Schedule.of(mode, None, branches, width, draw(st.integers(1, 4)))
+    return Schedule.of(mode, draw(st.sampled_from(["auto", "auto", 0, 1, 2, 3, 4, 5])))
+
+
+@st.composite
+def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
+    vocabulary = draw(st.integers(2, 6))
+    token = st.integers(0, vocabulary - 1)
+    return Case(
+        vocabulary=vocabulary,
+        order=draw(st.integers(1, 3)),
+        scale=draw(st.sampled_from([0.5, 1.5, 5.0])),
+        table=draw(st.integers(0, 1000)),
+        prompt=tuple(draw(st.lists(token, min_size=1, max_size=5))),
+        params=draw(all_params(vocabulary)),
+        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
+        schedule=draw(schedules(modes)),
+        source=draw(st.sampled_from(sources)),
+        chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
+        chunk=draw(st.integers(1, 4)),
+        script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
+    )
+
+
+def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedChannel]:
+    """Decodes the case. The one claim of this file is made here."""
+    model = case.model
+    channel = ScriptedChannel(case.make_source(), case.script, lost_after)
+    target = Target(model, channel, ticks())
+    written = together(target, case.prompt, case.schedule, case.params, case.eos)
+    assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
+    return target, channel
+
+
+@examples(400)
+@given(cases())
+def test_the_text_is_the_targets_own(case: Case):
+    check(case)
+
+
+@examples(150)
+@given(cases(modes=DRAFTING), st.integers(0, 40))
+def test_a_lost_drafter_ends_no_text(case: Case, moves: int):
+    target, channel = check(case, lost_after=moves)
+    assert case.schedule.drafts == (channel.lost or target.report is not None)  # else the text ended before the loss
+
+
+@pytest.mark.parametrize("mode", DRAFTING)
+@pytest.mark.parametrize("gamma", [1, 3, "auto"])
+@pytest.mark.parametrize("moves", [0, 1, 5, 12])
+def test_after_the_drafter_is_lost_the_target_goes_on_alone(mode: str, gamma: int | str, moves: int):
+    case = plain_case(mode, gamma, "right", tokens=60)  # more than the drafter's longest lead
+    target, channel = check(case, lost_after=moves)
+    assert channel.lost and target.report is None
+    assert [p.committed for p in target.passes[-3:]] == [1, 1, 1]
+
+
+def plain_case(mode: str, gamma: int | str, source: str, script: Sequence[Move] = EAGER, tokens: int = 24) -> Case:
+    """A case with nothing special about it: greedy, no end before the last token."""
+    return Case(
+        vocabulary=5,
+        order=3,
+        scale=1.5,
+        table=7,
+        prompt=(1, 2, 3),
+        params=SamplingParams(max_new_tokens=tokens),
+        eos=frozenset(),
+        schedule=Schedule.of(mode, gamma),
+        source=source,
+        chance=0.7,
+        chunk=1,
+        script=tuple(script),
+    )
+
+
+# one after the other
+
+
+@examples(100)
+@given(cases(), st.lists(all_params(2), min_size=2, max_size=3), st.booleans(), st.data())
+def test_nothing_of_a_text_reaches_the_next(
+    case: Case, requests: list[SamplingParams], hasty: bool, data: st.DataObject
+):
+    """A hasty target does not wait for the drafter's report, so late guesses do arrive during the next text."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasty:
+            patch.setattr(pearl.roles.target, "REPORT_TIMEOUT_S", 0.0)
+        model = case.model
+        target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
+        for params in requests:
+            prompt = data.draw(st.lists(st.integers(0, case.vocabulary - 1), min_size=1, max_size=5))
+            assert together(target, prompt, case.schedule, params, case.eos) == alone(model, prompt, params, case.eos)
+
+
+@examples(60)
+@given(cases(modes=DRAFTING), st.integers(1, 3))
+def test_a_stream_that_its_reader_leaves_does_not_reach_the_next_text(case: Case, passes: int):
+    model = case.model
+    target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
+    stream = target.decode(case.prompt, case.schedule, case.params, Stopper(case.params, case.eos, letters))
+    for _ in zip(range(passes), stream, strict=False):
+        pass
+    stream.close()
+    prompt = case.prompt[::-1]
+    again = together(target, prompt, case.schedule, case.params, case.eos)
+    assert again == alone(model, prompt, case.params, case.eos)
+
+
+@examples(60)
+@given(cases())
+def test_every_pass_yields_at_least_one_token_and_each_only_once(case: Case):
+    model = case.model
+    target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
+    stopper = Stopper(case.params, case.eos, letters)
+    said: list[int] = []
+    for committed in target.decode(case.prompt, case.schedule, case.params, stopper):
+        assert committed
+        said += committed
+        assert said == stopper.tokens, "a token left before it was taken down, or twice"
+    assert said == alone(model, case.prompt, case.params, case.eos).tokens
+
+
+# the cache is a memo
+
+
+class Forgetful:
+    """A model whose cache is deleted before every forward."""
+
+    def __init__(self, model: LanguageModel):
+        self._model, self.rows, self.max_length = model, model.rows, model.max_length
+
+    branches, texts, joint = True, 1, None
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        keep: int,
+        padded: bool = True,
+        branches: Sequence[tuple[int, int]] = (),
+        text: int = 0,
+    ) -> torch.Tensor:
+        self.forget()
+        return self._model.read(tokens, keep, padded, branches)
+
+    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[torch.Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
+
+    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        self.forget()
+        return self._model.read_leaves(text, paths)
+
+    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+        self._model.forget()
+
+
+def tiny() -> LanguageModel:
+    return reader(random_model(CONFIGS["llama"]()))
+
+
+@pytest.mark.parametrize("mode", DRAFTING)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
+    params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=3)
+    prompt, schedule = [5, 6, 7, 5, 6], Schedule.of(mode, 3)
+    texts = {}
+    for wrap in (lambda model: model, Forgetful):
+        for script in (EAGER, scrambled(1)):
+            source = TreeSource(wrap(tiny()))  # the target's own weights: long hits
+            source = source if mode == "tree" else Moody(source, 5)
+            target = Target(wrap(tiny()), ScriptedChannel(source, script), ticks())
+            texts[wrap, tuple(script)] = tuple(together(target, prompt, schedule, params, decode=str).tokens)
+            assert any(p.accepted > 1 for p in target.passes)
+            assert mode == "tree" or any(not p.hit for p in target.passes)
+    texts["alone"] = tuple(together(Target(Forgetful(tiny())), prompt, Schedule.of("ar"), params, decode=str).tokens)
+    assert len(set(texts.values())) == 1
+
+
+# what sources can and can't do
+
+
+@examples(100)
+@given(cases(sources=["right"]))
+def test_a_perfect_drafter_is_never_contradicted(case: Case):
+    target, _ = check(case)
+    assert all(p.accepted == p.tested for p in target.passes)
+
+
+@examples(100)
+@given(cases(sources=["another model"]))
+def test_the_targets_own_model_as_its_drafter_is_never_contradicted(case: Case):
+    """Also where it samples: both add the same noise."""
+    source = ModelSource(case.model)
+    target = Target(case.model, ScriptedChannel(source, case.script), ticks())
+    together(target, case.prompt, case.schedule, case.params, case.eos)
+    assert all(p.accepted == p.tested for p in target.passes)
+
+
+@examples(100)
+@given(cases(sources=["never right"]))
+def test_a_drafter_that_is_never_right_is_never_accepted(case: Case):
+    target, _ = check(case)
+    assert [(p.accepted, p.committed, p.hit) for p in target.passes] == [(0, 1, False)] * len(target.passes)
+
+
+@pytest.mark.parametrize("gamma", range(1, 6))
+def test_with_a_perfect_drafter_each_sd_pass_commits_a_block_and_its_bonus(gamma: int):
+    case = plain_case("sd", gamma, "right", tokens=2 + 4 * (gamma + 1))
+    ends = LocalChannel.pair()
+    drafter = Drafter(case.make_source(), ends[1])
+    ends[0].peer_step = drafter.step
+    target = Target(case.model, ends[0])
+    assert together(target, case.prompt, case.schedule, case.params) == alone(case.model, case.prompt, case.params, ())
+    # the first pass reads the prompt before anything is drafted, the last one ends the text
+    assert [p.committed for p in target.passes] == [1, *[gamma + 1] * 4, 1]
+    assert [p.offered for p in target.passes] == [0, *[gamma] * 4, 0]
+    # a block ends before its bonus token, which the drafter has not guessed
+    assert not any(p.hit for p in target.passes[:-1])
+
+
+def test_in_pearl_a_perfect_drafter_always_hits_and_loses_nothing_to_waiting():
+    for gamma in (2, "auto"):
+        target, _ = check(plain_case("pearl", gamma, "right", EAGER))
+        assert target.passes[0].tested == 1  # pre-verify: the first guess came while the prompt was being read
+        assert all(p.hit for p in target.passes[:-1])
+
+
+def test_only_with_pre_verify_does_a_pass_follow_a_miss_without_a_guess():
+    for mode, waits in (("pearl", False), ("pearl-no-post", False), ("pearl-no-pre", True), ("sd", True)):
+        target, _ = check(plain_case(mode, 2, "sometimes", IDLE))
+        after_miss = [q.offered for p, q in zip(target.passes, target.passes[1:-1], strict=False) if not p.hit]
+        assert after_miss and all(bool(offered) == waits for offered in after_miss), mode
+
+
+@examples(100)
+@given(cases())
+def test_the_recorded_facts_agree_with_the_text(case: Case):
+    target, channel = check(case)
+    passes, tokens = target.passes, alone(case.model, case.prompt, case.params, case.eos).tokens
+    assert sum(p.committed for p in passes) == len(tokens)
+    position = len(case.prompt) - 1
+    for first, p in zip([True] + [False] * len(passes), passes, strict=False):
+        assert p.position == position
+        assert p.rows == (len(case.prompt) if first else 1) + p.offered
+        assert p.sides <= p.offered and (case.schedule.tree or not p.sides)
+        assert 0 <= p.accepted <= p.tested <= p.offered + 1
+        assert 1 <= p.committed <= p.offered + 1
+        position += p.committed
+    verdicts = [m for m in channel.sent if isinstance(m, Verdict)]
+    if case.schedule.drafts:
+        assert target.report is not None
+        assert target.report.verdicts == len(verdicts) == len(passes) - 1, "every pass but the last has a verdict"
+        assert target.report.drafted == sum(len(m.guesses) for m in channel.peer.sent if isinstance(m, Nodes))
+        assert target.report.hits >= sum(p.hit for p in passes[:-1]), "the drafter knows its guesses before the target"
+    else:
+        assert not channel.sent and not channel.peer.sent, "nothing is said to a drafter that drafts nothing"
+
+
+@examples(60)
+@given(cases(sources=["sometimes"], modes=DRAFTING), st.integers(0, 6))
+def test_a_source_that_crashes_costs_no_token_and_is_reported(case: Case, calls: int):
+    model = case.model
+    crashing = Crashing(case.make_source(), calls)
+    target = Target(model, ScriptedChannel(crashing, case.script), ticks())
+    written = together(target, case.prompt, case.schedule, case.params, case.eos)
+    assert written == alone(model, case.prompt, case.params, case.eos)
+    if case.schedule.drafts:
+        assert target.report is not None and target.report.failed == (crashing.every < 0)
+
+
+def test_gamma_beyond_the_widest_pass_still_ends():
+    target, _ = check(plain_case("sd", 40, "right", IDLE, tokens=70))
+    assert max(p.offered for p in target.passes) == target._model.rows.safe[-1] - 1
+
+
+@pytest.mark.parametrize("mode", DRAFTING)
+@pytest.mark.parametrize("gamma", [3, "auto"])
+def test_no_pass_crosses_the_caches_grain(mode: str, gamma: int | str):
+    """Beyond it a row would be summed over more slots than the same row of another pass."""
+    case = replace(plain_case(mode, gamma, "sometimes", scrambled(2)), prompt=tuple([1, 2, 3, 0] * 30))
+    case = replace(case, params=SamplingParams(max_new_tokens=30))
+    target, _ = check(case)
+    assert target.passes[0].position < GRAIN < target.passes[-1].position
+    assert all(p.position // GRAIN == (p.position + p.offered) // GRAIN for p in target.passes)
+
+
+@examples(40)
+@given(cases(modes=DRAFTING))
+def test_a_text_may_fill_its_models_to_the_last_token(case: Case):
+    params = replace(case.params, stop=(), ignore_eos=True)
+    longest = len(case.prompt) + params.max_new_tokens
+    model = TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=longest)
+    for length in (longest, longest - 1):  # of the draft model
+        source = ModelSource(TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=length))
+        target = Target(model, ScriptedChannel(source, case.script), ticks())
+        assert together(target, case.prompt, case.schedule, params) == alone(model, case.prompt, params, ())
+        assert not target.report or not target.report.failed
+
+
+def test_a_source_that_fails_to_start_costs_no_token():
+    class Stillborn(Noise):
+        def start(self, params: SamplingParams) -> None:
+            raise RuntimeError("this source was made to fail")
+
+    case = plain_case("sd", 2, "random")
+    target = Target(case.model, ScriptedChannel(Stillborn(5), IDLE), ticks())
+    written = together(target, case.prompt, case.schedule, case.params)
+    assert written == alone(case.model, case.prompt, case.params, ())
+    assert target.report is not None and target.report.failed
+
+
+# Break the code on purpose: the property has to fail.
+
+
+def accept_a_wrong_guess(patch: pytest.MonkeyPatch) -> None:
+    """Off by one: the guess at which the walk stops is committed in place of the correction."""
+
+    def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:
+        committed, node = [], root
+        while node in rows:
+            last, picked = node, pick(node)
+            node = node.children.get(picked)
+            committed.append(picked)
+        if last.children:
+            committed[-1] = next(iter(last.children))
+        return committed
+
+    patch.setattr(pearl.roles.target, "walk", walk)
+
+
+def commit_one_unread_guess(patch: pytest.MonkeyPatch) -> None:
+    """Off by one: after a hit the next guess is committed too, which no row of the pass has verified."""
+    right = pearl.roles.target.walk
+
+    def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:
+        committed = right(root, rows, pick)
+        node: Node | None = root
+        for token in committed:
+            node = node and node.children.get(token)
+        return committed + list(node.children)[:1] if node else committed
+
+    patch.setattr(pearl.roles.target, "walk", walk)
+
+
+def repeat_the_root(patch: pytest.MonkeyPatch) -> None:
+    """The rows of a pass begin one too early: every pick is that of the node's parent."""
+    right = pearl.roles.target.walk
+    patch.setattr(
+        pearl.roles.target,
+        "walk",
+        lambda root, rows, pick: right(root, rows, lambda n: pick(root) if rows[n] else pick(n)),
+    )
+
+
+def keep_stale_branches(patch: pytest.MonkeyPatch) -> None:
+    """A new root takes over what hung below the old one, which stands at other positions of the text."""
+    right = Trie.commit
+
+    def commit(self: Trie, tokens: Sequence[int]) -> bool:
+        stale = dict(self.root.children)
+        hit = right(self, tokens)
+        for token, node in stale.items():
+            if node is not self.root:
+                self.root.children.setdefault(token, node)
+        return hit
+
+    patch.setattr(Trie, "commit", commit)
+
+
+def look_for_the_new_root_among_the_first_guesses(patch: pytest.MonkeyPatch) -> None:
+    """However far the text has moved, what hung one step below the old root is taken for what follows the new one."""
+
+    def commit(self: Trie, tokens: Sequence[int]) -> bool:
+        child = self.root.children.pop(tokens[-1], None)
+        self.tokens += tokens
+        self.root = child or Node(tokens[-1], self.root.position + len(tokens))
+        return child is not None
+
+    patch.setattr(Trie, "commit", commit)
+
+
+def pick_for_the_roots_position(patch: pytest.MonkeyPatch) -> None:
+    """All rows of a pass draw the noise of its first one."""
+    right = Picker.__init__
+    patch.setattr(
+        Picker,
+        "__init__",
+        lambda self, params, logits, positions: right(self, params, logits, [positions[0]] * len(positions)),
+    )
+
+
+def run_over_the_end(patch: pytest.MonkeyPatch) -> None:
+    """The end of the text is looked for once a pass."""
+    right = Stopper.take
+
+    def take(self: Stopper, tokens: Sequence[int]) -> list[int]:
+        self.tokens += tokens[:-1]
+        return [*tokens[:-1], *right(self, tokens[-1:])]
+
+    patch.setattr(Stopper, "take", take)
+
+
+def take_the_guess_for_the_pick(patch: pytest.MonkeyPatch) -> None:
+    """Every guess is right."""
+    right = Picker.pick
+    patch.setattr(Picker, "pick", lambda self, row, node: next(iter(node.children), right(self, row, node)))
+
+
+MUTANTS = [
+    accept_a_wrong_guess,
+    commit_one_unread_guess,
+    repeat_the_root,
+    keep_stale_branches,
+    look_for_the_new_root_among_the_first_guesses,
+    pick_for_the_roots_position,
+    run_over_the_end,
+    take_the_guess_for_the_pick,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
+def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
+    mutate(monkeypatch)
+
+    @settings(max_examples=5000, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+    @given(cases(modes=DRAFTING))
+    def the_property(case: Case) -> None:
+        check(case)
+
+    with pytest.raises(AssertionError):
+        the_property()

@@ -1,0 +1,91 @@
+"""Feature drafters and recorded texts, made here in moments: untrained on purpose, but wide enough to depend on all
+that they see."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from pearl.drafters.feature.network import FeatureDrafter, Shape
+from pearl.models import fingerprint
+from pearl.training import shards
+from pearl.training.answers import Answer, Request
+from pearl.training.shards import Manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = 40  # tokens of the small target
+TOP = 4  # next tokens noted
+
+
+def small_target(seed: int = 0, layers: int = 3) -> PreTrainedModel:
+    """A target of a few layers with `WORDS` tokens."""
+    return tiny.random_model(LlamaConfig(**tiny.SIZES | {"vocab_size": WORDS, "num_hidden_layers": layers}), seed)
+
+
+def drafter_for(
+    target: PreTrainedModel,
+    features: Sequence[int] = (0, 2),
+    depths: int = 4,
+    layers: int = 2,
+    vocabulary: Sequence[int] | None = None,
+    seed: int = 0,
+) -> FeatureDrafter:
+    """A random drafter with the target attached; of its dimensions each says something."""
+    ids = torch.tensor(list(vocabulary) if vocabulary is not None else range(0, target.config.vocab_size, 2))
+    mark = fingerprint.of_model(target)
+    shape = Shape.of_target(target.config, tuple(features), depths, layers, len(ids), "the small target", mark)
+    torch.manual_seed(seed)
+    drafter = FeatureDrafter(shape, ids)
+    for name, weight in drafter.named_parameters():
+        torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
+    return drafter.attach(target).requires_grad_(True)
+
+
+def random_answer(count: int, prompt: int, width: int, seed: int, words: int = WORDS) -> Answer:
+    """A text of `count` tokens in which each token tells the next one: choice = 3 * token + 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(words, (prompt,), generator=generator).tolist()
+    while len(tokens) < count:
+        tokens.append((3 * tokens[-1] + 1) % words)
+    read = torch.tensor(tokens[prompt - 1 : -1])
+    ids = (3 * read[:, None] + 1 + torch.arange(TOP)) % words
+    logp = torch.tensor([0.7, 0.2, 0.05, 0.01]).log().expand(len(read), -1)
+    features = torch.randn(count - 1, width, generator=generator)
+    request = Request(tuple(tokens[:prompt]), count - prompt, ())
+    return Answer(request, tokens, [features], [ids.int()], [logp.half()])
+
+
+def save_recorded(
+    folder: Path, target: PreTrainedModel, layers: Sequence[int] = (0, 2), per_shard: int = 4, shards_: int = 3
+) -> Path:
+    """Shards of such texts of different lengths, as if that target had written them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hidden = target.config.hidden_size
+    manifest = Manifest("the small target", fingerprint.of_model(target), list(layers), hidden, TOP, {}, shards_)
+    for number in range(shards_):
+        seeds = range(number * per_shard, (number + 1) * per_shard)
+        answers = [random_answer(14 + seed % 5, 3 + seed % 3, len(layers) * hidden, seed) for seed in seeds]
+        manifest.shards.append(shards.write(folder, number, answers))
+    manifest.write(folder)
+    return folder
+
+
+def save_toy_target(folder: Path) -> str:
+    """What `scripts/toy_target.py` writes: six layers, a tokenizer, a chat template."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["toy_target.py", str(folder)])
+        assert runpy.run_path(str(ROOT / "scripts" / "toy_target.py"), run_name="toy_target")["main"]() == 0
+    return str(folder)
+
+
+def bits_of(features: Tensor):
+    """As they travel: int16 [positions, F]."""
+    return features.to(torch.bfloat16).view(torch.int16).numpy()

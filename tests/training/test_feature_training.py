@@ -1,0 +1,420 @@
+"""A drafter learns what it is shown, resumes to the bit, and says no to what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import reader
+from toys import EAGER, ScriptedChannel, examples, ticks, together
+from trained import TOP, WORDS, drafter_for, save_recorded, save_toy_target, small_target
+
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.drafters.feature import network
+from pearl.drafters.feature.source import FeatureSource
+from pearl.errors import UsageError
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.roles.target import Target
+from pearl.training import loop, train
+from pearl.training.distill import DistillRecipe
+from pearl.training.loop import CHECKPOINT, LOG, Recipe, batch_of, means, read_recipe
+from pearl.training.objective import NOTHING, Objective, frequent
+from pearl.training.shards import Recorded
+from pearl.training.train import FeatureRecipe, Learner, go_on_from, new_drafter
+
+# The objective
+
+
+IDS = torch.tensor([2, 5, 7])  # the draft vocabulary
+
+
+def judge(logits: list[list[float]], top_ids: list[list[int]], top_p: list[list[float]], kl: float):
+    given = torch.tensor(logits, requires_grad=True)
+    judged = Objective(IDS, 10, kl).judge(given, torch.tensor(top_ids), torch.tensor(top_p).log())
+    return given, judged
+
+
+def test_the_loss_is_what_a_person_gets():
+    """q = 0.09003, 0.24473, 0.66524 for tokens 2, 5, 7. The target chose 5; of what it noted, 4 can't be drafted."""
+    logits, tops, chances = [[1.0, 2.0, 3.0]], [[5, 7, 4]], [[0.5, 0.3, 0.2]]
+    choice = -math.log(0.24472847)
+    soft = -(0.625 * math.log(0.24472847) + 0.375 * math.log(0.66524096))  # 0.5 and 0.3, made to sum to 1
+    for kl, expected in ((0.0, choice), (1.0, soft), (0.25, 0.75 * choice + 0.25 * soft)):
+        _, judged = judge(logits, tops, chances, kl)
+        assert judged.loss.tolist() == pytest.approx([expected], rel=1e-5)
+        assert judged.first.tolist() == [False] and judged.fifth.tolist() == [True]
+    assert judge(logits, [[7, 5, 4]], chances, 0.0)[1].first.tolist() == [True]
+
+
+def test_nothing_is_left_to_learn_where_q_is_what_the_target_said():
+    chances = [0.6, 0.3, 0.1]
+    logits, judged = judge([[math.log(p) for p in chances]], [[2, 5, 7]], [chances], 1.0)
+    judged.loss.sum().backward()
+    assert logits.grad is not None and logits.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.5, 1.0])
+def test_a_choice_outside_the_vocabulary_is_wrong_and_teaches_nothing(kl: float):
+    logits, judged = judge([[1.0, 2.0, 3.0]] * 3, [[4, 5, 7], [NOTHING] * 3, [5, 4, 9]], [[0.5, 0.3, 0.2]] * 3, kl)
+    judged.loss.sum().backward()
+    assert judged.loss[:2].tolist() == [0.0, 0.0] and judged.loss[2] > 0
+    assert judged.first.tolist() == [False] * 3 and judged.fifth.tolist() == [False, False, True]
+    assert logits.grad is not None and not logits.grad[:2].any() and logits.grad[2].all() and logits.isfinite().all()
+
+
+def test_the_draft_vocabulary_is_what_the_target_chose_most_often():
+    choices = [torch.tensor([3, 3, 3, 9, -1]), torch.tensor([9, 1, 8, 8, -1, -1])]
+    assert frequent(choices, 2).tolist() == [3, 8], "of equals the lower id"
+    assert frequent(choices, 3).tolist() == [3, 8, 9]
+    assert frequent(choices, 99).tolist() == [1, 3, 8, 9], "no more than occurred"
+    assert frequent(choices, 3, always=[0, 3]).tolist() == [0, 3, 8], "what must be there is counted"
+    assert frequent([], 5, always=[4]).dtype == torch.int64
+
+
+# What is shown
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_recorded(tmp_path_factory.mktemp("data"), small_target())
+
+
+def recipe(folder: Path, output: Path | str = "nowhere", **values: object) -> FeatureRecipe:
+    given = {"depths": 3, "epochs": 3.0, "batch": 4, "vocabulary": WORDS, "segments": 2, "held_out": 1, **values}
+    return FeatureRecipe(str(folder), str(output), "the small target", **given)  # type: ignore[arg-type]
+
+
+def learner(made: FeatureRecipe, vocabulary: Sequence[int] = range(WORDS)) -> Learner:
+    target, data = small_target(), Recorded(Path(made.data), features=made.features != ())
+    layers = data.manifest.layers if made.features is None else made.features
+    sample = torch.cat([text.features[1:-1] for text in data]) if layers else None
+    drafter = new_drafter(target, made, layers, torch.tensor(list(vocabulary)), sample)
+    drafter.place("cpu", torch.float32)
+    return Learner(drafter, data, made, torch.device("cpu"), WORDS)
+
+
+def test_a_token_meets_the_feature_of_the_token_before_it(folder):
+    data = Recorded(folder)
+    batch = learner(recipe(folder)).batch([1, 4])
+    for row, number in enumerate((1, 4)):
+        text, count = data[number], data.lengths[number]
+        assert torch.equal(batch.tokens[row, :count], text.tokens)
+        assert torch.equal(batch.features[row, 1:count], text.features[:-1])
+        assert batch.withheld[row].tolist() == [True] + [False] * (batch.tokens.shape[1] - 1)
+        assert torch.equal(batch.top_ids[row, :count], text.top_ids)
+        assert (batch.top_ids[row, count:] == NOTHING).all(), "nothing follows a shorter text"
+
+
+def test_a_text_is_cut_where_the_recipe_says(folder):
+    assert learner(recipe(folder, longest=7)).batch([0, 1]).tokens.shape == (2, 7)
+
+
+def test_a_slot_is_asked_for_the_choice_as_far_ahead_as_it_looks(folder):
+    """Rows are marked with where they are; each meets the choice after position anchor + depth of its own text."""
+    some = learner(recipe(folder, depths=4))
+    batch = some.batch([0, 3])
+    count = batch.tokens.shape[1]
+    anchors = torch.arange(count)[::2]
+    marks = torch.tensor([[[b, a, d] for a in anchors.tolist() for d in range(1, 4)] for b in range(2)])
+    for depth in (1, 2, 3):
+        rows, ids, logp = some._rows(batch, marks, anchors, depth)
+        assert len(rows) == len(ids) == len(logp) > 3 and (rows[:, 2] == depth).all()
+        for (b, anchor, _), top in zip(rows.tolist(), ids, strict=True):
+            assert torch.equal(top, batch.top_ids[b, anchor + depth]) and top[0] != NOTHING
+    known = torch.arange(2 * count).view(2, count, 1)
+    rows, ids, _ = some._rows(batch, known, None, 0)
+    noted = batch.top_ids[..., 0] != NOTHING
+    assert torch.equal(rows[:, 0], known[noted][:, 0]) and torch.equal(ids, batch.top_ids[noted])
+
+
+def test_only_what_the_target_wrote_counts(folder):
+    some = learner(recipe(folder))
+    sums = some.test([0, 1])
+    data = Recorded(folder)
+    answers = [data.lengths[text] - data[text].prompt for text in (0, 1)]
+    for depth in range(3):
+        assert sums[f"n:loss {depth}"] == sum(count - depth for count in answers)
+
+
+def test_withheld_features_and_anchors_are_drawn_anew_each_step_and_the_same_again(folder):
+    def gradient(seed: int, **values: object) -> torch.Tensor:
+        some = learner(recipe(folder, **values))
+        some.learn([0, 1], torch.Generator().manual_seed(seed), 1.0, 1.0)
+        return some.module.in_proj.weight.grad.clone()
+
+    first = gradient(1)
+    assert torch.equal(first, gradient(1)) and not torch.allclose(first, gradient(2))
+    assert not torch.allclose(first, gradient(1, withheld=1.0))
+    whole = gradient(1, anchors=1.0, withheld=0.0)
+    assert torch.equal(whole, gradient(2, anchors=1.0, withheld=0.0)), "and nothing else is"
+    for segments in (1, 5):
+        other = gradient(1, anchors=1.0, withheld=0.0, segments=segments)
+        torch.testing.assert_close(whole, other, atol=1e-5, rtol=1e-4)
+
+
+def test_slots_are_learnt_once_depth_0_has_had_its_time(folder):
+    for done, learnt in ((0.0, False), (0.49, False), (0.5, True)):
+        some = learner(recipe(folder, slots_after=0.5, anchors=1.0))
+        figures = some.learn([0, 1], torch.Generator().manual_seed(0), 1.0, done)
+        assert (figures["n:loss 1"] > 0) == (some.module.mask_embedding.grad is not None) == learnt
+        assert figures["n:loss 0"] > 0 and some.module.in_proj.weight.grad is not None
+
+
+@examples(40)
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(0, 3))
+def test_every_epoch_shows_every_text_once_in_an_order_of_its_own(count: int, batch: int, seed: int):
+    made = Recipe("data", "output", batch=batch, seed=seed)
+    texts = list(range(100, 100 + count))
+    steps = -(-2 * count // batch)
+    shown = [text for step in range(steps) for text in batch_of(texts, made, step)]
+    assert sorted(shown[:count]) == texts and sorted(shown[count : 2 * count]) == texts
+    assert count < 9 or shown[:count] != shown[count : 2 * count]
+
+
+def test_the_rate_rises_and_falls():
+    rates = [loop._rate(step, 100, 0.1) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.0)
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert loop._rate(0, 1, 0.0) > 0, "a run of one step learns too"
+
+
+def test_figures_are_averages_over_what_was_counted():
+    assert means({"loss": 6.0, "n:loss": 3.0, "accuracy": 1.0, "n:accuracy": 0.0}) == {"loss": 2.0}
+
+
+# The training
+
+
+PLOT = loop.plot
+
+
+@pytest.fixture(autouse=True)
+def unplotted(monkeypatch: pytest.MonkeyPatch):
+    """A picture takes longer than these trainings."""
+    monkeypatch.setattr(loop, "plot", lambda folder: None)
+
+
+def run(made: FeatureRecipe, **options: object) -> tuple[Learner, dict[str, float]]:
+    some = learner(made, **options)  # type: ignore[arg-type]
+    train_texts, held_out = some._data.split(made.held_out)
+    return some, loop.train(some, made, train_texts, held_out, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("features", [None, ()], ids=["features", "tokens only"])
+def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, features):
+    """In these texts each token tells the next one."""
+    values = {"features": features, "epochs": 25.0, "micro": 4, "learning_rate": 5e-3, "anchors": 1.0, "kl": 0.2}
+    made = recipe(folder, tmp_path / "out", **values, slots_after=0.0)
+    shown = list(range(8))
+    before = means(learner(made).test(shown))
+    some, held_out = run(made)
+    after = means(some.test(shown))
+    for depth, accuracy in enumerate((0.8, 0.4, 0.4)):
+        assert after[f"loss {depth}"] < 0.6 * before[f"loss {depth}"]
+        assert after[f"accuracy {depth}"] > accuracy > before[f"accuracy {depth}"]
+
+    # and drafts for its target, which it has to change nothing about
+    drafter = network.load(tmp_path / "out").attach(small_target()).requires_grad_(False)
+    assert drafter.shape.features == ((0, 2) if features is None else ())
+
+    model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
+    taps = HiddenStateHooks(model, (0, 2)) if drafter.shape.features else None
+    own = together(Target(reader(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
+    target = Target(reader(model, taps=taps), ScriptedChannel(FeatureSource(drafter), EAGER), ticks())
+    assert together(target, [1, 2, 3], Schedule.of("tree"), params, decode=str) == own
+
+    lines = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
+    assert lines[-1]["validation"] == held_out and {"loss 0", "accuracy 2", "top 5 1", "rate"} <= lines[-2].keys()
+    PLOT(tmp_path / "out")
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000
+
+
+def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path):
+    drafter = drafter_for(small_target(), vocabulary=(9, 3, 30))
+    drafter.save(tmp_path / "one")
+    again = network.load(tmp_path / "one")
+    assert again.shape == drafter.shape and again.vocabulary.tolist() == [9, 3, 30]
+    for name, tensor in drafter.state_dict().items():
+        kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(again.state_dict()[name], kept), name
+    again.save(tmp_path / "two")
+    for name in (network.CONFIG, network.WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path):
+    """Its words too; one of another shape or another target has nothing to give."""
+    target, made = small_target(), recipe(folder)
+    shown = learner(made, vocabulary=range(WORDS - 3)).module
+    shown.save(tmp_path / "first")
+    drafter = go_on_from(str(tmp_path / "first"), target, made, (0, 2))
+    assert drafter.vocabulary.tolist() == list(range(WORDS - 3))
+    for name, tensor in shown.state_dict().items():
+        kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(drafter.state_dict()[name], kept), name
+    for other, values in (
+        (small_target(), {"depths": 4}),
+        (small_target(), {"intermediate": 999}),
+        (small_target(seed=5), {}),
+    ):
+        with pytest.raises(UsageError, match="a drafter of another shape or target"):
+            go_on_from(str(tmp_path / "first"), other, recipe(folder, **values), (0, 2))
+
+
+def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
+    target = small_target()
+    drafter = drafter_for(target, layers=1)
+    with torch.no_grad():  # a third of the neurons say nothing
+        silent = range(0, drafter.shape.intermediate, 3)
+        drafter.layers[-1].mlp.down_proj.weight[:, list(silent)] = 0
+    drafter.save(tmp_path / "first")
+    first = network.load(tmp_path / "first").attach(target)
+    width = drafter.shape.intermediate - len(silent)
+    features, depths, layers = drafter.shape.features, drafter.shape.depths, drafter.shape.layers
+    wanted = recipe(folder, features=features, depths=depths, layers=layers + 2, intermediate=width)
+    larger = go_on_from(str(tmp_path / "first"), target, wanted, features)
+    assert larger.shape.layers == layers + 2 and larger.layers[0].mlp.up_proj.weight.shape[0] == width
+    x, at, sees = torch.randn(2, 5, drafter.shape.hidden), torch.arange(5), torch.ones(5, 5).tril().bool()
+    assert torch.allclose(larger.stack(x, at, sees)[0], first.stack(x, at, sees)[0], atol=1e-6)
+    larger.stack(x, at, sees)[0].pow(2).mean().backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() for layer in larger.layers), "what is added can learn"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def cut_off(made: FeatureRecipe, calls: int) -> None:
+    """Trains until the learner was asked so many times."""
+    some, left = learner(made), [calls]
+    learn = some.learn
+
+    def until(*args: object):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        return learn(*args)  # type: ignore[arg-type]
+
+    some.learn = until  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        loop.train(some, made, some._data.split(1)[0], [], Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("calls", [3, 9, 14, 17])
+def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(folder, tmp_path, calls: int):
+    """8 texts, 4 a step, one a forward: 6 steps of 4 calls, with a checkpoint after 2 and 4 and 6 steps."""
+    values = {"epochs": 3.0, "micro": 1, "checkpoint_every": 2}
+    one, figures = run(recipe(folder, tmp_path / "one", **values))
+    cut_off(recipe(folder, tmp_path / "two", **values), calls)
+    assert (tmp_path / "two" / CHECKPOINT).exists() == (calls >= 8)
+    two, again = run(recipe(folder, tmp_path / "two", **values))
+    for name, tensor in one.module.state_dict().items():
+        assert torch.equal(two.module.state_dict()[name], tensor), name
+    assert figures == again
+    for name in (network.CONFIG, network.WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_made_again(folder, tmp_path):
+    made = recipe(folder, tmp_path / "out", epochs=1.0)
+    one, figures = run(made)
+    some = learner(made)
+    some.learn = lambda *_: pytest.fail("it trained again")  # type: ignore[method-assign]
+    assert loop.train(some, made, *some._data.split(1), Accelerator(cpu=True)) == figures
+    assert torch.equal(some.module.in_proj.weight, one.module.in_proj.weight)
+
+
+def test_a_folder_takes_no_run_of_another_recipe(folder, tmp_path):
+    run(recipe(folder, tmp_path / "out", epochs=1.0))
+    before = (tmp_path / "out" / network.WEIGHTS).read_bytes()
+    with pytest.raises(
+        UsageError, match=r"another recipe .kl was 0\.5 and is 0\.1; .*: name another output, or delete"
+    ):
+        run(recipe(folder, tmp_path / "out", epochs=1.0, kl=0.1, seed=3))
+    assert (tmp_path / "out" / network.WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "broken", "truncated"])
+def test_a_broken_checkpoint_is_refused(folder, tmp_path, content: bytes | None):
+    run(recipe(folder, tmp_path / "out", epochs=0.5))
+    path = tmp_path / "out" / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-2000] if content is None else content)
+    with pytest.raises(UsageError, match=r"checkpoint\.pt can't be read .*: delete it to begin again"):
+        run(recipe(folder, tmp_path / "out", epochs=0.5))
+
+
+# The recipe
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
+    path = write(tmp_path / "r.yaml", "{data: d, output: o, depths: 7, kl: 0}")
+    made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "epochs": None, "segments": 3})
+    assert (made.data, made.output, made.depths, made.segments, made.epochs) == ("d", "elsewhere", 7, 3, 4.0)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("{data: d, output: o, anchor: 1}", "unknown key 'anchor'; did you mean anchors?"),
+        ("{data: d, output: o, learning_rat: 1}", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("{depths: 3}", "lacks data and output"),
+        ("{data: d}", "lacks output"),
+        ("[data, output]", "must be a mapping of names to values"),
+        ("{data: ", "is not YAML"),
+        ("{data: d, output: o, depths: 17}", "depths 1 to 16"),
+        ("{data: d, output: o, depths: 0}", "depths 1 to 16"),
+        ("{data: d, output: o, layers: 5}", "layers must be 1 to 4"),
+        ("{data: d, output: o, segments: 0}", "segments at least 1"),
+        ("{data: d, output: o, batch: 0}", "batch must be at least 1"),
+        ("{data: d, output: o, epochs: -1}", "epochs must be a number from 0"),
+        ("{data: d, output: o, epochs: .inf}", "epochs must be a number from 0"),
+        ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
+        ("{data: d, output: o, bf16: 1}", "bf16"),
+        ("{data: 3, output: o}", "data must be a text"),
+        ("{data: d, output: o, slots_after: -1}", "slots_after must be a number from 0"),
+    ],
+)
+def test_a_recipe_that_means_nothing_is_refused(tmp_path, text: str, sentence: str):
+    path = write(tmp_path / "r.yaml", text)
+    with pytest.raises(UsageError) as caught:
+        read_recipe(FeatureRecipe, path, {})
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_recipes_of_the_repository_can_be_read():
+    root = Path(__file__).resolve().parents[2] / "configs"
+    kinds = {"feature": FeatureRecipe, "distill": DistillRecipe}
+    for name, kind in kinds.items():
+        files = sorted((root / name).glob("*.yaml"))
+        assert files
+        for file in files:
+            assert read_recipe(kind, str(file), {}).target
+
+
+def test_the_command_refuses_texts_of_another_target(tmp_path, capsys, monkeypatch):
+    save_recorded(tmp_path / "data", small_target())
+    target = save_toy_target(tmp_path / "target")
+    text = f"{{data: {tmp_path}/data, output: {tmp_path}/out, target: {target}}}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert train.main(["--config", write(tmp_path / "r.yaml", text)]) != 0
+    assert "whose weights are not those of" in capsys.readouterr().err
+    assert train.main([]) != 0 and "Give --config" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_notes_have_as_many_tokens_as_the_manifest_says(folder):
+    data = Recorded(folder)
+    assert data.manifest.top == TOP == data[0].top_ids.shape[1]

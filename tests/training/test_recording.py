@@ -1,0 +1,355 @@
+"""What a target writes is recorded as it is, on disk and whole: its own tokens, what its layers said, what it chose."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from trained import TOP, WORDS, random_answer, save_recorded, save_toy_target, small_target
+
+from pearl.errors import UsageError
+from pearl.models import fingerprint, hidden_states
+from pearl.models.hidden_states import HiddenStateHooks, default_layers
+from pearl.training import extract, prompts, shards
+from pearl.training.answers import Answer, Request, Writer
+from pearl.training.prompts import Chat
+from pearl.training.shards import MANIFEST, Manifest, Recorded
+
+ENDS = (1, 2, 3)
+
+
+def requests(count: int = 7, temperature: float = 0.0) -> list[Request]:
+    """Prompts of different lengths, with room for answers of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [1, 9, 4, 17, 2, 6, 33, 5][:count]
+    texts = [torch.randint(4, WORDS, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(tuple(text), 5 + 3 * i, ENDS, temperature) for i, text in enumerate(texts)]
+
+
+def written(asked: Sequence[Request], rows: int, **options: object) -> dict[int, Answer]:
+    return dict(Writer(small_target(), rows, slots=64, **options).answers(asked))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def recorded_answers() -> dict[int, Answer]:
+    model = small_target()
+    return dict(Writer(model, 3, 64, HiddenStateHooks(model, (0, 1)), TOP).answers(requests()))
+
+
+# Answers
+
+
+def test_an_answer_is_what_generate_writes_for_its_prompt_alone(recorded_answers):
+    model, lengths = small_target(), set()
+    for number, request in enumerate(requests()):
+        expected = model.generate(
+            torch.tensor([request.prompt]), max_new_tokens=request.most, do_sample=False, eos_token_id=list(ENDS),
+            pad_token_id=0,
+        )[0].tolist()  # fmt: skip
+        assert recorded_answers[number].tokens == expected
+        lengths.add(len(expected) - len(request.prompt))
+    assert len(recorded_answers) == 7 and len(lengths) > 3, "rows end at different times and are filled again"
+    ended = {answer.response[-1] in ENDS for answer in recorded_answers.values()}
+    assert ended == {True, False}, "some answers end by themselves, some are cut off"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20])
+def test_neighbours_and_order_change_nothing(recorded_answers, rows: int):
+    asked = requests()
+    backwards = written(asked[::-1], rows)
+    for number, answer in recorded_answers.items():
+        assert backwards[len(asked) - 1 - number].tokens == answer.tokens
+
+
+def test_features_and_choices_are_those_of_a_plain_forward(recorded_answers):
+    model = small_target()
+    for answer in recorded_answers.values():
+        with torch.no_grad():
+            out = model(torch.tensor([answer.tokens[:-1]]), output_hidden_states=True)
+        expected = torch.cat([out.hidden_states[layer + 1][0] for layer in (0, 1)], -1)
+        torch.testing.assert_close(torch.cat(answer.features), expected, atol=1e-3, rtol=1e-3)
+        logp, ids = out.logits[0, len(answer.request.prompt) - 1 :].log_softmax(-1).topk(TOP)
+        assert torch.equal(torch.cat(answer.top_ids), ids.int())
+        torch.testing.assert_close(torch.cat(answer.top_logp).float(), logp, atol=1e-2, rtol=1e-2)
+        assert torch.cat(answer.top_ids)[:, 0].tolist() == answer.response, "greedy: its choice is what it wrote"
+
+
+def test_sampled_answers_depend_on_the_seed_alone():
+    asked = requests(4, temperature=1.0)
+    first, again, other = (written(asked, 2, seed=seed) for seed in (1, 1, 2))
+    texts = [[answer.tokens for _, answer in sorted(one.items())] for one in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_an_early_a_middle_and_a_late_layer_are_taken():
+    assert [default_layers(count) for count in (1, 2, 3, 30)] == [(0,), (0, 1), (0, 1, 2), (2, 15, 27)]
+    with pytest.raises(UsageError, match=r"layers 0 to 2: features of \[0, 3\] can't be taken"):
+        HiddenStateHooks(small_target(), (0, 3))
+
+
+def test_a_target_is_known_again_in_every_dtype_and_by_its_weights():
+    mark = fingerprint.of_model(small_target().bfloat16())
+    assert mark == fingerprint.of_model(small_target().bfloat16().float()) != fingerprint.of_model(small_target(seed=1))
+    assert hidden_states.decoder_layers(small_target(layers=2)) is not None
+
+
+# Shards
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    answers = [random_answer(9 + i, 3 + i, 6, seed=i) for i in range(3)]
+    manifest = Manifest("t", "m", [0], 6, TOP, {}, 1)
+    manifest.shards.append(shards.write(tmp_path, 0, answers))
+    manifest.write(tmp_path)
+    data = Recorded(tmp_path)
+    assert len(data) == 3 and data.lengths == [9, 10, 11]
+    for text, answer in zip(data, answers, strict=True):
+        prompt, read = len(answer.request.prompt), len(answer.tokens) - 1
+        assert (text.tokens.tolist(), text.prompt) == (answer.tokens, prompt)
+        assert torch.equal(text.features[:-1], answer.features[0].bfloat16()) and not text.features[-1].any()
+        assert torch.equal(text.top_ids[prompt - 1 : read], answer.top_ids[0])
+        assert torch.equal(text.top_logp[prompt - 1 : read], answer.top_logp[0])
+        assert (text.top_ids[: prompt - 1] == -1).all() and (text.top_ids[read] == -1).all()
+    assert not len(Recorded(tmp_path, features=False)[0].features)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save_recorded(tmp_path / "data", small_target())
+
+
+def test_the_last_shards_are_held_out(folder):
+    data = Recorded(folder)
+    assert data.split(1) == (list(range(8)), list(range(8, 12))) and data.split(0) == (list(range(12)), [])
+    with pytest.raises(UsageError, match="There are 3 shards, too few to hold out 3: extract more"):
+        data.split(3)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm, sentence",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"bytes instead of \d+: delete it and run pearl"),
+        (flip, "is not what was written .its checksum differs.: delete it"),
+        (Path.unlink, "can't be read .*: delete it and run pearl.training.extract again"),
+    ],
+    ids=["truncated", "flipped", "missing"],
+)
+def test_a_shard_that_is_not_whole_is_refused(folder, harm, sentence):
+    harm(folder / shards.shard_name(1))
+    with pytest.raises(UsageError, match=sentence) as caught:
+        Recorded(folder)
+    assert shards.shard_name(1) in str(caught.value)
+    Recorded(folder, shards=[0, 2])
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda text: text[: len(text) // 2], "is no manifest of recorded texts"),
+        (lambda text: text.replace('"shards"', '"pieces"'), "is no manifest of recorded texts"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, this version reads 1: extract it"),
+        (lambda text: "[]", "is no manifest of recorded texts"),
+    ],
+    ids=["cut off", "other fields", "other format", "no mapping"],
+)
+def test_another_manifest_is_refused(folder, change, sentence):
+    path = folder / MANIFEST
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UsageError, match=sentence):
+        Recorded(folder)
+
+
+def test_a_folder_without_texts_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no recorded texts: make some with python -m pearl\.feature\.extract"):
+        Recorded(tmp_path)
+
+
+def test_texts_of_another_target_are_refused(folder):
+    Recorded(folder).must_be_of(fingerprint.of_model(small_target()), "the same")
+    with pytest.raises(UsageError, match="those of the small target, whose weights are not those of another"):
+        Recorded(folder).must_be_of(fingerprint.of_model(small_target(seed=1)), "another")
+
+
+# Prompts
+
+
+def test_questions_are_found_where_data_sets_keep_them(tmp_path):
+    records = [
+        {"prompt": "one"},
+        {"question": "two", "answer": "2"},
+        {"messages": [{"role": "user", "content": "three"}]},
+        {"turns": ["four", "and then?"]},
+        {"instruction": "five"},
+        {"prompt": "one"},
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    assert prompts.read([str(tmp_path / "q.jsonl")], ()) == ["one", "two", "three", "four", "five"]
+
+
+@pytest.mark.parametrize(
+    "lines, sentence",
+    [
+        ('{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
+        ('{"prompt": "a"}\n\n{"text": "b"}', "line 3 holds no question: give it a text under prompt, question"),
+        ('{"prompt": "  "}', "line 1 holds no question"),
+        ("[1]", "line 1 holds no question"),
+        ("\n", "holds no prompt"),
+    ],
+)
+def test_a_line_without_a_question_is_named(tmp_path, lines: str, sentence: str):
+    (tmp_path / "q.jsonl").write_text(lines)
+    with pytest.raises(UsageError, match=sentence):
+        prompts.from_jsonl(str(tmp_path / "q.jsonl"))
+    with pytest.raises(UsageError, match="can't be read"):
+        prompts.from_jsonl(str(tmp_path / "none.jsonl"))
+
+
+def test_a_prompt_is_the_one_that_a_chat_would_have():
+    tokenizer = tiny.tokenizer()
+    chat = Chat(tokenizer)
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi the"}], add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.decode(chat.prompt("hi the")) == shown == "<|user|>hi the\n<|assistant|>"
+    opening, ends = chat.opening()
+    assert tokenizer.decode(opening) == "<|user|>" and tokenizer.decode(ends) == "\n"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(Chat(tokenizer).prompt("hi")) == "hi"
+    with pytest.raises(UsageError, match="no chat template, so the target can't write its own instructions"):
+        Chat(tokenizer).opening()
+
+
+# The whole of it, in one process
+
+
+class Here:
+    """A pool that works in this process, and crashes before its `crash`-th shard."""
+
+    def __init__(self, crash: int):
+        self._left = crash
+
+    SimpleQueue = queue.SimpleQueue
+
+    def Pool(self, workers: int, begin, args):
+        begin(*args)
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def imap_unordered(self, make, numbers):
+        for number in reversed(list(numbers)):
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+            yield make(number)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> str:
+    return save_toy_target(tmp_path_factory.mktemp("toy") / "target")
+
+
+@pytest.fixture
+def extracting(toy, tmp_path, monkeypatch):
+    """Runs the command in this process; returns its exit code."""
+    questions = tmp_path / "questions.jsonl"
+    asked = [f"question {i}" for i in range(7)] + ["long " * 30]
+    questions.write_text("\n".join(json.dumps({"prompt": text}) for text in asked))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+    def run(output: str, *options: object, target: str = toy, crash: int = 99) -> int:
+        monkeypatch.setattr(extract, "multiprocessing", types.SimpleNamespace(get_context=lambda _: Here(crash)))
+        monkeypatch.setattr(extract, "_worker", None)
+        monkeypatch.setattr(extract, "INSTRUCTION", 16)
+        given = ["--target", target, "--prompts", questions, "--self-written", 3, "--max-new-tokens", 6]
+        given += ["--max-length", 60, "--batch", 2, "--shard", 4, "--top-k", TOP, "--output", tmp_path / output]
+        return extract.main([*map(str, given), *map(str, options)])
+
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(extracting, tmp_path):
+    """And ends with the files of one that was not, byte for byte."""
+    assert extracting("whole") == 0
+    assert extracting("parts", crash=1) == 130
+    begun = Manifest.read(tmp_path / "parts")
+    assert begun is not None and [shard.number for shard in begun.shards] == [2] and begun.count == 3
+    made = content(tmp_path / "parts")
+    time = (tmp_path / "parts" / shards.shard_name(2)).stat().st_mtime_ns
+    assert made[shards.shard_name(2)] == content(tmp_path / "whole")[shards.shard_name(2)]
+    assert extracting("parts") == 0
+    assert (tmp_path / "parts" / shards.shard_name(2)).stat().st_mtime_ns == time, "it was not made twice"
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+    # What it has recorded is the target's own text, with the chat template of inference.
+    data = Recorded(tmp_path / "parts")
+    assert 7 <= len(data) <= 10, "the question that is too long was left out"
+    greedy = 0
+    for text in data:
+        greedy += torch.equal(text.top_ids[text.prompt - 1 : -1, 0].long(), text.tokens[text.prompt :])
+        assert int(text.tokens[0]) == 1, "every prompt begins with the template's <|user|>"
+    assert len(data) > greedy >= len(data) // 2, "three of four answers are greedy"
+
+    # A shard that was lost is made again, and the folder takes no other run.
+    (tmp_path / "parts" / shards.shard_name(0)).unlink()
+    assert extracting("parts") == 0
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_folder_takes_no_run_with_other_settings(extracting, tmp_path, capsys):
+    assert extracting("data", "--limit", 1) == 0
+    before = content(tmp_path / "data")
+    for options, sentence in (
+        (["--limit", 1, "--seed", 1], "seed is 0 there and 1 now"),
+        (["--limit", 2], "questions is 1 there and 2 now"),
+        (["--limit", 1, "--layers", 0, 1], "layers is [2, 3] there and [0, 1] now"),
+        (["--limit", 1, "--top-k", 3], f"top is {TOP} there and 3 now"),
+    ):
+        assert extracting("data", *options) != 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "was begun with other settings" in said and "name another --output" in said
+        assert sentence in said
+    assert content(tmp_path / "data") == before
+
+
+def test_questions_that_are_all_too_long_leave_a_shard_empty(extracting, tmp_path):
+    assert extracting("data", "--max-length", 7, "--limit", 2) == 0
+    assert len(Recorded(tmp_path / "data")) == 0
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--batch", 0], "--batch must be at least 1"),
+        (["--temperature", -1], "must not be negative"),
+        (["--layers", 99], "layers 0 to 5"),
+        (["--dtype", "int3"], "dtype 'int3' is unknown"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(extracting, tmp_path, capsys, options, sentence):
+    assert extracting("data", *options) != 0
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,182 @@
+"""What is said arrives, whole and exact, in a few words."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
+
+from pearl.core.messages import MOST, Beat, Close, Costs, End, Garbage, Guess, Nodes, Plan, Report, Start, Verdict
+from pearl.core.sampling import COLDEST, SUPPORT, SamplingParams
+from pearl.core.schedule import MAX_BRANCHES, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
+from pearl.drafters.model import ModelSource
+from pearl.drafters.ngram import NgramSource
+from pearl.roles.target import Target
+from pearl.wire.codec import FRAME, decode, encode, length
+
+NUMBERS = st.integers(0, (1 << 31) - 1)
+LONG = st.integers(0, (1 << 63) - 1)
+SECONDS = st.floats(0, 1e9)
+PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
+GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32))
+PLANS = st.builds(Plan, NUMBERS, NUMBERS, NUMBERS)
+COUNTS = [field.name for field in fields(Report) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
+TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
+SCHEDULES = st.builds(
+    Schedule.of,
+    st.sampled_from(MODES),
+    st.one_of(st.just("auto"), st.integers(0, MAX_GAMMA)),
+    st.one_of(st.just("auto"), st.integers(1, MAX_BRANCHES)),
+    st.one_of(st.just("auto"), st.integers(1, MAX_WIDTH)),
+    st.one_of(st.just("auto"), st.integers(1, 1000)),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.integers(1, 1 << 40),
+    temperature=st.one_of(st.just(0.0), st.floats(COLDEST, 1000)),
+    top_k=LONG,
+    top_p=st.floats(1e-9, 1),
+    min_p=st.floats(0, 1),
+    seed=LONG,
+    method=st.sampled_from(["seeded", "rejection"]),
+    stop=st.lists(st.text(min_size=1), max_size=2).map(tuple),
+    ignore_eos=st.booleans(),
+)
+STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS, st.booleans())
+OTHERS = st.one_of(
+    st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS),
+    st.builds(Costs, NUMBERS, st.lists(st.floats(0, 100, width=32), max_size=20).map(tuple)),
+    st.builds(End, NUMBERS),
+    st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
+    st.builds(Report, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
+    st.builds(Close, NUMBERS),
+    st.builds(Beat, NUMBERS),
+)
+
+
+@examples(300)
+@given(OTHERS)
+def test_what_is_decoded_is_what_was_said(message):
+    assert decode(encode(message)) == message
+
+
+FEATURES = st.tuples(st.integers(1, 4), st.integers(1, 7)).flatmap(
+    lambda size: st.lists(
+        st.integers(-(1 << 15), (1 << 15) - 1), min_size=size[0] * size[1], max_size=size[0] * size[1]
+    ).map(lambda bits: np.array(bits, np.int16).reshape(size))
+)
+
+
+@examples(200)
+@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS), FEATURES)
+def test_features_arrive_bit_for_bit(verdict: Verdict, features: np.ndarray):
+    """Two in a word: of an odd number the last has a word of its own."""
+    there = decode(encode(replace(verdict, features=features)))
+    assert there == verdict and isinstance(there, Verdict) and there.features is not None
+    assert there.features.dtype == np.int16 and np.array_equal(there.features, features)
+    words = encode(replace(verdict, features=features))
+    assert length(words[:FRAME]) == len(words)
+    words[int(words[1]) :] = -1
+    assert np.array_equal(decode(words).features, features), "what pads the frame is not read"
+
+
+@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS))
+def test_a_verdict_without_features_has_none_there(verdict: Verdict):
+    assert decode(encode(verdict)).features is None
+
+
+@examples(200)
+@given(STARTS)
+def test_a_start_carries_all_that_a_drafter_needs(start: Start):
+    """What ends a text stays with the target; everything that shapes the drafter's guesses arrives, bit for bit."""
+    there = decode(encode(start))
+    assert isinstance(there, Start)
+    assert replace(there, params=start.params) == start
+    for name in ("temperature", "top_p", "min_p", "seed", "greedy", "rejection"):
+        assert getattr(there.params, name) == getattr(start.params, name)
+    assert there.params.top_k == min(start.params.top_k, (1 << 31) - 1)  # which keeps every token of any vocabulary
+    assert (there.params.stop, there.params.ignore_eos) == ((), False)
+
+
+@examples(200)
+@given(st.one_of(STARTS, OTHERS))
+def test_the_first_frame_tells_how_much_follows(message):
+    words = encode(message)
+    assert words.dtype == np.int32 and len(words) >= FRAME and words[:FRAME].nbytes == 64
+    assert length(words[:FRAME]) == len(words)
+
+
+@given(st.one_of(STARTS, OTHERS))
+def test_what_pads_a_frame_is_not_read(message):
+    words = encode(message)
+    words[int(words[1]) :] = -1
+    assert decode(words) == decode(encode(message))
+
+
+def test_a_message_that_ends_early_is_garbage():
+    words = encode(Verdict(1, 2, Plan(), (4, 5)))
+    words[1] -= 1
+    with pytest.raises(Garbage, match="ends before"):
+        decode(words)
+
+
+@given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
+def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, resting: bool):
+    assert encode(Nodes(a, b, c, resting, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
+    assert encode(Verdict(a, b, Plan(c, d, a), (d,) * 8)).nbytes == 64
+
+
+@given(PROPOSALS, NUMBERS)
+def test_a_guess_with_its_distribution_is_far_below_a_kilobyte(proposal: tuple, n: int):
+    assert encode(Nodes(n, n, n, False, (Guess(n, n, n, proposal),))).nbytes <= 128
+
+
+@pytest.mark.parametrize("mode", ["sd", "pearl", "pearl-no-pre", "pearl-no-post"])
+@pytest.mark.parametrize("method", ["seeded", "rejection"])
+def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
+    model, params = TableModel(64), SamplingParams(max_new_tokens=40, temperature=1.0, method=method)
+    for source in (ModelSource(TableModel(64, scale=1.4)), NgramSource(shortest=1)):
+        for script in (EAGER, scrambled(0)):
+            channel = ScriptedChannel(source, script)
+            together(Target(model, channel, ticks()), [1, 2, 3], Schedule.of(mode), params)
+            said = [*channel.sent, *channel.peer.sent]
+            assert len(said) > 10 and max(encode(message).nbytes for message in said) < 1024
+            if method == "seeded" and isinstance(source, ModelSource):
+                steady = [m for m in said if isinstance(m, Nodes | Verdict)]
+                assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 8)
+
+
+# Garbage
+
+
+WORDS = st.integers(-(1 << 31), (1 << 31) - 1)
+
+
+@examples(1000)
+@given(st.integers(-2, 9), st.lists(st.one_of(st.integers(-3, 40), WORDS), min_size=FRAME, max_size=60))
+def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
+    made = np.array([kind, len(words), *words[2:]], np.int32)
+    try:
+        message = decode(made)
+    except Garbage:
+        return
+    assert type(message).__name__ in ("Start", "Verdict", "End", "Costs", "Nodes", "Report", "Close", "Beat")
+
+
+@examples(300)
+@given(OTHERS, st.data())
+def test_a_message_that_was_cut_short_is_garbage(message, data):
+    words = encode(message)
+    words[1] = data.draw(st.integers(0, int(words[1]) - 1))
+    with pytest.raises(Garbage):
+        decode(words[: length(words)])
+
+
+@pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MOST + 1, (1 << 31) - 1])
+def test_no_message_has_so_many_words(count):
+    with pytest.raises(Garbage, match="words"):
+        length(np.array([3, count, *[0] * 14], np.int32))
