@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,24 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 
-from pearl.machine.files import cache_folder
+from pearl.machine.files import atomic_write, cache_folder
 
 
-def remembered(key: dict[str, object], find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """`find()`, or what it said the last time on this machine for this `key` and these versions."""
+def measured_once(key: dict[str, object], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`measure()`, or what it said the last time on this machine for this `key` and these versions.
+
+    Of processes that ask at the same time one measures and the others wait."""
     versions = [torch.__version__, transformers.__version__, platform.processor(), torch.get_num_threads()]
     name = hashlib.sha256(json.dumps([key, versions, _processor()], sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "rows" / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = find()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(found))
-    partial.replace(path)
-    return found
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(measure()))
+        return json.loads(path.read_text())
 
 
 def _processor() -> str:

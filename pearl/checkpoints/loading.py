@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from pearl.checkpoints import embedded, quantized, shared_embeddings
-from pearl.checkpoints.calibration import remembered
+from pearl.checkpoints.calibration import measured_once
 from pearl.config.engine_config import EMBEDDED, NGRAM, ROLES, EngineConfig, model_path
 from pearl.config.inputs import brief
 from pearl.config.pairs import needed_gb, probe
@@ -252,15 +252,15 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, DraftCost
     if _fixes(config, checked.draft_on):
         capture = None if config.eager else capture_for(checked.draft_on.devices)
         key |= {"fixed": 1, "graphs": capture is not None}
-        captured = remembered(
+        captured = measured_once(
             {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
         )
         reader.fix(capture=capture if captured["captured"] else None)
-    found = remembered(key, lambda: {"seconds": profile_leaves(reader, checked.vocabulary)})["seconds"]
+    found = measured_once(key, lambda: {"seconds": profile_leaves(reader, checked.vocabulary)})["seconds"]
     several = {"several": (0.0, 0.0)}
     if reader.texts > 1:
         key["texts"] = reader.texts
-        several = remembered(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
+        several = measured_once(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
     for text in range(reader.texts):
         reader.forget(text=text)
     return reader, DraftCosts(tuple(found), tuple(several["several"]))
@@ -445,11 +445,11 @@ def _reader(
         forms = numerics_check.forms(placed.on_cpu)
         key = {"fixed": 1, "forms": forms, "graphs": capture is not None, **_key(model, config, placed, name, dtype)}
         known = numerics_check.Report.of(
-            remembered(key, lambda: asdict(numerics_check.examine(reader, capture, forms)))
+            measured_once(key, lambda: asdict(numerics_check.examine(reader, capture, forms)))
         )
         numerics_check.apply(reader, known, capture)
     else:
-        found = remembered({"rows": 3, **_key(model, config, placed, name, dtype)}, find)
+        found = measured_once({"rows": 3, **_key(model, config, placed, name, dtype)}, find)
         reader.rows = TokenBuckets(**_tuples(found))
         reader.checks = (numerics_check.rows_check(reader.rows),)
     if reader.texts > 1:
@@ -475,7 +475,7 @@ def _joint(
         plan = find_invariant_batches(reader, checked.vocabulary) if reader.rows.exact else None
         return {"joint": asdict(plan) if plan else None}
 
-    found = remembered({"joint": 2, **key}, find)["joint"]
+    found = measured_once({"joint": 2, **key}, find)["joint"]
     return BatchedTokenBuckets(**_tuples(found)) if found else None
 
 

@@ -11,11 +11,11 @@ told. The roles only record, each into a list of its own, and write between text
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pearl.errors import UsageError
+from pearl.machine.files import atomic_write
 
 ROLES = ("target", "drafter")  # the place of a role is its rank, and its pid in the trace
 PHASES = "fXis"  # arrival, span, instant, departure: in which order they stand where they happen at once
@@ -55,7 +55,8 @@ class Trace:
         """This role's part of `path`, all there is so far. A reader finds the old one or the new one, never a half."""
         self._lines += [json.dumps(event, allow_nan=False) for event in self._events]
         self._events.clear()
-        _write(_part(path, self._role), "[" + ",\n".join(self._lines) + "]")
+        with atomic_write(_part(path, self._role)) as partial:
+            partial.write_text("[" + ",\n".join(self._lines) + "]", encoding="utf-8")
 
     def _add(self, phase: str, name: str, at: float, **more: Any) -> None:
         rank = ROLES.index(self._role)
@@ -113,7 +114,9 @@ def merge(path: Path) -> None:
             args = {"sort_index" if name == "process_sort_index" else "name": fact}
             names.append({"ph": "M", "name": name, "pid": rank, "tid": 0, "args": args})
     other = {"clock": "time.perf_counter", "zero_s": zero / 1e6}
-    _write(path, json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": other}))
+    with atomic_write(path) as partial:
+        made = {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": other}
+        partial.write_text(json.dumps(made), encoding="utf-8")
     for part in parts.values():
         part.unlink()
 
@@ -125,12 +128,6 @@ def _part(path: Path, role: str) -> Path:
 def _when(event: dict[str, Any]) -> tuple[float, int, float]:
     """Where an event stands in a trace: by time, and of two spans that begin at once the longer first."""
     return event["ts"], PHASES.index(event["ph"]), -event.get("dur", 0.0)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _read_part(path: Path) -> list[dict[str, Any]]:

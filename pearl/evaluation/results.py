@@ -29,6 +29,7 @@ from pearl.core.messages import Report
 from pearl.core.records import Judged, Key, Pass
 from pearl.core.records import Sequence as Text
 from pearl.errors import UsageError
+from pearl.machine.files import atomic_write
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
 VOLATILE = ("config", "data", "output", "resume", "trace")  # how a run was asked for, not what for
@@ -272,16 +273,8 @@ def _settle(file: Path, data: bytes) -> None:
 
 
 def _replace(file: Path, data: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    with _kept(file):
-        try:
-            with open(partial, "wb", buffering=0) as stream:
-                _write_all(stream, data)
-            partial.replace(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
+    with _kept(file), atomic_write(file) as partial, open(partial, "wb", buffering=0) as stream:
+        _write_all(stream, data)
 
 
 def _write_all(stream: io.RawIOBase, data: bytes) -> None:

@@ -1,11 +1,43 @@
-"""Where this project keeps what it computes once."""
+"""Where this project keeps what it computes once, and how a file is written so that nobody ever reads half of it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+import platformdirs
 
 
 def cache_folder() -> Path:
     """The user's cache directory for what this project computes once."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pearl"
+    return platformdirs.user_cache_path("pearl")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` for the new file, or folder, and puts it in place at the end, whole and on the disk.
+
+    Whoever reads `path` meanwhile finds what was there before, and so does everybody if anything is raised. Two
+    processes that may write the same file hold a lock."""
+    partial = path.with_name(f".{path.name}.partial")
+    _remove(partial)
+    try:
+        yield partial
+        if partial.is_file():
+            with open(partial, "rb") as written:
+                os.fsync(written.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

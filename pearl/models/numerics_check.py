@@ -5,7 +5,7 @@ same for every row count, wherever in the pass it stands, and beside the chain a
 its code does. So at start they are tried on the user's own model, device and dtype, on one text, bit for bit. Where a
 fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another form of the
 attention (`pearl.models.attention`), chains instead of trees, code instead of graphs; and says so. What was found is
-kept by model, device and versions (`rows.remembered`). `pearl.commands.selfcheck` shows it.
+kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pearl.config.engine_config import refuse_unknown
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
+from pearl.machine.files import atomic_write
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
 Figures = dict[str, float]  # sums; "x" is divided by "n:x"
@@ -206,9 +207,8 @@ def _checkpoint(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, 
         "recipe": asdict(recipe),
         "step": step,
     }
-    partial = folder / f".{CHECKPOINT}.partial"
-    torch.save(state, partial)
-    partial.replace(folder / CHECKPOINT)
+    with atomic_write(folder / CHECKPOINT) as partial:
+        torch.save(state, partial)
 
 
 def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe) -> int:

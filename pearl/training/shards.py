@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pearl.errors import UsageError
+from pearl.machine.files import atomic_write
 from pearl.training.answers import Answer
 
 MANIFEST = "manifest.json"
@@ -65,9 +66,8 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        partial = folder / f".{MANIFEST}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / MANIFEST)
+        with atomic_write(folder / MANIFEST) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def read(folder: Path) -> Manifest | None:
@@ -107,18 +107,16 @@ def write(folder: Path, number: int, answers: Sequence[Answer]) -> Shard:
         "top_ids": _joined([_noted(answer, answer.top_ids, -1) for answer in answers], torch.int32),
         "top_logp": _joined([_noted(answer, answer.top_logp, 0) for answer in answers], torch.float16),
     }
-    partial = folder / f".{shard_name(number)}.partial"
-    save_file(tensors, partial)
-    shard = Shard(
-        number=number,
-        texts=len(answers),
-        tokens=int(lengths.sum()),
-        responses=sum(len(answer.response) for answer in answers),
-        bytes=partial.stat().st_size,
-        crc32=checksum(partial),
-    )
-    partial.replace(folder / shard.name)
-    return shard
+    with atomic_write(folder / shard_name(number)) as partial:
+        save_file(tensors, partial)
+        return Shard(
+            number=number,
+            texts=len(answers),
+            tokens=int(lengths.sum()),
+            responses=sum(len(answer.response) for answer in answers),
+            bytes=partial.stat().st_size,
+            crc32=checksum(partial),
+        )
 
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

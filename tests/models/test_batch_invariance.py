@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import asdict
 
 import pytest
 import tiny
@@ -10,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pearl.checkpoints.calibration import remembered
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import find_invariant_counts, profile_leaves, profile_path
@@ -166,41 +164,6 @@ def test_a_pass_is_padded_to_the_next_safe_count():
     plan = TokenBuckets((2, 3, 6), (1.0,) * LIMIT)
     assert [plan.pad(rows) for rows in (1, 2, 3, 4, 6)] == [2, 2, 3, 6, 6]
     assert plan.pad(7) == 7  # beyond what was tested
-
-
-def test_what_was_measured_once_is_remembered(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = {"safe": [2, 3, 5], "cost_s": [n / 7 for n in range(LIMIT)], "exact": True}
-    calls = []
-
-    def find() -> dict[str, object]:
-        calls.append(1)
-        return found
-
-    key = {"model": "m", "devices": ("cpu",), "load_in": None}
-    assert [remembered(key, find) for _ in range(3)] == [found] * 3
-    assert len(calls) == 1
-    assert all(tmp_path in file.parents for file in tmp_path.rglob("*.json"))
-
-    remembered(key | {"model": "another"}, find)
-    assert len(calls) == 2
-    torch.set_num_threads(2)  # other threads, other sums
-    try:
-        remembered(key, find)
-    finally:
-        torch.set_num_threads(1)
-    assert len(calls) == 3
-
-
-def test_a_plan_without_promises_is_remembered_as_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plan = find_invariant_counts(fake(lambda count, row: count), VOCABULARY)
-    assert TokenBuckets(**as_tuples(remembered({}, lambda: asdict(plan)))) == plan
-    assert TokenBuckets(**as_tuples(remembered({}, lambda: pytest.fail("measured again")))) == plan
-
-
-def as_tuples(found: dict) -> dict:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 class Counting:

@@ -24,7 +24,7 @@ LIGHT = [name for name in CORE if name not in ("core.stopping", "core.messages",
 # Whom each folder (or module at the top) may import beside itself, and what those may import too.
 MAY_IMPORT = {
     "errors": [],
-    "core": ["errors"],
+    "core": ["errors", "machine"],
     "machine": ["errors"],
     "config": ["core", "machine"],
     "models": ["core", "config"],
