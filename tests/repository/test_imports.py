@@ -10,6 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from layers import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
@@ -20,26 +21,6 @@ CORE = ["core.trie", "core.schedule", "core.stopping", "core.messages", "core.re
 CORE += ["config.engine_config", "machine.cores"]
 # pearl.core.sampling works on tensors, so those that take its `SamplingParams` load torch, but none asks for it itself
 LIGHT = [name for name in CORE if name not in ("core.stopping", "core.messages", "core.records")]
-
-# Whom each folder (or module at the top) may import beside itself, and what those may import too.
-MAY_IMPORT = {
-    "errors": [],
-    "core": ["errors", "machine"],
-    "machine": ["errors"],
-    "config": ["core", "machine"],
-    "models": ["core", "config"],
-    "drafters": ["core", "models"],
-    "wire": ["core", "config"],
-    "checkpoints": ["models", "drafters", "config"],
-    "roles": ["core", "models", "drafters", "wire"],
-    "parallel": ["roles", "checkpoints", "wire"],
-    "engine": ["parallel"],
-    "training": ["checkpoints", "drafters"],
-    "tasks": ["engine"],
-    "evaluation": ["engine", "tasks"],
-    "predict": ["roles", "evaluation"],
-    "commands": ["engine", "evaluation", "predict", "training"],
-}
 
 
 def imports(module: str, lazy: bool) -> set[str]:
