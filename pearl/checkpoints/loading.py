@@ -352,10 +352,9 @@ def _describe(
         found = AutoConfig.from_pretrained(source.name, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source.name, **kwargs) if own else None
     except Exception as error:  # transformers raises many kinds for one thing: this is no model it can load from here
-        reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"The {role} {source.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF "
-            f"file ({type(error).__name__}: {reason})."
+            f"file ({type(error).__name__}: {brief(error, 300)})."
         ) from error
     longest_text(found)
     quantized.check(role, source.name, found, config.load_in if role == "target" else config.draft_load_in)
@@ -397,7 +396,7 @@ def _load(
     except Exception as error:  # a file that is missing, cut short, of other shapes, or a pickle: each in its own way
         raise UsageError(
             f"The weights of {source.name} can't be loaded: they must be whole, of the shapes that its config.json "
-            f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(str(error), 300)})."
+            f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(error, 300)})."
         ) from error
     if found["missing_keys"] and not source.gguf_file and shared_embeddings.note(source.name) is None:
         some = ", ".join(sorted(found["missing_keys"])[:3])

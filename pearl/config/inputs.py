@@ -25,11 +25,11 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{what} {brief(str(path))} can't be read: {reason}.") from None
+        raise UsageError(f"{what} {brief(path)} can't be read: {reason}.") from None
 
 
 def read_text(path: str | Path, what: str) -> str:
-    return as_text(read_bytes(path, what), f"{what} {brief(str(path))}")
+    return as_text(read_bytes(path, what), f"{what} {brief(path)}")
 
 
 def as_text(data: bytes, where: str) -> str:
@@ -43,7 +43,7 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {brief(str(error))}.") from None
+        raise UsageError(f"{where} is not JSON: {brief(error)}.") from None
 
 
 def json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
@@ -59,7 +59,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Plain)
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, LookupError, AttributeError) as error:
-        raise UsageError(f"{where} is not YAML: {brief(str(error))}.") from None
+        raise UsageError(f"{where} is not YAML: {brief(error)}.") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{where} must be a mapping of names to values, one `name: value` a line.")
     return values
@@ -74,12 +74,12 @@ def sound(where: str, advice: str) -> Iterator[None]:
     except UsageError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise UsageError(f"{where} is damaged ({type(error).__name__}: {brief(str(error), 80)}): {advice}.") from error
+        raise UsageError(f"{where} is damaged ({type(error).__name__}: {brief(error, 80)}): {advice}.") from error
 
 
-def brief(text: str, length: int = 200) -> str:
-    """As part of a sentence: one line, and of a long text the beginning."""
-    line = " ".join(text[: 4 * length].split())
+def brief(what: object, length: int = 200) -> str:
+    """A text, or what an error says, as part of a sentence: one line, and of a long one the beginning."""
+    line = " ".join(str(what)[: 4 * length].split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
 

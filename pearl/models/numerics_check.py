@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
 from pearl.models.attention import FORMS
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
@@ -59,7 +60,7 @@ def examine(reader: LanguageModel, capture: Capture | None, forms: Sequence[str]
         except (RuntimeError, NotImplementedError) as error:  # of kernels that can't do this model's shapes
             if form == forms[-1]:
                 raise
-            refused.append(Check(f"attention {form}", False, f"not here ({_brief(error)})"))
+            refused.append(Check(f"attention {form}", False, f"not here ({brief(error, 120)})"))
     best = min(found, key=lambda one: (not one.plan.exact, not one.plan.branches, one.plan.cost(LIMIT // 2)))
     counts = _counts(best.plan)
     reader.rows = best.plan
@@ -198,7 +199,3 @@ def _timed(reader: LanguageModel, counts: Sequence[int], before: Sequence[float]
 def _finish(rows: Tensor) -> None:
     if rows.is_cuda:
         torch.cuda.synchronize(rows.device)
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, CannotBranch
 from pearl.models.attention import FORMS, See
 from pearl.models.hidden_states import HiddenStateHooks
@@ -255,7 +256,7 @@ class StaticShapeRunner:
         try:
             return self._capture(run)
         except RuntimeError as error:
-            self.failed = " ".join(str(error).split())[:200]
+            self.failed = brief(error)
             self._capture = None
             print(f"pearl: forwards can't be recorded as graphs, so they run eagerly ({self.failed}).", file=sys.stderr)
             return run

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pearl.config.engine_config import NGRAM, ROLES, START_TIMEOUT_S, EngineConfig
+from pearl.config.inputs import brief
 from pearl.errors import Unreachable, UsageError
 from pearl.machine import cores
 
@@ -309,7 +310,7 @@ def serve(
     try:
         source = (make or draft_source)(config)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        store.set(f"{_KEY}/{number}", f"{_GONE}it has too little memory: {' '.join(str(error).split())[:200]}")
+        store.set(f"{_KEY}/{number}", f"{_GONE}it has too little memory: {brief(error)}")
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
@@ -398,7 +399,7 @@ def launchers_store(timeout_s: float = START_TIMEOUT_S):
         raise UsageError(
             f"Rank {os.environ.get('RANK', '?')} met nobody at {where} within {timeout_s:g} s (--start-timeout-s): the "
             "other process was not started or has ended, MASTER_ADDR and MASTER_PORT differ between the two, another "
-            f"program holds the port, or a firewall is between them ({' '.join(str(error).split())[:120]})."
+            f"program holds the port, or a firewall is between them ({brief(error, 120)})."
         ) from None
     return store
 

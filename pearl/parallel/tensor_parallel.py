@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from pearl.checkpoints.loading import Preflight, load_shard, preflight
 from pearl.config.engine_config import EngineConfig
+from pearl.config.inputs import brief
 from pearl.core.token_buckets import CannotBranch
 from pearl.errors import UsageError
 from pearl.machine import cores
@@ -186,10 +187,9 @@ class TensorParallelWorkers:
                 return UsageError(reason)
             time.sleep(0.1)
         if _is_gone(error):
-            why = " ".join(str(error).split())[-200:]
             return UsageError(
                 f"A rank of the target is gone, or has said nothing for {self._deadline_s:g} s, and the run is over "
-                f"({why})."
+                f"({brief(error)})."
             )
         return error
 
@@ -287,7 +287,7 @@ def _calls(group: Group) -> Iterator[list[int]]:
         try:
             yield group.line.receive()
         except RuntimeError as error:  # gloo's word for a closed connection, and for silence
-            raise Lost(" ".join(str(error).split())[-200:]) from None
+            raise Lost(brief(error)) from None
 
 
 @contextlib.contextmanager
@@ -297,10 +297,10 @@ def _told(store: dist.Store, rank: int) -> Iterator[None]:
         yield
     except Exception as error:
         if _is_gone(error):
-            raise Lost(" ".join(str(error).split())[-200:]) from None
+            raise Lost(brief(error)) from None
         reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):
-            said = f"Rank {rank} of the target failed, and the run is over: {' '.join(reason.split())[:500]}"
+            said = f"Rank {rank} of the target failed, and the run is over: {brief(reason, 500)}"
             store.set(_FAILED, said)
         raise
 

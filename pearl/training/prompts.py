@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pearl.config.inputs import json_lines, read_text
+from pearl.config.inputs import brief, json_lines, read_text
 from pearl.errors import UsageError
 
 COLUMNS = ("prompt", "question", "instruction")  # where a record may keep its question; or "messages", or "turns"
@@ -37,8 +37,9 @@ def from_hub(name: str) -> list[str]:
     try:
         rows = load_dataset(name, *rest, split=split)
     except Exception as error:  # datasets raises many kinds for one thing
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"The data set {name} can't be loaded: give --prompts a file instead ({reason}).") from error
+        raise UsageError(
+            f"The data set {name} can't be loaded: give --prompts a file instead ({brief(error, 300)})."
+        ) from error
     return [_question(row, f"{name}, row {number}") for number, row in enumerate(rows)]
 
 

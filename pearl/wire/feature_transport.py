@@ -58,7 +58,7 @@ class FeatureTransport:
             else:
                 whole = lane._arrives(lane.receive(1, _TRIED), known)
         except RuntimeError as error:
-            why = brief(str(error))
+            why = brief(error)
         if rank == 0:
             whole = lane is not None and _said(store) == b"whole"
         else:

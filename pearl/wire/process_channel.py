@@ -92,7 +92,7 @@ class ProcessChannel:
         try:
             ready = [self._handed_over(message) for message in messages]
         except RuntimeError as error:
-            self._lose(f"features could not be sent: {brief(str(error), 120)}")
+            self._lose(f"features could not be sent: {brief(error, 120)}")
             return
         self.bytes_sent += self._send(*ready)
 
@@ -187,7 +187,7 @@ class ProcessChannel:
         except MemoryError:
             self._lose("it sent a message that memory does not suffice for")
         except RuntimeError as error:
-            self._lose(f"features could not be received: {brief(str(error), 120)}")
+            self._lose(f"features could not be received: {brief(error, 120)}")
 
     def _handed_over(self, message: Message) -> Message:
         """Features that lie on a device go over the lane, or else become bits of the message."""

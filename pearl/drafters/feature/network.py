@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pearl.config.inputs import brief
 from pearl.errors import UsageError
 from pearl.models import fingerprint as weights
 
@@ -260,8 +261,7 @@ def load(folder: Path) -> FeatureDrafter:
     try:
         drafter.load_state_dict({name: tensor.to(_loaded(tensor)) for name, tensor in tensors.items()})
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it ({reason}).") from None
+        raise UsageError(f"{folder / WEIGHTS} does not fit {CONFIG} beside it ({brief(error)}).") from None
     return drafter
 
 
