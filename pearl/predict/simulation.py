@@ -30,6 +30,7 @@ from pearl.core.messages import Message
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.core.timeline import OFF, Trace
 from pearl.core.token_buckets import TokenBuckets
 from pearl.drafters.draft_source import Proposal
 from pearl.drafters.ngram import NgramSource
@@ -110,18 +111,23 @@ def token(position: int, choice: int = 0) -> int:
 
 
 def simulate(
-    schedule: Schedule, scripts: Sequence[Script], times: Times, own: float = 0.0, seed: int = 0
+    schedule: Schedule,
+    scripts: Sequence[Script],
+    times: Times,
+    own: float = 0.0,
+    seed: int = 0,
+    traces: tuple[Trace, Trace] = (OFF, OFF),
 ) -> list[records.Sequence]:
     """The records of a run over `scripts`, one after the other, by one target and one drafter.
 
     `own`: how often the drafter's own guesses, which its forwards carry along, are what its model says then; 0: it
-    makes none.
+    makes none. `traces`: of the target and of the drafter, in virtual seconds.
     """
     stage = _Stage(times, own, seed)
     wire = _TargetEnd(stage)
     source = TreeSource(_DraftReader(stage), times.draft_costs, _Own(stage)) if times.draft_s else _Lookup(stage)
-    wire.drafter = Drafter(source, wire.peer, wire.peer.clock)
-    target = Target(_TargetReader(stage, wire), wire, wire.clock)
+    wire.drafter = Drafter(source, wire.peer, wire.peer.clock, traces[1])
+    target = Target(_TargetReader(stage, wire), wire, wire.clock, traces[0])
     return [_text(target, wire, stage, schedule, script) for script in scripts]
 
 
