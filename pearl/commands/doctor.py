@@ -134,7 +134,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     for what, verdict, sentence in bits:
         yield Finding(f"bits: {what}", verdict, sentence)
     if lost := [event.what for event in events if event.kind not in ("late", "heard")]:
-        yield Finding("drafter", NO, "; ".join(lost), "see its message above, and docs/reliability.md")
+        yield Finding("drafter", NO, "; ".join(lost), "see its message above, and docs/explanations/reliability.md")
     elif events:
         busy = "its CPUs are busy: stop other programs, name --draft-cores"
         yield Finding("drafter", SLOW, "; ".join(event.what for event in events), busy)

@@ -2,7 +2,8 @@
 
 u(seed, position, purpose, token) is a counter-based hash, so nothing has a state that a schedule could disturb. Each
 use has a `purpose` of its own: two tests that share a uniform are no longer independent, which shifts the
-distribution (docs/theory.md shows by how much). The mixing function is SplitMix64 (Steele, Lea and Flood 2014).
+distribution (docs/explanations/theory.md shows by how much). The mixing function is
+SplitMix64 (Steele, Lea and Flood 2014).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 Time is counted in target passes. A pass costs 1 whatever its number of rows, a drafter forward costs 1/c, and a message
 costs nothing. The baseline `ar` commits one token a pass, so a speed-up is also a number of tokens per pass-time.
 Real acceptance is neither constant nor independent, rows are only nearly free and messages take time: these figures say
-what to expect and what cannot be had. They decide no token. `docs/theory.md` holds the derivations.
+what to expect and what cannot be had. They decide no token. `docs/explanations/theory.md` holds the derivations.
 
 `python -m pearl.core.theory` prints the table of that page.
 """
@@ -146,7 +146,7 @@ def speedup_pearl(a: float, c: float) -> float:
 
 
 def table() -> str:
-    """The figures of `docs/theory.md`, as a Markdown table."""
+    """The figures of `docs/explanations/theory.md`, as a Markdown table."""
     lines = [
         "| a | c | best gamma | sd | pearl | 1/(1-a^2) | 1/(1-a) |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

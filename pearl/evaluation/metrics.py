@@ -180,7 +180,7 @@ def _divergences(runs: Runs, ar: Runs) -> list[tuple[Key, int]]:
 
 
 def _predicted(mode: str, figures: dict[str, Any], ar: Runs) -> float | None:
-    """What theory expects of the acceptance and the speed ratio that this run had (docs/theory.md)."""
+    """What theory expects of the acceptance and the speed ratio that this run had (docs/explanations/theory.md)."""
     a, draft_ms = figures["acceptance"], figures["draft_forward_ms"]
     if a is None or not draft_ms or mode not in ("sd", "pearl"):
         return None

@@ -186,5 +186,5 @@ def test_blocks_outside_the_model_are_refused() -> None:
 
 
 def test_the_page_shows_the_table_that_the_code_prints() -> None:
-    page = Path(__file__).parents[2] / "docs" / "theory.md"
+    page = Path(__file__).parents[2] / "docs" / "explanations" / "theory.md"
     assert table() in page.read_text(encoding="utf-8")
