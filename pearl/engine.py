@@ -16,7 +16,9 @@ from typing import Any, overload
 
 import torch
 
-from pearl.checkpoints.loading import Placed, Preflight, eos_ids, features_from, load_target, preflight
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.preflight import Preflight, preflight
+from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config.engine_config import DRAFT, EngineConfig
 from pearl.core import records, timeline
 from pearl.core.sampling import SamplingParams
@@ -136,7 +138,7 @@ class Engine:
         self._last: GenerationRequest | None = None  # that was begun
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         atexit.register(self.close)
-        direct = features_from(checked, world.apart)
+        direct = checked.features_from(world.apart)
         try:
             if self.processes == 2:  # the drafter loads its model meanwhile
                 self._peer = DrafterProcess(config, world, self.draft_cpus, direct)
@@ -421,7 +423,7 @@ class Engine:
         devices = tuple(dict.fromkeys(target_on.devices + draft_on.devices))
         if not target_on.on_cpu and len(devices) > len(target_on.devices):
             if not self._spread:
-                self._spread = Target(load_target(replace(self._checked, target_on=Placed(devices))))
+                self._spread = Target(load_target(replace(self._checked, target_on=Placement(devices))))
             yield self._spread
             return
         cpus = sorted({*self.target_cpus, *self.draft_cpus})

@@ -31,16 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pearl.checkpoints.loading import Source
+    from pearl.checkpoints.checkpoint import Checkpoint
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
 
     # ar-all only to share the cores out as two processes would: `ar` then has the target's
     with Engine(config, Schedule.of("ar-all")) as engine:
-        kwargs = {**Source.of(config.target).kwargs(config), "dtype": getattr(torch, config.dtype)}
+        kwargs = {**Checkpoint.of(config.target).arguments(config), "dtype": getattr(torch, config.dtype)}
         model = (
-            AutoModelForCausalLM.from_pretrained(Source.of(config.target).name, **kwargs)
+            AutoModelForCausalLM.from_pretrained(Checkpoint.of(config.target).name, **kwargs)
             .eval()
             .to(engine.model.model.device)
         )

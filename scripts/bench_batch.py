@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pearl.checkpoints.loading import preflight
+    from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
 
     checked = preflight(config)

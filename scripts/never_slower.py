@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from pearl.checkpoints.loading import preflight
+    from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
     from pearl.evaluation import harness, results
 

@@ -1,4 +1,8 @@
-"""What was measured of a model on this machine once, kept in the user's cache folder."""
+"""What a model's forwards cost on this machine and which of them keep their bits, measured once and kept.
+
+Knows: what such figures depend on, and the user's cache folder where they lie. Refuses to know: how a forward is timed
+or compared (`pearl.models.batch_invariance`, `pearl.models.numerics_check`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,38 @@ import torch
 import transformers
 from filelock import FileLock
 
+from pearl.checkpoints.checkpoint import Checkpoint
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.preflight import Preflight
+from pearl.config.engine_config import EngineConfig
+from pearl.core.token_buckets import BatchedTokenBuckets, TokenBuckets
+from pearl.drafters.tree import profile_batches
 from pearl.machine.files import atomic_write, cache_folder
+from pearl.models import numerics_check
+from pearl.models.batch_invariance import (
+    branches_agree,
+    find_invariant_batches,
+    find_invariant_counts,
+    profile_leaves,
+    profile_path,
+)
+from pearl.models.cuda_graphs import capture_for
+from pearl.models.language_model import LanguageModel
+from pearl.models.tensor_parallel.model import TensorParallelModel
+
+Found = dict[str, Any]  # as JSON holds it
 
 
-def measured_once(key: dict[str, object], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DraftCosts:
+    """Seconds of a drafter's forward: of one text by its leaves, see `profile_leaves`; of several, see
+    `profile_batches`."""
+
+    seconds: tuple[float, ...]
+    several: tuple[float, float]
+
+
+def measured_once(key: dict[str, object], measure: Callable[[], Found]) -> Found:
     """`measure()`, or what it said the last time on this machine for this `key` and these versions.
 
     Of processes that ask at the same time one measures and the others wait."""
@@ -29,6 +62,89 @@ def measured_once(key: dict[str, object], measure: Callable[[], dict[str, Any]])
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps(measure()))
         return json.loads(path.read_text())
+
+
+def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Preflight) -> None:
+    """Gives a target the row counts that keep its bits, and their costs."""
+    config, placed = checked.config, checked.target_on
+    key = _key(reader.model, config, placed, checked.target, config.dtype)
+
+    def measure() -> Found:
+        plan = find_invariant_counts(
+            lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary
+        )
+        reader.rows = plan
+        branches = reader.branches and branches_agree(reader, checked.vocabulary)
+        path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
+        return asdict(replace(plan, branches=branches, path_s=path_s))
+
+    def measure_batches() -> Found:
+        plan = find_invariant_batches(reader, checked.vocabulary) if reader.rows.exact else None
+        return {"joint": asdict(plan) if plan else None}
+
+    if isinstance(reader, LanguageModel) and has_static_shapes(config, placed):
+        capture = None if config.eager else capture_for(placed.devices)
+        forms = numerics_check.forms(placed.on_cpu)
+        static = {"fixed": 1, "forms": forms, "graphs": capture is not None, **key}
+        found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, forms)))
+        numerics_check.apply(reader, numerics_check.Report.of(found), capture)
+    else:
+        reader.rows = TokenBuckets.from_json(measured_once({"rows": 3, **key}, measure))
+        reader.checks = (numerics_check.rows_check(reader.rows),)
+    if reader.texts > 1:
+        reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
+        found = measured_once({"joint": 2, "texts": reader.texts, **key}, measure_batches)["joint"]
+        reader.joint = BatchedTokenBuckets.from_json(found) if found else None
+    _forget(reader)
+
+
+def calibrate_draft(reader: LanguageModel, checked: Preflight, kernel: str, kept: int) -> DraftCosts:
+    """What the forwards of a draft model cost; they are recorded as graphs where that works. `kernel`: of its linear
+    layers. `kept`: tokens that a reduced head holds, 0: it is whole."""
+    config, placed = checked.config, checked.draft_on
+    assert checked.draft is not None, "a draft model was loaded"
+    key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
+    key |= {"leaves": 2, "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
+    if has_static_shapes(config, placed):
+        capture = None if config.eager else capture_for(placed.devices)
+        key |= {"fixed": 1, "graphs": capture is not None}
+        captured = measured_once(
+            {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
+        )
+        reader.fix(capture=capture if captured["captured"] else None)
+    found = measured_once(key, lambda: {"seconds": profile_leaves(reader, checked.vocabulary)})["seconds"]
+    several: Found = {"several": (0.0, 0.0)}
+    if reader.texts > 1:
+        key["texts"] = reader.texts
+        several = measured_once(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
+    _forget(reader)
+    first, further = several["several"]
+    return DraftCosts(tuple(found), (first, further))
+
+
+def has_static_shapes(config: EngineConfig, placed: Placement) -> bool:
+    """Whether forwards have static shapes: by default on one GPU, where graphs save most of a step. On CPU they save
+    nothing, and what fills them up costs a little."""
+    return config.static == "on" or (config.static == "auto" and len(placed.devices) == 1 and not placed.on_cpu)
+
+
+def _forget(reader: LanguageModel | TensorParallelModel) -> None:
+    for text in range(reader.texts):
+        reader.forget(text=text)
+
+
+def _key(model: Any, config: EngineConfig, placed: Placement, checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
+    """What a model's times and bits depend on, besides the machine."""
+    return {
+        "model": checkpoint.name,
+        "files": checkpoint.files(),
+        "dtype": dtype,
+        "load_in": config.load_in,
+        "double_quant": config.double_quant,
+        "kernel": config.kernel,
+        "devices": placed.devices,
+        "config": model.config.to_json_string(),
+    } | ({"ranks": config.target_tp} if config.target_tp > 1 else {})
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from pearl.checkpoints.quiet import quiet
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write, cache_folder
 
@@ -59,7 +60,8 @@ def _convert(source: Path, into: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-    plain_weights(model).save_pretrained(into)
-    tokenizer.save_pretrained(into)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        plain_weights(model).save_pretrained(into)
+        tokenizer.save_pretrained(into)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from pearl.errors import UsageError
 
 NEEDS = {  # by `quant_method`: the packages that transformers asks for
@@ -39,6 +41,27 @@ def check(
             f"`pip install {' '.join(missing)}`, or choose a checkpoint that is not quantized."
         )
     return method
+
+
+def need_bitsandbytes() -> None:
+    """Raises `UsageError` where 8-bit and 4-bit weights can't be made."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UsageError("8-bit and 4-bit weights need the bitsandbytes package: run `bash install.sh`.") from None
+
+
+def settings(load_in: str, dtype: str, double_quant: bool) -> Any:
+    """What transformers quantizes by."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_8bit=load_in == "8bit",
+        load_in_4bit=load_in == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def keep_odd_shapes(model: Any) -> int:

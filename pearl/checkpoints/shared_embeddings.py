@@ -18,22 +18,24 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pearl.errors import UsageError
-from pearl.models import fingerprint as weights
+from pearl.models.fingerprint import of_model, other_target
 
-NOTE, VOCABULARY = "borrowed.json", "vocabulary.safetensors"
+REFERENCE, VOCABULARY = "borrowed.json", "vocabulary.safetensors"
 _EMBEDDINGS = ("embed_tokens.", "lm_head.", "wte.", "embed_in.", "embed_out.")
 
 
 @dataclass(frozen=True)
-class Note:
+class EmbeddingRef:
+    """Whose embeddings they are."""
+
     target: str
     fingerprint: str
 
 
-def save(model: nn.Module, folder: Path, target: str, mark: str, vocabulary: Tensor) -> None:
+def save(model: Any, folder: Path, target: str, mark: str, vocabulary: Tensor) -> None:
     """Writes `model` in bfloat16 without its embeddings, which are those of `target` with the fingerprint `mark`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -46,16 +48,16 @@ def save(model: nn.Module, folder: Path, target: str, mark: str, vocabulary: Ten
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     save_file({"ids": vocabulary.int().cpu()}, folder / VOCABULARY)
-    (folder / NOTE).write_text(json.dumps(asdict(Note(target, mark)), indent=1) + "\n", encoding="utf-8")
+    (folder / REFERENCE).write_text(json.dumps(asdict(EmbeddingRef(target, mark)), indent=1) + "\n", encoding="utf-8")
 
 
-def note(folder: str | Path) -> Note | None:
-    """Whose embeddings a model folder needs; None if it has its own. Raises `UsageError` for a broken note."""
-    path = Path(folder) / NOTE
+def read(folder: str | Path) -> EmbeddingRef | None:
+    """Whose embeddings a model folder needs; None if it has its own. Raises `UsageError` for a broken file."""
+    path = Path(folder) / REFERENCE
     if not path.is_file():
         return None
     try:
-        return Note(**json.loads(path.read_text(encoding="utf-8")))
+        return EmbeddingRef(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path} can't be read ({error}).") from None
 
@@ -69,11 +71,10 @@ def vocabulary(folder: str | Path) -> Tensor:
         raise UsageError(f"{path} can't be read ({error}).") from None
 
 
-def complete(model: nn.Module, target: nn.Module, needs: Note) -> nn.Module:
+def complete(model: Any, target: Any, needs: EmbeddingRef) -> Any:
     """Gives `model` the embeddings of `target`, which may have no layers. Raises `UsageError` if it is another one."""
-    if weights.of_model(target) != needs.fingerprint:
-        raise UsageError(weights.other_target(needs.target))
+    if of_model(target) != needs.fingerprint:
+        raise UsageError(other_target(needs.target))
     model.set_input_embeddings(target.get_input_embeddings())
-    head: Any = target.get_output_embeddings()
-    model.set_output_embeddings(head)
+    model.set_output_embeddings(target.get_output_embeddings())
     return model

@@ -107,7 +107,7 @@ def memory(pair: Pair, machine: Machine) -> Finding:
 
 def models(config: EngineConfig) -> Iterator[Finding]:
     """Whether the two fit each other, and what they are worth together here."""
-    from pearl.checkpoints.loading import preflight
+    from pearl.checkpoints.preflight import preflight
     from pearl.commands.selfcheck import report
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule

@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pearl.checkpoints.loading import load_target, preflight
+from pearl.checkpoints.preflight import preflight
+from pearl.checkpoints.targets import load_target
 from pearl.config import cli
 from pearl.models.language_model import LanguageModel
 

@@ -25,6 +25,7 @@ from rich.table import Table
 from pearl.config.inputs import brief, parse_yaml, read_text
 from pearl.errors import UsageError
 
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}  # a number, with its scales
 COMMAND = "python -m pearl.config.pairs"
 
 
@@ -110,6 +111,18 @@ def load_pair(name_or_path: str) -> Pair:
 def all_pairs() -> list[Pair]:
     """Every pair of the registry, the smallest first."""
     return sorted(map(_read, _registry()), key=lambda pair: pair.target_gb + pair.draft_gb)
+
+
+def known_numbers(model: str) -> float | None:
+    """How many numbers the weights of a model are, if a pair of the registry says so."""
+    for pair in all_pairs():
+        for name, gb, kind in (
+            (pair.target, pair.target_gb, pair.load_in),
+            (pair.draft, pair.draft_gb, pair.draft_load_in),
+        ):
+            if name == model and gb:
+                return gb * 1e9 / BYTES[kind or pair.dtype]
+    return None
 
 
 def needed_gb(weights_gb: float) -> float:

@@ -7,8 +7,9 @@ and the seconds of each. Refuses to know: how that was found out (`pearl.models.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 LIMIT = 16
 
@@ -36,6 +37,11 @@ class TokenBuckets:
     exact: bool = True  # False: the bits depend on the row count whatever is done
     branches: bool = True  # a row beside the chain has the bits that it would have in it
     path_s: float = 0.0  # seconds that a pass takes longer for each path beside its chain
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> TokenBuckets:
+        """What `asdict` and JSON have made a mapping of."""
+        return TokenBuckets(**_tuples(values))
 
     def pad(self, rows: int) -> int:
         """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
@@ -69,6 +75,10 @@ class BatchedTokenBuckets:
     cost_s: tuple[float, ...]
     path_s: float = 0.0
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> BatchedTokenBuckets:
+        return BatchedTokenBuckets(**_tuples(values))
+
     def pad(self, rows: int) -> int:
         """The least of the counts that holds `rows`."""
         assert rows <= self.most, "no forward that wide was tried"
@@ -97,6 +107,11 @@ class CannotBranch(Exception):
 
 
 ANY = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where we have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def extended(seconds: Sequence[float], rows: int) -> float:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from pearl.checkpoints.loading import Preflight, eos_ids, load_draft
+from pearl.checkpoints.drafters import load_draft
+from pearl.checkpoints.preflight import Preflight
+from pearl.checkpoints.targets import eos_ids
 from pearl.core.records import Pass
 from pearl.core.records import Sequence as Text
 from pearl.core.sampling import SamplingParams

@@ -142,7 +142,7 @@ def _task(suite: Suite, problem: Any, form: str, tokenizer: Any) -> Any:
 
 def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | None, bool]:
     """The summary, in the first replica, and whether something is missing because a replica failed."""
-    from pearl.checkpoints.loading import preflight
+    from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine, count_processes
     from pearl.evaluation import harness, results
     from pearl.parallel.replicas import Team, place

@@ -181,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.feature_folder:
             raise UsageError(f"{draft} drafts from features: score it with python -m pearl.training.diagnose.")
 
-    from pearl.checkpoints.loading import load_draft, load_target, preflight
+    from pearl.checkpoints.drafters import load_draft
+    from pearl.checkpoints.preflight import preflight
+    from pearl.checkpoints.targets import load_target
     from pearl.drafters.ngram import NgramSource
 
     scores: dict[str, Any] = {}

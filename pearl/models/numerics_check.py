@@ -41,9 +41,8 @@ class Report:
     @staticmethod
     def of(found: dict[str, Any]) -> Report:
         """From what `asdict` and JSON made of one."""
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in found["plan"].items()}
         checks = tuple(Check(**check) for check in found["checks"])
-        return Report(TokenBuckets(**values), found["form"], found["captured"], checks)
+        return Report(TokenBuckets.from_json(found["plan"]), found["form"], found["captured"], checks)
 
 
 def examine(reader: LanguageModel, capture: Capture | None, forms: Sequence[str]) -> Report:

@@ -369,7 +369,8 @@ def draft_source(config: EngineConfig):
 
     if config.draft == NGRAM:
         return NgramSource()
-    from pearl.checkpoints.loading import AHEAD, load_draft, load_feature_drafter, preflight
+    from pearl.checkpoints.drafters import load_draft, load_feature_drafter
+    from pearl.checkpoints.preflight import AHEAD, preflight
     from pearl.drafters.tree import TreeSource
 
     world = World.here(config.target_tp)

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pearl.checkpoints.loading import Preflight, load_shard, preflight
+from pearl.checkpoints.preflight import Preflight, preflight
+from pearl.checkpoints.targets import load_shard
 from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import CannotBranch

@@ -207,8 +207,7 @@ class _Shares:
 def _times(modes: dict[str, Texts], mode: str, summary: dict[str, Any], latency_s: float) -> Times:
     """What forwards take, from those of all modes. Whether the drafter has a model is asked of `mode`."""
     environment, figures = summary["environment"], summary["modes"]
-    facts = environment["rows"]
-    rows = TokenBuckets(**{**facts, "safe": tuple(facts["safe"]), "cost_s": tuple(facts["cost_s"])})
+    rows = TokenBuckets.from_json(environment["rows"])
     shares = {name: _Shares.of(figures.get(name) or {}) for name in modes}
     by_rows = {name: _by_rows(texts, rows) for name, texts in modes.items()}
     crowding = _crowding(by_rows, shares)

@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pearl.checkpoints.loading import load_feature_drafter, preflight
+    from pearl.checkpoints.drafters import load_feature_drafter
+    from pearl.checkpoints.preflight import preflight
     from pearl.drafters.feature.network import read_shape
     from pearl.drafters.feature.source import FeatureSource
     from pearl.training.shards import Recorded

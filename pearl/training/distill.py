@@ -195,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from accelerate import Accelerator
 
-    from pearl.checkpoints.loading import load_plain, preflight
+    from pearl.checkpoints.preflight import preflight
+    from pearl.checkpoints.targets import load_plain
 
     accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))

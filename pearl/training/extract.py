@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
     """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
-    from pearl.checkpoints.loading import load_plain, preflight
+    from pearl.checkpoints.preflight import preflight
+    from pearl.checkpoints.targets import load_plain
     from pearl.models import fingerprint
     from pearl.models import hidden_states as taps
     from pearl.training.shards import Manifest
@@ -178,7 +179,8 @@ class _Worker:
     def __init__(self, job: GenerationRequest, device: str):
         import torch
 
-        from pearl.checkpoints.loading import eos_ids, load_plain, preflight
+        from pearl.checkpoints.preflight import preflight
+        from pearl.checkpoints.targets import eos_ids, load_plain
         from pearl.models import linear
         from pearl.training.prompts import Chat
 

@@ -12,7 +12,8 @@ from test_batch_invariance import VOCABULARY, fake
 from test_numerics_check import close_model, prepared
 from toys import ScriptedChannel, scrambled, ticks, together
 
-from pearl.checkpoints import loading
+from pearl.checkpoints.calibration import has_static_shapes
+from pearl.checkpoints.placement import Placement
 from pearl.commands import selfcheck
 from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
@@ -276,6 +277,6 @@ def test_eager_and_static_reach_the_engine_from_a_command_line():
     assert config.eager and config.static == "off"
     usual, _ = cli.engine_config(cli.parse(cli.parser("", 1), ["--target", "t"]))
     assert not usual.eager and usual.static == "auto"
-    cpu, gpu, both = (loading.Placed(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
-    assert [loading._fixes(usual, placed) for placed in (cpu, gpu, both)] == [False, True, False]
-    assert not loading._fixes(config, gpu)
+    cpu, gpu, both = (Placement(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
+    assert [has_static_shapes(usual, placed) for placed in (cpu, gpu, both)] == [False, True, False]
+    assert not has_static_shapes(config, gpu)

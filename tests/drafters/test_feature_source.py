@@ -25,7 +25,8 @@ from toys import EAGER, IDLE, ScriptedChannel, examples, scrambled, ticks, toget
 from trained import WORDS, bits_of, drafter_for, save_toy_target, small_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pearl.checkpoints.loading import load_target, preflight
+from pearl.checkpoints.preflight import preflight
+from pearl.checkpoints.targets import load_target
 from pearl.config.engine_config import EngineConfig
 from pearl.core.messages import Verdict
 from pearl.core.sampling import SamplingParams

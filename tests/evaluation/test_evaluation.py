@@ -218,7 +218,7 @@ def test_transformers_assisted_generation_writes_the_same(pair, tmp_path, more):
 
 
 def test_a_finished_run_loads_nothing_when_it_is_resumed(pair, finished, monkeypatch, capsys):
-    monkeypatch.setattr("pearl.checkpoints.loading.preflight", None)
+    monkeypatch.setattr("pearl.checkpoints.preflight.preflight", None)
     before = (finished["gsm8k"] / results.SAMPLES).stat()
     data = str(finished["gsm8k"] / "gsm8k.jsonl")
     assert run("gsm8k", *options(pair, data, finished["gsm8k"], "--resume")) == 0

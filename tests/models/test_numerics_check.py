@@ -35,7 +35,7 @@ from transformers import (
 )
 
 import pearl.models.language_model
-from pearl.checkpoints.loading import preflight
+from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule

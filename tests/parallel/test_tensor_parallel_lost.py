@@ -14,8 +14,7 @@ import pytest
 import tiny
 import torch
 
-from pearl.checkpoints import loading
-from pearl.checkpoints.loading import preflight
+from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
@@ -193,7 +192,7 @@ def test_a_whole_attention_may_have_any_number_of_heads():
 def test_a_rank_needs_a_gpu_of_its_own_where_there_are_some(pair, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(loading, "_check_memory", lambda *_: None)
+    monkeypatch.setattr("pearl.checkpoints.preflight.check_memory", lambda *_: None)
     monkeypatch.setenv("LOCAL_RANK", "2")
     config = EngineConfig(*pair, target_tp=2, dtype="float32")
     placed = preflight(config)

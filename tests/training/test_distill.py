@@ -15,7 +15,8 @@ from trained import WORDS, save_recorded, save_toy_target, small_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pearl.checkpoints import shared_embeddings
-from pearl.checkpoints.loading import load_draft, preflight
+from pearl.checkpoints.drafters import load_draft
+from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
@@ -86,9 +87,9 @@ def test_a_saved_student_has_no_embeddings_and_is_small(saved, toy):
         names = list(file.keys())
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in names)
     assert len(names) == 2 * 9 + 1 and not any("embed" in name or "lm_head" in name for name in names)
-    assert shared_embeddings.note(saved) == shared_embeddings.Note(toy, fingerprint.of_model(loaded(toy)))
+    assert shared_embeddings.read(saved) == shared_embeddings.EmbeddingRef(toy, fingerprint.of_model(loaded(toy)))
     assert shared_embeddings.vocabulary(saved).tolist() == VOCABULARY
-    assert shared_embeddings.note(toy) is None
+    assert shared_embeddings.read(toy) is None
 
 
 def test_it_drafts_with_its_targets_embeddings_and_from_its_own_words(saved, toy):
@@ -128,7 +129,7 @@ def test_with_it_the_text_is_the_targets_own(saved, toy):
 def test_the_embeddings_of_another_target_are_refused(saved, toy, tmp_path):
     folder = tmp_path / "draft"
     shutil.copytree(saved, folder)
-    (folder / shared_embeddings.NOTE).write_text(json.dumps({"target": "some target", "fingerprint": "0" * 16}))
+    (folder / shared_embeddings.REFERENCE).write_text(json.dumps({"target": "some target", "fingerprint": "0" * 16}))
     with pytest.raises(UsageError, match="was trained for some target, and its weights are not those of this target"):
         load_draft(preflight(EngineConfig(toy, str(folder), dtype="float32")), 9)
 
@@ -136,8 +137,8 @@ def test_the_embeddings_of_another_target_are_refused(saved, toy, tmp_path):
 @pytest.mark.parametrize(
     "name, content, sentence",
     [
-        (shared_embeddings.NOTE, b"{", r"borrowed\.json can't be read"),
-        (shared_embeddings.NOTE, b'{"target": "x"}', r"borrowed\.json can't be read"),
+        (shared_embeddings.REFERENCE, b"{", r"borrowed\.json can't be read"),
+        (shared_embeddings.REFERENCE, b'{"target": "x"}', r"borrowed\.json can't be read"),
         (shared_embeddings.VOCABULARY, b"nothing", r"vocabulary\.safetensors can't be read"),
         (shared_embeddings.VOCABULARY, None, r"vocabulary\.safetensors can't be read"),
     ],
@@ -208,7 +209,7 @@ def test_a_student_learns_what_its_target_says_and_leaves_the_embeddings_alone(d
         (one.module.get_output_embeddings(), target.get_output_embeddings()),
     ):
         assert torch.equal(mine.weight, its.weight)
-    assert shared_embeddings.note(tmp_path / "out") and shared_embeddings.vocabulary(tmp_path / "out").tolist() == list(
+    assert shared_embeddings.read(tmp_path / "out") and shared_embeddings.vocabulary(tmp_path / "out").tolist() == list(
         range(WORDS)
     )
     if match:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, TokenBuckets
+from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, Check, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models.language_model import LanguageModel, SideRow, Wanted, WantedLeaves
 from pearl.models.tensor_parallel import ordered_sum
@@ -47,6 +47,7 @@ class TensorParallelModel:
     def __init__(self, shard: LanguageModel, others: Others):
         self._shard, self._others, self._whole = shard, others, True
         self.model, self.vocabulary, self.max_length = shard.model, shard.vocabulary, shard.max_length
+        self.checks: tuple[Check, ...] = ()
 
     @property
     def texts(self) -> int:

@@ -1,0 +1,154 @@
+"""One model where it lies: a hub id, a folder or a GGUF file, described without its weights, and loaded with them.
+
+Knows: transformers' loaders and what goes wrong in them. Refuses to know: targets, drafters, and what is done with one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from pearl.checkpoints import embedded, hub, quantized, shared_embeddings
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.quiet import quiet
+from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
+from pearl.config.inputs import brief
+from pearl.config.pairs import known_numbers
+from pearl.errors import UsageError
+from pearl.models.kv_cache import longest_text
+from pearl.models.tensor_parallel import model as tensor_parallel
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `from_pretrained` takes."""
+
+    name: str
+    gguf_file: str | None = None
+    only_downloaded: bool = False  # no hub answers
+
+    @staticmethod
+    def of(name: str) -> Checkpoint:
+        """Where the model of that name is; no hub is asked."""
+        if name == EMBEDDED:
+            return Checkpoint(str(embedded.folder()))
+        path = model_path(name)
+        if path.is_dir() and not (path / "config.json").exists():
+            path = sorted(path.glob("*.gguf"))[0]  # `check_model` has seen one
+        if path.is_file():
+            return Checkpoint(str(path.parent), path.name)
+        return Checkpoint(str(path) if path.exists() else name)
+
+    def found(self, role: str) -> Checkpoint:
+        """Itself, or what was downloaded of it where no hub answers. Raises `UsageError` if it is neither."""
+        if Path(self.name).is_dir():
+            return self
+        return replace(self, only_downloaded=hub.only_downloaded(role, self.name))
+
+    def arguments(self, config: EngineConfig) -> dict[str, Any]:
+        """Keyword arguments of transformers' loaders."""
+        made: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+        if self.gguf_file:
+            made["gguf_file"] = self.gguf_file
+        if self.only_downloaded:
+            made["local_files_only"] = True
+        return made
+
+    def describe(
+        self, role: str, config: EngineConfig, own_tokenizer: bool = True
+    ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
+        """The config and, if the model has its own, the tokenizer. Raises `UsageError`."""
+        arguments = self.arguments(config)
+        try:
+            found = AutoConfig.from_pretrained(self.name, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **arguments) if own_tokenizer else None
+        except Exception as error:  # transformers raises many kinds for one thing: this is no model it can load
+            raise UsageError(
+                f"The {role} {self.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF "
+                f"file ({type(error).__name__}: {brief(error, 300)})."
+            ) from error
+        longest_text(found)
+        quantized.check(role, self.name, found, config.load_in if role == "target" else config.draft_load_in)
+        return found, tokenizer
+
+    def numbers(self) -> float | None:
+        """How many numbers the weights are: from the headers of local files, or as the registry of pairs knows."""
+        if self.gguf_file:
+            from gguf import GGUFReader
+
+            tensors = GGUFReader(os.path.join(self.name, self.gguf_file)).tensors
+            return sum(int(tensor.n_elements) for tensor in tensors)
+        if Path(self.name).is_dir():
+            return sum(map(_numbers_in, Path(self.name).glob("model*.safetensors"))) or None
+        return known_numbers(self.name)
+
+    def files(self) -> list[tuple[str, int, int]]:
+        """Names, sizes and times of the local files of weights: other ones of the same name differ in them."""
+        files = sorted(Path(self.name).glob(self.gguf_file or "*.safetensors"))
+        return [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
+
+    def load(
+        self,
+        config: EngineConfig,
+        dtype: str,
+        load_in: str | None,
+        placed: Placement,
+        architecture: PreTrainedConfig | None = None,
+        ranks: int = 1,
+    ) -> Any:
+        """The model with its weights. `architecture`: a config to load by, instead of the checkpoint's own. `ranks`:
+        this is one of them, with a shard. Raises `UsageError`."""
+        where = {"device_map": placed.device_map()} if ranks == 1 else tensor_parallel.sharding(ranks)
+        arguments = {**self.arguments(config), "dtype": getattr(torch, dtype), **where}
+        if architecture is not None:
+            arguments["config"] = architecture
+        if memory := placed.max_memory():
+            arguments["max_memory"] = memory
+        if load_in:
+            arguments["quantization_config"] = quantized.settings(load_in, dtype, config.double_quant)
+        if not self.gguf_file:
+            arguments["use_safetensors"] = True  # a pickle may run whatever its maker likes
+        try:
+            with quiet():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.name, output_loading_info=True, **arguments)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # a file that is missing, cut short, of other shapes, or a pickle: each in its way
+            raise UsageError(
+                f"The weights of {self.name} can't be loaded: they must be whole, of the shapes that its config.json "
+                f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(error, 300)})."
+            ) from error
+        model, found = loaded
+        if found["missing_keys"] and not self.gguf_file and shared_embeddings.read(self.name) is None:
+            some = ", ".join(sorted(found["missing_keys"])[:3])
+            raise UsageError(
+                f"The weights of {self.name} lack {len(found['missing_keys'])} tensors (such as {some}), which would "
+                "be random numbers: get the whole checkpoint again."
+            )
+        model.eval()
+        if load_in == "4bit" and placed.on_cpu:
+            quantized.keep_odd_shapes(model)
+        return embedded.plain_weights(model) if self.gguf_file else model
+
+    def load_embeddings_and_head(self, config: EngineConfig, dtype: str, placed: Placement) -> Any:
+        """The model without its layers: embedding, final norm and head."""
+        bare = AutoConfig.from_pretrained(self.name, **self.arguments(config))
+        text = bare.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        return self.load(config, dtype, None, placed, bare)
+
+
+def _numbers_in(file: Path) -> int:
+    """safetensors: eight bytes of header length, then JSON with the shape of every tensor."""
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size)) if size < 1 << 28 else {}
+    return sum(int(torch.Size(t["shape"]).numel()) for name, t in header.items() if name != "__metadata__")

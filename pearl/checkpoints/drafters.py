@@ -1,0 +1,55 @@
+"""Draft models and feature drafters with their weights, and what their forwards cost here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pearl.checkpoints import shared_embeddings
+from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.preflight import Preflight
+from pearl.checkpoints.targets import prepare
+from pearl.drafters.feature import network
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.models import linear
+from pearl.models.kv_cache import longest_text
+from pearl.models.language_model import LanguageModel
+from pearl.models.reduced_head import cut
+
+
+def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, DraftCosts]:
+    """The draft model, and what its forwards cost. Its texts are up to `ahead` guesses longer than the target's."""
+    config, checkpoint, placed = checked.config, checked.draft, checked.draft_on
+    assert checkpoint is not None, "the ngram source has no model"
+    dtype, kernel = config.draft_dtype or config.dtype, config.draft_kernel
+    model = checkpoint.load(config, dtype, config.draft_load_in, placed)
+    count: int | Tensor = config.draft_vocabulary
+    if needs := shared_embeddings.read(checkpoint.name):
+        shared_embeddings.complete(model, checked.target.load_embeddings_and_head(config, dtype, placed), needs)
+        count = count or shared_embeddings.vocabulary(checkpoint.name)
+        if kernel == "auto" and linear.wanted(kernel):
+            kernel = "int8"  # so small a model spends its time on reading its weights
+    cutting = isinstance(count, Tensor) or count > 0
+    head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
+    prepare(model, kernel, placed)
+    longest = min(checked.max_length + ahead, longest_text(model.config))
+    coarse = not placed.on_cpu
+    reader = LanguageModel(model, checked.vocabulary, longest, head=head, texts=checked.texts, coarse=coarse)
+    return reader, calibrate_draft(reader, checked, kernel, len(head) if head else 0)
+
+
+def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
+    """The feature drafter with its target's embedding, norm and head, ready to draft."""
+    config, placed = checked.config, checked.draft_on
+    assert config.feature_folder, "the draft source is a feature drafter"
+    target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
+    drafter = network.load(config.feature_folder).attach(target)
+    packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
+    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
+    if packed:
+        head = nn.ModuleList([drafter.head])
+        linear.pack(drafter, int8=config.draft_kernel == "int8")
+        linear.pack(head, int8=config.draft_kernel == "int8")
+        drafter.replace_head(head[0])
+    return drafter

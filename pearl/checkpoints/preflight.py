@@ -1,0 +1,179 @@
+"""All that can be known before any weight is loaded: whether two models fit each other, and both the machine.
+
+What costs least is looked at first, so that what is wrong is said before a hub is asked or a file is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pearl.checkpoints import quantized, shared_embeddings
+from pearl.checkpoints.checkpoint import Checkpoint
+from pearl.checkpoints.placement import Load, Placement, check_memory, place
+from pearl.checkpoints.quiet import quiet
+from pearl.config.engine_config import NGRAM, ROLES, EngineConfig, model_path
+from pearl.config.pairs import known_numbers
+from pearl.core.schedule import MAX_GAMMA
+from pearl.drafters.feature import network
+from pearl.errors import UsageError
+from pearl.models.kv_cache import bytes_of_a_text, longest_text
+from pearl.models.language_model import TREE
+from pearl.models.tensor_parallel import model as tensor_parallel
+
+AHEAD = 2 * MAX_GAMMA + 1  # guesses by which a drafter's text may be longer than the target's
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before any weight is loaded."""
+
+    config: EngineConfig
+    target: Checkpoint
+    draft: Checkpoint | None
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # tokens that both models know
+    max_length: int
+    target_on: Placement
+    draft_on: Placement
+    texts: int = 1  # side by side
+
+    @property
+    def feature_drafter(self) -> network.Shape | None:
+        """Of the feature drafter, if that is the draft source."""
+        return feature_drafter(self.config)
+
+    def check_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Raises `UsageError` for a prompt that the models can't read or that leaves too little room."""
+        if not tokens:
+            raise UsageError("The prompt is empty: give at least one token.")
+        if not all(type(token) is int and 0 <= token < self.vocabulary for token in tokens):
+            raise UsageError(f"The prompt's token ids must be whole numbers from 0 to {self.vocabulary - 1}.")
+        if len(tokens) + max_new_tokens > self.max_length:
+            raise UsageError(
+                f"The prompt's {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the "
+                f"{self.max_length} that a text may have: shorten one, or raise max_length as far as the model allows."
+            )
+
+    def features_from(self, apart: bool) -> str:
+        """The device from which features go to the drafter beside the channel; empty: through the host. `apart`: target
+        and drafter are on two machines."""
+        shape, wanted = self.feature_drafter, self.config.feature_lane
+        here, there = self.target_on, self.draft_on
+        between_gpus = len(here.devices) == 1 and not here.on_cpu and not there.on_cpu and (apart or here != there)
+        if not shape or not shape.features or wanted == "off" or (wanted == "auto" and not between_gpus):
+            return ""
+        return here.devices[0]
+
+
+def preflight(config: EngineConfig, roles: Collection[str] = ROLES, ranks: int | None = None) -> Preflight:
+    """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`.
+
+    `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one.
+    `ranks`: how many of the target's are on this machine; None: all."""
+    with quiet():
+        return _preflight(config, roles, config.target_tp if ranks is None else ranks)
+
+
+def feature_drafter(config: EngineConfig) -> network.Shape | None:
+    """What the folder of a feature drafter says, if that is the draft source."""
+    return network.read_shape(config.feature_folder) if config.feature_folder else None
+
+
+def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Preflight:
+    placed = place(config, ranks)
+    if config.load_in or config.draft_load_in:
+        quantized.need_bitsandbytes()
+    shape, drafts = feature_drafter(config), not config.feature_folder and config.draft != NGRAM
+    kinds = {"target": config.load_in or config.dtype}
+    if drafts:
+        kinds["draft"] = config.draft_load_in or config.draft_dtype or config.dtype
+    here = ranks if placed["target"].on_cpu else 1  # a GPU holds one rank, main memory all that are here
+    parts = {"target": here / config.target_tp, "draft": 1.0}
+    held = [role for role in kinds if role in roles]
+    names = {"target": config.target, "draft": config.draft}
+    check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
+
+    target = Checkpoint.of(config.target).found("target")
+    target_config, tokenizer = target.describe("target", config)
+    assert tokenizer is not None, "a target has its own"
+    if config.target_tp > 1:
+        if target.gguf_file:
+            raise UsageError(f"{config.target} is a GGUF file, which one process loads: leave target_tp out.")
+        tensor_parallel.check(target_config, config.target_tp, config.target)
+    text = target_config.get_text_config()
+    vocabulary, longest = text.vocab_size, longest_text(target_config)
+    if config.max_length > max(longest, EngineConfig.max_length):
+        raise UsageError(
+            f"max_length {config.max_length} is more than the {longest} tokens that {config.target} reads: leave it "
+            f"out, or give at most {longest}."
+        )
+    max_length = min(config.max_length, longest)
+    if shape and (shape.hidden != text.hidden_size or vocabulary <= shape.vocabulary):
+        raise UsageError(
+            f"The feature drafter {config.feature_folder} was trained for {shape.target}, whose hidden states have "
+            f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
+        )
+    sizes = {"target": bytes_of_a_text(target_config, max_length + TREE, _width(config.dtype)) / config.target_tp / 1e9}
+    checkpoints, draft = {"target": target}, None
+    if drafts:
+        checkpoints["draft"] = draft = Checkpoint.of(config.draft).found("draft")
+        own = shared_embeddings.read(draft.name) is None
+        draft_config, draft_tokenizer = draft.describe("draft", config, own_tokenizer=own)
+        if draft_tokenizer is not None:
+            compare_vocabularies(tokenizer, draft_tokenizer)
+        vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
+        width = _width(config.draft_dtype or config.dtype)
+        sizes["draft"] = bytes_of_a_text(draft_config, max_length + AHEAD + TREE, width) / 1e9
+    texts = _texts(config, sizes["target"], max_length)
+    caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
+    caches["target"] *= here
+    loads = [Load(placed[role], checkpoints[role].numbers(), kinds[role], caches[role], parts[role]) for role in held]
+    check_memory(loads, texts)
+    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, placed["target"], placed["draft"], texts)
+
+
+def _known(name: str) -> float | None:
+    """How many numbers a model of a hub has, before anybody is asked."""
+    return None if model_path(name).exists() else known_numbers(name)
+
+
+def _texts(config: EngineConfig, each_gb: float, max_length: int) -> int:
+    """How many texts may be side by side: as many as asked for, or as the budget for their keys and values holds."""
+    if not config.cache_gb:
+        return config.max_sequences
+    if config.cache_gb < each_gb:
+        raise UsageError(
+            f"cache_gb {config.cache_gb:g} does not hold one text, whose {max_length} tokens take {each_gb:.2f} GB: "
+            "raise it, or lower max_length."
+        )
+    return min(config.max_sequences, int(config.cache_gb / each_gb))
+
+
+def _width(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+def compare_vocabularies(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Refuses two tokenizers that do not give every token the same id; padded embeddings do not matter here."""
+    a, b = target.get_vocab(), draft.get_vocab()
+    if a != b:
+        moved = [t for t in a.keys() & b.keys() if a[t] != b[t]]
+        only_a, only_b = sorted(a.keys() - b.keys(), key=a.__getitem__), sorted(b.keys() - a.keys(), key=b.__getitem__)
+        parts = [f"the target has {len(a)} tokens and the draft {len(b)}"]
+        if only_a:
+            parts.append(f"{len(only_a)} are the target's alone (such as {only_a[0]!r})")
+        if only_b:
+            parts.append(f"{len(only_b)} are the draft's alone (such as {only_b[0]!r})")
+        if moved:
+            token = min(moved, key=a.__getitem__)
+            parts.append(f"{len(moved)} have other ids (such as {token!r}: {a[token]} and {b[token]})")
+        raise UsageError(
+            f"Draft and target must share one tokenizer, but {', '.join(parts)}: choose a draft of the target's family."
+        )
+    sample = "def f(x):\n\treturn  x+1  # naïve 你好 🙂 don't 12345\r\n"
+    if target.encode(sample) != draft.encode(sample):
+        raise UsageError("Draft and target have the same tokens but split text differently: choose another draft.")

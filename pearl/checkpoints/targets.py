@@ -1,0 +1,77 @@
+"""Targets with their weights, measured on this machine and ready to verify.
+
+Knows: which of the bits' promises a target keeps here. Refuses to know: what drafts for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pearl.checkpoints.calibration import calibrate_target
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.preflight import Preflight
+from pearl.errors import UsageError
+from pearl.models import linear
+from pearl.models.fingerprint import of_model, other_target
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.kv_cache import use_grouped_attention
+from pearl.models.language_model import LanguageModel
+from pearl.models.tensor_parallel.model import Others, TensorParallelModel
+
+
+def load_target(checked: Preflight, others: Others | None = None) -> LanguageModel | TensorParallelModel:
+    """`others`: the other ranks, of a target that is spread over several."""
+    model = _load(checked)
+    prepare(model, "stock" if others else checked.config.kernel, checked.target_on)
+    shape = checked.feature_drafter
+    reader: LanguageModel | TensorParallelModel
+    reader = LanguageModel(
+        model,
+        checked.vocabulary,
+        checked.max_length,
+        taps=HiddenStateHooks(model, shape.features) if shape and shape.features else None,
+        texts=checked.texts,
+        coarse=not (checked.target_on.on_cpu or others),
+    )
+    if others:
+        others.settle()
+        reader = TensorParallelModel(reader, others)
+    calibrate_target(reader, checked)
+    return reader
+
+
+def load_shard(checked: Preflight) -> LanguageModel:
+    """What a rank other than the first has of the target."""
+    model = _load(checked)
+    prepare(model, "stock", checked.target_on)
+    return LanguageModel(model, checked.vocabulary, checked.max_length, texts=checked.texts)
+
+
+def load_plain(checked: Preflight, device: str) -> Any:
+    """The target as transformers loads it, on one device: what training and recording start from."""
+    config = checked.config
+    return checked.target.load(config, config.dtype, config.load_in, Placement((device,)))
+
+
+def prepare(model: Any, kernel: str, placed: Placement) -> None:
+    """Our attention, and our linear layers where they are wanted."""
+    use_grouped_attention(model)
+    if placed.on_cpu and (kernel == "int8" or linear.wanted(kernel)):
+        linear.pack(model, int8=kernel == "int8")
+
+
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a text: the checkpoint's generation config says, else the tokenizer."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def _load(checked: Preflight) -> Any:
+    config = checked.config
+    model = checked.target.load(config, config.dtype, config.load_in, checked.target_on, ranks=config.target_tp)
+    if (shape := checked.feature_drafter) and of_model(model) != shape.fingerprint:
+        raise UsageError(other_target(shape.target))
+    return model

@@ -1,0 +1,55 @@
+"""A model goes to a device that is there and has room for it, or is refused."""
+
+import shutil
+
+import pytest
+
+from pearl.checkpoints import placement
+from pearl.checkpoints.preflight import preflight
+from pearl.config.engine_config import ROLES, EngineConfig
+from pearl.config.pairs import Machine, needed_gb
+from pearl.errors import UsageError
+
+
+def test_more_than_the_memory_holds_is_refused(pair, monkeypatch):
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=0.5))
+    with pytest.raises(UsageError, match=r"need about 2\.0 GB in main memory, where 0\.5 GB are free: choose smaller"):
+        preflight(EngineConfig(*pair))
+    with pytest.raises(UsageError, match=r"need about 1\.0 GB"):
+        preflight(EngineConfig(pair[0]))
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=2.5))
+    preflight(EngineConfig(*pair))
+
+
+def test_on_two_machines_each_holds_one_model(pair, monkeypatch):
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=1.5))
+    with pytest.raises(UsageError, match=r"need about 2\.0 GB"):
+        preflight(EngineConfig(*pair))
+    for role in ROLES:
+        preflight(EngineConfig(*pair), [role])
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=0.5))
+    for role in ROLES:
+        with pytest.raises(UsageError, match=r"need about 1\.0 GB"):
+            preflight(EngineConfig(*pair), [role])
+
+
+def test_weights_in_two_formats_are_counted_once(pair, tmp_path, monkeypatch):
+    """Mistral's checkpoints hold every weight twice: for transformers and, consolidated, for the author's own code."""
+    shutil.copytree(pair[0], tmp_path / "target")
+    weights = tmp_path / "target" / "model.safetensors"
+    shutil.copy(weights, weights.with_name("consolidated.safetensors"))
+    gb = weights.stat().st_size / 1e9
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=needed_gb(1.5 * gb)))
+    preflight(EngineConfig(str(tmp_path / "target"), dtype="float32"))
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu,cpu", "cpu:0", "cuda:x", "", "cpu,cuda:0"])
+@pytest.mark.parametrize("option", ["target_device", "draft_device"])
+def test_devices_that_are_not_there_are_refused(pair, option, device):
+    with pytest.raises(UsageError, match=option):
+        preflight(EngineConfig(*pair, **{option: device}))
+
+
+def test_the_cpu_is_a_device_by_name(pair):
+    checked = preflight(EngineConfig(*pair, target_device="cpu", draft_device="cpu"))
+    assert checked.target_on.on_cpu and checked.draft_on.on_cpu

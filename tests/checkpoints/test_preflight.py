@@ -1,0 +1,84 @@
+"""What does not fit together or is not there is refused in a sentence, before any weight is loaded."""
+
+import shutil
+
+import pytest
+import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import MambaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from pearl.checkpoints import checkpoint
+from pearl.checkpoints.preflight import compare_vocabularies, preflight
+from pearl.config.engine_config import EngineConfig
+from pearl.engine import Engine
+from pearl.errors import UsageError
+
+
+def test_a_tokenizer_fits_itself():
+    compare_vocabularies(tiny.tokenizer(), tiny.tokenizer())
+
+
+def test_an_extra_token_is_named():
+    with pytest.raises(UsageError, match=r"264 tokens and the draft 265, 1 are the draft's alone \(such as 'more'\)"):
+        compare_vocabularies(tiny.tokenizer(), tiny.tokenizer(extra=("more",)))
+    with pytest.raises(UsageError, match=r"1 are the target's alone \(such as 'more'\): choose a draft of"):
+        compare_vocabularies(tiny.tokenizer(extra=("more",)), tiny.tokenizer())
+
+
+def test_a_moved_id_is_named():
+    with pytest.raises(UsageError, match=r"2 have other ids \(such as 'one': 264 and 265\)"):
+        compare_vocabularies(tiny.tokenizer(extra=("one", "two")), tiny.tokenizer(extra=("two", "one")))
+
+
+def test_another_tokenizer_is_refused():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "end": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    other = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.raises(UsageError, match="must share one tokenizer, but the target has 264 tokens and the draft 3"):
+        compare_vocabularies(tiny.tokenizer(), other)
+
+
+def test_the_same_tokens_in_another_split_are_refused():
+    other = tiny.tokenizer()
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(UsageError, match="split text differently"):
+        compare_vocabularies(tiny.tokenizer(), other)
+
+
+def test_a_draft_of_another_tokenizer_is_refused_before_anything_is_loaded(pair, tmp_path, monkeypatch):
+    shutil.copytree(pair[1], tmp_path / "draft")
+    tiny.tokenizer(extra=("more",)).save_pretrained(tmp_path / "draft")
+    monkeypatch.setattr(checkpoint.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match="must share one tokenizer"):
+        Engine.from_pretrained(pair[0], str(tmp_path / "draft"))
+
+
+def save_config(folder, config) -> str:
+    config.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_text_ends_where_the_models_window_does(tmp_path):
+    sizes = tiny.SIZES | {"vocab_size": tiny.SHARED}
+    short = save_config(tmp_path, MistralConfig(**sizes, sliding_window=48))
+    assert preflight(EngineConfig(short)).max_length == 48
+    assert preflight(EngineConfig(short, max_length=20)).max_length == 20
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_recurrent_model_is_refused_by_its_config(pair, tmp_path, role):
+    recurrent = save_config(tmp_path, MambaConfig(vocab_size=tiny.SHARED, hidden_size=64, num_hidden_layers=2))
+    with pytest.raises(UsageError, match="without a key-value cache"):
+        preflight(EngineConfig(**{"target": pair[0], "draft": pair[1], role: recurrent}))
+
+
+def test_what_can_not_be_read_is_said_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF, it says")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    for name in ("nobody/nothing-of-this-name", str(tmp_path / "model.gguf"), str(tmp_path / "folder")):
+        with pytest.raises(UsageError, match="can't be read: give a hub id") as caught:
+            preflight(EngineConfig(name))
+        assert "\n" not in str(caught.value)
