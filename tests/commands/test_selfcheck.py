@@ -8,8 +8,7 @@ from dataclasses import asdict
 import pytest
 import tiny
 import torch
-from test_batch_invariance import VOCABULARY, fake
-from test_numerics_check import close_model, prepared
+from numerics import VOCABULARY, close_model, fake, prepared
 from toys import ScriptedChannel, scrambled, ticks, together
 
 from pearl.checkpoints.calibration import has_static_shapes

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import distribution
 import pytest
-import test_distribution
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -323,18 +323,16 @@ def test_in_rejection_sampling_the_first_child_is_the_drawn_one_and_no_other_was
             assert first.proposal and not any(other.proposal for other in others)
 
 
-def drawn_with_a_tree(texts: int) -> tuple[test_distribution.Sample, float]:
+def drawn_with_a_tree(texts: int) -> tuple[distribution.Sample, float]:
     """Seeded texts are the target's own, token for token (test_lossless); so here it is rejection sampling."""
-    params, script = test_distribution.REJECTION, test_distribution.SCRIPTS["at any time"]
-    drawn = test_distribution.sample(
-        TreeSource(test_distribution.DRAFT, FLAT), Schedule.of("tree"), params, script, texts=texts
-    )
-    return drawn, test_distribution.chance_of(drawn.counts, test_distribution.exact(params))
+    params, script = distribution.REJECTION, distribution.SCRIPTS["at any time"]
+    drawn = distribution.sample(TreeSource(distribution.DRAFT, FLAT), Schedule.of("tree"), params, script, texts=texts)
+    return drawn, distribution.chance_of(drawn.counts, distribution.exact(params))
 
 
 def test_with_a_tree_the_text_follows_the_targets_distribution():
     drawn, chance = drawn_with_a_tree(350)
-    assert chance > test_distribution.ALPHA
+    assert chance > distribution.ALPHA
     ranks = [one.rank for p in drawn.passes for one in p.judged]
     assert {0, 1, None} <= set(ranks), "guesses that were right, corrections that were prepared, and others"
     assert any(p.sides for p in drawn.passes)
@@ -353,4 +351,4 @@ def test_a_tree_whose_first_child_is_not_the_drawn_one_shifts_the_distribution(m
         return rows
 
     monkeypatch.setattr(tree, "ranked", likeliest_first)
-    assert drawn_with_a_tree(150)[1] < test_distribution.ALPHA
+    assert drawn_with_a_tree(150)[1] < distribution.ALPHA

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import tiny
 import torch
-from test_numerics_check import FBGEMM, close_model, pair, random_prompt
+from numerics import FBGEMM, close_model, pair, random_prompt
 from toys import EAGER, Right, ScriptedChannel, scrambled, ticks, together
 
 from pearl.core.sampling import SamplingParams

@@ -1,34 +1,21 @@
 """Row counts are called safe only where the bits say so."""
 
 import itertools
-import math
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import VOCABULARY, fake
 
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import find_invariant_counts, profile_leaves, profile_path
 from pearl.models.language_model import LanguageModel
 
-VOCABULARY = 8
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 KERNELS = ["stock", pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm"))]
-
-
-def fake(bits):
-    """A `read` whose row r of n has the noise `bits(n, r)`; else it knows only the token and where it stands."""
-
-    def read(tokens, first):
-        rows = [
-            [math.sin(token + first + r) + 1e-6 * bits(len(tokens), r)] * VOCABULARY for r, token in enumerate(tokens)
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    return read
 
 
 def test_where_bits_never_change_every_count_is_safe():

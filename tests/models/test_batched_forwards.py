@@ -15,7 +15,7 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_numerics_check import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
+from numerics import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
 from toys import examples
 
 import pearl.models.kv_cache

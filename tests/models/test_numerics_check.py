@@ -9,9 +9,8 @@ The last part breaks the code on purpose, and the same property has to notice.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from numerics import FBGEMM, TOKENS, TREES, Plain, Step, close_model, measured, pair, prepared, random_prompt, tree
 from toys import ScriptedChannel, examples, scrambled, ticks, together
 from transformers import (
     BloomConfig,
@@ -31,7 +31,6 @@ from transformers import (
     MistralConfig,
     MptConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 import pearl.models.language_model
@@ -44,13 +43,11 @@ from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
-from pearl.models import linear
-from pearl.models.batch_invariance import branches_agree, find_invariant_counts
+from pearl.models.batch_invariance import branches_agree
 from pearl.models.kv_cache import Branch, SlotCache, longest_text, reads_branches
-from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.language_model import LanguageModel
 from pearl.roles.target import Target
 
-FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma3")
 CHAINS = ("gemma2", "deepseek")  # their attention can't lay a branch over the chain
 MODELS = [
@@ -62,120 +59,8 @@ MODELS = [
 ]
 
 
-def close_model(name: str, dtype: str, drift: float = 0.0) -> PreTrainedModel:
-    """A model whose tokens 2i and 2i + 1 have all but the same logits: they differ by a millionth of one activation.
-
-    `drift`: its weights are off by so much, as a drafter's are. They fit float16, as a bfloat16 checkpoint's do.
-    """
-    model = tiny.random_model(tiny.CONFIGS[name]())
-    with torch.no_grad():
-        head = model.get_output_embeddings().weight
-        head[1::2] = head[::2]
-        head[::2, 0], head[1::2, 0] = 0.0, 2.0**-20
-        if drift:
-            generator = torch.Generator().manual_seed(1)
-            for weight in model.parameters():
-                weight += drift * weight.std() * torch.randn(weight.shape, generator=generator)
-    return model.bfloat16().to(getattr(torch, dtype))
-
-
-def prepared(name: str, dtype: str, kernel: str) -> LanguageModel:
-    """As loading prepares a target, but that a packed model in bfloat16 is also measured in float32.
-
-    Both sum in float32, and in a model as small as these rounding hides most differences from a measurement that short
-    (`test_the_measurement_of_a_tiny_bfloat16_model...`).
-    """
-    model = close_model(name, dtype)
-    if kernel == "packed":
-        assert linear.pack(model) == 0
-    reader = tiny.reader(model)
-    plan = measured(reader)
-    if kernel == "packed" and dtype == "bfloat16":
-        finer = prepared(name, "float32", kernel).rows
-        plan = replace(plan, safe=tuple(count for count in plan.safe if count in finer.safe), exact=finer.exact)
-    reader.rows = plan
-    reader.rows = replace(plan, branches=reader.branches and branches_agree(reader, reader.vocabulary))
-    reader.forget()
-    return reader
-
-
-def measured(reader: LanguageModel) -> TokenBuckets:
-    return find_invariant_counts(
-        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary
-    )
-
-
-class Plain:
-    """Reads a text one token a pass, its prompt in the first."""
-
-    def __init__(self, reader: LanguageModel, prompt: Sequence[int]):
-        self.reader, self.prompt, self._at = reader, len(prompt), list(prompt)
-        self._bits: dict[tuple[int, ...], torch.Tensor] = {}
-        reader.forget()
-        reader.read(prompt, 1)
-
-    def go(self, text: Sequence[int]) -> None:
-        """Reads what is new of it."""
-        same = next((i for i, (a, b) in enumerate(zip(self._at, text, strict=False)) if a != b), len(self._at))
-        for end in range(max(min(same, len(text) - 1), self.prompt) + 1, len(text) + 1):
-            self._bits[tuple(text[:end])] = self.reader.read(text[:end], 1)[0]
-        self._at = list(text)
-
-    def after(self, text: Sequence[int]) -> torch.Tensor:
-        """Logits [V]"""
-        if tuple(text) not in self._bits:
-            self.go(text)
-        return self._bits[tuple(text)]
-
-
-@functools.cache
-def pair(name: str, dtype: str, kernel: str) -> tuple[LanguageModel, LanguageModel]:
-    """The reader under test, and one for the reference."""
-    one, other = prepared(name, dtype, kernel), prepared(name, dtype, kernel)
-    if one.rows.safe != other.rows.safe:  # the same on every machine that we know; then the plainer promise of the two
-        one.rows = other.rows
-    other.rows = one.rows
-    return one, other
-
-
-@dataclass(frozen=True)
-class Step:
-    """A pass over a tree, and what the text does then."""
-
-    draws: tuple[tuple[int, int], ...]  # (parent, token) of each node; a parent that is not there: the last node
-    taken: int  # the node that the text goes to; -1: the same root is read again
-    then: int  # the token after it, which the pass has not read
-
-
-TOKENS = st.one_of(st.integers(0, 3), st.integers(0, tiny.VOCABULARY - 1))  # a few come up again and again
-TREES = st.lists(st.tuples(st.integers(0, 2 * LIMIT), TOKENS), min_size=4, max_size=LIMIT - 1).map(tuple)
 STEPS = st.lists(st.builds(Step, TREES, st.integers(-1, 2 * LIMIT), TOKENS), min_size=3, max_size=5)
 PROMPTS = st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3])
-
-
-@dataclass(frozen=True)
-class Tree:
-    paths: list[tuple[int, ...]]  # of each row: the tokens below the root
-    chain: int  # how many of them are the chain, after the root
-    sides: list[SideRow]
-
-
-def tree(step: Step, deepest: int, most: int, branches: bool) -> Tree:
-    """The rows of a pass: root, chain (each node's first child), and the others in the order in which they were drawn.
-
-    Without `branches` the others are left out.
-    """
-    nodes: list[tuple[int, ...]] = [()]
-    for parent, token in step.draws:
-        path = (*nodes[parent if parent < len(nodes) else -1], token)
-        if path not in nodes and len(path) <= deepest and len(nodes) < most:
-            nodes.append(path)
-    chain: list[tuple[int, ...]] = [()]
-    while below := [path for path in nodes if path[:-1] == chain[-1] and path]:
-        chain.append(below[0])
-    beside = [path for path in nodes if path not in chain] if branches else []
-    paths = chain + beside
-    return Tree(paths, len(chain) - 1, [(paths.index(path[:-1]), path[-1]) for path in beside])
 
 
 def assert_same_cache(reader: LanguageModel, plain: Plain, text: Sequence[int]) -> None:
@@ -203,11 +88,6 @@ def check(reader: LanguageModel, reference: LanguageModel, prompt: Sequence[int]
             text += [*rows.paths[step.taken % len(rows.paths)], step.then]
     reader.read(text, 1)
     assert_same_cache(reader, plain, text)
-
-
-def random_prompt(length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(tiny.VOCABULARY, (length,), generator=generator).tolist()
 
 
 def sentence(plan: TokenBuckets) -> str:

@@ -8,7 +8,7 @@ import random
 import pytest
 import tiny
 import torch
-from test_numerics_check import FBGEMM, prepared
+from numerics import FBGEMM, prepared
 
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
 from pearl.models.hidden_states import HiddenStateHooks

@@ -6,10 +6,11 @@ The last part breaks the code on purpose, and the same property has to notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from cases import DRAFTING, Case, all_params, cases, check, plain_case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, random_model, reader
@@ -18,11 +19,8 @@ from toys import (
     IDLE,
     Crashing,
     Moody,
-    Move,
     Noise,
-    Right,
     ScriptedChannel,
-    Sometimes,
     TableModel,
     alone,
     examples,
@@ -35,148 +33,16 @@ from toys import (
 import pearl.roles.target
 from pearl.core.messages import Nodes, Verdict
 from pearl.core.sampling import Picker, SamplingParams
-from pearl.core.schedule import MODES, Schedule
+from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import GRAIN
 from pearl.core.trie import Node, Trie
 from pearl.drafters.model import ModelSource
-from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.language_model import LanguageModel, WantedLeaves
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import LocalChannel
-
-DRAFTING = [mode for mode in MODES if Schedule.of(mode).drafts]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One text under one schedule, with one drafter, over one wire."""
-
-    vocabulary: int
-    order: int
-    scale: float
-    table: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    eos: frozenset[int]
-    schedule: Schedule
-    source: str
-    chance: float  # that a guess of `sometimes` is right
-    chunk: int  # guesses a turn
-    script: tuple[Move, ...]
-
-    @property
-    def model(self) -> TableModel:
-        return TableModel(self.vocabulary, self.order, self.table, self.scale)
-
-    @property
-    def endless(self) -> list[int]:
-        """The prompt and what the target would say if nothing ended it: a drafter does not know where the text ends."""
-        params = replace(self.params, max_new_tokens=self.params.max_new_tokens + 8, stop=(), ignore_eos=True)
-        return [*self.prompt, *alone(self.model, self.prompt, params, ()).tokens]
-
-    def make_source(self):
-        good = Sometimes(self.endless, self.vocabulary, self.chance, self.chunk)
-        match self.source:
-            case "right":
-                return Right(self.endless, self.chunk)
-            case "never right":
-                return Sometimes(self.endless, self.vocabulary, 0.0, self.chunk)
-            case "sometimes":
-                return good
-            case "random":
-                return Noise(self.vocabulary, self.chunk, self.table)
-            case "another model":
-                return ModelSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
-            case "a tree":
-                return TreeSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
-            case "its own tree":
-                return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
-            case "ngram":
-                return NgramSource(shortest=1)
-            case "moody":
-                return Moody(good, 1 + self.chunk)
-            case "at a loss":
-                return Moody(good, 1)
-            case "crashing":
-                return Crashing(good, self.chunk - 1)
-        raise AssertionError(self.source)
-
-
-SOURCES = (
-    "right",
-    "never right",
-    "sometimes",  # hits and misses of every length: three times as often as the others
-    "sometimes",
-    "sometimes",
-    "random",
-    "another model",
-    "a tree",
-    "a tree",
-    "its own tree",
-    "ngram",
-    "moody",
-    "at a loss",
-    "crashing",
-)
-
-
-@st.composite
-def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
-    greedy = draw(st.booleans())
-    letter = st.sampled_from(letters(list(range(vocabulary))))
-    return SamplingParams(
-        max_new_tokens=draw(st.one_of(st.integers(1, 24), st.just(24))),
-        temperature=0.0 if greedy else draw(st.sampled_from([1.0, 0.3, 1.7])),
-        top_k=0 if greedy else draw(st.sampled_from([0, 0, 1, 2, vocabulary, vocabulary + 1])),
-        top_p=1.0 if greedy else draw(st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05])),
-        min_p=0.0 if greedy else draw(st.sampled_from([0.0, 0.0, 0.1, 0.9])),
-        seed=draw(st.integers(0, 1 << 40)),
-        stop=tuple(draw(st.lists(st.text(letter, min_size=1, max_size=4), max_size=draw(st.sampled_from([0, 0, 2]))))),
-        ignore_eos=draw(st.booleans()),
-    )
-
-
-@st.composite
-def schedules(draw: st.DrawFn, modes: Sequence[str]) -> Schedule:
-    """A tree is kept small, as its drafter here is infinitely fast and would fill it."""
-    mode = draw(st.sampled_from(modes))
-    if mode == "tree":
-        branches, width = draw(st.sampled_from([None, 1, 2, 5])), draw(st.sampled_from([None, None, 3, 7]))
-        return Schedule.of(mode, None, branches, width, draw(st.integers(1, 4)))
-    return Schedule.of(mode, draw(st.sampled_from(["auto", "auto", 0, 1, 2, 3, 4, 5])))
-
-
-@st.composite
-def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
-    vocabulary = draw(st.integers(2, 6))
-    token = st.integers(0, vocabulary - 1)
-    return Case(
-        vocabulary=vocabulary,
-        order=draw(st.integers(1, 3)),
-        scale=draw(st.sampled_from([0.5, 1.5, 5.0])),
-        table=draw(st.integers(0, 1000)),
-        prompt=tuple(draw(st.lists(token, min_size=1, max_size=5))),
-        params=draw(all_params(vocabulary)),
-        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
-        schedule=draw(schedules(modes)),
-        source=draw(st.sampled_from(sources)),
-        chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
-        chunk=draw(st.integers(1, 4)),
-        script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
-    )
-
-
-def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedChannel]:
-    """Decodes the case. The one claim of this file is made here."""
-    model = case.model
-    channel = ScriptedChannel(case.make_source(), case.script, lost_after)
-    target = Target(model, channel, ticks())
-    written = together(target, case.prompt, case.schedule, case.params, case.eos)
-    assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
-    return target, channel
 
 
 @examples(400)
@@ -200,24 +66,6 @@ def test_after_the_drafter_is_lost_the_target_goes_on_alone(mode: str, gamma: in
     target, channel = check(case, lost_after=moves)
     assert channel.lost and target.report is None
     assert [p.committed for p in target.passes[-3:]] == [1, 1, 1]
-
-
-def plain_case(mode: str, gamma: int | str, source: str, script: Sequence[Move] = EAGER, tokens: int = 24) -> Case:
-    """A case with nothing special about it: greedy, no end before the last token."""
-    return Case(
-        vocabulary=5,
-        order=3,
-        scale=1.5,
-        table=7,
-        prompt=(1, 2, 3),
-        params=SamplingParams(max_new_tokens=tokens),
-        eos=frozenset(),
-        schedule=Schedule.of(mode, gamma),
-        source=source,
-        chance=0.7,
-        chunk=1,
-        script=tuple(script),
-    )
 
 
 # one after the other

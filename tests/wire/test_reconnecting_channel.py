@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import batch_cases
 import numpy as np
 import pytest
-import test_batch
+from cases import DRAFTING, Case, cases, plain_case
 from hypothesis import given
 from hypothesis import strategies as st
-from test_lossless import DRAFTING, Case, cases, plain_case
 from toys import EAGER, Move, ScriptedChannel, alone, examples, together
 
 from pearl.core.messages import Close, Costs, End, Guess, Message, Nodes, Plan, Report, Start, Verdict
@@ -103,7 +103,7 @@ KINDS = ("killed", "cut", "stopped", "paused", "garbled")
 class Fate:
     """What happens to one drafter after the other; those after the last are well."""
 
-    def __init__(self, case: Case | test_batch.Case, script: Sequence[Move], fates: Sequence[tuple[str, int]]):
+    def __init__(self, case: Case | batch_cases.Case, script: Sequence[Move], fates: Sequence[tuple[str, int]]):
         self.case, self.script, self.fates, self.time = case, script, fates, Time()
         self.made: list[Doomed] = []
         self.later: list[Callable[[], None]] = []
@@ -174,10 +174,10 @@ def test_after_a_loss_the_next_drafter_goes_on_where_the_text_is(mode: str, kind
 
 
 @examples(40)
-@given(test_batch.cases(modes=DRAFTING), FATES)
-def test_texts_side_by_side_are_the_targets_own_whatever_happens_to_their_drafters(case: test_batch.Case, fates):
+@given(batch_cases.cases(modes=DRAFTING), FATES)
+def test_texts_side_by_side_are_the_targets_own_whatever_happens_to_their_drafters(case: batch_cases.Case, fates):
     fate = Fate(case, case.script, fates)
-    target, _ = test_batch.check(case, target=Target(case.model, fate.lifeline(), fate.time))
+    target, _ = batch_cases.check(case, target=Target(case.model, fate.lifeline(), fate.time))
     longest = max(turn.seconds for turn in target.turns)
     assert max((wait for wire in fate.made for wait in wire.waited), default=0.0) <= longest + DEADLINE_S + 0.1
     assert len([wait for wire in fate.made for wait in wire.waited if wait > DEADLINE_S / 2]) <= 2 * len(fates) + 2
@@ -186,12 +186,12 @@ def test_texts_side_by_side_are_the_targets_own_whatever_happens_to_their_drafte
 @pytest.mark.parametrize("mode, kind", [("sd", "garbled"), ("pearl", "killed"), ("pearl-no-post", "cut")])
 def test_every_text_under_way_is_told_to_the_next_drafter(mode: str, kind: str):
     """Those that are over are not; and in each that is not, guesses are accepted again."""
-    asked = [test_batch.Asked((place, 1), SamplingParams(max_new_tokens=30 + 9 * place), 0) for place in range(3)]
-    case = test_batch.Case(4, 2, 5, frozenset(), tuple(asked), 3, Schedule.of(mode, 3), "right", 1.0, 2, tuple(EAGER))
+    asked = [batch_cases.Asked((place, 1), SamplingParams(max_new_tokens=30 + 9 * place), 0) for place in range(3)]
+    case = batch_cases.Case(4, 2, 5, frozenset(), tuple(asked), 3, Schedule.of(mode, 3), "right", 1.0, 2, tuple(EAGER))
     replayed = 0
     for moves in range(6, 70, 9):
         fate = Fate(case, EAGER, [(kind, moves)])
-        _, texts = test_batch.check(case, target=Target(case.model, fate.lifeline(), fate.time))
+        _, texts = batch_cases.check(case, target=Target(case.model, fate.lifeline(), fate.time))
         again = fate.made[1].sent if len(fate.made) > 1 else []
         if [type(one) for one in again[:6]] != [Start, Verdict] * 3:
             continue
