@@ -1,13 +1,21 @@
 """Messages as 32-bit words, and back: what travels between two processes.
 
+    word 0      the kind: the place of its layout in `_LAYOUTS`
+    word 1      how many words it has, these two included
+    word 2 ...  its parts, as `_LAYOUTS` lists them, which is read both ways: a new message is one more entry there
+    ...         zeros up to a frame
+
 Knows: the layout of every message of `pearl.core.messages`; what can't be one is `Garbage`. Refuses to know: sockets,
 groups and what a message is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import operator
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -32,92 +40,226 @@ from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
 
 FRAME = 16  # words
-
-
 _AUTO = -1  # on the wire
-
+_SETTINGS = ("gamma", "branches", "width", "max_ahead")  # of a schedule, each a number or None: auto
+_LARGEST = 2**31 - 1  # no vocabulary is larger
 
 Words = np.ndarray  # int32 [n]
 
 
-_KINDS: tuple[type, ...] = (Start, Verdict, End, Costs, Nodes, Report, Close, Beat)
+class _Writer:
+    """Puts numbers one after the other. `kind` is a letter of `struct`: i, q, f or d."""
 
+    def __init__(self) -> None:
+        self.data = bytearray()
 
-_SEVERAL = len(_KINDS)
-
-
-_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
-
-
-def _float(x: float) -> list[int]:
-    return np.array([x], np.float64).view(np.int32).tolist()
-
-
-def _singles(numbers: Sequence[float]) -> list[int]:
-    return np.array(numbers, np.float32).view(np.int32).tolist()
-
-
-def _long(x: int) -> list[int]:
-    return np.array([x], np.int64).view(np.int32).tolist()
+    def put(self, kind: str, *numbers: float) -> None:
+        self.data += struct.pack(f"<{len(numbers)}{kind}", *numbers)
 
 
 class _Reader:
-    """Takes numbers off the front of a row of words."""
+    """Takes numbers off the front."""
 
-    def __init__(self, words: Words):
-        self._words, self._at = words, 0
+    def __init__(self, data: bytes):
+        self._data, self._at = data, 0
 
     @property
     def left(self) -> int:
-        return len(self._words) - self._at
+        """Bytes."""
+        return len(self._data) - self._at
 
-    def _take(self, count: int) -> Words:
-        if not 0 <= count <= self.left:
-            raise Garbage(f"a message of {len(self._words)} words ends before {count} that it should hold")
-        taken = self._words[self._at : self._at + count]
-        self._at += count
-        return taken
+    def take(self, size: int) -> bytes:
+        if not 0 <= size <= self.left:
+            raise Garbage(f"a message of {len(self._data)} bytes ends before {size} that it should hold")
+        self._at += size
+        return self._data[self._at - size : self._at]
 
-    def word(self) -> int:
-        return int(self._take(1)[0])
+    def get(self, kind: str, count: int) -> tuple[Any, ...]:
+        data = self.take(count * _SIZES[kind])  # first, as the count may be anything
+        return struct.unpack(f"<{count}{kind}", data)
 
-    def words(self, count: int) -> tuple[int, ...]:
-        return tuple(self._take(count).tolist())
 
-    def singles(self, count: int) -> tuple[float, ...]:
-        return tuple(self._take(count).copy().view(np.float32).tolist())
+@dataclass(frozen=True)
+class _Part:
+    """How something is written, and how it is read again."""
 
-    def halves(self, count: int) -> np.ndarray:
-        """int16 [count]; two in a word."""
-        return self._take(-(-count // 2)).copy().view(np.int16)[:count]
+    write: Callable[[_Writer, Any], None]
+    read: Callable[[_Reader], Any]
 
-    def real(self) -> float:
-        return float(self._take(2).copy().view(np.float64)[0])
 
-    def long(self) -> int:
-        return int(self._take(2).copy().view(np.int64)[0])
+def _number(kind: str) -> _Part:
+    return _Part(lambda to, x: to.put(kind, x), lambda of: of.get(kind, 1)[0])
+
+
+def _row(kind: str) -> _Part:
+    """Numbers, after their count."""
+
+    def write(to: _Writer, row: Sequence[float]) -> None:
+        to.put("i", len(row))
+        to.put(kind, *row)
+
+    return _Part(write, lambda of: of.get(kind, *of.get("i", 1)))
+
+
+def _several(part: _Part) -> _Part:
+    """Parts, after their count."""
+
+    def write(to: _Writer, row: Sequence[Any]) -> None:
+        to.put("i", len(row))
+        for one in row:
+            part.write(to, one)
+
+    return _Part(write, lambda of: tuple(part.read(of) for _ in range(*of.get("i", 1))))
+
+
+def _record(kind: type, words: str, **parts: _Part) -> _Part:
+    """A dataclass: the fields that are a word each, by name, and then the others."""
+    names = words.split()
+    values = operator.attrgetter(*names, *parts)
+
+    def write(to: _Writer, record: Any) -> None:
+        found = values(record) if len(names) + len(parts) > 1 else (values(record),)
+        to.put("i", *found[: len(names)])
+        for value, part in zip(found[len(names) :], parts.values(), strict=True):
+            part.write(to, value)
+
+    def read(of: _Reader) -> Any:
+        found = dict(zip(names, of.get("i", len(names)), strict=True))
+        for name, part in parts.items():
+            found[name] = part.read(of)
+        return kind(**found)
+
+    return _Part(write, read)
+
+
+def _write_schedule(to: _Writer, schedule: Schedule) -> None:
+    settings = [getattr(schedule, name) for name in _SETTINGS]
+    to.put("i", MODES.index(schedule.mode), *(_AUTO if setting is None else setting for setting in settings))
+
+
+def _read_schedule(of: _Reader) -> Schedule:
+    mode, *settings = of.get("i", 1 + len(_SETTINGS))
+    if not 0 <= mode < len(MODES):
+        raise Garbage(f"there is no mode {mode}")
+    known: Any = {name: None if x == _AUTO else x for name, x in zip(_SETTINGS, settings, strict=True)}
+    return replace(Schedule.of(MODES[mode]), **known)
+
+
+def _write_params(to: _Writer, params: SamplingParams) -> None:
+    """What shapes a guess; what ends a text stays with the target."""
+    to.put("i", min(params.top_k, _LARGEST), params.rejection)
+    to.put("d", params.temperature, params.top_p, params.min_p)
+    to.put("q", params.seed)
+
+
+def _read_params(of: _Reader) -> SamplingParams:
+    top_k, rejection = of.get("i", 2)
+    temperature, top_p, min_p = of.get("d", 3)
+    (seed,) = of.get("q", 1)
+    method = "rejection" if rejection else "seeded"
+    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method)
+
+
+def _write_features(to: _Writer, features: Any) -> None:
+    """The last part: nothing, the shape of what comes another way, or the bits, two in a word, as they lie."""
+    if features is None:
+        return
+    to.put("i", *features.shape, isinstance(features, SentSeparately))
+    if isinstance(features, np.ndarray):
+        to.data += features.tobytes() + bytes(features.nbytes % 4)
+
+
+def _read_features(of: _Reader) -> SentSeparately | np.ndarray | None:
+    if not of.left:
+        return None
+    rows, width, elsewhere = of.get("i", 3)
+    if rows < 0 or width < 0 or rows * width > 2 * MOST:
+        raise Garbage(f"features of {rows} positions with {width} numbers each")
+    if elsewhere:
+        return SentSeparately((rows, width))
+    halves = np.frombuffer(of.take(-(-rows * width // 2) * 4), np.int16)
+    return halves[: rows * width].reshape(rows, width)
+
+
+def _write_guess(to: _Writer, guess: Guess) -> None:
+    to.put("i", guess.id, guess.parent, guess.token, len(guess.proposal), *(token for token, _ in guess.proposal))
+    to.put("f", *(q for _, q in guess.proposal), guess.logp)
+
+
+def _read_guess(of: _Reader) -> Guess:
+    id, parent, token, support = of.get("i", 4)
+    tokens = of.get("i", support)
+    *q, logp = of.get("f", support + 1)
+    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp)
+
+
+_SIZES = {"i": 4, "f": 4, "q": 8, "d": 8}  # bytes
+_LONG, _DOUBLE = _number("q"), _number("d")
+_FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))
+_PLAN = _record(Plan, "block branches ahead")
+_GUESS = _Part(_write_guess, _read_guess)
+_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
+
+_LAYOUTS: dict[type, _Part] = {
+    Start: _record(
+        Start,
+        "sequence continues",
+        schedule=_Part(_write_schedule, _read_schedule),
+        params=_Part(_write_params, _read_params),
+        plan=_PLAN,
+        prompt=_row("i"),
+    ),
+    Verdict: _record(
+        Verdict,
+        "sequence position",
+        plan=_PLAN,
+        tokens=_row("i"),
+        features=_Part(_write_features, _read_features),
+    ),
+    End: _record(End, "sequence"),
+    Costs: _record(Costs, "sequence", seconds=_row("f")),
+    Nodes: _record(Nodes, "sequence root position", resting=_FLAG, guesses=_several(_GUESS)),
+    Report: _record(
+        Report, "sequence", failed=_FLAG, busy_s=_DOUBLE, waiting_s=_DOUBLE, **dict.fromkeys(_COUNTS, _LONG)
+    ),
+    Close: _record(Close, "sequence"),
+    Beat: _record(Beat, "sequence"),
+}
+_KINDS = {kind: number for number, kind in enumerate(_LAYOUTS)}
+_READS = [part.read for part in _LAYOUTS.values()]
+_TOGETHER = len(_LAYOUTS)  # the kind of several messages in one
 
 
 def encode(message: Message) -> Words:
-    """The message as words, the first two being its kind and its length, padded to a frame."""
-    body = list(_encode_body(message))
-    bits = _bits(message)
-    words = [_KINDS.index(type(message)), 2 + len(body) + len(bits), *body]
-    spare = [0] * (FRAME - len(words) - len(bits))
-    return np.concatenate([np.array(words, np.int32), bits, np.array(spare, np.int32)])
+    """The message as words, padded to a frame."""
+    to = _Writer()
+    to.put("i", _KINDS[type(message)], 0)
+    _LAYOUTS[type(message)].write(to, message)
+    size = len(to.data) // 4
+    to.data += bytes(4 * max(0, FRAME - size))
+    words = np.frombuffer(to.data, np.int32)
+    words[1] = size
+    return words
 
 
-def _bits(message: Message) -> Words:
-    """What follows the body: a verdict's features, two in a word, as they lie in memory."""
-    if not isinstance(message, Verdict) or not isinstance(message.features, np.ndarray):
-        return np.zeros(0, np.int32)
-    halves = message.features.ravel()
-    return np.concatenate([halves, np.zeros(len(halves) % 2, np.int16)]).view(np.int32)
+def decode(words: Words) -> Message:
+    """The inverse of `encode`. Raises `Garbage`."""
+    kind = int(words[0])
+    if not 0 <= kind < len(_READS) or length(words) != max(FRAME, len(words)):
+        raise Garbage(f"kind {kind} and length {words[1]} of {len(words)} words")
+    of = _Reader(words[2 : int(words[1])].tobytes())
+    try:
+        message = _READS[kind](of)
+    except (ArithmeticError, LookupError, UsageError, ValueError) as error:
+        raise Garbage(str(error)) from None
+    if of.left:
+        raise Garbage(f"{of.left} bytes more than a {type(message).__name__} has")
+    return message
 
 
 def length(frame: Words) -> int:
     """How many words the message has whose first frame this is. Raises `Garbage`."""
-    if not 0 <= frame[0] <= _SEVERAL or not 2 < frame[1] <= MOST:
+    if not 0 <= frame[0] <= _TOGETHER or not 2 < frame[1] <= MOST:
         raise Garbage(f"there is no message of kind {frame[0]} and {frame[1]} words")
     return max(FRAME, int(frame[1]))
 
@@ -128,13 +270,13 @@ def pack(messages: Sequence[Message]) -> Words:
         return encode(messages[0])
     inner = [encode(message) for message in messages]
     head = np.zeros(FRAME, np.int32)
-    head[:2] = _SEVERAL, FRAME + sum(map(len, inner))
+    head[:2] = _TOGETHER, FRAME + sum(map(len, inner))
     return np.concatenate([head, *inner])
 
 
 def unpack(words: Words) -> list[Message]:
     """The inverse of `pack`. Raises `Garbage`."""
-    if words[0] != _SEVERAL:
+    if words[0] != _TOGETHER:
         return [decode(words)]
     messages, at = [], FRAME
     while at + FRAME <= len(words):
@@ -144,101 +286,3 @@ def unpack(words: Words) -> list[Message]:
     if at != len(words) or not messages:
         raise Garbage(f"several messages of {at - FRAME} words in {len(words) - FRAME}")
     return messages
-
-
-def decode(words: Words) -> Message:
-    """The inverse of `encode`. Raises `Garbage`."""
-    if not 0 <= words[0] < len(_KINDS) or length(words) != max(FRAME, len(words)):
-        raise Garbage(f"kind {words[0]} and length {words[1]} of {len(words)} words")
-    read = _Reader(words[2 : int(words[1])])
-    try:
-        message = _decode_body(_KINDS[int(words[0])], read)
-    except (ArithmeticError, LookupError, UsageError, ValueError) as error:
-        raise Garbage(str(error)) from None
-    if read.left:
-        raise Garbage(f"{read.left} words more than a {type(message).__name__} has")
-    return message
-
-
-def _encode_body(message: Message) -> Iterator[int]:
-    yield message.sequence
-    match message:
-        case Start(_, schedule, params, prompt, plan, continues):
-            yield MODES.index(schedule.mode)
-            for setting in (schedule.gamma, schedule.branches, schedule.width, schedule.max_ahead):
-                yield _AUTO if setting is None else setting
-            yield from (plan.block, plan.branches, plan.ahead)
-            yield from (min(params.top_k, 2**31 - 1), int(params.rejection))  # no vocabulary is larger
-            for number in (params.temperature, params.top_p, params.min_p):
-                yield from _float(number)
-            yield from _long(params.seed)
-            yield from (continues, len(prompt), *prompt)
-        case Verdict(_, position, plan, tokens, features):
-            yield from (position, plan.block, plan.branches, plan.ahead, len(tokens), *tokens)
-            yield from () if features is None else (*features.shape, int(isinstance(features, SentSeparately)))
-        case Costs(_, seconds):
-            yield from (len(seconds), *_singles(seconds))
-        case Nodes(_, root, position, resting, guesses):
-            yield from (root, position, int(resting), len(guesses))
-            for guess in guesses:
-                yield from (guess.id, guess.parent, guess.token, len(guess.proposal))
-                yield from (token for token, _ in guess.proposal)
-                yield from _singles([*(q for _, q in guess.proposal), guess.logp])
-        case Report():
-            for time in (message.busy_s, message.waiting_s):
-                yield from _float(time)
-            for name in _COUNTS:
-                yield from _long(getattr(message, name))
-            yield int(message.failed)
-        case End() | Close() | Beat():
-            pass
-
-
-def _decode_body(kind: type, read: _Reader) -> Message:
-    sequence = read.word()
-    if kind is Start:
-        mode = read.word()
-        gamma, branches, width, max_ahead = (None if word == _AUTO else word for word in read.words(4))
-        block, most, ahead, top_k, rejection = read.words(5)
-        temperature, top_p, min_p = read.real(), read.real(), read.real()
-        seed = read.long()
-        schedule = replace(Schedule.of(_mode(mode)), gamma=gamma, branches=branches, width=width, max_ahead=max_ahead)
-        method = "rejection" if rejection else "seeded"
-        params = SamplingParams(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method
-        )
-        continues, count = read.words(2)
-        return Start(sequence, schedule, params, read.words(count), Plan(block, most, ahead), continues)
-    if kind is Verdict:
-        position, block, most, ahead, count = read.words(5)
-        tokens = read.words(count)
-        if not read.left:
-            return Verdict(sequence, position, Plan(block, most, ahead), tokens)
-        rows, width, elsewhere = read.words(3)
-        if rows < 0 or width < 0 or rows * width > 2 * MOST:
-            raise Garbage(f"features of {rows} positions with {width} numbers each")
-        features = SentSeparately((rows, width)) if elsewhere else read.halves(rows * width).reshape(rows, width)
-        return Verdict(sequence, position, Plan(block, most, ahead), tokens, features)
-    if kind is Costs:
-        return Costs(sequence, read.singles(read.word()))
-    if kind is Nodes:
-        root, position, resting, count = read.words(4)
-        return Nodes(sequence, root, position, bool(resting), tuple(_decode_guess(read) for _ in range(count)))
-    if kind is Report:
-        busy, waiting = read.real(), read.real()
-        counts = {name: read.long() for name in _COUNTS}
-        return Report(sequence, busy, waiting, **counts, failed=bool(read.word()))
-    return kind(sequence)
-
-
-def _mode(number: int) -> str:
-    if not 0 <= number < len(MODES):
-        raise Garbage(f"there is no mode {number}")
-    return MODES[number]
-
-
-def _decode_guess(read: _Reader) -> Guess:
-    id, parent, token, support = read.words(4)
-    tokens = read.words(support)
-    *q, logp = read.singles(support + 1)
-    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp)
