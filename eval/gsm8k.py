@@ -3,7 +3,7 @@
     accelerate launch --num_processes 2 eval/gsm8k.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
     python eval/gsm8k.py --limit 10 --data test.jsonl
 
-Prints a table; writes samples.jsonl, passes.jsonl and summary.json into --output (see pearl/results.py).
+The same as `pearl eval gsm8k`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.
 `--format completion` is the 8-shot chain of thought, `--format chat` asks without examples.
 """
 
@@ -15,14 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.config import cli
-from pearl.evaluation import main as evaluation
-from pearl.tasks import gsm8k
+from pearl.commands import eval
 
 
-@cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    return evaluation.main(gsm8k.SUITE, argv)
+    return eval.main(["gsm8k", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

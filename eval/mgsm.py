@@ -3,7 +3,7 @@
     accelerate launch --num_processes 2 eval/mgsm.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
     python eval/mgsm.py --share 0.1 --data mgsm.jsonl
 
-Prints a table; writes samples.jsonl, passes.jsonl and summary.json into --output (see pearl/results.py).
+The same as `pearl eval mgsm`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.config import cli
-from pearl.evaluation import main as evaluation
-from pearl.tasks import mgsm
+from pearl.commands import eval
 
 
-@cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    return evaluation.main(mgsm.SUITE, argv)
+    return eval.main(["mgsm", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     accelerate launch --num_processes 2 eval/spec_bench.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
     python eval/spec_bench.py --share 0.1 --data question.jsonl
 
-Writes what eval/humaneval.py writes, and each mode's answers to model_answer/ in the format of
-Spec-Bench, whose speed.py compares two of them.
+The same as `pearl eval spec-bench`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.
+Each mode's answers go to model_answer/ in the format of Spec-Bench, whose speed.py compares two of them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.config import cli
-from pearl.evaluation import main as evaluation
-from pearl.tasks import spec_bench
+from pearl.commands import eval
 
 
-@cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    return evaluation.main(spec_bench.SUITE, argv)
+    return eval.main(["spec-bench", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

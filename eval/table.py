@@ -1,51 +1,13 @@
-"""A table of runs: printed as Markdown, written as CSV, with plots beside it. The scripts end with it.
-
-    python eval/table.py results/smollm2-135m --columns speedup_vs_ar,tokens_per_pass --plots speedup
-
-Writes table.md, table.csv and a PNG a plot into --output. Says on standard error why runs should not be compared.
-"""
+"""The same as `pearl table`, from a checkout that is not installed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.config import cli
-from pearl.evaluation import plots, report, tables
-
-COLUMNS = "tokens_per_second,speedup_vs_ar,speedup_interval_95,identical_to_ar,tokens_per_pass,acceptance,score"
-
-
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description="A table of runs, and plots.", allow_abbrev=False)
-    add = parser.add_argument
-    add("folders", metavar="FOLDER", nargs="+", type=Path, help="results of a run")
-    add("--title", default="Results")
-    add("--columns", default=COLUMNS, help=f"of {', '.join(tables.COLUMNS)}")
-    add("--by-category", action="store_true", help="a row a category, where a run has any")
-    add("--plots", nargs="*", default=[], help=f"of {', '.join(plots.PLOTS)}")
-    add("--output", metavar="DIR", type=Path, help="default: the folder that holds the first")
-    found = parser.parse_args(argv)
-    columns, runs = tables.choose(found.columns), report.load(found.folders)
-    for doubt in report.doubts(runs):
-        print(f"not comparable: {doubt}", file=sys.stderr)
-    rows = report.rows(runs, found.by_category)
-    labels = ("run", "category", "mode") if found.by_category else ("run", "mode")
-    table = tables.markdown(labels, columns, rows)
-    print(f"{found.title}\n\n{table}")
-    output = found.output or found.folders[0].parent
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(f"{found.title}\n\n{table}\n", encoding="utf-8")
-    (output / "table.csv").write_text(tables.comma_separated(labels, columns, rows), encoding="utf-8")
-    for name, png in plots.of(runs, found.plots).items():
-        (output / f"{name}.png").write_bytes(png)
-    print(f"\nwritten to {output}")
-    return 0
-
+from pearl.commands.table import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -107,7 +107,7 @@ class Engine:
     ):
         """`checked`: the preflight of this config, if the caller has made it already."""
         self.config, self.schedule = config, schedule or Schedule.of("pearl")
-        world = World.here(config.target_tp)
+        world = World.here(config.tensor_parallel_size)
         self.processes = count_processes(self.schedule, processes, world)
         checked = checked or preflight(config, world.roles, world.shards_here)
         two = self.processes == 2 or self.schedule.mode == "ar-all"
@@ -342,8 +342,8 @@ class Engine:
             where = (
                 f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads" if devices == ["cpu"] else ", ".join(devices)
             )
-            if role == "target" and self.config.target_tp > 1:
-                where += f", as rank 0 of {self.config.target_tp}"
+            if role == "target" and self.config.tensor_parallel_size > 1:
+                where += f", as rank 0 of {self.config.tensor_parallel_size}"
             lines.append(f"{role}: {name} on {where}")
         if self._crew and self._crew.pids:
             lines[0] += f" (the others were started as processes {', '.join(map(str, self._crew.pids))})"
@@ -404,8 +404,8 @@ class Engine:
             self._lifeline = ReconnectingChannel(
                 self._peer.reach,
                 vocabulary,
-                config.draft_deadline_s,
-                restarts=config.draft_restarts,
+                config.draft_timeout_s,
+                restarts=config.max_draft_restarts,
                 give_up=self._peer.give_up,
             )
             self._lifeline.settle()

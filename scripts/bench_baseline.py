@@ -23,7 +23,7 @@ from pearl.tasks import humaneval
 
 @cli.guarded
 def main(argv: list[str] | None = None) -> int:
-    found = cli.parse(cli.parser(__doc__.splitlines()[0], max_new_tokens=96), argv)
+    found = cli.parse(cli.parser("scripts/bench_baseline.py", about=__doc__.splitlines()[0], max_new_tokens=96), argv)
     config, _ = cli.engine_config(found)
     problems = humaneval.load()
     problems = [problems[i] for i in cli.choose(len(problems), found.limit or 5, found.indices)]

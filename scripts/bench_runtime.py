@@ -9,7 +9,6 @@ Real forwards also leave the processor's caches cold, which these do not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -91,7 +90,7 @@ def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiproces
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.Parser("scripts/bench_runtime.py", about=__doc__.splitlines()[0])
     parser.add_argument("--passes", type=int, default=300)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--pass-ms", type=float, default=50.0, help="what a target pass sleeps; a draft a third of it")

@@ -27,7 +27,7 @@ from pearl.tasks import humaneval
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.parser(__doc__.splitlines()[0], max_new_tokens=128)
+    parser = cli.parser("scripts/never_slower.py", about=__doc__.splitlines()[0], max_new_tokens=128)
     parser.set_defaults(mode=["ar", "pearl", "tree"])
     found = cli.parse(parser, argv)
     config, _ = cli.engine_config(found)

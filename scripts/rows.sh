@@ -1,6 +1,6 @@
 # Sourced by the scripts of tables: `row` decodes what is missing, `table` shows it. Run twice, nothing is done twice.
 #
-#   PAIR      pairs of the registry (python -m pearl.config.pairs) or YAML files; default: smollm2-135m
+#   PAIR      pairs of the registry (pearl pairs) or YAML files; default: smollm2-135m
 #   LIMIT     problems of each task; default: all.  TOKENS: new tokens of a text; default: the task's
 #   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl; default: the hub
 #   OPTIONS   further options of every run.  RESULTS: where all goes; default: results

@@ -83,7 +83,7 @@ def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Prefl
         return {"joint": asdict(plan) if plan else None}
 
     if isinstance(reader, LanguageModel) and has_static_shapes(config, placed):
-        capture = None if config.eager else capture_for(placed.devices)
+        capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         forms = numerics_check.forms(placed.on_cpu)
         static = {"fixed": 1, "forms": forms, "graphs": capture is not None, **key}
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, forms)))
@@ -106,7 +106,7 @@ def calibrate_draft(reader: LanguageModel, checked: Preflight, kernel: str, kept
     key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
     key |= {"leaves": 2, "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
     if has_static_shapes(config, placed):
-        capture = None if config.eager else capture_for(placed.devices)
+        capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         key |= {"fixed": 1, "graphs": capture is not None}
         captured = measured_once(
             {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
@@ -125,7 +125,9 @@ def calibrate_draft(reader: LanguageModel, checked: Preflight, kernel: str, kept
 def has_static_shapes(config: EngineConfig, placed: Placement) -> bool:
     """Whether forwards have static shapes: by default on one GPU, where graphs save most of a step. On CPU they save
     nothing, and what fills them up costs a little."""
-    return config.static == "on" or (config.static == "auto" and len(placed.devices) == 1 and not placed.on_cpu)
+    return config.cuda_graphs in ("on", "static-only") or (
+        config.cuda_graphs == "auto" and len(placed.devices) == 1 and not placed.on_cpu
+    )
 
 
 def _forget(reader: LanguageModel | TensorParallelModel) -> None:
@@ -144,7 +146,7 @@ def _key(model: Any, config: EngineConfig, placed: Placement, checkpoint: Checkp
         "kernel": config.kernel,
         "devices": placed.devices,
         "config": model.config.to_json_string(),
-    } | ({"ranks": config.target_tp} if config.target_tp > 1 else {})
+    } | ({"ranks": config.tensor_parallel_size} if config.tensor_parallel_size > 1 else {})
 
 
 def _processor() -> str:

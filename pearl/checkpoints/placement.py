@@ -57,7 +57,7 @@ def place(config: EngineConfig, ranks: int) -> dict[str, Placement]:
     """By role. `ranks`: how many of the target's are on this machine. Raises `UsageError`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = 0
-    if config.target_tp > 1 and gpus:
+    if config.tensor_parallel_size > 1 and gpus:
         if config.target_device == "cpu":
             raise UsageError("A target over several ranks takes the machine's GPUs: CUDA_VISIBLE_DEVICES= hides them.")
         if ranks > gpus:

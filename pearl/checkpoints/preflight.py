@@ -61,7 +61,7 @@ class Preflight:
     def features_from(self, apart: bool) -> str:
         """The device from which features go to the drafter beside the channel; empty: through the host. `apart`: target
         and drafter are on two machines."""
-        shape, wanted = self.feature_drafter, self.config.feature_lane
+        shape, wanted = self.feature_drafter, self.config.feature_transport
         here, there = self.target_on, self.draft_on
         between_gpus = len(here.devices) == 1 and not here.on_cpu and not there.on_cpu and (apart or here != there)
         if not shape or not shape.features or wanted == "off" or (wanted == "auto" and not between_gpus):
@@ -75,7 +75,7 @@ def preflight(config: EngineConfig, roles: Collection[str] = ROLES, ranks: int |
     `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one.
     `ranks`: how many of the target's are on this machine; None: all."""
     with quiet():
-        return _preflight(config, roles, config.target_tp if ranks is None else ranks)
+        return _preflight(config, roles, config.tensor_parallel_size if ranks is None else ranks)
 
 
 def feature_drafter(config: EngineConfig) -> network.Shape | None:
@@ -92,7 +92,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
     if drafts:
         kinds["draft"] = config.draft_load_in or config.draft_dtype or config.dtype
     here = ranks if placed["target"].on_cpu else 1  # a GPU holds one rank, main memory all that are here
-    parts = {"target": here / config.target_tp, "draft": 1.0}
+    parts = {"target": here / config.tensor_parallel_size, "draft": 1.0}
     held = [role for role in kinds if role in roles]
     names = {"target": config.target, "draft": config.draft}
     check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
@@ -100,10 +100,12 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
     target = Checkpoint.of(config.target).found("target")
     target_config, tokenizer = target.describe("target", config)
     assert tokenizer is not None, "a target has its own"
-    if config.target_tp > 1:
+    if config.tensor_parallel_size > 1:
         if target.gguf_file:
-            raise UsageError(f"{config.target} is a GGUF file, which one process loads: leave target_tp out.")
-        tensor_parallel.check(target_config, config.target_tp, config.target)
+            raise UsageError(
+                f"{config.target} is a GGUF file, which one process loads: leave tensor_parallel_size out."
+            )
+        tensor_parallel.check(target_config, config.tensor_parallel_size, config.target)
     text = target_config.get_text_config()
     vocabulary, longest = text.vocab_size, longest_text(target_config)
     if config.max_length > max(longest, EngineConfig.max_length):
@@ -117,7 +119,11 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             f"The feature drafter {config.feature_folder} was trained for {shape.target}, whose hidden states have "
             f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
         )
-    sizes = {"target": bytes_of_a_text(target_config, max_length + TREE, _width(config.dtype)) / config.target_tp / 1e9}
+    sizes = {
+        "target": bytes_of_a_text(target_config, max_length + TREE, _width(config.dtype))
+        / config.tensor_parallel_size
+        / 1e9
+    }
     checkpoints, draft = {"target": target}, None
     if drafts:
         checkpoints["draft"] = draft = Checkpoint.of(config.draft).found("draft")

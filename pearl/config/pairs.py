@@ -5,28 +5,31 @@ before a byte is downloaded, so a machine that is too small is told so in a sent
 an hour later. This module opens no model: that the two share a vocabulary is a claim of the file, for whoever loads
 them to compare.
 
-    python -m pearl.config.pairs           every pair, smallest first, and whether it fits here
-    python -m pearl.config.pairs NAME      one pair; exit code 0: fits, 1: does not fit, 2: no such pair
+    pearl pairs           every pair, smallest first, and whether it fits here
+    pearl pairs NAME      one pair; exit code 0: fits, 1: does not fit, 2: no such pair
 
 Memory is counted in GB of 1e9 bytes throughout.
 """
 
-import argparse
-import difflib
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from pearl.config.inputs import brief, parse_yaml, read_text
+from pearl import options
+from pearl.config.engine_config import DTYPES, FEATURE, LOADS, NGRAM, model_path
+from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
+from pearl.options import TEXT, Kind, choice, number, setting
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}  # a number, with its scales
-COMMAND = "python -m pearl.config.pairs"
+COMMAND = "pearl pairs"
+_GB = number(0, sys.float_info.max, "a number of GB")
+_LINES = Kind("text", lambda value: isinstance(value, str))
+
+
+def _fact(default: Any, kind: Kind) -> Any:
+    return setting(default, kind, "", "pair")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +37,24 @@ class Pair:
     """A target and its drafter, as a registry file states them.
 
     ``target`` and ``draft`` are hub ids, the name of a built-in model, or ``ngram`` for the draft source without
-    weights. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or quantization given.
+    weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
+    quantization given; None where a file of your own does not say. ``prompt`` None: chat if the model has a template.
     """
 
-    name: str
-    target: str
-    draft: str
-    dtype: Literal["bfloat16", "float16", "float32"]
-    load_in: Literal["8bit", "4bit", None] = None
-    draft_load_in: Literal["8bit", "4bit", None] = None
-    prompt: Literal["completion", "chat"]
-    target_gb: float
-    draft_gb: float
-    note: str = ""
-    source: str = ""
+    name: str = _fact("", TEXT)
+    target: str = _fact(MISSING, TEXT)
+    draft: str = _fact(MISSING, TEXT)
+    dtype: str = _fact("bfloat16", choice(*DTYPES))
+    load_in: str | None = _fact(None, choice(*LOADS))
+    draft_load_in: str | None = _fact(None, choice(*LOADS))
+    prompt: str | None = _fact(None, choice("completion", "chat"))
+    target_gb: float | None = _fact(None, _GB)
+    draft_gb: float | None = _fact(None, _GB)
+    note: str = _fact("", _LINES)
+    source: str = _fact("", _LINES)
+
+    def __post_init__(self) -> None:
+        options.check(self)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Fit:
 
     @property
     def verdict(self) -> str:
+        if not self.places:
+            return f"How much memory {self.pair.name} needs is not known: state target_gb and draft_gb in its file."
         needs = " and ".join(map(str, self.places))
         if self.fits:
             return f"{self.pair.name} fits: it needs {needs}."
@@ -101,16 +110,17 @@ def load_pair(name_or_path: str) -> Pair:
         return _read(path)
     files = {file.stem: file for file in _registry()}
     if name_or_path not in files:
+        near = options.nearest(name_or_path, files)
         raise UsageError(
-            f"there is no pair {name_or_path!r}, the nearest is {_nearest(name_or_path, files)!r}; "
-            f"`{COMMAND}` lists them, and a path to a YAML file will do too"
+            f"there is no pair {name_or_path[:80]!r}{f', did you mean {near!r}?' if near else ';'} `{COMMAND}` lists "
+            "them, and a path to a YAML file will do too"
         )
     return _read(files[name_or_path])
 
 
 def all_pairs() -> list[Pair]:
     """Every pair of the registry, the smallest first."""
-    return sorted(map(_read, _registry()), key=lambda pair: pair.target_gb + pair.draft_gb)
+    return sorted(map(_read, _registry()), key=lambda pair: (pair.target_gb or 0) + (pair.draft_gb or 0))
 
 
 def known_numbers(model: str) -> float | None:
@@ -134,9 +144,18 @@ def check(pair: Pair, machine: Machine) -> Fit:
     """Lay ``pair`` out on ``machine`` as a run would.
 
     Several GPUs: the target on the first, or over all but the last where that is too small, and the draft on the last.
-    One GPU holds both; none, and both go to main memory.
+    One GPU holds both; none, and both go to main memory. No places if nothing says how large the models are.
     """
-    target, draft = needed_gb(pair.target_gb), needed_gb(pair.draft_gb)
+    sizes = [
+        _weights_gb(model, kind or pair.dtype) if gb is None else gb
+        for model, gb, kind in (
+            (pair.target, pair.target_gb, pair.load_in),
+            (pair.draft, pair.draft_gb, pair.draft_load_in),
+        )
+    ]
+    if None in sizes:
+        return Fit(pair, ())
+    target, draft = (needed_gb(gb or 0.0) for gb in sizes)
     if len(machine.gpus_gb) < 2:
         where, free = ("on the GPU", machine.gpus_gb[0]) if machine.gpus_gb else ("in RAM", machine.ram_gb)
         return Fit(pair, (Place("target and the draft", where, target + draft, free),))
@@ -146,34 +165,24 @@ def check(pair: Pair, machine: Machine) -> Fit:
     return Fit(pair, (Place("target", where, target, free), Place("draft", f"on GPU {len(most)}", draft, last)))
 
 
+def _weights_gb(model: str, kind: str) -> float | None:
+    """What the weights of a model take, as they lie on this machine, or by the registry; None if neither says so."""
+    if model == NGRAM:
+        return 0.0
+    place = model_path(model.removeprefix(FEATURE))
+    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf")]
+    if files:
+        return sum(file.stat().st_size for file in files) / 1e9
+    numbers = known_numbers(model)
+    return numbers * BYTES[kind] / 1e9 if numbers else None
+
+
 def probe() -> Machine:
     """This machine as it is now. Opens a CUDA context on every visible GPU, as only CUDA knows what is free there."""
     import torch  # takes seconds: only who asks about this machine pays for it
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return Machine(_free_ram_gb(), tuple(torch.cuda.mem_get_info(gpu)[0] / 1e9 for gpu in gpus))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=COMMAND, description="List the model pairs, or check before any download that one fits on this machine."
-    )
-    parser.add_argument("pair", nargs="?", help="a name of the list, or a path to a YAML file (default: list them all)")
-    name = parser.parse_args(argv).pair
-    try:
-        pairs = all_pairs() if name is None else [load_pair(name)]
-        machine = probe()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    fits = [check(pair, machine) for pair in pairs]
-    if name is None:
-        # A pipe has no width of its own: give it one that breaks no name, so that grep finds them.
-        Console(width=None if sys.stdout.isatty() else 160).print(_table(fits))
-        return 0
-    (fit,) = fits
-    print("\n".join(filter(None, (fit.verdict, fit.pair.note))))
-    return 0 if fit.fits else 1
 
 
 def _registry() -> list[Path]:
@@ -187,34 +196,19 @@ def _registry() -> list[Path]:
 
 
 def _read(path: Path) -> Pair:
-    """The pair in one file, every key known and every value of its type, as the fields of Pair declare them."""
+    """The pair in one file, named after it unless it says otherwise."""
     facts = parse_yaml(read_text(path, "The pair"), f"The pair {path}")
-    kinds = get_type_hints(Pair)
-    for key in facts:
-        if key not in kinds:
-            raise UsageError(f"{path}: unknown key {key!r}, the nearest is {_nearest(str(key), kinds)!r}")
-    missing = [field.name for field in fields(Pair) if field.default is MISSING and field.name not in facts]
+    names = [field.name for field in fields(Pair)]
+    options.refuse_unknown(facts, names, str(path), {})
+    missing = [name for name in ("target", "draft") if name not in facts]
     if missing:
         raise UsageError(f"{path}: add {', '.join(missing)}")
-    return Pair(**{key: _checked(value, kinds[key], f"{path}: {key}") for key, value in facts.items()})
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """``value`` if it is of ``kind`` (str, float or a Literal), else a UsageError that says what it should be."""
-    if kind is str:
-        good, wanted = isinstance(value, str), "text"
-    elif kind is float:
-        good, wanted = type(value) in (int, float) and 0 <= value <= sys.float_info.max, "a number of GB"
-    else:
-        choices = get_args(kind)
-        good, wanted = value in choices, " or ".join("null" if choice is None else choice for choice in choices)
-    if not good:
-        raise UsageError(f"{where} is {brief(repr(value))}; it must be {wanted}")
-    return float(value) if kind is float else value
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    return difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=0.0)[0]
+    known = {one.name: one for one in options.of(Pair)}
+    for name, value in facts.items():
+        known[name].check(value, f"{path}: {name}")
+        if name.endswith("_gb") and value is not None:
+            facts[name] = float(value)
+    return Pair(**{"name": path.stem} | facts)
 
 
 def _free_ram_gb() -> float:
@@ -224,21 +218,3 @@ def _free_ram_gb() -> float:
     except OSError as error:
         raise UsageError("no /proc/meminfo tells how much memory is free here; check pairs on Linux") from error
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e9
-
-
-def _table(fits: Iterable[Fit]) -> Table:
-    table = Table("name", "target", "draft", "dtype", box=None, header_style="bold")
-    table.add_column("needs GB", justify="right")
-    table.add_column("fits here")
-    for fit in fits:
-        pair, need = fit.pair, sum(place.need_gb for place in fit.places)
-        target, draft = (
-            model if load_in is None else f"{model} {load_in}"
-            for model, load_in in ((pair.target, pair.load_in), (pair.draft, pair.draft_load_in))
-        )
-        table.add_row(pair.name, target, draft, pair.dtype, f"{need:.1f}", "yes" if fit.fits else "no")
-    return table
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -181,8 +181,8 @@ class Controller:
     def plan(self) -> Plan:
         """What the drafter is told."""
         schedule = self._schedule
-        ahead = 0 if self.paused else schedule.max_ahead or self._ahead()
-        return Plan(self.block, schedule.branches or self._branches(), ahead)
+        ahead = 0 if self.paused else schedule.max_draft_tokens or self._ahead()
+        return Plan(self.block, schedule.draft_batch or self._branches(), ahead)
 
     @property
     def block(self) -> int:
@@ -210,10 +210,10 @@ class Controller:
         likelier than others on the chain.
         """
         plan, schedule = self._each, self._schedule
-        most = min(schedule.width or plan.most, plan.most) - 1
+        most = min(schedule.max_verify_tokens or plan.most, plan.most) - 1
         if schedule.gamma is not None:
             return list(nodes[: min(most, schedule.gamma)])
-        if schedule.width is not None:
+        if schedule.max_verify_tokens is not None:
             return list(nodes[:most])
         reached = self._reached(nodes)
         numbers = path_numbers(nodes)
@@ -236,8 +236,8 @@ class Controller:
         if len(texts) == 1 or not isinstance(self._rows, BatchedTokenBuckets):
             return [self.choose(nodes) for nodes in texts]
         schedule, room = self._schedule, self._rows.most - len(texts)
-        each = min(schedule.width or self._each.most, self._each.most) - 1
-        if schedule.gamma is not None or schedule.width is not None:
+        each = min(schedule.max_verify_tokens or self._each.most, self._each.most) - 1
+        if schedule.gamma is not None or schedule.max_verify_tokens is not None:
             most = each if schedule.gamma is None else min(each, schedule.gamma)
             while sum(min(len(nodes), most) for nodes in texts) > room:
                 most -= 1

@@ -15,70 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pearl.core import noise
+from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
-from pearl.errors import UsageError
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
-COLDEST = 1e-6  # logits divided by less could leave float32
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
 LIKELY = 5.0  # nats below the best token
 OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
-METHODS = ("seeded", "rejection")
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one sequence is sampled and where it ends. temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 are off."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    method: str = "seeded"  # or "rejection"
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
-            raise UsageError("stop must hold non-empty strings.")
-        object.__setattr__(self, "stop", tuple(stop))
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("top_k", self.top_k, 0)
-        _whole("seed", self.seed, 0)
-        if self.temperature != 0:
-            _within("temperature", self.temperature, COLDEST, 1000.0, f"0 (greedy) or from {COLDEST} to 1000")
-        _within("top_p", self.top_p, 1e-9, 1.0, "above 0 and at most 1")
-        _within("min_p", self.min_p, 0.0, 1.0, "from 0 to 1")
-        if self.method not in METHODS:
-            raise UsageError(f"sampling method {self.method!r} is unknown; choose {' or '.join(METHODS)}.")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def rejection(self) -> bool:
-        return not self.greedy and self.method == "rejection"
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 63:
-        raise UsageError(f"{name} must be a whole number from {least}, not {value!r}.")
-
-
-def _within(name: str, value: object, low: float, high: float, words: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)  # nan is within nothing
-    if not number or not low <= value <= high:  # type: ignore[operator]
-        raise UsageError(f"{name} must be {words}, not {value!r}.")
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:

@@ -16,12 +16,12 @@ written: the text is the target's in every mode.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from pearl.errors import UsageError
+from pearl.options import Option, nearest, option, whole
 
-# mode: (pre_verify, post_verify, branches)
+# mode: (pre_verify, post_verify, draft_batch)
 _MODES: dict[str, tuple[bool, bool, int | None]] = {
     "ar": (False, False, 0),
     "ar-all": (False, False, 0),
@@ -33,50 +33,76 @@ _MODES: dict[str, tuple[bool, bool, int | None]] = {
 }
 MODES = tuple(_MODES)
 MAX_GAMMA = 64
-MAX_BRANCHES = 16
+MAX_DRAFT_BATCH = 16
 MAX_WIDTH = 16
 MAX_AHEAD = 32
+DECODING = "decoding"
+GAMMA = option("gamma", "auto", whole(0, MAX_GAMMA, auto=True), "guesses a block, or auto", DECODING)
+DRAFT_BATCH = option(
+    "draft_batch",
+    "auto",
+    whole(1, MAX_DRAFT_BATCH, auto=True),
+    "tree: rows of one drafter forward, or auto",
+    DECODING,
+    was=("branches",),
+)
+MAX_VERIFY_TOKENS = option(
+    "max_verify_tokens",
+    "auto",
+    whole(1, MAX_WIDTH, auto=True),
+    "rows of a target pass at most, or auto",
+    DECODING,
+    was=("width",),
+)
+MAX_DRAFT_TOKENS = option(
+    "max_draft_tokens",
+    "auto",
+    whole(1, 1 << 20, auto=True),
+    "how far a free-running drafter may guess ahead, or auto",
+    DECODING,
+    was=("max_ahead",),
+)
+OPTIONS = (GAMMA, DRAFT_BATCH, MAX_VERIFY_TOKENS, MAX_DRAFT_TOKENS)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """One mode. `gamma` None is `auto`: no block; as many guesses as have arrived (post-verify), or the block length
-    that theory expects most of, from the acceptance and speed ratio seen so far (without post-verify). `branches`,
-    `width`, `max_ahead` None: the controller decides."""
+    that theory expects most of, from the acceptance and speed ratio seen so far (without post-verify). `draft_batch`,
+    `max_verify_tokens`, `max_draft_tokens` None: the controller decides."""
 
     mode: str
     pre_verify: bool
     post_verify: bool
     gamma: int | None
-    branches: int | None  # leaves that one drafter forward extends; 0: no drafter
-    width: int | None = None  # rows of a pass at most
-    max_ahead: int | None = None  # guesses below the root at which a free-running drafter pauses
+    draft_batch: int | None  # leaves that one drafter forward extends; 0: no drafter
+    max_verify_tokens: int | None = None  # rows of a pass at most
+    max_draft_tokens: int | None = None  # guesses below the root at which a free-running drafter pauses
 
     @staticmethod
     def of(
         mode: str,
         gamma: int | str | None = None,
-        branches: int | str | None = None,
-        width: int | str | None = None,
-        max_ahead: int | str | None = None,
+        draft_batch: int | str | None = None,
+        max_verify_tokens: int | str | None = None,
+        max_draft_tokens: int | str | None = None,
     ) -> Schedule:
         """The schedule of a mode by its name; `gamma` a whole number from 0, `"auto"` or None (auto).
 
-        A name may carry a gamma of its own, as `sd:3`, so that one run can compare several; of `tree` it is the number
-        of branches. gamma 0 is a block without guesses: the target alone. `branches` is about `tree` only, `width` and
-        `max_ahead` about every mode that drafts; each a whole number, `"auto"` or None (auto). Raises `UsageError` on
-        anything else.
+        A name may carry a gamma of its own, as `sd:3`, so that one run can compare several; of `tree` it is the draft
+        batch. gamma 0 is a block without guesses: the target alone. `draft_batch` is about `tree` only,
+        `max_verify_tokens` and `max_draft_tokens` about every mode that drafts; each a whole number, `"auto"` or None
+        (auto). Raises `UsageError` on anything else.
         """
         mode, _, own = str(mode).partition(":")
         if mode not in _MODES:
-            near = difflib.get_close_matches(mode, MODES, 1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            near = nearest(mode, MODES)
+            hint = f"; did you mean {near}?" if near else "."
             raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(MODES)}.")
         pre, post, leaves = _MODES[mode]
-        block = _number("gamma", gamma if mode == "tree" else own or gamma, 0, MAX_GAMMA)
-        some = _number("branches", own if own and mode == "tree" else branches, 1, MAX_BRANCHES)
-        rows = _number("width", width, 1, MAX_WIDTH)
-        ahead = _number("max_ahead", max_ahead, 1, 1 << 20)
+        block = _number(GAMMA, gamma if mode == "tree" else own or gamma)
+        some = _number(DRAFT_BATCH, own if own and mode == "tree" else draft_batch)
+        rows, ahead = _number(MAX_VERIFY_TOKENS, max_verify_tokens), _number(MAX_DRAFT_TOKENS, max_draft_tokens)
         if leaves is None:
             return Schedule(mode, pre, post, None, some, rows, ahead)
         if leaves == 0 or block == 0:
@@ -85,7 +111,7 @@ class Schedule:
 
     @property
     def drafts(self) -> bool:
-        return self.branches != 0
+        return self.draft_batch != 0
 
     @property
     def tree(self) -> bool:
@@ -119,16 +145,16 @@ class Schedule:
         """
         if not self.post_verify:
             return max(0, block - drafted)
-        return max(0, (self.max_ahead or ahead if self.gamma is None else 2 * block + 1) - depth)
+        return max(0, (self.max_draft_tokens or ahead if self.gamma is None else 2 * block + 1) - depth)
 
 
-def _number(name: str, value: int | str | None, least: int, most: int) -> int | None:
+def _number(setting: Option, value: int | str | None) -> int | None:
+    """None is auto."""
     if value is None or value == "auto":
         return None
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{name} must be a whole number from {least} to {most}, or auto, not {value!r}.") from None
-    if not least <= number <= most or number != float(value):
-        raise UsageError(f"{name} must be a whole number from {least} to {most}, or auto, not {value!r}.")
-    return number
+    found = setting.of_word(value, setting.name) if isinstance(value, str) else value
+    if isinstance(found, float) and found.is_integer():
+        found = int(found)
+    setting.check(found)
+    assert isinstance(found, int)
+    return found

@@ -8,7 +8,7 @@ costs nothing. The baseline `ar` commits one token a pass, so a speed-up is also
 Real acceptance is neither constant nor independent, rows are only nearly free and messages take time: these figures say
 what to expect and what cannot be had. They decide no token. `docs/explanations/theory.md` holds the derivations.
 
-`python -m pearl.core.theory` prints the table of that page.
+`pearl theory` prints the table of that page.
 """
 
 import math
@@ -159,7 +159,3 @@ def table() -> str:
                 f"| {tokens_per_pass_chain_ceiling(a):.2f} | {tokens_per_pass_ceiling(a):.2f} |"
             )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())

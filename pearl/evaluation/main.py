@@ -18,27 +18,36 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config import cli
-from pearl.config.engine_config import NGRAM, EngineConfig, one_of
+from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.config.pairs import Pair
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
+from pearl.options import FLAG, TEXT, choice, number, option, whole
 from pearl.tasks.prompts import FORMATS
 from pearl.tasks.suite import Suite
 
+EXAMPLES = ("--limit 10", "--pair qwen2.5-0.5b-7b --mode ar sd pearl tree", "--output results/mine --resume")
+
+
+TASK = (
+    option("format", None, choice(*FORMATS), "how to ask; default: the pair's, or chat if the model has it", "task"),
+    option("data", None, TEXT, "the problems in their original format; default: fetched or shipped", "task"),
+    option("share", 1.0, number(1e-9, 1.0, "above 0 and at most 1"), "only the first part of each category", "task"),
+    option("no_score", False, FLAG, "do not judge the answers", "task"),
+    option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
+    option("resume", False, FLAG, "go on with the run in --output, if one was begun there", "task"),
+)
+
 
 def parser(suite: Suite) -> cli.Parser:
-    made = cli.parser(suite.description, suite.max_new_tokens, cli.BASELINES)
-    task = made.add_argument_group("the task")
-    task.add_argument("--format", help=f"{' or '.join(FORMATS)}; default: the pair's, or chat if the model has it")
-    task.add_argument(
-        "--data", metavar="FILE", help=f"{suite.title} in its original format; default: fetched or shipped"
-    )
-    task.add_argument("--share", type=float, default=1.0, help="only the first part of each category, like 0.1")
-    task.add_argument("--no-score", action="store_true", help="do not judge the answers")
-    task.add_argument("--repeats", type=int, default=1, help="how often to do all of it, for narrower intervals")
-    task.add_argument("--resume", action="store_true", help="go on with the run in --output, if one was begun there")
-    return made
+    return cli.parser(
+        f"eval {suite.name.replace('_', '-')}",
+        *EXAMPLES,
+        max_new_tokens=suite.max_new_tokens,
+        baselines=cli.BASELINES,
+        about=suite.description,
+    ).take(TASK)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,6 @@ class Order:
 def order(suite: Suite, argv: Sequence[str] | None) -> Order:
     found = cli.parse(parser(suite), argv)
     config, pair = cli.engine_config(found)
-    one_of("format", found.format, (*FORMATS, None))
     schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found)
     baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
     if baselines and not params.greedy:
@@ -78,8 +86,6 @@ def order(suite: Suite, argv: Sequence[str] | None) -> Order:
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     for mode in found.mode:
         config.check_mode(mode)
-    cli.at_least_one("--num-samples", found.num_samples)
-    cli.at_least_one("--repeats", found.repeats)
     if found.resume and not found.output:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
     problems = choose(suite, suite.load(found.data), found)
@@ -95,7 +101,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
     from pearl.evaluation import harness, results
     from pearl.parallel.process import World
 
-    world, console = World.here(asked.config.target_tp), Console(width=None if sys.stdout.isatty() else 140)
+    world, console = World.here(asked.config.tensor_parallel_size), Console(width=None if sys.stdout.isatty() else 140)
     summary = results.ended(asked.folder, asked.asked) if asked.found.resume else None
     if summary is None:
         summary, failed = _decode(asked, world, console)
@@ -111,8 +117,6 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
 
 def choose(suite: Suite, problems: list[Any], found: argparse.Namespace) -> list[Any]:
     """The problems to run: a share of each category, and of those what --limit and --indices leave."""
-    if not 0 < found.share <= 1:
-        raise UsageError(f"--share must be above 0 and at most 1, not {found.share}.")
     sizes = Counter(map(suite.category, problems))
     seen: Counter[str | None] = Counter()
     shared = []
@@ -152,7 +156,11 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
     count_processes(schedule, found.processes, world)
     checked = preflight(place(order.config, world), world.roles, world.shards_here)
     form = found.format or (
-        order.pair.prompt if order.pair else "chat" if checked.tokenizer.chat_template else "completion"
+        order.pair.prompt
+        if order.pair and order.pair.prompt
+        else "chat"
+        if checked.tokenizer.chat_template
+        else "completion"
     )
     if form == "completion" and not params.ignore_eos:
         params = replace(params, stop=suite.stop)

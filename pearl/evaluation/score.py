@@ -1,6 +1,6 @@
 """What a drafter is worth on texts that are there already, read in parallel instead of being written.
 
-    python -m pearl.evaluation.score texts.jsonl --target TARGET --draft DRAFT [DRAFT ...] --batch-size 8
+    pearl score texts.jsonl --target TARGET --draft DRAFT [DRAFT ...] --batch-size 8
 
 Every token of a text is compared with what the drafter would have guessed there, had it read the text up to it
 (teacher forcing): one forward over several texts says it for all their tokens. So drafters can be compared in the
@@ -15,16 +15,10 @@ only what follows it counts, "prompt": strings, or lists of token ids.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from pearl.config import cli
-from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.config.inputs import json_lines, read_text
 from pearl.errors import UsageError
 
@@ -152,67 +146,11 @@ def _tokens(part: Any, encode: Callable[[str], Sequence[int]], vocabulary: int, 
     return part
 
 
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    made = cli.Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("texts", help="a JSONL file: text, and prompt if there is one")
-    made.add_argument("--target", default=EngineConfig.target, help="whose tokenizer the texts are in")
-    made.add_argument("--draft", nargs="+", required=True, help="hub ids, folders, GGUF files, or ngram")
-    made.add_argument("--dtype", default=EngineConfig.dtype)
-    made.add_argument("--draft-device", default="auto")
-    made.add_argument("--batch-size", type=int, default=8, help="texts of a forward")
-    made.add_argument("--max-length", type=int, default=1024, help="tokens of a text; the rest is left out")
-    made.add_argument("--overlap", action="store_true", help="read the texts with the target too")
-    made.add_argument("--output", metavar="FILE", help="the figures of every drafter, as JSON")
-    found = made.parse_args(argv)
-    cli.at_least_one("--batch-size", found.batch_size)
-    configs = {
-        draft: EngineConfig(
-            target=found.target,
-            draft=draft,
-            dtype=found.dtype,
-            draft_device=found.draft_device,
-            max_length=found.max_length,
-            max_sequences=found.batch_size,
-        )
-        for draft in found.draft
-    }
-    for draft, config in configs.items():
-        if config.feature_folder:
-            raise UsageError(f"{draft} drafts from features: score it with python -m pearl.training.diagnose.")
-
-    from pearl.checkpoints.drafters import load_draft
-    from pearl.checkpoints.preflight import preflight
-    from pearl.checkpoints.targets import load_target
-    from pearl.drafters.ngram import NgramSource
-
-    scores: dict[str, Any] = {}
-    target = None
-    for draft, config in configs.items():
-        checked = preflight(config)
-        texts = load(found.texts, checked.tokenizer.encode, checked.max_length, checked.vocabulary)
-        if found.overlap and target is None:
-            target = load_target(replace(checked, texts=found.batch_size))
-        if draft == NGRAM:
-            scored = score_source(NgramSource(), texts)
-        else:
-            model, _ = load_draft(checked, ahead=0)
-            scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]
-        scores[draft] = figures(scored)
-        print(_line(draft, scores[draft]))
-    if found.output:
-        Path(found.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-def _line(draft: str, one: dict[str, Any]) -> str:
+def line(draft: str, one: dict[str, Any]) -> str:
+    """The figures of a drafter, for a person."""
     among = ", ".join(f"{share:.3f}" for share in one["among"].values())
     overlap = "" if one["overlap"] is None else f", overlap {one['overlap']:.3f}"
     return (
         f"{draft}: acceptance {one['acceptance']:.3f}, among its first {', '.join(map(str, RANKS))}: {among}, "
         f"run {one['run']:.2f}{overlap} ({one['tokens']} tokens of {one['texts']} texts)"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

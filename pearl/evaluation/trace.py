@@ -1,6 +1,6 @@
 """A timeline as a picture: some passes around a miss, a panel for each mode.
 
-    python -m pearl.evaluation.trace FILE --png OUT
+    pearl trace FILE --png OUT
 
 Reads what `pearl.core.timeline` has written; draws the target's lane above the drafter's, and the messages between
 them.
@@ -9,8 +9,6 @@ them.
 from __future__ import annotations
 
 import json
-import math
-import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +18,6 @@ from typing import Any
 from pearl.core.timeline import PHASES, ROLES
 from pearl.errors import UsageError
 
-COMMAND = "python -m pearl.evaluation.trace"
 PASSES_BEFORE, PASSES_SHOWN = 3, 12  # of the default window: before the pass that misses, and in all
 WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.2  # inches; head and lanes are a panel's
 # Heights in lanes. The target's bars grow up from the gap between the lanes, the drafter's down; messages cross it.
@@ -376,35 +373,3 @@ def _draw_legend(figure: Any, kinds: set[str], bubbles: bool, height: float) -> 
         labelcolor=INK,
     )
     figure.text(centre, 0.14 / height, CAPTION, ha="center", fontsize=9, color=INK)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    from pearl.config import cli
-
-    return cli.guarded(_main)(argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    from pearl.config.cli import Parser
-
-    parser = Parser(prog=COMMAND, description="Draw a trace that --trace wrote.", allow_abbrev=False)
-    add = parser.add_argument
-    add("trace", metavar="FILE", type=Path)
-    add("--png", metavar="OUT", type=Path, required=True, help="where the picture goes")
-    add("--from", dest="start_s", metavar="SECONDS", type=float, help="since the text began; default: before a miss")
-    add("--seconds", metavar="N", type=float, help=f"to draw; default: {PASSES_SHOWN} passes")
-    add("--sequence", metavar="N", type=int, nargs="+", default=[], help="default: the longest text of each mode")
-    add("--mode", metavar="NAME", nargs="+", default=[], help="default: all that the trace holds")
-    found = parser.parse_args(argv)
-    if found.start_s is not None and not 0 <= found.start_s < math.inf:
-        raise UsageError(f"--from must be at least 0 seconds, not {found.start_s:g}.")
-    if found.seconds is not None and not 0 < found.seconds < math.inf:
-        raise UsageError(f"--seconds must be more than 0, not {found.seconds:g}.")
-    events = read(found.trace)
-    shown, window = frame(panels(events, found.sequence, found.mode), found.start_s, found.seconds)
-    draw(events, shown, window, found.png)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,7 +87,7 @@ class World:
             raise UsageError(
                 f"The launcher started {size} processes, but one target and one drafter are two: use "
                 "--num_processes 2, or 2 R for R replicas; a target over several GPUs is one process with "
-                f"--target-device cuda:0,cuda:1, or {size - 1} with --target-tp {size - 1}."
+                f"--target-device cuda:0,cuda:1, or {size - 1} with --tensor-parallel-size {size - 1}."
             )
         return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2), apart=here == 1)
 
@@ -158,7 +158,7 @@ class DrafterProcess:
                 self._store,
                 rank=0,
                 host=self._host,
-                silence_s=self._config.silence_s,
+                silence_s=self._config.heartbeat_timeout_s,
                 name=f"pearl-{number}",
                 lane=_lane(self._store, number, 0, self._features_from, self._host),
             )
@@ -181,7 +181,7 @@ class DrafterProcess:
     def _let_go(self) -> None:
         """Tells a launcher's drafter that waits for its next connection that there will be none: it ends well, as
         otherwise the launcher would end the target too."""
-        for number in range(self._reached + 1, self._config.draft_restarts + 2) if self._launched else ():
+        for number in range(self._reached + 1, self._config.max_draft_restarts + 2) if self._launched else ():
             with contextlib.suppress(RuntimeError):  # the launcher is gone
                 self._store.set(f"{_LANE}/{number}", _OVER)
 
@@ -216,7 +216,7 @@ class DrafterProcess:
                     "see its message above; too little memory is the usual reason."
                 )
             stopped_since = (stopped_since or now) if self._child and is_stopped(self._child.pid) else None
-            if stopped_since and now - stopped_since > self._config.draft_deadline_s:
+            if stopped_since and now - stopped_since > self._config.draft_timeout_s:
                 raise Unreachable("its process is stopped")
             if now - waited_since > self._config.start_timeout_s:
                 raise Unreachable(f"it was not ready after {self._config.start_timeout_s:g} s (start_timeout_s)")
@@ -327,7 +327,7 @@ def serve(
                 return
             lane = _lane(store, number, 1, wanted and source.device, host)
             link = ProcessChannel(
-                store, rank=1, host=host, silence_s=config.silence_s, name=f"pearl-{number}", lane=lane
+                store, rank=1, host=host, silence_s=config.heartbeat_timeout_s, name=f"pearl-{number}", lane=lane
             )
         except RuntimeError as error:
             raise TargetGone(f"{str(error)[:200]}") from None
@@ -373,12 +373,12 @@ def draft_source(config: EngineConfig):
     from pearl.checkpoints.preflight import AHEAD, preflight
     from pearl.drafters.tree import TreeSource
 
-    world = World.here(config.target_tp)
+    world = World.here(config.tensor_parallel_size)
     checked = preflight(config, world.roles, world.shards_here)
     if config.feature_folder:
         from pearl.drafters.feature.source import FeatureSource
 
-        return FeatureSource(load_feature_drafter(checked), config.draft_beam)
+        return FeatureSource(load_feature_drafter(checked), config.tree_top_k)
     model, costs = load_draft(checked, AHEAD)
     return TreeSource(model, costs.seconds, several=costs.several)
 
@@ -406,7 +406,7 @@ def launchers_store(timeout_s: float = START_TIMEOUT_S):
 
 
 def _rendezvous(config: EngineConfig):
-    return meeting(f"replica-{World.here(config.target_tp).replica}", config.start_timeout_s)
+    return meeting(f"replica-{World.here(config.tensor_parallel_size).replica}", config.start_timeout_s)
 
 
 def meeting(name: str, timeout_s: float = START_TIMEOUT_S):

@@ -133,7 +133,7 @@ class TensorParallelWorkers:
                 "This process has a torch.distributed process group already, and a target over several ranks needs "
                 "its own: run one such engine at a time, in a program that makes no group."
             )
-        self.size = config.target_tp
+        self.size = config.tensor_parallel_size
         self._deadline_s, self._texts = DEADLINE_S, Texts()
         self._group: Group | None = None
         self._children: list[subprocess.Popen] = []
@@ -268,7 +268,7 @@ def follow(
         with _told(store, rank):
             store.set(f"here-{rank}", "")
             store.wait([_MET], timedelta(seconds=START_S))
-            group = Group(store, rank, config.target_tp, deadline_s, host)
+            group = Group(store, rank, config.tensor_parallel_size, deadline_s, host)
             shard = load_shard(checked)
             store.set(f"loaded-{rank}", "")
         texts = Texts()
@@ -341,11 +341,11 @@ def main() -> int:
     orders: dict[str, Any] = json.loads(os.environ[_ORDERS])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to rank 0, which ends this process
     config, rank = EngineConfig.from_json(orders["config"]), orders["rank"]
-    store = dist.TCPStore(LOCAL, orders["port"], config.target_tp, is_master=False)
+    store = dist.TCPStore(LOCAL, orders["port"], config.tensor_parallel_size, is_master=False)
 
     def run() -> None:
         with _told(store, rank):
-            checked = preflight(config, ("target",), config.target_tp)
+            checked = preflight(config, ("target",), config.tensor_parallel_size)
         follow(config, checked, rank, orders["cpus"], store, LOCAL, orders["deadline_s"])
 
     return _live(rank, run)

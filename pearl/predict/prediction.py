@@ -1,8 +1,7 @@
 """The speed-up to expect of every mode, from one recorded run, or from a few numbers.
 
-    python -m pearl.predict.prediction RUN_FOLDER                  a folder that an evaluation has written
-    python -m pearl.predict.prediction --a 0.8 --c 3               acceptance a and speed ratio c, as in
-    pearl.core.theory
+    pearl predict RUN_FOLDER          a folder that an evaluation has written
+    pearl predict --a 0.8 --c 3       acceptance a and speed ratio c, as in pearl.core.theory
 
 Knows: which modes to ask about, and how to say the answer. Refuses to know: how decoding works. A prediction is the
 figures (`pearl.evaluation.metrics`) of a simulated run (`pearl.predict.simulation`), in which the real loops,
@@ -11,25 +10,19 @@ schedule and controller meet the guesses of the recorded one (`pearl.predict.rep
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from pearl.config.cli import Parser, guarded
 from pearl.core.records import Key
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
 from pearl.errors import UsageError
 from pearl.evaluation import metrics
-from pearl.predict.replay import LATENCY_S, Case, missed, read_run, sureness
+from pearl.predict.replay import Case, missed, sureness
 from pearl.predict.simulation import Place, Script, Times, simulate
 
 MODES = ("ar", "sd", "sd:2", "sd:4", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree")
@@ -106,58 +99,3 @@ def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:
 
 def _cell(value: float | None, form: str = "{:.2f}") -> str:
     return "-" if value is None else form.format(value)
-
-
-@guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(
-        prog="python -m pearl.predict.prediction",
-        description="The speed-up to expect of every mode, by replaying a recorded run, or from numbers by hand.",
-    )
-    add = parser.add_argument
-    add("run", nargs="?", metavar="RUN_FOLDER", help="what an evaluation has written")
-    add("--mode", help="of the run: whose guesses to replay (default: the one with most of them)")
-    add("--modes", nargs="+", metavar="MODE", help="to predict; default: the run's own and the usual ones")
-    add("--a", type=float, help="by hand: the acceptance")
-    add("--c", type=float, help="by hand: the time of a pass over that of a drafter forward")
-    add("--latency", type=float, help=f"of a message, in seconds ({LATENCY_S:g}), by hand in passes (0)")
-    add("--tokens", type=int, default=2000, help="by hand: of the text")
-    add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
-    add("--seed", type=int, default=0, help="of what a run does not say")
-    add("--json", metavar="FILE", help="write the figures there too")
-    found = parser.parse_args(argv)
-    case = _case(found)
-    modes = found.modes or [*dict.fromkeys([*MODES, *(mode for mode in case.measured if mode != "ar-all")])]
-    figures = predict(case, modes, found.seed)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(case, figures))
-    for note in case.notes:
-        console.print(note)
-    if found.json:
-        _write(
-            Path(found.json), {"source": case.source, "notes": case.notes, "measured": case.measured, "modes": figures}
-        )
-    return 0
-
-
-def _case(found: argparse.Namespace) -> Case:
-    by_numbers = found.a is not None or found.c is not None
-    if bool(found.run) == by_numbers:
-        raise UsageError("Name the folder of a run, or give both --a and --c.")
-    if not by_numbers:
-        latency_s = LATENCY_S if found.latency is None else found.latency
-        return read_run(Path(found.run), found.mode, latency_s, found.seed)
-    if found.a is None or found.c is None:
-        raise UsageError("Give both --a and --c: how often a guess is right, and passes per drafter forward.")
-    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}.") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,7 @@ import numpy as np
 
 from pearl.config.inputs import json_lines, read_text, sound
 from pearl.core.records import Key
+from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.errors import UsageError
 from pearl.predict.simulation import VOCABULARY, Place, Script, Times
@@ -88,7 +89,7 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
         scripts=scripts,
         times=times,
         own=confirmed / own if own and confirmed is not None else OWN,
-        settings={name: config.get(name) for name in ("gamma", "branches", "width", "max_ahead")},
+        settings={one.name: next((config[n] for n in (one.name, *one.was) if n in config), None) for one in OPTIONS},
         measured={m: f["speedup_vs_ar"] for m, f in summary["modes"].items() if f.get("speedup_vs_ar")},
         source=f"{folder}, the guesses of mode {mode}",
         notes=_notes(times, chains),

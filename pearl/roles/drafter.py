@@ -209,7 +209,7 @@ class Drafter:
             if not schedule.post_verify and text.trie.root.children:
                 grown[text] = _Grown([], True)
             else:
-                fixed = schedule.branches is not None
+                fixed = schedule.draft_batch is not None
                 asked[text] = Tree(text.place, text.trie, text.plan.branches, text.plan.ahead, fixed)
         own, confirmed = (source.own, source.confirmed) if asked else (0, 0)
         found = self._try(list(asked), lambda some: self._extend([asked[text] for text in some]))

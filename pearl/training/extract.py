@@ -1,6 +1,6 @@
 """Records what a frozen target writes, and what it knew while it wrote: the data that drafters are trained on.
 
-    python -m pearl.training.extract --prompts questions.jsonl --self-written 1000 --output data/smollm2
+    pearl extract --prompts questions.jsonl --self-written 1000 --output data/smollm2
 
 The answers are the target's own, since its own tokens are what a drafter has to guess. A shard holds the answers to a
 fixed range of prompts and is written whole; a run that was interrupted goes on with the shards that are missing.
@@ -12,14 +12,12 @@ import hashlib
 import multiprocessing
 import os
 import random
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pearl.config import cli
-from pearl.config.engine_config import DTYPES, EMBEDDED, EngineConfig, one_of
+from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 
 INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
@@ -44,35 +42,8 @@ class GenerationRequest:
     threads: int
 
 
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description="Record a target's own answers, features and next-token choices.")
-    add = parser.add_argument
-    add("--target", default=EMBEDDED, help="hub id, folder or GGUF file; default: the embedded SmolLM2-135M-Instruct")
-    add("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on CPU, else bfloat16")
-    add("--prompts", nargs="+", default=[], metavar="FILE", help="questions, a JSON object a line")
-    add("--hub", nargs="+", default=[], metavar="NAME[:SPLIT]", help="questions from data sets of the hub")
-    add("--self-written", type=int, default=0, metavar="N", help="this many instructions that the target writes itself")
-    add("--limit", type=int, help="only so many prompts, drawn from all")
-    add("--output", required=True, metavar="DIR")
-    add("--layers", type=int, nargs="+", help="whose features to take; default: an early, a middle and a late one")
-    add("--top-k", type=int, default=32, help="likeliest next tokens to note")
-    add("--max-new-tokens", type=int, default=256)
-    add("--max-length", type=int, default=768, help="of a text; longer prompts are left out")
-    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 1.0], help="of the answers, in turn")
-    add("--seed", type=int, default=0)
-    add("--batch", type=int, default=48, help="texts at a time")
-    add("--shard", type=int, default=96, help="prompts a shard")
-    add("--workers", type=int, help="processes; default: one a GPU, or one a core")
-    found = parser.parse_args(argv)
-    for name in ("top_k", "max_new_tokens", "max_length", "batch", "shard"):
-        cli.at_least_one("--" + name.replace("_", "-"), getattr(found, name))
-    one_of("dtype", found.dtype, (*DTYPES, None))
-    if any(not 0 <= t < 100 for t in found.temperature) or found.self_written < 0:
-        raise UsageError("--temperature and --self-written must not be negative.")
-    if not (found.prompts or found.hub or found.self_written):
-        raise UsageError("Give --prompts, --hub or --self-written: without questions there are no answers.")
-
+def run(found: Any) -> None:
+    """Records what is missing of what the options of `pearl extract` ask for. Raises `UsageError`."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -119,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     total = sum(shard.responses for shard in manifest.shards)
     texts = sum(shard.texts for shard in manifest.shards)
     console.print(f"{job.folder}: {texts} texts with {total} tokens of answers", highlight=False)
-    return 0
 
 
 def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
@@ -246,7 +216,3 @@ def _make(number: int):
     assert _place, "a worker begins before it makes anything"
     _worker = _worker or _Worker(*_place)
     return _worker.make(number)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from pearl.config.engine_config import refuse_unknown
+from pearl import options
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write
@@ -80,7 +80,7 @@ def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any
     """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
     values = parse_yaml(read_text(path, "The recipe"), f"The recipe {path}")
     values |= {name: value for name, value in overrides.items() if value is not None}
-    refuse_unknown(values, [field.name for field in fields(kind)], path)
+    options.refuse_unknown(values, [field.name for field in fields(kind)], path, {})
     missing = [name for name in ("data", "output") if name not in values]
     if missing:
         raise UsageError(f"The recipe {path} lacks {' and '.join(missing)}.")

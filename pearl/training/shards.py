@@ -166,7 +166,7 @@ class Recorded:
         is missing, cut off or changed."""
         manifest = Manifest.read(folder)
         if manifest is None or not manifest.shards:
-            raise UsageError(f"{folder} holds no recorded texts: make some with python -m pearl.training.extract.")
+            raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
         self.manifest, self._features = manifest, features
         self._files = []
         self._places: list[tuple[int, int]] = []  # (file, text in it)
@@ -218,7 +218,7 @@ class Recorded:
 
 
 def _open(path: Path, shard: Shard):
-    again = "delete it and run pearl.training.extract again, which makes only what is missing"
+    again = "delete it and run pearl extract again, which makes only what is missing"
     try:
         if path.stat().st_size != shard.bytes:
             raise UsageError(f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}: {again}.")

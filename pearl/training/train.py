@@ -1,6 +1,6 @@
 """Trains a feature drafter on recorded texts.
 
-    accelerate launch -m pearl.training.train --config configs/feature/smollm2-135m.yaml
+    pearl train --config configs/feature/smollm2-135m.yaml
 
 For every token of an answer the drafter learns the target's choice after it (depth 0); from some of them, the anchors,
 also the choices after that (depths 1 to K - 1), which it has to make without seeing the tokens between. Features are
@@ -9,7 +9,6 @@ withheld here and there, in runs, because in two processes the drafter runs ahea
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
 from pearl.drafters.feature import network
 from pearl.drafters.feature.mask import SlotMask
@@ -307,21 +305,11 @@ def _even(norm: nn.RMSNorm, sample: Tensor) -> Tensor:
     return spread * size.mean()
 
 
-@cli.guarded
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(description="Train a parallel feature drafter on recorded texts.")
-    parser.add_argument("--config", metavar="FILE", help="the recipe")
-    parser.add_argument("--data", metavar="DIR", help="recorded texts; default: the recipe's")
-    parser.add_argument("--output", metavar="DIR", help="default: the recipe's")
-    parser.add_argument("--target", help="default: the recipe's")
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--segments", type=int)
-    found = parser.parse_args(argv)
-    if not found.config:
-        raise UsageError("Give --config: a recipe such as configs/feature/smollm2-135m.yaml.")
-    names = ("data", "output", "target", "epochs", "segments")
-    recipe = loop.read_recipe(FeatureRecipe, found.config, {name: getattr(found, name) for name in names})
+def run(recipe: FeatureRecipe) -> None:
+    """Trains by a recipe, in every process that accelerate has started, and says what came of it.
 
+    Raises `UsageError`.
+    """
     from accelerate import Accelerator
 
     from pearl.checkpoints.preflight import preflight
@@ -352,8 +340,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         print(f"the drafter is in {recipe.output}: {network.CONFIG} and {network.WEIGHTS}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -41,7 +41,12 @@ from pearl.errors import UsageError
 
 FRAME = 16  # words
 _AUTO = -1  # on the wire
-_SETTINGS = ("gamma", "branches", "width", "max_ahead")  # of a schedule, each a number or None: auto
+_SETTINGS = (
+    "gamma",
+    "draft_batch",
+    "max_verify_tokens",
+    "max_draft_tokens",
+)  # of a schedule, each a number or None: auto
 _LARGEST = 2**31 - 1  # no vocabulary is larger
 
 Words = np.ndarray  # int32 [n]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pearl.commands import bench
+from pearl.commands.bench import main
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models.numerics_check import Check
+from pearl.predict import shapes as bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,5 +103,5 @@ def test_what_memory_does_not_hold_is_not_tried(monkeypatch):
 
 
 def test_an_unknown_shape_is_refused_in_a_sentence(capsys):
-    assert bench.main(["--shapes", "9B"]) == 2
+    assert main(["--shapes", "9B"]) == 2
     assert "'9B' is unknown; choose tiny, or some of 0.5B" in capsys.readouterr().err

@@ -238,30 +238,30 @@ def test_an_engine_with_fixed_shapes_writes_the_same_text(tiny_pair, temperature
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3, ignore_eos=True)
     said = {}
-    for static in ("off", "on"):
-        config = EngineConfig(*tiny_pair, dtype="float32", max_length=400, static=static, kernel="stock")
+    for graphs in ("off", "on"):
+        config = EngineConfig(*tiny_pair, dtype="float32", max_length=400, cuda_graphs=graphs, kernel="stock")
         with Engine.from_pretrained(
             config.target,
             config.draft,
             dtype="float32",
             max_length=400,
-            static=static,
+            cuda_graphs=graphs,
             kernel="stock",
             mode="sd",
             processes=1,
         ) as engine:
             for mode in ("ar", "sd"):
-                said[static, mode] = engine.generate("def f(x):", params, mode=mode).tokens
-            assert (engine.model.fixed is not None) == (static == "on")
+                said[graphs, mode] = engine.generate("def f(x):", params, mode=mode).tokens
+            assert (engine.model.fixed is not None) == (graphs == "on")
             assert engine.description.count("rows: ") == 1
     assert len({tuple(tokens) for tokens in said.values()}) == 1
 
 
 def test_the_command_says_what_was_found(tiny_pair, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = ["--target", tiny_pair[0], "--draft", "ngram", "--dtype", "float32", "--max-length", "300"]
+    options = ["--target", tiny_pair[0], "--dtype", "float32", "--max-length", "300"]
     said = {}
-    for name, more in (("plain", []), ("fixed", ["--static", "on"]), ("again", ["--static", "on"])):
+    for name, more in (("plain", []), ("fixed", ["--cuda-graphs", "on"]), ("again", ["--cuda-graphs", "on"])):
         assert selfcheck.main([*options, *more]) == 0
         said[name] = capsys.readouterr().out
     assert [line.split()[1] for line in said["plain"].splitlines()] == ["rows:"]
@@ -270,12 +270,18 @@ def test_the_command_says_what_was_found(tiny_pair, tmp_path, monkeypatch, capsy
     assert said["again"] == said["fixed"]
 
 
-def test_eager_and_static_reach_the_engine_from_a_command_line():
-    words = ["--target", "t", "--eager", "--static", "off"]
-    config, _ = cli.engine_config(cli.parse(cli.parser("", 1), words))
-    assert config.eager and config.static == "off"
-    usual, _ = cli.engine_config(cli.parse(cli.parser("", 1), ["--target", "t"]))
-    assert not usual.eager and usual.static == "auto"
-    cpu, gpu, both = (Placement(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
-    assert [has_static_shapes(usual, placed) for placed in (cpu, gpu, both)] == [False, True, False]
-    assert not has_static_shapes(config, gpu)
+@pytest.mark.parametrize(
+    "graphs, fixes",
+    [
+        ("auto", [False, True, False]),
+        ("on", [True, True, True]),
+        ("static-only", [True, True, True]),
+        ("off", [False, False, False]),
+    ],
+)
+def test_the_choice_of_graphs_reaches_the_engine_from_a_command_line(graphs, fixes):
+    config, _ = cli.engine_config(cli.parse(cli.parser("doctor"), ["--target", "t", "--cuda-graphs", graphs]))
+    places = (Placement(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
+    assert [has_static_shapes(config, placed) for placed in places] == fixes
+    usual, _ = cli.engine_config(cli.parse(cli.parser("doctor"), ["--target", "t"]))
+    assert usual.cuda_graphs == "auto"

@@ -1,8 +1,14 @@
-"""What a config can't mean is refused in a sentence."""
+"""What an engine can't be made of is refused before anything is loaded; an old name is answered with the new one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import pytest
 
-from pearl.config.engine_config import EngineConfig, from_mapping
+from pearl import Engine, SamplingParams
+from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.machine import cores
 
@@ -13,8 +19,19 @@ from pearl.machine import cores
         ({"dtype": "float64"}, "dtype 'float64' is unknown; choose from float32, bfloat16, float16"),
         ({"draft_dtype": "int8"}, "draft_dtype 'int8' is unknown"),
         ({"load_in": "2bit"}, "load_in '2bit' is unknown; choose from 8bit, 4bit"),
-        ({"static": "maybe"}, "static 'maybe' is unknown; choose from auto, on, off"),
-        ({"eager": "yes"}, "eager must be true or false, not 'yes'"),
+        ({"cuda_graphs": "maybe"}, "cuda_graphs 'maybe' is unknown; choose from auto, on, off, static-only"),
+        ({"trust_remote_code": "no"}, "trust_remote_code must be true or false, not 'no'"),
+        ({"double_quant": 1}, "double_quant must be true or false, not 1"),
+        ({"draft_vocabulary": True}, "draft_vocabulary must be a number of tokens, or 0 for all, not True"),
+        ({"cache_gb": True}, "cache_gb must be a number of gigabytes, or 0, not True"),
+        ({"cache_gb": math.nan}, "cache_gb must be a number of gigabytes, or 0, not nan"),
+        ({"cache_gb": math.inf}, "cache_gb must be a number of gigabytes, or 0, not inf"),
+        ({"cache_gb": -1}, "cache_gb must be a number of gigabytes, or 0, not -1"),
+        ({"max_length": True}, "max_length must be a whole number from 2, not True"),
+        ({"draft_timeout_s": math.nan}, "draft_timeout_s must be a number of seconds from 0.01 to 86400, not nan"),
+        ({"target_device": 3.5}, "target_device must be"),
+        ({"dtype": "bf16"}, "choose from float32, bfloat16, float16; did you mean bfloat16?"),
+        ({"dtype": "fp16"}, "choose from float32, bfloat16, float16; did you mean float16?"),
         ({"kernel": "fast"}, "kernel 'fast' is unknown; choose from auto, stock, packed"),
         ({"max_length": 1}, "max_length must be a whole number from 2, not 1"),
         ({"max_length": "long"}, "max_length must be a whole number from 2"),
@@ -48,22 +65,38 @@ def test_a_config_survives_its_journey_to_the_drafter(pair):
     assert EngineConfig.from_json(config.to_json()) == config
 
 
-def test_an_unknown_key_names_the_nearest_one():
-    with pytest.raises(UsageError, match=r"run\.yaml: unknown key 'draft_dtyp'; did you mean draft_dtype"):
-        from_mapping({"draft_dtyp": "float32"}, "run.yaml")
+def test_an_unknown_name_is_answered_with_the_nearest_one():
+    with pytest.raises(UsageError, match=r"EngineConfig: unknown key 'draft_dtyp'; did you mean draft_dtype\?"):
+        EngineConfig(draft_dtyp="float32")
     with pytest.raises(UsageError, match="known keys are target, draft, "):
-        from_mapping({"qqq": 1}, "run.yaml")
+        EngineConfig(qqq=1)
+    with pytest.raises(UsageError, match=r"unknown key 'max_len'; did you mean max_length\?"):
+        Engine.from_pretrained(max_len=3)
+    with pytest.raises(UsageError, match=r"SamplingParams: unknown key 'max_tokens'; did you mean max_new_tokens\?"):
+        SamplingParams(max_tokens=5)
     with pytest.raises(UsageError, match="did you mean max_length"):
-        from_mapping({"dtype": "float32", "max_lenght": 5}, "run.yaml")
+        replace(EngineConfig(), max_lenght=5)
 
 
-def test_a_mapping_is_a_config():
-    assert from_mapping({"dtype": "float32", "max_length": 9}, "run.yaml") == EngineConfig(
-        dtype="float32", max_length=9
-    )
-    assert from_mapping({}, "run.yaml") == EngineConfig()
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("target_tp", "tensor_parallel_size"),
+        ("draft_beam", "tree_top_k"),
+        ("static", "cuda_graphs (auto, on, off or static-only)"),
+        ("eager", "cuda_graphs (auto, on, off or static-only)"),
+        ("silence_s", "heartbeat_timeout_s"),
+        ("draft_deadline_s", "draft_timeout_s"),
+        ("draft_restarts", "max_draft_restarts"),
+        ("feature_lane", "feature_transport (auto, on or off)"),
+    ],
+)
+def test_a_name_of_before_is_answered_with_the_one_of_now(old, new):
+    with pytest.raises(UsageError) as caught:
+        EngineConfig(**{old: 1})
+    assert str(caught.value) == f"EngineConfig: unknown key '{old}'; it is called {new} now."
 
 
-def test_a_single_core_in_yaml_is_a_number(monkeypatch):
+def test_a_single_core_is_a_number(monkeypatch):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1})
-    assert from_mapping({"target_cores": 0}, "run.yaml").target_cores in (0, "0")
+    assert EngineConfig(target_cores=0).target_cores in (0, "0")

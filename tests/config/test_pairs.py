@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pearl.commands.pairs import main
 from pearl.config import pairs
 from pearl.config.engine_config import SHIPPED
-from pearl.config.pairs import Machine, Pair, all_pairs, check, load_pair, main, needed_gb
+from pearl.config.pairs import Machine, Pair, all_pairs, check, load_pair, needed_gb
 from pearl.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -71,29 +72,59 @@ def test_a_file_of_ones_own_is_a_pair_like_any_other(tmp_path):
     assert isinstance(mine.target_gb, float)
 
 
+def test_no_pair_is_the_nearest_to_a_word_that_is_like_none():
+    with pytest.raises(UsageError, match=r"^there is no pair 'nope'; `pearl pairs` lists them"):
+        load_pair("nope")
+
+
 def test_an_unknown_pair_is_refused_with_the_nearest_name_and_the_list():
-    with pytest.raises(UsageError, match=r"'qwen2.5-0.5b-8b'.*'qwen2.5-0.5b-7b'.*python -m pearl.config.pairs"):
+    with pytest.raises(UsageError, match=r"'qwen2.5-0.5b-8b'.*'qwen2.5-0.5b-7b'.*pearl pairs"):
         load_pair("qwen2.5-0.5b-8b")
 
 
+def test_a_pair_of_ones_own_needs_a_target_and_a_draft_only(tmp_path):
+    file = tmp_path / "my-pair.yaml"
+    file.write_text("target: org/large\ndraft: org/small\n")
+    mine = load_pair(str(file))
+    assert (mine.name, mine.dtype, mine.prompt, mine.target_gb) == ("my-pair", "bfloat16", None, None)
+    fit = check(mine, ROOMY)
+    assert fit.fits and fit.verdict == (
+        "How much memory my-pair needs is not known: state target_gb and draft_gb in its file."
+    )
+
+
+def test_the_size_of_models_on_this_machine_need_not_be_stated(tmp_path):
+    for name, size in (("target", 3_000), ("draft", 1_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"0" * size)
+    mine = Pair(name="x", target=str(tmp_path / "target"), draft=str(tmp_path / "draft"))
+    (place,) = check(mine, ROOMY).places
+    assert place.need_gb == pytest.approx(needed_gb(3e-6) + needed_gb(1e-6))
+    (place,) = check(Pair(name="x", target=str(tmp_path / "target"), draft="ngram"), ROOMY).places
+    assert place.need_gb == pytest.approx(needed_gb(3e-6))
+
+
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
-    with pytest.raises(UsageError, match=r"unknown key 'traget'.*'target'"):
+    with pytest.raises(UsageError, match=r"unknown key 'traget'; did you mean target\?"):
         load_pair(write(tmp_path, traget="x"))
 
 
 @pytest.mark.parametrize(
     "changes, wanted",
     [
-        (dict(target_gb="big"), "target_gb is 'big'; it must be a number of GB"),
-        (dict(draft_gb=True), "draft_gb is True"),
-        (dict(draft_gb=-1), "draft_gb is -1"),
-        (dict(target_gb=float("nan")), "target_gb is nan"),
-        (dict(draft_gb=10**400), "it must be a number of GB"),
-        (dict(target=7), "target is 7; it must be text"),
-        (dict(target=None), "target is None"),
-        (dict(load_in="2bit"), "load_in is '2bit'; it must be 8bit or 4bit or null"),
-        (dict(dtype="bf16"), "dtype is 'bf16'; it must be bfloat16 or float16 or float32"),
-        (dict(prompt=["chat"]), "prompt is \\['chat'\\]; it must be completion or chat"),
+        (dict(target_gb="big"), "target_gb must be a number of GB, not 'big'"),
+        (dict(draft_gb=True), "draft_gb must be a number of GB, not True"),
+        (dict(draft_gb=-1), "draft_gb must be a number of GB, not -1"),
+        (dict(target_gb=float("nan")), "target_gb must be a number of GB, not nan"),
+        (dict(draft_gb=10**400), "draft_gb must be a number of GB, not"),
+        (dict(target=7), "target must be text, not 7"),
+        (dict(target=None), "target must be text, not None"),
+        (dict(load_in="2bit"), "load_in '2bit' is unknown; choose from 8bit, 4bit"),
+        (
+            dict(dtype="bf16"),
+            r"dtype 'bf16' is unknown; choose from .*; did you mean bfloat16\?",
+        ),
+        (dict(prompt=["chat"]), r"prompt \['chat'\] is unknown; choose from completion, chat"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_what_it_must_be(tmp_path, changes, wanted):
@@ -153,7 +184,7 @@ def test_a_machine_too_small_is_told_how_much_is_needed_and_how_much_is_free():
     assert not fit.fits
     assert fit.verdict == (
         "llama3-1b-8b does not fit: it needs 20.3 GB for the target (16.0 GB free on GPU 0) and 4.0 GB for the draft "
-        "(12.0 GB free on GPU 1); `python -m pearl.config.pairs` shows which pairs fit here."
+        "(12.0 GB free on GPU 1); `pearl pairs` shows which pairs fit here."
     )
 
 
@@ -174,6 +205,16 @@ def test_the_command_exits_2_on_bad_input_with_the_reason_on_standard_error(caps
     assert main(["smollm"]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_on_a_narrow_terminal_the_names_are_still_whole(monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "probe", lambda: Machine(ram_gb=30.0))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")  # of 80 columns
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines} >= set(NAMES)
 
 
 def test_the_list_names_every_pair_unbroken(monkeypatch, capsys):

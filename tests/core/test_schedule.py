@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pearl.core.schedule import MAX_AHEAD, MAX_BRANCHES, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
+from pearl.core.schedule import MAX_AHEAD, MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
 from pearl.errors import UsageError
 
 SWITCHES = {  # pre-verify, post-verify
@@ -18,7 +18,7 @@ SWITCHES = {  # pre-verify, post-verify
 }
 CHAINS = [mode for mode in SWITCHES if mode != "tree"]
 GAMMAS = st.one_of(st.just("auto"), st.integers(1, MAX_GAMMA))
-LIMITS = [st.one_of(st.just("auto"), st.integers(1, most)) for most in (MAX_BRANCHES, MAX_WIDTH, 100)]
+LIMITS = [st.one_of(st.just("auto"), st.integers(1, most)) for most in (MAX_DRAFT_BATCH, MAX_WIDTH, 100)]
 SCHEDULES = st.builds(Schedule.of, st.sampled_from(list(SWITCHES)), GAMMAS, *LIMITS)
 
 
@@ -48,31 +48,31 @@ def test_a_tree_has_no_blocks():
 
 def test_the_number_behind_a_mode_is_its_gamma_and_behind_tree_its_branches():
     assert Schedule.of("sd:3") == Schedule.of("sd", 3)
-    assert Schedule.of("tree:3") == Schedule.of("tree", branches=3)
-    assert Schedule.of("tree:3", gamma=7, branches=5).branches == 3
+    assert Schedule.of("tree:3") == Schedule.of("tree", draft_batch=3)
+    assert Schedule.of("tree:3", gamma=7, draft_batch=5).draft_batch == 3
 
 
 def test_only_a_tree_has_branches():
-    assert [Schedule.of(mode, branches=5).branches for mode in CHAINS] == [1] * len(CHAINS)
-    assert Schedule.of("tree").branches is None, "the controller decides"
+    assert [Schedule.of(mode, draft_batch=5).draft_batch for mode in CHAINS] == [1] * len(CHAINS)
+    assert Schedule.of("tree").draft_batch is None, "the controller decides"
 
 
 @pytest.mark.parametrize("mode", SWITCHES)
 def test_what_is_not_fixed_by_hand_is_left_to_the_controller(mode: str):
-    assert (Schedule.of(mode).width, Schedule.of(mode).max_ahead) == (None, None)
-    fixed = Schedule.of(mode, width="5", max_ahead=9)
-    assert (fixed.width, fixed.max_ahead) == (5, 9)
+    assert (Schedule.of(mode).max_verify_tokens, Schedule.of(mode).max_draft_tokens) == (None, None)
+    fixed = Schedule.of(mode, max_verify_tokens="5", max_draft_tokens=9)
+    assert (fixed.max_verify_tokens, fixed.max_draft_tokens) == (5, 9)
 
 
 @pytest.mark.parametrize(
     "setting, value, words",
     [
-        ("branches", 0, f"branches must be a whole number from 1 to {MAX_BRANCHES}"),
-        ("branches", MAX_BRANCHES + 1, "branches must be"),
-        ("width", 0, f"width must be a whole number from 1 to {MAX_WIDTH}"),
-        ("width", MAX_WIDTH + 1, "width must be"),
-        ("max_ahead", 0, "max_ahead must be a whole number from 1"),
-        ("max_ahead", "far", "max_ahead must be"),
+        ("draft_batch", 0, f"draft_batch must be a whole number from 1 to {MAX_DRAFT_BATCH}"),
+        ("draft_batch", MAX_DRAFT_BATCH + 1, "draft_batch must be"),
+        ("max_verify_tokens", 0, f"max_verify_tokens must be a whole number from 1 to {MAX_WIDTH}"),
+        ("max_verify_tokens", MAX_WIDTH + 1, "max_verify_tokens must be"),
+        ("max_draft_tokens", 0, "max_draft_tokens must be a whole number from 1"),
+        ("max_draft_tokens", "far", "max_draft_tokens must be"),
     ],
 )
 def test_a_limit_out_of_range_is_refused_in_a_sentence(setting: str, value: object, words: str):
@@ -130,7 +130,7 @@ def test_post_verify_drafts_the_next_block_and_the_bonus_token_before_it(
 ):
     for mode in ("pearl", "pearl-no-pre"):
         assert Schedule.of(mode, block).room(depth, block, drafted) == max(0, 2 * block + 1 - depth)
-        free = Schedule.of(mode, max_ahead=ahead)
+        free = Schedule.of(mode, max_draft_tokens=ahead)
         assert free.room(depth, 1, drafted) == max(0, (ahead or MAX_AHEAD) - depth)
 
 
@@ -150,5 +150,5 @@ def test_a_new_chain_has_room_for_all_that_the_target_waits_for(
 @given(SCHEDULES)
 def test_a_schedule_can_be_made_again_from_its_mode_and_its_numbers(schedule: Schedule):
     """Which is how it crosses the wire."""
-    numbers = (schedule.gamma, schedule.branches, schedule.width, schedule.max_ahead)
+    numbers = (schedule.gamma, schedule.draft_batch, schedule.max_verify_tokens, schedule.max_draft_tokens)
     assert Schedule.of(schedule.mode, *numbers) == schedule

@@ -483,7 +483,7 @@ def opened(toy: str, folder: Path, **options: object):
 @pytest.mark.parametrize("beam", [0, 1])
 def test_in_one_process_the_text_is_the_targets_own(toy, drafter_folder, beam: int):
     core = str(min(os.sched_getaffinity(0)))
-    with opened(toy, drafter_folder, mode="sd", processes=1, draft_beam=beam, target_cores=core) as engine:
+    with opened(toy, drafter_folder, mode="sd", processes=1, tree_top_k=beam, target_cores=core) as engine:
         for params in (GREEDY, SEEDED):
             written = engine.generate("def f(x):", params)
             assert written.tokens == engine.generate("def f(x):", params, mode="ar").tokens
@@ -575,9 +575,9 @@ def test_weights_that_are_not_whole_are_refused(toy, drafter_folder, tmp_path, h
     "options, sentence",
     [
         ({"draft": "feature:/not/there"}, "/not/there holds no drafter.json: give the folder that"),
-        ({"draft_beam": -1}, "draft_beam must be a number of paths up to 64, or 0 for auto, not -1"),
-        ({"draft_beam": 65}, "draft_beam must be"),
-        ({"draft_beam": 1.5}, "draft_beam must be"),
+        ({"tree_top_k": -1}, "tree_top_k must be a number of paths up to 64, or 0 for auto, not -1"),
+        ({"tree_top_k": 65}, "tree_top_k must be"),
+        ({"tree_top_k": 1.5}, "tree_top_k must be"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(options, sentence):

@@ -163,9 +163,9 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (["--share", "0"], "--share must be above 0"),
-        (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--format", "prose"], "format 'prose' is unknown"),
+        (["--share", "0"], "--share must be above 0 and at most 1, not 0.0"),
+        (["--repeats", "0"], "--repeats must be a whole number from 1, not 0"),
+        (["--format", "prose"], "--format 'prose' is unknown; choose from completion, chat"),
         (["--mode", "hf-assisted", "--draft", "ngram"], "hf-assisted needs a draft model"),
         (["--mode", "hf-assisted", "--draft", "feature:smollm2-135m-feature"], "hf-assisted needs a draft model"),
         (
@@ -173,7 +173,7 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
             "hf-prompt-lookup draws its samples in its own way",
         ),
         (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
-        (["--batch-size", "2"], "unrecognized arguments"),
+        (["--batch-size", "2"], "There is no option --batch-size"),
     ],
 )
 def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, more, sentence):

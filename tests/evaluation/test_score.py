@@ -9,11 +9,11 @@ import tiny
 import torch
 from toys import together
 
+from pearl.commands import score as command
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.ngram import NgramSource
 from pearl.errors import UsageError
-from pearl.evaluation import score
 from pearl.evaluation.score import Read, Scored, batches, figures, load, score_model, score_source
 from pearl.roles.target import Target
 
@@ -107,11 +107,11 @@ def test_the_command_compares_drafters(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": "def the", "text": "(thing): the the the"}) + "\n")
     argv = [str(tmp_path / "texts.jsonl"), "--target", target, "--dtype", "float32", "--max-length", "200"]
     out = tmp_path / "scores.json"
-    assert score.main([*argv, "--draft", draft, target, "ngram", "--overlap", "--output", str(out)]) == 0
+    assert command.main([*argv, "--draft", draft, target, "ngram", "--overlap", "--output", str(out)]) == 0
     said = capsys.readouterr().out
     scores = json.loads(out.read_text())
     assert list(scores) == [draft, target, "ngram"] and all(name in said for name in scores)
     assert scores[target]["overlap"] == pytest.approx(1.0, abs=1e-4)
     assert 0 < scores[draft]["overlap"] < 0.95
-    assert score.main([*argv, "--draft", "feature:smollm2-135m-feature"]) == 2
+    assert command.main([*argv, "--draft", "feature:smollm2-135m-feature"]) == 2
     assert "drafts from features: score it with" in capsys.readouterr().err

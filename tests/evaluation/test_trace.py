@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pearl.commands.trace import main
 from pearl.core.timeline import OFF, Trace, merge, prepare
 from pearl.errors import UsageError
 from pearl.evaluation import trace
-from pearl.evaluation.trace import frame, main, panels, read
+from pearl.evaluation.trace import frame, panels, read
 
 PASS_S, DRAFT_S, PROMPT = 0.1, 0.03, 40
 ROWS = {"pearl": [4, 4, 4, 4, 4, 1, 4, 4, 4, 4, 4, 4], "tree": [4] * 12, "ar": [1] * 12}

@@ -91,7 +91,7 @@ def test_a_drafter_that_falls_while_it_starts_is_started_again(pair, nursery, ki
 
 
 def test_a_stuck_drafter_that_is_not_started_again_is_ended(pair, nursery):
-    with Engine.from_pretrained(*pair, **{**OPTIONS, "draft_restarts": 0, "silence_s": 0.5}) as made:
+    with Engine.from_pretrained(*pair, **{**OPTIONS, "max_draft_restarts": 0, "heartbeat_timeout_s": 0.5}) as made:
         pid = made.drafter_pid
         nursery.strike(pid, "stop")
         params = faults.SamplingParams(max_new_tokens=8)

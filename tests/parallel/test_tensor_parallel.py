@@ -34,7 +34,7 @@ def alone(pair):
 
 @pytest.fixture(scope="module")
 def engine(pair):
-    with Engine.from_pretrained(*pair, target_tp=2, max_sequences=3, **OPTIONS) as engine:
+    with Engine.from_pretrained(*pair, tensor_parallel_size=2, max_sequences=3, **OPTIONS) as engine:
         yield engine
 
 
@@ -92,7 +92,7 @@ SCRIPT = """
 import sys
 from pearl import Engine, SamplingParams
 
-with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=256, target_tp=2) as engine:
+with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=256, tensor_parallel_size=2) as engine:
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)
     print(*engine.generate("def the(thing):\\n", params).tokens, engine.drafter_pid, engine._crew.pids)
 """

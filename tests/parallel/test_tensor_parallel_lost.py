@@ -38,7 +38,7 @@ OPTIONS: dict = dict(dtype="float32", max_length=256)
 def opened(pair, monkeypatch, deadline_s: float):
     """The target's ranks alone."""
     monkeypatch.setattr(tensor_parallel, "DEADLINE_S", deadline_s)
-    with Engine.from_pretrained(*pair, mode="ar", target_tp=2, **OPTIONS) as engine:
+    with Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS) as engine:
         yield engine
 
 
@@ -85,7 +85,7 @@ def test_a_rank_that_hangs_is_waited_for_until_the_deadline_and_ends_when_it_wak
 def test_a_rank_that_can_not_start_is_a_sentence(pair, monkeypatch):
     monkeypatch.setattr(tensor_parallel.sys, "executable", "false")
     with pytest.raises(UsageError, match="Rank 1 of the target ended with code 1, and the run is over"):
-        Engine.from_pretrained(*pair, mode="ar", target_tp=2, **OPTIONS)
+        Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS)
 
 
 def test_a_line_carries_words_of_any_number_and_has_a_deadline():
@@ -129,7 +129,7 @@ def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monke
     monkeypatch.setenv("WORLD_SIZE", str(size))
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match=says):
-        Engine.from_pretrained(*pair, target_tp=tensor)
+        Engine.from_pretrained(*pair, tensor_parallel_size=tensor)
 
 
 def test_cores_are_dealt_to_the_ranks():
@@ -140,10 +140,10 @@ def test_cores_are_dealt_to_the_ranks():
 @pytest.mark.parametrize(
     "changed, says",
     [
-        ({"target_tp": 0}, "must be a number of ranks from 1 to 64"),
-        ({"target_tp": 2, "target_device": "cuda:0,cuda:1"}, "choose GPUs with CUDA_VISIBLE_DEVICES"),
-        ({"target_tp": 2, "load_in": "4bit"}, "load_in 4bit is for a target of one process"),
-        ({"target_tp": 2, "kernel": "packed"}, "kernel packed is for a target of one process"),
+        ({"tensor_parallel_size": 0}, "must be a number of ranks from 1 to 64"),
+        ({"tensor_parallel_size": 2, "target_device": "cuda:0,cuda:1"}, "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        ({"tensor_parallel_size": 2, "load_in": "4bit"}, "load_in 4bit is for a target of one process"),
+        ({"tensor_parallel_size": 2, "kernel": "packed"}, "kernel packed is for a target of one process"),
     ],
 )
 def test_options_that_ranks_do_not_have_are_refused(changed, says):
@@ -153,7 +153,17 @@ def test_options_that_ranks_do_not_have_are_refused(changed, says):
 
 @pytest.mark.parametrize("mode", ["ar-all", "hf-prompt-lookup"])
 def test_modes_that_ranks_do_not_have_are_refused(mode, pair, tmp_path):
-    words = ["--target", pair[0], "--target-tp", "2", "--mode", "ar", mode, "--output", str(tmp_path / "run")]
+    words = [
+        "--target",
+        pair[0],
+        "--tensor-parallel-size",
+        "2",
+        "--mode",
+        "ar",
+        mode,
+        "--output",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(UsageError, match=f"{mode} needs a target of one process"):
         evaluation.order(gsm8k.SUITE, [*words, "--data", str(asked(tmp_path))])
 
@@ -168,8 +178,8 @@ def asked(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name, count, says",
     [
-        ("llama", 4, "target_tp 4 does not divide the 2 key-value heads of it: use 2"),
-        ("llama", 3, "target_tp 3 does not divide the 4 attention heads of it: use 2 or 4"),
+        ("llama", 4, "tensor_parallel_size 4 does not divide the 2 key-value heads of it: use 2"),
+        ("llama", 3, "tensor_parallel_size 3 does not divide the 4 attention heads of it: use 2 or 4"),
         ("gpt2", 2, r"no tensor-parallel plan for it \(gpt2\)"),
     ],
 )
@@ -194,12 +204,12 @@ def test_a_rank_needs_a_gpu_of_its_own_where_there_are_some(pair, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("pearl.checkpoints.preflight.check_memory", lambda *_: None)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    config = EngineConfig(*pair, target_tp=2, dtype="float32")
+    config = EngineConfig(*pair, tensor_parallel_size=2, dtype="float32")
     placed = preflight(config)
     assert (placed.target_on.devices, placed.draft_on.devices) == (("cuda:1",), ("cuda:1",))  # this is the drafter
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert preflight(config).target_on.devices == ("cuda:0",)
-    four = replace(config, target_tp=4)
+    four = replace(config, tensor_parallel_size=4)
     monkeypatch.setattr(shards, "check", lambda *_: None)
     with pytest.raises(UsageError, match="4 ranks of the target need 4 GPUs on this machine, which has 2"):
         preflight(four)

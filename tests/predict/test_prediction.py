@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from pearl.commands.predict import main
 from pearl.core import theory
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
-from pearl.predict.prediction import by_hand, main, predict
+from pearl.predict.prediction import by_hand, predict
 from pearl.predict.replay import BEYOND, Case, missed, read_run, sureness
 from pearl.predict.simulation import VOCABULARY, Place, Script, simulate, token
 

@@ -294,7 +294,7 @@ def test_a_target_over_several_ranks_fills_the_nodes_and_the_drafter_comes_after
     assert [values(words, "--node_rank") for words in asked] == [["0"], ["1"]]
     for words in asked:
         assert (values(words, "--master_addr"), values(words, "--nnodes")) == (["n7"], ["2"])
-        assert values(words, "--target-tp") == [ranks] and "ar-all" not in values(words, "--mode")
+        assert values(words, "--tensor-parallel-size") == [ranks] and "ar-all" not in values(words, "--mode")
 
 
 def test_more_nodes_than_ranks_are_refused(cluster):

@@ -116,7 +116,7 @@ SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own t
 
 def small(schedule: Schedule) -> Schedule:
     """The drafter is infinitely fast here and fills the tree of every text."""
-    return replace(schedule, max_ahead=min(2, schedule.max_ahead or 2)) if schedule.tree else schedule
+    return replace(schedule, max_draft_tokens=min(2, schedule.max_draft_tokens or 2)) if schedule.tree else schedule
 
 
 @st.composite

@@ -61,7 +61,7 @@ def sample(
     source: DraftSource, schedule: Schedule, params: SamplingParams, script: Sequence[Move], texts: int = TEXTS
 ) -> Sample:
     target = Target(TARGET, ScriptedChannel(source, script), ticks())
-    schedule = replace(schedule, max_ahead=2)  # a drafter far ahead of so short a text is only slow
+    schedule = replace(schedule, max_draft_tokens=2)  # a drafter far ahead of so short a text is only slow
     counts: Counter[tuple[int, ...]] = Counter()
     passes: list[Pass] = []
     for seed in range(texts):

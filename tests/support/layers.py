@@ -5,7 +5,8 @@ Data for the test of the imports (tests/repository/test_imports.py) and for the 
 
 MAY_IMPORT = {
     "errors": [],
-    "core": ["errors", "machine"],
+    "options": ["errors"],
+    "core": ["options", "machine"],
     "machine": ["errors"],
     "config": ["core", "machine"],
     "models": ["core", "config"],
@@ -20,4 +21,5 @@ MAY_IMPORT = {
     "evaluation": ["engine", "tasks"],
     "predict": ["roles", "evaluation"],
     "commands": ["engine", "evaluation", "predict", "training"],
+    "__main__": ["commands"],
 }

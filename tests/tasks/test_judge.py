@@ -13,6 +13,7 @@ from test_evaluation import script
 from test_tasks import SAMPLES, written
 
 from pearl.errors import UsageError
+from pearl.evaluation import judging
 from pearl.tasks import judge
 
 KINDS = [f"{kind}{math}{turn}" for kind in ("single-v1", "pair-v2") for math in ("",) for turn in ("", "-multi-turn")]
@@ -223,4 +224,4 @@ def test_agreement_is_measured_in_words():
     assert found.similarity == pytest.approx((0.75 + 1) / 2)
     assert judge.agreement(said[0], []) is None
     with pytest.raises(UsageError, match="no question in common"):
-        script("judge").agreement([said[0], [judge.Answer(2, "b", ("x",))]])
+        judging.agreement([said[0], [judge.Answer(2, "b", ("x",))]])

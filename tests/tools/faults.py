@@ -40,7 +40,7 @@ SLACK_S = 0.5  # that a busy machine may add to a wait
 PAUSE_S = 0.6  # of a stopped or late drafter; longer than the deadline, shorter than a silence
 
 
-OPTIONS: dict[str, Any] = dict(dtype="float32", max_length=300, draft_restarts=1000, silence_s=SILENCE_S)
+OPTIONS: dict[str, Any] = dict(dtype="float32", max_length=300, max_draft_restarts=1000, heartbeat_timeout_s=SILENCE_S)
 
 
 @dataclass(frozen=True)
@@ -408,7 +408,7 @@ def main() -> int:
             for number in range(found.count):
                 outcome = suffer(engine, drafters, Fault.drawn(rng))
                 pauses.append(outcome.wait_s)
-                if not survived(outcome, engine.config.draft_deadline_s):
+                if not survived(outcome, engine.config.draft_timeout_s):
                     bad += 1
                     print(f"fault {number}: {outcome}", flush=True)
             kinds = Counter(event.kind for event in engine.events)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout runs 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from pearl.config import cli
-from pearl.config.engine_config import EngineConfig, from_mapping
+from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import load_pair
 from pearl.core.messages import Garbage
 from pearl.core.sampling import SamplingParams
@@ -171,7 +171,7 @@ class Fuzz:
 
     def config(self) -> object:
         values = {field.name: field.default for field in fields(EngineConfig)}
-        return from_mapping(broken(self.rng, values), "a test")
+        return EngineConfig(**broken(self.rng, values))
 
     def command_line(self) -> object:
         made = evaluation_parser(self.rng.choice(list(SUITES.values())))
@@ -183,7 +183,7 @@ class Fuzz:
 
     def config_file(self) -> object:
         made = evaluation_parser(self.rng.choice(list(SUITES.values())))
-        names = [action.dest for action in made._actions if action.dest not in ("help", "config")]
+        names = list(made.options)
         values = {self.rng.choice(names): evil(self.rng) for _ in range(self.rng.randint(1, 4))}
         return _settings(made, ["--config", self.write(damaged(self.rng, as_yaml(self.rng, values)))])
 

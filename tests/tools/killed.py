@@ -1,6 +1,6 @@
 """HumanEval while the drafter is killed in the middle: is every text there and the same, and how fast is it then?
 
-    python tests/tools/killed.py --draft-restarts 0      killed for good: what is left must be as fast as `ar`
+    python tests/tools/killed.py --max-draft-restarts 0      killed for good: what is left must be as fast as `ar`
     python tests/tools/killed.py                         it comes back
 
 Exit code 1 if a text differs, a problem is missing, or, without a drafter, the speed is below 0.97 x `ar`.
@@ -40,12 +40,12 @@ def main() -> int:
     made.add_argument("--limit", type=int, default=12, help="problems")
     made.add_argument("--after", type=int, default=4, help="problems that are finished before it is killed")
     made.add_argument("--max-new-tokens", type=int, default=64)
-    made.add_argument("--draft-restarts", type=int, default=3)
+    made.add_argument("--max-draft-restarts", type=int, default=3)
     found = made.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [sys.executable, str(ROOT / "eval" / "humaneval.py"), "--no-score", "--mode", *MODES]
-        for name in ("limit", "max_new_tokens", "draft_restarts"):
+        for name in ("limit", "max_new_tokens", "max_draft_restarts"):
             command += [f"--{name.replace('_', '-')}", str(getattr(found, name))]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         run = subprocess.Popen([*command, "--output", str(output)], env={**os.environ, "PYTHONPATH": path})
@@ -72,7 +72,7 @@ def main() -> int:
             speed[mode] = sum(line["committed"] for line in some) / sum(line["seconds"] for line in some)
         ratio = speed["pearl"] / speed["ar"]
         print(f"{part}: ar {speed['ar']:.2f} tokens/s, pearl {speed['pearl']:.2f}, {ratio:.3f} x ar")
-    alone = found.draft_restarts == 0 and ratio < 0.97
+    alone = found.max_draft_restarts == 0 and ratio < 0.97
     return int(alone or not len(order) == same == found.limit)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import preflight
+from pearl.commands.training import distill as command
 from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
@@ -253,7 +254,7 @@ def distilled(toy, tmp_path_factory) -> Path:
     save_recorded(folder / "data", target, layers=(1, 3))
     text = f"{{target: {toy}, data: {folder}/data, output: {folder}/small, layers: [0, 4], epochs: 1, vocabulary: 60}}"
     (folder / "r.yaml").write_text(text)
-    assert distill.main(["--config", str(folder / "r.yaml"), "--whole", str(folder / "whole")]) == 0
+    assert command.main(["--config", str(folder / "r.yaml"), "--whole", str(folder / "whole")]) == 0
     return folder
 
 
@@ -276,9 +277,9 @@ def test_the_whole_model_is_one_that_needs_nothing_of_ours(distilled, toy):
 
 def test_the_command_refuses_texts_of_another_target(distilled, tmp_path, capsys):
     save_recorded(tmp_path / "data", small_target())
-    assert distill.main(["--config", str(distilled / "r.yaml"), "--data", str(tmp_path / "data")]) != 0
+    assert command.main(["--config", str(distilled / "r.yaml"), "--data", str(tmp_path / "data")]) != 0
     assert "whose weights are not those of" in capsys.readouterr().err
-    assert distill.main([]) != 0 and "Give --config" in capsys.readouterr().err
+    assert command.main([]) != 0 and "Give --config" in capsys.readouterr().err
 
 
 def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):

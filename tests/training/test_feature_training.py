@@ -16,6 +16,7 @@ from tiny import reader
 from toys import EAGER, ScriptedChannel, examples, ticks, together
 from trained import TOP, WORDS, drafter_for, save_recorded, save_toy_target, small_target
 
+from pearl.commands.training import train as command
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.feature import network
@@ -23,7 +24,7 @@ from pearl.drafters.feature.source import FeatureSource
 from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
-from pearl.training import loop, train
+from pearl.training import loop
 from pearl.training.distill import DistillRecipe
 from pearl.training.loop import CHECKPOINT, LOG, Recipe, batch_of, means, read_recipe
 from pearl.training.objective import NOTHING, Objective, frequent
@@ -409,9 +410,9 @@ def test_the_command_refuses_texts_of_another_target(tmp_path, capsys, monkeypat
     target = save_toy_target(tmp_path / "target")
     text = f"{{data: {tmp_path}/data, output: {tmp_path}/out, target: {target}}}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert train.main(["--config", write(tmp_path / "r.yaml", text)]) != 0
+    assert command.main(["--config", write(tmp_path / "r.yaml", text)]) != 0
     assert "whose weights are not those of" in capsys.readouterr().err
-    assert train.main([]) != 0 and "Give --config" in capsys.readouterr().err
+    assert command.main([]) != 0 and "Give --config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

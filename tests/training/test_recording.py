@@ -14,6 +14,7 @@ import tiny
 import torch
 from trained import TOP, WORDS, random_answer, save_recorded, save_toy_target, small_target
 
+from pearl.commands.training import extract as command
 from pearl.errors import UsageError
 from pearl.models import fingerprint, hidden_states
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
@@ -143,7 +144,7 @@ def flip(path: Path) -> None:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), r"bytes instead of \d+: delete it and run pearl"),
         (flip, "is not what was written .its checksum differs.: delete it"),
-        (Path.unlink, "can't be read .*: delete it and run pearl.training.extract again"),
+        (Path.unlink, "can't be read .*: delete it and run pearl extract again"),
     ],
     ids=["truncated", "flipped", "missing"],
 )
@@ -282,7 +283,7 @@ def extracting(toy, tmp_path, monkeypatch):
         monkeypatch.setattr(extract, "INSTRUCTION", 16)
         given = ["--target", target, "--prompts", questions, "--self-written", 3, "--max-new-tokens", 6]
         given += ["--max-length", 60, "--batch", 2, "--shard", 4, "--top-k", TOP, "--output", tmp_path / output]
-        return extract.main([*map(str, given), *map(str, options)])
+        return command.main([*map(str, given), *map(str, options)])
 
     return run
 

@@ -12,7 +12,7 @@ from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks,
 
 from pearl.core.messages import MOST, Beat, Close, Costs, End, Garbage, Guess, Nodes, Plan, Report, Start, Verdict
 from pearl.core.sampling import COLDEST, SUPPORT, SamplingParams
-from pearl.core.schedule import MAX_BRANCHES, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
+from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
@@ -30,7 +30,7 @@ SCHEDULES = st.builds(
     Schedule.of,
     st.sampled_from(MODES),
     st.one_of(st.just("auto"), st.integers(0, MAX_GAMMA)),
-    st.one_of(st.just("auto"), st.integers(1, MAX_BRANCHES)),
+    st.one_of(st.just("auto"), st.integers(1, MAX_DRAFT_BATCH)),
     st.one_of(st.just("auto"), st.integers(1, MAX_WIDTH)),
     st.one_of(st.just("auto"), st.integers(1, 1000)),
 )

@@ -217,7 +217,7 @@ def test_two_processes_with_a_lane_write_the_targets_text_also_when_the_drafter_
     sent, real = [], FeatureTransport.send
     monkeypatch.setattr(FeatureTransport, "send", lambda self, rows: (sent.append(len(rows)), real(self, rows)))
     params = [SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=t, seed=3) for t in (0.0, 1.0)]
-    options = {"dtype": "float32", "max_length": 300, "feature_lane": "on", "mode": "pearl"}
+    options = {"dtype": "float32", "max_length": 300, "feature_transport": "on", "mode": "pearl"}
     with Engine.from_pretrained(toy, f"feature:{folder}", **options) as engine:
         alone = [engine.generate("def f(x):", one, mode="ar").tokens for one in params]
         before = len(sent)
@@ -234,5 +234,5 @@ def test_two_processes_with_a_lane_write_the_targets_text_also_when_the_drafter_
 
 
 def test_a_misspelt_choice_is_refused():
-    with pytest.raises(UsageError, match="feature_lane"):
-        Engine.from_pretrained(feature_lane="yes")
+    with pytest.raises(UsageError, match="feature_transport"):
+        Engine.from_pretrained(feature_transport="yes")

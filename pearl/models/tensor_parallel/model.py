@@ -157,7 +157,7 @@ def check(config: PretrainedConfig, ranks: int, name: str) -> None:
         if count % ranks:
             fit = [n for n in range(2, count + 1) if count % n == 0 and heads % n == 0]
             more = f"use {' or '.join(map(str, fit))}" if fit else "spread its layers instead (--target-device)"
-            raise UsageError(f"target_tp {ranks} does not divide the {count} {what} of {name}: {more}.")
+            raise UsageError(f"tensor_parallel_size {ranks} does not divide the {count} {what} of {name}: {more}.")
 
 
 def _plan(config: PretrainedConfig) -> dict[str, str]:

@@ -1,0 +1,64 @@
+"""`pearl judge`: the answers that MT-bench leaves in model_answer/, judged with FastChat's prompts and formats."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pearl.config import cli
+from pearl.errors import UsageError
+from pearl.tasks import judge, mt_bench
+
+ENDPOINT = "https://api.openai.com/v1"
+
+
+def parser() -> cli.Parser:
+    made = cli.Parser(
+        "judge",
+        "single --answers model_answer/*.jsonl --model gpt-4 --output judged.jsonl",
+        "pair --answers ar.jsonl pearl.jsonl --model gpt-4 --output judged.jsonl",
+        "agreement --answers ar.jsonl pearl.jsonl",
+    )
+    add = made.add_argument
+    add(
+        "kind",
+        choices=("single", "pair", "agreement"),
+        help="single: rate every answer from 1 to 10; pair: play every pair of answers to the first file's twice, with "
+        "the places exchanged; agreement: ask nobody, compare the texts",
+    )
+    add("--answers", metavar="FILE", nargs="+", required=True, help="a file a model, as model_answer/ has them")
+    add("--data", metavar="FILE", help="the questions, in FastChat's format; default: fetched once")
+    add("--reference", metavar="FILE", help="reference answers, in FastChat's format; default: the questions' own")
+    add("--prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: fetched once")
+    add("--endpoint", default=ENDPOINT, help="OpenAI-compatible, ends in /v1; OPENAI_BASE_URL and OPENAI_API_KEY count")
+    add("--model", help="the judge")
+    add("--output", metavar="FILE", help="where judgments are kept, one a line; a second run asks for what is missing")
+    made.set_defaults(endpoint=os.environ.get("OPENAI_BASE_URL", ENDPOINT))
+    return made
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    found = parser().parse_args(argv)
+    models = [judge.ANSWERS.load(file) for file in found.answers]
+    if found.kind != "single" and len(models) < 2:
+        raise UsageError(f"{found.kind} compares answers: name two files with --answers.")
+
+    from pearl.evaluation import judging, results
+
+    if found.kind == "agreement":
+        print(judging.agreement(models))
+        return 0
+    if not found.model or not found.output:
+        raise UsageError("Name the judge with --model, and where its judgments are kept with --output.")
+    prompts = {prompt.name: prompt for prompt in judge.PROMPTS.load(found.prompts)}
+    by, file = judging.Judge(found.model, found.endpoint.rstrip("/"), prompts), Path(found.output)
+    wanted = list(judging.games(found.kind, mt_bench.DATA.load(found.data), models, found.reference))
+    done = judging.judged(file)
+    for game in wanted:
+        if game.key not in done:
+            done[game.key] = game.play(by)
+            results.append_lines(file, [done[game.key]])
+    print((judging.ratings if found.kind == "single" else judging.wins)(wanted, done))
+    return 0

@@ -1,0 +1,72 @@
+"""`pearl predict`: the speed-up to expect of every mode, by replaying a recorded run, or from numbers by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pearl.config import cli
+from pearl.errors import UsageError
+
+
+def parser() -> cli.Parser:
+    made = cli.Parser("predict", "results/RUN", "--a 0.8 --c 3 --modes sd:4 pearl tree")
+    add = made.add_argument
+    add("run", nargs="?", metavar="RUN_FOLDER", help="what an evaluation has written")
+    add("--mode", help="of the run: whose guesses to replay (default: the one with most of them)")
+    add("--modes", nargs="+", metavar="MODE", help="to predict; default: the run's own and the usual ones")
+    add("--a", type=float, help="by hand: the acceptance")
+    add("--c", type=float, help="by hand: the time of a pass over that of a drafter forward")
+    add("--latency", type=float, help="of a message; of a run in seconds (default: 0.0001), by hand in passes (0)")
+    add("--tokens", type=int, default=2000, help="by hand: of the text")
+    add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
+    add("--seed", type=int, default=0, help="of what a run does not say")
+    add("--json", metavar="FILE", help="write the figures there too")
+    return made
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    found = parser().parse_args(argv)
+    by_numbers = found.a is not None or found.c is not None
+    if bool(found.run) == by_numbers:
+        raise UsageError("Name the folder of a run, or give both --a and --c.")
+    if by_numbers and (found.a is None or found.c is None):
+        raise UsageError("Give both --a and --c: how often a guess is right, and passes per drafter forward.")
+
+    from rich.console import Console
+
+    from pearl.predict.prediction import MODES, predict, table
+
+    case = _case(found)
+    modes = found.modes or [*dict.fromkeys([*MODES, *(mode for mode in case.measured if mode != "ar-all")])]
+    figures = predict(case, modes, found.seed)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table(case, figures))
+    for note in case.notes:
+        console.print(note)
+    if found.json:
+        facts = {"source": case.source, "notes": case.notes, "measured": case.measured, "modes": figures}
+        _write(Path(found.json), facts)
+    return 0
+
+
+def _case(found: argparse.Namespace) -> Any:
+    from pearl.predict.prediction import by_hand
+    from pearl.predict.replay import LATENCY_S, read_run
+
+    if found.run:
+        latency_s = LATENCY_S if found.latency is None else found.latency
+        return read_run(Path(found.run), found.mode, latency_s, found.seed)
+    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}.") from None

@@ -1,0 +1,71 @@
+"""`pearl score`: what drafters are worth on texts that are there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pearl.config import cli
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.errors import UsageError
+
+
+def parser() -> cli.Parser:
+    made = cli.Parser("score", "texts.jsonl --target TARGET --draft DRAFT ngram", "texts.jsonl --draft DRAFT --overlap")
+    add = made.add_argument
+    add("texts", help="a JSONL file: text, and prompt if there is one")
+    add("--target", default=EngineConfig.target, help="whose tokenizer the texts are in")
+    add("--draft", nargs="+", required=True, help="hub ids, folders, GGUF files, or ngram")
+    add("--dtype", default=EngineConfig.dtype, help="of all models")
+    add("--draft-device", default="auto", help="cpu or cuda:0")
+    add("--batch-size", type=cli.at_least_one, default=8, help="texts of a forward")
+    add("--max-length", type=int, default=1024, help="tokens of a text; the rest is left out")
+    add("--overlap", action="store_true", help="read the texts with the target too")
+    add("--output", metavar="FILE", help="the figures of every drafter, as JSON")
+    return made
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    found = parser().parse_args(argv)
+    configs = {
+        draft: EngineConfig(
+            target=found.target,
+            draft=draft,
+            dtype=found.dtype,
+            draft_device=found.draft_device,
+            max_length=found.max_length,
+            max_sequences=found.batch_size,
+        )
+        for draft in found.draft
+    }
+    for draft, config in configs.items():
+        if config.feature_folder:
+            raise UsageError(f"{draft} drafts from features: look at it with pearl diagnose.")
+
+    from pearl.checkpoints.drafters import load_draft
+    from pearl.checkpoints.preflight import preflight
+    from pearl.checkpoints.targets import load_target
+    from pearl.drafters.ngram import NgramSource
+    from pearl.evaluation.score import batches, figures, line, load, score_model, score_source
+
+    scores: dict[str, Any] = {}
+    target = None
+    for draft, config in configs.items():
+        checked = preflight(config)
+        texts = load(found.texts, checked.tokenizer.encode, checked.max_length, checked.vocabulary)
+        if found.overlap and target is None:
+            target = load_target(replace(checked, texts=found.batch_size))
+        if draft == NGRAM:
+            scored = score_source(NgramSource(), texts)
+        else:
+            model, _ = load_draft(checked, ahead=0)
+            scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]
+        scores[draft] = figures(scored)
+        print(line(draft, scores[draft]))
+    if found.output:
+        Path(found.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,391 @@
+"""What this machine makes of models of known shapes: one call, no network, no checkpoint, under ten minutes.
+
+Weights are random, so texts mean nothing and no drafter could guess them; a test source that knows the text guesses it
+right as often as it is told. Measured of each shape: on what its bits depend (`pearl.models.numerics_check`), the
+time of a pass by its rows with the forwards of today, with fixed shapes, and with graphs; how much of the copying
+bandwidth reading its weights reaches; what a pass takes beside its forward; and whether every mode writes what the
+target alone writes. From the step times the predictor says what two separate devices would make of them: that is
+*predicted*, not measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pearl.config.pairs import probe
+from pearl.core.messages import Message
+from pearl.core.noise import uniform
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
+from pearl.core.trie import Node, Trie
+from pearl.errors import UsageError
+from pearl.models import numerics_check
+from pearl.models.batch_invariance import profile_leaves
+from pearl.models.cuda_graphs import capture_for
+from pearl.models.kv_cache import use_grouped_attention
+from pearl.models.language_model import LanguageModel
+from pearl.predict.prediction import by_times, predict
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.channel import LocalChannel
+
+CONTEXT, LENGTH = 500, 1024  # tokens before a timed pass, and of a text at most
+ACCEPTANCE = 0.8  # of the test source, and of what is predicted
+LATENCY_S = 1e-4  # of a message between two processes, in predictions
+MODES = ("sd:4", "pearl:4", "pearl", "pearl-no-pre:4", "pearl-no-post:4", "tree")
+DRAFTER, TARGET = "drafter", "target"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama with grouped heads."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = False
+    roles: tuple[str, ...] = (TARGET,)
+
+    @property
+    def parameters(self) -> int:
+        each = self.hidden // self.heads
+        attention = self.hidden * each * (2 * self.heads + 2 * self.kv_heads)
+        layers = self.layers * (attention + 3 * self.hidden * self.inner)
+        return layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=2 * LENGTH,
+            tie_word_embeddings=self.tied,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+
+
+FULL = {  # the shapes of Qwen2.5 0.5B, Llama 3.2 1B, Llama 3.1 8B, Qwen2.5 14B and 32B
+    "0.5B": Shape(24, 896, 4864, 14, 2, 151936, True, (DRAFTER,)),
+    "1B": Shape(16, 2048, 8192, 32, 8, 128256, True, (DRAFTER,)),
+    "8B": Shape(32, 4096, 14336, 32, 8, 128256, False, (DRAFTER, TARGET)),
+    "14B": Shape(48, 5120, 13824, 40, 8, 152064),
+    "32B": Shape(64, 5120, 27648, 40, 8, 152064),
+}
+TINY = {
+    "tiny-drafter": Shape(1, 64, 96, 4, 2, 300, True, (DRAFTER,)),
+    "tiny-target": Shape(2, 128, 256, 4, 2, 300),
+}
+
+
+class Known:
+    """The test source: it knows the text, and guesses each token right with a fixed chance, else its neighbour."""
+
+    costs: tuple[float, ...] = (1.0,) * LEAVES
+    whole = False
+
+    def __init__(self, text: Sequence[int], vocabulary: int, acceptance: float):
+        self._text, self._vocabulary, self._acceptance = text, vocabulary, acceptance
+        self.forwards = self.rows = self.own = self.confirmed = 0
+
+    def start(self, params: SamplingParams) -> None:
+        pass
+
+    def _guess(self, position: int) -> int:
+        token = self._text[position] if position < len(self._text) else 0
+        right = uniform(0, position, 0) < self._acceptance
+        return token if right else (token + 1) % self._vocabulary
+
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, tuple[tuple[int, float], ...]]]:
+        self.forwards += 1
+        return [(self._guess(len(text)), ())][:room]
+
+    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+        """The end of the chain, by a guess and the token before it."""
+        chain = trie.chain()
+        if len(chain) >= deepest - 1:
+            return []
+        self.forwards, self.rows = self.forwards + 1, self.rows + 1
+        leaf, first = chain[-1] if chain else trie.root, self._guess(len(trie.tokens) + len(chain))
+        grown = []
+        for token, share in ((first, 0.7), ((first - 1) % self._vocabulary, 0.2)):
+            if (node := trie.grow(leaf, token, (), math.log(share))) is not None:
+                grown.append((leaf, node))
+        return grown
+
+
+class _Busy(LocalChannel):
+    """The drafter works whenever the target looks for messages, as if it were a process of its own."""
+
+    def receive(self) -> Message | None:
+        if not self._inbox:
+            self.peer_step()
+        return super().receive()
+
+
+def find_invariant_counts(
+    name: str, shape: Shape, device: str, dtype: torch.dtype, seconds: Callable[[], float]
+) -> dict[str, Any]:
+    """All that is measured of a shape. `seconds`: left for all."""
+    began = time.perf_counter()
+    on = torch.device(device)
+    model = _built(shape, on, dtype)
+    capture = capture_for((device,))
+    weights = _bytes_read(model)
+    reader = LanguageModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
+    found: dict[str, Any] = {"shape": name, "roles": shape.roles, "weight_bytes": weights}
+    found["plain_s"] = dict(_pass_times(reader, (1, 2, 4, 8, LIMIT)))
+    report = numerics_check.examine(reader, capture, numerics_check.forms(on.type == "cpu"))
+    found["checks"] = [(check.what, check.holds, check.found) for check in report.checks]
+    found["attention"], found["graphs"], found["plan"] = report.form, report.captured, report.plan
+    counts = reader.fixed.counts if reader.fixed else ()
+    if report.captured:
+        found["graph_s"] = dict(_pass_times(reader, counts))
+    reader.fix(counts, None, report.form)
+    found["eager_s"] = dict(_pass_times(reader, counts))
+    numerics_check.apply(reader, report, capture)
+    if DRAFTER in shape.roles:
+        drafter = LanguageModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
+        drafter.fix(capture=capture if report.captured else None)
+        found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
+        del drafter
+    if TARGET in shape.roles and seconds() > 2 * (time.perf_counter() - began):
+        found |= _texts(reader, shape, 32 if on.type == "cpu" else 96)
+    found["seconds"] = time.perf_counter() - began
+    return found
+
+
+def _built(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype).eval()
+    use_grouped_attention(model)
+    return model
+
+
+def _bytes_read(model: nn.Module) -> int:
+    """Of weights in a forward: all but the embeddings of other tokens, unless they are the head as well."""
+    read = {id(p): p.nbytes for p in model.parameters()}
+    embedding = model.get_input_embeddings().weight
+    if embedding is not model.get_output_embeddings().weight:
+        del read[id(embedding)]
+    return sum(read.values())
+
+
+def _pass_times(reader: LanguageModel, counts: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """(rows, seconds) of a forward of so many rows after `CONTEXT` tokens, the median of several."""
+    text = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)]
+    reader.forget()
+    reader.read(text[:CONTEXT], 1)
+    for count in counts:
+        taken = []
+        for _ in range(9):
+            began = time.perf_counter()
+            reader.forward(text[CONTEXT : CONTEXT + count], CONTEXT, count)
+            _finish(reader.model.device)
+            taken.append(time.perf_counter() - began)
+        yield count, statistics.median(taken[2:])
+    reader.forget()
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _texts(reader: LanguageModel, shape: Shape, tokens: int) -> dict[str, Any]:
+    """Whether every mode writes what the target alone does, what a pass takes beside its forward, and where one-row
+    decoding, as others do it, says otherwise."""
+    prompt = [11 * i % shape.vocabulary for i in range(64)]
+    same: dict[str, float] = {}
+    beside: list[float] = []
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_new_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
+        own = _written(Target(reader), prompt, "ar", params)
+        for mode in MODES:
+            here, there = _Busy.pair() if not mode.startswith("sd") else LocalChannel.pair()
+            source = Known([*prompt, *own], shape.vocabulary, ACCEPTANCE)
+            here.peer_step = Drafter(source, there).step
+            target = Target(reader, here)
+            said = _written(target, prompt, mode, params)
+            same[f"{mode} {'greedy' if params.greedy else 'seeded'}"] = float(said == own)
+            if mode.startswith("sd"):
+                beside += [one.seconds - one.waited_s - one.forward_s for one in target.passes[1:]]
+        if params.greedy:
+            greedy = own
+    return {
+        "identical_to_ar": same,
+        "beside_the_forward_s": statistics.median(beside),
+        "one_row_difference": _one_row(reader, prompt, greedy),
+    }
+
+
+def _written(target: Target, prompt: Sequence[int], mode: str, params: SamplingParams) -> list[int]:
+    name, _, gamma = mode.partition(":")
+    schedule = Schedule.of(name, gamma or "auto")
+    stopper = Stopper(params, (), lambda tokens: "")
+    for _ in target.decode(prompt, schedule, params, stopper):
+        pass
+    return list(stopper.tokens)
+
+
+def _one_row(reader: LanguageModel, prompt: Sequence[int], own: Sequence[int]) -> dict[str, float] | None:
+    """Where greedy decoding with one row a forward first says otherwise, and the gap of its two best logits there."""
+    fixed, rows = reader.fixed, reader.rows
+    reader.fixed, reader.rows = None, ANY
+    reader.forget()
+    difference = None
+    text = list(prompt)
+    for at, token in enumerate(own):
+        best = reader.read(text, 1, padded=False)[0].float().topk(2)
+        if int(best.indices[0]) != token:
+            difference = {"at": float(at), "gap": float(best.values[0] - best.values[1])}
+            break
+        text.append(token)
+    reader.forget()
+    reader.fixed, reader.rows = fixed, rows
+    return difference
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second that a copy of `size` bytes reads and writes, the best of several."""
+    here = torch.zeros(size, dtype=torch.uint8, device=device)
+    there = torch.empty_like(here)
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        there.copy_(here)
+        _finish(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size / min(seconds)
+
+
+def predicted(target: dict[str, Any], drafter: dict[str, Any]) -> dict[str, float]:
+    """Speed-up over `ar` by mode, of this target and this drafter on a device each."""
+    plan: TokenBuckets = target["plan"]
+    source = f"{target['shape']} with {drafter['shape']}, predicted"
+    case = by_times(ACCEPTANCE, plan, drafter["draft_s"], LATENCY_S, 600, 0, source)
+    modes = ("sd:4", "pearl", "tree") if plan.branches else ("sd:4", "pearl")
+    return {mode: one["speedup_vs_ar"] for mode, one in predict(case, modes).items() if mode != "ar"}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables, for `docs/gpu.md`."""
+    facts = result["machine"]
+    lines = [
+        f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}; "
+        f"a copy moves {facts['copy_gb_s']:.0f} GB/s. Milliseconds of a forward after {CONTEXT} tokens.",
+        "",
+        "| shape | rows | today | fixed shape | graph | reading the weights | x of that | bandwidth |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for one in result["shapes"]:
+        reading = one["weight_bytes"] / facts["copy_gb_s"] / 1e9
+        for rows, eager in one["eager_s"].items():
+            plain, graph = one["plain_s"].get(rows), one.get("graph_s", {}).get(rows)
+            best = min(seconds for seconds in (plain, eager, graph) if seconds)
+            cells = [_ms(plain), _ms(eager), _ms(graph), _ms(reading), f"{best / reading:.2f}"]
+            lines.append(f"| {one['shape']} | {rows} | {' | '.join(cells)} | {reading / best:.0%} |")
+    lines += ["", "| shape | what | found |", "| --- | --- | --- |"]
+    for one in result["shapes"]:
+        lines += [f"| {one['shape']} | {what} | {found} |" for what, _, found in one["checks"]]
+        if same := one.get("identical_to_ar"):
+            other = [mode for mode, share in same.items() if share < 1]
+            lines.append(
+                f"| {one['shape']} | text of ar | {'another in ' + ', '.join(other) if other else 'in all modes'} |"
+            )
+            lines.append(f"| {one['shape']} | a pass beside its forward | {1e6 * one['beside_the_forward_s']:.0f} us |")
+            gap = one["one_row_difference"]
+            said = f"from token {gap['at']:.0f} on, where the best logits are {gap['gap']:.3g} apart" if gap else "none"
+            lines.append(f"| {one['shape']} | difference from one-row decoding | {said} |")
+    if result["predicted"]:
+        lines += [
+            "",
+            f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
+            "",
+            "| target | drafter | sd:4 | pearl | tree |",
+            "| --- | --- | --: | --: | --: |",
+        ]
+        for one in result["predicted"]:
+            cells = [f"{one['x'][mode]:.2f}" if mode in one["x"] else "-" for mode in ("sd:4", "pearl", "tree")]
+            lines.append(f"| {one['target']} | {one['drafter']} | {' | '.join(cells)} |")
+    lines += ["", *(f"Left out: {said}." for said in result["left_out"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.2f}"
+
+
+def bench(shapes: dict[str, Shape], device: str, dtype: str, limit_s: float) -> dict[str, Any]:
+    """All of it. Shapes that neither the memory nor the time holds are left out, and named."""
+    began, on = time.perf_counter(), torch.device(device)
+
+    def left() -> float:
+        return limit_s - (time.perf_counter() - began)
+
+    facts = {
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": dtype,
+        "copy_gb_s": copy_bandwidth(on, 1 << (30 if on.type == "cuda" else 26)) / 1e9,
+    }
+    found: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for name, shape in shapes.items():
+        longest = max((one["seconds"] for one in found), default=0.0)
+        if left() < 2 * longest:
+            left_out.append(f"{name}, as the time is over")
+            continue
+        if 1.2 * shape.parameters * getattr(torch, dtype).itemsize / 1e9 > _free_gb(on):
+            left_out.append(f"{name}, as memory does not hold it")
+            continue
+        try:
+            found.append(find_invariant_counts(name, shape, device, getattr(torch, dtype), left))
+        except torch.OutOfMemoryError:
+            left_out.append(f"{name}, as memory does not hold it")
+        gc.collect()
+        if on.type == "cuda":
+            torch.cuda.empty_cache()
+    pairs = [
+        {"target": t["shape"], "drafter": d["shape"], "x": predicted(t, d)}
+        for t in found
+        for d in found
+        if TARGET in t["roles"] and "draft_s" in d and d["weight_bytes"] < t["weight_bytes"]
+    ]
+    return {"machine": facts, "shapes": found, "predicted": pairs, "left_out": left_out}
+
+
+def _free_gb(device: torch.device) -> float:
+    machine = probe()
+    return machine.gpus_gb[device.index or 0] if device.type == "cuda" else machine.ram_gb
+
+
+def named(names: Sequence[str]) -> dict[str, Shape]:
+    if list(names) == ["tiny"]:
+        return TINY
+    if unknown := [name for name in names if name not in FULL]:
+        raise UsageError(f"The shape {unknown[0]!r} is unknown; choose tiny, or some of {', '.join(FULL)}.")
+    return {name: FULL[name] for name in FULL if name in names}
