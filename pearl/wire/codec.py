@@ -46,7 +46,7 @@ _SETTINGS = (
     "draft_batch",
     "max_verify_tokens",
     "max_draft_tokens",
-)  # of a schedule, each a number or None: auto
+)  # a number each, None: auto
 _LARGEST = 2**31 - 1  # no vocabulary is larger
 
 Words = np.ndarray  # int32 [n]

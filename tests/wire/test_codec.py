@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
 from pearl.core.messages import MOST, Beat, Close, Costs, End, Garbage, Guess, Nodes, Plan, Report, Start, Verdict
-from pearl.core.sampling import COLDEST, SUPPORT, SamplingParams
+from pearl.core.params import COLDEST, SamplingParams
+from pearl.core.sampling import SUPPORT
 from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
