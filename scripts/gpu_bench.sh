@@ -10,4 +10,4 @@ scripts=$(dirname "${BASH_SOURCE[0]}")
 # READY=1: everything is installed, don't look
 if [[ -n ${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh" run; fi
 read -ra shapes <<<"${SHAPES:-0.5B 1B 8B 14B 32B}"
-exec pearl bench --shapes "${shapes[@]}" "$@"
+exec python -m pearl bench --shapes "${shapes[@]}" "$@"

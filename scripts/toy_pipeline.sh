@@ -10,7 +10,7 @@ mkdir -p "$folder"
 
 python scripts/toy_target.py "$folder/target"
 for i in $(seq 24); do echo "{\"prompt\": \"question $i\"}"; done > "$folder/questions.jsonl"
-pearl extract --target "$folder/target" --prompts "$folder/questions.jsonl" --self-written 8 \
+python -m pearl extract --target "$folder/target" --prompts "$folder/questions.jsonl" --self-written 8 \
   --max-new-tokens 24 --max-length 256 --batch 8 --shard 8 --top-k 8 --workers 1 --output "$folder/data"
 
 cat > "$folder/feature.yaml" <<YAML
@@ -21,7 +21,7 @@ cat > "$folder/distill.yaml" <<YAML
 YAML
 accelerate launch --num_processes 1 -m pearl train --config "$folder/feature.yaml"
 accelerate launch --num_processes 1 -m pearl distill --config "$folder/distill.yaml"
-pearl diagnose --drafter "$folder/feature" --target "$folder/target" --data "$folder/data"
+python -m pearl diagnose --drafter "$folder/feature" --target "$folder/target" --data "$folder/data"
 
 for draft in "feature:$folder/feature" "$folder/small"; do
   python eval/humaneval.py --target "$folder/target" --draft "$draft" --mode ar sd pearl tree --limit 1 \

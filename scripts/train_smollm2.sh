@@ -13,8 +13,8 @@ python scripts/python_prompts.py 2200 > "$questions/python.jsonl"
 python scripts/general_prompts.py 1600 > "$questions/general.jsonl"
 head -n 1500 "${GSM8K:?set GSM8K to the training set, https://github.com/openai/grade-school-math}" > "$questions/gsm8k.jsonl"
 
-pearl extract --prompts "$questions"/{python,gsm8k,general}.jsonl --self-written 500 \
+python -m pearl extract --prompts "$questions"/{python,gsm8k,general}.jsonl --self-written 500 \
   --max-new-tokens 256 --shard 96 --output data/smollm2-135m
 accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml
 accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml
-pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
+python -m pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
