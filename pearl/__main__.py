@@ -27,6 +27,7 @@ def help_text() -> str:
             "`pearl COMMAND --help` lists the options of one, with examples; `pearl --version` says which pearl it is.",
             "",
             "first things to try:",
+            "  pearl chat",
             "  pearl doctor",
             "  pearl eval humaneval --limit 6 --mode ar pearl tree",
         )

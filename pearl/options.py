@@ -116,7 +116,7 @@ class Option:
     def _one(self, value: object, where: str) -> object:
         if isinstance(value, str) and not self.kind.flag:
             value = self.kind.of_word(value)
-        elif type(value) in (int, float) and self.kind.read is str:
+        elif type(value) in (int, float) and self.kind.read is str and not self.kind.flag:
             value = str(value)
         self.check(value, where)
         return value

@@ -31,7 +31,13 @@ PAIR, MACHINE, DECODING, PROBLEMS = "pair", "machine", "decoding", "problems"
 _SAMPLING = options.of(SamplingParams)
 _RUN = (
     option("pair", None, TEXT, "of the registry (pearl pairs), or a YAML file; default: smollm2-135m", PAIR),
-    option("processes", None, whole(1, 2), "1: ar and sd in one process; default: as many as needed", MACHINE),
+    option(
+        "processes",
+        None,
+        whole(1, 2, words="1 or 2"),
+        "1: ar and sd in one process; default: as many as needed",
+        MACHINE,
+    ),
     option(
         "mode",
         ["ar", "pearl"],
@@ -115,11 +121,12 @@ class Parser(argparse.ArgumentParser):
     def _refuse(self, word: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings if action.help != argparse.SUPPRESS]
         before = {f"--{_dashed(old)}": f"--{_dashed(new)}" for old, new in options.renamed(SHARED).items()}
+        before |= {f"--{_dashed(one.name)}": one.flag for one in SHARED if one.hidden}
         if word in before:
             raise UsageError(f"The option {word} is called {before[word]} now.")
         near = options.nearest(word, known) if word.startswith("-") else ""
         end = f"; did you mean {near}?" if near else "."
-        what = f"There is no option {brief(word)}" if word.startswith("-") else f"What is {brief(word)} to be here"
+        what = f"There is no option {brief(word)}" if word.startswith("-") else f"{brief(word)!r} has no meaning here"
         raise UsageError(f"{what}{end} `{self.command} --help` lists what there is.")
 
     def error(self, message: str) -> NoReturn:

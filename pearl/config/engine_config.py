@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that c
 PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
+_DRAFT = Kind(f"{_MODEL.wanted}, {FEATURE}FOLDER, or {NGRAM}", _MODEL.good)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -43,7 +44,7 @@ class EngineConfig:
     `feature:` and the folder of a feature drafter."""
 
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
-    draft: str = setting(NGRAM, _MODEL, "hub id, folder, GGUF file, feature:FOLDER, or ngram", PAIR)
+    draft: str = setting(NGRAM, _DRAFT, "hub id, folder, GGUF file, feature:FOLDER, or ngram", PAIR)
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
     load_in: str | None = setting(None, choice(*LOADS), "quantize the target through bitsandbytes (4bit: nf4)", PAIR)

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 
 MOST = 1 << 28  # words of a message: the features of a long prompt are the longest

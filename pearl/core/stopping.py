@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 
 Decode = Callable[[list[int]], str]
 _WINDOW = 16  # tokens of context that a byte-level decoder needs to render the next one

@@ -1,0 +1,173 @@
+"""`pearl chat`: a talk in the terminal, in which one sees which tokens were drafted.
+
+On a terminal, green is what the drafter had guessed and the target accepted; the rest are the target's own tokens. The
+text is the same without a drafter. Lines that are piped in are turns, and the answers come out as plain text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pearl.config import cli
+from pearl.errors import UsageError
+
+DRAFTED, OWN, FAINT, END = "\033[32m", "", "\033[2m", "\033[0m"
+HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character yet are decoded to
+COMMANDS = "/quit ends, /new forgets the talk; Ctrl-C stops an answer"
+
+
+def parser() -> cli.Parser:
+    examples = ("", "--mode tree --temperature 0.7 --top-p 0.9", "--target TARGET --draft DRAFT --load-in 4bit")
+    made = cli.parser("chat", *examples, take=("pair", "machine", "decoding", "sampling"), max_new_tokens=512)
+    made.add_argument("--system", metavar="TEXT", help="what the model is told before the talk")
+    made.set_defaults(mode=["pearl"])
+    return made
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    found = cli.parse(parser(), argv)
+    config, _ = cli.engine_config(found)
+    params, schedules = cli.sampling(found), cli.schedules(found)
+    if len(schedules) != 1:
+        raise UsageError(f"A talk has one mode: name one of {', '.join(schedules)} with --mode.")
+    (schedule,) = schedules.values()
+    person, colours = sys.stdin.isatty(), sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    from pearl.engine import Engine
+
+    with Engine.from_pretrained(**asdict(config), mode=schedule, processes=found.processes) as engine:
+        if person:
+            drafts = f"{config.draft} drafts; {DRAFTED}what it guessed right is green{END}" if colours else config.draft
+            print(f"{config.target}, {drafts if schedule.drafts else 'alone'}. {COMMANDS}.", file=sys.stderr)
+        talk = Talk(engine, params, found.system)
+        for line in lines(person):
+            if line == "/quit":
+                break
+            if line == "/new":
+                talk = Talk(engine, params, found.system)
+            elif line.startswith("/"):
+                print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
+            else:
+                turn(talk, line, person, colours)
+    return 0
+
+
+def lines(person: bool) -> Iterator[str]:
+    """What is said, line by line, to the end of the input; empty lines are nothing."""
+    if person:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (edits and remembers what `input` reads)
+    while True:
+        try:
+            line = input("> " if person else "")
+        except (EOFError, KeyboardInterrupt):
+            if person:
+                print()
+            return
+        if line.strip():
+            yield line.strip()
+
+
+class Talk:
+    """The turns so far, as the model reads them: messages, or one growing text for a model without a chat template."""
+
+    def __init__(self, engine: Any, params: Any, system: str | None):
+        self._engine, self._params, self._last = engine, params, None
+        self._chat = bool(engine.tokenizer.chat_template)
+        self._messages = [{"role": "system", "content": system}] if system and self._chat else []
+        self._text = "" if self._chat else system or ""
+        self.answer: Any = None  # the last one, once it is there
+
+    def say(self, words: str) -> Iterator[tuple[list[int], int]]:
+        """The answer pass by pass: the tokens committed, and how many of them were drafted. What both models have read
+        of the talk is not read again. Raises `UsageError` where the talk has become too long."""
+        from pearl.engine import Generation, GenerationRequest
+
+        asked = [*self._messages, {"role": "user", "content": words}]
+        request = GenerationRequest(asked if self._chat else self._text + words, self._params, after=self._last)
+        self.answer, tokens = None, []
+        try:
+            for _, said in self._engine.write([request]):
+                if isinstance(said, Generation):
+                    self.answer = said
+                else:
+                    tokens += said
+                    yield said, request.text.passes[-1].accepted
+        finally:  # also where the reader has heard enough
+            if tokens:
+                self._last = request
+                text = self._engine.decode(tokens)
+                self._messages = [*asked, {"role": "assistant", "content": text}]
+                self._text += words + text
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._engine.decode(tokens)
+
+
+def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
+    began, drafted, count, passes = time.perf_counter(), 0, 0, 0
+    text = Painted(talk.decode, colours)
+    try:
+        with stoppable() as stopped:
+            for tokens, accepted in talk.say(line):
+                print(text.add(tokens, accepted), end="", flush=True)
+                drafted, count, passes = drafted + min(accepted, len(tokens)), count + len(tokens), passes + 1
+                if stopped:
+                    break
+    except UsageError as error:
+        print(f"error: {error}" + (" Say /new to begin another talk." if talk.answer is None else ""), file=sys.stderr)
+        return
+    print(text.rest())
+    if person and count:
+        rate = count / (time.perf_counter() - began)
+        told = f"{count} tokens in {passes} passes, {drafted} of them drafted, {rate:.1f} tokens/s"
+        print(f"{FAINT}{told}{END}" if colours else told, file=sys.stderr)
+
+
+class Painted:
+    """A text as it grows, what was drafted in another colour. Half a character is held back until it is whole."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], colours: bool):
+        self._decode, self._colours = decode, colours
+        self._tokens: list[int] = []
+        self._shown = 0  # characters
+
+    def add(self, tokens: Sequence[int], drafted: int) -> str:
+        """What these tokens of a pass add: the first `drafted` were guessed, the others are the target's own."""
+        return self._piece(tokens[:drafted], DRAFTED) + self._piece(tokens[drafted:], OWN)
+
+    def rest(self) -> str:
+        return self._decode(self._tokens)[self._shown :]
+
+    def _piece(self, tokens: Sequence[int], colour: str) -> str:
+        self._tokens += tokens
+        text = self._decode(self._tokens)
+        if not tokens or text.endswith(HALF):
+            return ""
+        piece, self._shown = text[self._shown :], len(text)
+        return f"{colour}{piece}{END}" if piece and colour and self._colours else piece
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C. The pass under way ends first, so nothing is left half done."""
+    stopped: list[bool] = []
+
+    def stop(*_: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
