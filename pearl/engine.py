@@ -49,12 +49,12 @@ Prompt = str | Sequence[int] | Sequence[dict]
 
 @dataclass(frozen=True)
 class Generation:
-    """One text. `tokens` are the new ones, with the end-of-sequence token if it came; `facts` is its record."""
+    """One text. `tokens` are the new ones, with the end-of-sequence token if it came; `stats` is its record."""
 
     tokens: list[int]
     text: str
     finish_reason: str  # "eos", "stop" or "length"
-    facts: records.Sequence
+    stats: records.GenerationStats
 
 
 @dataclass(eq=False)
@@ -445,7 +445,7 @@ def _generation(text: Text, places: int, sent: int) -> Generation:
     """A text that is over."""
     stopper = text.stopper
     assert stopper.finish, "a result before the end"
-    facts = records.Sequence(
+    stats = records.GenerationStats(
         mode=text.schedule.mode,
         prompt_tokens=len(text.request.prompt),
         tokens=tuple(stopper.tokens),
@@ -459,7 +459,7 @@ def _generation(text: Text, places: int, sent: int) -> Generation:
         began_s=text.placed,
         ended_s=text.ended,
     )
-    return Generation(list(stopper.tokens), facts.text, stopper.finish, facts)
+    return Generation(list(stopper.tokens), stats.text, stopper.finish, stats)
 
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> bool:

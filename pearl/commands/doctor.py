@@ -141,9 +141,9 @@ def models(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("text", SLOW, f"another one in {', '.join(differing)} than in ar", gap)
     else:
         yield Finding("text", OK, "the same in all modes")
-    passes = {mode: text.facts.passes[1:] for mode, text in texts.items()}
+    passes = {mode: text.stats.passes[1:] for mode, text in texts.items()}
     pass_s = statistics.median(one.forward_s for one in passes["ar"])
-    drafted = texts["sd"].facts.drafter
+    drafted = texts["sd"].stats.drafter
     tested = sum(one.tested for mode in ("sd", "pearl") for one in passes[mode])
     accepted = sum(one.accepted for mode in ("sd", "pearl") for one in passes[mode])
     seconds = {mode: sum(one.seconds for one in some) for mode, some in passes.items()}

@@ -72,7 +72,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class GenerationStats:
     """One text in one mode."""
 
     mode: str

@@ -19,8 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids
-from pearl.core.records import Pass
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Pass
 from pearl.core.sampling import SamplingParams
 from pearl.core.stopping import Stopper
 from pearl.engine import Engine
@@ -54,7 +53,9 @@ class Baselines:
             options = {"assistant_model": assistant}
         return lambda prompt, params, _: self._generate(name, prompt, params, options)
 
-    def _generate(self, name: str, prompt: Sequence[int], params: SamplingParams, options: dict[str, Any]) -> Text:
+    def _generate(
+        self, name: str, prompt: Sequence[int], params: SamplingParams, options: dict[str, Any]
+    ) -> GenerationStats:
         assert params.greedy, "a sample of transformers is not a seeded one"
         memory.reset_peak()
         eos = () if params.ignore_eos else self._eos
@@ -73,7 +74,7 @@ class Baselines:
             )
         passes = list(_passes(watch, stopper, len(prompt)))
         assert stopper.finish, "transformers ended a text where we would not"
-        return Text(
+        return GenerationStats(
             mode=name,
             prompt_tokens=len(prompt),
             tokens=tuple(stopper.tokens),

@@ -40,7 +40,7 @@ BLOCK = 4  # times the batch size: the rounds that a mode writes before the next
 Writer = Callable[[Iterable[GenerationRequest | None]], Iterator[tuple[GenerationRequest, list[int] | Generation]]]
 
 # a mode: writes the text after a prompt, which may continue the last one that it wrote
-Decoder = Callable[[Sequence[int], SamplingParams, bool], records.Sequence]
+Decoder = Callable[[Sequence[int], SamplingParams, bool], records.GenerationStats]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Dec
     """The engine's own modes."""
 
     def decoder(schedule: Schedule) -> Decoder:
-        return lambda prompt, params, on: engine.generate(prompt, params, mode=schedule, continues=on).facts
+        return lambda prompt, params, on: engine.generate(prompt, params, mode=schedule, continues=on).stats
 
     return {mode: decoder(schedule) for mode, schedule in schedules.items()}
 
@@ -142,7 +142,7 @@ def run(plan: Plan, folder: Path, console: Console, rounds: Collection[Round] | 
 
 def _written(
     plan: Plan, block: Sequence[Round], mode: str, board: Board
-) -> Iterator[tuple[Key, records.Sequence, str]]:
+) -> Iterator[tuple[Key, records.GenerationStats, str]]:
     """The texts of a block in one mode: side by side where the mode can."""
     if plan.batch_size > 1 and mode in plan.writers:
         yield from _talks(plan, block, plan.writers[mode], board)
@@ -167,7 +167,7 @@ class _Talk:
 
 def _talks(
     plan: Plan, block: Sequence[Round], write: Writer, board: Board
-) -> Iterator[tuple[Key, records.Sequence, str]]:
+) -> Iterator[tuple[Key, records.GenerationStats, str]]:
     """Several samples side by side. The next turn of one goes before those that have not begun, where it was."""
     talks: dict[GenerationRequest, tuple[_Talk, int]] = {}
     queue: deque[GenerationRequest] = deque()
@@ -187,7 +187,7 @@ def _talks(
         talk, turn = talks[job]
         if isinstance(said, Generation):
             board.over(job)
-            yield Key(*talk.round, turn), said.facts, talk.task.completion(said.text)
+            yield Key(*talk.round, turn), said.stats, talk.task.completion(said.text)
             continue
         board.said(job, talk.round.task, said)
         assert job.text is not None
@@ -197,7 +197,7 @@ def _talks(
             talks[queue[0]] = talk, turn + 1
 
 
-def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, records.Sequence, str]]:
+def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, records.GenerationStats, str]]:
     """The turns of one sample, each with what of it counts."""
     task, answers = plan.task(one.task), []
     params = replace(plan.params, seed=plan.params.seed + one.sample)

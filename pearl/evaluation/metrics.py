@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pearl.core import theory
-from pearl.core.records import Key, Pass
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Key, Pass
 
-Runs = dict[Key, Text]
+Runs = dict[Key, GenerationStats]
 GAP_S = 0.5  # without any text on the target: another batch
 BY_CATEGORY = (
     "sequences",
@@ -124,7 +123,7 @@ def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
     return figures
 
 
-def occupancy(texts: Sequence[Text]) -> float | None:
+def occupancy(texts: Sequence[GenerationStats]) -> float | None:
     """The share of the places that texts were at, while more were waiting for one: from the first text of a batch to
     the start of its last. None if no text had another beside it."""
     taken = available = 0.0
@@ -136,9 +135,9 @@ def occupancy(texts: Sequence[Text]) -> float | None:
     return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
 
 
-def _batches(texts: Sequence[Text]) -> list[list[Text]]:
+def _batches(texts: Sequence[GenerationStats]) -> list[list[GenerationStats]]:
     """Those that followed one another without a gap: a place was always taken."""
-    batches: list[list[Text]] = []
+    batches: list[list[GenerationStats]] = []
     end = -math.inf
     for text in sorted(texts, key=lambda text: text.began_s):
         if text.began_s > end + GAP_S or not batches:
@@ -162,7 +161,7 @@ def by_sequence(runs: Runs) -> list[dict[str, Any]]:
     ]
 
 
-def _shared(runs: Runs, others: Runs) -> tuple[list[Text], list[Text]]:
+def _shared(runs: Runs, others: Runs) -> tuple[list[GenerationStats], list[GenerationStats]]:
     """The texts that both have, in one order."""
     keys = [key for key in runs if key in others]
     return [runs[key] for key in keys], [others[key] for key in keys]
@@ -191,10 +190,10 @@ def _predicted(mode: str, figures: dict[str, Any], ar: Runs) -> float | None:
     return theory.speedup_sd(a, c, theory.best_gamma(a, c)) if mode == "sd" else theory.speedup_pearl(a, c)
 
 
-def _speedup(mine: Sequence[Text], theirs: Sequence[Text], first_pass: int = 0) -> float | None:
+def _speedup(mine: Sequence[GenerationStats], theirs: Sequence[GenerationStats], first_pass: int = 0) -> float | None:
     """Tokens a second over those of `theirs`; from the second pass on if `first_pass` is 1."""
 
-    def rate(texts: Sequence[Text]) -> float | None:
+    def rate(texts: Sequence[GenerationStats]) -> float | None:
         passes = [p for text in texts for p in text.passes[first_pass:]]
         return _ratio(sum(p.committed for p in passes), sum(p.share_s for p in passes))
 
@@ -235,7 +234,7 @@ def _by_depth(passes: Sequence[Pass]) -> list[float]:
     ]
 
 
-def _first_difference(a: Text, b: Text) -> int:
+def _first_difference(a: GenerationStats, b: GenerationStats) -> int:
     pairs = zip(a.tokens, b.tokens, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.tokens), len(b.tokens)) - 1)
 

@@ -14,8 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pearl.core.records import Key
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Key
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
 
@@ -37,7 +36,7 @@ class Run:
     modes: Mapping[str, tables.Figures]
 
     @cached_property
-    def texts(self) -> dict[str, dict[Key, Text]]:
+    def texts(self) -> dict[str, dict[Key, GenerationStats]]:
         return results.read(self.folder)[0]
 
     @property

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.messages import Report
-from pearl.core.records import Judged, Key, Pass
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Judged, Key, Pass
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write
 
@@ -156,21 +155,21 @@ def parts(folder: Path) -> list[Path]:
     return [folder, *sorted(folder.glob("replica-*"))]
 
 
-def read(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dict[Key, str]]]:
+def read(folder: Path) -> tuple[dict[str, dict[Key, GenerationStats]], dict[str, dict[Key, str]]]:
     """The texts of each mode, and their completions."""
     with sound(str(folder), "remove it, or choose another --output"):
         return _read_texts(folder)
 
 
-def _read_texts(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dict[Key, str]]]:
+def _read_texts(folder: Path) -> tuple[dict[str, dict[Key, GenerationStats]], dict[str, dict[Key, str]]]:
     passes: dict[tuple[str, Key], list[Pass]] = {}
     for line in _read(folder / PASSES):
         passes.setdefault((line["mode"], Key.of(line)), []).append(_pass(line))
-    texts: dict[str, dict[Key, Text]] = {}
+    texts: dict[str, dict[Key, GenerationStats]] = {}
     completions: dict[str, dict[Key, str]] = {}
     for line in _read(folder / SAMPLES):
         mode, key = line["mode"], Key.of(line)
-        texts.setdefault(mode, {})[key] = Text(
+        texts.setdefault(mode, {})[key] = GenerationStats(
             mode=mode.partition(":")[0],
             prompt_tokens=line["prompt_tokens"],
             tokens=tuple(line["tokens"]),
@@ -188,7 +187,7 @@ def _read_texts(folder: Path) -> tuple[dict[str, dict[Key, Text]], dict[str, dic
     return texts, completions
 
 
-def sample_line(key: Key, mode: str, text: Text, completion: str) -> Line:
+def sample_line(key: Key, mode: str, text: GenerationStats, completion: str) -> Line:
     report = asdict(text.drafter) if text.drafter else None
     if report:
         del report["sequence"]  # a number between two processes, and no fact of the text
@@ -210,7 +209,7 @@ def sample_line(key: Key, mode: str, text: Text, completion: str) -> Line:
     }
 
 
-def pass_lines(key: Key, mode: str, text: Text) -> list[Line]:
+def pass_lines(key: Key, mode: str, text: GenerationStats) -> list[Line]:
     return [{**_of(key), "mode": mode, "index": index, **asdict(one)} for index, one in enumerate(text.passes)]
 
 

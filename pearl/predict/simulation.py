@@ -117,7 +117,7 @@ def simulate(
     own: float = 0.0,
     seed: int = 0,
     traces: tuple[Trace, Trace] = (OFF, OFF),
-) -> list[records.Sequence]:
+) -> list[records.GenerationStats]:
     """The records of a run over `scripts`, one after the other, by one target and one drafter.
 
     `own`: how often the drafter's own guesses, which its forwards carry along, are what its model says then; 0: it
@@ -131,7 +131,9 @@ def simulate(
     return [_text(target, wire, stage, schedule, script) for script in scripts]
 
 
-def _text(target: Target, wire: _TargetEnd, stage: _Stage, schedule: Schedule, script: Script) -> records.Sequence:
+def _text(
+    target: Target, wire: _TargetEnd, stage: _Stage, schedule: Schedule, script: Script
+) -> records.GenerationStats:
     params = SamplingParams(max_new_tokens=len(script.places))
     stopper = Stopper(params, (), lambda tokens: "")
     stage.begin(script)
@@ -140,7 +142,7 @@ def _text(target: Target, wire: _TargetEnd, stage: _Stage, schedule: Schedule, s
         pass
     assert stopper.tokens == script.tokens, "a simulated text is the scripted one"
     assert not (target.report and target.report.failed), "a simulated source does not fail"
-    return records.Sequence(
+    return records.GenerationStats(
         mode=schedule.mode,
         prompt_tokens=script.prompt,
         tokens=tuple(stopper.tokens),

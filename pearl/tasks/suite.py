@@ -13,7 +13,7 @@ Answer = tuple[str, str]  # id of a problem, completion
 
 
 class Turn(Protocol):
-    """What of a text's record its export may tell (`records.Sequence` has it)."""
+    """What of a text's record its export may tell (`records.GenerationStats` has it)."""
 
     @property
     def text(self) -> str: ...

@@ -487,8 +487,8 @@ def test_in_one_process_the_text_is_the_targets_own(toy, drafter_folder, beam: i
         for params in (GREEDY, SEEDED):
             written = engine.generate("def f(x):", params)
             assert written.tokens == engine.generate("def f(x):", params, mode="ar").tokens
-            assert written.facts.drafter and written.facts.drafter.forwards > 0 and not written.facts.drafter.failed
-        offered = [one.q for p in written.facts.passes for one in p.judged]
+            assert written.stats.drafter and written.stats.drafter.forwards > 0 and not written.stats.drafter.failed
+        offered = [one.q for p in written.stats.passes for one in p.judged]
         assert (max(map(len, offered)) == 1) == (beam == 1), "a beam of one offers one guess a place"
 
 
@@ -499,8 +499,8 @@ def test_in_two_processes_the_text_is_the_targets_own_in_every_mode(toy, drafter
             for mode in ("sd", "pearl", "tree"):
                 written = engine.generate("def f(x):", params, mode=mode)
                 assert written.tokens == own
-                assert written.facts.drafter and not written.facts.drafter.failed
-                assert written.facts.drafter.forwards > 0
+                assert written.stats.drafter and not written.stats.drafter.failed
+                assert written.stats.drafter.forwards > 0
 
 
 # What does not fit

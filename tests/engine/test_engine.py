@@ -87,21 +87,21 @@ def test_every_mode_writes_the_targets_own_text(engine, mode, gamma, params):
     written = engine.generate(PROMPT, params, mode=mode, gamma=gamma)
     assert written.tokens == alone(engine, params)
     assert written.text == engine.decode(written.tokens)
-    assert (written.finish_reason, written.facts.mode) == ("length", mode)
+    assert (written.finish_reason, written.stats.mode) == ("length", mode)
     if mode in DRAFTING:
-        assert written.facts.drafter and not written.facts.drafter.failed
-        assert written.facts.bytes_on_wire > 0
-        paused = any(p.ahead == 0 for p in written.facts.passes)  # the controller found that drafting does not pay here
-        assert written.facts.drafter.forwards > 0 or paused
+        assert written.stats.drafter and not written.stats.drafter.failed
+        assert written.stats.bytes_on_wire > 0
+        paused = any(p.ahead == 0 for p in written.stats.passes)  # the controller found that drafting does not pay here
+        assert written.stats.drafter.forwards > 0 or paused
     else:
-        assert written.facts.drafter is None and written.facts.bytes_on_wire == 0
+        assert written.stats.drafter is None and written.stats.bytes_on_wire == 0
 
 
 @PICKING
 @pytest.mark.parametrize("mode", DRAFTING)
 def test_a_perfect_drafter_is_never_contradicted(perfect, mode, params):
     written = perfect.generate(PROMPT, params, mode=mode, gamma=4)
-    passes = written.facts.passes
+    passes = written.stats.passes
     assert written.tokens == alone(perfect, params)
     late = mode in ("pearl", "pearl-no-post", "tree")  # with pre-verify guesses may come too late
     assert late or any(p.tested for p in passes)
@@ -110,7 +110,7 @@ def test_a_perfect_drafter_is_never_contradicted(perfect, mode, params):
 
 def test_the_pair_is_worth_testing_with(engine):
     """Its drafter is right often and wrong often, and its text is no loop."""
-    passes = engine.generate(PROMPT, GREEDY, mode="sd", gamma=3).facts.passes
+    passes = engine.generate(PROMPT, GREEDY, mode="sd", gamma=3).stats.passes
     tested, accepted = sum(p.tested for p in passes), sum(p.accepted for p in passes)
     assert 0.2 < accepted / tested < 0.9
     assert len(set(alone(engine, GREEDY))) > 20
@@ -170,7 +170,7 @@ def test_an_end_of_sequence_inside_a_block_cuts_it(perfect):
         for mode in DRAFTING:
             written = perfect.generate(PROMPT, params, mode=mode, gamma=6)
             assert (written.tokens, written.finish_reason) == (reference.tokens, "eos")
-            last = written.facts.passes[-1]
+            last = written.stats.passes[-1]
             cut += last.committed < last.offered + 1
         if cut >= 3:
             return
@@ -269,9 +269,9 @@ def test_a_draft_with_a_shorter_memory_leaves_the_rest_to_the_target(engine, pai
     with opened(pair[0], str(short), mode="sd", processes=1, target_cores=ONE_CORE) as single:
         written = single.generate(PROMPT, GREEDY, gamma=3)
     assert written.tokens == alone(engine, GREEDY)
-    assert not written.facts.drafter.failed
-    assert all(p.offered == 0 for p in written.facts.passes if p.position >= 30)
-    assert any(p.offered for p in written.facts.passes)
+    assert not written.stats.drafter.failed
+    assert all(p.offered == 0 for p in written.stats.passes if p.position >= 30)
+    assert any(p.offered for p in written.stats.passes)
 
 
 def test_the_ngram_source_needs_no_model(engine, pair):
@@ -279,7 +279,7 @@ def test_the_ngram_source_needs_no_model(engine, pair):
         prompt = engine.encode("the thing in the thing in the thing in")
         written = single.generate(prompt, GREEDY)
         assert written.tokens == single.generate(prompt, GREEDY, mode="ar").tokens
-        assert written.facts.drafter.drafted > 0
+        assert written.stats.drafter.drafted > 0
 
 
 def test_what_needs_two_processes_is_refused_in_one(pair):
@@ -361,7 +361,7 @@ def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
         monkeypatch.undo()
         back = hanging.generate(PROMPT, SEEDED, mode="sd", gamma=3)  # and may come back
         assert back.tokens == alone(engine, SEEDED)
-        assert sum(p.accepted for p in back.facts.passes) > 0
+        assert sum(p.accepted for p in back.stats.passes) > 0
 
 
 def test_a_drafter_that_can_not_start_is_reported_and_leaves_no_process(pair, tmp_path):
@@ -449,4 +449,4 @@ def test_the_default_target_writes_the_same_in_every_mode(dtype, monkeypatch):
             assert {mode: text.tokens for mode, text in texts.items()} == dict.fromkeys(MODES, texts["ar"].tokens)
             if temperature == 0:
                 assert "fib" in texts["ar"].text
-                assert len(texts["sd"].facts.passes) < 24
+                assert len(texts["sd"].stats.passes) < 24

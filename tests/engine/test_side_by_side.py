@@ -13,7 +13,7 @@ from test_tasks import written
 
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
-from pearl.core.records import Sequence as Facts
+from pearl.core.records import GenerationStats
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.errors import UsageError
@@ -59,7 +59,7 @@ def test_every_mode_writes_the_same_at_every_batch_size(pair, dtype):
             for size in (3, 8):
                 texts = engine.generate(PROMPTS, PARAMS, mode=mode, batch_size=size)
                 assert [text.tokens for text in texts] == alone, (mode, size)
-                shared = max(p.texts for text in texts for p in text.facts.passes)
+                shared = max(p.texts for text in texts for p in text.stats.passes)
                 assert size // 2 < shared <= size, "in lock-step modes some sit a pass out"
 
 
@@ -68,7 +68,7 @@ def test_a_batch_of_thirty_two(pair, alone):
         for mode in ("ar", "sd"):
             texts = engine.generate(PROMPTS[:10] * 4, PARAMS[:10] * 4, mode=mode)
             assert [text.tokens for text in texts] == [text.tokens for text in alone[:10]] * 4
-            assert max(p.texts for text in texts for p in text.facts.passes) > 16
+            assert max(p.texts for text in texts for p in text.stats.passes) > 16
 
 
 def test_rejection_sampling_side_by_side_fills_every_text(serial):
@@ -114,7 +114,7 @@ def test_places_are_taken_while_anybody_waits_for_one(serial):
     params = [SamplingParams(max_new_tokens=4 + 11 * i % 37, ignore_eos=True) for i in range(100)]
     texts = serial.generate(PROMPTS * 5, params, mode="ar")
     assert [len(text.tokens) for text in texts] == [own.max_new_tokens for own in params]
-    assert occupancy([text.facts for text in texts]) >= 0.95
+    assert occupancy([text.stats for text in texts]) >= 0.95
 
 
 def test_one_prompt_and_a_list_of_one_are_told_apart(serial, alone):
@@ -203,8 +203,8 @@ def test_a_batchs_figures_are_there(evaluated):
 def test_occupancy_of_a_worked_example():
     """Two places: one is free for a second of the four until the last text begins; what comes after does not count."""
 
-    def text(began: float, ended: float) -> Facts:
-        return Facts("ar", 1, (), "", "length", (), None, 0, 0, 2, began, ended)
+    def text(began: float, ended: float) -> GenerationStats:
+        return GenerationStats("ar", 1, (), "", "length", (), None, 0, 0, 2, began, ended)
 
     batch = [text(10, 13), text(10, 12), text(13, 14), text(14, 20)]
     assert occupancy(batch) == pytest.approx((3 + 2 + 1) / 8)

@@ -17,8 +17,7 @@ import pytest
 from rich.console import Console
 
 from pearl.core.messages import Report
-from pearl.core.records import Judged, Key, Pass
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Judged, Key, Pass
 from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
 from pearl.evaluation import harness, metrics, results
@@ -31,17 +30,19 @@ ASKED = {"resume": True, "max_new_tokens": 6}
 ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
 
 
-def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> Text:
+def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> GenerationStats:
     """What the toy decoder of `mode` writes: the same words in every mode, in other passes."""
     words = random.Random(f"{list(prompt)} {seed}").choices(range(9), k=4)
     passes = tuple(replace(ONE, committed=n, seconds=seconds) for n in ((1, 1, 1, 1) if mode == "ar" else (1, 3)))
     report = None if mode == "ar" else Report(sequence=0, hits=2, verdicts=3, busy_s=0.1)
-    return Text(mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6)
+    return GenerationStats(
+        mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6
+    )
 
 
 def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int = 2) -> Plan:
     def decoder(mode: str):
-        def decode(prompt: Sequence[int], params: SamplingParams, continues: bool) -> Text:
+        def decode(prompt: Sequence[int], params: SamplingParams, continues: bool) -> GenerationStats:
             time.sleep(pause_s)
             return text(mode, prompt, params.seed)
 
@@ -236,11 +237,11 @@ def test_a_merge_that_was_interrupted_counts_nothing_twice(tmp_path, undisturbed
 # Figures
 
 
-def runs(seconds: dict[str, float], repeats: int = 1) -> dict[Key, Text]:
+def runs(seconds: dict[str, float], repeats: int = 1) -> dict[Key, GenerationStats]:
     return {Key(name, 0, i): text("sd", (1,), seconds=s) for name, s in seconds.items() for i in range(repeats)}
 
 
-def summary(**modes: dict[Key, Text]) -> dict:
+def summary(**modes: dict[Key, GenerationStats]) -> dict:
     return metrics.summarise(modes, lambda key, index: float(index), lambda key: key.task[0])
 
 

@@ -61,7 +61,7 @@ def test_after_each_kind_of_fault_the_drafter_is_back_and_speculates(engine, nur
     for _ in range(20):  # a stopped one is found out only when it has been silent, and may be going to be replaced
         text = engine.generate(faults.PROMPTS[0], params, mode="sd", gamma=3)
         assert text.tokens == alone
-        if sum(p.accepted for p in text.facts.passes):
+        if sum(p.accepted for p in text.stats.passes):
             return
         faults.wait_until_back(engine)
     pytest.fail("nothing of the drafter's was accepted any more")

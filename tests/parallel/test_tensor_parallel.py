@@ -42,7 +42,7 @@ def engine(pair):
 def test_every_mode_writes_what_the_ranks_write_without_a_drafter(engine, params):
     texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in WRITING}
     assert {mode: text.tokens for mode, text in texts.items()} == dict.fromkeys(WRITING, texts["ar"].tokens)
-    assert len(texts["sd"].facts.passes) < params.max_new_tokens  # guesses came true
+    assert len(texts["sd"].stats.passes) < params.max_new_tokens  # guesses came true
 
 
 def test_greedy_texts_are_those_of_one_process(engine, alone):

