@@ -26,7 +26,6 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.errors import UsageError
 from pearl.machine import cores, memory
-from pearl.models.language_model import LanguageModel
 from pearl.models.numerics_check import rows_check
 from pearl.parallel.process import (
     DrafterProcess,
@@ -149,8 +148,7 @@ class Engine:
             torch.set_num_threads(len(self.target_cpus))
             self.tokenizer = checked.tokenizer
             self.model = load_target(checked, self._crew)
-            if isinstance(self.model, LanguageModel):
-                self.model.features_stay = bool(self._peer and direct)
+            self.model.features_stay = bool(self._peer and direct and not self._crew)
             self._checked = checked
             self._eos = eos_ids(self.model.model, self.tokenizer)
             trace = timeline.Trace("target", self._trace_path) if self._trace_path else timeline.OFF
@@ -236,10 +234,10 @@ class Engine:
             )
         if self.processes == 1:
             _refuse_alone(schedule)
-        places = self.model.texts if batch_size is None else batch_size
-        if not 1 <= places <= self.model.texts:
+        places = self.model.batch_slots if batch_size is None else batch_size
+        if not 1 <= places <= self.model.batch_slots:
             raise UsageError(
-                f"batch_size must be from 1 to the {self.model.texts} texts that this engine has places for, not "
+                f"batch_size must be from 1 to the {self.model.batch_slots} texts that this engine has places for, not "
                 f"{batch_size!r}: make one with more max_sequences."
             )
         if self._run:
@@ -351,8 +349,7 @@ class Engine:
             lines[-1] += (
                 f" (no launcher started two processes, so the drafter was started as process {self.drafter_pid})"
             )
-        checks = self.model.checks if isinstance(self.model, LanguageModel) else ()
-        checks = (rows_check(self.model.rows), *(check for check in checks if check.what != "rows"))
+        checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         lines += [f"{check.what}: {check.found}" for check in checks]
         return "\n".join(lines)
 

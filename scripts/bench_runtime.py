@@ -65,13 +65,13 @@ def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiproces
 
     torch.set_num_threads(1)
     from pearl.drafters.tree import TreeSource
-    from pearl.models.language_model import LanguageModel
+    from pearl.models.draft_model import DraftModel
     from pearl.roles.drafter import Drafter
     from pearl.wire.process_channel import ProcessChannel
 
     link = ProcessChannel(dist.TCPStore("127.0.0.1", port, 2, is_master=False), rank=1, host="127.0.0.1")
     sleeper = Sleeper(vocabulary, seconds, RIGHT)
-    source = TreeSource(LanguageModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
+    source = TreeSource(DraftModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
     busy = 0.0
     drafter = Drafter(source, link)
     try_ = drafter._try
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.core.stopping import Stopper
-    from pearl.models.language_model import LanguageModel
+    from pearl.models.verifier import VerifierModel
     from pearl.roles.target import Target
     from pearl.wire.process_channel import ProcessChannel
 
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             child.start()
             sleeper = Sleeper(found.vocabulary, found.pass_ms / 1e3, 1.0)
             target = Target(
-                LanguageModel(sleeper, found.vocabulary, LENGTH), ProcessChannel(store, rank=0, host="127.0.0.1")
+                VerifierModel(sleeper, found.vocabulary, LENGTH), ProcessChannel(store, rank=0, host="127.0.0.1")
             )
             params = SamplingParams(max_new_tokens=LENGTH - 200, temperature=temperature, seed=1)
             stopper = Stopper(params, (), str)

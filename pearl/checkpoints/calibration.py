@@ -34,8 +34,9 @@ from pearl.models.batch_invariance import (
     profile_path,
 )
 from pearl.models.cuda_graphs import capture_for
-from pearl.models.language_model import LanguageModel
+from pearl.models.draft_model import DraftModel
 from pearl.models.tensor_parallel.model import TensorParallelModel
+from pearl.models.verifier import VerifierModel
 
 Found = dict[str, Any]  # as JSON holds it
 
@@ -64,7 +65,7 @@ def measured_once(key: dict[str, object], measure: Callable[[], Found]) -> Found
         return json.loads(path.read_text())
 
 
-def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Preflight) -> None:
+def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Preflight) -> None:
     """Gives a target the row counts that keep its bits, and their costs."""
     config, placed = checked.config, checked.target_on
     key = _key(reader.model, config, placed, checked.target, config.dtype)
@@ -74,7 +75,7 @@ def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Prefl
             lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary
         )
         reader.rows = plan
-        branches = reader.branches and branches_agree(reader, checked.vocabulary)
+        branches = reader.verifies_trees and branches_agree(reader, checked.vocabulary)
         path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
@@ -82,7 +83,7 @@ def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Prefl
         plan = find_invariant_batches(reader, checked.vocabulary) if reader.rows.exact else None
         return {"joint": asdict(plan) if plan else None}
 
-    if isinstance(reader, LanguageModel) and has_static_shapes(config, placed):
+    if isinstance(reader, VerifierModel) and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         forms = numerics_check.forms(placed.on_cpu)
         static = {"fixed": 1, "forms": forms, "graphs": capture is not None, **key}
@@ -91,14 +92,14 @@ def calibrate_target(reader: LanguageModel | TensorParallelModel, checked: Prefl
     else:
         reader.rows = TokenBuckets.from_json(measured_once({"rows": 3, **key}, measure))
         reader.checks = (numerics_check.rows_check(reader.rows),)
-    if reader.texts > 1:
+    if reader.batch_slots > 1:
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
-        found = measured_once({"joint": 2, "texts": reader.texts, **key}, measure_batches)["joint"]
+        found = measured_once({"joint": 2, "texts": reader.batch_slots, **key}, measure_batches)["joint"]
         reader.joint = BatchedTokenBuckets.from_json(found) if found else None
-    _forget(reader)
+    reader.forget_all()
 
 
-def calibrate_draft(reader: LanguageModel, checked: Preflight, kernel: str, kept: int) -> DraftCosts:
+def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: int) -> DraftCosts:
     """What the forwards of a draft model cost; they are recorded as graphs where that works. `kernel`: of its linear
     layers. `kept`: tokens that a reduced head holds, 0: it is whole."""
     config, placed = checked.config, checked.draft_on
@@ -111,13 +112,13 @@ def calibrate_draft(reader: LanguageModel, checked: Preflight, kernel: str, kept
         captured = measured_once(
             {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
         )
-        reader.fix(capture=capture if captured["captured"] else None)
+        reader.enable_static_shapes(capture=capture if captured["captured"] else None)
     found = measured_once(key, lambda: {"seconds": profile_leaves(reader, checked.vocabulary)})["seconds"]
     several: Found = {"several": (0.0, 0.0)}
-    if reader.texts > 1:
-        key["texts"] = reader.texts
+    if reader.batch_slots > 1:
+        key["texts"] = reader.batch_slots
         several = measured_once(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
-    _forget(reader)
+    reader.forget_all()
     first, further = several["several"]
     return DraftCosts(tuple(found), (first, further))
 
@@ -128,11 +129,6 @@ def has_static_shapes(config: EngineConfig, placed: Placement) -> bool:
     return config.cuda_graphs in ("on", "static-only") or (
         config.cuda_graphs == "auto" and len(placed.devices) == 1 and not placed.on_cpu
     )
-
-
-def _forget(reader: LanguageModel | TensorParallelModel) -> None:
-    for text in range(reader.texts):
-        reader.forget(text=text)
 
 
 def _key(model: Any, config: EngineConfig, placed: Placement, checkpoint: Checkpoint, dtype: str) -> dict[str, object]:

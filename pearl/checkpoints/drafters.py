@@ -13,12 +13,12 @@ from pearl.checkpoints.targets import prepare
 from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.models import linear
+from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache import longest_text
-from pearl.models.language_model import LanguageModel
 from pearl.models.reduced_head import cut
 
 
-def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, DraftCosts]:
+def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     """The draft model, and what its forwards cost. Its texts are up to `ahead` guesses longer than the target's."""
     config, checkpoint, placed = checked.config, checked.draft, checked.draft_on
     assert checkpoint is not None, "the ngram source has no model"
@@ -35,7 +35,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[LanguageModel, DraftCost
     prepare(model, kernel, placed)
     longest = min(checked.max_length + ahead, longest_text(model.config))
     coarse = not placed.on_cpu
-    reader = LanguageModel(model, checked.vocabulary, longest, head=head, texts=checked.texts, coarse=coarse)
+    reader = DraftModel(model, checked.vocabulary, longest, head, checked.texts, coarse)
     return reader, calibrate_draft(reader, checked, kernel, len(head) if head else 0)
 
 

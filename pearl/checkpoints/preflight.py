@@ -21,7 +21,7 @@ from pearl.core.schedule import MAX_GAMMA
 from pearl.drafters.feature import network
 from pearl.errors import UsageError
 from pearl.models.kv_cache import bytes_of_a_text, longest_text
-from pearl.models.language_model import TREE
+from pearl.models.language_model import TREE_SLOTS
 from pearl.models.tensor_parallel import model as tensor_parallel
 
 AHEAD = 2 * MAX_GAMMA + 1  # guesses by which a drafter's text may be longer than the target's
@@ -120,7 +120,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
         )
     sizes = {
-        "target": bytes_of_a_text(target_config, max_length + TREE, _width(config.dtype))
+        "target": bytes_of_a_text(target_config, max_length + TREE_SLOTS, _width(config.dtype))
         / config.tensor_parallel_size
         / 1e9
     }
@@ -133,7 +133,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             compare_vocabularies(tokenizer, draft_tokenizer)
         vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
         width = _width(config.draft_dtype or config.dtype)
-        sizes["draft"] = bytes_of_a_text(draft_config, max_length + AHEAD + TREE, width) / 1e9
+        sizes["draft"] = bytes_of_a_text(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     texts = _texts(config, sizes["target"], max_length)
     caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
     caches["target"] *= here

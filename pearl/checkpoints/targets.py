@@ -17,22 +17,22 @@ from pearl.models import linear
 from pearl.models.fingerprint import of_model, other_target
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache import use_grouped_attention
-from pearl.models.language_model import LanguageModel
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
+from pearl.models.verifier import VerifierModel
 
 
-def load_target(checked: Preflight, others: Others | None = None) -> LanguageModel | TensorParallelModel:
+def load_target(checked: Preflight, others: Others | None = None) -> VerifierModel | TensorParallelModel:
     """`others`: the other ranks, of a target that is spread over several."""
     model = _load(checked)
     prepare(model, "stock" if others else checked.config.kernel, checked.target_on)
     shape = checked.feature_drafter
-    reader: LanguageModel | TensorParallelModel
-    reader = LanguageModel(
+    reader: VerifierModel | TensorParallelModel
+    reader = VerifierModel(
         model,
         checked.vocabulary,
         checked.max_length,
-        taps=HiddenStateHooks(model, shape.features) if shape and shape.features else None,
-        texts=checked.texts,
+        hooks=HiddenStateHooks(model, shape.features) if shape and shape.features else None,
+        batch_slots=checked.texts,
         coarse=not (checked.target_on.on_cpu or others),
     )
     if others:
@@ -42,11 +42,11 @@ def load_target(checked: Preflight, others: Others | None = None) -> LanguageMod
     return reader
 
 
-def load_shard(checked: Preflight) -> LanguageModel:
+def load_shard(checked: Preflight) -> VerifierModel:
     """What a rank other than the first has of the target."""
     model = _load(checked)
     prepare(model, "stock", checked.target_on)
-    return LanguageModel(model, checked.vocabulary, checked.max_length, texts=checked.texts)
+    return VerifierModel(model, checked.vocabulary, checked.max_length, batch_slots=checked.texts)
 
 
 def load_plain(checked: Preflight, device: str) -> Any:

@@ -109,7 +109,6 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
-    from pearl.models.language_model import LanguageModel
 
     try:
         checked = preflight(config)
@@ -124,7 +123,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
             engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True), mode="sd")
             texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
             events = engine.events
-            bits = report(engine.model) if isinstance(engine.model, LanguageModel) else []
+            bits = report(engine.model.checks)
     except UsageError as error:
         yield Finding("start", NO, str(error))
         return

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
+from pearl.core.token_buckets import Check
 from pearl.options import of
 
 OK, SLOW = "ok", "slow"
@@ -26,9 +26,9 @@ def parser() -> cli.Parser:
     return cli.parser("selfcheck", "", "--target TARGET --dtype float16", take=("pair", "machine"), but=but)
 
 
-def report(model: Any) -> list[tuple[str, str, str]]:
+def report(checks: Sequence[Check]) -> list[tuple[str, str, str]]:
     """(what, verdict, a sentence) of each fact that was tried: `ok`, or `slow` where the runtime goes without it."""
-    return [(check.what, OK if check.holds else SLOW, check.found) for check in model.checks]
+    return [(check.what, OK if check.holds else SLOW, check.found) for check in checks]
 
 
 @cli.guarded
@@ -41,6 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.checkpoints.targets import load_target
 
     model = load_target(preflight(config, ("target",)))
-    for what, verdict, sentence in report(model):
+    for what, verdict, sentence in report(model.checks):
         print(f"{verdict:5} {what}: {sentence}")
     return 0

@@ -26,9 +26,9 @@ from pearl.core.sampling import ranked
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import Tree
-from pearl.drafters.model import ModelSource
+from pearl.drafters.model import LeafReader, ModelSource
 from pearl.drafters.ngram import NgramSource
-from pearl.models.language_model import Reader, WantedLeaves
+from pearl.models.draft_model import LeavesQuery
 
 CHILDREN = 6  # guesses after a row at most
 FAINTEST = math.log(0.003)  # a path that is less likely is not offered, unless nothing else follows its parent
@@ -68,7 +68,7 @@ class TreeSource(ModelSource):
 
     def __init__(
         self,
-        model: Reader,
+        model: LeafReader,
         costs: Sequence[float] = (),
         own: NgramSource | None = None,
         several: tuple[float, float] = (0.0, 0.0),
@@ -98,7 +98,7 @@ class TreeSource(ModelSource):
         self.forwards += 1
         self.rows += sum(map(len, chosen))
         self.own += sum(row.node is None for rows in chosen for row in rows)
-        wanted = [WantedLeaves(one.text, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
+        wanted = [LeavesQuery(one.text, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
         read = iter(self._model.read_leaves_together(wanted))
         return [self._grow(one, rows, next(read)) if rows else [] for one, rows in zip(asked, chosen, strict=True)]
 
@@ -181,17 +181,17 @@ class TreeSource(ModelSource):
         return self.costs[0] + (texts - 1) * a_text + (rows - texts) * a_row
 
 
-def profile_batches(reader: Reader, vocabulary: int, alone_s: float) -> tuple[float, float]:
+def profile_batches(reader: LeafReader, vocabulary: int, alone_s: float) -> tuple[float, float]:
     """Seconds that a forward takes longer for each text more, and for each row more than one a text.
 
     `alone_s`: of one row of one text.
     """
-    texts = min(reader.texts, LEAVES)
+    texts = min(reader.batch_slots, LEAVES)
     assert texts > 1, "several texts"
     tokens = [token % vocabulary for token in range(11, 11 + _TIMED)]
     found = []
     for leaves in (1, _LEAVES_TIMED):
-        wanted = [WantedLeaves(text, tokens, [(token,) for token in range(leaves)]) for text in range(texts)]
+        wanted = [LeavesQuery(text, tokens, [(token,) for token in range(leaves)]) for text in range(texts)]
         seconds = []
         for _ in range(5):
             began = time.perf_counter()

@@ -175,7 +175,7 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
 
             modes |= Baselines(engine, checked).decoders(order.baselines)
         modes = {mode: modes[mode] for mode in found.mode}
-        size = min(found.batch_size, engine.model.texts)
+        size = min(found.batch_size, engine.model.batch_slots)
         side_by_side = harness.writers(engine, order.schedules, size)
         plan = harness.Plan(tasks, modes, params, found.num_samples, found.repeats, side_by_side, size)
         asked = order.asked | {"prompt_format": form, "prompts": plan.digest}

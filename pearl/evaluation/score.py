@@ -84,9 +84,12 @@ def batches(texts: Sequence[Read], most: int) -> Iterator[list[Read]]:
 
 
 def score_model(draft: Any, texts: Sequence[Read], target: Any = None) -> list[Scored]:
-    """`draft`, `target`: `model.LanguageModel`s with places for all of `texts`, which are read in one forward."""
-    said = draft.read_whole([text.tokens for text in texts])
-    other = target.read_whole([text.tokens for text in texts]) if target else [None] * len(texts)
+    """`draft`, `target`: `LanguageModel`s with batch slots for all of `texts`, which are read in one forward."""
+    from pearl.models.scoring import read_whole
+
+    tokens = [text.tokens for text in texts]
+    said = read_whole(draft, tokens)
+    other = read_whole(target, tokens) if target else [None] * len(texts)
     return [_score(text, q, p) for text, q, p in zip(texts, said, other, strict=True)]
 
 

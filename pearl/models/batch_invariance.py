@@ -104,7 +104,7 @@ def profile_path(reader: Any, vocabulary: int) -> float:
         for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
             reader.read(text, 1)
             began = time.perf_counter()
-            _finish(reader.read([*text, *chain], len(chain) + 1, branches=[(0, side) for side in sides]))
+            _finish(reader.read([*text, *chain], len(chain) + 1, side_rows=[(0, side) for side in sides]))
             found.append(time.perf_counter() - began)
     return max(0.0, (min(seconds[0]) - min(seconds[1])) / 3)
 
@@ -117,7 +117,7 @@ def branches_agree(reader: Any, vocabulary: int) -> bool:
     generator = torch.Generator().manual_seed(1)
     *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX + 5,), generator=generator).tolist()
     try:
-        mixed = reader.read([*text, a, b], 3, branches=[(0, c), (3, d), (1, e)])
+        mixed = reader.read([*text, a, b], 3, side_rows=[(0, c), (3, d), (1, e)])
     except CannotBranch:
         return False
     beside = reader.read([*text, c, d], 3)[1:]
@@ -132,23 +132,23 @@ def find_invariant_batches(reader: Any, vocabulary: int) -> BatchedTokenBuckets 
     All read the same tokens, so each row can be compared with one that a text has read alone. `reader` is a
     `model.LanguageModel`, its `rows` known.
     """
-    if not reader.branches or reader.texts < 2:
+    if not reader.verifies_trees or reader.batch_slots < 2:
         return None
     prefix = min(_LONG_PREFIX, reader.max_length - reader.rows.most)
     generator = torch.Generator().manual_seed(3)
     text = torch.randint(vocabulary, (prefix + reader.rows.most,), generator=generator).tolist()
     reader.read(text[:prefix], 1)
-    reader.spread(prefix)
+    reader.trial.copy_first(prefix)
     alone = reader.read(text, reader.rows.most)
-    counts = joint_candidates(reader.rows, reader.texts)
+    counts = joint_candidates(reader.rows, reader.batch_slots)
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     started, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < _ROUNDS and time.perf_counter() - started < _LONG_TIMING_S):
         for count in list(counts):
-            share, more = divmod(count, reader.texts)
-            lengths = [share + (one < more) for one in range(reader.texts)]
+            share, more = divmod(count, reader.batch_slots)
+            lengths = [share + (one < more) for one in range(reader.batch_slots)]
             began = time.perf_counter()
-            logits = reader.try_together(text[prefix:], prefix, lengths, count)
+            logits = reader.trial.read(text[prefix:], prefix, lengths, count)
             _finish(logits[0])
             seconds[count].append(time.perf_counter() - began)
             if not all(torch.equal(rows, alone[: len(rows)]) for rows in logits):

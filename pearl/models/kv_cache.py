@@ -62,12 +62,12 @@ class Layout:
 
 
 class Buffers:
-    """Keys and values of every layer and text, [texts, kv heads, slots, head_dim], made where the layer's device is."""
+    """Keys and values of every layer, [batch slots, kv heads, slots, head_dim], on the layer's device."""
 
-    def __init__(self, slots: int, texts: int = 1, coarse: bool = False):
+    def __init__(self, slots: int, batch_slots: int = 1, coarse: bool = False):
         """`coarse`: slots are read in fewer different numbers (`seen`), for there is a graph of each."""
         self.slots = -(-slots // GRAIN) * GRAIN
-        self.texts, self.coarse = texts, coarse
+        self.batch_slots, self.coarse = batch_slots, coarse
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,8 @@ class Buffers:
             self._layers[layer] = (self._empty(keys), self._empty(values))
         return self._layers[layer]
 
-    def spread(self, slots: int) -> None:
-        """Gives all texts what the first has in so many slots."""
+    def copy_first(self, slots: int) -> None:
+        """Gives all batch slots what the first has in so many slots."""
         for buffers in self._layers.values():
             for buffer in buffers:
                 buffer[1:, :, :slots] = buffer[:1, :, :slots]
@@ -93,7 +93,7 @@ class Buffers:
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        return like.new_zeros(self.texts, heads, self.slots + SPARE, width)
+        return like.new_zeros(self.batch_slots, heads, self.slots + SPARE, width)
 
 
 class SlotCache(Cache):
@@ -101,11 +101,11 @@ class SlotCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, slots: int | Buffers, text: int = 0):
-        """`slots`: of a cache of its own, or the buffers that several texts have together, of which it is `text`."""
+    def __init__(self, slots: int | Buffers, batch_slot: int = 0):
+        """`slots`: of a cache of its own, or the buffers that several texts have together, of which it is one."""
         super().__init__(layers=[])
         self.buffers = Buffers(slots) if isinstance(slots, int) else slots
-        self.slots, self.text = self.buffers.slots, text
+        self.slots, self.batch_slot = self.buffers.slots, batch_slot
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}  # its own, by layer, [1, kv heads, slots, head_dim]
         self.layout = Layout(slice(0, 0), 0, GRAIN)
 
@@ -152,7 +152,7 @@ class SlotCache(Cache):
         """This text's part of the buffers of a layer, which makes keys and values like these."""
         if layer not in self._buffers:
             whole = self.buffers.of(layer, keys, values)
-            self._buffers[layer] = tuple(buffer[self.text : self.text + 1] for buffer in whole)
+            self._buffers[layer] = tuple(buffer[self.batch_slot : self.batch_slot + 1] for buffer in whole)
         return self._buffers[layer]
 
     def move(self, rows: Sequence[int], slot: int, layer: int | None = None) -> None:
@@ -249,7 +249,7 @@ class SharedCache(Cache):
             if layout.calls:
                 places = [*places, *range(self._buffers.slots, self._buffers.slots + len(share.rows))]
             slots += places
-            texts += [share.cache.text] * len(places)
+            texts += [share.cache.batch_slot] * len(places)
             rows += [*share.rows[: layout.written], *(share.rows if layout.calls else ())]
             assert len(rows) == len(slots), f"rows from {first} on that lie nowhere"
         self._rows, self._texts, self._slots = torch.tensor(rows), torch.tensor(texts), torch.tensor(slots)
@@ -324,14 +324,14 @@ def _runs(shares: Sequence[Share]) -> Iterator[_Run]:
 
 
 def _alike(a: Share, b: Share) -> bool:
-    neighbours = b.cache.text == a.cache.text + 1
+    neighbours = b.cache.batch_slot == a.cache.batch_slot + 1
     return neighbours and (a.queries, a.cache.layout.seen) == (b.queries, b.cache.layout.seen)
 
 
 def _run(shares: Sequence[Share]) -> _Run:
     queries, seen = shares[0].queries, shares[0].cache.layout.seen
     masks = [share.mask[:, :, torch.arange(queries).clamp_(max=len(share.rows) - 1)] for share in shares]
-    return _Run(slice(shares[0].cache.text, shares[-1].cache.text + 1), queries, seen, torch.cat(masks))
+    return _Run(slice(shares[0].cache.batch_slot, shares[-1].cache.batch_slot + 1), queries, seen, torch.cat(masks))
 
 
 class Attends(Protocol):

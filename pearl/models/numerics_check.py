@@ -22,8 +22,10 @@ from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
 from pearl.models.attention import FORMS
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
-from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.draft_model import DraftModel
+from pearl.models.language_model import LanguageModel
 from pearl.models.static_shapes import COUNTS, Capture
+from pearl.models.verifier import VerifierModel
 
 _PREFIX = 61
 _REPEATS = 5
@@ -45,7 +47,7 @@ class Report:
         return Report(TokenBuckets.from_json(found["plan"]), found["form"], found["captured"], checks)
 
 
-def examine(reader: LanguageModel, capture: Capture | None, forms: Sequence[str]) -> Report:
+def examine(reader: VerifierModel, capture: Capture | None, forms: Sequence[str]) -> Report:
     """Tries the forms of attention on this very model, and graphs if there is something to record them with. Leaves the
     reader as the report says.
 
@@ -63,7 +65,7 @@ def examine(reader: LanguageModel, capture: Capture | None, forms: Sequence[str]
     best = min(found, key=lambda one: (not one.plan.exact, not one.plan.branches, one.plan.cost(LIMIT // 2)))
     counts = _counts(best.plan)
     reader.rows = best.plan
-    reader.fix(counts, None, best.form)
+    reader.enable_static_shapes(counts, None, best.form)
     graphs, captured = _graphs(reader, capture)
     plan = replace(best.plan, cost_s=_timed(reader, counts, best.plan.cost_s))
     plan = replace(plan, safe=counts) if plan.exact else plan
@@ -80,17 +82,17 @@ def forms(on_cpu: bool) -> tuple[str, ...]:
     return ("packed",) if on_cpu else tuple(FORMS)
 
 
-def apply(reader: LanguageModel, known: Report, capture: Capture | None) -> None:
+def apply(reader: VerifierModel, known: Report, capture: Capture | None) -> None:
     """Sets a reader up as a report says."""
     reader.rows = known.plan
     reader.checks = known.checks
-    reader.fix(_counts(known.plan), capture if known.captured else None, known.form)
+    reader.enable_static_shapes(_counts(known.plan), capture if known.captured else None, known.form)
 
 
-def examine_drafter(reader: LanguageModel, capture: Capture | None) -> tuple[bool, tuple[Check, ...]]:
+def examine_drafter(reader: DraftModel, capture: Capture | None) -> tuple[bool, tuple[Check, ...]]:
     """Graph against code for a model whose guesses are checked anyway: whether forwards are recorded. The reader is
     left so."""
-    reader.fix(COUNTS)
+    reader.enable_static_shapes(COUNTS)
     checks, captured = _graphs(reader, capture)
     return captured, tuple(checks)
 
@@ -114,52 +116,52 @@ def _counts(plan: TokenBuckets) -> tuple[int, ...]:
     return tuple(sorted(thinned))
 
 
-def _try(reader: LanguageModel, form: str) -> Report:
+def _try(reader: VerifierModel, form: str) -> Report:
     """Row counts, places and branches with one form of the attention, without graphs."""
     reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
-    reader.fix(range(1, LIMIT + 1), None, form)
+    reader.enable_static_shapes(range(1, LIMIT + 1), None, form)
     plan = find_invariant_counts(
         lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary, one_width=True
     )
     reader.rows = plan
-    reader.fix(_counts(plan), None, form)
-    branches = bool(plan.exact and reader.branches and branches_agree(reader, reader.vocabulary))
+    reader.enable_static_shapes(_counts(plan), None, form)
+    branches = bool(plan.exact and reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, form)]
     return Report(replace(plan, branches=branches), form, False, tuple(checks))
 
 
-def _of_branches(reader: LanguageModel, plan: TokenBuckets, agree: bool) -> Check:
+def _of_branches(reader: VerifierModel, plan: TokenBuckets, agree: bool) -> Check:
     if agree:
         return Check("tree against chain", True, "equal bits")
-    if not reader.branches:
+    if not reader.verifies_trees:
         return Check("tree against chain", False, "this model's attention reads no branches: passes are chains")
     why = "other bits" if plan.exact else "not tried, as row counts change the bits"
     return Check("tree against chain", False, f"{why}: passes are chains")
 
 
 def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check], bool]:
-    """Graph against code, on passes of every row count and of branches; whether graphs are used. The reader is left
-    with what is."""
-    fixed = reader.fixed
+    """Graph against code, on passes of every row count and of trees; whether graphs are used. The reader is left with
+    what is."""
+    fixed = reader.static
     assert fixed, "what is compared with graphs is the same code"
     if capture is None:
         return [Check("graph against eager", True, "not recorded: forwards run eagerly")], False
     texts = (4, 5, 4)  # each shape is recorded with one text, then replayed with another
-    code = [logits for seed in texts for logits in _said(reader, fixed.counts, seed)]
-    recorder = reader.fix(fixed.counts, capture, fixed.form)
-    graphs = [logits for seed in texts for logits in _said(reader, fixed.counts, seed)]
+    code = [logits for seed in texts for logits in _probed(reader, fixed.counts, seed)]
+    recorder = reader.enable_static_shapes(fixed.counts, capture, fixed.form)
+    graphs = [logits for seed in texts for logits in _probed(reader, fixed.counts, seed)]
     if recorder.failed:
         why = f"forwards can't be recorded as graphs, so they run eagerly ({recorder.failed})"
         return [Check("graph against eager", False, why)], False
     if all(map(torch.equal, code, graphs)):
         return [Check("graph against eager", True, f"equal bits in {recorder.shapes} shapes")], True
-    reader.fix(fixed.counts, None, fixed.form)
+    reader.enable_static_shapes(fixed.counts, None, fixed.form)
     return [
         Check("graph against eager", False, "a graph gives other bits than its code, so forwards run eagerly")
     ], False
 
 
-def _said(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Tensor]:
+def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Tensor]:
     """Logits of passes of each row count, chains and trees, over texts that differ."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -168,15 +170,15 @@ def _said(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Tenso
         reader.forget()
         reader.read(text[:_PREFIX], 1)
         found.append(reader.read(text, count))
-        sides: list[SideRow] = [(0, 1), (0, 2)][: LIMIT - count]
-        if reader.branches and sides:
+        if isinstance(reader, DraftModel):
+            found.append(reader.read_leaves(text, [(1,), (2, 3)]))
+        elif isinstance(reader, VerifierModel) and reader.verifies_trees and count < LIMIT:
             reader.forget(but=text[:_PREFIX])
-            found.append(reader.read(text[: _PREFIX + count], count, branches=sides))
-        found.append(reader.read_leaves(text[: _PREFIX + count], [(1,), (2, 3)]))
+            found.append(reader.read(text, count, [(0, 1), (0, 2)][: LIMIT - count]))
     return found
 
 
-def _timed(reader: LanguageModel, counts: Sequence[int], before: Sequence[float]) -> tuple[float, ...]:
+def _timed(reader: VerifierModel, counts: Sequence[int], before: Sequence[float]) -> tuple[float, ...]:
     """Seconds of a pass of 1, 2, ... rows, as it runs from now on: that of the next count there is."""
     text = torch.randint(reader.vocabulary, (_PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
     seconds: dict[int, float] = {}

@@ -39,37 +39,37 @@ class ReducedVocabHead(nn.Module):
         self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
         self._ids, self._size = frequent, head.out_features
         self._always = [token for token in always if token < head.out_features]
-        self._texts: dict[int, _Followed] = {}
+        self._sequences: dict[int, _Followed] = {}
         self._room = 0  # rare tokens that its tensors hold without being made anew; 0: as many as there are
         self.forget()
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    def forget(self, text: int = 0) -> None:
+    def forget(self, batch_slot: int = 0) -> None:
         """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
         `follow` has told of a text, the whole head is read."""
-        self._texts.pop(text, None)
+        self._sequences.pop(batch_slot, None)
         self._rare: list[int] = []
         self._known: set[int] = set(self._ids.tolist())
         self._weight: Tensor | None = None  # [rare tokens, hidden]
         if self._room:
             self._place(0)
         self._add(self._always)
-        for other in self._texts.values():
+        for other in self._sequences.values():
             self._add(other.tokens)
         self._weigh()
 
-    def follow(self, tokens: Sequence[int], text: int = 0) -> None:
+    def follow(self, tokens: Sequence[int], batch_slot: int = 0) -> None:
         """Tokens of the text become draftable; too many new ones call for the whole head."""
-        before = self._texts.get(text)
+        before = self._sequences.get(batch_slot)
         fresh = tokens[shared_prefix(before.tokens, tokens) :] if before else tokens
         new = {token for token in fresh if token not in self._known}
         rate = before.fresh if before else 0.0
         if before:  # a prompt's own tokens say nothing about what is being written
             for token in fresh:
                 rate += 0.03 * ((token in new) - rate)
-        self._texts[text] = _Followed(list(tokens), rate)
+        self._sequences[batch_slot] = _Followed(list(tokens), rate)
         self._add(new)
         self._weigh()
 
@@ -103,7 +103,7 @@ class ReducedVocabHead(nn.Module):
             self._rare_rows[first : len(self._rare)] = rows.to(self._rare_rows.dtype)
 
     def _weigh(self) -> None:
-        self.whole = not self._texts or any(followed.fresh > FRESH for followed in self._texts.values())
+        self.whole = not self._sequences or any(followed.fresh > FRESH for followed in self._sequences.values())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.whole:

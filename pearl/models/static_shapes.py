@@ -53,7 +53,7 @@ class Capture(Protocol):
 class Shape:
     """All that a recorded forward can't change."""
 
-    text: int
+    batch_slot: int
     rows: int
     seen: int  # slots read
     paths: int = 0
@@ -192,14 +192,14 @@ class StaticShapeRunner:
         counts: Sequence[int] = COUNTS,
         capture: Capture | None = None,
         form: str = "packed",
-        taps: HiddenStateHooks | None = None,
+        hooks: HiddenStateHooks | None = None,
         head: ReducedVocabHead | None = None,
     ):
         """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
         the code as it is. `form`: of the attention (`pearl.models.attention`)."""
         self.counts, self.form = tuple(counts), form
         self.failed = ""  # why nothing is recorded any more
-        self._model, self._slots, self._capture, self._taps, self._head = model, slots, capture, taps, head
+        self._model, self._slots, self._capture, self._hooks, self._head = model, slots, capture, hooks, head
         if head:
             head.settle()
         self._inputs = Inputs(model.device, slots)
@@ -207,32 +207,28 @@ class StaticShapeRunner:
         self._logits = self._states = torch.empty(0)  # [LIMIT, V] and [LIMIT, F], of the last forward
 
     @property
-    def captures(self) -> bool:
-        return self._capture is not None
-
-    @property
     def shapes(self) -> int:
         """How many there have been so far."""
         return len(self._runs)
 
-    def takes(self, rows: int) -> bool:
+    def supports(self, rows: int) -> bool:
         """Whether a forward of so many rows has a shape."""
         return rows <= self.counts[-1]
 
     @torch.inference_mode()
     def __call__(self, cache: SlotCache, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, V], V as the model has it, and what the tapped layers said, [R, F]. Both are overwritten by the
-        next forward."""
+        """Logits [R, V], V as the model has it, and the hooked layers' hidden states [R, F]. The next forward writes
+        over both."""
         count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
         seen = cache.buffers.seen(rows.mask.shape[1] if rows.mask is not None else 1 + max(_lasts(rows)))
         paths = next(paths for paths in PATHS if paths >= len(rows.branches))
         layout = self._head.layout if self._head else (True, 0)
-        shape = Shape(cache.text, count, seen, paths, rows.mask is not None, layout)
+        shape = Shape(cache.batch_slot, count, seen, paths, rows.mask is not None, layout)
         self._inputs.fill(_numbers(rows, shape, self._slots), _mask(rows, shape))
         if shape not in self._runs:
             self._runs[shape] = self._prepared(cache, shape)
         self._runs[shape]()
-        return self._logits[:count], self._states[:count] if self._taps else None
+        return self._logits[:count], self._states[:count] if self._hooks else None
 
     def _prepared(self, cache: SlotCache, shape: Shape) -> Run:
         def run() -> None:
@@ -247,8 +243,8 @@ class StaticShapeRunner:
                     logits_to_keep=0,
                 )
             self._logits = _kept(self._logits, out.logits[0])
-            if self._taps:
-                self._states = _kept(self._states, self._taps.states()[0])
+            if self._hooks:
+                self._states = _kept(self._states, self._hooks.states()[0])
 
         if self._capture is None:
             return run

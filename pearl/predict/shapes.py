@@ -36,8 +36,9 @@ from pearl.errors import UsageError
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
+from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache import use_grouped_attention
-from pearl.models.language_model import LanguageModel
+from pearl.models.verifier import VerifierModel
 from pearl.predict.prediction import by_times, predict
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
@@ -144,7 +145,7 @@ class _Busy(LocalChannel):
         return super().receive()
 
 
-def find_invariant_counts(
+def measure_shape(
     name: str, shape: Shape, device: str, dtype: torch.dtype, seconds: Callable[[], float]
 ) -> dict[str, Any]:
     """All that is measured of a shape. `seconds`: left for all."""
@@ -153,21 +154,21 @@ def find_invariant_counts(
     model = _built(shape, on, dtype)
     capture = capture_for((device,))
     weights = _bytes_read(model)
-    reader = LanguageModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
+    reader = VerifierModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
     found: dict[str, Any] = {"shape": name, "roles": shape.roles, "weight_bytes": weights}
     found["plain_s"] = dict(_pass_times(reader, (1, 2, 4, 8, LIMIT)))
     report = numerics_check.examine(reader, capture, numerics_check.forms(on.type == "cpu"))
     found["checks"] = [(check.what, check.holds, check.found) for check in report.checks]
     found["attention"], found["graphs"], found["plan"] = report.form, report.captured, report.plan
-    counts = reader.fixed.counts if reader.fixed else ()
+    counts = reader.static.counts if reader.static else ()
     if report.captured:
         found["graph_s"] = dict(_pass_times(reader, counts))
-    reader.fix(counts, None, report.form)
+    reader.enable_static_shapes(counts, None, report.form)
     found["eager_s"] = dict(_pass_times(reader, counts))
     numerics_check.apply(reader, report, capture)
     if DRAFTER in shape.roles:
-        drafter = LanguageModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
-        drafter.fix(capture=capture if report.captured else None)
+        drafter = DraftModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
+        drafter.enable_static_shapes(capture=capture if report.captured else None)
         found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
         del drafter
     if TARGET in shape.roles and seconds() > 2 * (time.perf_counter() - began):
@@ -193,7 +194,7 @@ def _bytes_read(model: nn.Module) -> int:
     return sum(read.values())
 
 
-def _pass_times(reader: LanguageModel, counts: Sequence[int]) -> Iterator[tuple[int, float]]:
+def _pass_times(reader: VerifierModel, counts: Sequence[int]) -> Iterator[tuple[int, float]]:
     """(rows, seconds) of a forward of so many rows after `CONTEXT` tokens, the median of several."""
     text = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)]
     reader.forget()
@@ -214,7 +215,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _texts(reader: LanguageModel, shape: Shape, tokens: int) -> dict[str, Any]:
+def _texts(reader: VerifierModel, shape: Shape, tokens: int) -> dict[str, Any]:
     """Whether every mode writes what the target alone does, what a pass takes beside its forward, and where one-row
     decoding, as others do it, says otherwise."""
     prompt = [11 * i % shape.vocabulary for i in range(64)]
@@ -250,21 +251,21 @@ def _written(target: Target, prompt: Sequence[int], mode: str, params: SamplingP
     return list(stopper.tokens)
 
 
-def _one_row(reader: LanguageModel, prompt: Sequence[int], own: Sequence[int]) -> dict[str, float] | None:
+def _one_row(reader: VerifierModel, prompt: Sequence[int], own: Sequence[int]) -> dict[str, float] | None:
     """Where greedy decoding with one row a forward first says otherwise, and the gap of its two best logits there."""
-    fixed, rows = reader.fixed, reader.rows
-    reader.fixed, reader.rows = None, ANY
+    fixed, rows = reader.static, reader.rows
+    reader.static, reader.rows = None, ANY
     reader.forget()
     difference = None
     text = list(prompt)
     for at, token in enumerate(own):
-        best = reader.read(text, 1, padded=False)[0].float().topk(2)
+        best = reader.read(text, 1)[0].float().topk(2)
         if int(best.indices[0]) != token:
             difference = {"at": float(at), "gap": float(best.values[0] - best.values[1])}
             break
         text.append(token)
     reader.forget()
-    reader.fixed, reader.rows = fixed, rows
+    reader.static, reader.rows = fixed, rows
     return difference
 
 
@@ -363,7 +364,7 @@ def bench(shapes: dict[str, Shape], device: str, dtype: str, limit_s: float) -> 
             left_out.append(f"{name}, as memory does not hold it")
             continue
         try:
-            found.append(find_invariant_counts(name, shape, device, getattr(torch, dtype), left))
+            found.append(measure_shape(name, shape, device, getattr(torch, dtype), left))
         except torch.OutOfMemoryError:
             left_out.append(f"{name}, as memory does not hold it")
         gc.collect()

@@ -35,8 +35,10 @@ from pearl.core.token_buckets import TokenBuckets
 from pearl.drafters.draft_source import Proposal
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
+from pearl.models.draft_model import LeavesQuery
 from pearl.models.draft_tree_cache import DraftTreeCache
-from pearl.models.language_model import TREE, SideRow, WantedLeaves
+from pearl.models.language_model import TREE_SLOTS, SideRow
+from pearl.models.verifier import SequenceQuery
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.codec import pack
@@ -260,9 +262,9 @@ class _TargetEnd(_End):
 
 
 class _TargetReader:
-    """A `Reader` that says what the script says."""
+    """A `TargetModel` that says what the script says."""
 
-    branches, texts, joint = True, 1, None
+    verifies_trees, batch_slots, joint = True, 1, None
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
         self.rows = stage.times.rows
@@ -270,29 +272,30 @@ class _TargetReader:
         self._stage, self._wire = stage, wire
         self._fresh = True
 
-    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         self._fresh = True
 
-    def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
-    ) -> Tensor:
+    def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         stage, times = self._stage, self._stage.times
-        rows = keep + len(branches)
+        rows = keep + len(side_rows)
         if self._fresh:
             self._wire.work(stage.script.prefill_s, times.prompt_crowding)
         else:
-            paths = times.path_s * _paths(keep, [parent for parent, _ in branches])
+            paths = times.path_s * _paths(keep, [parent for parent, _ in side_rows])
             self._wire.work(times.pass_s[self.rows.pad(rows) - 1] + paths, times.crowding)
         self._fresh = False
         positions = list(range(len(tokens) - keep, len(tokens)))
-        for parent, _ in branches:
+        for parent, _ in side_rows:
             positions.append(positions[parent] + 1)
         logits = torch.zeros(rows, VOCABULARY)
         logits[range(rows), [token(position + 1) for position in positions]] = 1.0
         return logits
 
-    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
-        raise AssertionError("a target reads no leaves")
+    def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
+        return [self.read(one.tokens, one.keep, one.side_rows) for one in queries]
+
+    def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
+        return None
 
 
 def _paths(chain: int, parents: Sequence[int]) -> int:
@@ -304,24 +307,21 @@ def _paths(chain: int, parents: Sequence[int]) -> int:
 
 
 class _DraftReader:
-    """A drafter's `Reader`. It counts the rows that a forward reads, as the real one would, and says what the script
-    says of their places."""
+    """A drafter's model. It counts the rows that a forward reads, as the real one would, and says what the script says
+    of their places."""
 
-    branches, texts, joint = False, 1, None
+    batch_slots = 1
 
     def __init__(self, stage: _Stage):
-        self.rows = stage.times.rows
         self.max_length = 1 << 20
         self._stage = stage
-        self.forget()
+        self.forget(batch_slot=0)
 
-    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+    def forget(self, *, batch_slot: int) -> None:
         self._cached: list[int] = []
         self._leaves: DraftTreeCache | None = None
 
-    def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
-    ) -> Tensor:
+    def read(self, tokens: Sequence[int], keep: int) -> Tensor:
         assert keep == 1, "a chain is drafted one token after the other"
         tokens = list(tokens)
         known = min(len(self._cached), len(tokens))
@@ -331,12 +331,12 @@ class _DraftReader:
         self._cached = tokens
         return self._after([len(tokens)])
 
-    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
-        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
+    def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
+        return [self._read_leaves(one.tokens, one.paths) for one in queries]
 
-    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+    def _read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         fresh, script = self._leaves is None, self._stage.script
-        self._leaves = self._leaves or DraftTreeCache(script.prompt + len(script.places) + TREE)
+        self._leaves = self._leaves or DraftTreeCache(script.prompt + len(script.places) + TREE_SLOTS)
         self._work(len(self._leaves.plan(list(text), paths).entries), fresh)
         return self._after([len(text) + len(path) for path in paths])
 

@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,18 +38,12 @@ from pearl.core.schedule import MAX_WIDTH, Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace, flow_id
 from pearl.core.trie import Likely, Node, Trie, path_numbers, shared_prefix, walk
-from pearl.models.language_model import CHUNK, Reader, SideRow, Wanted
+from pearl.models.language_model import PREFILL_CHUNK, SideRow
+from pearl.models.verifier import SequenceQuery
+from pearl.roles.target_model import TargetModel
 from pearl.wire.channel import Channel, Clock
 
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
-
-
-@runtime_checkable
-class Tapped(Protocol):
-    """A reader that knows what its layers said."""
-
-    def features(self, rows: Sequence[int], text: int = 0) -> Features | None:
-        """At rows of the last read, see `model.LanguageModel.features`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ class Target:
 
     def __init__(
         self,
-        model: Reader,
+        model: TargetModel,
         channel: Channel | None = None,
         clock: Clock = time.perf_counter,
         trace: Trace = OFF,
@@ -133,7 +126,7 @@ class Target:
         """
         assert self.channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._schedule, self._wire = schedule, self.channel if schedule.drafts else None
-        places = min(places, self._model.texts)
+        places = min(places, self._model.batch_slots)
         self._live, self._ended, self._free, self.turns = {}, {}, list(range(places)), []
         queue, more = iter(requests), True
         try:
@@ -168,7 +161,7 @@ class Target:
         if after:
             text.follow(after)
         text.request = replace(request, after=None)  # else a talk would keep all its turns
-        self._model.forget(but=request.prompt[: text.known], text=place)
+        self._model.forget(but=request.prompt[: text.known], batch_slot=place)
         self._live[text.sequence] = self._held[place] = text
         self._trace.instant("sequence", self._clock(), sequence=text.sequence, mode=self._schedule.mode)
         if self._wire:
@@ -183,7 +176,7 @@ class Target:
         began, live = self._clock(), list(self._live.values())
         writing = [text for text in live if text.passes]
         reading = [text for text in live if not text.passes]
-        since, room = began, CHUNK
+        since, room = began, PREFILL_CHUNK
         for text in reading:
             if room > 0:
                 room -= len(text.trie.tokens) - text.read
@@ -197,12 +190,12 @@ class Target:
 
     def _read_on(self, text: Text) -> bool:
         """Reads a piece of a prompt, while other texts wait. True: but the last, which is for the first pass."""
-        end, prompt = text.read + CHUNK, text.trie.tokens
+        end, prompt = text.read + PREFILL_CHUNK, text.trie.tokens
         if end >= len(prompt):
             return True
         began = self._clock()
-        self._model.read(prompt[:end], 1, text=text.place)
-        text.gather(self._said(text, range(1 - CHUNK, 1)))
+        self._model.read(prompt[:end], 1, batch_slot=text.place)
+        text.gather(self._said(text, range(1 - PREFILL_CHUNK, 1)))
         text.read = end
         text.reading_s += self._clock() - began
         return False
@@ -273,11 +266,11 @@ class Target:
             self._draw(text, since, ready, read, ended)
         yield from ((text, walked.committed) for text, walked in zip(texts, walks, strict=True))
 
-    def _read(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+    def _read(self, wanted: Sequence[SequenceQuery]) -> list[Tensor]:
         """The logits of each text's rows; in several forwards where memory does not suffice for one."""
         if len(wanted) == 1:
             one = wanted[0]
-            return [self._model.read(one.tokens, one.keep, branches=one.branches, text=one.text)]
+            return [self._model.read(one.tokens, one.keep, one.side_rows, one.batch_slot)]
         if len(wanted) <= self._at_once:
             try:
                 return self._model.read_together(wanted)
@@ -301,8 +294,6 @@ class Target:
     def _features(self, text: Text, nodes: Sequence[Node], walked: _Walk) -> Features | None:
         """What the drafter is told of the tokens that this pass has read for good: the root and every committed token
         but the last; in the first one also of all tokens before them."""
-        if not isinstance(self._model, Tapped):
-            return None
         rows = {node: row for row, node in enumerate(nodes)}
         passed = [rows[node] for node in walked.nodes]
         if text.passes:
@@ -313,7 +304,7 @@ class Target:
 
     def _said(self, text: Text, rows: Sequence[int]) -> Features | None:
         """What the model's layers said at rows of the last read."""
-        return self._model.features(rows, text.place) if isinstance(self._model, Tapped) else None
+        return self._model.features(rows, text.place)
 
     def _choose(self, texts: Sequence[Text], controller: Controller) -> list[_Rows]:
         """The rows of the next pass, of each text. None lies beyond the end of the text, or of the cache's grain.
@@ -330,7 +321,7 @@ class Target:
             left = text.params.max_new_tokens - len(text.stopper.tokens)
             deepest = min(left, self._model.rows.up_to(root.position)) - 1
             likely = text.trie.best(MAX_WIDTH - 1, deepest)
-            candidates.append(likely if self._model.branches else _chain(likely))
+            candidates.append(likely if self._model.verifies_trees else _chain(likely))
         chosen = controller.choose_each(candidates)
         return [_Rows.of(text.trie.root, likely) for text, likely in zip(texts, chosen, strict=True)]
 
@@ -509,10 +500,10 @@ class _Rows:
         return _Rows(nodes, sides, max(path_numbers(likely), default=0))
 
 
-def _wanted(text: Text, rows: _Rows) -> Wanted:
+def _wanted(text: Text, rows: _Rows) -> SequenceQuery:
     keep = len(rows.nodes) - len(rows.sides)
     chain = [node.token for node in rows.nodes[1:keep]]
-    return Wanted(text.place, text.trie.tokens + chain, keep, rows.sides)
+    return SequenceQuery(text.place, text.trie.tokens + chain, keep, rows.sides)
 
 
 def _walk(text: Text, nodes: Sequence[Node], found: Picks, controller: Controller) -> _Walk:

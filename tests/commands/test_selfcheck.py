@@ -36,7 +36,7 @@ def graph(run):
 
 
 def reader():
-    return tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()))
+    return tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()))
 
 
 def found(report: numerics_check.Report) -> dict[str, numerics_check.Check]:
@@ -50,7 +50,7 @@ def test_on_a_machine_whose_kernels_keep_the_bits_everything_is_used():
         pytest.skip("no row counts agree on this machine")
     assert report.captured and report.form == "packed" and report.plan.branches
     assert all(check.holds for check in report.checks), report.checks
-    assert set(report.plan.safe) == set(made.fixed.counts) and made.fixed.captures
+    assert set(report.plan.safe) == set(made.static.counts) and made.static._capture
     assert list(report.plan.cost_s) == sorted(report.plan.cost_s)
     assert "shapes" in found(report)["graph against eager"].found
 
@@ -61,13 +61,13 @@ def test_a_graph_that_gives_other_bits_is_found_out():
     def other(run):
         def replay():
             run()
-            made.fixed._logits.mul_(1 + 2**-20)
+            made.static._logits.mul_(1 + 2**-20)
 
         return replay
 
     report = numerics_check.examine(made, other, PACKED)
     check = found(report)["graph against eager"]
-    assert not report.captured and not made.fixed.captures
+    assert not report.captured and not made.static._capture
     assert not check.holds and check.found == "a graph gives other bits than its code, so forwards run eagerly"
 
 
@@ -77,10 +77,10 @@ def test_a_graph_that_reads_last_passs_inputs_is_found_out():
 
     def stale(run):
         run()
-        kept = made.fixed._logits.clone()
+        kept = made.static._logits.clone()
 
         def replay():
-            made.fixed._logits[: len(kept)] = kept
+            made.static._logits[: len(kept)] = kept
 
         return replay
 
@@ -95,7 +95,7 @@ def test_where_nothing_can_be_recorded_it_says_why_and_runs_eagerly(capsys):
     made = reader()
     report = numerics_check.examine(made, fails, PACKED)
     sentence = found(report)["graph against eager"].found
-    assert not report.captured and not made.fixed.captures
+    assert not report.captured and not made.static._capture
     assert sentence == (
         "forwards can't be recorded as graphs, so they run eagerly "
         "(CUDA error: operation not permitted when stream is capturing)"
@@ -130,7 +130,7 @@ def test_if_it_is_the_only_one_every_pass_has_one_width(monkeypatch):
     made = reader()
     report = numerics_check.examine(made, None, PACKED)
     (width,) = report.plan.safe
-    assert report.plan.fixed and made.fixed.counts == (width,)
+    assert report.plan.fixed and made.static.counts == (width,)
     assert found(report)["rows"].found == f"the bits depend on the row count here, so every pass has {width} rows"
     text = list(range(30, 70))
     made.read(text[:29], 1)  # a prompt: in one forward, in every mode
@@ -154,7 +154,7 @@ def test_a_branch_with_bits_of_its_own_makes_passes_chains(monkeypatch):
         return out * (1 + 1e-3 * (len(key) > 1))
 
     monkeypatch.setitem(attention.FORMS, "packed", skewed)
-    made = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()))
+    made = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()))
     monkeypatch.setattr("pearl.models.static_shapes.PATHS", (0, 2, 4, 8, 16))
     report = numerics_check.examine(made, None, PACKED)
     assert not report.plan.branches and "other bits" in found(report)["tree against chain"].found
@@ -165,11 +165,11 @@ def test_what_was_found_is_a_start_without_a_second_look():
     first, second = reader(), reader()
     report = numerics_check.Report.of(json.loads(json.dumps(asdict(numerics_check.examine(first, graph, PACKED)))))
     numerics_check.apply(second, report, graph)
-    assert second.rows == report.plan and second.fixed.counts == first.fixed.counts
+    assert second.rows == report.plan and second.static.counts == first.static.counts
     assert selfcheck.report(second) and {verdict for _, verdict, _ in selfcheck.report(second)} == {"ok"}
     text = list(range(50))
     first.forget()
-    assert torch.equal(first.read(text, 4, branches=[(0, 3)]), second.read(text, 4, branches=[(0, 3)]))
+    assert torch.equal(first.read(text, 4, side_rows=[(0, 3)]), second.read(text, 4, side_rows=[(0, 3)]))
 
 
 def test_nothing_is_recorded_on_a_cpu_or_over_several_gpus():
@@ -195,12 +195,12 @@ def test_other_forms_of_attention_are_the_same_sum(name, form, monkeypatch):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     plain = prepared(name, "float32", "stock")
-    other = tiny.reader(plain.model, rows=plain.rows)
-    other.fix([count for count in COUNTS if count in plain.rows.safe], form=form)
+    other = tiny.verifier(plain.model, rows=plain.rows)
+    other.enable_static_shapes([count for count in COUNTS if count in plain.rows.safe], form=form)
     text = [7 * i % 160 for i in range(40)]
     for chain, sides in ((1, ()), (5, ()), (3, [(0, 4), (3, 5), (1, 6)]), (9, [(2, 2)])):
         text += [chain + i for i in range(chain)]
-        said = [one.read(text, chain, branches=sides) for one in (plain, other)]
+        said = [one.read(text, chain, side_rows=sides) for one in (plain, other)]
         torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
     text += [1] * (128 - len(text) - 3)  # to where the slots read end
     said = [one.read(text, 2) for one in (plain, other)]
@@ -211,11 +211,10 @@ def test_other_forms_of_attention_are_the_same_sum(name, form, monkeypatch):
 def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
     """Both models with fixed shapes, of logits so close that other bits are other texts."""
     plain = prepared("llama", "float32", "stock")
-    target, draft = (
-        tiny.reader(model, rows=plain.rows) for model in (plain.model, close_model("llama", "float32", drift=0.1))
-    )
+    target = tiny.verifier(plain.model, rows=plain.rows)
+    draft = tiny.draft_model(close_model("llama", "float32", drift=0.1))
     numerics_check.apply(target, numerics_check.Report(plain.rows, "packed", True, ()), graph)
-    draft.fix(capture=graph)
+    draft.enable_static_shapes(capture=graph)
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     schedule = Schedule.of(mode, None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)
     prompt = [5 * i % 160 for i in range(110)]
@@ -225,7 +224,7 @@ def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
         said = together(loop, prompt, schedule, params, decode=str).tokens
         assert loop.report and not loop.report.failed
         assert said == together(Target(plain), prompt, Schedule.of("ar"), params, decode=str).tokens
-        assert target.fixed.shapes > 1 and draft.fixed.shapes > 1
+        assert target.static.shapes > 1 and draft.static.shapes > 1
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +251,7 @@ def test_an_engine_with_fixed_shapes_writes_the_same_text(tiny_pair, temperature
         ) as engine:
             for mode in ("ar", "sd"):
                 said[graphs, mode] = engine.generate("def f(x):", params, mode=mode).tokens
-            assert (engine.model.fixed is not None) == (graphs == "on")
+            assert (engine.model.static is not None) == (graphs == "on")
             assert engine.description.count("rows: ") == 1
     assert len({tuple(tokens) for tokens in said.values()}) == 1
 

@@ -43,6 +43,7 @@ from pearl.errors import UsageError
 from pearl.models import language_model as model_module
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts
 from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -330,14 +331,14 @@ SEEDED = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, see
 
 
 @functools.cache
-def tapped(layers: tuple[int, ...] = (0, 1)) -> model_module.LanguageModel:
+def tapped(layers: tuple[int, ...] = (0, 1)) -> VerifierModel:
     """The small target as loading prepares it, with side branches if its attention agrees."""
     model = small_target()
-    made = tiny.reader(model, taps=HiddenStateHooks(model, layers) if layers else None)
+    made = tiny.verifier(model, hooks=HiddenStateHooks(model, layers) if layers else None)
     made.rows = find_invariant_counts(
         lambda tokens, first: made.forward(list(tokens), first, len(tokens)), made.vocabulary
     )
-    made.rows = replace(made.rows, branches=made.branches and branches_agree(made, made.vocabulary))
+    made.rows = replace(made.rows, branches=made.verifies_trees and branches_agree(made, made.vocabulary))
     made.forget()
     return made
 
@@ -364,7 +365,7 @@ class Scattered(FeatureSource):
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_the_features_of_a_text_are_those_of_a_plain_forward(mode: str, params: SamplingParams, script, monkeypatch):
     """Position by position, whatever passes read it: prompts in parts, chains, trees, side branches that were taken."""
-    monkeypatch.setattr(model_module, "CHUNK", 16)
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 16)
     reader = tapped()
     prompt = PROMPT * 8
     own = together(Target(reader), prompt, Schedule.of("ar"), params, decode=str).tokens
@@ -426,7 +427,7 @@ def test_a_feature_drafter_keeps_its_cache_in_a_second_turn():
 
 def test_a_target_without_taps_sends_no_features():
     channel = ScriptedChannel(FeatureSource(network(())), EAGER)
-    together(Target(tiny.reader(small_target()), channel, ticks()), PROMPT, Schedule.of("sd"), GREEDY, decode=str)
+    together(Target(tiny.verifier(small_target()), channel, ticks()), PROMPT, Schedule.of("sd"), GREEDY, decode=str)
     verdicts = [message for message in channel.sent if isinstance(message, Verdict)]
     assert verdicts and all(verdict.features is None for verdict in verdicts)
 
@@ -436,7 +437,7 @@ def test_a_target_without_taps_sends_no_features():
 
 @functools.cache
 def alone(params: SamplingParams):
-    return together(Target(tiny.reader(small_target())), PROMPT, Schedule.of("ar"), params, decode=str)
+    return together(Target(tiny.verifier(small_target())), PROMPT, Schedule.of("ar"), params, decode=str)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])

@@ -16,7 +16,8 @@ from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
-from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.language_model import SideRow
+from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
 REPLY = random_prompt(20)  # what the other side says between the turns
@@ -32,17 +33,17 @@ SCHEDULES = {
 class Recording:
     """A reader that keeps what it has said, and how many tokens it read for that."""
 
-    def __init__(self, reader: LanguageModel):
-        self._reader, self.rows, self.branches, self.max_length = reader, reader.rows, reader.branches, 256
-        self.texts, self.joint = 1, None
+    def __init__(self, reader: VerifierModel):
+        self._reader, self.rows, self.verifies_trees, self.max_length = reader, reader.rows, reader.verifies_trees, 256
+        self.batch_slots, self.joint = 1, None
         self.said: list[tuple[int, torch.Tensor]] = []
-        self.forget = reader.forget
+        self.forget, self.features = reader.forget, reader.features
 
     def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
+        self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0
     ) -> torch.Tensor:
-        logits = self._reader.read(tokens, keep, padded, branches, text)
-        self.said.append((len(tokens) - self._reader._memos[text].first, logits))
+        logits = self._reader.read(tokens, keep, side_rows, batch_slot)
+        self.said.append((len(tokens) - self._reader._slots[batch_slot].first, logits))
         return logits
 
 
@@ -67,7 +68,7 @@ class Aside(Right):
 
 
 def talk(
-    reader: LanguageModel, schedule: Schedule, source: DraftSource | None, eos: int, reply: Sequence[int] = REPLY
+    reader: VerifierModel, schedule: Schedule, source: DraftSource | None, eos: int, reply: Sequence[int] = REPLY
 ) -> tuple[list[list[int]], torch.Tensor, int, int]:
     """Two turns: what was said, the logits after the second prompt, the tokens read for them, and the side rows of the
     first turn's last pass."""
@@ -82,7 +83,7 @@ def talk(
     return [first, second], logits[:1], rows, sides
 
 
-def ending(reader: LanguageModel) -> tuple[list[int], int]:
+def ending(reader: VerifierModel) -> tuple[list[int], int]:
     """What the target says first if a token of it, late enough, ends a text, and that token."""
     said = together(Target(reader), random_prompt(61), Schedule.of("ar"), PARAMS, (), str).tokens
     last = next(at for at in range(6, len(said)) if said[at] not in said[:at])
@@ -97,13 +98,13 @@ def test_a_second_turn_has_the_same_bits_in_every_mode_and_reads_only_what_is_ne
     said, logits, rows, _ = talk(reader, SCHEDULES["ar"], None, eos)
     assert said[0] == first and rows == 1 + len(REPLY)
     for mode in ("sd", "pearl", "tree"):
-        draft = tiny.reader(close_model(name, "float32", drift=0.1))
+        draft = tiny.draft_model(close_model(name, "float32", drift=0.1))
         knowing = (Aside if mode == "tree" else Right)([*random_prompt(61), *first, *REPLY, *said[1]], chunk=3)
         for source in (knowing, TreeSource(draft) if mode == "tree" else ModelSource(draft)):
             mine, bits, rows, sides = talk(reader, SCHEDULES[mode], source, eos)
             assert torch.equal(bits, logits), mode
             assert mine == said and rows == 1 + len(REPLY)
-            assert sides or not reader.branches or not isinstance(source, Aside)
+            assert sides or not reader.verifies_trees or not isinstance(source, Aside)
 
 
 def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
@@ -120,15 +121,15 @@ def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
 @pytest.mark.parametrize("mode", ["sd", "tree"])
 def test_the_drafter_reads_only_what_is_new_too(mode, monkeypatch):
     reader, _ = pair("llama", "float32", "packed" if FBGEMM else "stock")
-    draft = tiny.reader(close_model("llama", "float32", drift=0.1))
+    draft = tiny.draft_model(close_model("llama", "float32", drift=0.1))
     longest: list[int] = []
-    run = draft._run
+    run = draft.run
 
     def counting(rows, *more):
         longest.append(len(rows))
         return run(rows, *more)
 
-    monkeypatch.setattr(draft, "_run", counting)
+    monkeypatch.setattr(draft, "run", counting)
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     target, prompt = Target(reader, ScriptedChannel(source, EAGER), ticks()), random_prompt(61)
     first = together(target, prompt, SCHEDULES[mode], PARAMS, (), str).tokens

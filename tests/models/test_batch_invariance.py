@@ -12,7 +12,7 @@ from numerics import VOCABULARY, fake
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import find_invariant_counts, profile_leaves, profile_path
-from pearl.models.language_model import LanguageModel
+from pearl.models.verifier import VerifierModel
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 KERNELS = ["stock", pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm"))]
@@ -108,16 +108,16 @@ def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel
     assert torch.equal(torch.cat(together), alone)
 
 
-def make(name: str, kernel: str) -> LanguageModel:
+def make(name: str, kernel: str) -> VerifierModel:
     model = (
         tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float()
     )  # weights that fit, as a bfloat16 checkpoint's do
     if kernel == "packed":
         assert linear.pack(model) == 0
-    return tiny.reader(model)
+    return tiny.verifier(model)
 
 
-def plan_of(reader: LanguageModel) -> TokenBuckets:
+def plan_of(reader: VerifierModel) -> TokenBuckets:
     return find_invariant_counts(
         lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary
     )
@@ -139,9 +139,9 @@ def test_a_path_costs_what_it_makes_a_pass_longer(monkeypatch):
     now = [0.0]
 
     class Slow:
-        def read(self, tokens, keep, padded=True, branches=()):
-            now[0] += 0.2 + 0.03 * len(branches)
-            return torch.zeros(keep + len(branches), VOCABULARY)
+        def read(self, tokens, keep, side_rows=()):
+            now[0] += 0.2 + 0.03 * len(side_rows)
+            return torch.zeros(keep + len(side_rows), VOCABULARY)
 
     monkeypatch.setattr("pearl.models.batch_invariance.time.perf_counter", lambda: now[0])
     assert profile_path(Slow(), VOCABULARY) == pytest.approx(0.03)

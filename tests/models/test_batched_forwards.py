@@ -23,7 +23,7 @@ from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches
 from pearl.models.kv_cache import SharedCache
-from pearl.models.language_model import LanguageModel, Wanted
+from pearl.models.verifier import SequenceQuery, VerifierModel
 
 KERNEL = "packed" if FBGEMM else "stock"
 MODELS = [(name, dtype) for name in ("llama", "qwen3", "gpt2", "gemma3") for dtype in ("float32", "bfloat16")]
@@ -33,32 +33,32 @@ PROMPTS = st.lists(st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3, GRAIN + 2])
 
 
 @functools.cache
-def made(name: str, dtype: str, texts: int = TEXTS) -> tuple[LanguageModel, LanguageModel]:
+def made(name: str, dtype: str, texts: int = TEXTS) -> tuple[VerifierModel, VerifierModel]:
     """A reader of several texts, and one for the reference. Row counts are those that are safe in float32 too: in a
     model this small bfloat16 hides most differences from a measurement that short (see test_bits)."""
     model = close_model(name, dtype)
     if KERNEL == "packed":
         assert linear.pack(model) == 0
-    reader = tiny.reader(model, texts=texts)
+    reader = tiny.verifier(model, batch_slots=texts)
     reader.rows = measured(reader)
-    reader.rows = replace(reader.rows, branches=reader.branches and branches_agree(reader, reader.vocabulary))
+    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     reader.joint = find_invariant_batches(reader, reader.vocabulary)
     if dtype == "bfloat16":
         finer = made(name, "float32")[0]
         reader.rows = replace(reader.rows, safe=finer.rows.safe, exact=finer.rows.exact)
         reader.joint = finer.joint
-    reference = tiny.reader(model)
+    reference = tiny.verifier(model)
     reference.rows = reader.rows
     return reader, reference
 
 
-def check(reader: LanguageModel, reference: LanguageModel, lengths: Sequence[int], rounds: Sequence[Sequence[Step]]):
+def check(reader: VerifierModel, reference: VerifierModel, lengths: Sequence[int], rounds: Sequence[Sequence[Step]]):
     """The claim of this file. `rounds`: in each a step of some texts; -2 as `taken` sits it out."""
     texts = []
     for text, length in enumerate(lengths):
-        reader.forget(text=text)
+        reader.forget(batch_slot=text)
         prompt = random_prompt(length + text)
-        reader.read(prompt, 1, text=text)
+        reader.read(prompt, 1, batch_slot=text)
         texts.append(([*prompt, 5], len(prompt)))
     references = {}
     for steps in rounds:
@@ -68,9 +68,9 @@ def check(reader: LanguageModel, reference: LanguageModel, lengths: Sequence[int
             if step.taken == -2:
                 continue
             deepest = min(reader.rows.up_to(len(tokens) - 1), tiny.LENGTH - len(tokens)) - 1
-            asked[text] = tree(step, deepest, min(LIMIT, reader.rows.most), reader.branches), step
+            asked[text] = tree(step, deepest, min(LIMIT, reader.rows.most), reader.verifies_trees), step
         wanted = [
-            Wanted(text, [*texts[text][0], *rows.paths[rows.chain]], 1 + rows.chain, rows.sides)
+            SequenceQuery(text, [*texts[text][0], *rows.paths[rows.chain]], 1 + rows.chain, rows.sides)
             for text, (rows, _) in asked.items()
         ]
         found = reader.read_together(wanted) if wanted else []
@@ -147,7 +147,7 @@ def see_as_many_slots_as_the_first_text(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         pearl.models.kv_cache,
         "_alike",
-        lambda a, b: b.cache.text == a.cache.text + 1 and a.mask.shape[2] == b.mask.shape[2],
+        lambda a, b: b.cache.batch_slot == a.cache.batch_slot + 1 and a.mask.shape[2] == b.mask.shape[2],
     )
 
 

@@ -9,20 +9,26 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import AutoModelForCausalLM
 
 from pearl.core.token_buckets import BatchedTokenBuckets
-from pearl.models.language_model import LanguageModel, Wanted, WantedLeaves
+from pearl.models.draft_model import LeavesQuery
+from pearl.models.verifier import SequenceQuery, VerifierModel
 
 TEXT = [(7 * i) % tiny.VOCABULARY for i in range(150)]  # longer than a forward over a prompt
 
 
-def said(reader: LanguageModel) -> list[torch.Tensor]:
+def said(model: torch.nn.Module) -> tuple[VerifierModel, list[torch.Tensor]]:
     """Logits of passes as a run has them: a prompt, a tree, a branch that was taken, several texts, a drafter's."""
+    reader, draft = tiny.verifier(model, batch_slots=3), tiny.draft_model(model, batch_slots=3)
     reader.joint = BatchedTokenBuckets((16, 32), (0.0, 0.0))
-    together = [Wanted(0, TEXT[:30], 3, ((0, 5),)), Wanted(1, TEXT[:20], 2), Wanted(2, TEXT[:9], 2, ((0, 1), (2, 2)))]
-    return [
-        reader.read(TEXT, 4, branches=[(0, 5), (1, 6), (4, 7)]),
+    together = [
+        SequenceQuery(0, TEXT[:30], 3, ((0, 5),)),
+        SequenceQuery(1, TEXT[:20], 2),
+        SequenceQuery(2, TEXT[:9], 2, ((0, 1), (2, 2))),
+    ]
+    return reader, [
+        reader.read(TEXT, 4, side_rows=[(0, 5), (1, 6), (4, 7)]),
         reader.read([*TEXT[:-3], 5, 7, 8], 2),
         *reader.read_together(together),
-        *reader.read_leaves_together([WantedLeaves(0, TEXT[:30], [(1,), (2, 3)]), WantedLeaves(1, TEXT[:20], [()])]),
+        *draft.read_leaves_together([LeavesQuery(0, TEXT[:30], [(1,), (2, 3)]), LeavesQuery(1, TEXT[:20], [()])]),
     ]
 
 
@@ -33,9 +39,9 @@ def test_every_tensor_of_a_layer_is_on_its_device(name):
     for part in (model.model.layers[1], model.model.norm, model.lm_head):
         part.to("meta")
         add_hook_to_module(part, AlignDevicesHook(execution_device="meta", skip_keys="past_key_values"))
-    reader = tiny.reader(model, texts=3)
-    assert {logits.device.type for logits in said(reader)} == {"meta"}
-    layers = reader._memos[0].cache.buffers._layers
+    reader, logits = said(model)
+    assert {one.device.type for one in logits} == {"meta"}
+    layers = reader.buffers._layers
     assert {number: [part.device.type for part in parts] for number, parts in layers.items()} == {
         0: ["cpu", "cpu"],
         1: ["meta", "meta"],
@@ -52,5 +58,5 @@ def test_layers_placed_by_a_device_map_have_the_bits_of_a_model_in_one_place(tmp
         for where in ({**places, "model.layers.1": "disk"}, {"": "cpu"})
     )
     assert {p.device.type for p in spread.model.layers[1].parameters()} == {"meta"}  # read when its turn comes
-    ours, theirs = (said(tiny.reader(model, texts=3)) for model in (spread, whole))
+    (_, ours), (_, theirs) = said(spread), said(whole)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

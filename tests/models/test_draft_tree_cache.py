@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from toys import examples
 
 import pearl.models.language_model
-from pearl.core.token_buckets import ANY
+from pearl.models.draft_model import DraftModel
 from pearl.models.draft_tree_cache import DraftTreeCache, _Entry
-from pearl.models.language_model import LanguageModel
 
 SLOTS = 48
 TOKENS = st.integers(0, 2)
@@ -159,8 +158,8 @@ def test_low_slots_come_first_so_that_few_are_read():
 
 
 @functools.cache
-def model() -> tuple[LanguageModel, torch.nn.Module]:
-    return tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]())), tiny.random_model(tiny.CONFIGS["llama"]())
+def model() -> tuple[DraftModel, torch.nn.Module]:
+    return tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]())), tiny.random_model(tiny.CONFIGS["llama"]())
 
 
 @functools.cache
@@ -170,7 +169,7 @@ def own_logits(text: tuple[int, ...]) -> torch.Tensor:
         return model()[1](torch.tensor([text]), use_cache=False).logits[0, -1]
 
 
-def assert_says(reader: LanguageModel, text: list[int], paths: list[Path]) -> None:
+def assert_says(reader: DraftModel, text: list[int], paths: list[Path]) -> None:
     wanted = torch.stack([own_logits((*text, *path)) for path in paths])
     torch.testing.assert_close(reader.read_leaves(text, paths), wanted, atol=1e-3, rtol=0)
 
@@ -181,7 +180,7 @@ def test_whatever_was_read_before_each_path_is_read_right(turns: list[Turn], cha
     """Also where the same reader has read chains in between (`chains`: at these turns)."""
     reader, text, last = model()[0], [0], [()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pearl.models.language_model, "CHUNK", chunk)
+        patch.setattr(pearl.models.language_model, "PREFILL_CHUNK", chunk)
         for i, turn in enumerate(turns):
             text, last = go(text, last, turn, 30), turn[3]
             if i in chains:
@@ -200,7 +199,7 @@ def test_forgetting_changes_nothing():
 def test_leaves_after_a_pass_with_branches_and_a_pass_after_leaves_say_the_same():
     reader, text = model()[0], [1, 2, 3, 4]
     for _ in range(2):
-        beside = reader.read([*text, 5], 2, branches=[(0, 6)])[2]
+        beside = reader.read([*text, 5], 2, side_rows=[(0, 6)])[2]
         torch.testing.assert_close(beside, own_logits((*text, 6)), atol=1e-3, rtol=0)
         assert_says(reader, [*text, 6], [(), (7,)])
 
@@ -213,7 +212,7 @@ def test_a_read_that_failed_leaves_no_false_memory(monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("this forward was made to fail")
 
-    monkeypatch.setattr(reader, "_run", fail)
+    monkeypatch.setattr(reader, "run", fail)
     with pytest.raises(RuntimeError):
         reader.read_leaves(text, paths)
     monkeypatch.undo()
@@ -221,9 +220,9 @@ def test_a_read_that_failed_leaves_no_false_memory(monkeypatch):
 
 
 def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):
-    reader = LanguageModel(model()[1], tiny.VOCABULARY, tiny.LENGTH, ANY)
-    rows, run = [], reader._run
-    monkeypatch.setattr(reader, "_run", lambda tokens, *rest: rows.append(len(tokens)) or run(tokens, *rest))
+    reader = DraftModel(model()[1], tiny.VOCABULARY, tiny.LENGTH)
+    rows, run = [], reader.run
+    monkeypatch.setattr(reader, "run", lambda tokens, *rest: rows.append(len(tokens)) or run(tokens, *rest))
     reader.read_leaves([1, 2, 3], [()])
     reader.read_leaves([1, 2, 3], [(4,), (5,), (6,)])
     assert rows == [3, 3]

@@ -114,7 +114,7 @@ def test_a_packed_model_says_what_the_model_says(name):
     assert pack(models[0]) == 0
     assert not any(type(module) in (nn.Linear, Conv1D) for module in models[0].modules())
     text = torch.randint(tiny.VOCABULARY, (30,)).tolist()
-    packed, plain = (tiny.reader(model).read(text, 30) for model in models)
+    packed, plain = (tiny.verifier(model).read(text, 30) for model in models)
     torch.testing.assert_close(packed, plain, atol=1e-3, rtol=0)
     assert torch.equal(packed.argmax(-1), plain.argmax(-1))
 

@@ -45,7 +45,7 @@ from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models.batch_invariance import branches_agree
 from pearl.models.kv_cache import Branch, SlotCache, longest_text, reads_branches
-from pearl.models.language_model import LanguageModel
+from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma3")
@@ -63,23 +63,23 @@ STEPS = st.lists(st.builds(Step, TREES, st.integers(-1, 2 * LIMIT), TOKENS), min
 PROMPTS = st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3])
 
 
-def assert_same_cache(reader: LanguageModel, plain: Plain, text: Sequence[int]) -> None:
+def assert_same_cache(reader: VerifierModel, plain: Plain, text: Sequence[int]) -> None:
     """The keys and values of all of `text`. The reader has read it, and the chain of its last pass, nothing since."""
     plain.go(text)
-    for layer, buffers in reader._memos[0].cache._buffers.items():
-        for mine, wanted in zip(buffers, plain.reader._memos[0].cache._buffers[layer], strict=True):
+    for layer, buffers in reader._slots[0].cache._buffers.items():
+        for mine, wanted in zip(buffers, plain.reader._slots[0].cache._buffers[layer], strict=True):
             assert torch.equal(mine[:, :, : len(text)], wanted[:, :, : len(text)]), f"what layer {layer} has cached"
 
 
-def check(reader: LanguageModel, reference: LanguageModel, prompt: Sequence[int], steps: Sequence[Step]) -> None:
+def check(reader: VerifierModel, reference: VerifierModel, prompt: Sequence[int], steps: Sequence[Step]) -> None:
     """The claim of this file."""
     plain, text = Plain(reference, prompt), [*prompt, 5]
     reader.forget()
     reader.read(prompt, 1)
     for step in steps:
         most, deepest = min(LIMIT, reader.rows.safe[-1]), reader.rows.up_to(len(text) - 1) - 1
-        rows = tree(step, deepest, most, reader.branches)
-        logits = reader.read([*text, *rows.paths[rows.chain]], 1 + rows.chain, branches=rows.sides)
+        rows = tree(step, deepest, most, reader.verifies_trees)
+        logits = reader.read([*text, *rows.paths[rows.chain]], 1 + rows.chain, side_rows=rows.sides)
         assert_same_cache(reader, plain, text)
         assert len(logits) == len(rows.paths)
         for path, row in zip(rows.paths, logits, strict=True):
@@ -94,7 +94,7 @@ def sentence(plan: TokenBuckets) -> str:
     """What a run says of its rows."""
     config = SimpleNamespace(target="a", draft="b")
     engine = SimpleNamespace(
-        model=SimpleNamespace(rows=plan),
+        model=SimpleNamespace(rows=plan, checks=()),
         config=config,
         target_cpus=[0],
         draft_cpus=[1],
@@ -123,13 +123,13 @@ def test_these_models_read_side_branches(name, dtype):
     """So the trees above were trees. Where rows beside the chain have other bits, they would be chains."""
     reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
     assert reads_branches(reader.model)
-    assert reader.branches == reader.rows.branches == branches_agree(reader, reader.vocabulary)
+    assert reader.verifies_trees == reader.rows.branches == branches_agree(reader, reader.vocabulary)
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_where_branches_can_not_be_laid_over_the_chain_a_target_verifies_chains_only(name):
     reader, _ = pair(name, "float32", "packed" if FBGEMM else "stock")
-    assert not reader.branches
+    assert not reader.verifies_trees
     target, wanted = texts(reader, name, "tree", 7)
     assert wanted == target[0]
     assert any(p.offered > 1 for p in target[1]) and not any(p.sides for p in target[1])
@@ -143,9 +143,9 @@ def test_a_run_says_whether_its_bits_are_equal():
 # Texts of close logits
 
 
-def texts(reader: LanguageModel, name: str, mode: str, seed: int, temperature: float = 0.0) -> tuple[tuple, list[int]]:
+def texts(reader: VerifierModel, name: str, mode: str, seed: int, temperature: float = 0.0) -> tuple[tuple, list[int]]:
     """What a target says with a drafter that is often right: (tokens, passes); and what it says alone."""
-    draft = tiny.reader(close_model(name, "float32", drift=0.1))
+    draft = tiny.draft_model(close_model(name, "float32", drift=0.1))
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)
     params = SamplingParams(max_new_tokens=16, temperature=temperature, seed=seed)
@@ -174,7 +174,7 @@ def test_texts_of_close_logits_are_the_targets_own(name, dtype, monkeypatch):
     for mode, seed, temperature in (("tree", 1, 0.0), ("tree", 2, 0.7), ("pearl", 3, 0.0)):
         (said, _), alone = texts(reader, name, mode, seed, temperature)
         assert said == alone, mode
-    assert not reader.branches or taken, "no side branch was taken: then nothing was shown"
+    assert not reader.verifies_trees or taken, "no side branch was taken: then nothing was shown"
 
 
 @pytest.mark.xfail(
@@ -246,7 +246,7 @@ def test_a_mask_of_the_models_own_is_kept_as_far_as_a_text_may_go(name):
     text = random_prompt(longest)
     with torch.inference_mode():
         wanted = model(torch.tensor([text]), use_cache=False).logits[0]
-    reader = tiny.reader(model, max_length=longest)
+    reader = tiny.verifier(model, max_length=longest)
     reader.read(text[:20], 1)
     got = torch.cat([reader.read(text[:end], 1) for end in range(21, longest + 1)])
     torch.testing.assert_close(got, wanted[20:], atol=1e-3, rtol=0)
@@ -327,7 +327,7 @@ def move_only_the_first_layer(patch: pytest.MonkeyPatch) -> None:
 
 def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:
     """A side row's position is its row's, as if it stood at the end of the chain."""
-    run = LanguageModel._run
+    run = VerifierModel.run
 
     def wrong(self, rows, positions, mask, keep, cache):
         written = cache.layout.written
@@ -335,7 +335,7 @@ def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:
             positions = torch.cat([positions[:written], positions[written:] + 1])
         return run(self, rows, positions, mask, keep, cache)
 
-    patch.setattr(LanguageModel, "_run", wrong)
+    patch.setattr(VerifierModel, "run", wrong)
 
 
 def lay_branches_one_place_too_far(patch: pytest.MonkeyPatch) -> None:
@@ -359,7 +359,7 @@ MUTANTS = [
 ]
 
 
-def fails(reader: LanguageModel, reference: LanguageModel, most: int) -> bool:
+def fails(reader: VerifierModel, reference: VerifierModel, most: int) -> bool:
     @settings(max_examples=most, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
     @given(PROMPTS, STEPS)
     def the_property(length: int, steps: list[Step]) -> None:
@@ -375,7 +375,7 @@ def fails(reader: LanguageModel, reference: LanguageModel, most: int) -> bool:
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     reader, reference = pair("llama", "float32", "packed" if FBGEMM else "stock")
-    assert reader.rows.exact and reader.branches, "on this machine the mutants break what was not promised"
+    assert reader.rows.exact and reader.verifies_trees, "on this machine the mutants break what was not promised"
     assert not fails(reader, reference, 1)
     mutate(monkeypatch)
     assert fails(reader, reference, 100)

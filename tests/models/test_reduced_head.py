@@ -2,28 +2,33 @@
 
 import pytest
 import torch
-from tiny import CONFIGS, VOCABULARY, random_model, reader
+from tiny import CONFIGS, VOCABULARY, draft_model, random_model, verifier
 from toys import EAGER, ScriptedChannel, ticks, together
 
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.tree import TreeSource
-from pearl.models.language_model import LanguageModel
+from pearl.models.draft_model import DraftModel
 from pearl.models.linear import Int8Linear, pack
 from pearl.models.reduced_head import cut
+from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
 TEXT = [5, 130, 6, 7]  # 130 lies outside the vocabulary
 FREQUENT = 100
 
 
-def drafter(frequent: int = FREQUENT, always: tuple[int, ...] = (159,)) -> LanguageModel:
+def drafter(frequent: int = FREQUENT, always: tuple[int, ...] = (159,)) -> DraftModel:
     model = random_model(CONFIGS["llama"]())
-    return reader(model, head=cut(model, frequent, always))
+    return draft_model(model, head=cut(model, frequent, always))
 
 
-def whole() -> LanguageModel:
-    return reader(random_model(CONFIGS["llama"]()))
+def target() -> VerifierModel:
+    return verifier(random_model(CONFIGS["llama"]()))
+
+
+def whole() -> DraftModel:
+    return draft_model(random_model(CONFIGS["llama"]()))
 
 
 def test_kept_tokens_have_the_logits_of_the_whole_head_and_the_others_none():
@@ -63,7 +68,7 @@ def test_a_vocabulary_may_be_any_tokens():
     model = random_model(CONFIGS["llama"]())
     head = cut(model, ids, always=(159,))
     assert head is not None and len(head) == 4
-    logits, expected = reader(model, head=head).read(TEXT, 1)[0], whole().read(TEXT, 1)[0]
+    logits, expected = draft_model(model, head=head).read(TEXT, 1)[0], whole().read(TEXT, 1)[0]
     kept = [3, *TEXT[:1], 9, 77, *TEXT[1:], 150, 159]
     torch.testing.assert_close(logits[kept], expected[kept], atol=1e-4, rtol=0)
     assert int(logits.isfinite().sum()) == len(kept)
@@ -94,11 +99,11 @@ def test_a_vocabulary_as_large_as_the_models_is_no_cut():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_a_tiny_vocabulary_the_text_is_the_targets_own(temperature: float):
     params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=2)
-    alone = together(Target(whole()), TEXT, Schedule.of("ar"), params, decode=str)
-    target = Target(whole(), ScriptedChannel(TreeSource(drafter(40)), EAGER), ticks())
-    assert together(target, TEXT, Schedule.of("tree"), params, decode=str) == alone
-    assert any(one.accepted for one in target.passes) and any(
-        one.rank is None for p in target.passes for one in p.judged
+    alone = together(Target(target()), TEXT, Schedule.of("ar"), params, decode=str)
+    writer = Target(target(), ScriptedChannel(TreeSource(drafter(40)), EAGER), ticks())
+    assert together(writer, TEXT, Schedule.of("tree"), params, decode=str) == alone
+    assert any(one.accepted for one in writer.passes) and any(
+        one.rank is None for p in writer.passes for one in p.judged
     )
 
 

@@ -11,21 +11,22 @@ import torch
 from numerics import FBGEMM, prepared
 
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
+from pearl.models.draft_model import DraftModel
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.language_model import LanguageModel
 from pearl.models.static_shapes import COUNTS, PATHS, Inputs, StaticShapeRunner
+from pearl.models.verifier import VerifierModel
 
 PACKED = pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")
 SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kernel here tells apart
 
 
-def pair(name: str, dtype: str, kernel: str = "stock") -> tuple[LanguageModel, LanguageModel]:
+def pair(name: str, dtype: str, kernel: str = "stock") -> tuple[VerifierModel, VerifierModel]:
     """Two readers of one model: of today, and with fixed shapes, of row counts whose bits are equal here."""
     plain = prepared(name, dtype, kernel)
     if not plain.rows.exact:
         pytest.skip("no row counts agree on this machine")
-    fixed = LanguageModel(plain.model, plain.vocabulary, plain.max_length, plain.rows)
-    fixed.fix([count for count in COUNTS if count in plain.rows.safe])
+    fixed = VerifierModel(plain.model, plain.vocabulary, plain.max_length, plain.rows)
+    fixed.enable_static_shapes([count for count in COUNTS if count in plain.rows.safe])
     return plain, fixed
 
 
@@ -49,7 +50,7 @@ def test_every_pass_has_the_bits_of_today(name, dtype, kernel):
     while len(text) < tiny.LENGTH - LIMIT:
         chain, sides = tree(rng, min(LIMIT, plain.rows.up_to(len(text) - 1)))
         text += [rng.randrange(tiny.VOCABULARY) for _ in range(chain - 1)]
-        said = [reader.read(text, chain, branches=sides) for reader in (plain, fixed)]
+        said = [reader.read(text, chain, side_rows=sides) for reader in (plain, fixed)]
         assert torch.equal(*said)
         row, way = 0, []  # the text takes the chain for a while, or a branch
         while (next_rows := [i for i, side in enumerate(sides) if side[0] == row]) and rng.random() < 0.8:
@@ -58,7 +59,7 @@ def test_every_pass_has_the_bits_of_today(name, dtype, kernel):
         paths.add(len(sides))
         text = text[: len(text) - chain + 1] + way if way else text[: len(text) - rng.randrange(chain)]
         text.append(rng.randrange(tiny.VOCABULARY))
-    assert len(paths) > 3 and fixed.fixed and fixed.fixed.shapes > 3
+    assert len(paths) > 3 and fixed.static and fixed.static.shapes > 3
 
 
 @pytest.mark.parametrize("name", ["gemma2", "deepseek"])
@@ -75,10 +76,8 @@ def test_the_cache_is_the_same_afterwards():
     for keep in (5, 2, 9):
         text = list(range(60 + keep))
         for reader in (plain, fixed):
-            reader.read(text, keep, branches=[(0, 7), (keep, 8)])
-    for (_, ours), (_, theirs) in zip(
-        fixed._memos[0].cache._buffers.items(), plain._memos[0].cache._buffers.items(), strict=True
-    ):
+            reader.read(text, keep, side_rows=[(0, 7), (keep, 8)])
+    for (_, ours), (_, theirs) in zip(fixed.buffers._layers.items(), plain.buffers._layers.items(), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a[:, :, :69], b[:, :, :69])
 
@@ -86,8 +85,8 @@ def test_the_cache_is_the_same_afterwards():
 def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
     model = tiny.random_model(tiny.CONFIGS["llama"]())
     taps = HiddenStateHooks(model, (0, 1))
-    plain, fixed = (tiny.reader(model, rows=SAFE, texts=2, taps=taps) for _ in range(2))
-    fixed.fix(capture=Recorder())
+    plain, fixed = (tiny.verifier(model, rows=SAFE, batch_slots=2, hooks=taps) for _ in range(2))
+    fixed.enable_static_shapes(capture=Recorder())
     texts = [list(range(40)), list(range(70, 100))]
     for step in range(6):
         for number, text in enumerate(texts):
@@ -96,8 +95,8 @@ def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
             text += [(13 * step + number) % tiny.VOCABULARY] * keep
             logits, features = [], []
             for one in (plain, fixed):
-                logits.append(one.read(text, keep, branches=sides, text=number))
-                features.append(one.features(range(-1 if step == 0 else 0, keep + len(sides)), text=number))
+                logits.append(one.read(text, keep, side_rows=sides, batch_slot=number))
+                features.append(one.features(range(-1 if step == 0 else 0, keep + len(sides)), batch_slot=number))
             assert torch.equal(*logits)
             assert (features[0] == features[1]).all() and features[0].shape[1] == 2 * model.config.hidden_size
 
@@ -106,11 +105,11 @@ def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
 def test_a_drafters_leaves_are_the_same(vocabulary):
     from pearl.models.reduced_head import cut
 
-    def make(fixed: bool) -> LanguageModel:
+    def make(fixed: bool) -> DraftModel:
         model = tiny.random_model(tiny.CONFIGS["llama"]())
-        made = tiny.reader(model, head=cut(model, vocabulary) if vocabulary else None)
+        made = tiny.draft_model(model, head=cut(model, vocabulary) if vocabulary else None)
         if fixed:
-            made.fix()
+            made.enable_static_shapes()
         return made
 
     plain, fixed = make(False), make(True)
@@ -123,7 +122,7 @@ def test_a_drafters_leaves_are_the_same(vocabulary):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # its bits are of no account
         assert (a.argmax(-1) == b.argmax(-1)).all()
         text.append(rng.randrange(tiny.VOCABULARY))
-    assert fixed.fixed and fixed.fixed.shapes > 2
+    assert fixed.static and fixed.static.shapes > 2
 
 
 def test_rare_tokens_of_a_draft_head_stay_where_a_graph_reads_them():
@@ -150,7 +149,7 @@ def test_rare_tokens_of_a_draft_head_stay_where_a_graph_reads_them():
 
 
 def test_coarse_buckets_are_few_and_waste_little():
-    buffers = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), coarse=True)._memos[0].cache.buffers
+    buffers = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), coarse=True).buffers
     buffers.slots = 1 << 15
     found = [buffers.seen(end) for end in range(1, buffers.slots + 1)]
     assert len(set(found)) < 40
@@ -177,15 +176,15 @@ class Recorder:
 
 
 def test_a_shape_is_recorded_once_and_replayed_ever_after():
-    reader = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
     recorder = Recorder()
-    reader.fix(capture=recorder)
+    reader.enable_static_shapes(capture=recorder)
     text = list(range(30))
     reader.read(text, 1)
     for keep in itertools.islice(itertools.cycle((1, 2, 3, 4)), 20):
         text = [*text, *[keep] * keep]
         reader.read(text, keep)
-    assert recorder.recorded == reader.fixed.shapes <= 3
+    assert recorder.recorded == reader.static.shapes <= 3
     assert recorder.replayed == 20
 
 
@@ -193,23 +192,23 @@ def test_if_recording_fails_it_says_so_once_and_goes_on(capsys):
     def fails(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    reader = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
-    plain = tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
-    reader.fix(capture=fails)
+    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    plain = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    reader.enable_static_shapes(capture=fails)
     for keep in (1, 2, 9):
         text = list(range(40 + keep))
         assert torch.equal(reader.read(text, keep), plain.read(text, keep))
-    assert not reader.fixed.captures and "not permitted" in reader.fixed.failed
+    assert "not permitted" in reader.static.failed
     assert capsys.readouterr().err.count("eagerly") == 1
 
 
 def test_inputs_of_a_smaller_shape_leave_nothing_behind():
     """What a wide pass left in the buffers is not seen by a narrow one."""
-    reader, plain = (tiny.reader(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE) for _ in range(2))
-    reader.fix()
+    reader, plain = (tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE) for _ in range(2))
+    reader.enable_static_shapes()
     wide = list(range(16))
     reader.read(wide, 16)
     reader.forget()
-    assert isinstance(reader.fixed, StaticShapeRunner) and isinstance(reader.fixed._inputs, Inputs)
+    assert isinstance(reader.static, StaticShapeRunner) and isinstance(reader.static._inputs, Inputs)
     assert torch.equal(reader.read([5, 6], 2), plain.read([5, 6], 2))
     assert PATHS[-1] == LIMIT == COUNTS[-1]

@@ -6,41 +6,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pearl.models.language_model import Wanted
 from pearl.models.tensor_parallel.commands import (
     Call,
+    CopyFirst,
     End,
     Forget,
     Forward,
     Read,
     ReadTogether,
+    ReadTrial,
     Rows,
-    Spread,
     Texts,
-    TryTogether,
     Wait,
     decode,
 )
+from pearl.models.verifier import SequenceQuery
 
 numbers = st.integers(0, 2**31 - 1)
 small = st.integers(0, 40)
 tokens = st.lists(st.integers(0, 3), max_size=12).map(tuple)  # few, so that texts share beginnings
 counts = st.lists(small, max_size=6).map(tuple)
 wanted = st.builds(
-    Wanted,
-    text=st.integers(0, 3),
+    SequenceQuery,
+    batch_slot=st.integers(0, 3),
     tokens=tokens,
     keep=small,
-    branches=st.lists(st.tuples(small, numbers), max_size=3).map(tuple),
+    side_rows=st.lists(st.tuples(small, numbers), max_size=3).map(tuple),
 )
 CALLS: st.SearchStrategy[Call] = st.one_of(
-    st.builds(Read, wanted, st.booleans()),
+    st.builds(Read, wanted),
     st.builds(ReadTogether, st.lists(wanted, max_size=3).map(tuple)),
     st.builds(Forward, tokens, small, small),
-    st.builds(TryTogether, tokens, small, counts, small),
+    st.builds(ReadTrial, tokens, small, counts, small),
     st.builds(Forget, tokens, st.integers(0, 3)),
     st.builds(Rows, counts, st.booleans(), counts),
-    st.builds(Spread, small),
+    st.builds(CopyFirst, small),
     st.builds(Wait),
     st.builds(End),
 )
@@ -54,8 +54,8 @@ def test_every_call_arrives_as_it_was_said_whatever_was_said_before(calls: list[
 
 def test_a_pass_over_a_long_text_is_told_in_a_few_words():
     texts, text = Texts(), list(range(4000))
-    Read(Wanted(0, text, 1), True).words(texts)
-    later = Read(Wanted(0, [*text[:3990], 7, 8, 9], 4, ((0, 5), (1, 6))), True).words(texts)
+    Read(SequenceQuery(0, text, 1)).words(texts)
+    later = Read(SequenceQuery(0, [*text[:3990], 7, 8, 9], 4, ((0, 5), (1, 6)))).words(texts)
     assert len(later) < 20 and max(later) < 4001
 
 

@@ -56,7 +56,7 @@ def test_the_logits_are_whole_cut_to_the_shared_vocabulary_and_nearly_those_of_o
     sides = [(0, 5), (1, 6), (4, 7)]
     for reader in (engine.model, alone.model):
         reader.forget()
-    ours, theirs = (reader.read(text, 4, branches=sides) for reader in (engine.model, alone.model))
+    ours, theirs = (reader.read(text, 4, side_rows=sides) for reader in (engine.model, alone.model))
     assert ours.shape == theirs.shape == (7, tiny.SHARED)
     gap = float((ours - theirs).abs().max())  # sums are made of two parts, so the last bits differ
     record_property("logit_gap", gap)
@@ -70,7 +70,7 @@ def test_each_rank_caches_its_own_heads(engine, alone):
         reader.read([1, 2, 3], 1)
 
     def heads(reader) -> set[int]:
-        return {keys.shape[1] for keys, _ in reader._memos[0].cache.buffers._layers.values()}
+        return {keys.shape[1] for keys, _ in reader.buffers._layers.values()}
 
     assert (heads(engine.model._shard), heads(alone.model)) == ({1}, {2})
 

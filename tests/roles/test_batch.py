@@ -30,7 +30,7 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
-from pearl.models.language_model import Wanted
+from pearl.models.verifier import SequenceQuery
 from pearl.roles.target import Target
 
 
@@ -141,9 +141,9 @@ def test_a_prompt_is_read_in_pieces_between_the_passes_of_others(monkeypatch):
     read: list[tuple[int, int]] = []
     right = TableModel.read
 
-    def noting(self, tokens, keep, padded=True, branches=(), text=0):
-        read.append((text, len(tokens)))
-        return right(self, tokens, keep, padded, branches, text)
+    def noting(self, tokens, keep, side_rows=(), batch_slot=0):
+        read.append((batch_slot, len(tokens)))
+        return right(self, tokens, keep, side_rows, batch_slot)
 
     monkeypatch.setattr(TableModel, "read", noting)
     _, texts = check(case)
@@ -163,7 +163,7 @@ class Tight(TableModel):
 
     suffices_for = 2
 
-    def read_together(self, wanted: Sequence[Wanted]) -> list[torch.Tensor]:
+    def read_together(self, wanted: Sequence[SequenceQuery]) -> list[torch.Tensor]:
         if len(wanted) > self.suffices_for:
             raise torch.OutOfMemoryError("this model was made small")
         return super().read_together(wanted)

@@ -13,7 +13,7 @@ import torch
 from cases import DRAFTING, Case, all_params, cases, check, plain_case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, random_model, reader
+from tiny import CONFIGS, draft_model, random_model, verifier
 from toys import (
     EAGER,
     IDLE,
@@ -39,7 +39,8 @@ from pearl.core.token_buckets import GRAIN
 from pearl.core.trie import Node, Trie
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
-from pearl.models.language_model import LanguageModel, WantedLeaves
+from pearl.models.draft_model import DraftModel, LeavesQuery
+from pearl.models.verifier import VerifierModel
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import LocalChannel
@@ -121,35 +122,26 @@ def test_every_pass_yields_at_least_one_token_and_each_only_once(case: Case):
 class Forgetful:
     """A model whose cache is deleted before every forward."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: VerifierModel | DraftModel):
         self._model, self.rows, self.max_length = model, model.rows, model.max_length
 
-    branches, texts, joint = True, 1, None
+    verifies_trees, batch_slots, joint = True, 1, None
 
     def read(
-        self,
-        tokens: Sequence[int],
-        keep: int,
-        padded: bool = True,
-        branches: Sequence[tuple[int, int]] = (),
-        text: int = 0,
+        self, tokens: Sequence[int], keep: int, side_rows: Sequence[tuple[int, int]] = (), batch_slot: int = 0
     ) -> torch.Tensor:
         self.forget()
-        return self._model.read(tokens, keep, padded, branches)
+        return self._model.read(tokens, keep, side_rows)
 
-    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[torch.Tensor]:
-        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
-
-    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[torch.Tensor]:
         self.forget()
-        return self._model.read_leaves(text, paths)
+        return self._model.read_leaves_together(queries)
 
-    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+    def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
+        return None
+
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         self._model.forget()
-
-
-def tiny() -> LanguageModel:
-    return reader(random_model(CONFIGS["llama"]()))
 
 
 @pytest.mark.parametrize("mode", DRAFTING)
@@ -157,16 +149,18 @@ def tiny() -> LanguageModel:
 def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
     params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=3)
     prompt, schedule = [5, 6, 7, 5, 6], Schedule.of(mode, 3)
-    texts = {}
+    model, texts = random_model(CONFIGS["llama"]()), {}
     for wrap in (lambda model: model, Forgetful):
         for script in (EAGER, scrambled(1)):
-            source = TreeSource(wrap(tiny()))  # the target's own weights: long hits
+            source = TreeSource(wrap(draft_model(model)))  # the target's own weights: long hits
             source = source if mode == "tree" else Moody(source, 5)
-            target = Target(wrap(tiny()), ScriptedChannel(source, script), ticks())
+            target = Target(wrap(verifier(model)), ScriptedChannel(source, script), ticks())
             texts[wrap, tuple(script)] = tuple(together(target, prompt, schedule, params, decode=str).tokens)
             assert any(p.accepted > 1 for p in target.passes)
             assert mode == "tree" or any(not p.hit for p in target.passes)
-    texts["alone"] = tuple(together(Target(Forgetful(tiny())), prompt, Schedule.of("ar"), params, decode=str).tokens)
+    texts["alone"] = tuple(
+        together(Target(Forgetful(verifier(model))), prompt, Schedule.of("ar"), params, decode=str).tokens
+    )
     assert len(set(texts.values())) == 1
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts
-from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.language_model import SideRow
+from pearl.models.verifier import VerifierModel
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
@@ -37,7 +38,7 @@ def close_model(name: str, dtype: str, drift: float = 0.0) -> PreTrainedModel:
     return model.bfloat16().to(getattr(torch, dtype))
 
 
-def prepared(name: str, dtype: str, kernel: str) -> LanguageModel:
+def prepared(name: str, dtype: str, kernel: str) -> VerifierModel:
     """As loading prepares a target, but that a packed model in bfloat16 is also measured in float32.
 
     Both sum in float32, and in a model as small as these rounding hides most differences from a measurement that short
@@ -46,18 +47,18 @@ def prepared(name: str, dtype: str, kernel: str) -> LanguageModel:
     model = close_model(name, dtype)
     if kernel == "packed":
         assert linear.pack(model) == 0
-    reader = tiny.reader(model)
+    reader = tiny.verifier(model)
     plan = measured(reader)
     if kernel == "packed" and dtype == "bfloat16":
         finer = prepared(name, "float32", kernel).rows
         plan = replace(plan, safe=tuple(count for count in plan.safe if count in finer.safe), exact=finer.exact)
     reader.rows = plan
-    reader.rows = replace(plan, branches=reader.branches and branches_agree(reader, reader.vocabulary))
+    reader.rows = replace(plan, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     reader.forget()
     return reader
 
 
-def measured(reader: LanguageModel) -> TokenBuckets:
+def measured(reader: VerifierModel) -> TokenBuckets:
     return find_invariant_counts(
         lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary
     )
@@ -66,7 +67,7 @@ def measured(reader: LanguageModel) -> TokenBuckets:
 class Plain:
     """Reads a text one token a pass, its prompt in the first."""
 
-    def __init__(self, reader: LanguageModel, prompt: Sequence[int]):
+    def __init__(self, reader: VerifierModel, prompt: Sequence[int]):
         self.reader, self.prompt, self._at = reader, len(prompt), list(prompt)
         self._bits: dict[tuple[int, ...], torch.Tensor] = {}
         reader.forget()
@@ -87,7 +88,7 @@ class Plain:
 
 
 @functools.cache
-def pair(name: str, dtype: str, kernel: str) -> tuple[LanguageModel, LanguageModel]:
+def pair(name: str, dtype: str, kernel: str) -> tuple[VerifierModel, VerifierModel]:
     """The reader under test, and one for the reference."""
     one, other = prepared(name, dtype, kernel), prepared(name, dtype, kernel)
     if one.rows.safe != other.rows.safe:  # the same on every machine that we know; then the plainer promise of the two

@@ -28,8 +28,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache import use_grouped_attention
-from pearl.models.language_model import LanguageModel
+from pearl.models.verifier import VerifierModel
 
 VOCABULARY = 160
 LENGTH = 256  # tokens of a text
@@ -81,12 +82,18 @@ def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.25, dty
     return model.to(getattr(torch, dtype))
 
 
-def reader(model: PreTrainedModel, grouped: bool = True, **options: object) -> LanguageModel:
-    """The model as the runtime reads it."""
-    if grouped:
-        use_grouped_attention(model)
+def verifier(model: PreTrainedModel, **options: object) -> VerifierModel:
+    """The model as a target reads it."""
+    use_grouped_attention(model)
     vocabulary = model.config.get_text_config().vocab_size
-    return LanguageModel(model, **{"vocabulary": vocabulary, "max_length": LENGTH, **options})  # type: ignore[arg-type]
+    return VerifierModel(model, **{"vocabulary": vocabulary, "max_length": LENGTH, **options})  # type: ignore[arg-type]
+
+
+def draft_model(model: PreTrainedModel, **options: object) -> DraftModel:
+    """The model as a drafter reads it."""
+    use_grouped_attention(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    return DraftModel(model, **{"vocabulary": vocabulary, "max_length": LENGTH, **options})  # type: ignore[arg-type]
 
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")

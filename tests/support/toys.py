@@ -22,7 +22,9 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets
 from pearl.drafters.draft_source import Proposal
-from pearl.models.language_model import SideRow, Wanted, WantedLeaves
+from pearl.models.draft_model import LeavesQuery
+from pearl.models.language_model import SideRow
+from pearl.models.verifier import SequenceQuery
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import Clock
@@ -35,7 +37,7 @@ def examples(count: int) -> settings:
 
 
 class TableModel:
-    """A `Reader` without weights: what follows a text is a pseudo-random function of its last `order` tokens."""
+    """Target's and drafter's model without weights: logits are a pseudo-random function of the last `order` tokens."""
 
     rows = ANY
 
@@ -52,31 +54,32 @@ class TableModel:
             self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
         return self._table[key]
 
-    branches, texts = True, 64
+    verifies_trees, batch_slots = True, 64
     joint = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
-    def read(
-        self, tokens: Sequence[int], keep: int, padded: bool = True, branches: Sequence[SideRow] = (), text: int = 0
-    ) -> Tensor:
+    def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         assert 0 < keep <= len(tokens) <= self.max_length
         paths = [list(tokens[:end]) for end in range(len(tokens) - keep + 1, len(tokens) + 1)]
-        for parent, token in branches:
+        for parent, token in side_rows:
             paths.append([*paths[parent], token])
         assert max(map(len, paths)) <= self.max_length
         return torch.stack([self.after(path) for path in paths])
 
-    def read_together(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        assert len({one.text for one in wanted}) == len(wanted), "a text is read once a pass"
-        return [self.read(one.tokens, one.keep, True, one.branches, one.text) for one in wanted]
+    def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
+        assert len({one.batch_slot for one in queries}) == len(queries), "a sequence is read once a pass"
+        return [self.read(one.tokens, one.keep, one.side_rows, one.batch_slot) for one in queries]
 
-    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
-        return [self.read_leaves(one.tokens, one.paths) for one in wanted]
+    def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
+        return None
+
+    def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
+        return [self.read_leaves(one.tokens, one.paths) for one in queries]
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         assert all(len(text) + len(path) <= self.max_length for path in paths)
         return torch.stack([self.after([*text, *path]) for path in paths])
 
-    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         self.forgotten += 1
 
 

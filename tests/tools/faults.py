@@ -248,12 +248,14 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
     """Texts in every mode in turn, some of them side by side where there are places. Returns their passes."""
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     modes, passes = ("ar", *MODES), 0
-    for number in range(0, texts, engine.model.texts):
-        prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.texts)]
+    for number in range(0, texts, engine.model.batch_slots):
+        prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.batch_slots)]
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
             passes += len(text.stats.passes)
     target = engine._target
-    assert not target._live and not target._ended and len(target._held) <= engine.model.texts, "a place is not free"
+    assert not target._live and not target._ended and len(target._held) <= engine.model.batch_slots, (
+        "a place is not free"
+    )
     return passes
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import reader
+from tiny import verifier
 from toys import EAGER, ScriptedChannel, examples, ticks, together
 from trained import TOP, WORDS, drafter_for, save_recorded, save_toy_target, small_target
 
@@ -228,8 +228,8 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, feature
 
     model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
     taps = HiddenStateHooks(model, (0, 2)) if drafter.shape.features else None
-    own = together(Target(reader(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
-    target = Target(reader(model, taps=taps), ScriptedChannel(FeatureSource(drafter), EAGER), ticks())
+    own = together(Target(verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
+    target = Target(verifier(model, hooks=taps), ScriptedChannel(FeatureSource(drafter), EAGER), ticks())
     assert together(target, [1, 2, 3], Schedule.of("tree"), params, decode=str) == own
 
     lines = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]

@@ -1,6 +1,6 @@
 """What the first rank of a tensor-parallel target tells the others: the calls of its reader, as small whole numbers.
 
-Every rank holds a `LanguageModel` over its shard of the weights. It is a function of the calls that were made of it:
+Every rank holds a `VerifierModel` over its shard of the weights. It is a function of the calls that were made of it:
 which rows a forward has, where they lie in the cache and what moves there follows from them. So a call is all that a
 rank must be told, and it is a few dozen numbers: of a text only what is new since the call before. Rank 0 alone knows
 why a call is made; nobody else decides anything.
@@ -17,70 +17,69 @@ from typing import ClassVar
 
 from pearl.core.token_buckets import LIMIT, BatchedTokenBuckets, TokenBuckets
 from pearl.core.trie import shared_prefix
-from pearl.models.language_model import LanguageModel, SideRow, Wanted
+from pearl.models.language_model import SideRow
+from pearl.models.verifier import SequenceQuery, SharedForwardTrial, VerifierModel
 
 
 class Texts:
-    """What both sides know of each text: its tokens in the last call that named it."""
+    """What both sides know of each batch slot: the tokens of the last call that named it."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, ...]] = {}
 
-    def fold(self, text: int, tokens: Sequence[int]) -> list[int]:
+    def fold(self, batch_slot: int, tokens: Sequence[int]) -> list[int]:
         """`tokens` as words: how many of the last ones stay, and what follows them."""
         tokens = tuple(tokens)
-        kept = shared_prefix(self._last.get(text, ()), tokens)
-        self._last[text] = tokens
+        kept = shared_prefix(self._last.get(batch_slot, ()), tokens)
+        self._last[batch_slot] = tokens
         return [kept, *_sequence(tokens[kept:])]
 
-    def unfold(self, text: int, words: Iterator[int]) -> tuple[int, ...]:
-        tokens = self._last.get(text, ())[: next(words)] + _items(words)
-        self._last[text] = tokens
+    def unfold(self, batch_slot: int, words: Iterator[int]) -> tuple[int, ...]:
+        tokens = self._last.get(batch_slot, ())[: next(words)] + _items(words)
+        self._last[batch_slot] = tokens
         return tokens
 
 
 @dataclass(frozen=True)
 class Read:
-    """`LanguageModel.read`"""
+    """`VerifierModel.read`"""
 
     kind: ClassVar[int] = 1
-    wanted: Wanted
-    padded: bool
+    query: SequenceQuery
 
     def words(self, texts: Texts) -> list[int]:
-        return [self.kind, self.padded, *_wanted(self.wanted, texts)]
+        return [self.kind, *_query(self.query, texts)]
 
     @staticmethod
     def of(words: Iterator[int], texts: Texts) -> Read:
-        padded = bool(next(words))
-        return Read(_one_wanted(words, texts), padded)
+        return Read(_one_query(words, texts))
 
-    def on(self, reader: LanguageModel) -> object:
-        one = self.wanted
-        return reader.read(one.tokens, one.keep, self.padded, one.branches, one.text)
+    def on(self, shard: VerifierModel) -> object:
+        one = self.query
+        return shard.read(one.tokens, one.keep, one.side_rows, one.batch_slot)
 
 
 @dataclass(frozen=True)
 class ReadTogether:
-    """`LanguageModel.read_together`"""
+    """`VerifierModel.read_together`"""
 
     kind: ClassVar[int] = 2
-    wanted: tuple[Wanted, ...]
+    queries: tuple[SequenceQuery, ...]
 
     def words(self, texts: Texts) -> list[int]:
-        return [self.kind, len(self.wanted), *chain.from_iterable(_wanted(one, texts) for one in self.wanted)]
+        return [self.kind, len(self.queries), *chain.from_iterable(_query(one, texts) for one in self.queries)]
 
     @staticmethod
     def of(words: Iterator[int], texts: Texts) -> ReadTogether:
-        return ReadTogether(tuple(_one_wanted(words, texts) for _ in range(next(words))))
+        return ReadTogether(tuple(_one_query(words, texts) for _ in range(next(words))))
 
-    def on(self, reader: LanguageModel) -> object:
-        return reader.read_together(self.wanted)
+    def on(self, shard: VerifierModel) -> object:
+        return shard.read_together(self.queries)
 
 
 @dataclass(frozen=True)
 class Forward:
-    """`LanguageModel.forward`"""
+    """`VerifierModel.forward`"""
 
     kind: ClassVar[int] = 3
     tokens: tuple[int, ...]
@@ -95,13 +94,13 @@ class Forward:
         first, keep = next(words), next(words)
         return Forward(_items(words), first, keep)
 
-    def on(self, reader: LanguageModel) -> object:
-        return reader.forward(list(self.tokens), self.first, self.keep)
+    def on(self, shard: VerifierModel) -> object:
+        return shard.forward(list(self.tokens), self.first, self.keep)
 
 
 @dataclass(frozen=True)
-class TryTogether:
-    """`LanguageModel.try_together`"""
+class ReadTrial:
+    """`SharedForwardTrial.read`"""
 
     kind: ClassVar[int] = 4
     tokens: tuple[int, ...]
@@ -113,37 +112,37 @@ class TryTogether:
         return [self.kind, self.first, self.count, *_sequence(self.tokens), *_sequence(self.lengths)]
 
     @staticmethod
-    def of(words: Iterator[int], texts: Texts) -> TryTogether:
+    def of(words: Iterator[int], texts: Texts) -> ReadTrial:
         first, count = next(words), next(words)
-        return TryTogether(_items(words), first, _items(words), count)
+        return ReadTrial(_items(words), first, _items(words), count)
 
-    def on(self, reader: LanguageModel) -> object:
-        return reader.try_together(list(self.tokens), self.first, self.lengths, self.count)
+    def on(self, shard: VerifierModel) -> object:
+        return SharedForwardTrial(shard).read(self.tokens, self.first, self.lengths, self.count)
 
 
 @dataclass(frozen=True)
 class Forget:
-    """`LanguageModel.forget`"""
+    """`VerifierModel.forget`"""
 
     kind: ClassVar[int] = 5
     but: tuple[int, ...]
-    text: int
+    batch_slot: int
 
     def words(self, texts: Texts) -> list[int]:
-        return [self.kind, self.text, *texts.fold(self.text, self.but)]
+        return [self.kind, self.batch_slot, *texts.fold(self.batch_slot, self.but)]
 
     @staticmethod
     def of(words: Iterator[int], texts: Texts) -> Forget:
-        text = next(words)
-        return Forget(texts.unfold(text, words), text)
+        batch_slot = next(words)
+        return Forget(texts.unfold(batch_slot, words), batch_slot)
 
-    def on(self, reader: LanguageModel) -> object:
-        return reader.forget(self.but, self.text)
+    def on(self, shard: VerifierModel) -> object:
+        return shard.forget(self.but, self.batch_slot)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`LanguageModel.rows` and `joint` are these from now on. What a count costs is only the first rank's business."""
+    """`VerifierModel.rows` and `joint` are these from now on. What a count costs is only the first rank's business."""
 
     kind: ClassVar[int] = 6
     safe: tuple[int, ...]
@@ -158,15 +157,15 @@ class Rows:
         branches = bool(next(words))
         return Rows(_items(words), branches, _items(words))
 
-    def on(self, reader: LanguageModel) -> object:
-        reader.rows = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches)
-        reader.joint = BatchedTokenBuckets(self.joint, (0.0,) * len(self.joint)) if self.joint else None
+    def on(self, shard: VerifierModel) -> object:
+        shard.rows = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches)
+        shard.joint = BatchedTokenBuckets(self.joint, (0.0,) * len(self.joint)) if self.joint else None
         return None
 
 
 @dataclass(frozen=True)
-class Spread:
-    """`LanguageModel.spread`"""
+class CopyFirst:
+    """`SharedForwardTrial.copy_first`"""
 
     kind: ClassVar[int] = 9
     tokens: int
@@ -175,11 +174,11 @@ class Spread:
         return [self.kind, self.tokens]
 
     @staticmethod
-    def of(words: Iterator[int], texts: Texts) -> Spread:
-        return Spread(next(words))
+    def of(words: Iterator[int], texts: Texts) -> CopyFirst:
+        return CopyFirst(next(words))
 
-    def on(self, reader: LanguageModel) -> object:
-        return reader.spread(self.tokens)
+    def on(self, shard: VerifierModel) -> object:
+        return SharedForwardTrial(shard).copy_first(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class Wait:
     def of(words: Iterator[int], texts: Texts) -> Wait:
         return Wait()
 
-    def on(self, reader: LanguageModel) -> object:
+    def on(self, shard: VerifierModel) -> object:
         return None
 
 
@@ -212,13 +211,13 @@ class End:
     def of(words: Iterator[int], texts: Texts) -> End:
         return End()
 
-    def on(self, reader: LanguageModel) -> object:
+    def on(self, shard: VerifierModel) -> object:
         return None
 
 
-Call = Read | ReadTogether | Forward | TryTogether | Forget | Rows | Spread | Wait | End
+Call = Read | ReadTogether | Forward | ReadTrial | Forget | Rows | CopyFirst | Wait | End
 _KINDS: dict[int, type[Call]] = {
-    made.kind: made for made in (Read, ReadTogether, Forward, TryTogether, Forget, Rows, Spread, Wait, End)
+    made.kind: made for made in (Read, ReadTogether, Forward, ReadTrial, Forget, Rows, CopyFirst, Wait, End)
 }
 
 
@@ -230,15 +229,16 @@ def decode(words: Sequence[int], texts: Texts) -> Call:
     return call
 
 
-def _wanted(one: Wanted, texts: Texts) -> list[int]:
-    return [one.text, one.keep, *texts.fold(one.text, one.tokens), *_sequence(chain.from_iterable(one.branches))]
+def _query(one: SequenceQuery, texts: Texts) -> list[int]:
+    tokens = texts.fold(one.batch_slot, one.tokens)
+    return [one.batch_slot, one.keep, *tokens, *_sequence(chain.from_iterable(one.side_rows))]
 
 
-def _one_wanted(words: Iterator[int], texts: Texts) -> Wanted:
-    text, keep = next(words), next(words)
-    tokens, flat = texts.unfold(text, words), _items(words)
-    branches: list[SideRow] = list(zip(flat[::2], flat[1::2], strict=True))
-    return Wanted(text, tokens, keep, tuple(branches))
+def _one_query(words: Iterator[int], texts: Texts) -> SequenceQuery:
+    batch_slot, keep = next(words), next(words)
+    tokens, flat = texts.unfold(batch_slot, words), _items(words)
+    side_rows: list[SideRow] = list(zip(flat[::2], flat[1::2], strict=True))
+    return SequenceQuery(batch_slot, tokens, keep, tuple(side_rows))
 
 
 def _sequence(items: Iterable[int]) -> list[int]:

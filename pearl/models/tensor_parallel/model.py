@@ -11,15 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from pearl.core.messages import Features
 from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, Check, TokenBuckets
 from pearl.errors import UsageError
-from pearl.models.language_model import LanguageModel, SideRow, Wanted, WantedLeaves
+from pearl.models.language_model import SideRow
 from pearl.models.tensor_parallel import ordered_sum
-from pearl.models.tensor_parallel.commands import Call, Forget, Forward, Read, ReadTogether, Rows, Spread, TryTogether
+from pearl.models.tensor_parallel.commands import (
+    Call,
+    CopyFirst,
+    Forget,
+    Forward,
+    Read,
+    ReadTogether,
+    ReadTrial,
+    Rows,
+)
+from pearl.models.verifier import SequenceQuery, VerifierModel
 
 _HEADS = ("q_proj", "k_proj", "qkv_proj", "query_key_value")  # whose outputs are the attention's heads
 
@@ -44,18 +54,15 @@ class TensorParallelModel:
     leaves them somewhere in it, and there is no other after it.
     """
 
-    def __init__(self, shard: LanguageModel, others: Others):
+    def __init__(self, shard: VerifierModel, others: Others):
         self._shard, self._others, self._whole = shard, others, True
         self.model, self.vocabulary, self.max_length = shard.model, shard.vocabulary, shard.max_length
+        self.batch_slots, self.static = shard.batch_slots, None
         self.checks: tuple[Check, ...] = ()
 
     @property
-    def texts(self) -> int:
-        return self._shard.texts
-
-    @property
-    def branches(self) -> bool:
-        return self._shard.branches
+    def verifies_trees(self) -> bool:
+        return self._shard.verifies_trees
 
     @property
     def rows(self) -> TokenBuckets:
@@ -75,46 +82,44 @@ class TensorParallelModel:
         self._shard.joint = plan
         self._settle()
 
-    def read(
-        self,
-        tokens: Sequence[int],
-        keep: int,
-        padded: bool = True,
-        branches: Sequence[SideRow] = (),
-        text: int = 0,
-    ) -> Tensor:
-        return self._all(Read(Wanted(text, tokens, keep, branches), padded))
+    def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
+        return self.call(Read(SequenceQuery(batch_slot, tokens, keep, side_rows)))
 
-    def read_together(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        return self._all(ReadTogether(tuple(wanted)))
+    def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
+        return self.call(ReadTogether(tuple(queries)))
 
     def forward(self, tokens: Sequence[int], first: int, keep: int) -> Tensor:
-        return self._all(Forward(tuple(tokens), first, keep))
+        return self.call(Forward(tuple(tokens), first, keep))
 
-    def spread(self, tokens: int) -> None:
-        self._all(Spread(tokens))
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
+        self.call(Forget(tuple(but), batch_slot))
 
-    def try_together(self, tokens: Sequence[int], first: int, lengths: Sequence[int], count: int) -> list[Tensor]:
-        return self._all(TryTogether(tuple(tokens), first, tuple(lengths), count))
+    @property
+    def trial(self) -> TensorParallelTrial:
+        return TensorParallelTrial(self)
 
-    def forget(self, but: Sequence[int] = (), text: int = 0) -> None:
-        self._all(Forget(tuple(but), text))
+    def forget_all(self) -> None:
+        for batch_slot in range(self.batch_slots):
+            self.forget(batch_slot=batch_slot)
 
-    def features(self, rows: Sequence[int], text: int = 0) -> np.ndarray | None:
+    @property
+    def features_stay(self) -> bool:
+        return self._shard.features_stay
+
+    @features_stay.setter
+    def features_stay(self, stay: bool) -> None:
+        self._shard.features_stay = stay
+
+    def features(self, rows: Sequence[int], batch_slot: int = 0) -> Features | None:
         """Of the last read; they are whole on every rank."""
-        return self._shard.features(rows, text)
-
-    def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
-        raise AssertionError("a target that is spread over ranks drafts for nobody")
-
-    def read_leaves_together(self, wanted: Sequence[WantedLeaves]) -> list[Tensor]:
-        raise AssertionError("a target that is spread over ranks drafts for nobody")
+        return self._shard.features(rows, batch_slot)
 
     def _settle(self) -> None:
         plan, joint = self._shard.rows, self._shard.joint
         self._others.say(Rows(plan.safe, plan.branches, joint.counts if joint else ()))
 
-    def _all(self, call: Call) -> Any:
+    def call(self, call: Call) -> Any:
+        """Makes a call on all ranks, and returns what the first one's shard says."""
         if not self._whole:
             raise UsageError(
                 "A forward of this engine was broken off, and its ranks are out of step: make another one."
@@ -134,6 +139,19 @@ class TensorParallelModel:
             raise cause from error
         self._whole = True
         return made
+
+
+class TensorParallelTrial:
+    """A `verifier.SharedForwardTrial` on all ranks."""
+
+    def __init__(self, model: TensorParallelModel):
+        self._model = model
+
+    def copy_first(self, tokens: int) -> None:
+        self._model.call(CopyFirst(tokens))
+
+    def read(self, tokens: Sequence[int], first: int, lengths: Sequence[int], count: int) -> list[Tensor]:
+        return self._model.call(ReadTrial(tuple(tokens), first, tuple(lengths), count))
 
 
 def check(config: PretrainedConfig, ranks: int, name: str) -> None:

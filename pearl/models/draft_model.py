@@ -1,0 +1,95 @@
+"""The drafter's side of a model: what follows a sequence, or paths of guesses after it, of one or of several.
+
+Whatever is drafted, the target decides. So here bits are of no account: nodes lie in the cache where there is room, and
+no row is added to a forward.
+
+Letters: V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pearl.core.token_buckets import GRAIN, LIMIT
+from pearl.models.draft_tree_cache import Chunk, DraftTreeCache
+from pearl.models.language_model import LanguageModel, SequenceRows
+from pearl.models.reduced_head import ReducedVocabHead
+from pearl.models.static_shapes import Rows
+
+DRAFT_PREFILL_CHUNK = 4 * GRAIN  # rows of one forward over a prompt at most
+
+
+@dataclass(frozen=True)
+class LeavesQuery:
+    """What is asked of one sequence in a forward that several have together; see `DraftModel.read_leaves`."""
+
+    batch_slot: int
+    tokens: Sequence[int]
+    paths: Sequence[tuple[int, ...]]
+
+
+class DraftModel(LanguageModel):
+    """A model that drafts. `read` continues chains, `read_leaves` trees."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vocabulary: int,
+        max_length: int,
+        head: ReducedVocabHead | None = None,
+        batch_slots: int = 1,
+        coarse: bool = False,
+    ):
+        super().__init__(model, vocabulary, max_length, batch_slots, coarse, head=head)
+
+    def read_leaves(self, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
+        """Logits [len(paths), V] of what follows `tokens` and each of `paths`, which may share their beginnings."""
+        return self.read_leaves_together([LeavesQuery(0, tokens, paths)])[0]
+
+    @torch.inference_mode()
+    def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
+        """As `read_leaves`, for several sequences in one forward."""
+        found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
+        parts, wanted, plans, trees = [], [], [], []
+        for one in queries:
+            slot = self._slots[one.batch_slot]
+            self.observe(one.tokens, one.batch_slot)
+            slot.cached, slot.sides = [], {}  # its cache is overwritten
+            trees.append(slot.tree or DraftTreeCache(slot.cache.slots))
+            slot.tree = None  # if what follows fails, nothing is known
+            plans.append(trees[-1].plan(list(one.tokens), one.paths))
+            *before, last = plans[-1].chunks(DRAFT_PREFILL_CHUNK)
+            for chunk in before:
+                found[one.batch_slot].append(self._read_chunk(chunk, one.batch_slot))
+            if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
+                found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
+            else:
+                parts.append(self._lay_chunk(last, one.batch_slot))
+                wanted.append(last.wanted)
+        if parts:
+            logits, places = self.run_together(parts)
+            for part, rows in zip(parts, wanted, strict=True):
+                found[part.batch_slot].append(logits[places[part.batch_slot]][rows])
+        for one, tree in zip(queries, trees, strict=True):
+            self._slots[one.batch_slot].tree = tree
+        return [
+            torch.cat(found[one.batch_slot])[plan.order, : self.vocabulary]
+            for one, plan in zip(queries, plans, strict=True)
+        ]
+
+    def _lay_chunk(self, chunk: Chunk, batch_slot: int) -> SequenceRows:
+        cache = self._slots[batch_slot].cache
+        cache.place_at(chunk.slots, chunk.seen)
+        return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), chunk.mask, cache)
+
+    def _read_chunk(self, chunk: Chunk, batch_slot: int) -> Tensor:
+        if self.static and self.static.supports(len(chunk.tokens)):
+            mask = chunk.mask[0, 0].numpy()
+            rows = Rows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
+            return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
+        laid = self._lay_chunk(chunk, batch_slot)
+        return self.run(laid.tokens, chunk.positions, laid.mask, chunk.wanted, laid.cache)

@@ -1,0 +1,134 @@
+"""The target's side of a model: it verifies chains and trees of guesses, of one sequence or of several in one forward.
+
+Every row of logits has the bits that it would have in any other verification: forwards are padded to row counts whose
+bits are equal (`pearl.core.token_buckets`). Refuses to know what the logits are for (`pearl.roles.target`).
+
+Letters: V tokens of the vocabulary, F numbers of the hooked layers' hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pearl.core.features import DeviceFeatures
+from pearl.core.messages import Features
+from pearl.core.token_buckets import ANY, LIMIT, BatchedTokenBuckets, Check, TokenBuckets
+from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.language_model import LanguageModel, SequenceRows, SideRow
+
+QUERY_COUNTS = (
+    4,
+    8,
+)  # rows of a sequence in the attention of a shared forward: few kinds, so that many share a call
+
+
+@dataclass(frozen=True)
+class SequenceQuery:
+    """What is asked of one sequence in a forward that several have together; see `LanguageModel.read`."""
+
+    batch_slot: int
+    tokens: Sequence[int]
+    keep: int
+    side_rows: Sequence[SideRow] = ()
+
+
+class VerifierModel(LanguageModel):
+    """A target on one device, or with layers on several."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vocabulary: int,
+        max_length: int,
+        rows: TokenBuckets = ANY,
+        hooks: HiddenStateHooks | None = None,
+        batch_slots: int = 1,
+        coarse: bool = False,
+    ):
+        super().__init__(model, vocabulary, max_length, batch_slots, coarse, hooks)
+        self.rows = rows
+        self.joint: BatchedTokenBuckets | None = None  # row counts of shared forwards; None: each sequence has its own
+        self.checks: tuple[Check, ...] = ()  # what was found of its bits (`pearl.models.numerics_check`)
+        self.features_stay = False  # on the device, for a transport that takes them from there
+
+    @property
+    def verifies_trees(self) -> bool:
+        """Whether `read` takes side rows."""
+        return self.rows.branches and self.shares_forwards
+
+    @property
+    def trial(self) -> SharedForwardTrial:
+        """For the calibration of shared forwards."""
+        return SharedForwardTrial(self)
+
+    @torch.inference_mode()
+    def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
+        """As `read`, for several sequences in one forward, each with the bits that it has alone."""
+        if len(queries) == 1 or self.joint is None:
+            return [self.read(one.tokens, one.keep, one.side_rows, one.batch_slot) for one in queries]
+        found: dict[int, Tensor] = {}  # [rows, V] by batch slot
+        parts: list[SequenceRows] = []
+        for one in sorted(queries, key=lambda one: one.batch_slot):
+            tokens = list(one.tokens)
+            new, sides = self.begin(one.batch_slot, tokens, one.keep, one.side_rows, LIMIT)
+            if sum(map(len, parts)) + len(new) + len(sides) > self.joint.most:
+                found |= self.forward_together(parts, self.joint)
+                parts = []
+            parts.append(self.lay(new, len(tokens) - len(new), sides, 0, one.batch_slot))
+        found |= self.forward_together(parts, self.joint)
+        for one in queries:
+            chain = len(found[one.batch_slot]) - len(one.side_rows)
+            sides = [(chain - one.keep + parent, token) for parent, token in one.side_rows]
+            self._slots[one.batch_slot].done(list(one.tokens), chain, sides)
+        return [found[one.batch_slot][-one.keep - len(one.side_rows) :, : self.vocabulary] for one in queries]
+
+    def forward_together(self, parts: Sequence[SequenceRows], joint: BatchedTokenBuckets) -> dict[int, Tensor]:
+        """One forward of the rows of several sequences, of a row count of `joint`: logits [rows, V] by batch slot."""
+        rows = sum(map(len, parts))
+        counts = (next((most for most in QUERY_COUNTS if most >= len(part)), len(part)) for part in parts)
+        queries = [self.rows.pad(count) for count in counts]
+        logits, places = self.run_together(parts, queries, joint.pad(rows) - rows)
+        states = self._hooks.states()[0] if self._hooks else None
+        for batch_slot, place in places.items():
+            if states is not None:
+                self._slots[batch_slot].states.append(states[place])
+        return {batch_slot: logits[place] for batch_slot, place in places.items()}
+
+    def features(self, rows: Sequence[int], batch_slot: int = 0) -> Features | None:
+        """The hooked layers' hidden states at rows of the last read; None without hooks.
+
+        Rows are numbered as its logits are; those before the first one, as far as they were read, are negative. Returns
+        [rows, F]: int16, the bits of bfloat16, or what stays on the device if `features_stay`.
+        """
+        if self._hooks is None:
+            return None
+        slot = self._slots[batch_slot]
+        states = torch.cat(slot.states) if len(slot.states) > 1 else slot.states[0]
+        wanted = torch.tensor([slot.before + row for row in rows], device=states.device)
+        features = DeviceFeatures(states[wanted].to(torch.bfloat16))
+        return features if self.features_stay else features.bits()
+
+
+class SharedForwardTrial:
+    """Forwards of chosen row counts that all batch slots share, for the calibration of their bits and times."""
+
+    def __init__(self, model: VerifierModel):
+        self._model = model
+
+    @torch.inference_mode()
+    def copy_first(self, tokens: int) -> None:
+        """Gives all batch slots the keys and values that the first has of so many tokens."""
+        self._model.buffers.copy_first(tokens)
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], first: int, lengths: Sequence[int], count: int) -> list[Tensor]:
+        """Logits [lengths[i], V] of a forward in which batch slot i reads so many of `tokens` at the positions from
+        `first`, and which has `count` rows."""
+        model = self._model
+        parts = [model.lay(list(tokens[:n]), first, batch_slot=slot) for slot, n in enumerate(lengths) if n]
+        found = model.forward_together(parts, BatchedTokenBuckets((count,), (0.0,)))
+        return [logits[:, : model.vocabulary] for logits in found.values()]
