@@ -21,7 +21,7 @@ from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
 from pearl.config.inputs import brief
 from pearl.config.pairs import known_numbers
 from pearl.errors import UsageError
-from pearl.models.kv_cache import longest_text
+from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
 
 
@@ -73,7 +73,7 @@ class Checkpoint:
                 f"The {role} {self.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF "
                 f"file ({type(error).__name__}: {brief(error, 300)})."
             ) from error
-        longest_text(found)
+        longest_sequence(found)
         quantized.check(role, self.name, found, config.load_in if role == "target" else config.draft_load_in)
         return found, tokenizer
 

@@ -13,8 +13,8 @@ from pearl.checkpoints.targets import prepare
 from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.models import linear
+from pearl.models.architecture import longest_sequence
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache import longest_text
 from pearl.models.reduced_head import cut
 
 
@@ -33,7 +33,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     cutting = isinstance(count, Tensor) or count > 0
     head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
     prepare(model, kernel, placed)
-    longest = min(checked.max_length + ahead, longest_text(model.config))
+    longest = min(checked.max_length + ahead, longest_sequence(model.config))
     coarse = not placed.on_cpu
     reader = DraftModel(model, checked.vocabulary, longest, head, checked.texts, coarse)
     return reader, calibrate_draft(reader, checked, kernel, len(head) if head else 0)

@@ -20,7 +20,7 @@ from pearl.config.pairs import known_numbers
 from pearl.core.schedule import MAX_GAMMA
 from pearl.drafters.feature import network
 from pearl.errors import UsageError
-from pearl.models.kv_cache import bytes_of_a_text, longest_text
+from pearl.models.architecture import bytes_of_a_sequence, longest_sequence
 from pearl.models.language_model import TREE_SLOTS
 from pearl.models.tensor_parallel import model as tensor_parallel
 
@@ -107,7 +107,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             )
         tensor_parallel.check(target_config, config.tensor_parallel_size, config.target)
     text = target_config.get_text_config()
-    vocabulary, longest = text.vocab_size, longest_text(target_config)
+    vocabulary, longest = text.vocab_size, longest_sequence(target_config)
     if config.max_length > max(longest, EngineConfig.max_length):
         raise UsageError(
             f"max_length {config.max_length} is more than the {longest} tokens that {config.target} reads: leave it "
@@ -120,7 +120,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
         )
     sizes = {
-        "target": bytes_of_a_text(target_config, max_length + TREE_SLOTS, _width(config.dtype))
+        "target": bytes_of_a_sequence(target_config, max_length + TREE_SLOTS, _width(config.dtype))
         / config.tensor_parallel_size
         / 1e9
     }
@@ -133,7 +133,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
             compare_vocabularies(tokenizer, draft_tokenizer)
         vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
         width = _width(config.draft_dtype or config.dtype)
-        sizes["draft"] = bytes_of_a_text(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
+        sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     texts = _texts(config, sizes["target"], max_length)
     caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
     caches["target"] *= here

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pearl.core.token_buckets import GRAIN, LIMIT
-from pearl.models.draft_tree_cache import Chunk, DraftTreeCache
+from pearl.models.kv_cache.draft_tree_cache import Chunk, DraftTreeCache
 from pearl.models.language_model import LanguageModel, SequenceRows
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes import Rows

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
 from pearl.core.trie import shared_prefix
-from pearl.models.draft_tree_cache import DraftTreeCache
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache import (
+from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
+from pearl.models.kv_cache.slot_cache import (
     Branch,
     Buffers,
     Share,

@@ -4,8 +4,8 @@
 same for every row count, wherever in the pass it stands, and beside the chain as in it; that a recorded graph does what
 its code does. So at start they are tried on the user's own model, device and dtype, on one text, bit for bit. Where a
 fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another form of the
-attention (`pearl.models.attention`), chains instead of trees, code instead of graphs; and says so. What was found is
-kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
+attention (`pearl.models.kv_cache.attention`), chains instead of trees, code instead of graphs; and says so. What was
+found is kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
-from pearl.models.attention import FORMS
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
 from pearl.models.draft_model import DraftModel
+from pearl.models.kv_cache.attention import FORMS
 from pearl.models.language_model import LanguageModel
 from pearl.models.static_shapes import COUNTS, Capture
 from pearl.models.verifier import VerifierModel

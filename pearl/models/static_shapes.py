@@ -30,9 +30,9 @@ from transformers import Cache
 
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, CannotBranch
-from pearl.models.attention import FORMS, See
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache import SPARE, Branch, SlotCache, active_cache, as_model_mask
+from pearl.models.kv_cache.attention import FORMS, See
+from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, SlotCache, active_cache, as_model_mask
 from pearl.models.reduced_head import ReducedVocabHead
 
 COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
@@ -196,7 +196,7 @@ class StaticShapeRunner:
         head: ReducedVocabHead | None = None,
     ):
         """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
-        the code as it is. `form`: of the attention (`pearl.models.attention`)."""
+        the code as it is. `form`: of the attention (`pearl.models.kv_cache.attention`)."""
         self.counts, self.form = tuple(counts), form
         self.failed = ""  # why nothing is recorded any more
         self._model, self._slots, self._capture, self._hooks, self._head = model, slots, capture, hooks, head
@@ -313,4 +313,4 @@ def _mask(rows: Rows, shape: Shape) -> np.ndarray | None:
     return made
 
 
-assert SPARE > LIMIT, "rows in no slot have a place each"
+assert SCRATCH_SLOTS > LIMIT, "rows in no slot have a place each"

@@ -36,7 +36,7 @@ from pearl.drafters.draft_source import Proposal
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import LeavesQuery
-from pearl.models.draft_tree_cache import DraftTreeCache
+from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.language_model import TREE_SLOTS, SideRow
 from pearl.models.verifier import SequenceQuery
 from pearl.roles.drafter import Drafter

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache import as_model_mask, use_grouped_attention
+from pearl.models.kv_cache.slot_cache import as_model_mask, use_grouped_attention
 
 GRAIN = 32  # slots read are a multiple of this
 

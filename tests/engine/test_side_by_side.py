@@ -154,7 +154,7 @@ def test_a_budget_for_keys_and_values_says_how_many_texts_there_are(pair):
 
 
 def test_texts_that_do_not_fit_into_memory_are_refused_before_loading(pair, monkeypatch):
-    monkeypatch.setattr("pearl.checkpoints.preflight.bytes_of_a_text", lambda *_: 10**9)
+    monkeypatch.setattr("pearl.checkpoints.preflight.bytes_of_a_sequence", lambda *_: 10**9)
     with pytest.raises(UsageError, match="500 texts side by side are part of it"):
         preflight(EngineConfig(*pair, max_length=200, max_sequences=500))
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from numerics import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
 from toys import examples
 
-import pearl.models.kv_cache
+import pearl.models.kv_cache.slot_cache
 from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches
-from pearl.models.kv_cache import SharedCache
+from pearl.models.kv_cache.slot_cache import SharedCache
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 KERNEL = "packed" if FBGEMM else "stock"
@@ -110,24 +110,24 @@ def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, lengths,
 
 def read_the_neighbours_keys(patch: pytest.MonkeyPatch) -> None:
     """Where there is one before the run of texts."""
-    run = pearl.models.kv_cache._run
+    run = pearl.models.kv_cache.slot_cache._run
 
     def wrong(shares):
         right = run(shares)
         back = min(1, right.texts.start)
         return replace(right, texts=slice(right.texts.start - back, right.texts.stop - back))
 
-    patch.setattr(pearl.models.kv_cache, "_run", wrong)
+    patch.setattr(pearl.models.kv_cache.slot_cache, "_run", wrong)
 
 
 def give_all_texts_the_mask_of_the_first(patch: pytest.MonkeyPatch) -> None:
-    run = pearl.models.kv_cache._run
+    run = pearl.models.kv_cache.slot_cache._run
 
     def wrong(shares):
         right = run(shares)
         return replace(right, mask=right.mask[:1].expand_as(right.mask))
 
-    patch.setattr(pearl.models.kv_cache, "_run", wrong)
+    patch.setattr(pearl.models.kv_cache.slot_cache, "_run", wrong)
 
 
 def write_no_keys_for_side_rows(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def write_no_keys_for_side_rows(patch: pytest.MonkeyPatch) -> None:
 def see_as_many_slots_as_the_first_text(patch: pytest.MonkeyPatch) -> None:
     """Texts of any lengths share an attention call."""
     patch.setattr(
-        pearl.models.kv_cache,
+        pearl.models.kv_cache.slot_cache,
         "_alike",
         lambda a, b: b.cache.batch_slot == a.cache.batch_slot + 1 and a.mask.shape[2] == b.mask.shape[2],
     )

@@ -18,7 +18,7 @@ from toys import examples
 
 import pearl.models.language_model
 from pearl.models.draft_model import DraftModel
-from pearl.models.draft_tree_cache import DraftTreeCache, _Entry
+from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, _Entry
 
 SLOTS = 48
 TOKENS = st.integers(0, 2)

@@ -21,7 +21,8 @@ from transformers import (
 from pearl.core.token_buckets import GRAIN, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
-from pearl.models.kv_cache import SlotCache, grouped_sdpa, longest_text
+from pearl.models.architecture import longest_sequence
+from pearl.models.kv_cache.slot_cache import SlotCache, grouped_sdpa
 from pearl.models.verifier import VerifierModel
 
 TOLERANCE = 1e-3  # of fp32 logits, whose deviation is 2: sums in another order differ by 1e-5
@@ -248,13 +249,13 @@ def windowed(window: int, **more: object) -> MistralConfig:
 
 
 def test_a_text_is_no_longer_than_the_models_window_or_its_positions():
-    assert longest_text(windowed(32)) == 32
-    assert longest_text(windowed(2 * tiny.LENGTH)) == tiny.LENGTH
-    assert longest_text(LlamaConfig(**tiny.SIZES)) == tiny.LENGTH
+    assert longest_sequence(windowed(32)) == 32
+    assert longest_sequence(windowed(2 * tiny.LENGTH)) == tiny.LENGTH
+    assert longest_sequence(LlamaConfig(**tiny.SIZES)) == tiny.LENGTH
     qwen = dict(sliding_window=32, max_window_layers=1)
-    assert longest_text(Qwen2Config(**tiny.SIZES, use_sliding_window=True, **qwen)) == 32
-    assert longest_text(Qwen2Config(**tiny.SIZES, use_sliding_window=False, **qwen)) == tiny.LENGTH
-    assert longest_text(tiny.CONFIGS["gpt2"]()) == tiny.LENGTH
+    assert longest_sequence(Qwen2Config(**tiny.SIZES, use_sliding_window=True, **qwen)) == 32
+    assert longest_sequence(Qwen2Config(**tiny.SIZES, use_sliding_window=False, **qwen)) == tiny.LENGTH
+    assert longest_sequence(tiny.CONFIGS["gpt2"]()) == tiny.LENGTH
 
 
 def test_up_to_its_window_a_model_reads_as_it_always_does():
@@ -279,4 +280,4 @@ def test_up_to_its_window_a_model_reads_as_it_always_does():
 )
 def test_layers_that_can_not_go_back_are_refused(config, word):
     with pytest.raises(UsageError, match=f"without a key-value cache.*({word}).*choose a decoder-only transformer"):
-        longest_text(config())
+        longest_sequence(config())

@@ -43,8 +43,9 @@ from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.models.architecture import longest_sequence
 from pearl.models.batch_invariance import branches_agree
-from pearl.models.kv_cache import Branch, SlotCache, longest_text, reads_branches
+from pearl.models.kv_cache.slot_cache import Branch, SlotCache, reads_branches
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
@@ -241,7 +242,7 @@ OVERRIDDEN: dict[str, Callable[[], PreTrainedConfig]] = {
 @pytest.mark.parametrize("name", MASKED)
 def test_a_mask_of_the_models_own_is_kept_as_far_as_a_text_may_go(name):
     config = MASKED[name]()
-    longest = min(longest_text(config), 60)
+    longest = min(longest_sequence(config), 60)
     model = tiny.random_model(config)
     text = random_prompt(longest)
     with torch.inference_mode():
@@ -255,7 +256,7 @@ def test_a_mask_of_the_models_own_is_kept_as_far_as_a_text_may_go(name):
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_a_mask_that_the_cache_would_override_is_refused_in_a_sentence(name):
     with pytest.raises(UsageError, match="choose another model"):
-        longest_text(OVERRIDDEN[name]())
+        longest_sequence(OVERRIDDEN[name]())
 
 
 def test_a_text_longer_than_a_models_window_is_refused_in_a_sentence(tmp_path):

@@ -23,12 +23,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, Cache, PretrainedConfig
+from transformers import AttentionInterface, Cache
 
 from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
-from pearl.errors import UsageError
 
-SPARE = 2 * LIMIT  # rows beyond the slots, for those of a pass that lie in none
+SCRATCH_SLOTS = 2 * LIMIT  # rows beyond the slots, for those of a pass that lie in none
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Buffers:
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        return like.new_zeros(self.batch_slots, heads, self.slots + SPARE, width)
+        return like.new_zeros(self.batch_slots, heads, self.slots + SCRATCH_SLOTS, width)
 
 
 class SlotCache(Cache):
@@ -119,7 +118,7 @@ class SlotCache(Cache):
         where a row may look.
         """
         assert first + written <= self.slots, "the cache is too short for this forward"
-        assert not branches or count <= SPARE, "more side rows than there is room for"
+        assert not branches or count <= SCRATCH_SLOTS, "more side rows than there is room for"
         seen = self.buffers.seen(first + max([written, *(depth + 1 for depth in depths)]))
         slots = torch.arange(seen)
         own = torch.arange(first, first + count).clamp_(max=first + written - 1)
@@ -420,43 +419,3 @@ def as_model_mask(model: torch.nn.Module, mask: Tensor) -> Tensor:
     if model.config._attn_implementation != "eager":
         return mask.to(model.device)
     return torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)
-
-
-def bytes_of_a_text(config: PretrainedConfig, tokens: int, width: int) -> int:
-    """Of the keys and values of one text, in numbers of `width` bytes."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = -(-tokens // GRAIN) * GRAIN + SPARE
-    return 2 * config.num_hidden_layers * heads * head_dim * slots * width
-
-
-_ALIBI = "its position bias from a mask of its own, which the cache would override"
-_OWN_MASKS = {  # settings of models whose own mask is more than causal and would be overridden
-    "alibi": _ALIBI,
-    "attention_types": "local masks of its own, which the cache would override",
-    "use_bidirectional_attention": "tokens see what follows them, so it does not write texts",
-}
-
-
-def longest_text(config: PretrainedConfig) -> int:
-    """How many tokens the model can read with a plain causal mask.
-
-    Raises `UsageError` for layers that keep a state instead of keys, which can't go back after a wrong guess.
-    """
-    config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if other or not hasattr(config, "num_attention_heads"):
-        what = ", ".join(sorted(other)) or config.model_type
-        raise UsageError(f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer.")
-    own = next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None)
-    if own or config.model_type == "bloom":
-        raise UsageError(f"{config.model_type} makes {own or _ALIBI}: choose another model.")
-    limits = [getattr(config, "max_position_embeddings", None) or 1 << 20]
-    sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
-    if sliding and getattr(config, "sliding_window", None):
-        limits.append(config.sliding_window)  # up to here a window masks nothing that causality does not
-    if "chunked_attention" in kinds:
-        limits.append(config.attention_chunk_size)
-    return min(limits)

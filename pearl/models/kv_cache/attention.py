@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pearl.models.kv_cache import attend_packed
+from pearl.models.kv_cache.slot_cache import attend_packed
 
 
 @dataclass(frozen=True, eq=False)
