@@ -35,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
+    from pearl.parallel.launch import launch
 
     # ar-all only to share the cores out as two processes would: `ar` then has the target's
-    with Engine(config, Schedule.of("ar-all")) as engine:
+    with Engine(launch(config, Schedule.of("ar-all"))) as engine:
         kwargs = {**Checkpoint.of(config.target).arguments(config), "dtype": getattr(torch, config.dtype)}
         model = (
             AutoModelForCausalLM.from_pretrained(Checkpoint.of(config.target).name, **kwargs)

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
+    from pearl.parallel.launch import launch
 
     checked = preflight(config)
     suites = (humaneval.SUITE, gsm8k.SUITE)
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds: dict[tuple[int, str], list[float]] = defaultdict(list)
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     same = told = 0
-    with Engine(config, list(schedules.values())[-1], checked=checked) as engine:
+    with Engine(launch(config, list(schedules.values())[-1], checked=checked)) as engine:
         engine.generate([list(p) for p in prompts[-2:]], replace(params, max_new_tokens=16))  # warm
         for turn in range(found.rounds):
             for size in found.sizes:

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
     from pearl.evaluation import harness, results
+    from pearl.parallel.launch import launch
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     folder = Path(found.output or "results/never-slower")
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 text = humaneval.prompt_text(problem, "completion", checked.tokenizer)
                 prompt = tuple(checked.tokenizer(text).input_ids)
                 tasks.append(harness.Task(problem.task_id, lambda _, prompt=prompt: prompt))
-            with Engine(case, cli.hardest(schedules.values()), found.processes, checked) as engine:
+            with Engine(launch(case, cli.hardest(schedules.values()), found.processes, checked)) as engine:
                 plan = harness.Plan(tuple(tasks), harness.decoders(engine, schedules), sampling)
                 asked = {"case": name, "resolved": vars(case)}
                 results.begin(folder / name, asked)

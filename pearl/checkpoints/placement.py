@@ -5,7 +5,6 @@ Knows: what is free on this machine. Refuses to know: how a model gets there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import BYTES, needed_gb, probe
 from pearl.errors import UsageError
+from pearl.machine.launcher import LaunchEnv
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def place(config: EngineConfig, ranks: int) -> dict[str, Placement]:
             raise UsageError("A target over several ranks takes the machine's GPUs: CUDA_VISIBLE_DEVICES= hides them.")
         if ranks > gpus:
             raise UsageError(f"{ranks} ranks of the target need {ranks} GPUs on this machine, which has {gpus}.")
-        number = min(int(os.environ.get("LOCAL_RANK", 0)), gpus - 1)  # the drafter may come after the last GPU
+        number = min(LaunchEnv.read().local_rank, gpus - 1)  # the drafter may come after the last GPU
     placed = {
         "target": _devices("target_device", config.target_device, gpus, number),
         "draft": _devices("draft_device", config.draft_device, gpus, gpus - 1),

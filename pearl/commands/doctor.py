@@ -109,6 +109,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     from pearl.core.sampling import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
+    from pearl.parallel.launch import launch
 
     try:
         checked = preflight(config)
@@ -119,7 +120,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     yield Finding("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
     try:
-        with Engine(config, Schedule.of("pearl"), checked=checked) as engine:
+        with Engine(launch(config, Schedule.of("pearl"), checked=checked)) as engine:
             engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True), mode="sd")
             texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
             events = engine.events
@@ -250,10 +251,10 @@ def other() -> None:
     """The second process of a check."""
     import torch.distributed as dist
 
-    from pearl.parallel.process import follow
+    from pearl.parallel.child import end_with_parent
     from pearl.wire.process_channel import ProcessChannel
 
-    follow(os.getppid(), "doctor's second process", "the doctor")
+    end_with_parent(os.getppid(), "the doctor", "doctor's second process")
     orders = json.loads(os.environ["PEARL_DOCTOR"])
     store = dist.TCPStore(_LOCAL, orders["port"], 2, is_master=False)
     if orders["kind"] != "messages":

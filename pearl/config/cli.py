@@ -8,7 +8,6 @@ option of a command by its long name; what stands on the command line wins.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from pearl.core import schedule
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
+from pearl.machine.launcher import LaunchEnv
 from pearl.options import TEXT, WORD, Option, option, whole
 
 BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.evaluation.baselines
@@ -266,7 +266,7 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
     meet it; one says it."""
 
     def say(line: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if LaunchEnv.read().rank == 0:
             print(line, file=sys.stderr)
 
     def run(argv: Sequence[str] | None = None) -> int:

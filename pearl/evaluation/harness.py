@@ -234,13 +234,13 @@ def environment(engine: Engine) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "machine": platform.machine(),
         "processor": _processor(),
-        "devices": engine.devices,
-        "cpus": {"target": engine.target_cpus, "drafter": engine.draft_cpus},
-        "threads": {"target": len(engine.target_cpus), "drafter": len(engine.draft_cpus)},
-        "processes": engine.processes,
+        "devices": engine.runtime.devices,
+        "cpus": {"target": engine.runtime.target_cpus, "drafter": engine.runtime.draft_cpus},
+        "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
+        "processes": engine.runtime.processes,
         "load": os.getloadavg(),
         "rows": asdict(engine.model.rows),
-        "draft_costs": engine.draft_costs,
+        "draft_costs": engine.runtime.draft_costs,
         "command": sys.argv,
     }
 

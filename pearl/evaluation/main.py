@@ -99,7 +99,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
     from rich.console import Console  # from here on slow imports: everything that can be refused has been
 
     from pearl.evaluation import harness, results
-    from pearl.parallel.process import World
+    from pearl.parallel.world import World
 
     world, console = World.here(asked.config.tensor_parallel_size), Console(width=None if sys.stdout.isatty() else 140)
     summary = results.ended(asked.folder, asked.asked) if asked.found.resume else None
@@ -109,7 +109,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
             return 1
         if summary is not None:
             _judge(asked, summary)
-    if summary is not None and world.rank == world.replica == world.shard == 0:
+    if summary is not None and world.rank == world.replica == world.tp_rank == 0:
         console.print(harness.table(summary["modes"], asked.title))
         console.print(f"written to {asked.folder}", highlight=False)
     return 0
@@ -147,14 +147,15 @@ def _task(suite: Suite, problem: Any, form: str, tokenizer: Any) -> Any:
 def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | None, bool]:
     """The summary, in the first replica, and whether something is missing because a replica failed."""
     from pearl.checkpoints.preflight import preflight
-    from pearl.engine import Engine, count_processes
+    from pearl.engine import Engine
     from pearl.evaluation import harness, results
+    from pearl.parallel.launch import count_processes, launch
     from pearl.parallel.replicas import Team, place
 
     found, suite, params = order.found, order.suite, order.params
     schedule = cli.hardest(order.schedules.values())
     count_processes(schedule, found.processes, world)
-    checked = preflight(place(order.config, world), world.roles, world.shards_here)
+    checked = preflight(place(order.config, world), world.roles, world.local_tp_size)
     form = found.format or (
         order.pair.prompt
         if order.pair and order.pair.prompt
@@ -167,7 +168,7 @@ def _decode(order: Order, world: Any, console: Any) -> tuple[dict[str, Any] | No
     tasks = tuple(_task(suite, problem, form, checked.tokenizer) for problem in order.problems)
     for task in tasks:
         checked.check_prompt(task.prompt([""] * (task.turns - 1)), task.turns * params.max_new_tokens)
-    with Engine(checked.config, schedule, found.processes, checked) as engine:  # rank 1 stays in here
+    with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         console.print(engine.description, highlight=False)
         modes = harness.decoders(engine, order.schedules)
         if order.baselines:

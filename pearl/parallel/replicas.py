@@ -7,7 +7,6 @@ and waits for the others, because a launcher ends every process as soon as one o
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.errors import UsageError
 from pearl.machine import cores
-from pearl.parallel.process import World, launchers_store
+from pearl.parallel.world import World, await_key, launchers_store
 
 POLL_S = 0.2
 
@@ -79,9 +78,7 @@ class Team:
 
     def _wait(self, key: str) -> str:
         assert self._store, "one replica waits for nobody"
-        while not self._store.check([key]):
-            time.sleep(POLL_S)
-        return self._store.get(key).decode()
+        return await_key(self._store, key, every_s=POLL_S)
 
 
 def place(config: EngineConfig, world: World) -> EngineConfig:
@@ -89,7 +86,7 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
 
     Raises `UsageError` where there are too few GPUs, or where devices were named, as they would be everybody's.
     """
-    if world.neighbours == 1:
+    if world.local_replicas == 1:
         return config
     named = {config.target_device, config.draft_device} - {"auto", "cpu"}
     if named or config.target_cores or config.draft_cores:
@@ -98,12 +95,12 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.target_device == "auto" else 0
     if gpus:
-        if gpus < 2 * world.neighbours:
-            raise UsageError(f"{world.neighbours} replicas need two GPUs each, but this machine has {gpus}.")
+        if gpus < 2 * world.local_replicas:
+            raise UsageError(f"{world.local_replicas} replicas need two GPUs each, but this machine has {gpus}.")
         return replace(
-            config, target_device=f"cuda:{2 * world.neighbour}", draft_device=f"cuda:{2 * world.neighbour + 1}"
+            config, target_device=f"cuda:{2 * world.local_replica}", draft_device=f"cuda:{2 * world.local_replica + 1}"
         )
     there = cores.available()
-    mine = there[world.neighbour :: world.neighbours] if len(there) >= world.neighbours else there
+    mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there
     target, draft = cores.split(mine, drafter_works=config.draft != NGRAM)
     return replace(config, target_cores=",".join(map(str, target)), draft_cores=",".join(map(str, draft)))

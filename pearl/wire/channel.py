@@ -19,8 +19,11 @@ Clock = Callable[[], float]  # seconds since some moment: the computer's own, or
 class Channel(Protocol):
     """One end. `lost` turns true when the other side is gone and nothing it sent is left to receive."""
 
-    bytes_sent: int
-    bytes_received: int
+    @property
+    def bytes_sent(self) -> int: ...
+
+    @property
+    def bytes_received(self) -> int: ...
 
     @property
     def lost(self) -> bool: ...

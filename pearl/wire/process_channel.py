@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 import select
 import socket
@@ -33,6 +32,7 @@ from pearl.config.engine_config import SILENCE_S
 from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Beat, Close, Garbage, Message, SentSeparately, Verdict
+from pearl.machine.launcher import LaunchEnv
 from pearl.wire.codec import FRAME, length, pack, unpack
 from pearl.wire.feature_transport import FeatureTransport
 
@@ -269,8 +269,8 @@ def _connected(store: Any, _: str | None, key: str) -> socket.socket:
 
 def _address() -> str:
     """Of this machine, as the machine that holds the launcher's address sees it."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 1))
-    family, _, _, _, where = socket.getaddrinfo(*master, type=socket.SOCK_DGRAM)[0]
+    env = LaunchEnv.read()
+    family, _, _, _, where = socket.getaddrinfo(env.host, env.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as towards:
         towards.connect(where)  # sends nothing
         return towards.getsockname()[0]

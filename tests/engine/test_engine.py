@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import torch
 
 from pearl.core.sampling import SamplingParams
-from pearl.core.schedule import MODES
+from pearl.core.schedule import MODES, Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.roles import target as target_module
@@ -60,21 +62,7 @@ def alone(engine: Engine, params: SamplingParams) -> list[int]:
 
 def children() -> set[int]:
     """The processes that this one has started and that still run."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == os.getpid() and state != "Z":
-                found.add(int(stat.parent.name))
-    return found
-
-
-def runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
 
 
 # The text
@@ -140,9 +128,27 @@ def test_a_stream_that_its_reader_left_does_not_disturb_the_next_text(engine, mo
     left = engine.stream("another " + PROMPT, SEEDED, mode=mode)
     began = list(itertools.islice(left, 7))
     assert engine.generate(PROMPT, GREEDY, mode="pearl").tokens == alone(engine, GREEDY)
-    assert list(left) == []  # it is over
+    with pytest.raises(UsageError, match="Another run was begun on this engine"):
+        next(left)
     assert list(itertools.islice(engine.stream("another " + PROMPT, SEEDED, mode=mode), 7)) == began
     assert engine.generate(PROMPT, GREEDY, mode="sd").tokens == alone(engine, GREEDY)
+
+
+@PICKING
+def test_a_text_stream_is_the_text_in_whole_characters(engine, params):
+    for mode in ("ar", "sd", "pearl"):
+        pieces = list(engine.stream_text(PROMPT, params, mode=mode))
+        whole = engine.generate(PROMPT, params, mode="ar").text
+        assert "".join(pieces) == whole and len(pieces) > 3
+    stop = replace(params, stop=(whole[20:23], "never"))
+    assert "".join(engine.stream_text(PROMPT, stop)) == engine.generate(PROMPT, stop).text
+    both = list(engine.stream_text([PROMPT, "the"], params))
+    assert "".join(piece for number, piece in both if number == 0) == whole
+
+
+def test_a_text_is_shown_without_its_facts(engine):
+    written = engine.generate(PROMPT, GREEDY)
+    assert repr(written) == f"Generation(text={written.text!r}, finish_reason='length')"
 
 
 # Its end
@@ -216,6 +222,8 @@ def test_prompts_may_be_text_ids_or_messages(engine):
         ([5, tiny.SHARED], f"whole numbers from 0 to {tiny.SHARED - 1}"),
         ([5, -1], "whole numbers from 0"),
         ([5, 1.5], "whole numbers from 0"),
+        ([True], "whole numbers from 0"),
+        ([10**30], "whole numbers from 0"),
     ],
 )
 def test_prompts_that_can_not_be_read_are_refused(engine, prompt, sentence):
@@ -240,6 +248,16 @@ def test_messages_need_a_chat_template(engine, monkeypatch):
         engine.encode([{"role": "user", "content": "hello"}])
 
 
+def test_gamma_alone_is_that_of_the_engines_own_mode(engine):
+    written = engine.generate(PROMPT, GREEDY, gamma=3)
+    assert written.tokens == alone(engine, GREEDY)
+    assert {p.block for p in written.facts.passes} == {3} and written.facts.mode == "pearl"
+    assert {p.block for p in engine.generate(PROMPT, GREEDY, mode=Schedule.of("sd", 5), gamma=2).facts.passes} == {2}
+    for wrong in (-7, "banana", 2.5):
+        with pytest.raises(UsageError, match="gamma must be a whole number from 0 to 64, or auto, not"):
+            engine.generate(PROMPT, GREEDY, gamma=wrong)
+
+
 def test_modes_that_do_not_exist_are_refused(engine):
     with pytest.raises(UsageError, match="did you mean pearl-no-pre"):
         engine.generate(PROMPT, GREEDY, mode="pearl-no-per")
@@ -253,7 +271,7 @@ def test_modes_that_do_not_exist_are_refused(engine):
 @PICKING
 def test_in_one_process_sd_writes_the_same_text(engine, pair, params):
     with opened(*pair, mode="sd", processes=1, target_cores=ONE_CORE) as single:
-        assert single.drafter_pid is None
+        assert single.runtime.drafter_pid is None
         for mode, gamma in itertools.product(("ar", "sd"), (1, 4, "auto")):
             assert single.generate(PROMPT, params, mode=mode, gamma=gamma).tokens == alone(engine, params)
         with pytest.raises(UsageError, match="takes two processes"):
@@ -293,14 +311,14 @@ def test_what_needs_two_processes_is_refused_in_one(pair):
 def test_an_engine_without_a_drafter_says_so(pair):
     before = children()
     with opened(*pair, mode="ar", target_cores=ONE_CORE) as single:
-        assert single.drafter_pid is None and children() == before
+        assert single.runtime.drafter_pid is None and children() == before
         assert len(single.generate(PROMPT, GREEDY).tokens) == 40
         with pytest.raises(UsageError, match="was made for ar and has no drafter: make one for sd"):
             single.generate(PROMPT, GREEDY, mode="sd")
 
 
 def test_two_engines_at_once_write_their_own_texts(engine, perfect):
-    assert engine.drafter_pid != perfect.drafter_pid
+    assert engine.runtime.drafter_pid != perfect.runtime.drafter_pid
     streams = engine.stream(PROMPT, SEEDED, mode="pearl"), perfect.stream("the " + PROMPT, GREEDY, mode="pearl")
     both = list(zip(*streams, strict=True))
     assert [token for token, _ in both] == alone(engine, SEEDED)
@@ -312,14 +330,14 @@ def test_closing_ends_the_drafter_and_gives_cores_and_threads_back(pair, monkeyp
     cores, given = os.sched_getaffinity(0), []
     engine = Engine.from_pretrained(*pair, dtype="float32", max_length=300)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    pid = engine.drafter_pid
+    pid = engine.runtime.drafter_pid
     left = engine.stream(PROMPT, SEEDED)
     next(left)
-    assert runs(pid) and pid in children()
+    assert pid in children()
     began = time.perf_counter()
     engine.close()
     assert time.perf_counter() - began < 8
-    assert not runs(pid)
+    assert not psutil.pid_exists(pid)
     assert (os.sched_getaffinity(0), given) == (cores, [3])
     engine.close()
     with pytest.raises(UsageError, match="This engine is closed"):
@@ -331,7 +349,7 @@ def test_a_drafter_killed_in_the_middle_costs_no_token(engine, pair, params):
     with opened(*pair) as doomed:
         stream = doomed.stream(PROMPT, params, mode="pearl")
         tokens = list(itertools.islice(stream, 9))
-        os.kill(doomed.drafter_pid, signal.SIGKILL)
+        os.kill(doomed.runtime.drafter_pid, signal.SIGKILL)
         tokens += stream
         assert tokens == alone(engine, params)
         for mode in DRAFTING:  # nor does one that is gone
@@ -343,7 +361,7 @@ def test_a_target_that_waits_for_guesses_notices_the_drafters_death(engine, pair
     with opened(*pair) as doomed:
         stream = doomed.stream(PROMPT, GREEDY, mode=mode, gamma=3)
         tokens = list(itertools.islice(stream, 9))
-        os.kill(doomed.drafter_pid, signal.SIGKILL)
+        os.kill(doomed.runtime.drafter_pid, signal.SIGKILL)
         assert tokens + list(stream) == alone(engine, GREEDY)
 
 
@@ -353,11 +371,11 @@ def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
         params = SamplingParams(max_new_tokens=100, ignore_eos=True)
         stream = hanging.stream(PROMPT, params, mode="pearl")
         tokens = list(itertools.islice(stream, 5))
-        os.kill(hanging.drafter_pid, signal.SIGSTOP)
+        os.kill(hanging.runtime.drafter_pid, signal.SIGSTOP)
         try:
             assert tokens + list(stream) == alone(engine, params)
         finally:
-            os.kill(hanging.drafter_pid, signal.SIGCONT)
+            os.kill(hanging.runtime.drafter_pid, signal.SIGCONT)
         monkeypatch.undo()
         back = hanging.generate(PROMPT, SEEDED, mode="sd", gamma=3)  # and may come back
         assert back.tokens == alone(engine, SEEDED)
@@ -388,7 +406,7 @@ from pearl import Engine, SamplingParams
 
 with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300) as engine:
     params = SamplingParams(max_new_tokens=40, ignore_eos=True)
-    print(*engine.generate("def the(thing):\\n", params).tokens, engine.drafter_pid)
+    print(*engine.generate("def the(thing):\\n", params).tokens, engine.runtime.drafter_pid)
 """
 
 

@@ -21,8 +21,8 @@ from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.evaluation import main as evaluation
 from pearl.evaluation import results
-from pearl.parallel.process import World
 from pearl.parallel.replicas import place
+from pearl.parallel.world import World
 from pearl.tasks import gsm8k, mgsm
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -393,7 +393,7 @@ def test_ranks_are_replicas_of_two(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a target and its drafter on two machines
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert World.here() == World(1, 2, 0, 1, 0, 1, apart=True)
+    assert World.here() == World(1, 2, 0, 1, 0, 1, two_hosts=True)
     assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -41,11 +40,11 @@ from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LIMIT, TokenBuckets
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
-from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.batch_invariance import branches_agree
 from pearl.models.kv_cache.slot_cache import Branch, SlotCache, reads_branches
+from pearl.models.numerics_check import rows_check
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
@@ -93,18 +92,7 @@ def check(reader: VerifierModel, reference: VerifierModel, prompt: Sequence[int]
 
 def sentence(plan: TokenBuckets) -> str:
     """What a run says of its rows."""
-    config = SimpleNamespace(target="a", draft="b")
-    engine = SimpleNamespace(
-        model=SimpleNamespace(rows=plan, checks=()),
-        config=config,
-        target_cpus=[0],
-        draft_cpus=[1],
-        devices={},
-        drafter_pid=None,
-        _crew=None,
-    )
-    lines = Engine.description.fget(engine).splitlines()  # type: ignore[attr-defined]
-    return next(line for line in lines if line.startswith("rows:"))
+    return rows_check(plan).found
 
 
 @pytest.mark.parametrize("name, dtype, kernel", MODELS)

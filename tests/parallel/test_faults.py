@@ -5,6 +5,7 @@ A hundred faults drawn by a seeded generator, on processes of their own. More of
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,12 +15,14 @@ import time
 from pathlib import Path
 
 import faults
+import psutil
 import pytest
 from faults import KINDS, OPTIONS, Fault, Footprint, Nursery, Pace
 
 from pearl.config.engine_config import DEADLINE_S
 from pearl.engine import Engine
-from pearl.parallel import process
+from pearl.parallel import drafter_process
+from pearl.parallel.child import is_stopped
 from pearl.wire import reconnecting_channel
 
 
@@ -29,7 +32,7 @@ def nursery(pair, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reconnecting_channel, "BACK_OFF_S", 0.0)
         made = Nursery(pair, tmp_path_factory.mktemp("nursery"))
-        patch.setattr(process, "spawn", made.spawn)
+        patch.setattr(drafter_process, "spawn", made.spawn)
         yield made
         made.close()
 
@@ -47,13 +50,13 @@ def test_ten_faults_cost_no_token_and_no_long_wait(engine, nursery, seed):
     assert [one for one in outcomes if not faults.survived(one, DEADLINE_S)] == []
     faults.wait_until_back(engine)
     living = [pid for pid in nursery.pids if faults.Forked(pid).poll() is None]
-    assert living == [engine.drafter_pid]
+    assert living == [engine.runtime.drafter_pid]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_each_kind_of_fault_the_drafter_is_back_and_speculates(engine, nursery, kind):
     faults.wait_until_back(engine)
-    nursery.strike(engine.drafter_pid, kind)
+    nursery.strike(engine.runtime.drafter_pid, kind)
     params = faults.SamplingParams(max_new_tokens=12, ignore_eos=True)
     engine.generate("the", params, mode="pearl")
     faults.wait_until_back(engine)
@@ -70,7 +73,7 @@ def test_after_each_kind_of_fault_the_drafter_is_back_and_speculates(engine, nur
 @pytest.mark.parametrize("kind", ["kill", "stop", "exception", "garbage"])
 def test_an_engine_closes_in_time_whatever_has_just_happened(pair, nursery, kind):
     with Engine.from_pretrained(*pair, **OPTIONS) as made:
-        pid = made.drafter_pid
+        pid = made.runtime.drafter_pid
         made.generate("the", faults.SamplingParams(max_new_tokens=4), mode="pearl")
         nursery.strike(pid, kind)
         with Pace() as pace:
@@ -92,7 +95,7 @@ def test_a_drafter_that_falls_while_it_starts_is_started_again(pair, nursery, ki
 
 def test_a_stuck_drafter_that_is_not_started_again_is_ended(pair, nursery):
     with Engine.from_pretrained(*pair, **{**OPTIONS, "max_draft_restarts": 0, "heartbeat_timeout_s": 0.5}) as made:
-        pid = made.drafter_pid
+        pid = made.runtime.drafter_pid
         nursery.strike(pid, "stop")
         params = faults.SamplingParams(max_new_tokens=8)
         alone = made.generate("the", params, mode="ar").tokens
@@ -109,7 +112,7 @@ def test_many_texts_and_passes_leave_nothing_behind(engine):
     """python tests/tools/faults.py --long writes 200 texts with 10,000 passes."""
     faults.wait_until_back(engine)
     faults.write_many(engine, 12, 40)
-    pids = (os.getpid(), engine.drafter_pid)
+    pids = (os.getpid(), engine.runtime.drafter_pid)
     before = [Footprint.of(pid) for pid in pids]
     assert faults.write_many(engine, 36, 40) > 500
     for pid, was in zip(pids, before, strict=True):  # fewer, where what was lost earlier is gone by now
@@ -121,7 +124,7 @@ def test_engines_and_lost_drafters_leave_no_thread_and_no_file(pair, nursery):
     def once() -> None:
         with Engine.from_pretrained(*pair, **OPTIONS) as made:
             for _ in range(3):
-                os.kill(made.drafter_pid, signal.SIGKILL)
+                os.kill(made.runtime.drafter_pid, signal.SIGKILL)
                 made.generate("the", faults.SamplingParams(max_new_tokens=8), mode="pearl")
                 faults.wait_until_back(made)
 
@@ -141,7 +144,7 @@ import os, sys, time
 from pearl import Engine, SamplingParams
 
 with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300) as engine:
-    print(os.getpid(), engine.drafter_pid, flush=True)
+    print(os.getpid(), engine.runtime.drafter_pid, flush=True)
     while True:
         engine.generate("the", SamplingParams(max_new_tokens=20, ignore_eos=True))
 """
@@ -162,17 +165,7 @@ def started(tmp_path: Path, pair: tuple[str, str], *launcher: str) -> subprocess
 
 def descendants(pid: int) -> set[int]:
     """All processes below one, and itself."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, grown = {pid}, True
-    while grown:
-        more = {child for child, parent in parents.items() if parent in found} - found
-        grown, found = bool(more), found | more
-    return found
+    return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
 
 
 def told(engine: Engine, kind: str, seconds: float) -> bool:
@@ -192,7 +185,7 @@ def gone(pids: set[int], seconds: float) -> bool:
     while living := [pid for pid in pids if faults.Forked(pid).poll() is None and not zombie(pid)]:
         time.sleep(0.05)
         now = time.perf_counter()
-        left -= min(now - began, 0.1) * (0.1 if all(process.is_stopped(pid) for pid in living) else 1.0)
+        left -= min(now - began, 0.1) * (0.1 if all(is_stopped(pid) for pid in living) else 1.0)
         began = now
         if left < 0:
             print("still there:", living)
@@ -201,10 +194,9 @@ def gone(pids: set[int], seconds: float) -> bool:
 
 
 def zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -226,16 +218,8 @@ def test_under_torchrun_nobody_outlives_the_others(pair, tmp_path, victim):
     program = started(tmp_path, pair, *launcher)
     target = int(program.stdout.readline().split()[0])
     everybody = descendants(program.pid)
-    (drafter,) = [pid for pid in everybody - {target, program.pid} if _rank(pid) == "1"]
+    (drafter,) = [pid for pid in everybody - {target, program.pid} if psutil.Process(pid).environ().get("RANK") == "1"]
     os.kill({"launcher": program.pid, "target": target, "drafter": drafter}[victim], signal.SIGKILL)
     assert gone(everybody, 5.0)
     program.communicate(timeout=10)
     assert program.returncode != 0
-
-
-def _rank(pid: int) -> str | None:
-    try:
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    return next((word[5:].decode() for word in words if word.startswith(b"RANK=")), None)

@@ -94,7 +94,8 @@ from pearl import Engine, SamplingParams
 
 with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=256, tensor_parallel_size=2) as engine:
     params = SamplingParams(max_new_tokens=24, ignore_eos=True)
-    print(*engine.generate("def the(thing):\\n", params).tokens, engine.drafter_pid, engine._crew.pids)
+    runtime, tokens = engine.runtime, engine.generate("def the(thing):\\n", params).tokens
+    print(*tokens, runtime.drafter_pid, runtime._workers.pids)
 """
 
 

@@ -22,9 +22,9 @@ from pearl.errors import UsageError
 from pearl.evaluation import main as evaluation
 from pearl.models.tensor_parallel import model as shards
 from pearl.models.tensor_parallel.commands import Forget
-from pearl.parallel import tensor_parallel
-from pearl.parallel.process import World
-from pearl.parallel.tensor_parallel import deal
+from pearl.parallel import child, process_groups, tensor_parallel
+from pearl.parallel.launch import deal
+from pearl.parallel.world import World
 from pearl.tasks import gsm8k
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -53,15 +53,15 @@ def said_in_the_end(engine) -> str:
 
 def test_a_rank_that_is_killed_ends_the_run_with_a_sentence(pair, monkeypatch):
     with opened(pair, monkeypatch, 300) as engine:
-        (rank,) = engine._crew._children
+        (rank,) = engine.runtime._workers._children
         rank.kill()
         assert said_in_the_end(engine).startswith("Rank 1 of the target ended with signal 9, and the run is over")
 
 
 def test_an_error_of_a_rank_is_the_sentence_that_the_run_ends_with(pair, monkeypatch):
     with opened(pair, monkeypatch, 300) as engine:
-        (rank,) = engine._crew._children
-        engine._crew.say(Forget((), text=9))
+        (rank,) = engine.runtime._workers._children
+        engine.runtime._workers.say(Forget((), text=9))
         assert said_in_the_end(engine).startswith("Rank 1 of the target failed, and the run is over: IndexError")
         assert rank.wait(60) == 1
 
@@ -70,20 +70,18 @@ def test_a_rank_that_hangs_is_waited_for_until_the_deadline_and_ends_when_it_wak
     with opened(pair, monkeypatch, 5) as engine:
         time.sleep(6)
         assert engine.generate(PROMPT, GREEDY).tokens  # nothing to do is no silence
-        (rank,) = engine._crew._children
+        (rank,) = engine.runtime._workers._children
         os.kill(rank.pid, signal.SIGSTOP)
         try:
             assert "is gone, or has said nothing for 5 s" in said_in_the_end(engine)
-            with engine._crew._saying:
-                engine._crew._group.close()  # as when the process of the first rank dies
-                engine._crew._group = None
+            engine.runtime._workers.let_go()  # as when the process of the first rank dies
         finally:
             os.kill(rank.pid, signal.SIGCONT)
         assert rank.wait(60) == 1
 
 
 def test_a_rank_that_can_not_start_is_a_sentence(pair, monkeypatch):
-    monkeypatch.setattr(tensor_parallel.sys, "executable", "false")
+    monkeypatch.setattr(child.sys, "executable", "false")
     with pytest.raises(UsageError, match="Rank 1 of the target ended with code 1, and the run is over"):
         Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS)
 
@@ -92,7 +90,7 @@ def test_a_line_carries_words_of_any_number_and_has_a_deadline():
     store, lines = torch.distributed.HashStore(), {}
 
     def make(rank: int) -> None:
-        lines[rank] = tensor_parallel.Line(store, rank, 2, 1.0, "127.0.0.1")
+        lines[rank] = process_groups.CommandBroadcast(store, rank, 2, 1.0, "127.0.0.1")
 
     other = threading.Thread(target=make, args=(1,))
     other.start()
@@ -101,19 +99,19 @@ def test_a_line_carries_words_of_any_number_and_has_a_deadline():
     for count in (1, 62, 63, 64, 65, 5000):
         lines[0].send(range(count))
         assert lines[1].receive() == list(range(count))
-    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+    with pytest.raises(process_groups.RankLost, match=r"(?i)timed out"):
         lines[1].receive()
 
 
 @pytest.mark.parametrize(
     "rank, local, here, world",
     [
-        (0, 0, 3, World(0, 2, shards=2, shards_here=2)),
-        (1, 1, 3, World(0, 2, shard=1, shards=2, shards_here=2)),
-        (2, 2, 3, World(1, 2, shards=2, shards_here=2)),
-        (1, 1, 2, World(0, 2, apart=True, shard=1, shards=2, shards_here=2)),
-        (2, 0, 1, World(1, 2, apart=True, shards=2, shards_here=0)),
-        (1, 0, 2, World(0, 2, shard=1, shards=2, shards_here=1)),
+        (0, 0, 3, World(0, 2, tp_size=2, local_tp_size=2)),
+        (1, 1, 3, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=2)),
+        (2, 2, 3, World(1, 2, tp_size=2, local_tp_size=2)),
+        (1, 1, 2, World(0, 2, two_hosts=True, tp_rank=1, tp_size=2, local_tp_size=2)),
+        (2, 0, 1, World(1, 2, two_hosts=True, tp_size=2, local_tp_size=0)),
+        (1, 0, 2, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=1)),
     ],
 )
 def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, world, monkeypatch):

@@ -25,12 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout runs without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from pearl.config.engine_config import DRAFT, EMBEDDED
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
+from pearl.parallel.child import WorkerSpec, end_with_parent
+from pearl.roles.target import Target
 
 KINDS = ("kill", "stop", "pause", "exit", "exception", "memory", "garbage", "nonsense", "broken", "late")
 MODES = ("pearl", "sd", "pearl-no-pre", "pearl-no-post", "tree")
@@ -84,11 +88,7 @@ class Forked:
         self.pid = pid
 
     def poll(self) -> int | None:
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return -signal.SIGKILL
-        return None
+        return None if psutil.pid_exists(self.pid) else -signal.SIGKILL
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -104,7 +104,7 @@ class Forked:
 
 
 class Nursery:
-    """`spawn` stands in for `pearl.parallel.process.spawn`. All it has forked is in `pids`."""
+    """`spawn` stands in for `pearl.parallel.drafter_process.spawn`. All it has forked is in `pids`."""
 
     def __init__(self, pair: tuple[str, str], folder: Path, dtype: str = "float32"):
         self.fault = folder / "fault"
@@ -121,9 +121,9 @@ class Nursery:
         self.next: str = ""  # what is to happen to the next one while it starts
         assert self._process.stdout and self._process.stdout.readline() == "ready\n"
 
-    def spawn(self, orders: dict[str, Any]) -> Forked:
+    def spawn(self, spec: WorkerSpec) -> Forked:
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({**orders, "fault": self.next}) + "\n")
+        self._process.stdin.write(json.dumps({"spec": spec.to_json(), "fault": self.next}) + "\n")
         self._process.stdin.flush()
         self.next = ""
         self.pids.append(int(self._process.stdout.readline()))
@@ -198,7 +198,7 @@ def suffer(engine: Engine, nursery: Nursery, fault: Fault) -> Outcome:
     """Writes a text while something happens to the drafter."""
     alone = engine.generate(fault.prompt, fault.params, mode="ar").tokens
     wait_until_back(engine)
-    pid = engine.drafter_pid
+    pid = engine.runtime.drafter_pid
     assert pid
     kind = fault.kind
     if fault.starting:
@@ -216,7 +216,7 @@ def suffer(engine: Engine, nursery: Nursery, fault: Fault) -> Outcome:
             said.append(token)
         if timer:
             timer.join()
-    passes = engine._target.passes
+    passes = target_of(engine).passes
     pause, longest = max(p.waited_s for p in passes), max(p.forward_s for p in passes)
     return Outcome(fault, said == alone, pause, longest, pace.stalled_s)
 
@@ -231,17 +231,18 @@ class Footprint:
     memory_mb: float
 
     @staticmethod
-    def of(pid: int | str = "self") -> Footprint:
-        here = Path(f"/proc/{pid}")
-        pages = int((here / "statm").read_text().split()[1])
-        tasks = list((here / "task").iterdir())
-        children = sum(len((task / "children").read_text().split()) for task in tasks)
-        files = len(os.listdir(here / "fd"))
-        return Footprint(files, len(tasks), children, pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+    def of(pid: int | None = None) -> Footprint:
+        one = psutil.Process(pid)
+        return Footprint(one.num_fds(), one.num_threads(), len(one.children()), one.memory_info().rss / 1e6)
 
     def grown_since(self, before: Footprint) -> tuple[int, int, int, float]:
         counts = self.files - before.files, self.threads - before.threads, self.children - before.children
         return (*counts, round(self.memory_mb - before.memory_mb, 1))
+
+
+def target_of(engine: Engine) -> Target:
+    with engine.runtime.target_for(engine.runtime.schedule) as target:
+        return target
 
 
 def write_many(engine: Engine, texts: int, tokens: int) -> int:
@@ -252,7 +253,7 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
         prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.batch_slots)]
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
             passes += len(text.stats.passes)
-    target = engine._target
+    target = target_of(engine)
     assert not target._live and not target._ended and len(target._held) <= engine.model.batch_slots, (
         "a place is not free"
     )
@@ -262,7 +263,7 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
 def wait_until_back(engine: Engine, seconds: float = 60.0) -> None:
     """Until there is a drafter that is not late. Only time in which this process runs counts."""
     before = time.perf_counter()
-    while engine._target.channel.lost:
+    while target_of(engine).channel.lost:
         time.sleep(0.005)
         now = time.perf_counter()
         seconds, before = seconds - min(now - before, 0.1), now
@@ -272,22 +273,22 @@ def wait_until_back(engine: Engine, seconds: float = 60.0) -> None:
 # The nursery
 
 
-def _child(orders: dict[str, Any], source: Any, fault: Path) -> None:
+def _child(spec: WorkerSpec, at_start: str, source: Any, fault: Path) -> None:
     import numpy as np
+    from torch.distributed import TCPStore
 
-    from pearl.config.engine_config import EngineConfig
     from pearl.core.messages import Guess, Nodes
-    from pearl.parallel.process import TargetGone, follow, serve
-    from pearl.wire import process_channel as links
+    from pearl.parallel import drafter_main
+    from pearl.parallel.world import LOCAL
 
     made: list[Any] = []
+    connect = drafter_main.connect
 
-    class ProcessChannel(links.ProcessChannel):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **options)
-            made.append(self)
+    def connecting(*arguments: Any) -> Any:
+        made.append(connect(*arguments))
+        return made[-1]
 
-    links.ProcessChannel = ProcessChannel
+    drafter_main.connect = connecting
     rng = random.Random(os.getpid())
 
     def happen(kind: str) -> None:
@@ -325,14 +326,15 @@ def _child(orders: dict[str, Any], source: Any, fault: Path) -> None:
 
     signal.signal(signal.SIGUSR1, struck)
 
-    def make(_: object) -> Any:
-        happen(orders["fault"])
+    def make() -> Any:
+        happen(at_start)
         return source
 
-    follow(os.getppid(), "drafter", "the nursery")
+    end_with_parent(os.getppid(), "the nursery", "drafter")
+    store = TCPStore(LOCAL, spec.port, 2, is_master=False)
     try:
-        serve(EngineConfig.from_json(orders["config"]), orders["cpus"], orders["port"], orders["number"], make)
-    except TargetGone:
+        drafter_main.serve(spec.config, spec.cpus, store, LOCAL, make, spec.number)
+    except drafter_main.TargetGone:
         os._exit(1)
 
 
@@ -344,7 +346,7 @@ def nursery() -> None:
     import torch
 
     from pearl.config.engine_config import EngineConfig
-    from pearl.parallel.process import draft_source
+    from pearl.parallel.drafter_main import draft_source
 
     torch.set_num_threads(1)
     target, draft, dtype, fault = sys.argv[2:]
@@ -356,7 +358,8 @@ def nursery() -> None:
         if not pid:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             try:
-                _child(json.loads(line), source, Path(fault))
+                told = json.loads(line)
+                _child(WorkerSpec.from_json(told["spec"]), told["fault"], source, Path(fault))
                 os._exit(0)
             except BaseException:
                 import traceback
@@ -368,7 +371,7 @@ def nursery() -> None:
 
 def _long(engine: Engine) -> None:
     write_many(engine, 40, 60)
-    pids = {"target": os.getpid(), "drafter": engine.drafter_pid}
+    pids = {"target": os.getpid(), "drafter": engine.runtime.drafter_pid}
     before = {role: Footprint.of(pid) for role, pid in pids.items()}
     texts = passes = 0
     while texts < 200 or passes < 10_000:
@@ -386,7 +389,7 @@ def main() -> int:
 
     import tiny
 
-    from pearl.parallel import process
+    from pearl.parallel import drafter_process
     from pearl.wire import reconnecting_channel
 
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -402,7 +405,7 @@ def main() -> int:
         pair = (EMBEDDED, DRAFT) if found.default else tiny.save_pair(Path(folder))
         dtype = "bfloat16" if found.default else "float32"
         drafters = Nursery(pair, Path(folder), dtype)
-        process.spawn = drafters.spawn
+        drafter_process.spawn = drafters.spawn
         with Engine.from_pretrained(*pair, **{**OPTIONS, "dtype": dtype}) as engine:
             if found.long:
                 _long(engine)
@@ -410,7 +413,7 @@ def main() -> int:
             for number in range(found.count):
                 outcome = suffer(engine, drafters, Fault.drawn(rng))
                 pauses.append(outcome.wait_s)
-                if not survived(outcome, engine.config.draft_timeout_s):
+                if not survived(outcome, engine.runtime.config.draft_timeout_s):
                     bad += 1
                     print(f"fault {number}: {outcome}", flush=True)
             kinds = Counter(event.kind for event in engine.events)

@@ -9,6 +9,7 @@ Exit code 1 if a text differs, a problem is missing, or, without a drafter, the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -19,19 +20,18 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("ar", "pearl")
 
 
 def drafter_of(pid: int) -> int:
     """The process that a target has started."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"pearl.parallel.process" in (stat.parent / "cmdline").read_bytes():
-                return int(stat.parent.name)
-        except OSError:
-            continue
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):
+            if "pearl.parallel.drafter_main" in child.cmdline():
+                return child.pid
     raise SystemExit("there is no drafter")
 
 

@@ -224,7 +224,7 @@ def test_two_processes_with_a_lane_write_the_targets_text_also_when_the_drafter_
         for mode in ("pearl", "sd", "tree"):
             assert [engine.generate("def f(x):", one, mode=mode).tokens for one in params] == alone
         assert len(sent) > before
-        os.kill(engine.drafter_pid, signal.SIGKILL)
+        os.kill(engine.runtime.drafter_pid, signal.SIGKILL)
         deadline = time.perf_counter() + 60
         while [event.kind for event in engine.events][-1:] != ["back"] and time.perf_counter() < deadline:
             assert engine.generate("def f(x):", params[0]).tokens == alone[0]

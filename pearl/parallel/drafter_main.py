@@ -1,0 +1,127 @@
+"""The drafter's process: loads its source, says that it is ready, and drafts until its target says goodbye.
+
+One that a target has started is this module, run as a program. One that a launcher has started is in `serve` too; when
+its connection breaks it makes another one, as nobody starts it again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.inputs import brief
+from pearl.core import timeline
+from pearl.drafters.draft_source import DraftSource
+from pearl.drafters.ngram import NgramSource
+from pearl.errors import UsageError
+from pearl.machine import cores
+from pearl.parallel.child import received
+from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
+from pearl.parallel.world import LOCAL
+from pearl.roles.drafter import Drafter
+
+
+class TargetGone(Exception):
+    """The target has ended or can't be reached any more, and has not said goodbye."""
+
+
+def serve(
+    config: EngineConfig,
+    cpus: list[int],
+    store: dist.Store,
+    host: str | None,
+    make: Callable[[], DraftSource],
+    number: int | None = None,
+) -> None:
+    """`store`, `host`: where the target is met, and the address to listen at. `number`: of the only connection to make;
+    None: one after the other. `make`: the source, with its model loaded. Raises `TargetGone`."""
+    cores.pin(cpus)
+    torch.set_num_threads(len(cpus))
+    only, number = number is not None, number or 0
+    try:
+        source: Any = make()  # one that drafts from features has a device
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        store.set(f"{DRAFTER}/{number}", f"{GONE}it has too little memory: {brief(error)}")
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        store.set(f"{DRAFTER}/{number}", f"The drafter could not start: {reason}")
+        raise
+    while True:
+        try:
+            store.set(f"{DRAFTER}/{number}", READY)
+            key = f"{FEATURES}/{number}"
+            store.wait([key], timedelta(seconds=config.start_timeout_s))  # the target may still be loading
+            features_from = store.get(key).decode()
+            if features_from == OVER:
+                return
+            channel = connect(store, number, 1, features_from and source.device, host, config)
+        except RuntimeError as error:
+            raise TargetGone(brief(error)) from None
+        try:
+            Drafter(source, channel, trace=trace(config, "drafter")).run()
+        except Exception:  # whatever it is: where a launcher started us, ending would end the target too
+            if only:
+                raise
+            traceback.print_exc()
+        channel.close()
+        if channel.farewell:
+            return
+        if only:
+            raise TargetGone(channel.reason)
+        number += 1
+
+
+def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
+    """The source that a config names, with its model loaded. `checked`: the config's preflight, if it was made."""
+    if config.draft == NGRAM:
+        return NgramSource()
+    # transformers takes seconds to import, and n-grams don't need it
+    from pearl.checkpoints.drafters import load_draft, load_feature_drafter
+    from pearl.checkpoints.preflight import AHEAD, preflight
+    from pearl.drafters.feature.source import FeatureSource
+    from pearl.drafters.tree import TreeSource
+
+    checked = checked or preflight(config)
+    if config.feature_folder:
+        return FeatureSource(load_feature_drafter(checked), config.tree_top_k)
+    model, costs = load_draft(checked, AHEAD)
+    return TreeSource(model, costs.seconds, several=costs.several)
+
+
+def trace(config: EngineConfig, role: str) -> timeline.Trace:
+    return timeline.Trace(role, Path(config.trace).absolute()) if config.trace else timeline.OFF
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """The exit code of a drafter's process."""
+    try:
+        run()
+    except UsageError:
+        return 2  # the target has the sentence and prints it
+    except TargetGone as gone:
+        print(f"pearl: the drafter has lost its target ({gone}) and ends.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    spec = received("drafter")
+    config, store = spec.config, dist.TCPStore(LOCAL, spec.port, 2, is_master=False)
+    return guarded(lambda: serve(config, spec.cpus, store, LOCAL, lambda: draft_source(config), spec.number))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: all is said and saved, and to take torch apart takes a second

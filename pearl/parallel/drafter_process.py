@@ -1,0 +1,150 @@
+"""The drafter's process as its target has it: started where no launcher has done so, reached, started anew, and ended.
+
+The two meet in a store. The drafter says there that it is ready, or why not; the target, from where its features will
+come; then they connect. Each connection has a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+from pearl.config.engine_config import EngineConfig
+from pearl.errors import Unreachable, UsageError
+from pearl.parallel.child import Child, WorkerSpec, end, is_stopped, start
+from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
+from pearl.wire.feature_transport import FeatureTransport
+from pearl.wire.process_channel import ProcessChannel
+
+DRAFTER, FEATURES = "drafter", "features"  # keys: what the drafter says, and the device that its features come from
+READY = "ready"
+GONE = "gone: "  # before a reason that may be another one the next time
+OVER = "over"  # in place of a device: there is no further connection
+_END_S = 2.0  # that a drafter which has said goodbye may take to end
+
+
+def connect(
+    store: dist.Store, number: int, rank: int, device: str | torch.device, host: str | None, config: EngineConfig
+) -> ProcessChannel:
+    """One end of connection `number`. `device`: where features leave from or go to; empty: they ride on the verdicts.
+    Raises `RuntimeError` if the other end does not come."""
+    lane = None
+    if device:
+        lanes = dist.PrefixStore(f"{FEATURES}-{number}", store)
+        lane = FeatureTransport.open(lanes, rank, torch.device(device), host)
+    return ProcessChannel(store, rank, host, config.heartbeat_timeout_s, f"pearl-{number}", lane)
+
+
+def drafters_meeting(config: EngineConfig, world: World) -> tuple[dist.Store, str | None]:
+    """Where the two ranks of a replica that a launcher has started find each other."""
+    return meeting(f"replica-{world.replica}", config.start_timeout_s)
+
+
+def spawn(spec: WorkerSpec) -> Child:
+    return start("pearl.parallel.drafter_main", spec)
+
+
+class DrafterProcess:
+    """`reach` may be called from a thread of its own; everything else is for the thread of the engine."""
+
+    def __init__(self, config: EngineConfig, world: World, cpus: list[int], features_from: str = ""):
+        """Starts the drafter where no launcher has done so. `features_from`: the device from which features go to it
+        over a lane; empty: they ride on the verdicts."""
+        self._config, self._cpus, self._features_from = config, cpus, features_from
+        self._child: Child | None = None
+        self._closing = threading.Event()
+        self._reached = -1  # the last connection that was asked for
+        self._launched = world.size == 2
+        if self._launched:
+            self._store, self._host = drafters_meeting(config, world)
+        else:
+            self._store, self._host = own_store(2), LOCAL
+            self._start(0)
+
+    @property
+    def pid(self) -> int | None:
+        """Of a drafter that we started."""
+        return self._child.pid if self._child else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal holds a drafter that we started, so that it hears nothing."""
+        return self._child is not None and is_stopped(self._child.pid)
+
+    def reach(self, number: int) -> ProcessChannel:
+        """The drafter's connection `number`. Where the drafter is ours, each but the first is to one started anew.
+
+        Raises `UsageError` with its reason if it can't start, `Unreachable` if it is gone or does not come.
+        """
+        self._store.set(f"{FEATURES}/{number}", self._features_from)
+        self._reached = number
+        if number and not self._launched:
+            self._end_child()
+            self._start(number)
+        said = self._await_word(number)
+        if said != READY and (number or said.startswith(GONE)):  # it could start once, so it may again
+            raise Unreachable(said.removeprefix(GONE))
+        if said != READY:
+            raise UsageError(said)
+        try:
+            return connect(self._store, number, 0, self._features_from, self._host, self._config)
+        except RuntimeError as error:
+            raise Unreachable(f"it was ready, but did not connect: {str(error)[:200]}") from None
+
+    def give_up(self) -> None:
+        """Ends what is left of a drafter that is ours and will not be started again; a launcher's is let go."""
+        self._end_child()
+        self._let_go()
+
+    def close(self, stuck: bool = False) -> None:
+        """Ends the drafter if it is ours. `stuck`: it has not heard a goodbye, so it is not waited for."""
+        self._closing.set()
+        self._end_child(patience_s=0.0 if stuck else _END_S)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Tells a launcher's drafter that waits for its next connection that there will be none: it ends well, as
+        otherwise the launcher would end the target too."""
+        for number in range(self._reached + 1, self._config.max_draft_restarts + 2) if self._launched else ():
+            with contextlib.suppress(RuntimeError):  # the launcher is gone
+                self._store.set(f"{FEATURES}/{number}", OVER)
+
+    def _start(self, number: int) -> None:
+        assert isinstance(self._store, dist.TCPStore)
+        self._child = spawn(WorkerSpec(self._config, self._store.port, self._cpus, number))
+        if self._closing.is_set():  # while it was being started
+            self._end_child()
+
+    def _end_child(self, patience_s: float = 0.0) -> None:
+        if self._child:
+            end(self._child, patience_s)
+
+    def _await_word(self, number: int) -> str:
+        """What the drafter says when it has loaded its model, or can't."""
+        key, began = f"{DRAFTER}/{number}", time.perf_counter()
+        stopped_since: float | None = None
+
+        def check() -> None:
+            nonlocal stopped_since
+            now = time.perf_counter()
+            if self._closing.is_set():
+                raise Unreachable("this engine is being closed")
+            code = self._child.poll() if self._child else None
+            if code is not None and not self._store.check([key]):
+                if code < 0 or number:
+                    raise Unreachable(f"its process ended with code {code} before it was ready")
+                raise UsageError(
+                    f"The drafter process ended with code {code} before it was ready: "
+                    "see its message above; too little memory is the usual reason."
+                )
+            stopped_since = (stopped_since or now) if self.stopped else None
+            if stopped_since and now - stopped_since > self._config.draft_timeout_s:
+                raise Unreachable("its process is stopped")
+            if now - began > self._config.start_timeout_s:
+                raise Unreachable(f"it was not ready after {self._config.start_timeout_s:g} s (start_timeout_s)")
+
+        return await_key(self._store, key, check)

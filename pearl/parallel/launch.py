@@ -1,0 +1,111 @@
+"""What this process is, decided before an engine is made: the target, its drafter, or another rank of the target.
+
+`launch` returns to the target alone. The others live in it and leave the program when the target closes; so the same
+script runs in all ranks of a launcher, and what comes after it is the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+from pearl.checkpoints.preflight import Preflight, preflight
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.core.schedule import Schedule
+from pearl.errors import UsageError
+from pearl.machine import cores
+from pearl.parallel import drafter_main, tensor_parallel_main
+from pearl.parallel.child import end_with_launcher
+from pearl.parallel.drafter_process import drafters_meeting
+from pearl.parallel.runtime import Layout, Runtime
+from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
+from pearl.parallel.world import World, meeting
+
+
+def launch(
+    config: EngineConfig, schedule: Schedule, processes: int | None = None, checked: Preflight | None = None
+) -> Runtime:
+    """`processes`: of the two roles, 1 or 2; None: as many as the schedule needs. `checked`: the preflight of this
+    config, if the caller has made it already. Raises `UsageError`; in ranks that are not the target, `SystemExit`."""
+    world = World.here(config.tensor_parallel_size)
+    try:
+        layout = arrange(config, schedule, processes, world, checked)
+    except UsageError:
+        if world.two_hosts or world.rank == world.tp_rank == world.replica == 0:
+            raise
+        raise SystemExit(2) from None  # the first rank meets the same, and says it
+    if world.rank == 1:
+        raise SystemExit(_draft(layout))
+    if world.tp_rank:
+        raise SystemExit(_work(layout))
+    return Runtime(layout)
+
+
+def arrange(
+    config: EngineConfig, schedule: Schedule, processes: int | None, world: World, checked: Preflight | None = None
+) -> Layout:
+    """Who runs where. Raises `UsageError`."""
+    processes = count_processes(schedule, processes, world)
+    checked = checked or preflight(config, world.roles, world.local_tp_size)
+    two = processes == 2 or schedule.mode == "ar-all"
+    target_cpus, draft_cpus = shares(config, two and not world.two_hosts)
+    dealt = deal(target_cpus, world.local_tp_size)  # neighbours on a machine are neighbours in rank
+    if dealt:
+        target_cpus = dealt[world.tp_rank % len(dealt)]
+    return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, dealt)
+
+
+def _draft(layout: Layout) -> int:
+    checked, config = layout.checked, layout.checked.config
+    end_with_launcher("drafter")
+    store, host = drafters_meeting(config, layout.world)
+    make = partial(drafter_main.draft_source, config, checked)
+    return drafter_main.guarded(partial(drafter_main.serve, config, layout.draft_cpus, store, host, make))
+
+
+def _work(layout: Layout) -> int:
+    store, host = meeting(MEETING)
+    rank, cpus = layout.world.tp_rank, layout.target_cpus
+    run = partial(tensor_parallel_main.work, lambda: layout.checked, rank, cpus, store, host, DEADLINE_S)
+    return tensor_parallel_main.guarded(rank, run)
+
+
+def count_processes(schedule: Schedule, asked: int | None, world: World) -> int:
+    """How many processes an engine has: as many as asked for, or as its schedule needs. Raises `UsageError`."""
+    if asked not in (None, 1, 2):
+        raise UsageError(f"processes must be 1 or 2, not {asked!r}.")
+    if world.size == 2:
+        if asked == 1:
+            raise UsageError("The launcher started two processes, but processes is 1: use plain python.")
+        return 2
+    if asked == 1:
+        refuse_alone(schedule)
+    return asked or (2 if schedule.drafts else 1)
+
+
+def refuse_alone(schedule: Schedule) -> None:
+    """Raises `UsageError` for a schedule that one process can't carry out."""
+    if schedule.drafts and (schedule.pre_verify or schedule.post_verify):
+        raise UsageError(
+            f"{schedule.mode} drafts and verifies at the same time, which takes two processes; sd and ar run in one."
+        )
+
+
+def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
+    """The CPUs of the target and of the drafter; of two processes each gets its own."""
+    there = cores.available()
+    target, draft = cores.split(there, drafter_works=config.draft != NGRAM) if two else (there, there)
+    if config.target_cores:
+        target = cores.parse(config.target_cores)
+    if config.draft_cores:
+        draft = cores.parse(config.draft_cores)
+    return target, draft
+
+
+def deal(cpus: Sequence[int], parts: int) -> list[list[int]]:
+    """These CPUs for so many ranks on one machine, neighbours together; too few are shared by all."""
+    if len(cpus) < parts:
+        return [list(cpus)] * parts
+    ends = [len(cpus) * part // parts for part in range(parts + 1)]
+    return [list(cpus[first:last]) for first, last in pairwise(ends)]

@@ -1,0 +1,201 @@
+"""The target's process of an engine: its model, the way to the drafter, and all that has to end with it.
+
+What it changes for the whole process (cores, threads, how often threads take turns) is undone by `close`, also when it
+can't be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.preflight import Preflight
+from pearl.checkpoints.targets import eos_ids, load_target
+from pearl.core import timeline
+from pearl.core.schedule import Schedule
+from pearl.machine import cores
+from pearl.models.numerics_check import rows_check
+from pearl.parallel.child import end_with_launcher
+from pearl.parallel.drafter_main import draft_source, trace
+from pearl.parallel.drafter_process import DrafterProcess
+from pearl.parallel.tensor_parallel import TensorParallelWorkers
+from pearl.parallel.world import World
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.channel import Channel, LocalChannel
+from pearl.wire.reconnecting_channel import Event, ReconnectingChannel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who runs where."""
+
+    checked: Preflight
+    schedule: Schedule  # what is written unless told otherwise
+    world: World
+    processes: int  # of the two roles
+    target_cpus: list[int]  # of this process
+    draft_cpus: list[int]
+    tp_cpus: list[list[int]]  # of each rank of the target on this machine
+
+
+class Runtime:
+    """Made by `pearl.parallel.launch.launch`. Closing twice is harmless."""
+
+    def __init__(self, layout: Layout):
+        self.layout, self.schedule, self.processes = layout, layout.schedule, layout.processes
+        self.checked, self.config, self.tokenizer = layout.checked, layout.checked.config, layout.checked.tokenizer
+        self.target_cpus, self.draft_cpus = layout.target_cpus, layout.draft_cpus
+        self._peer: DrafterProcess | None = None
+        self._workers: TensorParallelWorkers | None = None
+        self._connection: ReconnectingChannel | None = None
+        self._spread: Target | None = None  # over all devices, for ar-all on GPUs
+        self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
+        if self._trace_path:
+            timeline.prepare(self._trace_path)
+        with contextlib.ExitStack() as opened:
+            opened.callback(_process_wide())
+            if layout.world.size == 2:
+                opened.callback(end_with_launcher("target"))
+            self._open(opened)
+            self._opened = opened.pop_all()
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """`opened` holds what is to be closed, the last first."""
+        layout, world = self.layout, self.layout.world
+        direct = self.checked.features_from(world.two_hosts)
+        if self.processes == 2:  # the drafter loads its model meanwhile
+            self._peer = DrafterProcess(self.config, world, self.draft_cpus, direct)
+            opened.callback(self._end_drafter, self._peer)
+        if world.tp_size > 1:
+            self._workers = TensorParallelWorkers(self.config, world, layout.tp_cpus)
+            opened.callback(self._workers.close)
+            self._workers.gather()
+        _run_on(self.target_cpus)
+        self.model = load_target(self.checked, self._workers)
+        self.model.features_stay = bool(self._peer and direct and not self._workers)
+        self.eos = eos_ids(self.model.model, self.tokenizer)
+        self._target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
+
+    def _open_channel(self) -> Channel | None:
+        if self._peer:
+            self._connection = ReconnectingChannel(
+                self._peer.reach,
+                self.checked.vocabulary,
+                self.config.draft_timeout_s,
+                restarts=self.config.max_draft_restarts,
+                give_up=self._peer.give_up,
+            )
+            self._connection.settle()
+            return self._connection
+        if not self.schedule.drafts:
+            return None
+        here, there = LocalChannel.pair()
+        source = draft_source(self.config, self.checked)
+        here.peer_step = Drafter(source, there, trace=trace(self.config, "drafter")).step
+        return here
+
+    def close(self) -> None:
+        """Ends the processes that this one started and gives the cores back."""
+        self._opened.close()
+        if self._trace_path:
+            timeline.merge(self._trace_path)
+            self._trace_path = None
+
+    def _end_drafter(self, peer: DrafterProcess) -> None:
+        if self._connection:
+            if self._connection.lost or peer.stopped:
+                peer.close(stuck=True)
+            self._connection.close()
+        peer.close(stuck=not (self._connection and self._connection.farewell))
+
+    @contextlib.contextmanager
+    def target_for(self, schedule: Schedule) -> Iterator[Target]:
+        """The target; for ar-all, on all the cores or devices that the two roles use together."""
+        target_on, draft_on = self.checked.target_on, self.checked.draft_on
+        devices = tuple(dict.fromkeys(target_on.devices + draft_on.devices))
+        if schedule.mode != "ar-all":
+            yield self._target
+        elif not target_on.on_cpu and len(devices) > len(target_on.devices):
+            if not self._spread:
+                self._spread = Target(load_target(replace(self.checked, target_on=Placement(devices))))
+            yield self._spread
+        else:
+            _run_on(sorted({*self.target_cpus, *self.draft_cpus}))
+            try:
+                yield self._target
+            finally:
+                _run_on(self.target_cpus)
+
+    # What it says of itself
+
+    @property
+    def has_drafter(self) -> bool:
+        return self._target.channel is not None
+
+    @property
+    def draft_costs(self) -> tuple[float, ...]:
+        """Seconds of a drafter forward by its rows, once a text has been drafted; empty without a draft model."""
+        return self._target.draft_costs
+
+    @property
+    def drafter_pid(self) -> int | None:
+        """Of the drafter's process if it was started here; None if a launcher did, or there is none."""
+        return self._peer.pid if self._peer else None
+
+    @property
+    def events(self) -> list[Event]:
+        """What has happened to the drafter's process, and when."""
+        return self._connection.history() if self._connection else []
+
+    @property
+    def devices(self) -> dict[str, list[str]]:
+        """Where the two models are."""
+        places = {"target": self.checked.target_on}
+        if self.processes == 2:
+            places["drafter"] = self.checked.draft_on
+        return {role: list(placed.devices) for role, placed in places.items()}
+
+    @property
+    def description(self) -> str:
+        """A few lines for a person: who runs where, and how the bits are kept equal."""
+        lines = []
+        shares = {"target": (self.config.target, self.target_cpus), "drafter": (self.config.draft, self.draft_cpus)}
+        for role, devices in self.devices.items():
+            name, cpus = shares[role]
+            where = ", ".join(devices)
+            if devices == ["cpu"]:
+                where = f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads"
+            if role == "target" and self.config.tensor_parallel_size > 1:
+                where += f", as rank 0 of {self.config.tensor_parallel_size}"
+            lines.append(f"{role}: {name} on {where}")
+        if self._workers and self._workers.pids:
+            lines[0] += f" (the others were started as processes {', '.join(map(str, self._workers.pids))})"
+        if self.drafter_pid:
+            started = f"no launcher started two processes, so the drafter was started as process {self.drafter_pid}"
+            lines[-1] += f" ({started})"
+        checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
+        return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
+
+
+def _run_on(cpus: list[int]) -> None:
+    cores.pin(cpus)
+    torch.set_num_threads(len(cpus))
+
+
+def _process_wide() -> Callable[[], None]:
+    """Makes, when it is called, what is set for the whole process what it is now."""
+    cpus, threads, interval = cores.available(), torch.get_num_threads(), sys.getswitchinterval()
+
+    def restore() -> None:
+        cores.pin(cpus)
+        torch.set_num_threads(threads)
+        sys.setswitchinterval(interval)
+
+    return restore

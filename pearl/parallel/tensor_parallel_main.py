@@ -1,0 +1,101 @@
+"""A rank of a tensor-parallel target other than the first: loads its shard, and does what rank 0 says.
+
+One that rank 0 has started is this module, run as a program; one that a launcher has started is in `work` too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pearl.checkpoints.preflight import Preflight, preflight
+from pearl.checkpoints.targets import load_shard
+from pearl.config.inputs import brief
+from pearl.core.token_buckets import CannotBranch
+from pearl.errors import UsageError
+from pearl.machine import cores
+from pearl.models.tensor_parallel import ordered_sum
+from pearl.models.tensor_parallel.commands import End, Texts, decode
+from pearl.parallel.child import received
+from pearl.parallel.process_groups import ProcessGroups, RankLost, is_lost
+from pearl.parallel.tensor_parallel import FAILED, MET, START_S
+from pearl.parallel.world import LOCAL
+
+
+def work(
+    check: Callable[[], Preflight],
+    rank: int,
+    cpus: Sequence[int],
+    store: dist.Store,
+    host: str | None,
+    deadline_s: float,
+) -> None:
+    """Loads its shard and makes the calls that rank 0 says, until it ends the run. `check`: makes the preflight.
+
+    Raises `RankLost` if rank 0 is gone, or whatever went wrong here, of which rank 0 then knows.
+    """
+    cores.pin(list(cpus))
+    torch.set_num_threads(len(cpus))
+    groups = None
+    try:
+        with _told(store, rank):
+            checked = check()
+            store.set(f"here-{rank}", "")
+            store.wait([MET], timedelta(seconds=START_S))
+            groups = ProcessGroups(store, rank, checked.config.tensor_parallel_size, deadline_s, host)
+            shard = load_shard(checked)
+            store.set(f"loaded-{rank}", "")
+        texts = Texts()
+        while not isinstance(call := decode(groups.commands.receive(), texts), End):
+            with _told(store, rank), contextlib.suppress(CannotBranch), ordered_sum.in_order():
+                call.on(shard)
+    finally:
+        if groups:
+            groups.close()
+
+
+@contextlib.contextmanager
+def _told(store: dist.Store, rank: int) -> Iterator[None]:
+    """What goes wrong in here is told to rank 0, unless it is that rank 0, or another one, is gone."""
+    try:
+        yield
+    except Exception as error:
+        if is_lost(error):
+            raise RankLost(brief(error)) from None
+        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):
+            store.set(FAILED, f"Rank {rank} of the target failed, and the run is over: {brief(reason, 500)}")
+        raise
+
+
+def guarded(rank: int, run: Callable[[], None]) -> int:
+    """The exit code of a rank's process."""
+    try:
+        run()
+    except RankLost as lost:
+        print(f"pearl: rank {rank} of the target has lost another one ({lost}) and ends.", file=sys.stderr)
+        return 1
+    except UsageError as error:
+        print(f"error: rank {rank} of the target: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main() -> int:
+    spec = received("rank")
+    ranks = spec.config.tensor_parallel_size
+    store = dist.TCPStore(LOCAL, spec.port, ranks, is_master=False)
+
+    def check() -> Preflight:
+        return preflight(spec.config, ("target",), ranks)
+
+    return guarded(spec.number, lambda: work(check, spec.number, spec.cpus, store, LOCAL, spec.deadline_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Which of a launcher's processes this is, and how these find each other.
+
+Under `accelerate launch` or `torchrun` all ranks run the user's script, and the environment says who is who. A process
+that is alone (plain `python`, a notebook, or `accelerate launch --num_processes 2` on a machine without GPUs, which
+starts only one) starts the others itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pearl.config.engine_config import ROLES, START_TIMEOUT_S
+from pearl.config.inputs import brief
+from pearl.errors import UsageError
+from pearl.machine.launcher import LaunchEnv
+
+LOCAL = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that a launcher started; alone if there is none.
+
+    2 R processes are R replicas, each a target and its drafter: ranks 0 and 1 are the first.
+    """
+
+    rank: int  # within the replica: 0 is the target, 1 the drafter
+    size: int
+    replica: int = 0
+    replicas: int = 1
+    local_replica: int = 0  # among those of its machine
+    local_replicas: int = 1
+    two_hosts: bool = False  # target and drafter are on two machines
+    tp_rank: int = 0  # of a target over several ranks
+    tp_size: int = 1
+    local_tp_size: int = 1  # how many of them are on this machine
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose models this machine holds for this replica."""
+        return (ROLES[self.rank],) if self.two_hosts else ROLES
+
+    @staticmethod
+    def here(tensor: int = 1) -> World:
+        """`tensor`: over how many ranks the target is spread. They come first, then the drafter; no replicas then."""
+        env = LaunchEnv.read()
+        rank, size, local, here = env.rank, env.size, env.local_rank, env.local_size
+        if size == 1:
+            return World(0, 1, tp_size=tensor, local_tp_size=tensor)
+        if tensor > 1:
+            if size != 1 + tensor:
+                raise UsageError(
+                    f"The launcher started {size} processes, but a target over {tensor} ranks and its drafter are "
+                    f"{1 + tensor}: use --num_processes {1 + tensor} (a target over several ranks has no replicas)."
+                )
+            first = rank - local
+            targets = max(0, min(tensor, first + here) - first)
+            two_hosts = targets in (0, here)
+            return World(
+                int(rank == tensor),
+                2,
+                two_hosts=two_hosts,
+                tp_rank=rank % tensor,
+                tp_size=tensor,
+                local_tp_size=targets,
+            )
+        if size % 2:
+            raise UsageError(
+                f"The launcher started {size} processes, but one target and one drafter are two: use "
+                "--num_processes 2, or 2 R for R replicas; a target over several GPUs is one process with "
+                f"--target-device cuda:0,cuda:1, or {size - 1} with --tensor-parallel-size {size - 1}."
+            )
+        return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2), two_hosts=here == 1)
+
+
+def launchers_store(timeout_s: float = START_TIMEOUT_S) -> dist.Store:
+    """Where all processes of a launcher meet. Raises `UsageError` if they don't within `timeout_s`."""
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+    except (RuntimeError, ValueError) as error:
+        env = LaunchEnv.read()
+        raise UsageError(
+            f"Rank {env.rank} met nobody at {env.host}:{env.port} within {timeout_s:g} s (--start-timeout-s): the "
+            "other process was not started or has ended, MASTER_ADDR and MASTER_PORT differ between the two, another "
+            f"program holds the port, or a firewall is between them ({brief(error, 120)})."
+        ) from None
+    return store
+
+
+def meeting(name: str, timeout_s: float = START_TIMEOUT_S) -> tuple[dist.Store, str | None]:
+    """The store of some of a launcher's processes, and the address at which each of them listens; None: any of its."""
+    local = LaunchEnv.read().host in (LOCAL, "localhost")
+    return dist.PrefixStore(name, launchers_store(timeout_s)), LOCAL if local else None
+
+
+def own_store(size: int) -> dist.TCPStore:
+    """A store for this process and those that it starts."""
+    return dist.TCPStore(LOCAL, 0, size, is_master=True, wait_for_workers=False)
+
+
+def await_key(store: dist.Store, key: str, check: Callable[[], None] = lambda: None, every_s: float = 0.01) -> str:
+    """What somebody sets in a store. `check` is called while nobody has, and ends the wait by raising."""
+    while not store.check([key]):
+        check()
+        time.sleep(every_s)
+    return store.get(key).decode()
