@@ -119,7 +119,7 @@ def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, 
     for name, value in facts.items():
         monkeypatch.setenv(name, str(value))
     assert World.here(2) == world
-    assert world.roles == (("draft",) if here == 1 else ("target",) if world.apart else ("target", "draft"))
+    assert world.roles == (("draft",) if here == 1 else ("target",) if world.two_hosts else ("target", "draft"))
 
 
 @pytest.mark.parametrize("size, tensor, says", [(2, 2, "are 3: use --num_processes 3"), (6, 2, "has no replicas")])
