@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 _HOME = {
     "Engine": "pearl.engine",
     "Generation": "pearl.engine",
+    "GenerationRequest": "pearl.engine",
     "EngineConfig": "pearl.config.engine_config",
-    "SamplingParams": "pearl.core.sampling",
+    "SamplingParams": "pearl.core.params",
     "Schedule": "pearl.core.schedule",
     "UsageError": "pearl.errors",
 }

@@ -17,10 +17,9 @@ from typing import Any, TypedDict, Unpack, overload
 
 from pearl.config.engine_config import DRAFT, EngineConfig
 from pearl.core import records
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.core.stopping import Decode, Stopper
-from pearl.core.text_stream import TextStream
+from pearl.core.stopping import Decode, Stopper, TextStream
 from pearl.errors import UsageError
 from pearl.machine import memory
 from pearl.parallel.launch import launch, refuse_alone

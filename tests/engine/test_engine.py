@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
@@ -251,8 +251,8 @@ def test_messages_need_a_chat_template(engine, monkeypatch):
 def test_gamma_alone_is_that_of_the_engines_own_mode(engine):
     written = engine.generate(PROMPT, GREEDY, gamma=3)
     assert written.tokens == alone(engine, GREEDY)
-    assert {p.block for p in written.facts.passes} == {3} and written.facts.mode == "pearl"
-    assert {p.block for p in engine.generate(PROMPT, GREEDY, mode=Schedule.of("sd", 5), gamma=2).facts.passes} == {2}
+    assert {p.block for p in written.stats.passes} == {3} and written.stats.mode == "pearl"
+    assert {p.block for p in engine.generate(PROMPT, GREEDY, mode=Schedule.of("sd", 5), gamma=2).stats.passes} == {2}
     for wrong in (-7, "banana", 2.5):
         with pytest.raises(UsageError, match="gamma must be a whole number from 0 to 64, or auto, not"):
             engine.generate(PROMPT, GREEDY, gamma=wrong)

@@ -13,8 +13,8 @@ from test_tasks import written
 
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
+from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats
-from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.errors import UsageError
 from pearl.evaluation.metrics import occupancy

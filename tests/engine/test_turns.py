@@ -10,7 +10,7 @@ import torch
 from numerics import FBGEMM, close_model, pair, random_prompt
 from toys import EAGER, Right, ScriptedChannel, scrambled, ticks, together
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import DraftSource

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES
 from pearl.engine import Engine
 

@@ -16,7 +16,7 @@ import torch
 
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.evaluation import main as evaluation

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout runs 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from pearl.config.engine_config import DRAFT, EMBEDDED
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.parallel.child import WorkerSpec, end_with_parent
 from pearl.roles.target import Target

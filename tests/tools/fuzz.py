@@ -29,7 +29,7 @@ from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import load_pair
 from pearl.core.messages import Garbage
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import LONGEST, UsageError
 from pearl.evaluation import results, score
