@@ -8,8 +8,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from test_evaluation import run, said, summary
-from test_tasks import written
+from evaluations import run, said, summary, written
 
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig

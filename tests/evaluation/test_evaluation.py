@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -11,10 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from test_tasks import SAMPLES, written
+from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
 from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
@@ -28,37 +26,7 @@ from pearl.tasks import gsm8k, mgsm
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 ROOT = Path(__file__).resolve().parents[2]
-ALONE = ("--processes", "1", "--target-cores", str(min(os.sched_getaffinity(0))))
 EVERY = pytest.mark.parametrize("name", SAMPLES)
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"eval_{name}", ROOT / "eval" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def options(pair, data: str, output: Path, *more: str, mode: str = "ar,sd:3") -> list[str]:
-    """For the tiny pair."""
-    small = "--dtype float32 --max-length 500 --max-new-tokens 12"
-    files = ["--target", pair[0], "--draft", pair[1], "--data", data, "--output", str(output)]
-    return [*small.split(), *files, "--mode", mode, *more]
-
-
-def run(name: str, *arguments: str) -> int:
-    """In this process, on one core."""
-    return script(name).main([*ALONE, *arguments])
-
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / results.SUMMARY).read_text())
-
-
-def said(folder: Path) -> list[tuple]:
-    """The texts of a run, in the order of the file."""
-    lines = (folder / results.SAMPLES).read_text().splitlines()
-    return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
 
 
 def answers(folder: Path) -> dict[str, list]:
@@ -173,12 +141,9 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
             "hf-prompt-lookup draws its samples in its own way",
         ),
         (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
-        (["--batch-size", "2"], "There is no option --batch-size"),
     ],
 )
 def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, more, sentence):
-    if "--batch-size" in more and "batch_size" in vars(evaluation.parser(gsm8k.SUITE).parse_args([])):
-        pytest.skip("batches are there by now")
     assert run("gsm8k", *options(pair, written(tmp_path, "gsm8k"), tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
@@ -342,7 +307,8 @@ TWO_REPLICAS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node
 FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
-from pearl import cli, evaluation, results
+from pearl.evaluation import main as evaluation
+from pearl.evaluation import results
 from pearl.tasks import gsm8k
 
 append, done = results.append, []

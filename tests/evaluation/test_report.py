@@ -11,8 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_evaluation import script
-from test_results import text
+from evaluations import script, text
 
 from pearl.core.records import Key
 from pearl.errors import UsageError

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from evaluations import text
 from rich.console import Console
 
-from pearl.core.messages import Report
-from pearl.core.records import GenerationStats, Judged, Key, Pass
+from pearl.core.records import GenerationStats, Key
 from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
 from pearl.evaluation import harness, metrics, results
@@ -27,17 +27,6 @@ from pearl.evaluation.results import Round
 QUIET = Console(file=io.StringIO())
 PARAMS = SamplingParams(max_new_tokens=6, seed=3)
 ASKED = {"resume": True, "max_new_tokens": 6}
-ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
-
-
-def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> GenerationStats:
-    """What the toy decoder of `mode` writes: the same words in every mode, in other passes."""
-    words = random.Random(f"{list(prompt)} {seed}").choices(range(9), k=4)
-    passes = tuple(replace(ONE, committed=n, seconds=seconds) for n in ((1, 1, 1, 1) if mode == "ar" else (1, 3)))
-    report = None if mode == "ar" else Report(sequence=0, hits=2, verdicts=3, busy_s=0.1)
-    return GenerationStats(
-        mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6
-    )
 
 
 def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int = 2) -> Plan:

@@ -114,4 +114,4 @@ def test_the_command_compares_drafters(tmp_path, monkeypatch, capsys):
     assert scores[target]["overlap"] == pytest.approx(1.0, abs=1e-4)
     assert 0 < scores[draft]["overlap"] < 0.95
     assert command.main([*argv, "--draft", "feature:smollm2-135m-feature"]) == 2
-    assert "drafts from features: score it with" in capsys.readouterr().err
+    assert "drafts from features: look at it with pearl diagnose" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
-from test_tasks import written
+from evaluations import written
 
 from pearl.config import cli
 from pearl.core.schedule import MODES

@@ -9,8 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from test_evaluation import script
-from test_tasks import SAMPLES, written
+from evaluations import SAMPLES, script, written
 
 from pearl.errors import UsageError
 from pearl.evaluation import judging

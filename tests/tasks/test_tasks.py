@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
+from evaluations import SAMPLES, written
 
 from pearl.errors import UsageError
 from pearl.tasks import fastchat, gsm8k, mgsm, mt_bench, spec_bench
 from pearl.tasks.numbers import CONTINENTAL, ENGLISH, final_number
 
 SUITES = {module.SUITE.name: module.SUITE for module in (gsm8k, mgsm, mt_bench, spec_bench)}
-# In the formats of the data sets, written for these tests
-SAMPLES = {
-    "gsm8k": [
-        {"question": "A hen lays 3 eggs a day. How many in a week?", "answer": "3*7=<<3*7=21>>21 eggs.\n#### 21"},
-        {"question": "A house costs $80,000 and a garden twice that.", "answer": "2*80,000=160,000.\n#### 160,000"},
-    ],
-    "mgsm": [
-        {"question_id": 7, "question": "Wie viele Eier?", "category": "german", "answer": "70000"},
-        {"question_id": 8, "question": "কয়টি ডিম?", "category": "bengali", "answer": "18"},
-    ],
-    "mt_bench": [
-        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
-        {"question_id": 101, "category": "math", "turns": ["1 + 1?", "And twice that?"], "reference": ["2", "4"]},
-    ],
-    "spec_bench": [
-        {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
-        {"question_id": 241, "category": "qa", "turns": ["Who played Anna?"]},
-    ],
-}
 EVERY = pytest.mark.parametrize("name", SUITES)
 
 
@@ -44,12 +25,6 @@ class Tokenizer:
     def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt) -> str:
         assert not tokenize and add_generation_prompt
         return "".join(f"<{turn['role']}>{turn['content']}" for turn in conversation) + "<assistant>"
-
-
-def written(tmp_path, name: str, records: list[dict] | None = None) -> str:
-    file = tmp_path / f"{name}.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records or SAMPLES[name]))
-    return str(file)
 
 
 def loaded(tmp_path, name: str) -> list:
