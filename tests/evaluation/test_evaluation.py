@@ -21,7 +21,7 @@ from pearl.evaluation import main as evaluation
 from pearl.evaluation import results
 from pearl.parallel.replicas import place
 from pearl.parallel.world import World
-from pearl.tasks import gsm8k, mgsm
+from pearl.tasks import mgsm
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
