@@ -47,7 +47,7 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DraftPlan:
     """What the target has decided for the drafter until its next word."""
 
     block: int = 1  # the block length in force, see Schedule.guesses_to_wait_for
@@ -61,7 +61,7 @@ class Start:
     schedule: Schedule
     params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
     prompt: tuple[int, ...]
-    plan: Plan
+    plan: DraftPlan
     continues: int = 0  # a sequence that has ended: what was read of it need not be read again
 
 
@@ -107,7 +107,7 @@ def joined(parts: Sequence[Features]) -> Features | None:
 class Verdict:
     sequence: int
     position: int  # of the new root
-    plan: Plan
+    plan: DraftPlan
     tokens: tuple[int, ...]
     # of the positions before the new root that were not sent yet
     features: Features | SentSeparately | None = field(default=None, compare=False)

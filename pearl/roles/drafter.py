@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pearl.core.messages import Costs, End, Guess, Nodes, Plan, Report, Start, Verdict
+from pearl.core.messages import Costs, DraftPlan, End, Guess, Nodes, Report, Start, Verdict
 from pearl.core.timeline import OFF, Trace, flow_id
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import Chain, DraftSource, Observer, Proposal, Several, SeveralTrees, Tree, TreeGrower
@@ -36,7 +36,7 @@ class _Text:
     start: Start
     place: int  # among the source's texts
     trie: Trie
-    plan: Plan
+    plan: DraftPlan
     report: Report
     ids: dict[Node, int] = field(default_factory=dict)
     drafted: int = 0  # guesses since the chain began

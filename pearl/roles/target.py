@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from pearl.core import picks
-from pearl.core.controller import Chances, Controller
+from pearl.core.control.acceptance import AcceptanceRates
+from pearl.core.control.controller import Controller
 from pearl.core.messages import Costs, End, Features, Message, Nodes, Report, Start, Verdict, joined
 from pearl.core.picks import Picks
 from pearl.core.records import Judged, Pass, Turn
@@ -73,7 +74,7 @@ class Target:
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
         self._controllers: dict[tuple[Schedule, bool, int], Controller] = {}
-        self._chances: dict[tuple[Schedule, bool], Chances] = {}
+        self._rates: dict[tuple[Schedule, bool], AcceptanceRates] = {}
         self.draft_costs: tuple[float, ...] = ()  # seconds of a drafter forward by its rows, as it has said
         self._sequence = 0
         self._schedule = Schedule.of("ar")
@@ -224,7 +225,7 @@ class Target:
         if not first:
             count, paths = sum(len(rows.nodes) for rows in chosen), sum(rows.paths for rows in chosen)
             tokens = sum(len(walked.committed) for walked in walks)
-            controller.passed(count, tokens, read - ready, self._clock() - since, paths, len(texts))
+            controller.record_pass(count, tokens, read - ready, self._clock() - since, paths, len(texts))
         said: list[Message] = []
         plan = controller.plan
         for text, rows, walked in zip(texts, chosen, walks, strict=True):
@@ -285,10 +286,10 @@ class Target:
         greedy = all(text.params.greedy for text in texts)
         key = (self._schedule, greedy, (len(texts) - 1).bit_length())
         if key not in self._controllers:
-            chances = self._chances.setdefault(key[:2], Chances())
+            rates = self._rates.setdefault(key[:2], AcceptanceRates())
             joint = self._model.joint if len(texts) > 1 else None
-            self._controllers[key] = Controller(self._schedule, self._model.rows, joint, chances)
-            self._controllers[key].draft_costs(self.draft_costs)
+            self._controllers[key] = Controller(self._schedule, self._model.rows, joint, rates)
+            self._controllers[key].record_draft_costs(self.draft_costs)
         return self._controllers[key]
 
     def _features(self, text: Text, nodes: Sequence[Node], walked: _Walk) -> Features | None:
@@ -322,7 +323,7 @@ class Target:
             deepest = min(left, self._model.rows.up_to(root.position)) - 1
             likely = text.trie.best(MAX_WIDTH - 1, deepest)
             candidates.append(likely if self._model.verifies_trees else _chain(likely))
-        chosen = controller.choose_each(candidates)
+        chosen = controller.choose(candidates)
         return [_Rows.of(text.trie.root, likely) for text, likely in zip(texts, chosen, strict=True)]
 
     def _await_guesses(self, texts: list[Text], patient: bool) -> list[Text]:
@@ -344,11 +345,11 @@ class Target:
             ready = [text for text in texts if self._ready(text, wanted[text])]
         waited_for = [text for text in ready if wanted[text]]
         if gained := sum(text.depth() - there[text] for text in waited_for):
-            controller.guessed(gained / len(waited_for), self._clock() - began)
+            controller.record_drafting(gained / len(waited_for), self._clock() - began)
         lacking = [text for text in ready if not (wanted[text] or there[text] or text.resting)]
         for text in ready:
             text.patience_s = 0.0
-        if patient and lacking and (patience := controller.patience(len(lacking))):
+        if patient and lacking and (patience := controller.wait_budget(len(lacking))):
             for text in lacking:
                 text.patience_s = patience
             began = self._clock()
@@ -357,7 +358,7 @@ class Target:
                 self._wire.wait(left)
                 self._take()
             came = any(text.depth() > 0 or text.resting for text in lacking)
-            controller.waited(came, self._clock() - began)
+            controller.record_wait(came, self._clock() - began)
         return ready
 
     def _ready(self, text: Text, guesses: int) -> bool:
@@ -371,7 +372,7 @@ class Target:
             if isinstance(message, Costs):
                 self.draft_costs = message.seconds
                 for controller in self._controllers.values():
-                    controller.draft_costs(message.seconds)
+                    controller.record_draft_costs(message.seconds)
             elif isinstance(message, Nodes) and message.sequence in self._live:
                 self._live[message.sequence].hang(message)
             elif isinstance(message, Report) and message.sequence in self._ended:
@@ -539,7 +540,7 @@ def _judge(root: Node, walked: Sequence[int], controller: Controller) -> tuple[J
         if node is None or not node.children:
             break
         for place, child in enumerate(node.children.values()):
-            controller.judged(child.logp, child.token == token, first=place == 0)
+            controller.record_guess(child.logp, child.token == token, first=place == 0)
         guesses = list(node.children)
         q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
         judged.append(Judged(guesses.index(token) if token in guesses else None, q))

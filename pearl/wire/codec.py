@@ -24,12 +24,12 @@ from pearl.core.messages import (
     Beat,
     Close,
     Costs,
+    DraftPlan,
     End,
     Garbage,
     Guess,
     Message,
     Nodes,
-    Plan,
     Report,
     SentSeparately,
     Start,
@@ -201,7 +201,7 @@ def _read_guess(of: _Reader) -> Guess:
 _SIZES = {"i": 4, "f": 4, "q": 8, "d": 8}  # bytes
 _LONG, _DOUBLE = _number("q"), _number("d")
 _FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))
-_PLAN = _record(Plan, "block branches ahead")
+_PLAN = _record(DraftPlan, "block branches ahead")
 _GUESS = _Part(_write_guess, _read_guess)
 _COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
 

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import examples
 
-from pearl.core.controller import FIRST_PAUSE, LONGEST_PAUSE, LONGEST_TRIAL, LOOK, MOMENT, TRIAL, Chances, Controller
+from pearl.core.control.acceptance import AcceptanceRates
+from pearl.core.control.controller import Controller
+from pearl.core.control.draft_trial import FIRST_PAUSE, LONGEST_PAUSE, LONGEST_TRIAL, PROBE, TRIAL
+from pearl.core.control.wait_policy import SHORT_WAIT_FRACTION
 from pearl.core.schedule import MAX_AHEAD, Schedule
 from pearl.core.theory import best_gamma
 from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
@@ -46,8 +49,13 @@ def bush(*chances: float) -> list[Likely]:
     return trie.best(99)
 
 
+def chosen_by(controller: Controller, nodes: list[Likely]) -> list[Likely]:
+    """Of a sequence that is alone in its pass."""
+    return controller.choose([nodes])[0]
+
+
 def taken_by(controller: Controller, nodes: list[Likely]) -> int:
-    return len(controller.choose(nodes))
+    return len(chosen_by(controller, nodes))
 
 
 COST_STEPS = st.lists(st.floats(0.0, 1.0), min_size=LIMIT - 1, max_size=LIMIT - 1)
@@ -106,9 +114,9 @@ def test_a_path_beside_the_chain_has_a_price_of_its_own():
     trie.grow(beside, 3, logp=math.log(0.95))
     nodes = trie.best(9)
     plan = costing(1.0)
-    assert [one.node.token for one in Controller(TREE, plan).choose(nodes)] == [1, 2, 3]
+    assert [one.node.token for one in chosen_by(Controller(TREE, plan), nodes)] == [1, 2, 3]
     for path_s, tokens in ((0.33, [1, 2, 3]), (0.6, [1])):
-        assert [one.node.token for one in Controller(TREE, replace(plan, path_s=path_s)).choose(nodes)] == tokens
+        assert [one.node.token for one in chosen_by(Controller(TREE, replace(plan, path_s=path_s)), nodes)] == tokens
 
 
 def test_likelier_nodes_on_a_path_that_does_not_pay_make_room_for_the_chain():
@@ -116,7 +124,7 @@ def test_likelier_nodes_on_a_path_that_does_not_pay_make_room_for_the_chain():
     first = trie.grow(trie.root, 1, logp=math.log(0.5))
     trie.grow(trie.root, 2, logp=math.log(0.45))
     trie.grow(first, 3, logp=math.log(0.55))
-    chosen = Controller(TREE, replace(costing(1.0), path_s=0.6)).choose(trie.best(9))
+    chosen = chosen_by(Controller(TREE, replace(costing(1.0), path_s=0.6)), trie.best(9))
     assert [(one.node.token, one.parent) for one in chosen] == [(1, -1), (3, 0)]
 
 
@@ -127,7 +135,7 @@ def test_no_other_choice_of_paths_would_gain_more(trie: Trie, plan: TokenBuckets
     controller, nodes = Controller(TREE, plan), trie.best(15)
     numbers, reached = path_numbers(nodes), [1.0]
     for node in nodes:
-        reached.append(reached[node.parent + 1] * controller.chances[node.node.logp])
+        reached.append(reached[node.parent + 1] * controller.rates[node.node.logp])
 
     def gain(places: list[int]) -> float:
         paths = max((numbers[place] for place in places), default=0)
@@ -139,7 +147,7 @@ def test_no_other_choice_of_paths_would_gain_more(trie: Trie, plan: TokenBuckets
         for limit in range(len(nodes) + 1)
         for rows in range(plan.safe[-1])
     ]
-    chosen = controller.choose(nodes)
+    chosen = chosen_by(controller, nodes)
     kept = {id(one.node): place for place, one in enumerate(nodes)}
     assert gain([kept[id(one.node)] for one in chosen]) == pytest.approx(max(map(gain, options)))
     for place, one in enumerate(chosen):
@@ -169,7 +177,7 @@ def brute_force(plan: TokenBuckets, chances: list[float]) -> float:
 def test_no_other_width_would_gain_more(plan: TokenBuckets, chances: list[float]):
     controller, nodes = Controller(TREE, plan), chain(*chances)
     width = taken_by(controller, nodes)
-    believed = [controller.chances[node.node.logp] for node in nodes]
+    believed = [controller.rates[node.node.logp] for node in nodes]
     taken = sum(math.prod(believed[:depth]) for depth in range(width + 1))
     cost = plan.cost_s[plan.pad(width + 1) - 1] / plan.cost_s[plan.pad(1) - 1]
     assert taken - cost == pytest.approx(brute_force(plan, believed))
@@ -206,8 +214,8 @@ def test_a_faster_run_has_higher_prices():
     plan, nodes = costing(1.0, 1.33, 3.0), chain(0.5)
     slow, fast = Controller(TREE, plan), Controller(TREE, plan)
     for _ in range(50):
-        slow.passed(1, 1, 1.0, 1.0)
-        fast.passed(1, 4, 1.0, 1.0)
+        slow.record_pass(1, 1, 1.0, 1.0)
+        fast.record_pass(1, 4, 1.0, 1.0)
     assert (slow.rate, fast.rate) == (pytest.approx(1.0), pytest.approx(4.0))
     assert (taken_by(slow, nodes), taken_by(fast, nodes)) == (1, 0)
 
@@ -217,7 +225,7 @@ def test_a_machine_that_has_become_slower_changes_no_width():
     plan, nodes = costing(1.0, 1.33, 3.0), chain(0.5, 0.5)
     controller = Controller(TREE, plan)
     for _ in range(50):
-        controller.passed(1, 1, 2.0, 2.0)
+        controller.record_pass(1, 1, 2.0, 2.0)
     assert taken_by(controller, nodes) == 1
 
 
@@ -225,7 +233,7 @@ def test_a_machine_that_has_become_slower_changes_no_width():
 
 
 def test_at_first_the_drafter_is_believed():
-    chances = Chances()
+    chances = AcceptanceRates()
     for q in (0.05, 0.35, 0.75, 0.95):
         assert chances[math.log(q)] == pytest.approx(q)
     assert 0.5 < chances[0.0] < 1, "a guess without a probability is not certain"
@@ -233,10 +241,10 @@ def test_at_first_the_drafter_is_believed():
 
 @pytest.mark.parametrize("q, true", [(0.95, 0.5), (0.15, 0.75), (1.0, 0.25), (0.55, 0.0), (0.05, 1.0)])
 def test_guesses_are_worth_what_they_have_been_worth(q: float, true: float):
-    chances, others = Chances(), Chances()
+    chances, others = AcceptanceRates(), AcceptanceRates()
     before = {p: others[math.log(p)] for p in (0.25, 0.65, 0.85)}
     for i in range(400):
-        chances.learn(math.log(q), right=i % 4 < 4 * true)
+        chances.learn(math.log(q), accepted=i % 4 < 4 * true)
     assert chances[math.log(q)] == pytest.approx(true, abs=0.05)
     assert {p: chances[math.log(p)] for p in before} == before, "and say nothing about others"
 
@@ -245,16 +253,16 @@ def test_a_drafter_that_promises_too_much_gets_narrower_passes():
     plan, nodes = costing(1.0, 1.2, 1.4, 1.6, 1.8, 2.0), chain(*[0.9] * 5)
     honest, boasting = Controller(TREE, plan), Controller(TREE, plan)
     for i in range(200):
-        honest.judged(math.log(0.9), i % 10 != 0)
-        boasting.judged(math.log(0.9), i % 10 == 0)
+        honest.record_guess(math.log(0.9), i % 10 != 0)
+        boasting.record_guess(math.log(0.9), i % 10 == 0)
     assert taken_by(honest, nodes) == 5 and taken_by(boasting, nodes) == 0
 
 
 def test_only_first_guesses_count_for_acceptance():
     controller = Controller(TREE, ANY)
     for _ in range(100):
-        controller.judged(-0.1, True)
-        controller.judged(-2.0, False, first=False)
+        controller.record_guess(-0.1, True)
+        controller.record_guess(-2.0, False, first=False)
     assert controller.acceptance > 0.95
 
 
@@ -264,7 +272,7 @@ def test_only_first_guesses_count_for_acceptance():
 def with_a_model(schedule: Schedule, plan: TokenBuckets = ANY) -> Controller:
     """Its drafter is a model, which takes some of the machine."""
     controller = Controller(schedule, plan)
-    controller.draft_costs([0.3] * LEAVES)
+    controller.record_draft_costs([0.3] * LEAVES)
     return controller
 
 
@@ -276,10 +284,10 @@ def run(controller: Controller, passes: int, tokens: float, seconds: float, forw
         assert (controller.plan.ahead == 0) == controller.paused
         drafted.append(not controller.paused)
         if controller.paused:
-            controller.passed(1, 1, 1.0, 1.0)
+            controller.record_pass(1, 1, 1.0, 1.0)
         else:
             owed += tokens
-            controller.passed(2, int(owed), forward_s, seconds)
+            controller.record_pass(2, int(owed), forward_s, seconds)
             owed -= int(owed)
     return drafted
 
@@ -306,8 +314,8 @@ def test_drafting_that_brings_nothing_is_stopped_and_tried_ever_more_rarely(mode
     drafted = run(make(Schedule.of(mode), ANY), 4000, 1, 1.1)
     lengths = pauses(drafted)
     assert drafted.index(False) == TRIAL, "it is judged after a trial"
-    assert lengths[0] == LOOK + FIRST_PAUSE and max(lengths) == LONGEST_PAUSE
-    lengths[0] -= LOOK
+    assert lengths[0] == PROBE + FIRST_PAUSE and max(lengths) == LONGEST_PAUSE
+    lengths[0] -= PROBE
     assert all(later == min(2 * one, LONGEST_PAUSE) for one, later in itertools.pairwise(lengths))
     assert sum(drafted[1000:]) / 3000 < 1.5 * TRIAL / LONGEST_PAUSE, "it costs next to nothing, and it is still tried"
 
@@ -318,7 +326,7 @@ def test_drafting_that_brings_much_is_never_stopped():
 
 def test_drafting_that_brings_a_little_is_stopped_once_to_see_what_the_target_makes_alone():
     drafted = run(with_a_model(TREE), 2000, 1.5, 1.3)
-    assert sum(not one for one in drafted) == LOOK
+    assert sum(not one for one in drafted) == PROBE
 
 
 def test_guesses_that_cost_nothing_are_not_stopped_for_bringing_little():
@@ -364,7 +372,7 @@ def test_what_works_in_blocks_is_never_stopped(schedule: Schedule):
 def test_the_plan_carries_what_was_fixed_by_hand():
     controller = Controller(Schedule.of("tree", None, 3, None, 9), ANY)
     assert (controller.plan.branches, controller.plan.ahead) == (3, 9)
-    controller.draft_costs([1.0] * LEAVES)
+    controller.record_draft_costs([1.0] * LEAVES)
     assert controller.plan.branches == 3
     for gamma in (1, 7):
         assert Controller(Schedule.of("pearl", gamma), ANY).plan.block == gamma
@@ -386,7 +394,7 @@ def test_a_plan_left_to_itself_goes_as_far_as_it_may():
 )
 def test_a_draft_has_as_many_rows_as_are_cheapest_each(costs: list[float], branches: int):
     controller = Controller(TREE, ANY)
-    controller.draft_costs(costs)
+    controller.record_draft_costs(costs)
     assert controller.plan.branches == branches
 
 
@@ -394,19 +402,19 @@ def test_a_draft_has_as_many_rows_as_are_cheapest_each(costs: list[float], branc
 @given(st.floats(0.01, 2.0), st.lists(st.booleans(), max_size=60), st.sampled_from(["sd", "pearl-no-post"]))
 def test_a_block_left_to_itself_is_the_one_that_theory_expects_most_of(each: float, judged: list[bool], mode: str):
     controller = Controller(Schedule.of(mode), costing(1.0))
-    controller.guessed(4, 4 * each)
+    controller.record_drafting(4, 4 * each)
     for right in judged:
-        controller.judged(0.0, right)
+        controller.record_guess(0.0, right)
     assert controller.plan.block == controller.block == best_gamma(controller.acceptance, 1.0 / each)
 
 
 def test_a_drafter_that_is_right_and_fast_gets_long_blocks_and_a_poor_one_short_ones():
     good, poor = (Controller(Schedule.of("sd"), costing(1.0)) for _ in range(2))
     for _ in range(60):
-        good.judged(0.0, True)
-        poor.judged(0.0, False)
-    good.guessed(1, 0.05)
-    poor.guessed(1, 0.5)
+        good.record_guess(0.0, True)
+        poor.record_guess(0.0, False)
+    good.record_drafting(1, 0.05)
+    poor.record_drafting(1, 0.5)
     assert good.block >= 10 and poor.block == 1
 
 
@@ -415,36 +423,40 @@ def test_a_drafter_that_is_right_and_fast_gets_long_blocks_and_a_poor_one_short_
 
 def test_a_guess_is_waited_for_if_the_drafter_is_much_faster_than_a_pass():
     fast, slow, poor = (Controller(TREE, costing(1.0)) for _ in range(3))
-    fast.draft_costs([0.05, 0.05])
-    slow.draft_costs([2.0, 2.0])
-    poor.draft_costs([0.05, 0.05])
+    fast.record_draft_costs([0.05, 0.05])
+    slow.record_draft_costs([2.0, 2.0])
+    poor.record_draft_costs([0.05, 0.05])
     for _ in range(100):
-        poor.judged(-1.0, False)
-    assert all(0.05 < fast.patience() < 0.5 for _ in range(10)), "longer than a guess takes; no longer than it is worth"
-    assert max(slow.patience(), poor.patience()) <= MOMENT, "neither for late guesses nor for wrong ones"
+        poor.record_guess(-1.0, False)
+    assert all(0.05 < fast.wait_budget() < 0.5 for _ in range(10)), (
+        "longer than a guess takes; no longer than it is worth"
+    )
+    assert max(slow.wait_budget(), poor.wait_budget()) <= SHORT_WAIT_FRACTION, (
+        "neither for late guesses nor for wrong ones"
+    )
 
 
 def test_a_guess_that_is_nearly_certain_is_not_waited_for():
     """Whether it is right is known after the pass anyhow, and so it is with the one after it."""
     controller = Controller(TREE, costing(1.0))
-    controller.draft_costs([0.1, 0.1])
-    assert controller.patience() > 0.15
+    controller.record_draft_costs([0.1, 0.1])
+    assert controller.wait_budget() > 0.15
     for _ in range(50):
-        controller.judged(-0.1, True)
-    assert controller.patience() <= MOMENT
+        controller.record_guess(-0.1, True)
+    assert controller.wait_budget() <= SHORT_WAIT_FRACTION
 
 
 def test_how_long_a_first_guess_takes_is_learned():
     """It comes much later than the drafter's forwards would have it: then it is not waited for."""
     controller = Controller(TREE, costing(1.0))
-    controller.draft_costs([0.1, 0.1])
-    assert controller.patience() == pytest.approx(0.45)
+    controller.record_draft_costs([0.1, 0.1])
+    assert controller.wait_budget() == pytest.approx(0.45)
     for _ in range(60):
-        controller.waited(True, 0.2)
-    assert controller.patience() == pytest.approx(0.6, rel=0.01)
+        controller.record_wait(True, 0.2)
+    assert controller.wait_budget() == pytest.approx(0.6, rel=0.01)
     for _ in range(60):
-        controller.waited(True, 0.9)
-    assert controller.patience() <= MOMENT
+        controller.record_wait(True, 0.9)
+    assert controller.wait_budget() <= SHORT_WAIT_FRACTION
 
 
 @pytest.mark.parametrize("came, times", [(True, 400), (False, 12)])
@@ -453,20 +465,20 @@ def test_a_moment_is_given_to_a_source_of_unknown_speed_and_ever_more_rarely_whe
 ):
     controller, waits = Controller(TREE, costing(1.0)), []
     for _ in range(400):
-        waits.append(controller.patience())
+        waits.append(controller.wait_budget())
         if waits[-1]:
-            controller.waited(came)
-    assert set(waits) <= {0.0, MOMENT * 1.0} and 1 <= sum(map(bool, waits)) <= times
+            controller.record_wait(came)
+    assert set(waits) <= {0.0, SHORT_WAIT_FRACTION * 1.0} and 1 <= sum(map(bool, waits)) <= times
     assert came == all(waits) and any(waits[-65:]), "and it is always tried again"
 
 
 @pytest.mark.parametrize("schedule", [Schedule.of("pearl", 3), Schedule.of("sd")])
 def test_where_the_schedule_says_how_long_to_wait_the_controller_does_not(schedule: Schedule):
     controller = with_a_model(schedule, costing(1.0))
-    assert all(controller.patience() == 0 for _ in range(9))
+    assert all(controller.wait_budget() == 0 for _ in range(9))
 
 
 def test_nobody_waits_for_a_drafter_that_was_stopped():
     controller = with_a_model(TREE)
     run(controller, TRIAL, 1, 2.0)
-    assert controller.paused and all(controller.patience() == 0 for _ in range(9))
+    assert controller.paused and all(controller.wait_budget() == 0 for _ in range(9))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
-from pearl.core.messages import MOST, Beat, Close, Costs, End, Garbage, Guess, Nodes, Plan, Report, Start, Verdict
+from pearl.core.messages import MOST, Beat, Close, Costs, DraftPlan, End, Garbage, Guess, Nodes, Report, Start, Verdict
 from pearl.core.params import COLDEST, SamplingParams
 from pearl.core.sampling import SUPPORT
 from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
@@ -24,7 +24,7 @@ LONG = st.integers(0, (1 << 63) - 1)
 SECONDS = st.floats(0, 1e9)
 PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
 GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32))
-PLANS = st.builds(Plan, NUMBERS, NUMBERS, NUMBERS)
+PLANS = st.builds(DraftPlan, NUMBERS, NUMBERS, NUMBERS)
 COUNTS = [field.name for field in fields(Report) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
 TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
 SCHEDULES = st.builds(
@@ -119,7 +119,7 @@ def test_what_pads_a_frame_is_not_read(message):
 
 
 def test_a_message_that_ends_early_is_garbage():
-    words = encode(Verdict(1, 2, Plan(), (4, 5)))
+    words = encode(Verdict(1, 2, DraftPlan(), (4, 5)))
     words[1] -= 1
     with pytest.raises(Garbage, match="ends before"):
         decode(words)
@@ -128,7 +128,7 @@ def test_a_message_that_ends_early_is_garbage():
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
 def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, resting: bool):
     assert encode(Nodes(a, b, c, resting, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
-    assert encode(Verdict(a, b, Plan(c, d, a), (d,) * 8)).nbytes == 64
+    assert encode(Verdict(a, b, DraftPlan(c, d, a), (d,) * 8)).nbytes == 64
 
 
 @given(PROPOSALS, NUMBERS)

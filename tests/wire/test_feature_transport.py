@@ -17,7 +17,7 @@ from trained import drafter_for, save_toy_target, small_target
 from transformers import AutoModelForCausalLM
 
 from pearl.core.features import DeviceFeatures
-from pearl.core.messages import End, Plan, SentSeparately, Verdict, joined
+from pearl.core.messages import DraftPlan, End, SentSeparately, Verdict, joined
 from pearl.core.sampling import SamplingParams
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
@@ -139,7 +139,7 @@ def test_a_closed_lane_takes_nothing_and_gives_nothing():
 @pytest.mark.parametrize("lane", [True, False])
 def test_a_verdict_has_its_features_whichever_way_they_went(lane: bool):
     here, there = linked(lane)
-    said = [Verdict(1, 5 + n, Plan(), (1, 2), DeviceFeatures(rows(n + 1, seed=n))) for n in range(5)]
+    said = [Verdict(1, 5 + n, DraftPlan(), (1, 2), DeviceFeatures(rows(n + 1, seed=n))) for n in range(5)]
     here.send(End(1), said[0])
     for message in said[1:]:
         here.send(message)
@@ -159,24 +159,24 @@ def test_a_lost_connection_takes_no_more_features_and_raises_nothing():
     there._lose("gone")
     deadline = time.perf_counter() + 10
     while not here.lost and time.perf_counter() < deadline:
-        here.send(Verdict(1, 5, Plan(), (1,), DeviceFeatures(rows(3))))
+        here.send(Verdict(1, 5, DraftPlan(), (1,), DeviceFeatures(rows(3))))
         time.sleep(0.01)
     assert here.lost
-    here.send(Verdict(1, 5, Plan(), (1,), DeviceFeatures(rows(3))))
+    here.send(Verdict(1, 5, DraftPlan(), (1,), DeviceFeatures(rows(3))))
     for end in (here, there):
         end.close()
 
 
 def test_a_message_that_names_a_lane_where_there_is_none_ends_the_connection():
     here, there = linked(lane=False)
-    here.send(Verdict(1, 5, Plan(), (1,), SentSeparately((3, 24))))
+    here.send(Verdict(1, 5, DraftPlan(), (1,), SentSeparately((3, 24))))
     assert heard(there) is None and there.lost and "way" in there.reason
     for end in (here, there):
         end.close()
 
 
 def test_what_comes_another_way_is_a_shape_in_the_message():
-    message = Verdict(1, 5, Plan(), (1, 2, 3), SentSeparately((7, 3456)))
+    message = Verdict(1, 5, DraftPlan(), (1, 2, 3), SentSeparately((7, 3456)))
     words = encode(message)
     assert len(words) == 16 and decode(words).features == message.features
 

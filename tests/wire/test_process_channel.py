@@ -15,7 +15,7 @@ import torch
 from torch.distributed import HashStore, TCPStore
 
 from pearl.config.engine_config import EngineConfig
-from pearl.core.messages import End, Nodes, Plan, Verdict
+from pearl.core.messages import DraftPlan, End, Nodes, Verdict
 from pearl.parallel import process
 from pearl.wire import process_channel as links
 from pearl.wire.codec import FRAME, encode, pack
@@ -53,7 +53,7 @@ def heard(end: ProcessChannel, seconds: float = 5.0):
 
 def test_messages_of_any_length_arrive_in_their_order(both):
     features = np.arange(3_000_000, dtype=np.int16).reshape(1000, 3000)
-    said = [End(1), Verdict(1, 5, Plan(), (1, 2), features), *(Nodes(1, n, n, False) for n in range(2000)), End(2)]
+    said = [End(1), Verdict(1, 5, DraftPlan(), (1, 2), features), *(Nodes(1, n, n, False) for n in range(2000)), End(2)]
     for here, there in (both, both[::-1]):
         for message in said:
             here.send(message)
@@ -63,7 +63,7 @@ def test_messages_of_any_length_arrive_in_their_order(both):
 
 
 def test_messages_that_are_said_at_once_travel_together(both):
-    said = [End(1), Verdict(2, 5, Plan(), tuple(range(40))), Nodes(3, 1, 1, False)]
+    said = [End(1), Verdict(2, 5, DraftPlan(), tuple(range(40))), Nodes(3, 1, 1, False)]
     both[0].send(*said)
     assert [heard(both[1]) for _ in said] == said
     assert both[0].bytes_sent == both[1].bytes_received == pack(said).nbytes
@@ -84,7 +84,7 @@ def test_beats_do_not_keep_a_message_alive_that_never_ends():
 
 def test_sending_never_waits_for_a_reader(both):
     features = np.zeros((1000, 20_000), np.int16)  # 40 MB, far more than the system's buffers take
-    message = Verdict(1, 5, Plan(), (1,), features)
+    message = Verdict(1, 5, DraftPlan(), (1,), features)
     began = time.perf_counter()
     encode(message).tobytes()
     alone = time.perf_counter() - began

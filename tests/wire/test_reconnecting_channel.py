@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, Move, ScriptedChannel, alone, examples, together
 
-from pearl.core.messages import Close, Costs, End, Guess, Message, Nodes, Plan, Report, Start, Verdict
+from pearl.core.messages import Close, Costs, DraftPlan, End, Guess, Message, Nodes, Report, Start, Verdict
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import Unreachable, UsageError
@@ -89,7 +89,7 @@ GARBAGE: Sequence[Callable[[int], Message]] = (
     lambda at: Nodes(at, 0, 1 << 20, False),
     lambda at: Nodes(at, 0, -1, False),
     lambda at: Costs(at, (math.nan,)),
-    lambda at: Verdict(at, 3, Plan(), (1,)),
+    lambda at: Verdict(at, 3, DraftPlan(), (1,)),
 )
 
 
@@ -239,23 +239,23 @@ def test_features_are_told_again_in_their_order():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     features = [np.full((count, 3), count, np.int16) for count in (2, 1, 4)]
-    start = Start(7, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan())
+    start = Start(7, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan())
     channel.send(start)
     for place, one in enumerate(features):
-        channel.send(Verdict(7, 2 + place, Plan(ahead=place), (place,), one))
+        channel.send(Verdict(7, 2 + place, DraftPlan(ahead=place), (place,), one))
     fate.made[0].gone = True
     replaced(channel)
-    channel.send(Verdict(7, 5, Plan(ahead=9), (3,)))
+    channel.send(Verdict(7, 5, DraftPlan(ahead=9), (3,)))
     again = fate.made[1].sent
-    assert again[:2] == [start, Verdict(7, 4, Plan(ahead=2), (0, 1, 2))]
+    assert again[:2] == [start, Verdict(7, 4, DraftPlan(ahead=2), (0, 1, 2))]
     assert np.array_equal(again[1].features, np.concatenate(features))
-    assert again[2] == Verdict(7, 5, Plan(ahead=9), (3,))
+    assert again[2] == Verdict(7, 5, DraftPlan(ahead=9), (3,))
 
 
 def test_names_of_two_drafters_are_never_the_same():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
     said = Nodes(1, 0, 1, False, (Guess(1, 0, 3),))
     fate.made[0].inbox.append(said)
     first = channel.receive()
@@ -272,7 +272,7 @@ def test_names_of_two_drafters_are_never_the_same():
 def test_what_no_drafter_says_ends_the_connection(message):
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0), ("absent", 0)])
     channel = fate.lifeline(restarts=1)
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
     fate.made[0].inbox += [message, Nodes(1, 0, 1, False)]
     assert channel.receive() is None and channel.lost
     assert [event.kind for event in channel.history()] == ["lost", "lost", "alone"]
@@ -282,7 +282,7 @@ def test_a_drafter_is_late_once_and_heard_once():
     fate = Fate(plain_case("sd", 1, "right"), [(0, 0, 0)], [("stopped", 0)])
     channel = fate.lifeline()
     for round in range(3):
-        channel.send(Start(round, Schedule.of("sd"), SamplingParams(), (1, 2), Plan()))
+        channel.send(Start(round, Schedule.of("sd"), SamplingParams(), (1, 2), DraftPlan()))
         before = fate.time.now
         channel.wait()
         assert DEADLINE_S <= fate.time.now - before < DEADLINE_S + 0.1
@@ -306,10 +306,10 @@ def test_a_short_wait_makes_nobody_late():
 def test_the_report_of_an_ended_text_is_waited_for_as_long_as_its_longest_pass_took():
     fate = Fate(plain_case("pearl", 1, "right"), [(0, 0, 0)], [("stopped", 0)])
     channel = fate.lifeline()
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
     for seconds in (5.0, 0.1, 0.1, 0.1):
         fate.time.now += seconds
-        channel.send(Verdict(1, 2, Plan(), (1,)))
+        channel.send(Verdict(1, 2, DraftPlan(), (1,)))
     assert abs(channel._allowed() - DEADLINE_S - 0.1) < 0.01
     channel.send(End(1))
     before = fate.time.now
@@ -323,8 +323,8 @@ def test_a_report_that_a_lost_drafter_owed_is_asked_of_the_next_one():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     for sequence in (1, 2):
-        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan()))
-    channel.send(End(1), Verdict(2, 2, Plan(), (1,)))
+        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+    channel.send(End(1), Verdict(2, 2, DraftPlan(), (1,)))
     fate.made[0].gone = True
     said = [channel.receive() for _ in range(200)]
     assert [type(one) for one in fate.made[1].sent] == [Start, Verdict, End]
@@ -335,10 +335,10 @@ def test_messages_that_travel_together_are_of_one_pass():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     for sequence in range(8):
-        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), Plan()))
+        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
     for place in range(3):
         fate.time.now += 2.0
-        channel.send(*(Verdict(sequence, 2 + place, Plan(), (1,)) for sequence in range(8)))
+        channel.send(*(Verdict(sequence, 2 + place, DraftPlan(), (1,)) for sequence in range(8)))
     assert abs(channel._allowed() - DEADLINE_S - 2.0) < 0.01
 
 

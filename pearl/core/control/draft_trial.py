@@ -1,0 +1,60 @@
+"""Whether drafting pays: found out by stopping it where it may not, and trying again, ever more rarely.
+
+Both models share caches and memory, so what the target makes alone is known only from passes without a drafter.
+
+    trial    passes with a drafter; then the verdict: probe, pause, or another trial that is twice as long
+    probe    the first few passes without one, once: they show what the target makes alone
+    pause    passes without one, each time twice as long
+"""
+
+from __future__ import annotations
+
+TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled each time that it was worth it
+PROBE = 4  # passes without drafting that show what the target makes alone
+FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
+MIN_SPEEDUP = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
+CLEAR_SPEEDUP = 1.3  # times faster than the target was expected to be alone: no need for a probe
+
+
+class DraftTrial:
+    """`paused`: the target goes on alone for now."""
+
+    def __init__(self) -> None:
+        self._alone_s = 0.0  # of a pass without a drafter, a sequence
+        self._tokens, self._seconds, self._passes = 0, 0.0, 0  # since drafting was last judged
+        self._length = TRIAL  # of this trial, in passes
+        self._next_pause, self._left = FIRST_PAUSE, 0  # and passes that are left of this one
+        self._drafter_idle = False  # it has finished the forward that it was in when the pause began
+
+    @property
+    def paused(self) -> bool:
+        return self._left > 0
+
+    def passed(self, committed: int, seconds: float, sequences: int, expected_s: float) -> None:
+        """A pass of so many sequences is over. `expected_s`: what one without guesses was measured to take."""
+        if self._left:
+            if self._drafter_idle:
+                each = seconds / sequences
+                self._alone_s = self._alone_s + 0.1 * (each - self._alone_s) if self._alone_s else each
+            self._left, self._drafter_idle = self._left - 1, True
+            if not self._left and self._passes:  # the probe is over
+                self._judge()
+            return
+        self._tokens, self._seconds, self._passes = self._tokens + committed, self._seconds + seconds, self._passes + 1
+        if self._passes < self._length:
+            return
+        if not self._alone_s and self._tokens / self._seconds <= CLEAR_SPEEDUP * sequences / expected_s:
+            self._pause(PROBE)  # and then this trial is judged
+        else:
+            self._judge()
+
+    def _judge(self) -> None:
+        if not self._alone_s or self._tokens / self._seconds > MIN_SPEEDUP / self._alone_s:
+            self._next_pause, self._length = FIRST_PAUSE, min(2 * self._length, LONGEST_TRIAL)
+        else:
+            self._pause(self._next_pause)
+            self._next_pause, self._length = min(2 * self._next_pause, LONGEST_PAUSE), TRIAL
+        self._tokens, self._seconds, self._passes = 0, 0.0, 0
+
+    def _pause(self, passes: int) -> None:
+        self._left, self._drafter_idle = passes, False
