@@ -1,6 +1,6 @@
 """GSM8K: grade-school problems, right if the final number is.
 
-    accelerate launch --num_processes 2 eval/gsm8k.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
+    accelerate launch --config_file configs/accelerate/two_gpus.yaml eval/gsm8k.py --mode ar pearl tree
     python eval/gsm8k.py --limit 10 --data test.jsonl
 
 The same as `pearl eval gsm8k`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.

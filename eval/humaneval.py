@@ -1,6 +1,6 @@
 """HumanEval: decode its 164 problems in several modes at once and score what comes out.
 
-    accelerate launch --num_processes 2 eval/humaneval.py --pair qwen2.5-coder-0.5b-7b --mode ar sd pearl
+    accelerate launch --config_file configs/accelerate/two_gpus.yaml eval/humaneval.py --mode ar pearl tree
     python eval/humaneval.py --limit 10
 
 The same as `pearl eval humaneval`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.

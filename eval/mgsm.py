@@ -1,6 +1,6 @@
 """MGSM: the same ten problems in eleven languages, figures language by language.
 
-    accelerate launch --num_processes 2 eval/mgsm.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
+    accelerate launch --config_file configs/accelerate/two_gpus.yaml eval/mgsm.py --mode ar pearl tree
     python eval/mgsm.py --share 0.1 --data mgsm.jsonl
 
 The same as `pearl eval mgsm`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.

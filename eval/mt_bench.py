@@ -1,6 +1,6 @@
 """MT-bench: 80 questions in two turns; the second turn's prompt goes on from the first answer.
 
-    accelerate launch --num_processes 2 eval/mt_bench.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
+    accelerate launch --config_file configs/accelerate/two_gpus.yaml eval/mt_bench.py --mode ar pearl tree
     python eval/mt_bench.py --share 0.1 --data question.jsonl
 
 The same as `pearl eval mt-bench`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.

@@ -1,6 +1,6 @@
 """Spec-Bench: 480 prompts of 13 kinds, made to compare speculative decoding.
 
-    accelerate launch --num_processes 2 eval/spec_bench.py --pair qwen2.5-0.5b-7b --mode ar sd pearl
+    accelerate launch --config_file configs/accelerate/two_gpus.yaml eval/spec_bench.py --mode ar pearl tree
     python eval/spec_bench.py --share 0.1 --data question.jsonl
 
 The same as `pearl eval spec-bench`: prints a table, writes samples.jsonl, passes.jsonl and summary.json into --output.

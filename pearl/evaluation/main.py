@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pearl.config import cli
+from pearl.config import cli, launch
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.config.pairs import Pair
 from pearl.core.params import SamplingParams
@@ -95,6 +95,8 @@ def order(suite: Suite, argv: Sequence[str] | None) -> Order:
 
 def main(suite: Suite, argv: Sequence[str] | None) -> int:
     asked = order(suite, argv)
+    if note := launch.note():
+        print(note, file=sys.stderr)
 
     from rich.console import Console  # from here on slow imports: everything that can be refused has been
 

@@ -7,6 +7,9 @@ something did
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
 import math
 import random
@@ -25,7 +28,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout runs without being installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+from pearl import __main__ as front
 from pearl.config import cli
+from pearl.config.commands import COMMANDS
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import load_pair
 from pearl.core.messages import Garbage
@@ -52,6 +57,7 @@ RECORDS: dict[str, dict[str, Any]] = {  # a line that each data set takes
     "texts": {"prompt": "write", "text": [1, 2, 3]},
     "prompts": {"prompt": "write", "messages": [{"role": "user", "content": "hello"}]},
 }
+BEFORE = tuple(f"--{old.replace('_', '-')}" for one in cli.SHARED for old in one.was)
 PAIR = dict(name="x", target="a", draft="b", dtype="bfloat16", prompt="chat", target_gb=1.0, draft_gb=0.1)
 WORDS = ("", " ", "auto", "ar", "pearl", "tree", "sd:3", "sd:-1", "0", "-1", "1e400", "nan", "inf", "0-3", "3-0", "9-")
 WORDS += (
@@ -147,6 +153,7 @@ class Fuzz:
             "cores": lambda: cores.parse(str(evil(self.rng))),
             "choose": lambda: cli.choose(self.rng.randrange(9), self.rng.choice([None, 3, 0]), str(evil(self.rng))),
             "command line": self.command_line,
+            "command": self.command,
             "config file": self.config_file,
             "pair": self.pair,
             "recipe": self.recipe,
@@ -173,13 +180,31 @@ class Fuzz:
         values = {field.name: field.default for field in fields(EngineConfig)}
         return EngineConfig(**broken(self.rng, values))
 
+    def words(self, made: cli.Parser) -> list[str]:
+        """A command line: options of the parser, options of before, and what is none, each with a value or two."""
+        known = [name for action in made._actions for name in action.option_strings if name not in ("-h", "--help")]
+        words = []
+        for _ in range(self.rng.randint(1, 4)):
+            words += [self.rng.choice([*known, *known, *BEFORE, str(evil(self.rng))])]
+            words += [str(evil(self.rng)) for _ in range(self.rng.choice([0, 1, 1, 1, 2]))]
+        return words
+
     def command_line(self) -> object:
         made = evaluation_parser(self.rng.choice(list(SUITES.values())))
-        options = [name for action in made._actions for name in action.option_strings if name not in ("-h", "--help")]
-        argv = []
-        for _ in range(self.rng.randint(1, 4)):
-            argv += [self.rng.choice([*options, str(evil(self.rng))]), str(evil(self.rng))]
-        return _settings(made, argv)
+        return _settings(made, self.words(made))
+
+    def command(self) -> object:
+        """Of any command, up to where it would begin to work; or of none."""
+        name = self.rng.choice([*COMMANDS, str(evil(self.rng))])
+        if name not in COMMANDS:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                code = front.main([word for word in (name, *map(str, [evil(self.rng)])) if word not in COMMANDS])
+            assert code == 2 and said.getvalue(), "refused without a word"
+            raise UsageError(said.getvalue()[-100:])
+        made = importlib.import_module(COMMANDS[name][0]).parser()
+        words = self.words(made)
+        return cli.parse(made, words) if made.options else made.parse_args(words)
 
     def config_file(self) -> object:
         made = evaluation_parser(self.rng.choice(list(SUITES.values())))
