@@ -11,15 +11,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pearl.config import cli
+from pearl.core.stopping import Decode, TextStream
 from pearl.errors import UsageError
 
-DRAFTED, OWN, FAINT, END = "\033[32m", "", "\033[2m", "\033[0m"
-HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character yet are decoded to
+DRAFTED, FAINT, END = "\033[32m", "\033[2m", "\033[0m"
 COMMANDS = "/quit ends, /new forgets the talk; Ctrl-C stops an answer"
 
 
@@ -133,26 +133,22 @@ def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
 
 
 class Painted:
-    """A text as it grows, what was drafted in another colour. Half a character is held back until it is whole."""
+    """A text as it grows, in whole characters, what was drafted in another colour."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], colours: bool):
-        self._decode, self._colours = decode, colours
+    def __init__(self, decode: Decode, colours: bool):
+        self._stream, self._decode, self._colours = TextStream(decode), decode, colours
         self._tokens: list[int] = []
-        self._shown = 0  # characters
 
     def add(self, tokens: Sequence[int], drafted: int) -> str:
         """What these tokens of a pass add: the first `drafted` were guessed, the others are the target's own."""
-        return self._piece(tokens[:drafted], DRAFTED) + self._piece(tokens[drafted:], OWN)
+        self._tokens += tokens
+        return self._piece(tokens[:drafted], DRAFTED) + self._piece(tokens[drafted:], "")
 
     def rest(self) -> str:
-        return self._decode(self._tokens)[self._shown :]
+        return self._stream.end(self._decode(self._tokens))
 
     def _piece(self, tokens: Sequence[int], colour: str) -> str:
-        self._tokens += tokens
-        text = self._decode(self._tokens)
-        if not tokens or text.endswith(HALF):
-            return ""
-        piece, self._shown = text[self._shown :], len(text)
+        piece = self._stream.add(tokens) if tokens else ""
         return f"{colour}{piece}{END}" if piece and colour and self._colours else piece
 
 
