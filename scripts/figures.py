@@ -197,7 +197,7 @@ def timeline() -> Picture:
                 if not row:
                     words = f"{facts['committed']} token{'s' * (facts['committed'] > 1)}"
                     made.text(x + width / 2, at + 14, words, "small in", "middle")
-    what = "The two loops in virtual time with the forward times of docs/results/smollm2-135m/humaneval.json; 0.4 s."
+    what = "The two loops in virtual time, over a made-up text, with the forward times of a kept HumanEval run; 0.4 s"
     made.text(14, made.height - 12, what, "small pale")
     return made
 
