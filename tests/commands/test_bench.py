@@ -89,7 +89,7 @@ def test_a_text_that_is_another_is_named_with_its_mode():
 
 
 def test_when_the_time_is_over_what_is_left_is_named(monkeypatch):
-    monkeypatch.setattr(bench, "measure", lambda *_: {"seconds": 50.0, "roles": (), "weight_bytes": 1})
+    monkeypatch.setattr(bench, "measure_shape", lambda *_: {"seconds": 50.0, "roles": (), "weight_bytes": 1})
     monkeypatch.setattr(bench, "_free_gb", lambda device: 1000.0)
     result = bench.bench(bench.FULL, "cpu", "float32", limit_s=10.0)
     assert len(result["shapes"]) == 1
