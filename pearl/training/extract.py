@@ -19,6 +19,7 @@ from typing import Any
 
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
+from pearl.machine.display import Progress
 
 INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
 CALM = 0.7  # the temperature at which it does so
@@ -45,8 +46,6 @@ class GenerationRequest:
 def run(found: Any) -> None:
     """Records what is missing of what the options of `pearl extract` ask for. Raises `UsageError`."""
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pearl.training import prompts, shards
 
@@ -72,24 +71,18 @@ def run(found: Any) -> None:
     places = spawn.SimpleQueue()
     for worker in range(workers):
         places.put(devices[worker % len(devices)])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
     with (
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        Progress("shards", manifest.count, done=len(done)) as progress,
         spawn.Pool(workers, _begin, (job, places)) as pool,
     ):
-        bar = progress.add_task("shards", total=manifest.count, completed=len(done))
         for shard in pool.imap_unordered(_make, missing):
             manifest.shards = sorted([*manifest.shards, shard], key=lambda one: one.number)
             manifest.write(job.folder)
-            progress.advance(bar)
-            console.print(
-                f"{shard.name}: {shard.texts} texts, {shard.tokens} tokens, {shard.responses} of answers",
-                highlight=False,
-            )
+            progress.advance()
+            print(f"{shard.name}: {shard.texts} texts, {shard.tokens} tokens, {shard.responses} of answers", flush=True)
     total = sum(shard.responses for shard in manifest.shards)
     texts = sum(shard.texts for shard in manifest.shards)
-    console.print(f"{job.folder}: {texts} texts with {total} tokens of answers", highlight=False)
+    print(f"{job.folder}: {texts} texts with {total} tokens of answers")
 
 
 def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):

@@ -18,13 +18,12 @@ from typing import Any, Protocol, get_type_hints
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from pearl import options
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
+from pearl.machine.display import Progress
 from pearl.machine.files import atomic_write
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
@@ -107,7 +106,7 @@ def train(
 
     Raises `UsageError` if the folder's checkpoint is of another recipe.
     """
-    folder, console = Path(recipe.output), Console()
+    folder = Path(recipe.output)
     main = accelerator.is_main_process
     total = max(1, round(recipe.epochs * len(texts) / recipe.batch))
     parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
@@ -118,10 +117,8 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
         _cut_log(folder / LOG, step)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     sums: dict[str, float] = defaultdict(float)
-    with Progress(*columns, console=console, disable=not (main and console.is_terminal)) as progress:
-        bar = progress.add_task("training", total=total, completed=step)
+    with Progress("training", total, done=step, quiet=not main) as progress:
         while step < total:
             _add(sums, _one_step(learner, recipe, texts, step, step / total, accelerator))
             for weight in parameters:
@@ -132,12 +129,12 @@ def train(
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            progress.advance(bar)
+            progress.advance()
             last = step == total
             if main and (step % 20 == 0 or last):
                 line = {"step": step, "rate": schedule.get_last_lr()[0], **means(sums)}
                 _append(folder / LOG, line)
-                console.print(_words(line, total), highlight=False)
+                print(_words(line, total), flush=True)
                 sums.clear()
             if main and (step % recipe.checkpoint_every == 0 or last):
                 _checkpoint(folder, learner.module, optimizer, schedule, recipe, step)
