@@ -23,9 +23,9 @@ class Progress:
     On a terminal a bar. Into a file (nohup, Slurm) a line every `LINE_EVERY_S` seconds, so that whoever looks sees how
     far it is. `print` works beside it."""
 
-    def __init__(self, what: str, total: float, done: float = 0.0, quiet: bool = False):
+    def __init__(self, what: str, total: int, done: int = 0, quiet: bool = False):
         console = Console(stderr=True)
-        self._what, self._total, self._done, self._before = what, total, done, done
+        self._what, self._total, self._before, self._done = what, total, done, float(done)
         self._quiet, self._terminal = quiet, console.is_terminal
         self._began = self._told = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
