@@ -187,19 +187,24 @@ class Engine:
         self, jobs: Iterable[GenerationRequest | None], schedule: Schedule, places: int
     ) -> Generator[Written, None, None]:
         memory.reset_peak()
-        sent: dict[GenerationRequest, int] = {}  # bytes on the wire while it was written
+        sent: dict[GenerationRequest, float] = {}  # bytes on the wire, shared out among the texts under way
+
+        def begun(job: GenerationRequest | None) -> Request | None:
+            request = self._request(job)
+            if job:
+                sent[job] = 0.0
+            return request
+
         with self.runtime.target_for(schedule) as target:
             before = _bytes(target.channel)
-            for text, committed in target.write(map(self._request, jobs), schedule, places):
+            for text, committed in target.write(map(begun, jobs), schedule, places):
                 job = text.request.tag
                 assert isinstance(job, GenerationRequest)
-                job.text = text
-                if committed:
-                    now = _bytes(target.channel)
-                    sent[job], before = sent.get(job, 0) + now - before, now
-                    yield job, committed
-                else:
-                    yield job, _generation(text, places, sent.get(job, 0))
+                job.text, now = text, _bytes(target.channel)
+                for one in sent:
+                    sent[one] += (now - before) / len(sent)
+                before = now
+                yield job, committed or _generation(text, places, round(sent.pop(job)))
 
     def _begin(
         self, prompt: Prompt | Sequence[Prompt], params: Params, continues: bool = False, **settings: Any

@@ -44,6 +44,7 @@ from pearl.models.verifier import SequenceQuery
 from pearl.roles.target_model import TargetModel
 from pearl.wire.channel import Channel, Clock
 
+IDLE_S = 0.002  # between two looks for a request, while no text is under way
 REPORT_TIMEOUT_S = 60.0  # for the drafter's facts after a sequence; it may be in a forward
 
 
@@ -140,7 +141,10 @@ class Target:
                     self._begin(request)
                 if self._live:
                     yield from self._turn(places, more)
-                    yield from self._over()
+                elif more:
+                    time.sleep(IDLE_S)
+                    self._take()
+                yield from self._over()
             self._await_reports()
             while self._ended:
                 yield self._ended.pop(next(iter(self._ended))), []

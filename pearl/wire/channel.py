@@ -46,13 +46,20 @@ class LocalChannel:
     def __init__(self, inbox: deque[Message], outbox: deque[Message]):
         self._inbox, self._outbox = inbox, outbox
         self.peer_step: Callable[[], bool] = lambda: False
-        self.bytes_sent = self.bytes_received = 0
+        self.bytes_sent = 0
+        self._peer = self
 
     @staticmethod
     def pair() -> tuple[LocalChannel, LocalChannel]:
         there: deque[Message] = deque()
         back: deque[Message] = deque()
-        return LocalChannel(back, there), LocalChannel(there, back)
+        one, other = LocalChannel(back, there), LocalChannel(there, back)
+        one._peer, other._peer = other, one
+        return one, other
+
+    @property
+    def bytes_received(self) -> int:
+        return self._peer.bytes_sent
 
     @property
     def lost(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -98,6 +99,33 @@ def test_jobs_come_when_they_come(serial, alone):
             done[job] = written_so_far.tokens
     wanted = sorted(text.tokens for text in alone)
     assert sorted(done.values()) == wanted
+
+
+def test_waiting_for_a_request_takes_no_time_of_a_core(serial, alone):
+    def late():
+        yield GenerationRequest(PROMPTS[0], PARAMS[0])
+        began = time.perf_counter()
+        while time.perf_counter() - began < 1.0:
+            yield None
+        idle.append(time.process_time())
+        yield GenerationRequest(PROMPTS[1], PARAMS[1])
+
+    idle, texts = [], []
+    for _, now in serial.write(late(), mode="sd"):
+        if isinstance(now, Generation):
+            texts.append(now.tokens)
+            idle.append(time.process_time())
+    assert texts == [text.tokens for text in alone[:2]]
+    assert idle[1] - idle[0] < 0.5, "the first text's end is known before the second begins"
+
+
+def test_bytes_on_the_wire_go_both_ways_and_are_everybodys(serial):
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    (one,), three = (serial.generate(PROMPTS[:1] * count, params, mode="sd:3") for count in (1, 3))
+    assert one.stats.bytes_on_wire > sum(1 for p in one.stats.passes) * 2 * 64
+    assert all(
+        one.stats.bytes_on_wire * 0.5 < text.stats.bytes_on_wire < one.stats.bytes_on_wire * 1.5 for text in three
+    )
 
 
 def test_a_stream_of_several_that_is_left_does_not_disturb_the_next(serial, alone):
