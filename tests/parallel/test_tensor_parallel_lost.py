@@ -23,8 +23,6 @@ from pearl.evaluation import main as evaluation
 from pearl.models.tensor_parallel import model as shards
 from pearl.models.tensor_parallel.commands import Forget
 from pearl.parallel import child, process_groups, tensor_parallel
-from pearl.parallel.launch import deal
-from pearl.parallel.world import World
 from pearl.tasks import gsm8k
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -101,38 +99,6 @@ def test_a_line_carries_words_of_any_number_and_has_a_deadline():
         assert lines[1].receive() == list(range(count))
     with pytest.raises(process_groups.RankLost, match=r"(?i)timed out"):
         lines[1].receive()
-
-
-@pytest.mark.parametrize(
-    "rank, local, here, world",
-    [
-        (0, 0, 3, World(0, 2, tp_size=2, local_tp_size=2)),
-        (1, 1, 3, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=2)),
-        (2, 2, 3, World(1, 2, tp_size=2, local_tp_size=2)),
-        (1, 1, 2, World(0, 2, two_hosts=True, tp_rank=1, tp_size=2, local_tp_size=2)),
-        (2, 0, 1, World(1, 2, two_hosts=True, tp_size=2, local_tp_size=0)),
-        (1, 0, 2, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=1)),
-    ],
-)
-def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, world, monkeypatch):
-    facts = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
-    for name, value in facts.items():
-        monkeypatch.setenv(name, str(value))
-    assert World.here(2) == world
-    assert world.roles == (("draft",) if here == 1 else ("target",) if world.two_hosts else ("target", "draft"))
-
-
-@pytest.mark.parametrize("size, tensor, says", [(2, 2, "are 3: use --num_processes 3"), (6, 2, "has no replicas")])
-def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(size))
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match=says):
-        Engine.from_pretrained(*pair, tensor_parallel_size=tensor)
-
-
-def test_cores_are_dealt_to_the_ranks():
-    assert deal([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
-    assert deal([0], 3) == [[0], [0], [0]]
 
 
 @pytest.mark.parametrize(

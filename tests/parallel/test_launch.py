@@ -1,0 +1,94 @@
+"""What a process is, is decided by what a launcher says, before there is an engine; and nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+
+from pearl.config.engine_config import EngineConfig
+from pearl.core.schedule import Schedule
+from pearl.engine import Engine
+from pearl.errors import UsageError
+from pearl.machine.launcher import LaunchEnv
+from pearl.parallel.child import WorkerSpec
+from pearl.parallel.launch import deal, launch
+from pearl.parallel.world import World
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
+    for name, value in facts.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize(
+    "rank, local, here, world",
+    [
+        (0, 0, 3, World(0, 2, tp_size=2, local_tp_size=2)),
+        (1, 1, 3, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=2)),
+        (2, 2, 3, World(1, 2, tp_size=2, local_tp_size=2)),
+        (1, 1, 2, World(0, 2, two_hosts=True, tp_rank=1, tp_size=2, local_tp_size=2)),
+        (2, 0, 1, World(1, 2, two_hosts=True, tp_size=2, local_tp_size=0)),
+        (1, 0, 2, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=1)),
+    ],
+)
+def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, world, monkeypatch):
+    launched(monkeypatch, RANK=rank, WORLD_SIZE=3, LOCAL_RANK=local, LOCAL_WORLD_SIZE=here)
+    assert World.here(2) == world
+    assert world.roles == (("draft",) if here == 1 else ("target",) if world.two_hosts else ("target", "draft"))
+
+
+@pytest.mark.parametrize("size, tensor, says", [(2, 2, "are 3: use --num_processes 3"), (6, 2, "has no replicas")])
+def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monkeypatch):
+    launched(monkeypatch, RANK=0, WORLD_SIZE=size)
+    with pytest.raises(UsageError, match=says):
+        Engine.from_pretrained(*pair, tensor_parallel_size=tensor)
+
+
+def test_cores_are_dealt_to_the_ranks():
+    assert deal([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert deal([0], 3) == [[0], [0], [0]]
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert LaunchEnv.read() == LaunchEnv() and World.here() == World(0, 1)
+
+
+def test_what_is_wrong_is_said_by_the_first_rank_alone(pair, monkeypatch):
+    launched(monkeypatch, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
+    config = EngineConfig(*pair, dtype="float32")
+    for rank, raised in ((0, UsageError), (1, SystemExit)):
+        launched(monkeypatch, RANK=rank, LOCAL_RANK=rank)
+        with pytest.raises(raised) as caught:
+            launch(config, Schedule.of("sd"), processes=1)
+        assert raised is UsageError or caught.value.code == 2
+    launched(monkeypatch, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)  # on a machine of its own, where others may be right
+    with pytest.raises(UsageError):
+        launch(config, Schedule.of("sd"), processes=1)
+
+
+def test_an_engine_that_can_not_be_made_leaves_the_process_as_it_was(pair, tmp_path):
+    def state() -> tuple[object, ...]:
+        return os.sched_getaffinity(0), torch.get_num_threads(), sys.getswitchinterval()
+
+    before, broken = state(), shutil.copytree(pair[0], tmp_path / "target")
+    (broken / "model.safetensors").unlink()
+    core = str(min(os.sched_getaffinity(0)))
+    with pytest.raises((UsageError, OSError)):
+        Engine.from_pretrained(str(broken), pair[1], dtype="float32", target_cores=core)
+    assert state() == before
+    with Engine.from_pretrained(*pair, dtype="float32", max_length=100, target_cores=core):
+        assert state() != before
+    assert state() == before
+
+
+def test_a_started_process_is_told_all_in_one_text(pair):
+    spec = WorkerSpec(EngineConfig(*pair, max_length=99), 29500, [0, 2], number=1, deadline_s=3.0)
+    assert WorkerSpec.from_json(spec.to_json()) == spec and spec.parent == os.getpid()
