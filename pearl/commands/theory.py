@@ -1,4 +1,4 @@
-"""`pearl theory`: the table of `docs/theory.md`."""
+"""`pearl theory`: the table of `docs/explanations/theory.md`."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extended(seconds: Sequence[float], rows: int) -> float:
-    """The cost of so many rows, where that of 1, 2, ... is known: beyond, each costs as much as the last one did."""
+    """The cost of so many rows where that of 1, 2, ... is known: beyond, each costs the mean step between those."""
     known = len(seconds)
     step = seconds[-1] - seconds[0] if known > 1 else 0.0
     return seconds[min(rows, known) - 1] + max(0, rows - known) * max(0.0, step) / max(1, known - 1)

@@ -3,7 +3,7 @@
 There torch multiplies bfloat16 row by row (8 rows cost 8 times one row), and its float32 product of 2 or 3 rows costs
 as many single ones and rounds differently. Verifying guesses then has no advantage. FBGEMM's product with a weight
 packed in float16 accumulates in float32, reads the weight once for six rows, and sums each row in the same order
-whatever the others hold (`rows.py` finds the row counts for which that is so, on the user's machine).
+whatever the others hold (`batch_invariance` finds the row counts for which that is so, on the user's machine).
 
 A weight that came from a bfloat16 or 4-bit checkpoint is *exactly* a float16 number times a power of two, unless some
 entries are 2^29 times smaller than the largest; `shift_of` tells, and a layer that can't be stays as it is.

@@ -51,7 +51,7 @@ def examine(reader: VerifierModel, capture: Capture | None, forms: Sequence[str]
     """Tries the forms of attention on this very model, and graphs if there is something to record them with. Leaves the
     reader as the report says.
 
-    Of the forms that keep the bits it takes the one whose passes cost least; if none does, the last.
+    Of the forms that keep the bits it takes the one whose passes cost least; if none does, the cheapest of all.
     """
     found: list[Report] = []
     refused: list[Check] = []

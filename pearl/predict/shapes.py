@@ -292,7 +292,7 @@ def predicted(target: dict[str, Any], drafter: dict[str, Any]) -> dict[str, floa
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables, for `docs/gpu.md`."""
+    """The tables, for `docs/log.md`."""
     facts = result["machine"]
     lines = [
         f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}; "

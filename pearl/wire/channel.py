@@ -1,7 +1,7 @@
 """Carrying messages between the two sides, in order, without ever making a loop wait that does not want to.
 
-`Channel` is what the role loops see. Here is the one that stays in a process; `link.py` has the one over
-torch.distributed; the tests have one that delays what it may.
+`Channel` is what the role loops see. Here is the one that stays in a process; `pearl.wire.process_channel` has the one
+between processes; the tests have one that delays what it may.
 """
 
 from __future__ import annotations

@@ -130,6 +130,12 @@ def test_the_examples_of_contributing_run(tmp_path: Path, monkeypatch: pytest.Mo
             exec(compile(code, "CONTRIBUTING.md", "exec"), names)
 
 
+def test_the_pages_that_code_names_are_there():
+    for file in [*MODULES, *(one.relative_to(ROOT) for one in (ROOT / "scripts").iterdir() if one.is_file())]:
+        for name in re.findall(r"docs/[\w/]+\.md", (ROOT / file).read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{file}: {name}"
+
+
 def test_the_index_names_every_page():
     index = prose(ROOT / "docs" / "README.md")
     for page in (ROOT / "docs").rglob("*.md"):
