@@ -4,7 +4,8 @@
 #   bash install.sh          to run
 #   bash install.sh dev      to develop and test as well
 #
-# A second run is quick: it does nothing unless pyproject.toml or this file has changed.
+# A second run is quick: it does nothing unless pyproject.toml or this file has changed. An environment that runs the
+# pearl of another clone stays as it is: that is an error, unless PEARL_REINSTALL=1 says to point it here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 extras=${1:-run}
@@ -19,13 +20,25 @@ if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
   source .venv/bin/activate
 fi
 
-stamp="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}/.pearl-installed-$extras"
+environment=${VIRTUAL_ENV:-$CONDA_PREFIX}
+stamp="$environment/.pearl-installed-$extras"
 wanted="$(cat pyproject.toml install.sh | sha256sum) $PWD"
 if [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; then
   exit 0
 fi
 
-echo "pearl: installing into ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+for other in "$environment"/.pearl-installed-*; do
+  [[ -f $other ]] || continue
+  clone=$(sed 's/^[^/]*//' "$other")  # a stamp ends with the path of its clone
+  [[ $clone != "$PWD" ]] || continue
+  if [[ -d $clone && -z ${PEARL_REINSTALL:-} ]]; then
+    echo "error: the active environment $environment runs the pearl of $clone. Run \`deactivate\` first, and this clone" \
+      "gets an environment of its own; or set PEARL_REINSTALL=1 to point the active one here." >&2
+    exit 2
+  fi
+  rm "$other"
+done
+echo "pearl: installing into $environment"
 # Old pips would let a source package fetch what builds it by itself, which today's setuptools no longer gets right.
 pip() { PIP_USE_PEP517=1 python -m pip --disable-pip-version-check --quiet "$@"; }
 # The tested torch first, so that nothing below picks another: a CPU build where there is one, else the usual build.
