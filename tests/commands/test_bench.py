@@ -16,6 +16,8 @@ from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models.numerics_check import Check
 from pearl.predict import shapes as bench
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

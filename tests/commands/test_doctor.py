@@ -12,6 +12,8 @@ from pearl.config.pairs import Machine, Pair
 from pearl.engine import Engine
 from pearl.wire.reconnecting_channel import Event
 
+pytestmark = pytest.mark.slow
+
 PAIR = Pair(name="x", target="a", draft="b", dtype="bfloat16", prompt="chat", target_gb=10.0, draft_gb=1.0)
 
 

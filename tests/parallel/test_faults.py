@@ -25,6 +25,8 @@ from pearl.parallel import drafter_process
 from pearl.parallel.child import is_stopped
 from pearl.wire import reconnecting_channel
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def nursery(pair, tmp_path_factory):

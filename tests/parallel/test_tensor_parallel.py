@@ -15,7 +15,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES
 from pearl.engine import Engine
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def the(thing):\n"

@@ -25,7 +25,7 @@ from pearl.models.tensor_parallel.commands import Forget
 from pearl.parallel import child, process_groups, tensor_parallel
 from pearl.tasks import gsm8k
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 PROMPT = "def the(thing):\n"
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -151,7 +154,21 @@ def test_all_of_them_end_on_one_page():
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory) -> dict[str, str]:
+def launcher(tmp_path_factory) -> Iterator[str]:
+    """The command of a launcher that starts both ranks at once (tests/support/forks.py)."""
+    at = tmp_path_factory.mktemp("launcher") / "socket"
+    forks = [sys.executable, str(ROOT / "tests" / "support" / "forks.py")]
+    server = subprocess.Popen([*forks, "--serve", str(at)], start_new_session=True)
+    until = time.monotonic() + 120
+    while not at.exists() and server.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    yield shlex.join([*forks, str(at)])
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, launcher) -> dict[str, str]:
     """The environment in which a script takes seconds: two tiny models, one problem, a few tokens."""
     folder = tmp_path_factory.mktemp("small")
     target, draft = tiny.save_pair(folder)
@@ -167,7 +184,7 @@ def small(tmp_path_factory) -> dict[str, str]:
         "LIMIT": "1",
         "TOKENS": "6",
         "READY": "1",
-        "LAUNCH": sys.executable,
+        "LAUNCH": launcher,
         "OPTIONS": "--max-length 500 --no-score",
         "RESULTS": str(folder / "results"),
         "XDG_CACHE_HOME": str(folder / "cache"),
@@ -176,6 +193,7 @@ def small(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_script_run_twice_does_nothing_twice(small):
     done = bash("scripts/ablation.sh", **small)
     assert done.returncode == 0, done.stderr
@@ -193,18 +211,21 @@ def test_a_script_run_twice_does_nothing_twice(small):
     assert (tables_at / "table.md").read_text() in again.stdout
 
 
+@pytest.mark.slow
 def test_a_timeline_is_drawn_of_a_traced_run(small):
     done = bash("scripts/timeline.sh", **small | {"TOKENS": "24"})
     assert done.returncode == 0, done.stderr
     assert (Path(small["RESULTS"]) / "tables" / "timeline" / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_every_script_runs_on_the_default_pair(small, tmp_path):
-    """As a user starts them, with a handful of problems; every mode writes what the target alone writes."""
+    """As a user starts the first, the others by a quicker launcher; every mode writes what the target alone writes."""
     kept = ("DATA", "READY", "PATH")
-    settings = {name: small[name] for name in kept} | {"LIMIT": "2", "TOKENS": "12", "RESULTS": str(tmp_path)}
-    done = bash("scripts/all.sh", timeout=1800, **settings)
-    assert done.returncode == 0, done.stderr
+    settings = {name: small[name] for name in kept} | {"LIMIT": "1", "TOKENS": "12", "RESULTS": str(tmp_path)}
+    for script, launch in (("acceptance_by_depth", {}), ("all", {"LAUNCH": small["LAUNCH"]})):
+        done = bash(f"scripts/{script}.sh", timeout=1200, **settings, **launch)
+        assert done.returncode == 0, done.stderr
     made = {file.parent.name for file in tmp_path.glob("tables/*/table.csv")}
     assert made == set(IN_ALL) - {"batch_scaling"}
     rows = [words for words in commands("scripts/all.sh", **settings) if "--resume" in words]

@@ -33,7 +33,7 @@ from pearl.wire.codec import pack, unpack
 
 def examples(count: int) -> settings:
     """So many examples in an ordinary run, and fifty times as many with `--hypothesis-profile=search`."""
-    return settings(max_examples=count * settings().max_examples // 100)
+    return settings(max_examples=max(1, count * settings().max_examples // 100))
 
 
 class TableModel:
