@@ -231,6 +231,7 @@ def test_every_launch_is_two_processes_by_the_type_that_torchrun_starts(file):
     assert (config["num_processes"], config["distributed_type"]) == (2, "MULTI_GPU")
 
 
+@pytest.mark.slow
 def test_the_cpu_launch_really_starts_two_processes_that_see_no_gpu(tmp_path):
     pytest.importorskip("accelerate")
     script = tmp_path / "who.py"

@@ -210,6 +210,7 @@ def launch(tmp_path: Path, arguments: list[str], *launcher: str) -> subprocess.P
     return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_goes_on(pair, tmp_path):
     arguments = options(pair, written(tmp_path, "mt_bench"), tmp_path / "whole", "--repeats", "3")
     assert run("mt_bench", *arguments) == 0
@@ -256,6 +257,7 @@ def test_ctrl_c_keeps_every_problem_that_all_modes_have_finished(
     assert said(tmp_path / "left") == said(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pair, tmp_path):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
     data, name = written(tmp_path, "gsm8k", records), str(ROOT / "eval" / "gsm8k.py")
@@ -324,6 +326,7 @@ sys.exit(evaluation.main(gsm8k.SUITE, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
     data = written(tmp_path, "gsm8k", records)

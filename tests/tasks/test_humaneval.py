@@ -176,6 +176,7 @@ def test_wrong_samples_fail_and_results_keep_the_order_of_the_samples():
     assert scores.pass_at_k == pytest.approx({1: 0.4, 2: 0.7, 5: 1.0})
 
 
+@pytest.mark.slow
 def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
     """Right and wrong answers of real problems, of two samples each, as `eval/humaneval.py` writes and scores them."""
     wrong = ["    return None\n", "    return (\n", "    while True: pass\n", "    raise SystemExit\n"]
