@@ -121,13 +121,23 @@ def test_a_picture_is_up_to_date(name: str):
     assert kept == str(figures.FIGURES[name]()), "draw it again: python scripts/figures.py"
 
 
+def run_examples(page: Path) -> None:
+    """Its blocks of Python, one after the other, as one program."""
+    names: dict[str, object] = {"__name__": "examples"}
+    for language, code in CODE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(code, page.name, "exec"), names)
+
+
 def test_the_examples_of_contributing_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    blocks = CODE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    names: dict[str, object] = {"__name__": "contributing"}
-    for language, code in blocks:
-        if language == "python":
-            exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    run_examples(ROOT / "CONTRIBUTING.md")
+
+
+@pytest.mark.models
+def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
+    run_examples(ROOT / "README.md")
+    assert len(capsys.readouterr().out) > 100
 
 
 def test_the_pages_that_code_names_are_there():
