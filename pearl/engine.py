@@ -26,7 +26,7 @@ from pearl.parallel.launch import launch, refuse_alone
 from pearl.parallel.runtime import Runtime
 from pearl.roles.target import Request, Text
 from pearl.wire.channel import Channel
-from pearl.wire.reconnecting_channel import Event
+from pearl.wire.reconnecting_channel import DrafterEvent
 
 Prompt = str | Sequence[int] | Sequence[dict]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -281,7 +281,7 @@ class Engine:
         return self.runtime.description
 
     @property
-    def events(self) -> list[Event]:
+    def events(self) -> list[DrafterEvent]:
         """What has happened to the drafter's process, and when."""
         return self.runtime.events
 

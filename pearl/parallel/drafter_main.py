@@ -74,7 +74,7 @@ def serve(
                 raise
             traceback.print_exc()
         channel.close()
-        if channel.farewell:
+        if channel.closed_cleanly:
             return
         if only:
             raise TargetGone(channel.reason)

@@ -32,11 +32,11 @@ def connect(
 ) -> ProcessChannel:
     """One end of connection `number`. `device`: where features leave from or go to; empty: they ride on the verdicts.
     Raises `RuntimeError` if the other end does not come."""
-    lane = None
+    transport = None
     if device:
         lanes = dist.PrefixStore(f"{FEATURES}-{number}", store)
-        lane = FeatureTransport.open(lanes, rank, torch.device(device), host)
-    return ProcessChannel(store, rank, host, config.heartbeat_timeout_s, f"pearl-{number}", lane)
+        transport = FeatureTransport.open(lanes, rank, torch.device(device), host)
+    return ProcessChannel(store, rank, host, config.heartbeat_timeout_s, f"pearl-{number}", transport)
 
 
 def drafters_meeting(config: EngineConfig, world: World) -> tuple[dist.Store, str | None]:

@@ -29,7 +29,7 @@ from pearl.parallel.world import World
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import Channel, LocalChannel
-from pearl.wire.reconnecting_channel import Event, ReconnectingChannel
+from pearl.wire.reconnecting_channel import DrafterEvent, ReconnectingChannel
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Runtime:
             if self._connection.lost or peer.stopped:
                 peer.close(stuck=True)
             self._connection.close()
-        peer.close(stuck=not (self._connection and self._connection.farewell))
+        peer.close(stuck=not (self._connection and self._connection.closed_cleanly))
 
     @contextlib.contextmanager
     def target_for(self, schedule: Schedule) -> Iterator[Target]:
@@ -150,7 +150,7 @@ class Runtime:
         return self._peer.pid if self._peer else None
 
     @property
-    def events(self) -> list[Event]:
+    def events(self) -> list[DrafterEvent]:
         """What has happened to the drafter's process, and when."""
         return self._connection.history() if self._connection else []
 

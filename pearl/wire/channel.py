@@ -1,7 +1,7 @@
 """Carrying messages between the two sides, in order, without ever making a loop wait that does not want to.
 
-`Channel` is what the role loops see. Here is the one that stays in a process; `pearl.wire.process_channel` has the one
-between processes; the tests have one that delays what it may.
+`Channel` is what the role loops see. Here is the one that stays in a process; `process_channel` has the one between
+two, `reconnecting_channel` the target's to a drafter that may be lost, and the tests one that delays what it may.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ Clock = Callable[[], float]  # seconds since some moment: the computer's own, or
 
 
 class Channel(Protocol):
-    """One end. `lost` turns true when the other side is gone and nothing it sent is left to receive."""
+    """One end."""
+
+    closed_cleanly: bool  # the other side has said goodbye
+    reason: str  # why the other side is gone; empty while it is there
 
     @property
     def bytes_sent(self) -> int: ...
@@ -26,7 +29,8 @@ class Channel(Protocol):
     def bytes_received(self) -> int: ...
 
     @property
-    def lost(self) -> bool: ...
+    def lost(self) -> bool:
+        """The other side is gone, and nothing it sent is left to receive."""
 
     def send(self, *messages: Message) -> None:
         """They travel together. Never waits for the other side."""
@@ -48,6 +52,7 @@ class LocalChannel:
         self.peer_step: Callable[[], bool] = lambda: False
         self.bytes_sent = 0
         self._peer = self
+        self.closed_cleanly, self.reason = False, ""
 
     @staticmethod
     def pair() -> tuple[LocalChannel, LocalChannel]:
@@ -78,3 +83,4 @@ class LocalChannel:
 
     def close(self) -> None:
         self._inbox.clear()
+        self.closed_cleanly = True

@@ -1,11 +1,11 @@
-"""The way for features from the target's device to the drafter's, beside the channel that carries the tokens.
+"""Stream-ordered transfers of features from the target's device to the drafter's, beside the channel of the tokens.
 
-A verdict then only says how many rows are on their way. They lie on a device, leave behind the kernels that compute
-them and arrive before the kernels that read them, over a communicator and a stream of their own: neither host waits,
-and a late row delays a draft, never a token. Between GPUs it is nccl; over gloo, on CPUs, the same code is tested.
+A verdict then only says how many rows are on their way. A transfer is queued after the kernels that produce the rows
+and before those that consume them, over a communicator and a stream of its own: neither host waits, and a late row
+delays a draft, never a token. Between GPUs it is nccl; over gloo, on CPUs, the same code is tested.
 
-A lane belongs to one connection and ends with it. When it is made, a known row is sent over it; unless that arrives in
-time and whole, features ride on the verdicts, through the host, which is also what two processes on CPUs do.
+A transport belongs to one connection and ends with it. When it is made, a known row is sent over it; unless that
+arrives in time and whole, features travel in the verdicts, through the host, as between two processes on CPUs.
 
 Knows: two devices and a group of two. Refuses to know: which texts the rows belong to.
 """
@@ -48,27 +48,27 @@ class FeatureTransport:
     def open(
         cls, store: dist.Store, rank: int, device: torch.device, host: str | None = None
     ) -> FeatureTransport | None:
-        """A lane over which a known row has come; None, on both sides, if it did not."""
+        """A transport over which a known row has come; None, on both sides, if it did not."""
         known = torch.arange(_TRIED).to(torch.bfloat16)[None]
-        lane, whole, why = None, False, "the row that was sent came changed"
+        transport, whole, why = None, False, "the row that was sent came changed"
         try:
-            lane = cls(store, rank, device, host)
+            transport = cls(store, rank, device, host)
             if rank == 0:
-                lane.send(known.to(device))
+                transport.send(known.to(device))
             else:
-                whole = lane._arrives(lane.receive(1, _TRIED), known)
+                whole = transport._arrives(transport.receive(1, _TRIED), known)
         except RuntimeError as error:
             why = brief(error)
         if rank == 0:
-            whole = lane is not None and _said(store) == b"whole"
+            whole = transport is not None and _answer(store) == b"whole"
         else:
             store.set("tried", "whole" if whole else "broken")
         if whole:
-            return lane
-        if lane:
-            lane.close()
+            return transport
+        if transport:
+            transport.close()
         if rank == 0:
-            print(f"pearl: features go through the host, as no lane to the drafter works ({why}).", file=sys.stderr)
+            print(f"pearl: features go through the host, no transport to the drafter works ({why}).", file=sys.stderr)
         return None
 
     def send(self, rows: Tensor) -> None:
@@ -80,7 +80,7 @@ class FeatureTransport:
             self._sending.popleft()
 
     def receive(self, rows: int, width: int) -> DeviceFeatures:
-        """The next that was sent. Raises `RuntimeError` if the lane is closed."""
+        """The next that was sent. Raises `RuntimeError` if the transport is closed."""
         with self._open() as group:
             made = torch.empty(rows, width, dtype=torch.bfloat16, device=self._device)
             return DeviceFeatures(made, group.recv([made], 0, _TAG))
@@ -99,7 +99,7 @@ class FeatureTransport:
     def _open(self) -> Iterator[Any]:
         group = self._group
         if group is None:
-            raise RuntimeError("the lane is closed")
+            raise RuntimeError("the transport is closed")
         with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
             yield group
 
@@ -113,7 +113,7 @@ class FeatureTransport:
         return torch.equal(coming.rows.cpu(), known)
 
 
-def _said(store: dist.Store) -> bytes:
+def _answer(store: dist.Store) -> bytes:
     try:
         store.wait(["tried"], timedelta(seconds=2 * OPEN_S))
         return store.get("tried")
@@ -124,7 +124,8 @@ def _said(store: dist.Store) -> bytes:
 def gloo_group(store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None) -> Any:
     """A gloo group that is no default one, once all have come. `host`: the address to listen at; None: by the machine's
     name. What is not done after `deadline_s` fails."""
-    gloo, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = timedelta(seconds=deadline_s)
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
     return gloo(store, rank, size, options)

@@ -8,32 +8,30 @@ on alone. Lost is what does not answer now, for whatever reason:
     gone    the connection is closed, silent for too long, or carries what no drafter says. A new one is reached for in
             a thread of its own, with growing pauses, a few times; then the texts under way are told anew
 
-A drafter that begins anew is told each text as if it had begun late: the same start, and one verdict that holds all
-tokens committed since. It counts its nodes from zero again, so its names are moved to where none of an earlier one are.
+A drafter that begins anew is told the texts under way (`replay_log`), and its node ids are made unique
+(`drafter_messages`).
 
-Knows: what was said in the texts under way. Refuses to know: processes, sockets, models.
+Knows: which connection serves, and when it is lost. Refuses to know: processes, sockets, models.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from pearl.config.engine_config import DEADLINE_S, MAX_SEQUENCES
-from pearl.core.messages import Costs, End, Features, Message, Nodes, Report, Start, Verdict, joined
+from pearl.config.engine_config import DEADLINE_S
+from pearl.core.messages import End, Message, Report, Start, Verdict
 from pearl.errors import Unreachable, UsageError
 from pearl.wire.channel import Channel, Clock
+from pearl.wire.drafter_messages import fault, offset_ids
+from pearl.wire.replay_log import ReplayLog
 
 BACK_OFF_S = 0.25  # before the first new connection; four times as long before each further one, up to 16 s
 _REMEMBERED = 1000  # events
-_REPORTS = MAX_SEQUENCES  # texts whose reports may be under way
-_NAMES = 1 << 32  # of nodes, that one drafter may give
-_ROUNDING = 1e-3
 
 
 Reach = Callable[[int], Channel]  # makes connection number n, from 0 on. Raises `Unreachable`, or `UsageError` for good
@@ -41,7 +39,7 @@ Run = Callable[[Callable[[], None]], None]  # sets something going beside the ca
 
 
 @dataclass(frozen=True)
-class Event:
+class DrafterEvent:
     """Something that happened to the drafter, `at_s` seconds after the channel was made."""
 
     at_s: float
@@ -49,24 +47,33 @@ class Event:
     what: str
 
 
-@dataclass
-class _Said:
-    """A text under way, as the drafter was told it."""
+class WaitLimit:
+    """How long the target may wait for a drafter: one usual pass, and `deadline_s` more."""
 
-    start: Start
-    tokens: list[int] = field(default_factory=list)  # committed after the prompt
-    features: list[Features] = field(default_factory=list)
-    last: Verdict | None = None
+    def __init__(self, deadline_s: float, now: float):
+        self._deadline_s, self._since = deadline_s, now  # when the target's last pass began
+        self._passes: deque[float] = deque(maxlen=5)  # seconds of the last ones
+        self._longest = 0.0  # of those of the texts under way; the first reads the prompt
 
-    @property
-    def root(self) -> int:
-        """Its position."""
-        return len(self.start.prompt) + len(self.tokens) - 1
+    def begin(self) -> None:
+        """The first of some texts starts."""
+        self._longest = 0.0
 
-    def again(self) -> list[Message]:
-        if not self.last:
-            return [self.start]
-        return [self.start, replace(self.last, tokens=tuple(self.tokens), features=joined(self.features))]
+    def said(self, messages: Sequence[Message], now: float) -> None:
+        """The target says `messages`; a verdict or an end among them closes a pass."""
+        if any(isinstance(message, Verdict | End) for message in messages):
+            self._passes.append(now - self._since)
+            self._longest = max(self._longest, now - self._since)
+        self._since = now
+
+    def waited(self, now: float) -> None:
+        self._since = now
+
+    def seconds(self, under_way: bool) -> float:
+        """`under_way`: there are texts. While a report is awaited after the last one, the pass may be the one that read
+        its prompt."""
+        usual = sorted(self._passes)[(len(self._passes) - 1) // 2] if self._passes else 0.0
+        return (usual if under_way else max(usual, self._longest)) + self._deadline_s
 
 
 class ReconnectingChannel:
@@ -86,25 +93,22 @@ class ReconnectingChannel:
         """`vocabulary`: the tokens that a drafter may guess. `restarts`: connections after the first at most. `run`
         and `tell` are by default a thread and a line on standard error. `give_up` is called when no drafter will be
         reached for any more, beside the target."""
-        self._reach, self._vocabulary, self._deadline_s = reach, vocabulary, deadline_s
-        self._restarts, self._clock = restarts, clock
+        self._reach, self._vocabulary, self._restarts, self._clock = reach, vocabulary, restarts, clock
         self._run, self._tell, self._give_up = run or _beside, tell or _on_standard_error, give_up
         self._link: Channel | None = None
         self._number = -1  # of the connection
         self._inbox: deque[Message] = deque()
         self._late = False
-        self._texts: dict[int, _Said] = {}
-        self._reports: set[int] = set()  # of texts that have ended, which may still come
-        self._began = self._since = clock()  # when the target's last pass began
-        self._passes: deque[float] = deque(maxlen=5)  # seconds of the last ones
-        self._longest = 0.0  # of those of the texts under way; the first reads the prompt
+        self._log = ReplayLog()
+        self._began = clock()
+        self._limit = WaitLimit(deadline_s, self._began)
         self._sent = self._received = 0  # bytes, by connections that are gone
         self._told: set[str] = set()
-        self.events: list[Event] = []
-        self.farewell = False  # a goodbye was answered
+        self.events: list[DrafterEvent] = []
+        self.closed_cleanly, self.reason = False, ""
         # what the other thread makes, for this one to find
         self._new: deque[tuple[int, Channel]] = deque()
-        self._news: deque[tuple[str, str]] = deque()
+        self._happened: deque[tuple[str, str]] = deque()
         self._refusal: UsageError | None = None
         self._settled = threading.Event()  # the first attempt is over
         self._closing = threading.Event()
@@ -114,7 +118,7 @@ class ReconnectingChannel:
 
     @property
     def lost(self) -> bool:
-        self._look()
+        self._poll()
         return not self._inbox and (self._link is None or self._late)
 
     @property
@@ -126,27 +130,26 @@ class ReconnectingChannel:
         return self._received + (self._link.bytes_received if self._link else 0)
 
     def send(self, *messages: Message) -> None:
-        self._look()
+        self._poll()
         now = self._clock()
         for message in messages:
-            self._note(message)
-        if any(isinstance(message, Verdict | End) for message in messages):
-            self._passes.append(now - self._since)
-            self._longest = max(self._longest, now - self._since)
-        self._since = now
+            self._log.said(message)
+            if isinstance(message, Start) and len(self._log) == 1:
+                self._limit.begin()
+        self._limit.said(messages, now)
         if self._link:
             self._link.send(*messages)
 
     def receive(self) -> Message | None:
-        self._look()
+        self._poll()
         return self._inbox.popleft() if self._inbox else None
 
     def wait(self, timeout_s: float | None = None) -> None:
         """As long as the target may be kept waiting, at most; after that the drafter is late."""
-        began, allowed = self._clock(), self._allowed()
+        began, allowed = self._clock(), self._limit.seconds(len(self._log) > 0)
         limit = allowed if timeout_s is None else min(timeout_s, allowed)
         while True:
-            self._look()
+            self._poll()
             if self._inbox or self._late or not self._link:
                 break
             left = began + limit - self._clock()
@@ -156,7 +159,7 @@ class ReconnectingChannel:
                     self._event("late", f"the drafter has said nothing for {allowed:.2f} s; it is not waited for")
                 break
             self._link.wait(left)
-        self._since = self._clock()
+        self._limit.waited(self._clock())
 
     def close(self) -> None:
         """Ends all attempts to reach the drafter, and says goodbye."""
@@ -164,7 +167,7 @@ class ReconnectingChannel:
         for link in (self._link, *(link for _, link in self._new)):
             if link:
                 link.close()
-                self.farewell = getattr(link, "farewell", True)
+                self.closed_cleanly = link.closed_cleanly
         self._link = None
         self._new.clear()
 
@@ -175,52 +178,48 @@ class ReconnectingChannel:
         self._settled.wait()
         if self._refusal:
             raise self._refusal
-        self._look()
+        self._poll()
 
-    def history(self) -> list[Event]:
+    def history(self) -> list[DrafterEvent]:
         """What has happened so far."""
-        self._look()
+        self._poll()
         return list(self.events)
 
     # Inside, in the target's thread
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Takes what has arrived, and notices what has become of the connection."""
-        self._hear_news()
+        self._drain_events()
         if not self._link and self._new:
             self._number, self._link = self._new.popleft()
             self._late = False
-            for said in self._texts.values():
-                self._link.send(*said.again())
-            for sequence in sorted(self._reports):  # it knows nothing of them, and says so
-                self._link.send(End(sequence))
+            for messages in self._log.again():
+                self._link.send(*messages)
             if self._number:
                 self._event("back", "the drafter is back")
         if self._link:
             self._take(self._link)
         if self._link and self._link.lost:
-            self._lose(getattr(self._link, "reason", "") or "the connection was closed")
-            self._hear_news()
+            self._lose(self._link.reason or "the connection was closed")
+            self._drain_events()
 
-    def _hear_news(self) -> None:
-        while self._news:
-            self._event(*self._news.popleft())
+    def _drain_events(self) -> None:
+        while self._happened:
+            self._event(*self._happened.popleft())
 
     def _take(self, link: Channel) -> None:
         while self._link is link and (message := link.receive()) is not None:
-            if fault := self._fault(message):
-                self._lose(f"it sent what no drafter says: {fault}")
+            if wrong := fault(message, self._vocabulary, self._log.roots(message.sequence)):
+                self._lose(f"it sent what no drafter says: {wrong}")
                 return
-            if message.sequence not in self._texts and message.sequence not in self._reports:
+            if not self._log.heard(message):
                 continue  # of a text that is over
-            if isinstance(message, Report):
-                self._reports.discard(message.sequence)
-                if message.failed:
-                    self._event("failed", "the draft source failed in a text, which the target wrote alone")
+            if isinstance(message, Report) and message.failed:
+                self._event("failed", "the draft source failed in a text, which the target wrote alone")
             if self._late:
                 self._late = False
                 self._event("heard", "the drafter is heard again")
-            self._inbox.append(self._renamed(message))
+            self._inbox.append(offset_ids(message, self._number))
 
     def _lose(self, reason: str) -> None:
         link, self._link, self._late = self._link, None, False
@@ -232,58 +231,10 @@ class ReconnectingChannel:
         if not self._closing.is_set():
             self._run(lambda: self._connect(number, link))
 
-    def _note(self, message: Message) -> None:
-        """Keeps what a drafter that begins anew has to be told."""
-        if isinstance(message, Start):
-            self._texts[message.sequence] = _Said(message)
-            self._longest = 0.0 if len(self._texts) == 1 else self._longest
-        elif isinstance(message, Verdict):
-            said = self._texts[message.sequence]
-            said.last = message
-            said.tokens += message.tokens
-            if message.features is not None:
-                said.features.append(message.features)
-        elif isinstance(message, End):
-            self._texts.pop(message.sequence, None)
-            self._reports = {message.sequence, *sorted(self._reports)[-_REPORTS:]}
-
-    def _allowed(self) -> float:
-        """Seconds that the target may wait: one pass, and the deadline. While a report is awaited after the last text,
-        the pass may be the one that read its prompt."""
-        usual = sorted(self._passes)[(len(self._passes) - 1) // 2] if self._passes else 0.0
-        return (usual if self._texts else max(usual, self._longest)) + self._deadline_s
-
-    def _fault(self, message: Message) -> str:
-        """What is wrong with it; empty if it may come from a drafter."""
-        if isinstance(message, Costs):
-            return "" if all(0 < s < math.inf for s in message.seconds) else "a forward that takes no time"
-        if isinstance(message, Report):
-            return ""
-        if not isinstance(message, Nodes):
-            return f"a {type(message).__name__}"
-        said = self._texts.get(message.sequence)
-        if said and not len(said.start.prompt) - 1 <= message.position <= said.root:
-            return f"a root at {message.position} of a text that has come to {said.root}"
-        for guess in message.guesses:
-            if not 0 <= guess.token < self._vocabulary:
-                return f"token {guess.token}"
-            if not guess.logp <= _ROUNDING:
-                return f"log-probability {guess.logp}"
-            if not all(0 <= token < self._vocabulary and 0 <= q <= 1 + _ROUNDING for token, q in guess.proposal):
-                return "a probability that is none"
-        return ""
-
-    def _renamed(self, message: Message) -> Message:
-        if not isinstance(message, Nodes) or not self._number:
-            return message
-        base = self._number * _NAMES
-        guesses = tuple(replace(one, id=one.id + base, parent=one.parent + base) for one in message.guesses)
-        return replace(message, root=message.root + base, guesses=guesses)
-
     def _event(self, kind: str, what: str) -> None:
         """Each is kept, and said once: of those that may come often, only the first."""
         if len(self.events) < _REMEMBERED:
-            self.events.append(Event(round(self._clock() - self._began, 3), kind, what))
+            self.events.append(DrafterEvent(round(self._clock() - self._began, 3), kind, what))
         if kind not in self._told:
             self._tell(f"pearl: {what}.")
         if kind in ("late", "heard", "failed"):
@@ -306,14 +257,14 @@ class ReconnectingChannel:
             except UsageError as error:
                 self._refusal = error
                 number = self._restarts
-                self._news.append(("lost", f"the drafter can't start ({error})"))
+                self._happened.append(("lost", f"the drafter can't start ({error})"))
             except Unreachable as error:
-                self._news.append(("lost", f"the drafter could not be reached ({error}); the target goes on alone"))
+                self._happened.append(("lost", f"the drafter could not be reached ({error}); the target goes on alone"))
             number += 1
             self._settled.set()
         else:
             self._give_up()
-            self._news.append(("alone", "the drafter is not started again; the target goes on alone to the end"))
+            self._happened.append(("alone", "the drafter is not started again; the target goes on alone to the end"))
         self._settled.set()
 
 

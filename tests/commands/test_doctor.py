@@ -10,7 +10,7 @@ from pearl.commands.doctor import NO, OK, SLOW, Finding
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Machine, Pair
 from pearl.engine import Engine
-from pearl.wire.reconnecting_channel import Event
+from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_a_pair_is_measured(tmp_path, monkeypatch):
 def test_a_drafter_that_is_late_is_slow_and_one_that_is_lost_is_broken(kind, verdict, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     target, draft = tiny.save_pair(tmp_path)
-    monkeypatch.setattr(Engine, "events", [Event(0.0, kind, "something happened")])
+    monkeypatch.setattr(Engine, "events", [DrafterEvent(0.0, kind, "something happened")])
     found = list(doctor.models(EngineConfig(target, draft, dtype="float32", max_length=300)))
     assert [one.verdict for one in found if one.what == "drafter"] == [verdict]
     assert any(one.verdict == NO for one in found) == (verdict == NO)

@@ -198,6 +198,7 @@ class End:
         self.sent: list[Message] = []
         self.peer: End = self
         self.gone = False
+        self.closed_cleanly, self.reason = True, ""
         self.bytes_sent = self.bytes_received = 0
 
     @property

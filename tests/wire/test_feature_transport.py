@@ -52,7 +52,8 @@ def opened() -> list[FeatureTransport | None]:
 def linked(lane: bool = True) -> list[ProcessChannel]:
     store, ends = HashStore(), opened() if lane else [None, None]
     return both_do(
-        lambda: ProcessChannel(store, 0, LOCAL, lane=ends[0]), lambda: ProcessChannel(store, 1, LOCAL, lane=ends[1])
+        lambda: ProcessChannel(store, 0, LOCAL, transport=ends[0]),
+        lambda: ProcessChannel(store, 1, LOCAL, transport=ends[1]),
     )
 
 

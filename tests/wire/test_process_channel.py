@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -17,7 +18,7 @@ from torch.distributed import HashStore, TCPStore
 from pearl.config.engine_config import EngineConfig
 from pearl.core.messages import DraftPlan, End, Nodes, Verdict
 from pearl.parallel import process
-from pearl.wire import process_channel as links
+from pearl.wire import tcp
 from pearl.wire.codec import FRAME, encode, pack
 from pearl.wire.process_channel import ProcessChannel
 
@@ -74,7 +75,7 @@ def test_beats_do_not_keep_a_message_alive_that_never_ends():
     first, second = pair(silence_s=0.5)
     words = encode(End(1))
     words[1] = 1 << 20
-    first._socket.send(words.tobytes())
+    first._connection._socket.send(words.tobytes())
     began = time.perf_counter()
     assert heard(second, 30.0) is None and second.lost
     assert time.perf_counter() - began < 30.0 and "silent" in second.reason
@@ -101,12 +102,12 @@ def test_a_goodbye_is_no_loss():
         second.wait(1)
     second.close()
     closing.join(5)
-    assert not closing.is_alive() and first.farewell and second.farewell
+    assert not closing.is_alive() and first.closed_cleanly and second.closed_cleanly
 
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_closed_connection_is_noticed_at_once(both, side):
-    both[side]._socket.shutdown(socket.SHUT_RDWR)
+    both[side]._connection._socket.shutdown(socket.SHUT_RDWR)
     began = time.perf_counter()
     both[1 - side].wait(5)
     assert both[1 - side].lost and time.perf_counter() - began < 0.5
@@ -127,10 +128,10 @@ GARBAGE = {
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_ends_the_connection_and_nothing_more(data):
     here, there = pair(silence_s=0.5)
-    there._socket.sendall(data)
+    there._connection._socket.sendall(data)
     deadline = time.perf_counter() + 5
     while not here.lost and time.perf_counter() < deadline:
-        there._more.clear()
+        there._connection.more.clear()
         here.wait(0.05)
         here.receive()
     if data != GARBAGE["a length that no memory holds"]:  # beats go into that one; it may take its time
@@ -157,7 +158,7 @@ def test_who_does_not_know_the_token_is_not_let_in():
     other = threading.Thread(target=lambda: made.append(ProcessChannel(store, 0, LOCAL)))
     other.start()
     store.wait(["pearl/address"])
-    _, port, _ = links.json.loads(store.get("pearl/address"))
+    _, port, _ = json.loads(store.get("pearl/address"))
     stranger = socket.create_connection((LOCAL, port))
     stranger.sendall(b"x" * 16)
     right = ProcessChannel(store, 1, LOCAL)
@@ -171,7 +172,7 @@ def test_who_does_not_know_the_token_is_not_let_in():
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_long(monkeypatch):
-    monkeypatch.setattr(links, "_CONNECT_S", 0.2)
+    monkeypatch.setattr(tcp, "CONNECT_S", 0.2)
     for rank in (0, 1):
         with pytest.raises(RuntimeError):
             ProcessChannel(HashStore(), rank, LOCAL)
@@ -185,7 +186,7 @@ def test_closed_links_leave_no_thread_and_no_socket():
         here.wait(2)
         for one in (here, there):
             one.close()
-            assert one._socket.fileno() == -1
+            assert one._connection._socket.fileno() == -1
     assert threading.active_count() == threads
 
 
@@ -208,7 +209,7 @@ class Nothing:
 @pytest.fixture
 def waiting(monkeypatch) -> Iterator[tuple[object, list[str]]]:
     """The store of a drafter that is ready before its target is, and how the drafter has ended."""
-    monkeypatch.setattr(links, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(tcp, "CONNECT_S", 1.0)
     store, ended = TCPStore(LOCAL, 0, 2, is_master=True, wait_for_workers=False), []
     cpus = sorted(os.sched_getaffinity(0))[:1]
     threads = torch.get_num_threads()
@@ -235,7 +236,7 @@ def test_a_drafter_waits_for_a_target_that_is_still_loading(waiting):
     end = ProcessChannel(store, 0, LOCAL, name="pearl-0")
     assert not ended
     end.close()
-    assert end.farewell
+    assert end.closed_cleanly
 
 
 def test_a_drafter_that_nobody_will_ask_for_again_ends_well(waiting):

@@ -19,7 +19,7 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import Unreachable, UsageError
 from pearl.roles.target import Target
-from pearl.wire.reconnecting_channel import BACK_OFF_S, Event, ReconnectingChannel
+from pearl.wire.reconnecting_channel import BACK_OFF_S, DrafterEvent, ReconnectingChannel
 
 DEADLINE_S = 0.25
 
@@ -310,7 +310,7 @@ def test_the_report_of_an_ended_text_is_waited_for_as_long_as_its_longest_pass_t
     for seconds in (5.0, 0.1, 0.1, 0.1):
         fate.time.now += seconds
         channel.send(Verdict(1, 2, DraftPlan(), (1,)))
-    assert abs(channel._allowed() - DEADLINE_S - 0.1) < 0.01
+    assert abs(channel._limit.seconds(True) - DEADLINE_S - 0.1) < 0.01
     channel.send(End(1))
     before = fate.time.now
     channel.wait(60.0)
@@ -339,7 +339,7 @@ def test_messages_that_travel_together_are_of_one_pass():
     for place in range(3):
         fate.time.now += 2.0
         channel.send(*(Verdict(sequence, 2 + place, DraftPlan(), (1,)) for sequence in range(8)))
-    assert abs(channel._allowed() - DEADLINE_S - 2.0) < 0.01
+    assert abs(channel._limit.seconds(True) - DEADLINE_S - 2.0) < 0.01
 
 
 def test_what_belongs_to_a_text_that_is_over_is_not_heard():
@@ -382,7 +382,9 @@ def test_events_say_when():
     fate.made[0].gone = True
     fate.made[0].reason = "it was silent for too long"
     lost, alone_now = channel.history()
-    assert lost == Event(3.0, "lost", "the drafter is lost (it was silent for too long); the target goes on alone")
+    assert lost == DrafterEvent(
+        3.0, "lost", "the drafter is lost (it was silent for too long); the target goes on alone"
+    )
     assert alone_now.kind == "alone"
 
 
