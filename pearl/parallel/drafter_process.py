@@ -53,7 +53,7 @@ class DrafterProcess:
 
     def __init__(self, config: EngineConfig, world: World, cpus: list[int], features_from: str = ""):
         """Starts the drafter where no launcher has done so. `features_from`: the device from which features go to it
-        over a lane; empty: they ride on the verdicts."""
+        beside the channel; empty: they ride on the verdicts."""
         self._config, self._cpus, self._features_from = config, cpus, features_from
         self._child: Child | None = None
         self._closing = threading.Event()

@@ -17,7 +17,7 @@ from torch.distributed import HashStore, TCPStore
 
 from pearl.config.engine_config import EngineConfig
 from pearl.core.messages import DraftPlan, End, Nodes, Verdict
-from pearl.parallel import process
+from pearl.parallel.drafter_main import TargetGone, serve
 from pearl.wire import tcp
 from pearl.wire.codec import FRAME, encode, pack
 from pearl.wire.process_channel import ProcessChannel
@@ -214,14 +214,14 @@ def waiting(monkeypatch) -> Iterator[tuple[object, list[str]]]:
     cpus = sorted(os.sched_getaffinity(0))[:1]
     threads = torch.get_num_threads()
 
-    def serve() -> None:
+    def draft() -> None:
         try:
-            process.serve(EngineConfig(), cpus, store.port, make=lambda config: Nothing())
+            serve(EngineConfig(), cpus, TCPStore(LOCAL, store.port, 2, is_master=False), LOCAL, Nothing, 0)
             ended.append("well")
-        except process.TargetGone:
+        except TargetGone:
             ended.append("its target is gone")
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=draft)
     thread.start()
     store.wait(["drafter/0"], timedelta(seconds=30))
     yield store, ended
