@@ -11,10 +11,11 @@ from __future__ import annotations
 import atexit
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypedDict, Unpack, overload
 
+from pearl import options
 from pearl.config.engine_config import DRAFT, EngineConfig
 from pearl.core import records
 from pearl.core.params import SamplingParams
@@ -209,6 +210,9 @@ class Engine:
     def _begin(
         self, prompt: Prompt | Sequence[Prompt], params: Params, continues: bool = False, **settings: Any
     ) -> tuple[list[GenerationRequest], Iterator[Written]]:
+        for name in settings.keys() & {one.name for one in fields(SamplingParams)}:
+            raise UsageError(f"{name} is a field of SamplingParams: give SamplingParams({name}=...) after the prompt.")
+        options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
         jobs = self._jobs(prompt, params, continues)
         return jobs, self.write(jobs, **settings)
 

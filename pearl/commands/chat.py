@@ -80,7 +80,8 @@ class Talk:
     """The turns so far, as the model reads them: messages, or one growing text for a model without a chat template."""
 
     def __init__(self, engine: Any, params: Any, system: str | None):
-        self._engine, self._params, self._last = engine, params, None
+        self._engine, self._params = engine, params
+        self._last: Any = None  # the request of the turn before
         self._chat = bool(engine.tokenizer.chat_template)
         self._messages = [{"role": "system", "content": system}] if system and self._chat else []
         self._text = "" if self._chat else system or ""
@@ -93,13 +94,15 @@ class Talk:
 
         asked = [*self._messages, {"role": "user", "content": words}]
         request = GenerationRequest(asked if self._chat else self._text + words, self._params, after=self._last)
-        self.answer, tokens = None, []
+        self.answer = None
+        tokens: list[int] = []
         try:
             for _, said in self._engine.write([request]):
                 if isinstance(said, Generation):
                     self.answer = said
                 else:
                     tokens += said
+                    assert request.text, "a text under way"
                     yield said, request.text.passes[-1].accepted
         finally:  # also where the reader has heard enough
             if tokens:

@@ -74,6 +74,10 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
         Engine.from_pretrained(max_len=3)
     with pytest.raises(UsageError, match=r"SamplingParams: unknown key 'max_tokens'; did you mean max_new_tokens\?"):
         SamplingParams(max_tokens=5)
+    with pytest.raises(UsageError, match=r"^max_new_tokens is a field of SamplingParams: give SamplingParams\("):
+        Engine._begin(None, "hi", None, max_new_tokens=8)
+    with pytest.raises(UsageError, match=r"unknown key 'batchsize'; did you mean batch_size\?"):
+        Engine._begin(None, "hi", None, batchsize=8)
     with pytest.raises(UsageError, match="did you mean max_length"):
         replace(EngineConfig(), max_lenght=5)
 
