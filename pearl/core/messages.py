@@ -7,7 +7,7 @@
                          End      the sequence is over
     drafter -> target    Costs    once: the seconds of a forward by its rows
                          Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
-                         Report   what the drafter did in a sequence, in answer to End
+                         DraftStats what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
                          Beat     nothing to say, but alive
 
@@ -65,7 +65,7 @@ class Start:
     continues: int = 0  # a sequence that has ended: what was read of it need not be read again
 
 
-class Held(Protocol):
+class DeviceTensor(Protocol):
     """Features that lie on a device and may stay there, see `lane.DeviceFeatures`."""
 
     @property
@@ -73,9 +73,9 @@ class Held(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, part: slice) -> Held: ...
+    def __getitem__(self, part: slice) -> DeviceTensor: ...
 
-    def join(self, others: list) -> Held: ...
+    def join(self, others: list) -> DeviceTensor: ...
 
     @property
     def rows(self) -> Any:
@@ -90,7 +90,7 @@ class SentSeparately:
 
 
 # of some positions, [positions, F]: an array of int16, the bits of bfloat16, or what lies on a device
-Features = np.ndarray | Held
+Features = np.ndarray | DeviceTensor
 
 
 def joined(parts: Sequence[Features]) -> Features | None:
@@ -121,18 +121,18 @@ class End:
 @dataclass(frozen=True)
 class Nodes:
     """`root` is the id of the drafter's root and `position` its place in the text: so the target knows every parent.
-    `resting`: no more will come until the root moves."""
+    `exhausted`: no more will come until the root moves."""
 
     sequence: int
     root: int
     position: int
-    resting: bool
+    exhausted: bool
     guesses: tuple[Guess, ...] = ()
 
 
 @dataclass(frozen=True)
-class Report:
-    """The drafter's facts of one sequence: times in seconds, memory in bytes."""
+class DraftStats:
+    """The drafter's statistics of one sequence: times in seconds, memory in bytes."""
 
     sequence: int
     busy_s: float = 0.0
@@ -144,8 +144,8 @@ class Report:
     misses: int = 0  # committed tokens that were not the first guess after their parent
     prepared: int = 0  # of those: among the other guesses
     rows: int = 0  # read by all forwards
-    own: int = 0  # rows that held the drafter's own guesses
-    confirmed: int = 0  # of those: what its model then said too
+    lookahead_rows: int = 0  # of those: guesses that were read before the drafter's model had made them
+    lookahead_hits: int = 0  # of those: what its model then said too
     memory: int = 0
     failed: bool = False  # the draft source raised; the rest of the sequence is the target's alone
 
@@ -168,4 +168,4 @@ class Beat:
     sequence: int = 0
 
 
-Message = Start | Verdict | End | Costs | Nodes | Report | Close | Beat
+Message = Start | Verdict | End | Costs | Nodes | DraftStats | Close | Beat

@@ -20,7 +20,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _BITS = 32
 _PIECE = 1 << 14  # tokens hashed together
-LOUDEST = 22.9  # no noise is above it: -log(-log(u)) at the largest u = (k + 1/2) / 2^32
+MAX_GUMBEL = 22.9  # no noise is above it: -log(-log(u)) at the largest u = (k + 1/2) / 2^32
 
 
 def _mix(x: int) -> int:
@@ -67,7 +67,7 @@ def gumbel_rows(seed: int, positions: Sequence[int], purpose: int, tokens: int, 
     return _gumbel(_word(state))
 
 
-def loud(seed: int, position: int, purpose: int, tokens: Tensor, least: float) -> Tensor:
+def candidates_above(seed: int, position: int, purpose: int, tokens: Tensor, least: float) -> Tensor:
     """Those of `tokens` whose Gumbel noise is above `least`, and perhaps one or two that are just below: found without
     a logarithm for each, in pieces that stay in the processor's cache."""
     word = max(0, math.floor(math.exp(-math.exp(-least)) * (1 << _BITS)) - 2) if least > -3 else 0

@@ -8,14 +8,14 @@ from pearl import options
 from pearl.errors import UsageError
 from pearl.options import FLAG, choice, number, setting, whole
 
-COLDEST = 1e-6  # logits divided by less could leave float32
-HOTTEST = 1000.0
+MIN_TEMPERATURE = 1e-6  # logits divided by less could leave float32
+MAX_TEMPERATURE = 1000.0
 METHODS = ("seeded", "rejection")
 SAMPLING = "sampling"
 
-_within = number(COLDEST, HOTTEST)
+_within = number(MIN_TEMPERATURE, MAX_TEMPERATURE)
 TEMPERATURE = options.Kind(
-    f"0 (greedy) or from {COLDEST} to {HOTTEST:g}",
+    f"0 (greedy) or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:g}",
     lambda value: _within.good(value) or (type(value) in (int, float) and value == 0),
     float,
 )

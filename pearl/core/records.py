@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pearl.core.messages import Report
+from pearl.core.messages import DraftStats
 
 
 class Key(NamedTuple):
@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judged:
+class DraftOutcome:
     """One place of the text where there were guesses when the target picked."""
 
     rank: int | None  # of the pick among them, 0 the first; None: it was not there
@@ -44,7 +44,7 @@ class Pass:
     accepted: int  # of those
     committed: int
     hit: bool  # the new root was among the guesses that had arrived
-    judged: tuple[Judged, ...]  # place by place along the walk, up to the first without guesses
+    judged: tuple[DraftOutcome, ...]  # place by place along the walk, up to the first without guesses
     block: int  # decided after the pass: the block length in force,
     branches: int  # rows of a draft,
     ahead: int  # and how deep the drafter may guess; 0: not to speculate
@@ -81,7 +81,7 @@ class GenerationStats:
     text: str
     finish: str
     passes: tuple[Pass, ...]
-    drafter: Report | None
+    drafter: DraftStats | None
     bytes_on_wire: int  # both ways, verdicts and nodes
     peak_memory: int  # bytes, both processes
     places: int = 1  # texts that may be under way at once

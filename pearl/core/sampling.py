@@ -25,8 +25,8 @@ from pearl.core.trie import Node
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
-LIKELY = 5.0  # nats below the best token
-OTHERWISE = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
+TOP_MARGIN = 5.0  # nats below the best token
+ALTERNATIVE_MASS = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
@@ -92,8 +92,8 @@ def _drawn_first(
     first, proposal = propose(logits, params, position)
     shares = {t: q for t, q in zip(tokens.tolist(), scores.softmax(-1).tolist(), strict=True) if t != first and q > 0}
     rest = sum(shares.values())
-    others = [(t, math.log(OTHERWISE * q / rest), ()) for t, q in list(shares.items())[: most - 1]]
-    return [(first, math.log(1 - OTHERWISE), proposal), *others]
+    others = [(t, math.log(ALTERNATIVE_MASS * q / rest), ()) for t, q in list(shares.items())[: most - 1]]
+    return [(first, math.log(1 - ALTERNATIVE_MASS), proposal), *others]
 
 
 def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
@@ -103,10 +103,10 @@ def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
     beat it; their noise decides, so the result is that of all tokens.
     """
     highest = float(scores.max())
-    likely = (scores >= highest - LIKELY).nonzero().squeeze(1)
+    likely = (scores >= highest - TOP_MARGIN).nonzero().squeeze(1)
     best = float((scores[likely].double() + noise.gumbel(seed, position, purpose, likely)).max())
-    others = (scores >= best - noise.LOUDEST).nonzero().squeeze(1)
-    others = noise.loud(seed, position, purpose, others, best - (highest - LIKELY))
+    others = (scores >= best - noise.MAX_GUMBEL).nonzero().squeeze(1)
+    others = noise.candidates_above(seed, position, purpose, others, best - (highest - TOP_MARGIN))
     tokens = torch.cat([likely, others])
     noisy = scores[tokens].double() + noise.gumbel(seed, position, purpose, tokens)
     return int(tokens[noisy == noisy.max()].min())
@@ -131,10 +131,10 @@ class Picker:
         guess = next(iter(node.children.values()), None)
         if guess is None:
             return noisy_argmax(scores, self.params.seed, position, noise.RESIDUAL)
-        return judge(scores, guess, self.params.seed)
+        return accept_or_resample(scores, guess, self.params.seed)
 
 
-def judge(scores: Tensor, guess: Node, seed: int) -> int:
+def accept_or_resample(scores: Tensor, guess: Node, seed: int) -> int:
     """Rejection sampling at one position.  scores: warped log-probabilities up to a constant, [V].
 
     Accepts `guess` with min(1, p/q), else samples the residual norm(max(0, p - q)) (Leviathan et al. 2023, A.1).

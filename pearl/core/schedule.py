@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
 from pearl.options import Option, nearest, option, whole
 
@@ -34,7 +35,6 @@ _MODES: dict[str, tuple[bool, bool, int | None]] = {
 MODES = tuple(_MODES)
 MAX_GAMMA = 64
 MAX_DRAFT_BATCH = 16
-MAX_WIDTH = 16
 MAX_AHEAD = 32
 DECODING = "decoding"
 GAMMA = option("gamma", "auto", whole(0, MAX_GAMMA, auto=True), "guesses a block, or auto", DECODING)
@@ -49,7 +49,7 @@ DRAFT_BATCH = option(
 MAX_VERIFY_TOKENS = option(
     "max_verify_tokens",
     "auto",
-    whole(1, MAX_WIDTH, auto=True),
+    whole(1, LIMIT, auto=True),
     "rows of a target pass at most, or auto",
     DECODING,
     was=("width",),
@@ -113,15 +113,10 @@ class Schedule:
     def drafts(self) -> bool:
         return self.draft_batch != 0
 
-    @property
-    def tree(self) -> bool:
-        """Whether guesses may branch and the drafter guesses for itself; else they are one chain."""
-        return self.mode == "tree"
-
-    def grows_trees(self, whole: bool) -> bool:
-        """Whether a source that can grow trees does so. `whole`: one forward of it makes a tree anyhow, so that serial
+    def grows_trees(self, alone: bool) -> bool:
+        """Whether a source that can grow trees does so. `alone`: one forward of it makes a tree anyhow, so that serial
         decoding takes the tree too."""
-        return self.tree or (whole and not (self.pre_verify or self.post_verify))
+        return self.mode == "tree" or (alone and not (self.pre_verify or self.post_verify))
 
     def guesses_to_wait_for(self, hit: bool, block: int) -> int:
         """How many guesses below the root the target wants before it starts a pass.

@@ -57,23 +57,12 @@ def speedup_sd(a: float, c: float, gamma: int) -> float:
 def best_gamma(a: float, c: float, limit: int = 16) -> int:
     """The block length, 1 to `limit`, with the highest `speedup_sd`; the shortest one where several are equal.
 
-    It is at least 1 even where speculation loses: whether to speculate at all is asked of `speculation_pays`.
+    It is at least 1 even where speculation loses: some block gains exactly where a * c > 1 (corollary 3.9 there).
     """
     _check(a, c)
     if limit < 1:
         raise UsageError(f"A block holds at least one guess, so give limit >= 1 (got {limit}).")
     return max(range(1, limit + 1), key=lambda gamma: speedup_sd(a, c, gamma))
-
-
-def speculation_pays(a: float, c: float) -> bool:
-    """Whether some block length makes `sd` faster than `ar`: exactly where a * c > 1.
-
-    A round gains if a + a^2 + ... + a^gamma > gamma/c, that is if the mean of those powers is above 1/c. The mean
-    falls as gamma grows, so gamma = 1 is the easiest to satisfy, and it asks for a > 1/c. Leviathan et al. 2023,
-    corollary 3.9, is the "if".
-    """
-    _check(a, c)
-    return a * c > 1.0
 
 
 def tokens_per_pass_chain_ceiling(a: float) -> float:

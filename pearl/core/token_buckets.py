@@ -11,20 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LIMIT = 16
-
-
+LIMIT = 16  # rows of a pass at most
 LEAST = 2  # a single row goes through another kernel, and a short measurement may not meet a bit that tells
-
-
 # The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
 # count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
 GRAIN = 128
-
-
 ROWS_A_TEXT = 5  # of a pass that many texts share, on average at most
-
-
 LEAVES = 8  # rows of a drafter's forward at most, once its text is read
 
 

@@ -86,8 +86,8 @@ def _figures(runs: Runs, ar: Runs) -> dict[str, Any]:
         "misses_prepared": _ratio(sum(r.prepared for r in reports), sum(r.misses for r in reports)),
         "draft_forwards": sum(report.forwards for report in reports) if reports else None,
         "draft_rows": sum(report.rows for report in reports) if reports else None,
-        "draft_own_rows": sum(report.own for report in reports) if reports else None,
-        "draft_own_confirmed": sum(report.confirmed for report in reports) if reports else None,
+        "draft_own_rows": sum(report.lookahead_rows for report in reports) if reports else None,
+        "draft_own_confirmed": sum(report.lookahead_hits for report in reports) if reports else None,
         "draft_busy_s": sum(report.busy_s for report in reports) if reports else None,
         "pauses": sum(p.ahead == 0 for p in decoding),
         "overhead_ms": 1e3

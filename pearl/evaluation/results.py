@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pearl.config.inputs import parse_json, read_text, sound
-from pearl.core.messages import Report
-from pearl.core.records import GenerationStats, Judged, Key, Pass
+from pearl.core.messages import DraftStats
+from pearl.core.records import DraftOutcome, GenerationStats, Key, Pass
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write
 
@@ -176,7 +176,7 @@ def _read_texts(folder: Path) -> tuple[dict[str, dict[Key, GenerationStats]], di
             text=line["text"],
             finish=line["finish"],
             passes=tuple(passes[mode, key]),
-            drafter=Report(sequence=0, **line["drafter"]) if line["drafter"] else None,
+            drafter=_draft_stats(line["drafter"]) if line["drafter"] else None,
             bytes_on_wire=line["bytes_on_wire"],
             peak_memory=line["peak_memory"],
             places=line.get("places", 1),
@@ -239,10 +239,16 @@ def _round(line: Line) -> Round:
     return Round(*Key.of(line)[:3])
 
 
+def _draft_stats(line: Line) -> DraftStats:
+    """Early lines call what is looked ahead the drafter's own."""
+    names = {"own": "lookahead_rows", "confirmed": "lookahead_hits"}
+    return DraftStats(sequence=0, **{names.get(name, name): value for name, value in line.items()})
+
+
 def _pass(line: Line) -> Pass:
     """Early lines know no paths."""
     facts = {"paths": 0} | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
-    return Pass(**facts | {"judged": tuple(Judged(one["rank"], tuple(one["q"])) for one in line["judged"])})
+    return Pass(**facts | {"judged": tuple(DraftOutcome(one["rank"], tuple(one["q"])) for one in line["judged"])})
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pearl.core.messages import Costs, DraftPlan, End, Guess, Nodes, Report, Start, Verdict
+from pearl.core.messages import Costs, DraftPlan, DraftStats, End, Guess, Nodes, Start, Verdict
 from pearl.core.timeline import OFF, Trace, flow_id
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import Chain, DraftSource, Observer, Proposal, Several, SeveralTrees, Tree, TreeGrower
@@ -37,7 +37,7 @@ class _Text:
     place: int  # among the source's texts
     trie: Trie
     plan: DraftPlan
-    report: Report
+    report: DraftStats
     ids: dict[Node, int] = field(default_factory=dict)
     drafted: int = 0  # guesses since the chain began
     told: int = -1  # the root position for which the target knows that no more will come
@@ -52,10 +52,10 @@ class _Text:
 
 @dataclass
 class _Grown:
-    """What was proposed for a text: (parent, node) each; `resting`: no more will come until the root moves."""
+    """What was proposed for a text: (parent, node) each; `exhausted`: no more will come until the root moves."""
 
     nodes: list[tuple[Node, Node]]
-    resting: bool
+    exhausted: bool
 
 
 class Drafter:
@@ -104,7 +104,7 @@ class Drafter:
         goes_on = -1 if goes_on in taken else goes_on
         place = next(place for place in itertools.count() if place not in taken) if goes_on < 0 else goes_on
         trie = Trie(start.prompt)
-        text = self._texts[start.sequence] = _Text(start, place, trie, start.plan, Report(start.sequence))
+        text = self._texts[start.sequence] = _Text(start, place, trie, start.plan, DraftStats(start.sequence))
         text.name(trie.root)
         self._company = len(self._texts) > 1 or self._company
         self._trace.instant("start", self._clock(), sequence=start.sequence, mode=start.schedule.mode)
@@ -155,7 +155,7 @@ class Drafter:
 
     def _say(self, text: _Text, grown: _Grown) -> Nodes:
         root = text.trie.root
-        if grown.resting:
+        if grown.exhausted:
             text.told = root.position
         guesses = tuple(
             Guess(text.name(node), text.name(parent), node.token, node.proposal, node.logp)
@@ -165,7 +165,7 @@ class Drafter:
             self._trace.flow(
                 "nodes", flow_id(text.start.sequence, text.ids[grown.nodes[0][1]]), self._clock(), sent=True
             )
-        return Nodes(text.start.sequence, text.name(root), root.position, grown.resting, guesses)
+        return Nodes(text.start.sequence, text.name(root), root.position, grown.exhausted, guesses)
 
     def _chains(self, texts: Sequence[_Text]) -> dict[_Text, _Grown]:
         """What the source proposes after each chain, and whether it rests there: at a loss, or far enough ahead."""
@@ -217,7 +217,7 @@ class Drafter:
             text.count(drafted=len(nodes or []))
             grown[text] = _Grown(nodes or [], not nodes or not text.start.schedule.post_verify)
         if found:
-            next(iter(found)).count(own=source.own - own, confirmed=source.confirmed - confirmed)
+            next(iter(found)).count(lookahead_rows=source.own - own, lookahead_hits=source.confirmed - confirmed)
         return grown
 
     def _extend(self, asked: Sequence[Tree]) -> list[list[tuple[Node, Node]]]:
@@ -270,7 +270,7 @@ class Drafter:
 
     def _finish(self, end: End) -> None:
         text = self._texts.pop(end.sequence, None)
-        report = text.report if text else Report(end.sequence)
+        report = text.report if text else DraftStats(end.sequence)
         if text:
             self._held = {sequence: place for sequence, place in self._held.items() if place != text.place}
             self._held[end.sequence] = text.place

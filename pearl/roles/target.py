@@ -31,13 +31,14 @@ from torch import Tensor
 from pearl.core import picks
 from pearl.core.control.acceptance import AcceptanceRates
 from pearl.core.control.controller import Controller
-from pearl.core.messages import Costs, End, Features, Message, Nodes, Report, Start, Verdict, joined
+from pearl.core.messages import Costs, DraftStats, End, Features, Message, Nodes, Start, Verdict, joined
 from pearl.core.picks import Picks
-from pearl.core.records import Judged, Pass, Turn
+from pearl.core.records import DraftOutcome, Pass, Turn
 from pearl.core.sampling import SamplingParams
-from pearl.core.schedule import MAX_WIDTH, Schedule
+from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace, flow_id
+from pearl.core.token_buckets import LIMIT
 from pearl.core.trie import Likely, Node, Trie, path_numbers, shared_prefix, walk
 from pearl.models.language_model import PREFILL_CHUNK, SideRow
 from pearl.models.verifier import SequenceQuery
@@ -94,7 +95,7 @@ class Target:
         return self._last.passes if self._last else []
 
     @property
-    def report(self) -> Report | None:
+    def report(self) -> DraftStats | None:
         """The drafter's, of the text that was begun last."""
         return self._last.report if self._last else None
 
@@ -325,7 +326,7 @@ class Target:
             root = text.trie.root
             left = text.params.max_new_tokens - len(text.stopper.tokens)
             deepest = min(left, self._model.rows.up_to(root.position)) - 1
-            likely = text.trie.best(MAX_WIDTH - 1, deepest)
+            likely = text.trie.best(LIMIT - 1, deepest)
             candidates.append(likely if self._model.verifies_trees else _chain(likely))
         chosen = controller.choose(candidates)
         return [_Rows.of(text.trie.root, likely) for text, likely in zip(texts, chosen, strict=True)]
@@ -350,7 +351,7 @@ class Target:
         waited_for = [text for text in ready if wanted[text]]
         if gained := sum(text.depth() - there[text] for text in waited_for):
             controller.record_drafting(gained / len(waited_for), self._clock() - began)
-        lacking = [text for text in ready if not (wanted[text] or there[text] or text.resting)]
+        lacking = [text for text in ready if not (wanted[text] or there[text] or text.exhausted)]
         for text in ready:
             text.patience_s = 0.0
         if patient and lacking and (patience := controller.wait_budget(len(lacking))):
@@ -361,14 +362,14 @@ class Target:
             while (left := deadline - self._clock()) > 0 and not all(self._ready(text, 1) for text in lacking):
                 self._wire.wait(left)
                 self._take()
-            came = any(text.depth() > 0 or text.resting for text in lacking)
+            came = any(text.depth() > 0 or text.exhausted for text in lacking)
             controller.record_wait(came, self._clock() - began)
         return ready
 
     def _ready(self, text: Text, guesses: int) -> bool:
         """Whether so many guesses are there, or none can be expected: the drafter rests or is lost."""
         assert self._wire, "nothing to wait for without a drafter"
-        return text.depth() >= guesses or text.resting or self._wire.lost
+        return text.depth() >= guesses or text.exhausted or self._wire.lost
 
     def _take(self) -> None:
         """Takes what has arrived. What is about a text that has ended falls away, but for the drafter's facts."""
@@ -379,7 +380,7 @@ class Target:
                     controller.record_draft_costs(message.seconds)
             elif isinstance(message, Nodes) and message.sequence in self._live:
                 self._live[message.sequence].hang(message)
-            elif isinstance(message, Report) and message.sequence in self._ended:
+            elif isinstance(message, DraftStats) and message.sequence in self._ended:
                 self._ended[message.sequence].report = message
 
     def _over(self) -> Iterator[tuple[Text, list[int]]]:
@@ -423,7 +424,7 @@ class Text:
         self._trace, self._clock = trace, clock
         self.trie = Trie(request.prompt)
         self.passes: list[Pass] = []
-        self.report: Report | None = None
+        self.report: DraftStats | None = None
         self.hit = False  # the last walk ended on a node that had arrived
         self.patience_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
         self.placed = clock()  # when it took its place,
@@ -447,7 +448,7 @@ class Text:
         return features
 
     @property
-    def resting(self) -> bool:
+    def exhausted(self) -> bool:
         """The drafter has said that no more will come until the root moves from where it is."""
         return self._rested_at == self.trie.root.position
 
@@ -466,7 +467,7 @@ class Text:
             node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp)
             if node:
                 self._nodes[guess.id] = node
-        if message.resting:
+        if message.exhausted:
             self._rested_at = at
 
 
@@ -476,7 +477,7 @@ class _Walk:
 
     position: int  # of the root before it
     committed: list[int]
-    judged: tuple[Judged, ...]
+    judged: tuple[DraftOutcome, ...]
     nodes: list[Node]  # that the walk went through
 
 
@@ -536,9 +537,9 @@ def _chain(likely: Sequence[Likely]) -> list[Likely]:
     return chain
 
 
-def _judge(root: Node, walked: Sequence[int], controller: Controller) -> tuple[Judged, ...]:
+def _judge(root: Node, walked: Sequence[int], controller: Controller) -> tuple[DraftOutcome, ...]:
     """What the guesses along the walk were worth, up to where there were none; the controller learns from it."""
-    judged: list[Judged] = []
+    judged: list[DraftOutcome] = []
     node: Node | None = root
     for token in walked:
         if node is None or not node.children:
@@ -547,6 +548,6 @@ def _judge(root: Node, walked: Sequence[int], controller: Controller) -> tuple[J
             controller.record_guess(child.logp, child.token == token, first=place == 0)
         guesses = list(node.children)
         q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
-        judged.append(Judged(guesses.index(token) if token in guesses else None, q))
+        judged.append(DraftOutcome(guesses.index(token) if token in guesses else None, q))
         node = node.children.get(token)
     return tuple(judged)

@@ -25,12 +25,12 @@ from pearl.core.messages import (
     Close,
     Costs,
     DraftPlan,
+    DraftStats,
     End,
     Garbage,
     Guess,
     Message,
     Nodes,
-    Report,
     SentSeparately,
     Start,
     Verdict,
@@ -203,7 +203,7 @@ _LONG, _DOUBLE = _number("q"), _number("d")
 _FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))
 _PLAN = _record(DraftPlan, "block branches ahead")
 _GUESS = _Part(_write_guess, _read_guess)
-_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "own", "confirmed", "memory")
+_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "lookahead_rows", "lookahead_hits")
 
 _LAYOUTS: dict[type, _Part] = {
     Start: _record(
@@ -223,9 +223,14 @@ _LAYOUTS: dict[type, _Part] = {
     ),
     End: _record(End, "sequence"),
     Costs: _record(Costs, "sequence", seconds=_row("f")),
-    Nodes: _record(Nodes, "sequence root position", resting=_FLAG, guesses=_several(_GUESS)),
-    Report: _record(
-        Report, "sequence", failed=_FLAG, busy_s=_DOUBLE, waiting_s=_DOUBLE, **dict.fromkeys(_COUNTS, _LONG)
+    Nodes: _record(Nodes, "sequence root position", exhausted=_FLAG, guesses=_several(_GUESS)),
+    DraftStats: _record(
+        DraftStats,
+        "sequence",
+        failed=_FLAG,
+        busy_s=_DOUBLE,
+        waiting_s=_DOUBLE,
+        **dict.fromkeys((*_COUNTS, "memory"), _LONG),
     ),
     Close: _record(Close, "sequence"),
     Beat: _record(Beat, "sequence"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pearl.core.messages import Costs, Message, Nodes, Report
+from pearl.core.messages import Costs, DraftStats, Message, Nodes
 
 _IDS = 1 << 32  # of nodes, that one drafter may give
 _ROUNDING = 1e-3
@@ -19,7 +19,7 @@ def fault(message: Message, vocabulary: int, roots: tuple[int, int] | None) -> s
     `roots`: the first and the last position that a root of this text has had; None: the text is over."""
     if isinstance(message, Costs):
         return "" if all(0 < s < math.inf for s in message.seconds) else "a forward that takes no time"
-    if isinstance(message, Report):
+    if isinstance(message, DraftStats):
         return ""
     if not isinstance(message, Nodes):
         return f"a {type(message).__name__}"

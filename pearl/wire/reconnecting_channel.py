@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pearl.config.engine_config import DEADLINE_S
-from pearl.core.messages import End, Message, Report, Start, Verdict
+from pearl.core.messages import DraftStats, End, Message, Start, Verdict
 from pearl.errors import Unreachable, UsageError
 from pearl.wire.channel import Channel, Clock
 from pearl.wire.drafter_messages import fault, offset_ids
@@ -214,7 +214,7 @@ class ReconnectingChannel:
                 return
             if not self._log.heard(message):
                 continue  # of a text that is over
-            if isinstance(message, Report) and message.failed:
+            if isinstance(message, DraftStats) and message.failed:
                 self._event("failed", "the draft source failed in a text, which the target wrote alone")
             if self._late:
                 self._late = False

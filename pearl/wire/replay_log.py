@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from pearl.config.engine_config import MAX_SEQUENCES
-from pearl.core.messages import End, Features, Message, Report, SentSeparately, Start, Verdict, joined
+from pearl.core.messages import DraftStats, End, Features, Message, SentSeparately, Start, Verdict, joined
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ReplayLog:
     def heard(self, message: Message) -> bool:
         """Whether the drafter's message is of a text that somebody still wants to hear of."""
         known = message.sequence in self._texts or message.sequence in self._ended
-        if isinstance(message, Report):
+        if isinstance(message, DraftStats):
             self._ended.discard(message.sequence)
         return known
 

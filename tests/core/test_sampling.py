@@ -16,7 +16,16 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from pearl.core import noise, sampling
 from pearl.core.messages import Guess, Nodes
-from pearl.core.sampling import Picker, SamplingParams, judge, noisy_argmax, propose, ranked, residual, warp
+from pearl.core.sampling import (
+    Picker,
+    SamplingParams,
+    accept_or_resample,
+    noisy_argmax,
+    propose,
+    ranked,
+    residual,
+    warp,
+)
 from pearl.core.trie import Node
 from pearl.errors import UsageError
 from pearl.wire.codec import decode, encode
@@ -170,16 +179,16 @@ def test_streams_of_different_purposes_seeds_and_positions_are_unrelated():
 
 def test_no_noise_is_louder_than_the_loudest():
     loudest = -math.log(-math.log(1 - 0.5 / 2**32))
-    assert loudest < noise.LOUDEST < loudest + 0.1
+    assert loudest < noise.MAX_GUMBEL < loudest + 0.1
 
 
 @given(SEEDS, POSITIONS, PURPOSES, st.floats(-5, 22))
 def test_the_loud_tokens_are_found_without_their_noise(seed: int, position: int, purpose: int, least: float):
     tokens = torch.arange(0, 60_000, 3)
-    loud = noise.loud(seed, position, purpose, tokens, least)
+    candidates_above = noise.candidates_above(seed, position, purpose, tokens, least)
     above = tokens[noise.gumbel(seed, position, purpose, tokens) > least]
-    assert set(above.tolist()) <= set(loud.tolist()) <= set(tokens.tolist())
-    assert least < -3 or len(loud) <= len(above) + 2
+    assert set(above.tolist()) <= set(candidates_above.tolist()) <= set(tokens.tolist())
+    assert least < -3 or len(candidates_above) <= len(above) + 2
 
 
 @examples(200)
@@ -229,7 +238,7 @@ def test_rejection_accepts_with_the_least_of_one_and_p_over_q():
     drawn, accepted, out = [0] * 3, [0] * 3, [0] * 3
     for seed in range(4000):
         token, proposal = propose(q.log(), replace(params, seed=seed), position=2)
-        said = judge(p.log(), Node(token, 2, proposal=proposal), seed)
+        said = accept_or_resample(p.log(), Node(token, 2, proposal=proposal), seed)
         drawn[token] += 1
         accepted[token] += said == token
         out[said] += 1
@@ -243,13 +252,13 @@ def test_rejection_accepts_with_the_least_of_one_and_p_over_q():
 def test_a_guess_of_zero_probability_is_never_accepted():
     scores = torch.tensor([0.0, -torch.inf, 0.0])
     for seed in range(200):
-        assert judge(scores, Node(1, 3), seed) != 1
-        assert judge(scores, Node(1, 3, proposal=((1, 0.5), (0, 0.5))), seed) != 1
+        assert accept_or_resample(scores, Node(1, 3), seed) != 1
+        assert accept_or_resample(scores, Node(1, 3, proposal=((1, 0.5), (0, 0.5))), seed) != 1
 
 
 def test_a_guess_made_for_certain_is_accepted_with_its_probability():
     scores = torch.tensor([0.2, 0.3, 0.5]).log()
-    accepted = sum(judge(scores, Node(2, 3), seed) == 2 for seed in range(3000))
+    accepted = sum(accept_or_resample(scores, Node(2, 3), seed) == 2 for seed in range(3000))
     assert abs(accepted / 3000 - 0.5) < 4 * 0.5 / 3000**0.5
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pearl.core.schedule import MAX_AHEAD, MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
+from pearl.core.schedule import MAX_AHEAD, MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
+from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
 
 SWITCHES = {  # pre-verify, post-verify
@@ -18,7 +19,7 @@ SWITCHES = {  # pre-verify, post-verify
 }
 CHAINS = [mode for mode in SWITCHES if mode != "tree"]
 GAMMAS = st.one_of(st.just("auto"), st.integers(1, MAX_GAMMA))
-LIMITS = [st.one_of(st.just("auto"), st.integers(1, most)) for most in (MAX_DRAFT_BATCH, MAX_WIDTH, 100)]
+LIMITS = [st.one_of(st.just("auto"), st.integers(1, most)) for most in (MAX_DRAFT_BATCH, LIMIT, 100)]
 SCHEDULES = st.builds(Schedule.of, st.sampled_from(list(SWITCHES)), GAMMAS, *LIMITS)
 
 
@@ -69,8 +70,8 @@ def test_what_is_not_fixed_by_hand_is_left_to_the_controller(mode: str):
     [
         ("draft_batch", 0, f"draft_batch must be a whole number from 1 to {MAX_DRAFT_BATCH}"),
         ("draft_batch", MAX_DRAFT_BATCH + 1, "draft_batch must be"),
-        ("max_verify_tokens", 0, f"max_verify_tokens must be a whole number from 1 to {MAX_WIDTH}"),
-        ("max_verify_tokens", MAX_WIDTH + 1, "max_verify_tokens must be"),
+        ("max_verify_tokens", 0, f"max_verify_tokens must be a whole number from 1 to {LIMIT}"),
+        ("max_verify_tokens", LIMIT + 1, "max_verify_tokens must be"),
         ("max_draft_tokens", 0, "max_draft_tokens must be a whole number from 1"),
         ("max_draft_tokens", "far", "max_draft_tokens must be"),
     ],

@@ -195,7 +195,7 @@ def judged(p: Sequence[float], q: Sequence[float]) -> float:
     counts = [0] * len(p)
     for seed in range(TEXTS):
         token, proposal = sampling.propose(torch.tensor(q).log(), replace(REJECTION, seed=seed), position=5)
-        counts[sampling.judge(torch.tensor(p).log(), Node(token, 5, proposal=proposal), seed)] += 1
+        counts[sampling.accept_or_resample(torch.tensor(p).log(), Node(token, 5, proposal=proposal), seed)] += 1
     return float(chisquare(counts, [TEXTS * x for x in p]).pvalue)
 
 

@@ -230,7 +230,7 @@ def test_the_recorded_facts_agree_with_the_text(case: Case):
     for first, p in zip([True] + [False] * len(passes), passes, strict=False):
         assert p.position == position
         assert p.rows == (len(case.prompt) if first else 1) + p.offered
-        assert p.sides <= p.offered and (case.schedule.tree or not p.sides)
+        assert p.sides <= p.offered and (case.schedule.mode == "tree" or not p.sides)
         assert 0 <= p.accepted <= p.tested <= p.offered + 1
         assert 1 <= p.committed <= p.offered + 1
         position += p.committed

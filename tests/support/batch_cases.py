@@ -116,7 +116,8 @@ SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own t
 
 def small(schedule: Schedule) -> Schedule:
     """The drafter is infinitely fast here and fills the tree of every text."""
-    return replace(schedule, max_draft_tokens=min(2, schedule.max_draft_tokens or 2)) if schedule.tree else schedule
+    tree = schedule.mode == "tree"
+    return replace(schedule, max_draft_tokens=min(2, schedule.max_draft_tokens or 2)) if tree else schedule
 
 
 @st.composite

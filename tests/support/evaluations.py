@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from pearl.core.messages import Report
-from pearl.core.records import GenerationStats, Judged, Pass
+from pearl.core.messages import DraftStats
+from pearl.core.records import DraftOutcome, GenerationStats, Pass
 from pearl.evaluation import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,14 +74,15 @@ def said(folder: Path) -> list[tuple]:
     return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
 
 
-ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, (Judged(0, (0.25, 0.125)), Judged(None, ())), 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
+OUTCOMES = (DraftOutcome(0, (0.25, 0.125)), DraftOutcome(None, ()))
+ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, OUTCOMES, 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
 
 
 def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> GenerationStats:
     """What the toy decoder of `mode` writes: the same words in every mode, in other passes."""
     words = random.Random(f"{list(prompt)} {seed}").choices(range(9), k=4)
     passes = tuple(replace(ONE, committed=n, seconds=seconds) for n in ((1, 1, 1, 1) if mode == "ar" else (1, 3)))
-    report = None if mode == "ar" else Report(sequence=0, hits=2, verdicts=3, busy_s=0.1)
+    report = None if mode == "ar" else DraftStats(sequence=0, hits=2, verdicts=3, busy_s=0.1)
     return GenerationStats(
         mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6
     )

@@ -10,10 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
-from pearl.core.messages import MOST, Beat, Close, Costs, DraftPlan, End, Garbage, Guess, Nodes, Report, Start, Verdict
-from pearl.core.params import COLDEST, SamplingParams
+from pearl.core.messages import (
+    MOST,
+    Beat,
+    Close,
+    Costs,
+    DraftPlan,
+    DraftStats,
+    End,
+    Garbage,
+    Guess,
+    Nodes,
+    Start,
+    Verdict,
+)
+from pearl.core.params import MIN_TEMPERATURE, SamplingParams
 from pearl.core.sampling import SUPPORT
-from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MAX_WIDTH, MODES, Schedule
+from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
+from pearl.core.token_buckets import LIMIT
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
@@ -25,20 +39,20 @@ SECONDS = st.floats(0, 1e9)
 PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
 GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32))
 PLANS = st.builds(DraftPlan, NUMBERS, NUMBERS, NUMBERS)
-COUNTS = [field.name for field in fields(Report) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
+COUNTS = [field.name for field in fields(DraftStats) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
 TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
 SCHEDULES = st.builds(
     Schedule.of,
     st.sampled_from(MODES),
     st.one_of(st.just("auto"), st.integers(0, MAX_GAMMA)),
     st.one_of(st.just("auto"), st.integers(1, MAX_DRAFT_BATCH)),
-    st.one_of(st.just("auto"), st.integers(1, MAX_WIDTH)),
+    st.one_of(st.just("auto"), st.integers(1, LIMIT)),
     st.one_of(st.just("auto"), st.integers(1, 1000)),
 )
 PARAMS = st.builds(
     SamplingParams,
     max_new_tokens=st.integers(1, 1 << 40),
-    temperature=st.one_of(st.just(0.0), st.floats(COLDEST, 1000)),
+    temperature=st.one_of(st.just(0.0), st.floats(MIN_TEMPERATURE, 1000)),
     top_k=LONG,
     top_p=st.floats(1e-9, 1),
     min_p=st.floats(0, 1),
@@ -53,7 +67,7 @@ OTHERS = st.one_of(
     st.builds(Costs, NUMBERS, st.lists(st.floats(0, 100, width=32), max_size=20).map(tuple)),
     st.builds(End, NUMBERS),
     st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
-    st.builds(Report, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
+    st.builds(DraftStats, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
     st.builds(Close, NUMBERS),
     st.builds(Beat, NUMBERS),
 )
@@ -126,8 +140,8 @@ def test_a_message_that_ends_early_is_garbage():
 
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
-def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, resting: bool):
-    assert encode(Nodes(a, b, c, resting, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
+def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, exhausted: bool):
+    assert encode(Nodes(a, b, c, exhausted, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
     assert encode(Verdict(a, b, DraftPlan(c, d, a), (d,) * 8)).nbytes == 64
 
 
@@ -165,7 +179,7 @@ def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
         message = decode(made)
     except Garbage:
         return
-    assert type(message).__name__ in ("Start", "Verdict", "End", "Costs", "Nodes", "Report", "Close", "Beat")
+    assert type(message).__name__ in ("Start", "Verdict", "End", "Costs", "Nodes", "DraftStats", "Close", "Beat")
 
 
 @examples(300)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, Move, ScriptedChannel, alone, examples, together
 
-from pearl.core.messages import Close, Costs, DraftPlan, End, Guess, Message, Nodes, Report, Start, Verdict
+from pearl.core.messages import Close, Costs, DraftPlan, DraftStats, End, Guess, Message, Nodes, Start, Verdict
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import Unreachable, UsageError
@@ -328,7 +328,7 @@ def test_a_report_that_a_lost_drafter_owed_is_asked_of_the_next_one():
     fate.made[0].gone = True
     said = [channel.receive() for _ in range(200)]
     assert [type(one) for one in fate.made[1].sent] == [Start, Verdict, End]
-    assert Report(1) in [replace(one, memory=0) for one in said if isinstance(one, Report)]
+    assert DraftStats(1) in [replace(one, memory=0) for one in said if isinstance(one, DraftStats)]
 
 
 def test_messages_that_travel_together_are_of_one_pass():
@@ -345,7 +345,7 @@ def test_messages_that_travel_together_are_of_one_pass():
 def test_what_belongs_to_a_text_that_is_over_is_not_heard():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
-    fate.made[0].inbox += [Nodes(5, 0, 1, False), Report(5)]
+    fate.made[0].inbox += [Nodes(5, 0, 1, False), DraftStats(5)]
     assert channel.receive() is None and not channel.lost
 
 
