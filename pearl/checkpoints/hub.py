@@ -20,28 +20,28 @@ def only_downloaded(role: str, name: str) -> bool:
     try:
         here = isinstance(try_to_load_from_cache(name, "config.json"), str)
         if constants.HF_HUB_OFFLINE:
-            why = "HF_HUB_OFFLINE is set, and it was not downloaded before"
+            why = "it was not downloaded before, and HF_HUB_OFFLINE says to ask no hub"
         else:
             HfApi().model_info(name, timeout=PATIENCE_S)
             return False
     except (RepositoryNotFoundError, HFValidationError):
-        here, why = False, f"{constants.ENDPOINT} has no such model, or shows it only to those who may read it"
+        here, why = False, f"{constants.ENDPOINT} has no model of that name, or shows it only to those who may read it"
     except HfHubHTTPError:  # it answers: what is wrong with this model is for transformers to find out
         return False
     except Exception as error:  # of the HTTP library, which changes with the versions of the hub's
         why = (
-            f"{constants.ENDPOINT} is not reached ({brief(error, 80)}), and it was not downloaded before; "
-            "HF_HUB_OFFLINE=1 asks no hub at all"
+            f"it was not downloaded before, and {constants.ENDPOINT} does not answer: {brief(error, 80)}; with "
+            "HF_HUB_OFFLINE=1 no hub is asked"
         )
     if here:
         return True
     raise UsageError(
-        f"The {role} {name} can't be read: give a hub id that this machine can reach, a folder or a GGUF file"
-        f"{_nearest(name)}. It is no file here, and {why}."
+        f"The {role} {name} can't be read: give a hub id that this machine can reach, a folder or a GGUF file ({why})."
+        f"{_nearest(name)}"
     )
 
 
 def _nearest(name: str) -> str:
     known = {model for pair in all_pairs() for model in (pair.target, pair.draft)}
     near = difflib.get_close_matches(name, sorted(known | {folder.name for folder in SHIPPED.glob("*/")}), 1, 0.8)
-    return f"; did you mean {near[0]}?" if near and near[0] != name else ""
+    return f" Did you mean {near[0]}?" if near and near[0] != name else ""

@@ -97,6 +97,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
     names = {"target": config.target, "draft": config.draft}
     check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
 
+    draft = Checkpoint.of(config.draft).found("draft") if drafts else None
     target = Checkpoint.of(config.target).found("target")
     target_config, tokenizer = target.describe("target", config)
     assert tokenizer is not None, "a target has its own"
@@ -124,9 +125,9 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
         / config.tensor_parallel_size
         / 1e9
     }
-    checkpoints, draft = {"target": target}, None
-    if drafts:
-        checkpoints["draft"] = draft = Checkpoint.of(config.draft).found("draft")
+    numbers = {"target": target.numbers()}
+    if draft:
+        numbers["draft"] = draft.numbers()
         own = shared_embeddings.read(draft.name) is None
         draft_config, draft_tokenizer = draft.describe("draft", config, own_tokenizer=own)
         if draft_tokenizer is not None:
@@ -137,7 +138,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
     texts = _texts(config, sizes["target"], max_length)
     caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
     caches["target"] *= here
-    loads = [Load(placed[role], checkpoints[role].numbers(), kinds[role], caches[role], parts[role]) for role in held]
+    loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
     check_memory(loads, texts)
     return Preflight(config, target, draft, tokenizer, vocabulary, max_length, placed["target"], placed["draft"], texts)
 

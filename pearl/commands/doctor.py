@@ -114,7 +114,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     try:
         checked = preflight(config)
     except UsageError as error:
-        yield Finding("pair", NO, str(error))
+        yield _refused("pair", error)
         return
     same = "no model drafts" if config.draft == NGRAM else f"{checked.vocabulary} tokens that both know"
     yield Finding("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
@@ -126,7 +126,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
             events = engine.events
             bits = report(engine.model.checks)
     except UsageError as error:
-        yield Finding("start", NO, str(error))
+        yield _refused("start", error)
         return
     for what, verdict, sentence in bits:
         yield Finding(f"bits: {what}", verdict, sentence)
@@ -153,6 +153,12 @@ def models(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("speed", OK, found)
         return
     yield speed(pass_s, drafted.busy_s / drafted.forwards, accepted / tested, measured)
+
+
+def _refused(what: str, error: UsageError) -> Finding:
+    """A sentence that says what is wrong, and after a colon what to do."""
+    found, _, advice = str(error).partition(": ")
+    return Finding(what, NO, found, advice)
 
 
 def speed(pass_s: float, forward_s: float, a: float, measured: float) -> Finding:

@@ -16,6 +16,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from pearl import options
 from pearl.config.engine_config import DTYPES, FEATURE, LOADS, NGRAM, model_path
 from pearl.config.inputs import parse_yaml, read_text
@@ -182,7 +184,8 @@ def probe() -> Machine:
     import torch  # takes seconds: only who asks about this machine pays for it
 
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    return Machine(_free_ram_gb(), tuple(torch.cuda.mem_get_info(gpu)[0] / 1e9 for gpu in gpus))
+    free = psutil.virtual_memory().available  # what could be had without swapping
+    return Machine(free / 1e9, tuple(torch.cuda.mem_get_info(gpu)[0] / 1e9 for gpu in gpus))
 
 
 def _registry() -> list[Path]:
@@ -209,12 +212,3 @@ def _read(path: Path) -> Pair:
         if name.endswith("_gb") and value is not None:
             facts[name] = float(value)
     return Pair(**{"name": path.stem} | facts)
-
-
-def _free_ram_gb() -> float:
-    """Memory the kernel could hand out without swapping (MemAvailable, given in KiB)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError as error:
-        raise UsageError("no /proc/meminfo tells how much memory is free here; check pairs on Linux") from error
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e9

@@ -6,10 +6,12 @@ import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from pearl.checkpoints import checkpoint
 from pearl.checkpoints.preflight import compare_vocabularies, preflight
 from pearl.config.engine_config import EngineConfig
+from pearl.config.pairs import Machine
 from pearl.engine import Engine
 from pearl.errors import UsageError
 
@@ -82,3 +84,51 @@ def test_what_can_not_be_read_is_said_in_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="can't be read: give a hub id") as caught:
             preflight(EngineConfig(name))
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_network(monkeypatch) -> list[str]:
+    """Whatever asks a hub more than once, or for what is not needed, is noted."""
+    asked = []
+
+    def model_info(self, name, **_):
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr(checkpoint.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("tried six times"))
+    return asked
+
+
+@pytest.mark.parametrize(
+    "name, meant", [("ngrams", "ngram"), ("Qwen/Qwen2.5-0.5B-Instrct", "Qwen/Qwen2.5-0.5B-Instruct"), ("no/such", "")]
+)
+def test_without_a_network_one_short_question_is_asked_and_the_nearest_name_is_told(pair, no_network, name, meant):
+    with pytest.raises(UsageError, match=r"can't be read: give a hub id .*HF_HUB_OFFLINE=1") as caught:
+        preflight(EngineConfig(pair[0], name))
+    assert no_network == [name]
+    assert str(caught.value).endswith(f"Did you mean {meant}?" if meant else ").")
+
+
+def test_what_was_downloaded_before_is_read_without_a_network(monkeypatch, no_network):
+    monkeypatch.setattr("pearl.checkpoints.hub.try_to_load_from_cache", lambda *_: "a file")
+    found = checkpoint.Checkpoint.of("some/model").found("target")
+    assert found.arguments(EngineConfig())["local_files_only"]
+
+
+def test_a_pair_that_can_not_fit_is_refused_by_its_known_size_before_any_hub_is_asked(monkeypatch, no_network):
+    monkeypatch.setattr("pearl.checkpoints.placement.probe", lambda: Machine(ram_gb=20.0))
+    with pytest.raises(UsageError, match=r"need about 177\.\d GB in main memory, where 20\.0 GB are free"):
+        preflight(EngineConfig("Qwen/Qwen2.5-72B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"))
+    assert no_network == []
+
+
+def test_a_length_that_the_target_can_not_read_is_refused_where_it_was_asked_for(pair):
+    with pytest.raises(UsageError, match=r"max_length 1000000000 is more than the \d+ tokens that .* reads"):
+        preflight(EngineConfig(pair[0], max_length=10**9))
+
+
+def test_the_preflight_leaves_other_libraries_as_talkative_as_they_were(pair):
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    preflight(EngineConfig(*pair))
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
