@@ -168,7 +168,7 @@ class Engine:
         if self._closed:
             raise UsageError("This engine is closed: make another one.")
         self.runtime.config.check_mode(schedule.mode)
-        if schedule.drafts and not self.runtime.has_drafter:
+        if schedule.drafts and not self.runtime.target.channel:
             made_for = self.runtime.schedule.mode
             raise UsageError(f"This engine was made for {made_for} and has no drafter: make one for {schedule.mode}.")
         if self.runtime.processes == 1:

@@ -240,7 +240,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "processes": engine.runtime.processes,
         "load": os.getloadavg(),
         "rows": asdict(engine.model.rows),
-        "draft_costs": engine.runtime.draft_costs,
+        "draft_costs": engine.runtime.target.draft_costs,
         "command": sys.argv,
     }
 

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import psutil
 
@@ -45,18 +44,6 @@ class WorkerSpec:
         return WorkerSpec(EngineConfig(**values.pop("config")), **values)
 
 
-class Child(Protocol):
-    """A process that we started; `subprocess.Popen` is one."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-    def kill(self) -> None: ...
-
-    def wait(self, timeout: float | None = None) -> int: ...
-
-
 def start(module: str, spec: WorkerSpec, **environment: str) -> subprocess.Popen:
     """Starts a module of ours as a program, with as many threads as it has CPUs."""
     threads = {limit: str(len(spec.cpus)) for limit in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -72,7 +59,7 @@ def received(role: str) -> WorkerSpec:
     return spec
 
 
-def end(child: Child, patience_s: float) -> None:
+def end(child: subprocess.Popen, patience_s: float) -> None:
     """Waits so long for the end of a process that we started, then kills it."""
     try:
         child.wait(timeout=patience_s)

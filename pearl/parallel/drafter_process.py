@@ -7,6 +7,7 @@ come; then they connect. Each connection has a number.
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import threading
 import time
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import Unreachable, UsageError
-from pearl.parallel.child import Child, WorkerSpec, end, is_stopped, start
+from pearl.parallel.child import WorkerSpec, end, is_stopped, start
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
 from pearl.wire.process_channel import ProcessChannel
@@ -39,15 +40,6 @@ def connect(
     return ProcessChannel(store, rank, host, config.heartbeat_timeout_s, f"pearl-{number}", transport)
 
 
-def drafters_meeting(config: EngineConfig, world: World) -> tuple[dist.Store, str | None]:
-    """Where the two ranks of a replica that a launcher has started find each other."""
-    return meeting(f"replica-{world.replica}", config.start_timeout_s)
-
-
-def spawn(spec: WorkerSpec) -> Child:
-    return start("pearl.parallel.drafter_main", spec)
-
-
 class DrafterProcess:
     """`reach` may be called from a thread of its own; everything else is for the thread of the engine."""
 
@@ -55,12 +47,12 @@ class DrafterProcess:
         """Starts the drafter where no launcher has done so. `features_from`: the device from which features go to it
         beside the channel; empty: they ride on the verdicts."""
         self._config, self._cpus, self._features_from = config, cpus, features_from
-        self._child: Child | None = None
+        self._child: subprocess.Popen | None = None
         self._closing = threading.Event()
         self._reached = -1  # the last connection that was asked for
         self._launched = world.size == 2
         if self._launched:
-            self._store, self._host = drafters_meeting(config, world)
+            self._store, self._host = meeting(f"replica-{world.replica}", config.start_timeout_s)
         else:
             self._store, self._host = own_store(2), LOCAL
             self._start(0)
@@ -115,7 +107,8 @@ class DrafterProcess:
 
     def _start(self, number: int) -> None:
         assert isinstance(self._store, dist.TCPStore)
-        self._child = spawn(WorkerSpec(self._config, self._store.port, self._cpus, number))
+        spec = WorkerSpec(self._config, self._store.port, self._cpus, number)
+        self._child = start("pearl.parallel.drafter_main", spec)
         if self._closing.is_set():  # while it was being started
             self._end_child()
 

@@ -17,7 +17,6 @@ from pearl.errors import UsageError
 from pearl.machine import cores
 from pearl.parallel import drafter_main, tensor_parallel_main
 from pearl.parallel.child import end_with_launcher
-from pearl.parallel.drafter_process import drafters_meeting
 from pearl.parallel.runtime import Layout, Runtime
 from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
 from pearl.parallel.world import World, meeting
@@ -36,9 +35,16 @@ def launch(
             raise
         raise SystemExit(2) from None  # the first rank meets the same, and says it
     if world.rank == 1:
-        raise SystemExit(_draft(layout))
+        end_with_launcher("drafter")
+        store, host = meeting(f"replica-{world.replica}", config.start_timeout_s)
+        make = partial(drafter_main.draft_source, config, layout.checked)
+        draft = partial(drafter_main.serve, config, layout.draft_cpus, store, host, make)
+        raise SystemExit(drafter_main.guarded(draft))
     if world.tp_rank:
-        raise SystemExit(_work(layout))
+        store, host = meeting(MEETING)
+        rank, cpus = world.tp_rank, layout.target_cpus
+        work = partial(tensor_parallel_main.work, lambda: layout.checked, rank, cpus, store, host, DEADLINE_S)
+        raise SystemExit(tensor_parallel_main.guarded(rank, work))
     return Runtime(layout)
 
 
@@ -54,21 +60,6 @@ def arrange(
     if dealt:
         target_cpus = dealt[world.tp_rank % len(dealt)]
     return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, dealt)
-
-
-def _draft(layout: Layout) -> int:
-    checked, config = layout.checked, layout.checked.config
-    end_with_launcher("drafter")
-    store, host = drafters_meeting(config, layout.world)
-    make = partial(drafter_main.draft_source, config, checked)
-    return drafter_main.guarded(partial(drafter_main.serve, config, layout.draft_cpus, store, host, make))
-
-
-def _work(layout: Layout) -> int:
-    store, host = meeting(MEETING)
-    rank, cpus = layout.world.tp_rank, layout.target_cpus
-    run = partial(tensor_parallel_main.work, lambda: layout.checked, rank, cpus, store, host, DEADLINE_S)
-    return tensor_parallel_main.guarded(rank, run)
 
 
 def count_processes(schedule: Schedule, asked: int | None, world: World) -> int:

@@ -81,7 +81,7 @@ class Runtime:
         self.model = load_target(self.checked, self._workers)
         self.model.features_stay = bool(self._peer and direct and not self._workers)
         self.eos = eos_ids(self.model.model, self.tokenizer)
-        self._target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
+        self.target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
 
     def _open_channel(self) -> Channel | None:
         if self._peer:
@@ -121,7 +121,7 @@ class Runtime:
         target_on, draft_on = self.checked.target_on, self.checked.draft_on
         devices = tuple(dict.fromkeys(target_on.devices + draft_on.devices))
         if schedule.mode != "ar-all":
-            yield self._target
+            yield self.target
         elif not target_on.on_cpu and len(devices) > len(target_on.devices):
             if not self._spread:
                 self._spread = Target(load_target(replace(self.checked, target_on=Placement(devices))))
@@ -129,20 +129,11 @@ class Runtime:
         else:
             _run_on(sorted({*self.target_cpus, *self.draft_cpus}))
             try:
-                yield self._target
+                yield self.target
             finally:
                 _run_on(self.target_cpus)
 
     # What it says of itself
-
-    @property
-    def has_drafter(self) -> bool:
-        return self._target.channel is not None
-
-    @property
-    def draft_costs(self) -> tuple[float, ...]:
-        """Seconds of a drafter forward by its rows, once a text has been drafted; empty without a draft model."""
-        return self._target.draft_costs
 
     @property
     def drafter_pid(self) -> int | None:

@@ -61,14 +61,7 @@ class World:
             first = rank - local
             targets = max(0, min(tensor, first + here) - first)
             two_hosts = targets in (0, here)
-            return World(
-                int(rank == tensor),
-                2,
-                two_hosts=two_hosts,
-                tp_rank=rank % tensor,
-                tp_size=tensor,
-                local_tp_size=targets,
-            )
+            return World(int(rank == tensor), 2, 0, 1, 0, 1, two_hosts, rank % tensor, tensor, targets)
         if size % 2:
             raise UsageError(
                 f"The launcher started {size} processes, but one target and one drafter are two: use "

@@ -5,17 +5,15 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import pytest
 import tiny
 import torch
+from programs import start, torchrun
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
@@ -25,7 +23,6 @@ from pearl.roles import target as target_module
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def the(thing):\n"
 GREEDY = SamplingParams(max_new_tokens=40, ignore_eos=True)
 SEEDED = SamplingParams(max_new_tokens=40, ignore_eos=True, temperature=1.0, seed=7)
@@ -425,27 +422,19 @@ print(next(stream))
 """
 
 
-def run_script(tmp_path: Path, script: str, *command: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    (tmp_path / "script.py").write_text(script)
-    return subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
-    )
-
-
 @pytest.mark.slow
 def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, pair, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = run_script(tmp_path, SCRIPT, *launcher, "script.py", *pair)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [*map(str, alone(engine, GREEDY)), "None"]  # once: rank 1 says nothing
+    program = start(tmp_path, SCRIPT, *pair, launcher=torchrun())
+    printed, errors = program.communicate(timeout=150)
+    assert program.returncode == 0, errors
+    assert printed.split() == [*map(str, alone(engine, GREEDY)), "None"]  # once: rank 1 says nothing
 
 
 @pytest.mark.slow
 def test_a_program_may_end_in_the_middle_of_a_text(engine, pair, tmp_path):
-    done = run_script(tmp_path, LEFT, "script.py", *pair)
-    assert (done.returncode, done.stdout) == (0, f"{alone(engine, GREEDY)[0]}\n"), done.stderr
+    program = start(tmp_path, LEFT, *pair)
+    printed, errors = program.communicate(timeout=150)
+    assert (program.returncode, printed) == (0, f"{alone(engine, GREEDY)[0]}\n"), errors
 
 
 def test_a_launcher_of_three_is_refused(pair, monkeypatch):

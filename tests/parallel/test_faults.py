@@ -9,15 +9,13 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import faults
 import psutil
 import pytest
 from faults import KINDS, OPTIONS, Fault, Footprint, Nursery, Pace
+from programs import start, torchrun
 
 from pearl.config.engine_config import DEADLINE_S
 from pearl.engine import Engine
@@ -34,7 +32,7 @@ def nursery(pair, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reconnecting_channel, "BACK_OFF_S", 0.0)
         made = Nursery(pair, tmp_path_factory.mktemp("nursery"))
-        patch.setattr(drafter_process, "spawn", made.spawn)
+        patch.setattr(drafter_process, "start", made.start)
         yield made
         made.close()
 
@@ -152,19 +150,6 @@ with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300) as e
 """
 
 
-def started(tmp_path: Path, pair: tuple[str, str], *launcher: str) -> subprocess.Popen:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(tmp_path / "program.py"), *pair],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def descendants(pid: int) -> set[int]:
     """All processes below one, and itself."""
     return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
@@ -203,7 +188,7 @@ def zombie(pid: int) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_when_the_target_ends_the_drafter_ends_within_five_seconds(pair, tmp_path, how):
-    program = started(tmp_path, pair)
+    program = start(tmp_path, PROGRAM, *pair, XDG_CACHE_HOME=str(tmp_path))
     target, drafter = map(int, program.stdout.readline().split())
     time.sleep(0.3)
     os.kill(target, how)
@@ -216,8 +201,7 @@ def test_when_the_target_ends_the_drafter_ends_within_five_seconds(pair, tmp_pat
 
 @pytest.mark.parametrize("victim", ["launcher", "target", "drafter"])
 def test_under_torchrun_nobody_outlives_the_others(pair, tmp_path, victim):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    program = started(tmp_path, pair, *launcher)
+    program = start(tmp_path, PROGRAM, *pair, launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
     target = int(program.stdout.readline().split()[0])
     everybody = descendants(program.pid)
     (drafter,) = [pid for pid in everybody - {target, program.pid} if psutil.Process(pid).environ().get("RANK") == "1"]

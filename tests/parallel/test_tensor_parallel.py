@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from programs import start, torchrun
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES
@@ -17,7 +14,6 @@ from pearl.engine import Engine
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def the(thing):\n"
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(max_new_tokens=24, ignore_eos=True, temperature=1.0, seed=7)
@@ -101,23 +97,11 @@ with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=256, tens
 
 def test_under_torchrun_on_two_nodes_the_last_rank_drafts(engine, pair, tmp_path):
     """Of two ranks on the first, one on the second."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--master_addr", "127.0.0.1"]
-    launcher += ["--master_port", port]
+        where = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
     nodes = [
-        subprocess.Popen(
-            [*launcher, "--node_rank", str(node), "--nproc_per_node", count, "script.py", *pair],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start(tmp_path, SCRIPT, *pair, launcher=torchrun(*where, "--node_rank", str(node), "--nproc_per_node", count))
         for node, count in enumerate("21")
     ]
     try:

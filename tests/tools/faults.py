@@ -34,7 +34,6 @@ from pearl.config.engine_config import DRAFT, EMBEDDED
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.parallel.child import WorkerSpec, end_with_parent
-from pearl.roles.target import Target
 
 KINDS = ("kill", "stop", "pause", "exit", "exception", "memory", "garbage", "nonsense", "broken", "late")
 MODES = ("pearl", "sd", "pearl-no-pre", "pearl-no-post", "tree")
@@ -104,7 +103,7 @@ class Forked:
 
 
 class Nursery:
-    """`spawn` stands in for `pearl.parallel.drafter_process.spawn`. All it has forked is in `pids`."""
+    """`start` stands in for `pearl.parallel.child.start`. All it has forked is in `pids`."""
 
     def __init__(self, pair: tuple[str, str], folder: Path, dtype: str = "float32"):
         self.fault = folder / "fault"
@@ -121,7 +120,7 @@ class Nursery:
         self.next: str = ""  # what is to happen to the next one while it starts
         assert self._process.stdout and self._process.stdout.readline() == "ready\n"
 
-    def spawn(self, spec: WorkerSpec) -> Forked:
+    def start(self, _: str, spec: WorkerSpec) -> Forked:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps({"spec": spec.to_json(), "fault": self.next}) + "\n")
         self._process.stdin.flush()
@@ -216,7 +215,7 @@ def suffer(engine: Engine, nursery: Nursery, fault: Fault) -> Outcome:
             said.append(token)
         if timer:
             timer.join()
-    passes = target_of(engine).passes
+    passes = engine.runtime.target.passes
     pause, longest = max(p.waited_s for p in passes), max(p.forward_s for p in passes)
     return Outcome(fault, said == alone, pause, longest, pace.stalled_s)
 
@@ -240,11 +239,6 @@ class Footprint:
         return (*counts, round(self.memory_mb - before.memory_mb, 1))
 
 
-def target_of(engine: Engine) -> Target:
-    with engine.runtime.target_for(engine.runtime.schedule) as target:
-        return target
-
-
 def write_many(engine: Engine, texts: int, tokens: int) -> int:
     """Texts in every mode in turn, some of them side by side where there are places. Returns their passes."""
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
@@ -253,7 +247,7 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
         prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.batch_slots)]
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
             passes += len(text.stats.passes)
-    target = target_of(engine)
+    target = engine.runtime.target
     assert not target._live and not target._ended and len(target._held) <= engine.model.batch_slots, (
         "a place is not free"
     )
@@ -263,7 +257,7 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
 def wait_until_back(engine: Engine, seconds: float = 60.0) -> None:
     """Until there is a drafter that is not late. Only time in which this process runs counts."""
     before = time.perf_counter()
-    while target_of(engine).channel.lost:
+    while engine.runtime.target.channel.lost:
         time.sleep(0.005)
         now = time.perf_counter()
         seconds, before = seconds - min(now - before, 0.1), now
@@ -405,7 +399,7 @@ def main() -> int:
         pair = (EMBEDDED, DRAFT) if found.default else tiny.save_pair(Path(folder))
         dtype = "bfloat16" if found.default else "float32"
         drafters = Nursery(pair, Path(folder), dtype)
-        drafter_process.spawn = drafters.spawn
+        drafter_process.start = drafters.start
         with Engine.from_pretrained(*pair, **{**OPTIONS, "dtype": dtype}) as engine:
             if found.long:
                 _long(engine)

@@ -1,0 +1,29 @@
+"""Programs that use pearl, run as a person would run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(folder: Path, script: str, *words: str, launcher: tuple[str, ...] = (), **environment: str):
+    """A script, run in `folder` on one thread and in a session of its own."""
+    (folder / "script.py").write_text(script)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *launcher, "script.py", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def torchrun(*options: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", *(options or ("--standalone", "--nproc_per_node", "2")))
