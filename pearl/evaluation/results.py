@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.messages import DraftStats
 from pearl.core.records import DraftOutcome, GenerationStats, Key, Pass
@@ -69,7 +70,7 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
 
 def check(folder: Path, asked: Mapping[str, Any]) -> None:
     """Refuses a folder that was begun with another config."""
-    begun = _object(folder / CONFIG)
+    begun = of_today(_object(folder / CONFIG))
     asked = _asked(asked)
     for key in asked:
         if key in begun and begun[key] != asked[key]:
