@@ -18,19 +18,36 @@ folders=()
 
 run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 
+# data_of TASK: the file of its problems, if DATA holds them
+data_of() {
+  if [[ -n ${DATA:-} ]]; then case $1 in
+    gsm8k) echo "$DATA/gsm8k/test.jsonl" ;;
+    mgsm) echo "$DATA/mgsm/mgsm.jsonl" ;;
+    mt_bench | spec_bench) echo "$DATA/$1/question.jsonl" ;;
+  esac; fi
+}
+
+# needs TASK...: ends at once, with a sentence, where a later row would find no problems
+needs() {
+  local task
+  for task in "$@"; do
+    [[ -n ${DRY_RUN:-} ]] || python -c "import sys
+from pearl.commands.eval import suite
+from pearl.config.cli import guarded
+sys.exit(guarded(lambda words: not suite(words[0]).load(words[1] or None))(sys.argv[1:]))" "${task//_/-}" "$(data_of "$task")"
+  done
+}
+
 # row NAME TASK OPTIONS...: a run of every pair, in RESULTS/PAIR/NAME
 row() {
-  local name=$1 task=$2 pair folder command; shift 2
+  local name=$1 task=$2 pair folder command data; shift 2
+  data=$(data_of "$task")
   for pair in $PAIR; do
     folder=$RESULTS/$(basename "$pair" .yaml)${LIMIT:+-limit-$LIMIT}${TOKENS:+-tokens-$TOKENS}/$name
     folders+=("$folder")
     command=($LAUNCH "eval/$task.py" --pair "$pair" --output "$folder" --resume)
     command+=(${LIMIT:+--limit "$LIMIT"} ${TOKENS:+--max-new-tokens "$TOKENS"} ${TRACE:+--trace "$folder/trace.json"})
-    if [[ -n ${DATA:-} ]]; then case $task in
-      gsm8k) command+=(--data "$DATA/gsm8k/test.jsonl") ;;
-      mgsm) command+=(--data "$DATA/mgsm/mgsm.jsonl") ;;
-      mt_bench | spec_bench) command+=(--data "$DATA/$task/question.jsonl") ;;
-    esac; fi
+    command+=(${data:+--data "$data"})
     [[ -n ${DRY_RUN:-} ]] || mkdir -p "$folder"
     run "${command[@]}" ${OPTIONS:-} "$@"
   done

@@ -167,6 +167,15 @@ def launcher(tmp_path_factory) -> Iterator[str]:
     server.wait()
 
 
+@pytest.mark.parametrize("name", ["main_results", "all", "full_width", "ablation", "equal_devices", "mean_accepted"])
+def test_data_that_is_not_there_is_missed_before_anything_is_decoded(name, tmp_path):
+    settings = {"READY": "1", "DATA": str(tmp_path), "RESULTS": str(tmp_path / "results"), "LAUNCH": "touch started"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = bash(f"scripts/{name}.sh", PATH=path, **settings)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "gsm8k/test.jsonl" in done.stderr
+    assert not (tmp_path / "results").exists() and not (ROOT / "started").exists()
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, launcher) -> dict[str, str]:
     """The environment in which a script takes seconds: two tiny models, one problem, a few tokens."""
