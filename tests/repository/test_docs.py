@@ -134,7 +134,7 @@ def test_the_examples_of_contributing_run(tmp_path: Path, monkeypatch: pytest.Mo
     run_examples(ROOT / "CONTRIBUTING.md")
 
 
-@pytest.mark.models
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
     run_examples(ROOT / "README.md")
     assert len(capsys.readouterr().out) > 100
