@@ -36,16 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = humaneval.load()
     problems = [problems[i] for i in cli.choose(len(problems), found.limit or 3, found.indices)]
 
-    from rich.console import Console
-
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
-    from pearl.evaluation import harness, results
+    from pearl.evaluation import harness, lines, results, tables
     from pearl.parallel.launch import launch
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
     folder = Path(found.output or "results/never-slower")
     figures = {}
+    for name in ("random", "slow", "unguessed"):
+        results.check_output(folder / name, resume=False)
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
             "random": (replace(config, draft=_random(config.draft, Path(scratch))), params),
@@ -63,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plan = harness.Plan(tuple(tasks), harness.decoders(engine, schedules), sampling)
                 asked = {"case": name, "resolved": vars(case)}
                 results.begin(folder / name, asked)
-                harness.run(plan, folder / name, console)
+                harness.run(plan, folder / name)
                 summary = harness.summary(engine, plan, asked, results.read(folder / name)[0])
-            results.write(folder / name / results.SUMMARY, summary)
+            lines.write_json(folder / name / results.SUMMARY, summary)
             figures[name] = summary["modes"]
-            console.print(harness.table(summary["modes"], f"{name}: {case.target} <- {case.draft}"))
+            tables.show(f"{name}: {case.target} <- {case.draft}", summary["modes"])
     worst = min(f["speedup_vs_ar"] for modes in figures.values() for f in modes.values())
-    console.print(f"the worst is {worst:.3f} x ar; written to {folder}", highlight=False)
+    print(f"the worst is {worst:.3f} x ar; written to {folder}")
     return 0
 
 

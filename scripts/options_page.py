@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from pearl.config import cli
 from pearl.config.commands import COMMANDS
-from pearl.evaluation.main import TASK
+from pearl.evaluation.eval_config import TASK
 from pearl.options import Option
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "options.md"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pearl.commands import eval
 from pearl.config import cli
 from pearl.config.commands import COMMANDS
-from pearl.evaluation import main as evaluation
+from pearl.evaluation import eval_config
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -34,7 +34,7 @@ def whole() -> argparse.ArgumentParser:
         if name == "eval":
             suites = commands.add_parser(name, help=about).add_subparsers()
             for suite in eval.SUITES:
-                _put(suites, suite, evaluation.parser(eval.suite(suite)), suite)
+                _put(suites, suite, eval_config.parser(eval.suite(suite)), suite)
         else:
             _put(commands, name, importlib.import_module(module).parser(), about)
     _put(commands, "completion", parser(), "print a script for the shell")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pearl.config import cli
 from pearl.errors import UsageError
+from pearl.evaluation import eval_config
 from pearl.evaluation import main as evaluation
 from pearl.options import nearest
 from pearl.tasks.suite import Suite
@@ -27,7 +28,7 @@ def suite(name: str) -> Suite:
 
 def parser() -> cli.Parser:
     """Of the command without a data set: it names them."""
-    made = cli.Parser("eval", *(f"{name} {evaluation.EXAMPLES[0]}" for name in SUITES))
+    made = cli.Parser("eval", *(f"{name} {eval_config.EXAMPLES[0]}" for name in SUITES))
     made.usage = "pearl eval DATASET [options]"
     made.add_argument("suite", metavar="DATASET", choices=tuple(SUITES), help=", ".join(SUITES))
     return made

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found.kind != "single" and len(models) < 2:
         raise UsageError(f"{found.kind} compares answers: name two files with --answers.")
 
-    from pearl.evaluation import judging, results
+    from pearl.evaluation import judging, lines
 
     if found.kind == "agreement":
         print(judging.agreement(models))
@@ -59,6 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for game in wanted:
         if game.key not in done:
             done[game.key] = game.play(by)
-            results.append_lines(file, [done[game.key]])
+            lines.append(file, [done[game.key]])
     print((judging.ratings if found.kind == "single" else judging.wins)(wanted, done))
     return 0

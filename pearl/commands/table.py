@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)
     labels = ("run", "category", "mode") if found.by_category else ("run", "mode")
-    table = tables.markdown(labels, columns, rows)
+    table = tables.markdown(*tables.cells(labels, columns, rows), labels=len(labels))
     print(f"{found.title}\n\n{table}")
     output = found.output or found.folders[0].parent
     output.mkdir(parents=True, exist_ok=True)

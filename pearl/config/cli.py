@@ -275,11 +275,8 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
         except UsageError as error:
             say(f"error: {error}")
             return 2
-        except KeyboardInterrupt:
-            say(
-                "interrupted: what was finished is written. The same command goes on from there; an evaluation with "
-                "--resume and the same --output."
-            )
+        except KeyboardInterrupt as stop:
+            say(str(stop) or "interrupted: what was finished is written. The same command goes on from there.")
             return 130
 
     return run

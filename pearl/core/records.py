@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pearl.core.messages import DraftStats
 
 
-class Key(NamedTuple):
+class SampleKey(NamedTuple):
     """Which text of a run: a problem, its sample (each has a seed of its own), a repeat of that, a turn of a talk."""
 
     task: str
@@ -18,9 +18,9 @@ class Key(NamedTuple):
     turn: int = 0
 
     @staticmethod
-    def of(line: Mapping[str, Any]) -> Key:
+    def of(line: Mapping[str, Any]) -> SampleKey:
         """Of a line in a run's files; early ones know no repeats and no turns."""
-        return Key(line["task_id"], line["sample"], line.get("repeat", 0), line.get("turn", 0))
+        return SampleKey(line["task_id"], line["sample"], line.get("repeat", 0), line.get("turn", 0))
 
 
 @dataclass(frozen=True)

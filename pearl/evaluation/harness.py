@@ -19,28 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from pearl.core import records
-from pearl.core.records import Key
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
+from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.evaluation import metrics, results
-from pearl.evaluation.progress import Board
-from pearl.evaluation.results import Round
-from pearl.evaluation.tables import COLUMNS, OF_A_RUN
+from pearl.evaluation.lines import Line
+from pearl.evaluation.progress import ProgressLine
+from pearl.evaluation.results import WorkUnit
+from pearl.machine.display import Progress
 
 WARM_UP_TOKENS = 8
-BLOCK = 4  # times the batch size: the rounds that a mode writes before the next mode has its turn
+BLOCK = 4  # times the batch size: the work units that a mode writes before the next mode has its turn
 
 # several texts side by side, in one mode: yields each job with what a pass has committed, and at last with all of it
 Writer = Callable[[Iterable[GenerationRequest | None]], Iterator[tuple[GenerationRequest, list[int] | Generation]]]
 
 # a mode: writes the text after a prompt, which may continue the last one that it wrote
-Decoder = Callable[[Sequence[int], SamplingParams, bool], records.GenerationStats]
+Decoder = Callable[[Sequence[int], SamplingParams, bool], GenerationStats]
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,10 @@ class Plan:
     batch_size: int = 1
 
     @property
-    def rounds(self) -> list[Round]:
+    def units(self) -> list[WorkUnit]:
         """In their order: repeats last, so that a run that is broken off has all problems rather than all repeats."""
         return [
-            Round(task.id, sample, repeat)
+            WorkUnit(task.id, sample, repeat)
             for repeat in range(self.repeats)
             for task in self.tasks
             for sample in range(self.samples)
@@ -78,15 +75,12 @@ class Plan:
 
     @property
     def texts(self) -> dict[str, int]:
-        """How many a round of each problem makes."""
+        """How many a unit of each problem makes."""
         return {task.id: task.turns * len(self.modes) for task in self.tasks}
 
     @property
     def digest(self) -> str:
         return results.digest((task.id, task.prompt(())) for task in self.tasks)
-
-    def task(self, id: str) -> Task:
-        return next(task for task in self.tasks if task.id == id)
 
 
 def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Decoder]:
@@ -107,122 +101,125 @@ def writers(engine: Engine, schedules: Mapping[str, Schedule], batch_size: int) 
     return {mode: writer(schedule) for mode, schedule in schedules.items()}
 
 
-def run(plan: Plan, folder: Path, console: Console, rounds: Collection[Round] | None = None) -> None:
-    """Decodes every problem in every mode, or only these `rounds`, and adds each round to `folder` once it is done."""
-    wanted = set(plan.rounds if rounds is None else rounds)
-    modes, texts = tuple(plan.modes), plan.texts
+def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> None:
+    """Decodes every problem in every mode, or only these `units`, and adds each unit to `folder` once it is done."""
+    wanted = plan.units if units is None else [one for one in plan.units if one in set(units)]
     if wanted:
-        warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
-        for mode, decode in plan.modes.items():
-            decode(plan.tasks[0].prompt(()), warm, False)
-            if plan.batch_size > 1 and mode in plan.writers:
-                tasks = plan.tasks[: plan.batch_size]
-                deque(plan.writers[mode](GenerationRequest(task.prompt(()), warm) for task in tasks), maxlen=0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    rounds = [one for one in plan.rounds if one in wanted]
+        _warm_up(plan)
+    modes, tasks = tuple(plan.modes), {task.id: task for task in plan.tasks}
     size = 1 if plan.batch_size == 1 else BLOCK * plan.batch_size
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("decoding", total=len(wanted) * len(modes))
-        for block in (rounds[first : first + size] for first in range(0, len(rounds), size)):
-            written: dict[Round, list[tuple[results.Line, list[results.Line]]]] = {one: [] for one in block}
-            turn = plan.rounds.index(block[0]) // size % len(modes)
+    with Progress("decoding", len(wanted) * len(modes)) as progress:
+        for block in (wanted[first : first + size] for first in range(0, len(wanted), size)):
+            written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
+            talks = [Conversation(unit, tasks[unit.task], plan.params) for unit in block]
+            turn = plan.units.index(block[0]) // size % len(modes)
             try:
                 for mode in (*modes[turn:], *modes[:turn]):
-                    progress.update(bar, description=f"{block[0].task} {mode}")
-                    for key, text, completion in _written(plan, block, mode, Board(progress, bar, mode)):
-                        lines = results.sample_line(key, mode, text, completion), results.pass_lines(key, mode, text)
-                        written[Round(key.task, key.sample, key.repeat)].append(lines)
-                        progress.advance(bar, 1 / plan.task(key.task).turns)
+                    progress.show(f"{block[0].task} {mode}")
+                    for key, prompt, text in _written(plan, talks, mode, progress):
+                        completion = tasks[key.task].completion(text.text)
+                        sample = results.sample_line(key, mode, prompt, text, completion)
+                        written[WorkUnit(*key[:3])].append((sample, results.pass_lines(key, mode, text)))
+                        progress.advance(1 / tasks[key.task].turns)
             finally:  # also where somebody has enough: what is finished is kept
-                whole = [some for one, some in written.items() if len(some) == texts[one.task]]
+                whole = [some for unit, some in written.items() if len(some) == plan.texts[unit.task]]
                 if whole:
-                    samples, passes = zip(*(line for some in whole for line in some), strict=True)
+                    samples, passes = zip(*(both for some in whole for both in some), strict=True)
                     results.append(folder, samples, [line for some in passes for line in some])
 
 
-def _written(
-    plan: Plan, block: Sequence[Round], mode: str, board: Board
-) -> Iterator[tuple[Key, records.GenerationStats, str]]:
+def _warm_up(plan: Plan) -> None:
+    """Every mode writes a few tokens that nobody records: first forwards are slow."""
+    warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
+    for mode, decode in plan.modes.items():
+        decode(plan.tasks[0].prompt(()), warm, False)
+        if plan.batch_size > 1 and mode in plan.writers:
+            tasks = plan.tasks[: plan.batch_size]
+            deque(plan.writers[mode](GenerationRequest(task.prompt(()), warm) for task in tasks), maxlen=0)
+
+
+Text = tuple[SampleKey, Sequence[int], GenerationStats]  # which it is, its prompt, and what happened
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One work unit in one mode: turn by turn, each after the answers before it."""
+
+    unit: WorkUnit
+    task: Task
+    params: SamplingParams  # of the first sample; each has a seed of its own
+
+    def request(self, answers: Sequence[str], after: GenerationRequest | None = None) -> GenerationRequest:
+        """Its next turn."""
+        params = replace(self.params, seed=self.params.seed + self.unit.sample)
+        return GenerationRequest(self.task.prompt(answers), params, after)
+
+    def alone(self, decode: Decoder) -> Iterator[Text]:
+        """All its turns, one after the other."""
+        answers: list[str] = []
+        for turn in range(self.task.turns):
+            prompt = self.task.prompt(answers)
+            text = decode(prompt, self.request(answers).params, turn > 0)
+            answers.append(text.text)
+            yield SampleKey(*self.unit, turn), prompt, text
+
+
+def _written(plan: Plan, talks: Sequence[Conversation], mode: str, progress: Progress) -> Iterator[Text]:
     """The texts of a block in one mode: side by side where the mode can."""
     if plan.batch_size > 1 and mode in plan.writers:
-        yield from _talks(plan, block, plan.writers[mode], board)
+        yield from _side_by_side(talks, plan.writers[mode], ProgressLine(progress, mode))
     else:
-        for one in block:
-            yield from _talk(plan, one, plan.modes[mode])
+        for talk in talks:
+            yield from talk.alone(plan.modes[mode])
 
 
-@dataclass
-class _Talk:
-    """A sample under way."""
+def _side_by_side(talks: Sequence[Conversation], write: Writer, line: ProgressLine) -> Iterator[Text]:
+    """The next turn of a conversation goes before those that have not begun, into the slot that it had."""
+    queue = deque(talk.request(()) for talk in talks)
+    under_way: dict[GenerationRequest, tuple[Conversation, list[str]]] = {
+        request: (talk, []) for request, talk in zip(queue, talks, strict=True)
+    }
+    left = sum(talk.task.turns for talk in talks)
 
-    round: Round
-    task: Task
-    params: SamplingParams
-    answers: list[str] = field(default_factory=list)
-
-    def job(self, after: GenerationRequest | None = None) -> GenerationRequest:
-        """Its next turn."""
-        return GenerationRequest(self.task.prompt(self.answers), self.params, after)
-
-
-def _talks(
-    plan: Plan, block: Sequence[Round], write: Writer, board: Board
-) -> Iterator[tuple[Key, records.GenerationStats, str]]:
-    """Several samples side by side. The next turn of one goes before those that have not begun, where it was."""
-    talks: dict[GenerationRequest, tuple[_Talk, int]] = {}
-    queue: deque[GenerationRequest] = deque()
-    for one in block:
-        talk = _Talk(one, plan.task(one.task), replace(plan.params, seed=plan.params.seed + one.sample))
-        queue.append(talk.job())
-        talks[queue[-1]] = talk, 0
-    left = sum(talk.task.turns for talk, _ in talks.values())
-
-    def jobs() -> Iterator[GenerationRequest | None]:
+    def requests() -> Iterator[GenerationRequest | None]:
         given = 0
         while given < left:
             given += bool(queue)
             yield queue.popleft() if queue else None
 
-    for job, said in write(jobs()):
-        talk, turn = talks[job]
-        if isinstance(said, Generation):
-            board.over(job)
-            yield Key(*talk.round, turn), said.stats, talk.task.completion(said.text)
+    for request, news in write(requests()):
+        talk, answers = under_way[request]
+        if isinstance(news, Generation):
+            line.over(request)
+            yield SampleKey(*talk.unit, len(answers)), talk.task.prompt(answers), news.stats
             continue
-        board.said(job, talk.round.task, said)
-        assert job.text is not None
-        if job.text.stopper.finish and turn + 1 < talk.task.turns:
-            talk.answers.append(job.text.stopper.text)
-            queue.appendleft(talk.job(after=job))
-            talks[queue[0]] = talk, turn + 1
+        line.said(request, talk.unit.task, news)
+        assert request.text is not None
+        if request.text.stopper.finish and len(answers) + 1 < talk.task.turns:
+            answers = [*answers, request.text.stopper.text]
+            queue.appendleft(talk.request(answers, after=request))
+            under_way[queue[0]] = talk, answers
 
 
-def _talk(plan: Plan, one: Round, decode: Decoder) -> Iterator[tuple[Key, records.GenerationStats, str]]:
-    """The turns of one sample, each with what of it counts."""
-    task, answers = plan.task(one.task), []
-    params = replace(plan.params, seed=plan.params.seed + one.sample)
-    for turn in range(task.turns):
-        text = decode(task.prompt(answers), params, turn > 0)
-        answers.append(text.text)
-        yield Key(*one, turn), text, task.completion(text.text)
-
-
-def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: dict[str, metrics.Runs]) -> dict[str, Any]:
+def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[str, metrics.Runs]) -> dict[str, Any]:
     """`summary.json`, with None for what a caller fills in later (scores)."""
-    tasks = {task.id: task for task in plan.tasks}
-
-    def gap(key: Key, index: int) -> float:
-        ar = runs["ar"]
-        answers = [ar[key._replace(turn=turn)].text for turn in range(key.turn)]
-        return engine.top_two_gap([*tasks[key.task].prompt(answers), *ar[key].tokens[:index]])
-
-    runs = {mode: runs[mode] for mode in plan.modes}
-    modes = metrics.summarise(runs, gap, lambda key: tasks[key.task].category)
-    if plan.params.rejection:  # the text depends on the drafter there; only its distribution is the target's
-        for figures in modes.values():
-            figures["identical_to_ar"] = figures["first_divergence_gaps"] = None
+    tasks, runs = {task.id: task for task in plan.tasks}, {mode: runs[mode] for mode in plan.modes}
+    modes = metrics.summarise(runs, lambda key: tasks[key.task].category)
+    for mode, figures in modes.items():
+        if plan.params.rejection:  # the text depends on the drafter there; only its distribution is the target's
+            figures["identical_to_ar"] = None
+        elif ar := runs.get("ar"):
+            figures["first_divergence_gaps"] = [
+                engine.top_two_gap([*tasks[key.task].prompt(_before(ar, key)), *ar[key].tokens[:index]])
+                for key, index in metrics.divergences(runs[mode], ar)
+            ]
     events = [asdict(event) for event in engine.events]
     return {"config": config, "environment": environment(engine), "events": events, "modes": modes}
+
+
+def _before(runs: metrics.Runs, key: SampleKey) -> list[str]:
+    """The answers of the turns before this one."""
+    return [runs[key._replace(turn=turn)].text for turn in range(key.turn)]
 
 
 def environment(engine: Engine) -> dict[str, Any]:
@@ -243,17 +240,6 @@ def environment(engine: Engine) -> dict[str, Any]:
         "draft_costs": engine.runtime.target.draft_costs,
         "command": sys.argv,
     }
-
-
-def table(figures: dict[str, dict[str, Any]], title: str) -> Table:
-    """The summary as a person reads it."""
-    made = Table(title=title, title_justify="left", header_style="bold")
-    made.add_column("mode")
-    for name in OF_A_RUN:
-        made.add_column(COLUMNS[name].heading, justify="right")
-    for mode, values in figures.items():
-        made.add_row(mode, *(COLUMNS[name].cell(values.get(name)) for name in OF_A_RUN))
-    return made
 
 
 def _commit() -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.errors import UsageError
-from pearl.evaluation import results
+from pearl.evaluation import lines, tables
 from pearl.tasks import judge
 from pearl.tasks.fastchat import Question
 from pearl.tasks.judge import Answer, Prompt
@@ -132,14 +132,14 @@ def judged(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         models = (line[name] for name in ("model", "model_1", "model_2") if name in line)
         return line["question_id"], line["turn"], *models
 
-    return {key(line): line for line in results.whole_lines(file)}
+    return {key(line): line for line in lines.mend(file)}
 
 
-def ratings(played: Sequence[Game], lines: dict[tuple[Any, ...], dict[str, Any]]) -> str:
+def ratings(played: Sequence[Game], judgments: dict[tuple[Any, ...], dict[str, Any]]) -> str:
     """Mean ratings of each model: both turns, all, and by category."""
     given: dict[str, dict[str, list[float]]] = {}
     for game in played:
-        line = lines[game.key]
+        line = judgments[game.key]
         columns = given.setdefault(line["model"], {})
         for column in (f"turn {game.turn}", "all", game.question.category):
             columns.setdefault(column, [])
@@ -157,11 +157,11 @@ def ratings(played: Sequence[Game], lines: dict[tuple[Any, ...], dict[str, Any]]
     )
 
 
-def wins(played: Sequence[Game], lines: dict[tuple[Any, ...], dict[str, Any]]) -> str:
+def wins(played: Sequence[Game], judgments: dict[tuple[Any, ...], dict[str, Any]]) -> str:
     """How often each model wins against the first, and loses; two games that disagree are a tie."""
     counts: dict[str, dict[str, int]] = {}
     for game in played:
-        line = lines[game.key]
+        line = judgments[game.key]
         games = line["g1_winner"], line["g2_winner"]
         won = "error" if "error" in games else games[0] if games[0] == games[1] else "tie"
         name = f"{line['model_2']} against {line['model_1']}"
@@ -187,6 +187,6 @@ def agreement(models: Sequence[Sequence[Answer]]) -> str:
 
 def _table(rows: dict[str, dict[str, str]]) -> str:
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [["model", *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *(row.get(column, "-") for column in columns)] for name, row in rows.items()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return tables.markdown(
+        ["model", *columns], [[name, *(row.get(one, "-") for one in columns)] for name, row in rows.items()]
+    )

@@ -1,42 +1,35 @@
-"""What a batch is doing, for a person at a terminal: who is being written, how far, and how fast all of it goes."""
+"""What a batch is doing, for whoever watches: who is being written, how far, and how fast all of it goes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
-from rich.progress import Progress, TaskID
-
 from pearl.engine import GenerationRequest
+from pearl.machine.display import Progress
 
 NAMES = 3  # texts that are named
 
 
-class Board:
-    """The description of a progress bar, which is drawn on a terminal only; a log stays quiet."""
+class ProgressLine:
+    """In one line: mode, speed, texts under way and the longest of them."""
 
-    def __init__(self, progress: Progress, bar: TaskID, mode: str):
-        self._progress, self._bar, self._mode = progress, bar, mode
+    def __init__(self, progress: Progress, mode: str):
+        self._progress, self._mode = progress, mode
         self._under_way: dict[GenerationRequest, tuple[str, int]] = {}  # the name and the tokens of each
         self._tokens, self._began = 0, time.perf_counter()
 
-    def said(self, job: GenerationRequest, name: str, tokens: Sequence[int]) -> None:
+    def said(self, request: GenerationRequest, name: str, tokens: Sequence[int]) -> None:
         """A pass has committed these tokens of a text."""
         self._tokens += len(tokens)
-        self._under_way[job] = name, self._under_way.get(job, (name, 0))[1] + len(tokens)
-        self._show()
+        self._under_way[request] = name, self._under_way.get(request, (name, 0))[1] + len(tokens)
+        self._progress.show(str(self))
 
-    def over(self, job: GenerationRequest) -> None:
-        self._under_way.pop(job, None)
-        self._show()
+    def over(self, request: GenerationRequest) -> None:
+        self._under_way.pop(request, None)
+        self._progress.show(str(self))
 
-    def _show(self) -> None:
-        if not self._progress.disable:
-            self._progress.update(self._bar, description=self.line)
-
-    @property
-    def line(self) -> str:
-        """In one line: mode, speed, texts under way and the longest of them."""
+    def __str__(self) -> str:
         rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
         longest = sorted(self._under_way.values(), key=lambda text: -text[1])[:NAMES]
         names = ", ".join(f"{name} {tokens}" for name, tokens in longest)

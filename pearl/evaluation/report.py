@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pearl.core.records import GenerationStats, Key
+from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
 
@@ -36,7 +36,7 @@ class Run:
     modes: Mapping[str, tables.Figures]
 
     @cached_property
-    def texts(self) -> dict[str, dict[Key, GenerationStats]]:
+    def texts(self) -> dict[str, dict[SampleKey, GenerationStats]]:
         return results.read(self.folder)[0]
 
     @property
@@ -55,7 +55,8 @@ def load(places: Sequence[Path]) -> list[Run]:
         if not found:
             raise UsageError(f"{place} holds no finished run: name folders with a {results.SUMMARY}.")
         folders += found
-    folders, runs = list(dict.fromkeys(folders)), []
+    folders = list(dict.fromkeys(folders))
+    runs: list[Run] = []
     shared = _shared_parent(folders)
     for folder in folders:
         file = folder / results.SUMMARY

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ Figures = Mapping[str, Any]
 class Column:
     heading: str
     form: str
+    means: str
 
     def cell(self, value: Any) -> str:
         """`value`, a number or a list of them (an interval, a row of depths), as a person reads it."""
@@ -31,34 +33,32 @@ class Column:
 
 
 COLUMNS: dict[str, Column] = {
-    "tokens_per_second": Column("tok/s", "{:.2f}"),
-    "speedup_vs_ar": Column("x ar", "{:.2f}"),
-    "speedup_interval_95": Column("95 %", "{:.2f}"),
-    "speedup_vs_ar_all": Column("x ar-all", "{:.2f}"),
-    "decode_speedup_vs_ar": Column("x ar, decoding", "{:.2f}"),
-    "predicted_speedup": Column("expected", "{:.2f}"),
-    "identical_to_ar": Column("same", "{:.0%}"),
-    "tokens_per_pass": Column("tok/pass", "{:.2f}"),
-    "tokens_per_rejection": Column("tok/miss", "{:.2f}"),
-    "acceptance": Column("accept", "{:.2f}"),
-    "acceptance_by_depth": Column("accept by depth", "{:.2f}"),
-    "misses_prepared": Column("ready", "{:.0%}"),
-    "target_busy": Column("target", "{:.0%}"),
-    "drafter_busy": Column("drafter", "{:.0%}"),
-    "ttft_ms": Column("first ms", "{:.0f}"),
-    "tpot_ms_p50": Column("p50", "{:.0f}"),
-    "tpot_ms_p95": Column("p95", "{:.0f}"),
-    "tpot_ms_p99": Column("p99", "{:.0f}"),
-    "peak_memory_mb": Column("MB", "{:.0f}"),
-    "bytes_per_pass": Column("B/pass", "{:.0f}"),
-    "score": Column("score", "{:.2f}"),
+    "tokens_per_second": Column("tok/s", "{:.2f}", "tokens a second"),
+    "speedup_vs_ar": Column("x ar", "{:.2f}", "so many times ar's"),
+    "speedup_interval_95": Column("95 %", "{:.2f}", "its interval"),
+    "speedup_vs_ar_all": Column("x ar-all", "{:.2f}", "times ar's on all devices"),
+    "decode_speedup_vs_ar": Column("x ar, decoding", "{:.2f}", "times ar's without prompts"),
+    "predicted_speedup": Column("expected", "{:.2f}", "speed-up by theory"),
+    "identical_to_ar": Column("same", "{:.0%}", "texts equal to ar's"),
+    "tokens_per_pass": Column("tok/pass", "{:.2f}", "tokens a target forward"),
+    "tokens_per_rejection": Column("tok/miss", "{:.2f}", "tokens to the next wrong guess"),
+    "acceptance": Column("accept", "{:.2f}", "share of tested guesses that were right"),
+    "acceptance_by_depth": Column("accept by depth", "{:.2f}", "the same, guess by guess"),
+    "misses_prepared": Column("ready", "{:.0%}", "misses with another guess ready"),
+    "target_busy": Column("target", "{:.0%}", "of the time in its forwards"),
+    "drafter_busy": Column("drafter", "{:.0%}", "of the time drafting"),
+    "ttft_ms": Column("first ms", "{:.0f}", "until the first token"),
+    "tpot_ms_p50": Column("p50", "{:.0f}", "ms a token, half of them"),
+    "tpot_ms_p95": Column("p95", "{:.0f}", "ms a token, 95 % of them"),
+    "tpot_ms_p99": Column("p99", "{:.0f}", "ms a token, 99 % of them"),
+    "peak_memory_mb": Column("MB", "{:.0f}", "memory of both"),
+    "bytes_per_pass": Column("B/pass", "{:.0f}", "bytes sent a pass"),
+    "score": Column("score", "{:.2f}", "share of right answers"),
 }
+# Of a run: these fit 80 letters beside the longest name of a mode; the others with --wide
+NARROW = ("tokens_per_second", "speedup_vs_ar", "identical_to_ar", "tokens_per_pass", "acceptance", "score")
 OF_A_RUN = (
-    "tokens_per_second",
-    "speedup_vs_ar",
-    "identical_to_ar",
-    "tokens_per_pass",
-    "acceptance",
+    *NARROW[:-1],
     "misses_prepared",
     "target_busy",
     "drafter_busy",
@@ -80,11 +80,27 @@ def choose(words: str) -> list[str]:
     return names
 
 
-def markdown(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> str:
+def cells(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headings and the lines of a table, as a person reads them."""
     head = [*labels, *(COLUMNS[name].heading for name in columns)]
-    body = [[*names, *(COLUMNS[name].cell(figures.get(name)) for name in columns)] for names, figures in rows]
-    rule = ["---"] * len(labels) + ["---:"] * len(columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+    return head, [[*names, *(COLUMNS[name].cell(figures.get(name)) for name in columns)] for names, figures in rows]
+
+
+def show(title: str, modes: Mapping[str, Figures], wide: bool = False) -> None:
+    """Prints a run's figures and what their headings mean: as many as fit 80 letters, or all."""
+    from pearl.machine.display import show_table
+
+    columns = OF_A_RUN if wide else NARROW
+    print(title)
+    show_table(*cells(["mode"], columns, [([mode], figures) for mode, figures in modes.items()]))
+    legend = "; ".join(f"{COLUMNS[name].heading}: {COLUMNS[name].means}" for name in columns)
+    print(textwrap.fill(f"{legend}." if wide else f"{legend}. More columns: --wide.", 80))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """A table in Markdown; the first columns, `labels`, are words and the others numbers."""
+    rule = ["---"] * labels + ["---:"] * (len(head) - labels)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
 
 def comma_separated(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -80,8 +80,3 @@ def show_table(head: Sequence[str], rows: Iterable[Sequence[str]], labels: int =
     console = Console()
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table, highlight=False)
-
-
-def plural(count: int, noun: str) -> str:
-    """1 problem, 2 problems"""
-    return f"{count} {noun}" + ("s" if count != 1 else "")

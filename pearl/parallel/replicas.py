@@ -1,4 +1,4 @@
-"""R replicas, each a target and its drafter, share one plan: who does which round, and when all are done.
+"""R replicas, each a target and its drafter, share one plan: who does which part, and when all are done.
 
 Knows the launcher's store and nothing of models. The first replica prepares and gathers; a replica that fails says so
 and waits for the others, because a launcher ends every process as soon as one of them ends badly.
@@ -7,6 +7,8 @@ and waits for the others, because a launcher ends every process as soon as one o
 from __future__ import annotations
 
 import json
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,32 +21,48 @@ from pearl.parallel.world import World, await_key, launchers_store
 POLL_S = 0.2
 
 
-class Team:
+class ReplicaGroup:
     """This replica among all of them; one alone needs no store."""
 
     def __init__(self, world: World):
-        self.world = world
-        self._store = None if self.alone else launchers_store()
-
-    @property
-    def name(self) -> str:
-        return f"replica-{self.world.replica}"
-
-    @property
-    def alone(self) -> bool:
-        return self.world.replicas == 1
+        self._world = world
+        self._name = f"replica-{world.replica}"
+        self._store = launchers_store() if world.replicas > 1 else None
 
     @property
     def first(self) -> bool:
-        return self.world.replica == 0
+        return self._world.replica == 0
 
-    def prepare(self, make: Callable[[], list[Any]]) -> list[Any]:
-        """What the first replica makes, in all of them. A `UsageError` there is one here too."""
+    def complete(self, find: Callable[[], Sequence[Any]], work: Callable[[list[Any], str], None]) -> dict[str, str]:
+        """Shares out what there is to do, and waits until all replicas have done their part.
+
+        `find`: what there is to do, asked in the first replica; JSON must hold it. `work`: does a part of it, every
+        R-th piece, under this replica's name, which is empty for one alone. Returns what went wrong in which."""
+        todo = self._prepare(find)[self._world.replica :: self._world.replicas]
         if self._store is None:
-            return make()
+            work(todo, "")
+            return {}
+        failure = ""
+        try:
+            work(todo, self._name)
+        except Exception as error:  # whatever it is, the others go on
+            traceback.print_exc()
+            failure = f"{type(error).__name__}: {error}"
+        self._store.set(f"finished-{self._name}", failure)
+        names = [f"replica-{n}" for n in range(self._world.replicas)]
+        said = {name: self._wait(f"finished-{name}") for name in names}
+        failures = {name: failure for name, failure in said.items() if failure}
+        for name, reason in failures.items() if self.first else ():
+            print(f"error: {name} failed ({reason}); what it left is done with --resume.", file=sys.stderr)
+        return failures
+
+    def _prepare(self, find: Callable[[], Sequence[Any]]) -> list[Any]:
+        """What the first replica finds, in all of them. A `UsageError` there is one here too."""
+        if self._store is None:
+            return list(find())
         if self.first:
             try:
-                self._store.set("prepared", json.dumps({"made": make()}))
+                self._store.set("prepared", json.dumps({"made": find()}))
             except UsageError as error:
                 self._store.set("prepared", json.dumps({"refused": str(error)}))
                 raise
@@ -53,27 +71,13 @@ class Team:
             raise UsageError(said["refused"])
         return said["made"]
 
-    def share(self, rounds: Sequence[Any]) -> list[Any]:
-        """This replica's part: every R-th."""
-        return list(rounds[self.world.replica :: self.world.replicas])
-
-    def finish(self, failure: str) -> dict[str, str]:
-        """Waits until all replicas have finished. Returns what went wrong in which.
-
-        `failure`: what did in this one; empty if nothing."""
-        assert self._store, "one replica finishes when it does"
-        self._store.set(f"finished-{self.name}", failure)
-        names = [f"replica-{n}" for n in range(self.world.replicas)]
-        said = {name: self._wait(f"finished-{name}") for name in names}
-        return {name: failure for name, failure in said.items() if failure}
-
     def leave(self) -> None:
         """The first replica goes last: its process may serve the store."""
         if self._store is None:
             return
-        self._store.set(f"left-{self.name}", "")
+        self._store.set(f"left-{self._name}", "")
         if self.first:
-            for n in range(self.world.replicas):
+            for n in range(self._world.replicas):
                 self._wait(f"left-replica-{n}")
 
     def _wait(self, key: str) -> str:

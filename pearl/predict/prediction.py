@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pearl.core.records import Key
+from pearl.core.records import SampleKey
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
 from pearl.errors import UsageError
@@ -72,7 +72,7 @@ def by_times(
     script = Script(1, tuple(places), rows.cost(1), 1.37 * draft_s[0])
     pass_s = tuple(rows.cost(count) for count in range(1, LIMIT + 1))
     times = Times(rows, pass_s, tuple(draft_s), tuple(draft_s), latency, path_s=rows.path_s)
-    return Case({Key("by hand"): script}, times, 0.0, {}, {}, source)
+    return Case({SampleKey("by hand"): script}, times, 0.0, {}, {}, source)
 
 
 def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:

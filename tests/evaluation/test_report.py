@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from evaluations import script, text
 
-from pearl.core.records import Key
+from pearl.core.records import SampleKey
 from pearl.errors import UsageError
-from pearl.evaluation import metrics, plots, report, results, tables
+from pearl.evaluation import lines, metrics, plots, report, results, tables
 
 PNG = b"\x89PNG\r\n"
 ENVIRONMENT = {"commit": "abc", "torch": "2.13", "processor": "a CPU", "command": ["eval/gsm8k.py", "--limit", "4"]}
@@ -26,15 +26,17 @@ def make(folder: Path, config: dict | None = None, environment: dict | None = No
     """A run of three problems; `seconds` of a pass by mode."""
     folder.mkdir(parents=True)
     texts = {
-        mode: {Key(f"T/{i}"): text(mode, (i,), seconds=s) for i in range(3)}
+        mode: {SampleKey(f"T/{i}"): text(mode, (i,), seconds=s) for i in range(3)}
         for mode, s in (seconds or {"ar": 2.0, "sd": 1.0}).items()
     }
     for mode, runs in texts.items():
         for key, one in runs.items():
-            results.append(folder, [results.sample_line(key, mode, one, "")], results.pass_lines(key, mode, one))
-    figures = metrics.summarise(texts, lambda key, index: 0.0, lambda key: "even" if key.task < "T/2" else "odd")
+            results.append(
+                folder, [results.sample_line(key, mode, (1, 2), one, "")], results.pass_lines(key, mode, one)
+            )
+    figures = metrics.summarise(texts, lambda key: "even" if key.task < "T/2" else "odd")
     facts = {"config": CONFIG | (config or {}), "environment": ENVIRONMENT | (environment or {}), "modes": figures}
-    results.write(folder / results.SUMMARY, facts)
+    lines.write_json(folder / results.SUMMARY, facts)
     return folder
 
 
@@ -69,14 +71,6 @@ def test_categories_are_rows_where_they_are_asked_for(two, tmp_path, capsys):
     words = [*map(str, two), "--by-category", "--columns", "speedup_vs_ar"]
     assert script("table").main([*words, "--output", str(tmp_path / "out")]) == 0
     assert "| large/gsm8k | odd | sd | 4.00 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "value, cell",
-    [(None, "-"), ([], "-"), (1.234, "1.23"), ([1.0, 2.0], "1.00 to 2.00"), ([1.0, None, 0.5], "1.00 - 0.50")],
-)
-def test_cells_are_written_for_people(value, cell):
-    assert tables.Column("x", "{:.2f}").cell(value) == cell
 
 
 def test_every_column_is_a_figure(two):
@@ -150,7 +144,7 @@ def test_texts_that_are_not_the_targets_are_noticed(tmp_path):
     folder = make(tmp_path / "a")
     summary = json.loads((folder / results.SUMMARY).read_text())
     summary["modes"]["sd"] |= {"identical_to_ar": 0.75, "drafter_failures": 2}
-    results.write(folder / results.SUMMARY, summary)
+    lines.write_json(folder / results.SUMMARY, summary)
     told = report.doubts(report.load([folder]))
     assert told == [
         "In a, 25.0% of the texts of sd are not those of ar.",

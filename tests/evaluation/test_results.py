@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import io
+import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -15,16 +16,14 @@ from pathlib import Path
 
 import pytest
 from evaluations import text
-from rich.console import Console
 
-from pearl.core.records import GenerationStats, Key
+from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
 from pearl.evaluation import harness, metrics, results
-from pearl.evaluation.harness import Plan, Task
-from pearl.evaluation.results import Round
+from pearl.evaluation.harness import Conversation, Plan, Task
+from pearl.evaluation.results import WorkUnit
 
-QUIET = Console(file=io.StringIO())
 PARAMS = SamplingParams(max_new_tokens=6, seed=3)
 ASKED = {"resume": True, "max_new_tokens": 6}
 
@@ -51,12 +50,12 @@ def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int
     return Plan(tasks, {mode: decoder(mode) for mode in ("ar", "pearl")}, PARAMS, samples, repeats)
 
 
-def resume(folder: Path, made: Plan) -> list[Round]:
+def resume(folder: Path, made: Plan) -> list[WorkUnit]:
     """Goes on with the run in `folder`, as an evaluation does. Returns the rounds that it did."""
     results.begin(folder, ASKED)
     done = results.repair(folder, made.texts)
-    missing = [one for one in made.rounds if one not in done]
-    harness.run(made, folder, QUIET, missing)
+    missing = [one for one in made.units if one not in done]
+    harness.run(made, folder, missing)
     return missing
 
 
@@ -78,9 +77,9 @@ def test_facts_come_back_as_they_were(tmp_path):
     resume(tmp_path, plan())
     runs, completions = results.read(tmp_path)
     assert list(runs) == ["ar", "pearl"]
-    assert runs["pearl"][Key("T/1", 1, 0, 0)] == text("pearl", (1,), PARAMS.seed + 1)
-    assert runs["ar"][Key("T/1", 0, 1, 1)] == text("ar", (1, 4), PARAMS.seed)
-    assert completions["ar"][Key("T/0")] == f"<{text('ar', (0,), PARAMS.seed).text}>"
+    assert runs["pearl"][SampleKey("T/1", 1, 0, 0)] == text("pearl", (1,), PARAMS.seed + 1)
+    assert runs["ar"][SampleKey("T/1", 0, 1, 1)] == text("ar", (1, 4), PARAMS.seed)
+    assert completions["ar"][SampleKey("T/0")] == f"<{text('ar', (0,), PARAMS.seed).text}>"
 
 
 def test_modes_follow_one_another_and_take_turns_at_being_first(tmp_path):
@@ -99,17 +98,53 @@ def test_a_second_turn_reads_the_first_answer():
         return text("ar", prompt)
 
     task = Task("T", lambda answers: (7, *(int(letter) for answer in answers for letter in answer)), turns=2)
-    made = Plan((task,), {"ar": decode}, PARAMS)
-    said = [one for _, one, _ in harness._talk(made, Round("T", 0, 0), decode)]
+    said = [one for _, _, one in Conversation(WorkUnit("T", 0, 0), task, PARAMS).alone(decode)]
     assert read == [((7,), False), ((7, *said[0].tokens), True)]
 
 
-def test_a_run_that_is_not_resumed_keeps_the_files_of_an_earlier_one(tmp_path):
-    resume(tmp_path, plan())
-    before = files(tmp_path)
-    results.begin(tmp_path, ASKED | {"resume": False})
-    assert not (tmp_path / results.SAMPLES).exists()
-    assert (tmp_path / f"{results.SAMPLES}.previous").read_bytes() == before[results.SAMPLES]
+def test_a_run_that_is_not_resumed_takes_no_folder_of_another(tmp_path):
+    folder = tmp_path / "run"
+    resume(folder, plan())
+    before = files(folder)
+    with pytest.raises(UsageError, match=r"run holds a run: go on with it by --resume, or .* --output .*run-2\."):
+        results.begin(folder, ASKED | {"resume": False})
+    (tmp_path / "run-2").touch()
+    with pytest.raises(UsageError, match=r"--output .*run-3\."):
+        results.check_output(folder, resume=False)
+    assert files(folder) == before and sorted(os.listdir(tmp_path)) == ["run", "run-2"]
+
+
+@pytest.mark.parametrize("left", [results.CONFIG, results.SAMPLES, results.SUMMARY, "replica-1/passes.jsonl"])
+def test_whatever_a_run_has_left_is_not_written_over(tmp_path, left):
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("{}")
+    with pytest.raises(UsageError, match="holds a run"):
+        results.check_output(tmp_path, resume=False)
+
+
+def test_a_folder_that_is_empty_or_is_to_be_made_is_taken(tmp_path):
+    (tmp_path / "trace.json").touch()
+    for folder in (tmp_path, tmp_path / "a" / "b"):
+        results.check_output(folder, resume=False)
+    assert os.listdir(tmp_path) == ["trace.json"], "trying leaves nothing"
+
+
+def test_a_folder_that_nobody_can_write_to_is_refused_with_the_reason(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "below"):
+        with pytest.raises(UsageError, match=rf"--output {folder} can't be made: {file} is a file"):
+            results.check_output(folder, resume=False)
+    with pytest.raises(UsageError, match=r"to --output /proc/x \(No such file or directory\): name a folder"):
+        results.check_output(Path("/proc/x"), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(results.tempfile, "TemporaryFile", read_only)
+        with pytest.raises(UsageError, match="Read-only file system"):
+            results.check_output(tmp_path, resume=True)
+
+
+def read_only(**_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 # Resuming
@@ -139,7 +174,7 @@ def test_passes_without_their_samples_are_no_finished_round(tmp_path, undisturbe
     *samples, _, _ = (tmp_path / results.SAMPLES).read_bytes().splitlines(keepends=True)  # T/4 has one turn
     (tmp_path / results.SAMPLES).write_bytes(b"".join(samples))
     (tmp_path / results.PASSES).write_bytes(undisturbed[results.PASSES][:-30])
-    assert resume(tmp_path, plan()) == [Round("T/4", 1, 1)]
+    assert resume(tmp_path, plan()) == [WorkUnit("T/4", 1, 1)]
     assert files(tmp_path) == undisturbed
 
 
@@ -155,7 +190,7 @@ def test_a_run_killed_ten_times_is_the_run_that_was_not(tmp_path, undisturbed):
         before = results.repair(tmp_path, plan().texts)
         assert before == results.repair(tmp_path, plan().texts)
         if len(before) == 20:  # it was done before it was killed: begin anew
-            results.begin(tmp_path, ASKED | {"resume": False})
+            shutil.rmtree(tmp_path)
     resume(tmp_path, plan())
     assert files(tmp_path) == undisturbed
 
@@ -198,12 +233,12 @@ def test_what_replicas_did_is_one_run_and_what_one_left_is_done_later(tmp_path, 
     made = plan()
     results.begin(tmp_path, ASKED)
     for replica in range(2):
-        mine = made.rounds[replica::2]
-        harness.run(made, tmp_path / f"replica-{replica}", QUIET, mine[: len(mine) - lost * replica])
-    results.merge(tmp_path, made.rounds)
+        mine = made.units[replica::2]
+        harness.run(made, tmp_path / f"replica-{replica}", mine[: len(mine) - lost * replica])
+    results.merge(tmp_path, made.units)
     assert not list(tmp_path.glob("replica-*"))
-    assert resume(tmp_path, made) == [one for one in made.rounds if one in made.rounds[1::2][10 - lost :]]
-    results.merge(tmp_path, made.rounds)
+    assert resume(tmp_path, made) == [one for one in made.units if one in made.units[1::2][10 - lost :]]
+    results.merge(tmp_path, made.units)
     assert files(tmp_path) == undisturbed
 
 
@@ -211,27 +246,27 @@ def test_a_merge_that_was_interrupted_counts_nothing_twice(tmp_path, undisturbed
     made = plan()
     results.begin(tmp_path, ASKED)
     for replica in range(2):
-        harness.run(made, tmp_path / f"replica-{replica}", QUIET, made.rounds[replica::2])
+        harness.run(made, tmp_path / f"replica-{replica}", made.units[replica::2])
     copies = {part.name: files(part) for part in results.parts(tmp_path)[1:]}
-    results.merge(tmp_path, made.rounds)
+    results.merge(tmp_path, made.units)
     for name, copy in copies.items():  # as if it had been killed before it removed them
         (tmp_path / name).mkdir()
         for file, data in copy.items():
             (tmp_path / name / file).write_bytes(data)
     assert resume(tmp_path, made) == []
-    results.merge(tmp_path, made.rounds)
+    results.merge(tmp_path, made.units)
     assert files(tmp_path) == undisturbed
 
 
 # Figures
 
 
-def runs(seconds: dict[str, float], repeats: int = 1) -> dict[Key, GenerationStats]:
-    return {Key(name, 0, i): text("sd", (1,), seconds=s) for name, s in seconds.items() for i in range(repeats)}
+def runs(seconds: dict[str, float], repeats: int = 1) -> dict[SampleKey, GenerationStats]:
+    return {SampleKey(name, 0, i): text("sd", (1,), seconds=s) for name, s in seconds.items() for i in range(repeats)}
 
 
-def summary(**modes: dict[Key, GenerationStats]) -> dict:
-    return metrics.summarise(modes, lambda key, index: float(index), lambda key: key.task[0])
+def summary(**modes: dict[SampleKey, GenerationStats]) -> dict:
+    return metrics.summarise(modes, lambda key: key.task[0])
 
 
 def test_repeats_of_a_problem_are_no_further_problems():
@@ -242,7 +277,7 @@ def test_repeats_of_a_problem_are_no_further_problems():
     assert often["speedup_interval_95"] == pytest.approx(once["speedup_interval_95"])
     low, high = once["speedup_interval_95"]
     assert once["speedup_vs_ar"] == pytest.approx(2.0) and low < 2.0 < high
-    assert summary(ar=runs(ar), sd={Key("a"): text("sd", (1,))})["sd"]["speedup_interval_95"] is None
+    assert summary(ar=runs(ar), sd={SampleKey("a"): text("sd", (1,))})["sd"]["speedup_interval_95"] is None
 
 
 def test_every_category_has_its_own_speed():
@@ -252,11 +287,11 @@ def test_every_category_has_its_own_speed():
 
 
 def test_a_turn_after_one_that_differs_tells_nothing_of_the_target():
-    ar = {Key("a", turn=t): replace(text("ar", (1,)), tokens=(1, 2, 3)) for t in range(2)}
+    ar = {SampleKey("a", turn=t): replace(text("ar", (1,)), tokens=(1, 2, 3)) for t in range(2)}
     mine = {key: replace(one, tokens=(1, 9, 3)) for key, one in ar.items()}
     figures = summary(ar=ar, sd=mine)["sd"]
     assert figures["identical_to_ar"] == 0.0
-    assert figures["first_divergence_gaps"] == [1.0]  # of the first turn alone
+    assert metrics.divergences(mine, ar) == [(SampleKey("a"), 1)]  # of the first turn alone
 
 
 def test_equal_devices_are_compared_too():
@@ -264,59 +299,3 @@ def test_equal_devices_are_compared_too():
     figures = summary(**modes)
     assert [figures[mode]["speedup_vs_ar_all"] for mode in modes] == pytest.approx([4 / 6, 1.0, 2.0])
     assert summary(ar=modes["ar"])["ar"]["speedup_vs_ar_all"] is None
-
-
-# A full disk
-
-opened = open
-
-
-class Full:
-    """A file that takes a few bytes more and then no others, as the system does it: a short write, then an error."""
-
-    def __init__(self, stream, room: int):
-        self.stream, self.room = stream, room
-
-    def write(self, data) -> int:
-        if not self.room:
-            raise OSError(28, "No space left on device")
-        taken = self.stream.write(data[: self.room])
-        self.room -= taken
-        return taken
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-@pytest.mark.parametrize("room", [0, 1, 7, 30])
-def test_a_full_disk_keeps_what_was_written_and_says_so(tmp_path, monkeypatch, room):
-    file = tmp_path / results.SAMPLES
-    results.append_lines(file, [{"line": 1}])
-    before = file.read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(results, "open", lambda *a, **k: Full(opened(*a, **k), room), raising=False)
-        with pytest.raises(UsageError, match=r"No space left.*--resume"):
-            results.append_lines(file, [{"line": 2, "long": "x" * 99}])
-        with pytest.raises(UsageError, match="No space left"):
-            results.write(tmp_path / results.SUMMARY, {"a": "x" * 99})
-    assert file.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [results.SAMPLES]
-    results.append_lines(file, [{"line": 3}])
-    assert [line["line"] for line in results.whole_lines(file)] == [1, 3]
-
-
-def test_a_write_that_the_system_takes_in_parts_is_whole(tmp_path, monkeypatch):
-    class Slow(Full):
-        def write(self, data) -> int:
-            return self.stream.write(data[:3])
-
-    monkeypatch.setattr(results, "open", lambda *a, **k: Slow(opened(*a, **k), 9), raising=False)
-    results.append_lines(tmp_path / results.SAMPLES, [{"line": n} for n in range(5)])
-    monkeypatch.undo()
-    assert len(results.whole_lines(tmp_path / results.SAMPLES)) == 5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pearl.machine import display
-from pearl.machine.display import Progress, plural, show_table
+from pearl.machine.display import Progress, show_table
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
@@ -45,7 +45,3 @@ def test_no_cell_is_cut_however_narrow_the_terminal(monkeypatch, capsys):
     for words in ("tokens/s", "hf-prompt-lookup", "1234.56", "a-very-long-name-of-a-pair"):
         assert words in said
     assert "…" not in said
-
-
-def test_one_is_no_plural():
-    assert [plural(n, "problem") for n in (0, 1, 2)] == ["0 problems", "1 problem", "2 problems"]

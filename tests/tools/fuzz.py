@@ -38,7 +38,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import LONGEST, UsageError
 from pearl.evaluation import results, score
-from pearl.evaluation.main import parser as evaluation_parser
+from pearl.evaluation.eval_config import parser as evaluation_parser
 from pearl.evaluation.report import load as read_report
 from pearl.machine import cores
 from pearl.predict.replay import read_run

@@ -1,0 +1,116 @@
+"""What the command line of an evaluation asks for, checked as far as that goes without a model. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pearl.config import cli
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.pairs import Pair
+from pearl.core.params import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.errors import UsageError
+from pearl.machine.launcher import LaunchEnv
+from pearl.options import FLAG, TEXT, choice, number, option, whole
+from pearl.tasks.prompts import FORMATS
+from pearl.tasks.suite import Suite
+
+EXAMPLES = ("--limit 10", "--pair qwen2.5-0.5b-7b --mode ar sd pearl tree", "--output results/mine --resume")
+TASK = (
+    option("format", None, choice(*FORMATS), "how to ask; default: the pair's, or chat if the model has it", "task"),
+    option("data", None, TEXT, "the problems in their original format; default: fetched or shipped", "task"),
+    option("share", 1.0, number(1e-9, 1.0, "above 0 and at most 1"), "only the first part of each category", "task"),
+    option("no_score", False, FLAG, "do not judge the answers", "task"),
+    option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
+    option("resume", False, FLAG, "go on with the run in --output, if one was begun there", "task"),
+    option("wide", False, FLAG, "print all columns of the table", "task"),
+)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    suite: Suite
+    found: argparse.Namespace
+    words: tuple[str, ...]  # of the command line, after its name
+    engine: EngineConfig
+    pair: Pair | None
+    schedules: dict[str, Schedule]
+    baselines: tuple[str, ...]
+    params: SamplingParams
+    problems: list[Any]
+    folder: Path
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """As the files of the run keep it."""
+        return vars(self.found) | {"suite": self.suite.name, "resolved": vars(self.engine)}
+
+    @property
+    def title(self) -> str:
+        count, engine = len(self.problems), self.engine
+        problems = f"{count} problem{'s' * (count != 1)}"
+        return f"{self.suite.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}"
+
+    @property
+    def to_go_on(self) -> str:
+        """The command that goes on with this run after an interruption, as far as this process knows it."""
+        more = [] if self.found.resume else ["--resume"]
+        if not any(word.partition("=")[0] == "--output" for word in self.words):
+            more = ["--output", str(self.folder), *more]
+        if LaunchEnv.read().size > 1:
+            return f"the same command and {shlex.join(more)}" if more else "the same command"
+        return shlex.join(["pearl", *command(self.suite).split(), *self.words, *more])
+
+
+def command(suite: Suite) -> str:
+    return f"eval {suite.name.replace('_', '-')}"
+
+
+def parser(suite: Suite) -> cli.Parser:
+    tokens = suite.max_new_tokens
+    made = cli.parser(
+        command(suite), *EXAMPLES, max_new_tokens=tokens, baselines=cli.BASELINES, about=suite.description
+    )
+    return made.take(TASK)
+
+
+def read(suite: Suite, argv: Sequence[str] | None) -> EvalConfig:
+    """Raises `UsageError` for what can't be done."""
+    words = tuple(sys.argv[1:] if argv is None else argv)
+    found = cli.parse(parser(suite), words)
+    config, pair = cli.engine_config(found)
+    schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found)
+    baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
+    if baselines and not params.greedy:
+        raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
+    if "hf-assisted" in baselines and (config.draft == NGRAM or config.feature_folder):
+        raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
+    for mode in found.mode:
+        config.check_mode(mode)
+    if found.resume and not found.output:
+        raise UsageError("--resume needs --output, the folder of the run that is to go on.")
+    problems = choose(suite, suite.load(found.data), found)
+    folder = Path(found.output or time.strftime(f"results/{suite.name}-%Y%m%d-%H%M%S"))
+    return EvalConfig(suite, found, words, config, pair, schedules, baselines, params, problems, folder)
+
+
+def choose(suite: Suite, problems: list[Any], found: argparse.Namespace) -> list[Any]:
+    """The problems to run: a share of each category, and of those what --limit and --indices leave."""
+    sizes = Counter(map(suite.category, problems))
+    seen: Counter[str | None] = Counter()
+    shared = []
+    for problem in problems:
+        category = suite.category(problem)
+        seen[category] += 1
+        if seen[category] <= math.ceil(found.share * sizes[category]):
+            shared.append(problem)
+    return [shared[i] for i in cli.choose(len(shared), found.limit, found.indices)]
