@@ -37,7 +37,7 @@ def predict(case: Case, modes: Iterable[str], seed: int = 0) -> dict[str, dict[s
     for mode, schedule in schedules.items():
         texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed)
         runs[mode] = dict(zip(case.scripts, texts, strict=True))
-    return metrics.summarise(runs, lambda key, index: 0.0)
+    return metrics.summarise(runs)
 
 
 def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_cost: float = 0.0, seed: int = 0) -> Case:
