@@ -27,7 +27,8 @@ from pearl.core.schedule import Schedule
 from pearl.core.timeline import Trace
 from pearl.core.token_buckets import TokenBuckets
 from pearl.predict.prediction import by_times
-from pearl.predict.simulation import Place, Script, simulate
+from pearl.predict.script import DraftedToken, Script
+from pearl.predict.simulation import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -134,7 +135,9 @@ class Recorded(Trace):
 
 # A text in which the drafter's first guess is right but at these places, where its second one is.
 SURPRISES = (16, 30, 44, 58)
-GUESSES = tuple(Place(1, (0.5, 0.4)) if place in SURPRISES else Place(0, (0.9, 0.05)) for place in range(72))
+GUESSES = tuple(
+    DraftedToken(1, (0.5, 0.4)) if place in SURPRISES else DraftedToken(0, (0.9, 0.05)) for place in range(72)
+)
 
 
 def recorded(mode: str) -> tuple[Recorded, Recorded]:

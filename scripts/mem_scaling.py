@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.machine import memory
-from pearl.training.loop import Recipe
+from pearl.training.first_weights import new_drafter
 from pearl.training.objective import Objective
 from pearl.training.partition import backward
-from pearl.training.train import FeatureRecipe, new_drafter
+from pearl.training.recipes import FeatureRecipe, Recipe
 
 VOCABULARY = 4096
 HIDDEN = 512

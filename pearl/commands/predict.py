@@ -21,7 +21,7 @@ def parser() -> cli.Parser:
     add("--modes", nargs="+", metavar="MODE", help="to predict; default: the run's own and the usual ones")
     add("--a", type=float, help="by hand: the acceptance")
     add("--c", type=float, help="by hand: the time of a pass over that of a drafter forward")
-    add("--latency", type=float, help="of a message; of a run in seconds (default: 0.0001), by hand in passes (0)")
+    add("--latency", type=float, help="of a message; of a run in seconds (default: 0.0003), by hand in passes (0)")
     add("--tokens", type=int, default=2000, help="by hand: of the text")
     add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
     add("--seed", type=int, default=0, help="of what a run does not say")

@@ -23,7 +23,8 @@ from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
 from pearl.errors import UsageError
 from pearl.evaluation import metrics
 from pearl.predict.replay import Case, missed, sureness
-from pearl.predict.simulation import Place, Script, Times, simulate
+from pearl.predict.script import DraftedToken, Script, Times
+from pearl.predict.simulation import simulate
 
 MODES = ("ar", "sd", "sd:2", "sd:4", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree")
 
@@ -67,7 +68,7 @@ def by_times(
     places = []
     for _ in range(tokens):
         rank = 0 if rng.random() < a else missed(1, rng)
-        places.append(Place(rank, (sureness(rank == 0, a, rng),)))
+        places.append(DraftedToken(rank, (sureness(rank == 0, a, rng),)))
     # the drafter's prompt takes part of a forward more than one, so that the two clocks do not strike together
     script = Script(1, tuple(places), rows.cost(1), 1.37 * draft_s[0])
     pass_s = tuple(rows.cost(count) for count in range(1, LIMIT + 1))

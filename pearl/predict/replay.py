@@ -28,7 +28,7 @@ from pearl.core.records import SampleKey
 from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.errors import UsageError
-from pearl.predict.simulation import VOCABULARY, Place, Script, Times
+from pearl.predict.script import VOCABULARY, DraftedToken, Script, Times
 
 LATENCY_S = 3e-4  # of a message between two processes of one machine
 OWN = 0.5  # own guesses of the drafter that come true, where no run says so
@@ -147,28 +147,28 @@ def _judged_places(passes: Sequence[dict[str, Any]]) -> int:
     return sum(len(one["judged"]) for one in passes)
 
 
-def _places(passes: Sequence[dict[str, Any]]) -> list[Place | None]:
+def _places(passes: Sequence[dict[str, Any]]) -> list[DraftedToken | None]:
     """What was judged, place by place. A token that was not among the guesses has the rank after theirs."""
     first = passes[0]["position"] + 1
-    places: list[Place | None] = [None] * sum(one["committed"] for one in passes)
+    places: list[DraftedToken | None] = [None] * sum(one["committed"] for one in passes)
     for one in passes:
         for at, judged in enumerate(one["judged"], one["position"] + 1 - first):
             if at < len(places):  # the last pass may run over the end of the text
                 rank, q = judged["rank"], tuple(judged["q"])
-                places[at] = Place(len(q) if rank is None else rank, q)
+                places[at] = DraftedToken(len(q) if rank is None else rank, q)
     return places
 
 
 def _completed(
-    places: Sequence[Place | None], known: Sequence[Place], chains: bool, rng: random.Random
-) -> list[Place | None]:
+    places: Sequence[DraftedToken | None], known: Sequence[DraftedToken], chains: bool, rng: random.Random
+) -> list[DraftedToken | None]:
     """The places with what a run does not say, for a drafter that has a model: those not judged, ranks beyond the
     guesses offered, and how sure it was of those of `chains`."""
     right = sum(place.rank == 0 for place in known) / len(known)
-    completed: list[Place | None] = []
+    completed: list[DraftedToken | None] = []
     for place in (place or rng.choice(known) for place in places):
         rank = missed(len(place.q), rng) if place.rank == len(place.q) else place.rank
-        completed.append(Place(rank, (sureness(rank == 0, right, rng),) if chains else place.q))
+        completed.append(DraftedToken(rank, (sureness(rank == 0, right, rng),) if chains else place.q))
     return completed
 
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pearl.config.pairs import probe
 from pearl.core.messages import Message
@@ -32,6 +31,7 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
 from pearl.core.trie import Node, Trie
+from pearl.drafters.draft_source import Proposal
 from pearl.errors import UsageError
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
@@ -52,7 +52,7 @@ DRAFTER, TARGET = "drafter", "target"
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """Of a Llama with grouped heads."""
 
     layers: int
@@ -88,15 +88,15 @@ class Shape:
 
 
 FULL = {  # the shapes of Qwen2.5 0.5B, Llama 3.2 1B, Llama 3.1 8B, Qwen2.5 14B and 32B
-    "0.5B": Shape(24, 896, 4864, 14, 2, 151936, True, (DRAFTER,)),
-    "1B": Shape(16, 2048, 8192, 32, 8, 128256, True, (DRAFTER,)),
-    "8B": Shape(32, 4096, 14336, 32, 8, 128256, False, (DRAFTER, TARGET)),
-    "14B": Shape(48, 5120, 13824, 40, 8, 152064),
-    "32B": Shape(64, 5120, 27648, 40, 8, 152064),
+    "0.5B": ModelShape(24, 896, 4864, 14, 2, 151936, True, (DRAFTER,)),
+    "1B": ModelShape(16, 2048, 8192, 32, 8, 128256, True, (DRAFTER,)),
+    "8B": ModelShape(32, 4096, 14336, 32, 8, 128256, False, (DRAFTER, TARGET)),
+    "14B": ModelShape(48, 5120, 13824, 40, 8, 152064),
+    "32B": ModelShape(64, 5120, 27648, 40, 8, 152064),
 }
 TINY = {
-    "tiny-drafter": Shape(1, 64, 96, 4, 2, 300, True, (DRAFTER,)),
-    "tiny-target": Shape(2, 128, 256, 4, 2, 300),
+    "tiny-drafter": ModelShape(1, 64, 96, 4, 2, 300, True, (DRAFTER,)),
+    "tiny-target": ModelShape(2, 128, 256, 4, 2, 300),
 }
 
 
@@ -118,9 +118,10 @@ class Known:
         right = uniform(0, position, 0) < self._acceptance
         return token if right else (token + 1) % self._vocabulary
 
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, tuple[tuple[int, float], ...]]]:
+    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
         self.forwards += 1
-        return [(self._guess(len(text)), ())][:room]
+        guesses: list[tuple[int, Proposal]] = [(self._guess(len(text)), ())]
+        return guesses[:room]
 
     def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
         """The end of the chain, by a guess and the token before it."""
@@ -146,7 +147,7 @@ class _Busy(LocalChannel):
 
 
 def measure_shape(
-    name: str, shape: Shape, device: str, dtype: torch.dtype, seconds: Callable[[], float]
+    name: str, shape: ModelShape, device: str, dtype: torch.dtype, seconds: Callable[[], float]
 ) -> dict[str, Any]:
     """All that is measured of a shape. `seconds`: left for all."""
     began = time.perf_counter()
@@ -177,7 +178,7 @@ def measure_shape(
     return found
 
 
-def _built(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+def _built(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype).eval()
@@ -185,7 +186,7 @@ def _built(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def _bytes_read(model: nn.Module) -> int:
+def _bytes_read(model: PreTrainedModel) -> int:
     """Of weights in a forward: all but the embeddings of other tokens, unless they are the head as well."""
     read = {id(p): p.nbytes for p in model.parameters()}
     embedding = model.get_input_embeddings().weight
@@ -196,7 +197,7 @@ def _bytes_read(model: nn.Module) -> int:
 
 def _pass_times(reader: VerifierModel, counts: Sequence[int]) -> Iterator[tuple[int, float]]:
     """(rows, seconds) of a forward of so many rows after `CONTEXT` tokens, the median of several."""
-    text = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)]
+    text, device = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)], torch.device(str(reader.model.device))
     reader.forget()
     reader.read(text[:CONTEXT], 1)
     for count in counts:
@@ -204,7 +205,7 @@ def _pass_times(reader: VerifierModel, counts: Sequence[int]) -> Iterator[tuple[
         for _ in range(9):
             began = time.perf_counter()
             reader.forward(text[CONTEXT : CONTEXT + count], CONTEXT, count)
-            _finish(reader.model.device)
+            _finish(device)
             taken.append(time.perf_counter() - began)
         yield count, statistics.median(taken[2:])
     reader.forget()
@@ -215,7 +216,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _texts(reader: VerifierModel, shape: Shape, tokens: int) -> dict[str, Any]:
+def _texts(reader: VerifierModel, shape: ModelShape, tokens: int) -> dict[str, Any]:
     """Whether every mode writes what the target alone does, what a pass takes beside its forward, and where one-row
     decoding, as others do it, says otherwise."""
     prompt = [11 * i % shape.vocabulary for i in range(64)]
@@ -339,7 +340,7 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def bench(shapes: dict[str, Shape], device: str, dtype: str, limit_s: float) -> dict[str, Any]:
+def bench(shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float) -> dict[str, Any]:
     """All of it. Shapes that neither the memory nor the time holds are left out, and named."""
     began, on = time.perf_counter(), torch.device(device)
 
@@ -384,7 +385,7 @@ def _free_gb(device: torch.device) -> float:
     return machine.gpus_gb[device.index or 0] if device.type == "cuda" else machine.ram_gb
 
 
-def named(names: Sequence[str]) -> dict[str, Shape]:
+def named(names: Sequence[str]) -> dict[str, ModelShape]:
     if list(names) == ["tiny"]:
         return TINY
     if unknown := [name for name in names if name not in FULL]:

@@ -6,10 +6,6 @@ messages cost. Refuses to know: where those figures come from, and how decoding 
 
 Nothing sleeps and nothing is random. One side is not ahead of the other by more than it can't know: the drafter makes
 a step only once the target has come to the time at which that step begins, so all that it may hear has been said.
-
-Tokens stand for their places. At position p the token (p + choice) mod `VOCABULARY` is the target's own for choice 0,
-and another one else. So what a model says of a place depends on the position alone, and a text that lost or repeated a
-place would not be the scripted one, which `simulate` asserts.
 """
 
 from __future__ import annotations
@@ -18,10 +14,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +24,6 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
-from pearl.core.token_buckets import TokenBuckets
 from pearl.drafters.draft_source import Proposal
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
@@ -39,77 +31,13 @@ from pearl.models.draft_model import LeavesQuery
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.language_model import TREE_SLOTS, SideRow
 from pearl.models.verifier import SequenceQuery
+from pearl.predict.script import VOCABULARY, Script, Times, token
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.codec import pack
 
-VOCABULARY = 32
 LOOKED_UP = 8  # guesses of one search in the text
 MATCH = 4  # tokens that an own guess of the drafter is taken to rest on
-_NEVER = 1e-6  # left for the guesses after those of a place, at least
-
-
-@dataclass(frozen=True)
-class Place:
-    """What the drafter would say of the next token, were it asked at this place of the text."""
-
-    rank: int  # of the target's own token among its guesses: 0 the first, below `VOCABULARY`
-    q: tuple[float, ...]  # the probabilities of its first guesses, likeliest first
-
-    def choice(self, guess: int) -> int:
-        """The token of its guess so many: 0 is the target's own (see the top of this file)."""
-        if guess == self.rank:
-            return 0
-        return guess + 1 if guess < self.rank else guess
-
-
-@dataclass(frozen=True)
-class Script:
-    """One text: `places[i]` is where its token number i comes from; None: the drafter is at a loss there."""
-
-    prompt: int  # tokens
-    places: tuple[Place | None, ...]
-    prefill_s: float  # of the target
-    draft_prefill_s: float
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token(self.prompt + i) for i in range(len(self.places))]
-
-    @cached_property
-    def drafted(self) -> Tensor:
-        """Logits [places, V] of the drafter."""
-        logits = np.full((len(self.places), VOCABULARY), -math.inf, np.float32)
-        for i, place in enumerate(self.places):
-            if place:
-                at = [token(self.prompt + i, place.choice(guess)) for guess in range(VOCABULARY)]
-                logits[i, at] = np.log(_spread(place.q))
-        return torch.from_numpy(logits)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds, of sides that have the machine to themselves. While the other side works, a forward takes `crowding`
-    times as long, and one that reads a prompt `prompt_crowding` times (1: they share nothing)."""
-
-    rows: TokenBuckets  # what the target knows of its rows; it may be wrong about their cost
-    pass_s: tuple[float, ...]  # of a pass, by its rows with padding, and all that goes with it
-    draft_s: tuple[float, ...]  # of a drafter forward by its rows; empty: it has no model, it searches in the text
-    draft_costs: tuple[float, ...]  # what the drafter says of them
-    latency_s: float  # of a message
-    crowding: float = 1.0
-    prompt_crowding: float = 1.0
-    path_s: float = 0.0  # that a pass takes longer for each path beside its chain
-
-    def draft(self, rows: int) -> float:
-        """Of a drafter forward. Beyond what was measured, each row costs as much as the last one that was."""
-        known = len(self.draft_s)
-        step = self.draft_s[-1] - self.draft_s[-2] if known > 1 else 0.0
-        return self.draft_s[min(rows, known) - 1] + max(0, rows - known) * max(0.0, step)
-
-
-def token(position: int, choice: int = 0) -> int:
-    return (position + choice) % VOCABULARY
 
 
 def simulate(
@@ -390,15 +318,3 @@ class _Own(NgramSource):
         place = self._stage.script.places[index]
         right = place is not None and self._stage.own_right[index]
         return token(position, place.choice(0) if place and right else VOCABULARY - 1)
-
-
-def _spread(q: Sequence[float]) -> list[float]:
-    """The probabilities of all guesses, strictly falling: each one after those of `q` takes half of what is left."""
-    spread: list[float] = []
-    left = max(_NEVER, 1.0 - sum(q))
-    for guess in range(VOCABULARY):
-        value = max(q[guess], _NEVER) if guess < len(q) else left / 2
-        value = min(value, 0.999 * spread[-1]) if spread else value
-        left -= value if guess >= len(q) else 0.0
-        spread.append(value)
-    return spread

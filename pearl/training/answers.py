@@ -10,17 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.slot_cache import as_model_mask, use_grouped_attention
 
-GRAIN = 32  # slots read are a multiple of this
+READ_BLOCK = 32  # slots read are a multiple of this
 
 
 @dataclass(frozen=True)
-class Request:
+class AnswerRequest:
     """A prompt, and when its answer ends: at one of the `ends`, or after `most` tokens."""
 
     prompt: tuple[int, ...]
@@ -30,13 +30,13 @@ class Request:
 
 
 @dataclass
-class Answer:
+class RecordedAnswer:
     """A text and what the target knew after each of its tokens but the last: row i belongs to tokens[i].
 
     `top_ids` and `top_logp` [rows, k] are the likeliest next tokens, from the prompt's last token on; -1 before that.
     """
 
-    request: Request
+    request: AnswerRequest
     tokens: list[int]
     features: list[Tensor] = field(default_factory=list)  # pieces [rows, layers * hidden]
     top_ids: list[Tensor] = field(default_factory=list)  # pieces [rows, k], int32
@@ -73,15 +73,14 @@ class RowCache(Cache):
     def read_all(self, places: Tensor) -> Tensor:
         """The next forward reads one token of each of the first rows, at `places`; bool [rows, 1, 1, slots seen]."""
         self._row, self._places = None, places
-        self._seen = min(self._shape[1], -(-(int(places.max()) + 1) // GRAIN) * GRAIN)
+        self._seen = min(self._shape[1], -(-(int(places.max()) + 1) // READ_BLOCK) * READ_BLOCK)
         return (torch.arange(self._seen) <= places[:, None])[:, None, None]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
         if layer_idx not in self._buffers:
             rows, slots = self._shape
-            self._buffers[layer_idx] = tuple(
-                states.new_zeros(rows, states.shape[1], slots, states.shape[3]) for states in (key_states, value_states)
-            )
+            k, v = (s.new_zeros(rows, s.shape[1], slots, s.shape[3]) for s in (key_states, value_states))
+            self._buffers[layer_idx] = k, v
         seen = []
         for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
             if self._row is None:
@@ -111,7 +110,13 @@ class Writer:
     """A target that answers `rows` prompts at a time; a text has at most `slots` tokens."""
 
     def __init__(
-        self, model: nn.Module, rows: int, slots: int, taps: HiddenStateHooks | None = None, top: int = 0, seed: int = 0
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        slots: int,
+        taps: HiddenStateHooks | None = None,
+        top: int = 0,
+        seed: int = 0,
     ):
         """`taps`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
         use_grouped_attention(model)
@@ -121,10 +126,10 @@ class Writer:
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.inference_mode()
-    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, requests: Iterable[AnswerRequest]) -> Iterator[tuple[int, RecordedAnswer]]:
         """Each request's number and answer, as they are finished. The same requests give the same answers."""
         waiting = enumerate(requests)
-        live: list[tuple[int, Answer]] = []  # by row
+        live: list[tuple[int, RecordedAnswer]] = []  # by row
         while True:
             while len(live) < self._rows and (entry := next(waiting, None)) is not None:
                 number, answer = entry[0], self._start(len(live), entry[1])
@@ -142,10 +147,10 @@ class Writer:
                     live[row] = live[-1]
                     live.pop()
 
-    def _start(self, row: int, request: Request) -> Answer:
+    def _start(self, row: int, request: AnswerRequest) -> RecordedAnswer:
         """Reads a prompt and picks the first token of its answer."""
         assert len(request.prompt) + request.most <= self._slots, "a text must fit its row"
-        answer = Answer(request, list(request.prompt))
+        answer = RecordedAnswer(request, list(request.prompt))
         count = len(request.prompt)
         logits = self._run(answer.tokens, torch.arange(count)[None], self._cache.read_one(row, count))
         self._note([answer], logits)
@@ -154,7 +159,7 @@ class Writer:
         answer.tokens += self._pick([request], logits)
         return answer
 
-    def _step(self, answers: list[Answer]) -> None:
+    def _step(self, answers: list[RecordedAnswer]) -> None:
         """One more token of every live row."""
         places = torch.tensor([len(answer.tokens) - 1 for answer in answers])
         last = [answer.tokens[-1] for answer in answers]
@@ -180,7 +185,7 @@ class Writer:
         )
         return out.logits[:, -1].float().cpu()
 
-    def _note(self, answers: list[Answer], logits: Tensor) -> None:
+    def _note(self, answers: list[RecordedAnswer], logits: Tensor) -> None:
         if not self._top:
             return
         best, ids = logits.topk(self._top)
@@ -189,7 +194,7 @@ class Writer:
             answer.top_ids.append(one_ids.int()[None])
             answer.top_logp.append(one_best.half()[None])
 
-    def _pick(self, requests: list[Request], logits: Tensor) -> list[int]:
+    def _pick(self, requests: list[AnswerRequest], logits: Tensor) -> list[int]:
         picks = logits.argmax(-1).tolist()
         for row, request in enumerate(requests):
             if request.temperature > 0:

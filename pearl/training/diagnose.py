@@ -23,7 +23,7 @@ CONFIDENCE = (0.0, 0.3, 0.6, 0.9)  # lower ends of the classes of the target's o
 
 
 @dataclass(frozen=True)
-class Place:
+class DraftOutcome:
     """One place of a text: how far ahead the drafter was, and what came of each depth."""
 
     ahead: int
@@ -39,7 +39,7 @@ class Place:
         return next((depth for depth, right in enumerate(self.first) if not right), len(self.first))
 
 
-def places(source, texts: Sequence, ahead: int, vocabulary: set[int]) -> Iterator[Place]:
+def outcomes(source, texts: Sequence, ahead: int, vocabulary: set[int]) -> Iterator[DraftOutcome]:
     """Drafts at every `EVERY`-th token of the answers. `source`: a `FeatureSource`; texts: `shards.Text`s."""
     import torch
 
@@ -58,7 +58,7 @@ def places(source, texts: Sequence, ahead: int, vocabulary: set[int]) -> Iterato
             (guesses,) = source.guess(tokens[: root + 1], [tokens[root + 1 : root + 1 + ahead]])
             at = root + ahead
             choices = text.top_ids[at : at + depths, 0].tolist()
-            yield Place(
+            yield DraftOutcome(
                 ahead,
                 tuple(depth[0][0] == choice for depth, choice in zip(guesses, choices, strict=True)),
                 tuple(choice in [g[0] for g in depth[:5]] for depth, choice in zip(guesses, choices, strict=True)),
@@ -68,7 +68,7 @@ def places(source, texts: Sequence, ahead: int, vocabulary: set[int]) -> Iterato
             )
 
 
-def summary(found: Sequence[Place]) -> dict[str, object]:
+def summary(found: Sequence[DraftOutcome]) -> dict[str, object]:
     """The shares that a table shows, by how far ahead the drafter was."""
     figures: dict[str, object] = {}
     for ahead in sorted({place.ahead for place in found}):
@@ -119,7 +119,7 @@ def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str,
     drafter = load_feature_drafter(preflight(config))
     source, vocabulary = FeatureSource(drafter), set(drafter.vocabulary.tolist())
     texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
-    seen = [place for ahead in AHEAD for place in places(source, texts, ahead, vocabulary)]
+    seen = [place for ahead in AHEAD for place in outcomes(source, texts, ahead, vocabulary)]
     if not seen:
         raise UsageError("The recorded answers are shorter than the drafter's depths: extract longer ones.")
     return summary(seen)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pearl.checkpoints import shared_embeddings
 from pearl.config.engine_config import EngineConfig
@@ -26,30 +26,13 @@ from pearl.errors import UsageError
 from pearl.models import fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, decoder_layers
 from pearl.training import loop
-from pearl.training.loop import Figures, Recipe
+from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective, frequent
-from pearl.training.shards import Recorded, Text
+from pearl.training.recipes import DistillRecipe
+from pearl.training.shards import Recorded, RecordedText, stacked
 
 
-@dataclass(frozen=True)
-class DistillRecipe(Recipe):
-    layers: tuple[int, ...] = ()  # of the target, which the student starts from
-    match: float = 1.0  # weight of the match of hidden states; 0: only what is said counts
-    match_after: tuple[
-        int, ...
-    ] = ()  # layers of the student, one for each layer whose features were recorded; -1: none
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers or ()))
-        object.__setattr__(self, "match_after", tuple(self.match_after or ()))
-        super().__post_init__()
-        if not all(type(layer) is int and -1 <= layer < len(self.layers) for layer in self.match_after):
-            raise UsageError(f"The recipe's match_after must name layers of the student, 0 to {len(self.layers) - 1}.")
-        if not self.layers or not all(type(layer) is int and layer >= 0 for layer in self.layers):
-            raise UsageError("The recipe's layers must name at least one layer of the target by its number, from 0.")
-
-
-def student_of(target: nn.Module, layers: Sequence[int]) -> nn.Module:
+def student_of(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A model of these layers of the target, with the target's own embeddings and a copy of all else.
 
     Raises `UsageError` if the target has no such layer.
@@ -62,7 +45,8 @@ def student_of(target: nn.Module, layers: Sequence[int]) -> nn.Module:
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]
-    student = type(target)(config).to(target.dtype)
+    made: Any = type(target)(config)
+    student = made.to(target.dtype)
     student.set_input_embeddings(target.get_input_embeddings())
     student.set_output_embeddings(target.get_output_embeddings())
     for mine, layer in zip(decoder_layers(student), layers, strict=True):
@@ -71,7 +55,7 @@ def student_of(target: nn.Module, layers: Sequence[int]) -> nn.Module:
     return student
 
 
-def go_on_from(student: nn.Module, folder: str) -> None:
+def go_on_from(student: PreTrainedModel, folder: str) -> None:
     """Gives the student the weights that an earlier run saved. Raises `UsageError` if it had other layers."""
     path = Path(folder) / "model.safetensors"
     try:
@@ -87,7 +71,7 @@ def go_on_from(student: nn.Module, folder: str) -> None:
 class Student:
     """`loop.Learner`: learns the target's choices after every token of its answers."""
 
-    def __init__(self, model: nn.Module, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str):
+    def __init__(self, model: PreTrainedModel, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str):
         """vocabulary: int64 [V], ids that it will draft from; `mark`: the target's fingerprint."""
         self.module, self._data, self._recipe, self._mark = model, data, recipe, mark
         device = model.device
@@ -120,7 +104,7 @@ class Student:
 
     def _judge(self, texts: Sequence[int]) -> tuple[Tensor, Figures]:
         some = [self._data[text] for text in texts]
-        tokens, ids, logp = (part.to(self.module.device) for part in _stacked(some))
+        tokens, ids, logp = (part.to(self.module.device) for part in stacked(some))
         hidden = self.module.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, n, H]
         noted = ids[..., 0] != NOTHING
         logits = hidden[noted] @ self._head.T.to(hidden.dtype)
@@ -139,41 +123,30 @@ class Student:
             loss = loss + self._recipe.match * apart
         return loss, figures
 
-    def _apart(self, texts: Sequence[Text]) -> Tensor:
+    def _apart(self, texts: Sequence[RecordedText]) -> Tensor:
         """How far the student's hidden states are from the target's, each dimension in units of its own spread.
 
         Matching them teaches every token of a text, the prompt's as well, and hundreds of numbers at each (TinyBERT,
         Jiao et al. 2020, section 3.1).
         """
         pad = nn.utils.rnn.pad_sequence
-        theirs = pad([text.features[:-1] for text in texts], batch_first=True).to(self.module.device).float()
+        assert self._taps and self._spread is not None, "states are matched only where they are taken"
+        wanted = pad([text.features[:-1] for text in texts], batch_first=True).to(self.module.device).float()
         read = pad([torch.ones(len(text.tokens) - 1, dtype=torch.bool) for text in texts], batch_first=True)
         read = read.to(self.module.device)
-        mine = self._taps.states()[:, : theirs.shape[1]].chunk(len(self._matched), -1)
-        theirs, spread = (
-            theirs.chunk(len(self._recipe.match_after), -1),
-            self._spread.chunk(len(self._recipe.match_after), -1),
-        )
-        return sum(
+        mine = self._taps.states()[:, : wanted.shape[1]].chunk(len(self._matched), -1)
+        theirs, spread = (part.chunk(len(self._recipe.match_after), -1) for part in (wanted, self._spread))
+        losses = [
             nn.functional.smooth_l1_loss(part[read] / spread[place], theirs[place][read] / spread[place])
             for part, (place, _) in zip(mine, self._matched, strict=True)
-        ) / len(self._matched)
+        ]
+        return torch.stack(losses).sum() / len(self._matched)
 
 
 def _spread(data: Recorded) -> Tensor:
     """The standard deviation of every dimension of the recorded features, from a few texts, [layers * hidden]."""
     some = torch.cat([data[text].features[1:-1].float() for text in range(min(32, len(data)))])
     return some.std(0).clamp(min=1e-3)
-
-
-def _stacked(texts: Sequence[Text]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [B, n], top_ids and top_logp [B, n, k]; what follows a shorter text is never noted."""
-    pad = nn.utils.rnn.pad_sequence
-    return (
-        pad([text.tokens for text in texts], batch_first=True),
-        pad([text.top_ids for text in texts], batch_first=True, padding_value=NOTHING),
-        pad([text.top_logp for text in texts], batch_first=True),
-    )
 
 
 def run(recipe: DistillRecipe, whole: str | None = None) -> None:
@@ -197,10 +170,8 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
         go_on_from(student, recipe.start)
     del target
     learner = Student(student, data, vocabulary, recipe, mark)
-    figures: dict[str, Any] = loop.train(learner, recipe, train, held_out, accelerator)
-    if accelerator.is_main_process:
-        print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
-        if whole:
-            student.to(torch.bfloat16).save_pretrained(whole)
-            checked.tokenizer.save_pretrained(whole)
-            print(f"the whole model is in {whole}")
+    loop.train(learner, recipe, train, held_out, accelerator)
+    if accelerator.is_main_process and whole:
+        student.bfloat16().save_pretrained(whole)
+        checked.tokenizer.save_pretrained(whole)
+        print(f"the whole model is in {whole}")

@@ -26,7 +26,7 @@ CALM = 0.7  # the temperature at which it does so
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
+class ExtractionJob:
     """What a worker needs to make any shard."""
 
     config: EngineConfig
@@ -96,7 +96,7 @@ def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], t
     model = load_plain(preflight(config), "cpu")
     layers = tuple(found.layers or taps.default_layers(model.config.get_text_config().num_hidden_layers))
     taps.HiddenStateHooks(model, layers).remove()
-    job = GenerationRequest(
+    job = ExtractionJob(
         config=config,
         folder=Path(found.output),
         layers=layers,
@@ -139,7 +139,7 @@ def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], t
 class _Worker:
     """A loaded target in a process of its own."""
 
-    def __init__(self, job: GenerationRequest, device: str):
+    def __init__(self, job: ExtractionJob, device: str):
         import torch
 
         from pearl.checkpoints.preflight import preflight
@@ -159,21 +159,20 @@ class _Worker:
         """One shard: the same whoever makes it, and whatever was made before."""
         from pearl.models.hidden_states import HiddenStateHooks
         from pearl.training import shards
-        from pearl.training.answers import Request, Writer
+        from pearl.training.answers import AnswerRequest, Writer
 
         job = self.job
         first = number * job.size
-        questions = list(job.questions[first : first + job.size])
+        asked = job.questions[first : first + job.size]
         seed = job.seed * 1_000_003 + number
-        missing = [place for place, question in enumerate(questions) if question is None]
-        for place, question in zip(missing, self._instructions(len(missing), seed), strict=True):
-            questions[place] = question
+        own = self._instructions(asked.count(None), seed)
+        questions = [next(own) if question is None else question for question in asked]
         requests = []
         for place, question in enumerate(questions):
             prompt = self.chat.prompt(question) if question else ()
             if prompt and len(prompt) + job.most <= job.longest:
                 temperature = job.temperatures[(first + place) % len(job.temperatures)]
-                requests.append(Request(prompt, job.most, self.ends, temperature))
+                requests.append(AnswerRequest(prompt, job.most, self.ends, temperature))
         taps = HiddenStateHooks(self.model, job.layers)
         writer = Writer(self.model, job.rows, job.longest, taps, job.top, seed)
         answers = sorted(writer.answers(requests), key=lambda entry: entry[0])
@@ -181,23 +180,23 @@ class _Worker:
         return shards.write(job.folder, number, [answer for _, answer in answers])
 
     def _instructions(self, count: int, seed: int) -> Iterator[str]:
-        from pearl.training.answers import Request, Writer
+        from pearl.training.answers import AnswerRequest, Writer
 
         if not count:
             return iter(())
         opening, ends = self.chat.opening()
         writer = Writer(self.model, self.job.rows, len(opening) + INSTRUCTION, seed=seed)
-        asked = [Request(opening, INSTRUCTION, (*ends, *self.ends), CALM)] * count
+        asked = [AnswerRequest(opening, INSTRUCTION, (*ends, *self.ends), CALM)] * count
         answers = sorted(writer.answers(asked), key=lambda entry: entry[0])
         decode = self.chat.tokenizer.decode
-        return (decode(answer.response, skip_special_tokens=True).strip() for _, answer in answers)
+        return (str(decode(answer.response, skip_special_tokens=True)).strip() for _, answer in answers)
 
 
-_place: tuple[GenerationRequest, str] | None = None  # of this process
+_place: tuple[ExtractionJob, str] | None = None  # of this process
 _worker: _Worker | None = None
 
 
-def _begin(job: GenerationRequest, devices: Any) -> None:
+def _begin(job: ExtractionJob, devices: Any) -> None:
     """In a new worker process; `devices` is a queue that has one for each."""
     global _place
     _place = (job, devices.get())

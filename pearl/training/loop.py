@@ -1,7 +1,8 @@
 """The training loop: steps, learning rate, checkpoints that resume exactly, a log. It knows no drafter by name.
 
 What a step does depends on nothing but the recipe, the data and the step's number; so a run that was cut off and
-resumed makes the same weights, bit for bit, as one that was not.
+resumed makes the same weights, bit for bit, as one that was not. That is why the loop is our own: a `Trainer`, or a
+sampler that skips batches, draws its random numbers in an order that depends on where the run was cut off.
 """
 
 from __future__ import annotations
@@ -11,85 +12,29 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pearl import options
-from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
 from pearl.machine.files import atomic_write
+from pearl.training.recipes import Recipe
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
 Figures = dict[str, float]  # sums; "x" is divided by "n:x"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What every training has; `data` is a folder of recorded texts."""
-
-    data: str
-    output: str
-    target: str = "smollm2-135m"
-    start: str | None = None  # what an earlier run saved: begin with its weights instead of the target's
-    epochs: float = 4.0
-    batch: int = 8  # texts a step, over all processes
-    micro: int = 1  # texts of one forward
-    learning_rate: float = 1e-3
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.01
-    clip: float = 1.0  # norm of the gradient
-    vocabulary: int = 8192  # tokens that can be drafted
-    kl: float = 0.5  # 0: only the target's choice counts, 1: only the shape of its likeliest tokens
-    held_out: int = 1  # shards, the last ones, for validation only
-    seed: int = 0
-    bf16: bool = False
-    checkpoint_every: int = 200  # steps
-
-    def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self))
-        for name, value in asdict(self).items():
-            if problem := _problem(value, kinds[name]):
-                raise UsageError(f"The recipe's {name} must be {problem}, not {value!r}.")
-        for name in ("batch", "micro", "vocabulary", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"The recipe's {name} must be at least 1.")
-
-
-def _problem(value: object, kind: Any) -> str:
-    """What a setting of that type should be, if this value is not; else nothing."""
-    number = type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
-    checks = {
-        bool: (type(value) is bool, "true or false"),
-        int: (type(value) is int and number, "a whole number from 0"),
-        float: (number, "a number from 0"),
-        str: (isinstance(value, str) and bool(value), "a text"),
-    }
-    good, words = checks.get(kind, (True, ""))
-    return "" if good else words
-
-
-def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
-    """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
-    values = parse_yaml(read_text(path, "The recipe"), f"The recipe {path}")
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    options.refuse_unknown(values, [field.name for field in fields(kind)], path, {})
-    missing = [name for name in ("data", "output") if name not in values]
-    if missing:
-        raise UsageError(f"The recipe {path} lacks {' and '.join(missing)}.")
-    return kind(**values)
-
-
 class Learner(Protocol):
     """What is trained. `learn` adds to the gradients, both report sums of figures."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         """Adds `share` times the gradient of these texts' loss. `done`: share of the training that is behind."""
@@ -132,7 +77,7 @@ def train(
             progress.advance()
             last = step == total
             if main and (step % 20 == 0 or last):
-                line = {"step": step, "rate": schedule.get_last_lr()[0], **means(sums)}
+                line = {"step": step, "rate": float(schedule.get_last_lr()[0]), **means(sums)}
                 _append(folder / LOG, line)
                 print(_words(line, total), flush=True)
                 sums.clear()
@@ -143,6 +88,7 @@ def train(
     found = means(learner.test(held_out)) if main and held_out else {}
     if main:
         _append(folder / LOG, {"step": step, "validation": found})
+        print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
         plot(folder)
     return found
 
@@ -183,9 +129,9 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _optimizer(parameters: list[Tensor], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """AdamW; with 8-bit states on GPUs where bitsandbytes is installed."""
-    options = {"lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay}
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay}
     if device.type == "cuda":
         try:
             from bitsandbytes.optim import AdamW8bit

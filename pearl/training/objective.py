@@ -17,7 +17,7 @@ _GONE = -30.0  # log-probability of a token that was not noted
 
 
 @dataclass(frozen=True)
-class Judged:
+class RowLosses:
     """Of R rows: the loss of each, and whether the best guess, or one of the best five, was the target's choice."""
 
     loss: Tensor  # float [R]
@@ -37,7 +37,7 @@ class Objective:
         self._row[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
         self._kl = kl
 
-    def judge(self, logits: Tensor, top_ids: Tensor, top_logp: Tensor) -> Judged:
+    def judge(self, logits: Tensor, top_ids: Tensor, top_logp: Tensor) -> RowLosses:
         """logits: [R, V]; top_ids: [R, k], the choice first; top_logp: [R, k]"""
         logq = logits.float().log_softmax(-1)
         rows = self._row[top_ids.long()]  # a NOTHING indexes the last entry, which is NOTHING
@@ -48,7 +48,7 @@ class Objective:
         soft = torch.where(there[:, 0], -(p * torch.where(there, q, 0.0)).sum(-1), 0.0)
         best = logq.detach().topk(min(5, logq.shape[-1])).indices
         right = (best == rows[:, :1]) & there[:, :1]
-        return Judged((1 - self._kl) * choice + self._kl * soft, right[:, 0], right.any(-1))
+        return RowLosses((1 - self._kl) * choice + self._kl * soft, right[:, 0], right.any(-1))
 
 
 def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = ()) -> Tensor:

@@ -37,12 +37,13 @@ def backward(
     batch, count = tokens.shape
     known = drafter.known(tokens, features, withheld)
     hidden, made = drafter.stack(known, torch.arange(count, device=tokens.device), mask.known(count))
-    past = [tuple(part.detach().requires_grad_() for part in layer) for layer in made]
+    past = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in made]
     for part in anchors.chunk(segments) if mask.slots and len(anchors) else ():
         slots = drafter.slots(batch, len(part) * mask.slots)
         ahead, _ = drafter.stack(slots, mask.positions(part), mask.of(part, count), past)
         loss(ahead, part).backward()
-    roots, gradients = [loss(hidden, None)], [None]
+    roots: list[Tensor] = [loss(hidden, None)]
+    gradients: list[Tensor | None] = [None]
     for layer, leaves in zip(made, past, strict=True):
         for part, leaf in zip(layer, leaves, strict=True):
             if leaf.grad is not None:

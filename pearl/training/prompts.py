@@ -63,10 +63,7 @@ class Chat:
     def prompt(self, question: str) -> tuple[int, ...]:
         if not self.tokenizer.chat_template:
             return tuple(self.tokenizer(question).input_ids)
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
-        return self._ids(text)
+        return self._ids(self._turn(question, add_generation_prompt=True))
 
     def opening(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens up to where a user's words begin, and those of which one ends them.
@@ -75,9 +72,12 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             raise UsageError("This tokenizer has no chat template, so the target can't write its own instructions.")
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-        before, _, after = text.partition(_MARK)
+        before, _, after = self._turn(_MARK).partition(_MARK)
         return self._ids(before), self._ids(after)[:1]
+
+    def _turn(self, words: str, **options: bool) -> str:
+        turn = [{"role": "user", "content": words}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, **options))  # type: ignore[arg-type]
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)

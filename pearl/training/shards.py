@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write
-from pearl.training.answers import Answer
+from pearl.training.answers import RecordedAnswer
+from pearl.training.objective import NOTHING
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -96,7 +97,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write(folder: Path, number: int, answers: Sequence[Answer]) -> Shard:
+def write(folder: Path, number: int, answers: Sequence[RecordedAnswer]) -> Shard:
     """Writes a shard and returns its entry."""
     lengths = torch.tensor([len(answer.tokens) for answer in answers], dtype=torch.int64)
     tensors = {
@@ -124,13 +125,13 @@ def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(list(pieces)) if pieces else torch.zeros(0, 0, dtype=dtype)
 
 
-def _features(answer: Answer) -> Tensor:
+def _features(answer: RecordedAnswer) -> Tensor:
     """[tokens, layers * hidden]"""
     states = torch.cat(answer.features).to("cpu", torch.bfloat16)
     return torch.cat([states, states.new_zeros(len(answer.tokens) - len(states), states.shape[1])])
 
 
-def _noted(answer: Answer, pieces: Sequence[Tensor], nothing: int) -> Tensor:
+def _noted(answer: RecordedAnswer, pieces: Sequence[Tensor], nothing: int) -> Tensor:
     """[tokens, k]: noted from the prompt's last token to the last but one of all."""
     noted = torch.cat(list(pieces)).cpu()
     before, after = len(answer.request.prompt) - 1, 1
@@ -148,7 +149,7 @@ def checksum(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Text:
+class RecordedText:
     """One recorded text; shapes as in a shard, n: its own tokens."""
 
     tokens: Tensor
@@ -156,6 +157,16 @@ class Text:
     features: Tensor
     top_ids: Tensor
     top_logp: Tensor
+
+
+def stacked(texts: Sequence[RecordedText]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens [B, n], top_ids and top_logp [B, n, k]; what follows a shorter text is never noted."""
+    pad = nn.utils.rnn.pad_sequence
+    return (
+        pad([text.tokens for text in texts], batch_first=True),
+        pad([text.top_ids for text in texts], batch_first=True, padding_value=NOTHING),
+        pad([text.top_logp for text in texts], batch_first=True),
+    )
 
 
 class Recorded:
@@ -168,7 +179,7 @@ class Recorded:
         if manifest is None or not manifest.shards:
             raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
         self.manifest, self._features = manifest, features
-        self._files = []
+        self._files: list[tuple[Any, list[int], list[int]]] = []  # open, offsets, prompts
         self._places: list[tuple[int, int]] = []  # (file, text in it)
         self.lengths: list[int] = []
         for shard in manifest.shards:
@@ -194,18 +205,22 @@ class Recorded:
     def split(self, held_out: int) -> tuple[list[int], list[int]]:
         """The numbers of the texts to train on, and of those of the last `held_out` shards."""
         if held_out >= len(self._files):
-            raise UsageError(f"There are {len(self._files)} shards, too few to hold out {held_out}: extract more.")
+            prompts = sum(shard.texts for shard in self.manifest.shards)
+            raise UsageError(
+                f"There are {len(self._files)} shards, too few to hold out {held_out}: extract more, or begin another "
+                f"folder with --shard {max(1, prompts // (4 * max(1, held_out)))}, which makes smaller ones."
+            )
         first = len(self._files) - held_out
         train = [number for number, (file, _) in enumerate(self._places) if file < first]
         return train, [number for number, (file, _) in enumerate(self._places) if file >= first]
 
-    def __getitem__(self, number: int) -> Text:
+    def __getitem__(self, number: int) -> RecordedText:
         at, text = self._places[number]
         file, offsets, prompts = self._files[at]
         span = slice(offsets[text], offsets[text + 1])
         features = file.get_slice("features")[span] if self._features else torch.zeros(0)
         ids, logp = file.get_slice("top_ids")[span], file.get_slice("top_logp")[span]
-        return Text(file.get_slice("tokens")[span].long(), prompts[text], features, ids, logp)
+        return RecordedText(file.get_slice("tokens")[span].long(), prompts[text], features, ids, logp)
 
     def choices(self, number: int) -> Tensor:
         """The target's own choices alone, int32 [n]; -1 where none was noted."""
@@ -213,7 +228,7 @@ class Recorded:
         file, offsets, _ = self._files[at]
         return file.get_slice("top_ids")[offsets[text] : offsets[text + 1], :1].flatten()
 
-    def __iter__(self) -> Iterator[Text]:
+    def __iter__(self) -> Iterator[RecordedText]:
         return (self[number] for number in range(len(self)))
 
 

@@ -20,40 +20,17 @@ from torch import Tensor, nn
 from pearl.config.engine_config import EngineConfig
 from pearl.drafters.feature import network
 from pearl.drafters.feature.mask import SlotMask
-from pearl.drafters.feature.network import FeatureDrafter, Shape
+from pearl.drafters.feature.network import FeatureDrafter
 from pearl.errors import UsageError
 from pearl.models import fingerprint
-from pearl.models.hidden_states import decoder_layers
 from pearl.training import loop, partition
-from pearl.training.loop import Figures, Recipe
+from pearl.training.first_weights import go_on_from, new_drafter
+from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective, frequent
-from pearl.training.shards import Recorded, Text
+from pearl.training.recipes import FeatureRecipe
+from pearl.training.shards import Recorded, RecordedText, stacked
 
 RUN = 8  # features withheld in a row at most
-
-
-@dataclass(frozen=True)
-class FeatureRecipe(Recipe):
-    features: tuple[int, ...] | None = None  # layers of the target; None: those recorded, []: a drafter of tokens only
-    depths: int = 5  # K
-    layers: int = 1
-    intermediate: int | None = None  # of the layers' SwiGLU; None: the target's
-    start_layer: int | None = None  # of the target, copied into the drafter's last layer; None: the target's last one
-    depth_decay: float = 0.8  # weight of a depth's loss against the one before
-    anchors: float = 0.5  # share of the answer's tokens from which slots look ahead
-    slots_after: float = 0.5  # share of the training after which slots are learnt; before, depth 0 alone: it is cheaper
-    withheld: float = 0.05  # chance that a run of withheld features begins at a token
-    segments: int = 4  # S, see pearl.training.partition
-    longest: int = 1024  # tokens of a text; what is beyond is cut off
-
-    def __post_init__(self) -> None:
-        if self.features is not None:
-            object.__setattr__(self, "features", tuple(self.features))
-        super().__post_init__()
-        if not 1 <= self.layers <= 4 or not 1 <= self.depths <= 16 or self.segments < 1:
-            raise UsageError("The recipe's layers must be 1 to 4, its depths 1 to 16, its segments at least 1.")
-        if self.intermediate is not None and (type(self.intermediate) is not int or self.intermediate < 1):
-            raise UsageError(f"The recipe's intermediate must be a whole number from 1, not {self.intermediate!r}.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +44,7 @@ class Batch:
     top_logp: Tensor
 
 
-class Learner:
+class FeatureLearner:
     """`loop.Learner`: learns from B texts at a time, slots in segments."""
 
     def __init__(self, drafter: FeatureDrafter, data: Recorded, recipe: FeatureRecipe, device: torch.device, size: int):
@@ -80,7 +57,7 @@ class Learner:
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
         hidden = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
-        batch = Batch(batch.tokens, batch.features, batch.withheld | hidden, batch.top_ids, batch.top_logp)
+        batch = replace(batch, withheld=batch.withheld | hidden)
         anchors = self._recipe.anchors if done >= self._recipe.slots_after else 0.0
         return self._run(batch, self._anchors(batch, anchors, generator), share)
 
@@ -99,14 +76,14 @@ class Learner:
 
     def batch(self, texts: Sequence[int]) -> Batch:
         some = [_cut(self._data[text], self._recipe.longest) for text in texts]
-        pad = nn.utils.rnn.pad_sequence
         features = [torch.cat([text.features[:1] * 0, text.features[:-1]]) for text in some]
+        tokens, top_ids, top_logp = (part.to(self._device) for part in stacked(some))
         return Batch(
-            tokens=pad([text.tokens for text in some], batch_first=True).to(self._device),
-            features=pad(features, batch_first=True).to(self._device),
+            tokens=tokens,
+            features=nn.utils.rnn.pad_sequence(features, batch_first=True).to(self._device),
             withheld=_first_only(len(some), max(len(text.tokens) for text in some)).to(self._device),
-            top_ids=pad([text.top_ids for text in some], batch_first=True, padding_value=NOTHING).to(self._device),
-            top_logp=pad([text.top_logp for text in some], batch_first=True).to(self._device),
+            top_ids=top_ids,
+            top_logp=top_logp,
         )
 
     def _anchors(self, batch: Batch, share: float, generator: torch.Generator | None) -> Tensor:
@@ -198,111 +175,9 @@ def _first_only(batch: int, count: int) -> Tensor:
     return (torch.arange(count) == 0).expand(batch, -1)
 
 
-def _cut(text: Text, longest: int) -> Text:
+def _cut(text: RecordedText, longest: int) -> RecordedText:
     keep = slice(0, longest)
-    return Text(text.tokens[keep], text.prompt, text.features[keep], text.top_ids[keep], text.top_logp[keep])
-
-
-def new_drafter(
-    target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: Tensor, sample: Tensor | None = None
-) -> FeatureDrafter:
-    """An untrained drafter for a loaded target, which starts from layers of it; `layers`: whose features it reads.
-
-    sample: features of some tokens, [tokens, F]. Their dimensions differ in size by orders of magnitude, and what a
-    dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
-    `fuse` by giving the last layer its own back: the target's own layer then finds what it is used to.
-    """
-    shape = Shape.of_target(
-        target.config,
-        tuple(layers),
-        recipe.depths,
-        recipe.layers,
-        len(vocabulary),
-        recipe.target,
-        fingerprint.of_model(target),
-        recipe.intermediate,
-    )
-    torch.manual_seed(recipe.seed)
-    drafter = FeatureDrafter(shape, vocabulary)
-    embedding = target.get_input_embeddings().weight.detach().float()
-    with torch.no_grad():
-        spread = _even(drafter.token_norm, embedding[vocabulary])
-        drafter.in_proj.weight *= 0.1
-        drafter.in_proj.weight[:, : shape.hidden] += torch.diag(spread)
-        if shape.features:
-            drafter.in_proj.weight[:, shape.hidden :] += torch.eye(shape.hidden)
-            parts = torch.ones(2, len(shape.features) * shape.hidden) if sample is None else sample.float()
-            spreads = [
-                _even(norm, part)
-                for norm, part in zip(drafter.feature_norms, parts.chunk(len(shape.features), -1), strict=True)
-            ]
-            drafter.fuse.weight *= 0.1
-            drafter.fuse.weight[:, -shape.hidden :] += torch.diag(spreads[-1])
-    stack = decoder_layers(target)
-    last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
-    for number, layer in enumerate(drafter.layers):
-        start = strongest(stack[max(0, last - (shape.layers - 1 - number))].state_dict(), shape.intermediate)
-        mine = layer.state_dict()
-        if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
-            layer.load_state_dict({name: start[name].float() for name in mine})
-    return drafter.attach(target)
-
-
-def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """A layer's weights by name, of its SwiGLU the `count` neurons that can say most: by the product of their norms."""
-    names = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-    if any(name not in layer for name in names) or len(layer[names[0]]) <= count:
-        return layer
-    gate, up, down = (layer[name].float() for name in names)
-    kept = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).topk(count).indices.sort().values
-    return layer | {name: layer[name].index_select(int("down" in name), kept) for name in names}
-
-
-def go_on_from(folder: str, target: nn.Module, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
-    """The drafter that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
-    those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
-    can't become the recipe's."""
-    drafter = network.load(Path(folder))
-    wanted = Shape.of_target(
-        target.config,
-        tuple(layers),
-        recipe.depths,
-        recipe.layers,
-        drafter.shape.vocabulary,
-        drafter.shape.target,
-        fingerprint.of_model(target),
-        recipe.intermediate,
-    )
-    had = drafter.shape
-    if wanted != replace(
-        had, layers=max(had.layers, wanted.layers), intermediate=min(had.intermediate, wanted.intermediate)
-    ):
-        raise UsageError(f"The recipe's start {folder} is a drafter of another shape or target: leave it out.")
-    return (drafter if had == wanted else grown(drafter, wanted)).attach(target)
-
-
-def grown(drafter: FeatureDrafter, shape: Shape) -> FeatureDrafter:
-    """A drafter with more layers, or a narrower SwiGLU. An added layer is a copy of the last one that adds nothing yet:
-    what writes to the residual is 0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
-    larger = FeatureDrafter(shape, drafter.vocabulary)
-    rest = {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("layers.")}
-    larger.load_state_dict(rest, strict=False)
-    for number, layer in enumerate(larger.layers):
-        layer.load_state_dict(
-            strongest(drafter.layers[min(number, drafter.shape.layers - 1)].state_dict(), shape.intermediate)
-        )
-        if number >= drafter.shape.layers:
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-    return larger
-
-
-def _even(norm: nn.RMSNorm, sample: Tensor) -> Tensor:
-    """Sets a norm so that each dimension of `sample` [tokens, H] comes out with spread 1; returns what undoes that."""
-    size = sample.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-    spread = (sample / size).std(0).clamp(min=1e-3)
-    norm.weight.copy_(1 / spread)
-    return spread * size.mean()
+    return RecordedText(text.tokens[keep], text.prompt, text.features[keep], text.top_ids[keep], text.top_logp[keep])
 
 
 def run(recipe: FeatureRecipe) -> None:
@@ -336,7 +211,7 @@ def run(recipe: FeatureRecipe) -> None:
     size = target.get_output_embeddings().weight.shape[0]
     del target
     drafter.place(accelerator.device, torch.float32)
-    figures = loop.train(Learner(drafter, data, recipe, accelerator.device, size), recipe, train, held_out, accelerator)
+    learner = FeatureLearner(drafter, data, recipe, accelerator.device, size)
+    loop.train(learner, recipe, train, held_out, accelerator)
     if accelerator.is_main_process:
-        print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         print(f"the drafter is in {recipe.output}: {network.CONFIG} and {network.WEIGHTS}")

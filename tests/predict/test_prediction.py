@@ -18,7 +18,8 @@ from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.predict.prediction import by_hand, predict
 from pearl.predict.replay import BEYOND, Case, missed, read_run, sureness
-from pearl.predict.simulation import VOCABULARY, Place, Script, simulate, token
+from pearl.predict.script import VOCABULARY, DraftedToken, Script, token
+from pearl.predict.simulation import simulate
 
 EVERY = ("ar", "sd", "sd:3", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree", "tree:4")
 
@@ -141,7 +142,7 @@ def test_own_guesses_that_come_true_help_a_tree():
 
 @pytest.mark.parametrize("rank", [0, 1, 3, BEYOND, VOCABULARY - 1])
 def test_a_place_ranks_the_targets_token_where_it_says(rank: int):
-    place = Place(rank, (0.5, 0.25, 0.1))
+    place = DraftedToken(rank, (0.5, 0.25, 0.1))
     logits = Script(7, (place,), 0.0, 0.0).drafted[0]
     assert sorted(place.choice(guess) for guess in range(VOCABULARY)) == list(range(VOCABULARY))
     assert int(logits.argsort(descending=True)[rank]) == token(7)

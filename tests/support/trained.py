@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from pearl.drafters.feature.network import FeatureDrafter, Shape
 from pearl.models import fingerprint
 from pearl.training import shards
-from pearl.training.answers import Answer, Request
+from pearl.training.answers import AnswerRequest, RecordedAnswer
 from pearl.training.shards import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ def drafter_for(
     return drafter.attach(target).requires_grad_(True)
 
 
-def random_answer(count: int, prompt: int, width: int, seed: int, words: int = WORDS) -> Answer:
+def random_answer(count: int, prompt: int, width: int, seed: int, words: int = WORDS) -> RecordedAnswer:
     """A text of `count` tokens in which each token tells the next one: choice = 3 * token + 1."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(words, (prompt,), generator=generator).tolist()
@@ -59,8 +59,8 @@ def random_answer(count: int, prompt: int, width: int, seed: int, words: int = W
     ids = (3 * read[:, None] + 1 + torch.arange(TOP)) % words
     logp = torch.tensor([0.7, 0.2, 0.05, 0.01]).log().expand(len(read), -1)
     features = torch.randn(count - 1, width, generator=generator)
-    request = Request(tuple(tokens[:prompt]), count - prompt, ())
-    return Answer(request, tokens, [features], [ids.int()], [logp.half()])
+    request = AnswerRequest(tuple(tokens[:prompt]), count - prompt, ())
+    return RecordedAnswer(request, tokens, [features], [ids.int()], [logp.half()])
 
 
 def save_recorded(

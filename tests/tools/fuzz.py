@@ -44,7 +44,7 @@ from pearl.machine import cores
 from pearl.predict.replay import read_run
 from pearl.tasks import gsm8k, humaneval, mgsm, mt_bench, spec_bench
 from pearl.training import prompts
-from pearl.training.loop import Recipe, read_recipe
+from pearl.training.recipes import Recipe, read_recipe
 from pearl.wire.codec import unpack
 
 SUITES = {suite.name: suite for suite in (gsm8k.SUITE, humaneval.SUITE, mgsm.SUITE, mt_bench.SUITE, spec_bench.SUITE)}

@@ -25,8 +25,8 @@ from pearl.errors import UsageError
 from pearl.models import fingerprint
 from pearl.models.hidden_states import decoder_layers
 from pearl.training import distill, loop
-from pearl.training.distill import DistillRecipe, Student, student_of
-from pearl.training.loop import read_recipe
+from pearl.training.distill import Student, student_of
+from pearl.training.recipes import DistillRecipe, read_recipe
 from pearl.training.shards import Recorded
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -25,11 +25,12 @@ from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
 from pearl.training import loop
-from pearl.training.distill import DistillRecipe
-from pearl.training.loop import CHECKPOINT, LOG, Recipe, batch_of, means, read_recipe
+from pearl.training.first_weights import go_on_from, new_drafter
+from pearl.training.loop import CHECKPOINT, LOG, batch_of, means
 from pearl.training.objective import NOTHING, Objective, frequent
+from pearl.training.recipes import DistillRecipe, FeatureRecipe, Recipe, read_recipe
 from pearl.training.shards import Recorded
-from pearl.training.train import FeatureRecipe, Learner, go_on_from, new_drafter
+from pearl.training.train import FeatureLearner
 
 # The objective
 
@@ -93,13 +94,13 @@ def recipe(folder: Path, output: Path | str = "nowhere", **values: object) -> Fe
     return FeatureRecipe(str(folder), str(output), "the small target", **given)  # type: ignore[arg-type]
 
 
-def learner(made: FeatureRecipe, vocabulary: Sequence[int] = range(WORDS)) -> Learner:
+def learner(made: FeatureRecipe, vocabulary: Sequence[int] = range(WORDS)) -> FeatureLearner:
     target, data = small_target(), Recorded(Path(made.data), features=made.features != ())
     layers = data.manifest.layers if made.features is None else made.features
     sample = torch.cat([text.features[1:-1] for text in data]) if layers else None
     drafter = new_drafter(target, made, layers, torch.tensor(list(vocabulary)), sample)
     drafter.place("cpu", torch.float32)
-    return Learner(drafter, data, made, torch.device("cpu"), WORDS)
+    return FeatureLearner(drafter, data, made, torch.device("cpu"), WORDS)
 
 
 def test_a_token_meets_the_feature_of_the_token_before_it(folder):
@@ -203,7 +204,7 @@ def unplotted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loop, "plot", lambda folder: None)
 
 
-def run(made: FeatureRecipe, **options: object) -> tuple[Learner, dict[str, float]]:
+def run(made: FeatureRecipe, **options: object) -> tuple[FeatureLearner, dict[str, float]]:
     some = learner(made, **options)  # type: ignore[arg-type]
     train_texts, held_out = some._data.split(made.held_out)
     return some, loop.train(some, made, train_texts, held_out, Accelerator(cpu=True))

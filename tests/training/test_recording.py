@@ -19,27 +19,27 @@ from pearl.errors import UsageError
 from pearl.models import fingerprint, hidden_states
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
 from pearl.training import extract, prompts, shards
-from pearl.training.answers import Answer, Request, Writer
+from pearl.training.answers import AnswerRequest, RecordedAnswer, Writer
 from pearl.training.prompts import Chat
 from pearl.training.shards import MANIFEST, Manifest, Recorded
 
 ENDS = (1, 2, 3)
 
 
-def requests(count: int = 7, temperature: float = 0.0) -> list[Request]:
+def requests(count: int = 7, temperature: float = 0.0) -> list[AnswerRequest]:
     """Prompts of different lengths, with room for answers of different lengths."""
     generator = torch.Generator().manual_seed(3)
     lengths = [1, 9, 4, 17, 2, 6, 33, 5][:count]
     texts = [torch.randint(4, WORDS, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(tuple(text), 5 + 3 * i, ENDS, temperature) for i, text in enumerate(texts)]
+    return [AnswerRequest(tuple(text), 5 + 3 * i, ENDS, temperature) for i, text in enumerate(texts)]
 
 
-def written(asked: Sequence[Request], rows: int, **options: object) -> dict[int, Answer]:
+def written(asked: Sequence[AnswerRequest], rows: int, **options: object) -> dict[int, RecordedAnswer]:
     return dict(Writer(small_target(), rows, slots=64, **options).answers(asked))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def recorded_answers() -> dict[int, Answer]:
+def recorded_answers() -> dict[int, RecordedAnswer]:
     model = small_target()
     return dict(Writer(model, 3, 64, HiddenStateHooks(model, (0, 1)), TOP).answers(requests()))
 
@@ -129,7 +129,7 @@ def folder(tmp_path) -> Path:
 def test_the_last_shards_are_held_out(folder):
     data = Recorded(folder)
     assert data.split(1) == (list(range(8)), list(range(8, 12))) and data.split(0) == (list(range(12)), [])
-    with pytest.raises(UsageError, match="There are 3 shards, too few to hold out 3: extract more"):
+    with pytest.raises(UsageError, match=r"There are 3 shards, too few to hold out 3: extract more, .* --shard 1,"):
         data.split(3)
 
 
@@ -174,7 +174,7 @@ def test_another_manifest_is_refused(folder, change, sentence):
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no recorded texts: make some with python -m pearl\.feature\.extract"):
+    with pytest.raises(UsageError, match="holds no recorded texts: make some with pearl extract"):
         Recorded(tmp_path)
 
 

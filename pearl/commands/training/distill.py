@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found.config:
         raise UsageError(f"Give --config: a recipe such as {RECIPE}.")
 
-    from pearl.training import distill, loop
+    from pearl.training import distill
+    from pearl.training.recipes import DistillRecipe, read_recipe
 
     overrides = cli.given(found, but=("config", "whole"))
-    distill.run(loop.read_recipe(distill.DistillRecipe, found.config, overrides), found.whole)
+    distill.run(read_recipe(DistillRecipe, found.config, overrides), found.whole)
     return 0

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found.config:
         raise UsageError(f"Give --config: a recipe such as {RECIPE}.")
 
-    from pearl.training import loop, train
+    from pearl.training import train
+    from pearl.training.recipes import FeatureRecipe, read_recipe
 
-    train.run(loop.read_recipe(train.FeatureRecipe, found.config, cli.given(found, but=("config",))))
+    train.run(read_recipe(FeatureRecipe, found.config, cli.given(found, but=("config",))))
     return 0

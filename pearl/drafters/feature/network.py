@@ -141,6 +141,8 @@ class Layer(nn.Module):
 class FeatureDrafter(nn.Module):
     """What is trained. The target's own parts are attached (`attach`) and never saved."""
 
+    vocabulary: Tensor
+
     def __init__(self, shape: Shape, vocabulary: Tensor):
         """vocabulary: int64 [V], the ids of the tokens that can be drafted."""
         super().__init__()
