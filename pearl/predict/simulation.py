@@ -106,7 +106,8 @@ class _Stage:
 class _End:
     """One side's clock and its end of the wire: what has been sent is there after the latency."""
 
-    lost = False
+    lost = closed_cleanly = False
+    reason = ""
     bytes_received = 0
 
     def __init__(self, latency_s: float):
