@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pearl.config import cli
 from pearl.errors import UsageError
-from pearl.evaluation.trace import PASSES_SHOWN, draw, frame, panels, read
+from pearl.evaluation.trace import PASSES_SHOWN, frame, panels, read
+from pearl.evaluation.trace_picture import draw
 
 
 def parser() -> cli.Parser:

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,11 +27,11 @@ from pearl.core.schedule import Schedule
 from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.evaluation import metrics, results
 from pearl.evaluation.lines import Line
-from pearl.evaluation.progress import ProgressLine
 from pearl.evaluation.results import WorkUnit
 from pearl.machine.display import Progress
 
 WARM_UP_TOKENS = 8
+NAMED = 3  # texts of a batch in the line of progress
 BLOCK = 4  # times the batch size: the work units that a mode writes before the next mode has its turn
 
 # several texts side by side, in one mode: yields each job with what a pass has committed, and at last with all of it
@@ -215,6 +216,31 @@ def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[st
             ]
     events = [asdict(event) for event in engine.events]
     return {"config": config, "environment": environment(engine), "events": events, "modes": modes}
+
+
+class ProgressLine:
+    """What a batch is doing, in one line: mode, speed, texts under way and the longest of them."""
+
+    def __init__(self, progress: Progress, mode: str):
+        self._progress, self._mode = progress, mode
+        self._under_way: dict[GenerationRequest, tuple[str, int]] = {}  # the name and the tokens of each
+        self._tokens, self._began = 0, time.perf_counter()
+
+    def said(self, request: GenerationRequest, name: str, tokens: Sequence[int]) -> None:
+        """A pass has committed these tokens of a text."""
+        self._tokens += len(tokens)
+        self._under_way[request] = name, self._under_way.get(request, (name, 0))[1] + len(tokens)
+        self._progress.show(str(self))
+
+    def over(self, request: GenerationRequest) -> None:
+        self._under_way.pop(request, None)
+        self._progress.show(str(self))
+
+    def __str__(self) -> str:
+        rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
+        longest = sorted(self._under_way.values(), key=lambda text: -text[1])[:NAMED]
+        names = ", ".join(f"{name} {tokens}" for name, tokens in longest)
+        return f"{self._mode} {rate:.0f} tok/s, {len(self._under_way)} texts: {names}"
 
 
 def _before(runs: metrics.Runs, key: SampleKey) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pearl.errors import UsageError
 from pearl.evaluation.report import Run
-from pearl.evaluation.trace import draw, frame, panels, read
+from pearl.evaluation.trace import frame, panels, read
+from pearl.evaluation.trace_picture import draw
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
@@ -29,20 +30,21 @@ def speedup(runs: Sequence[Run]) -> bytes | None:
             figures = run.modes.get(mode, {})
             if (value := figures.get("speedup_vs_ar")) is None:
                 continue
-            low, high = figures.get("speedup_interval_95") or (value, value)
+            interval = figures.get("speedup_interval_95")
             axes.bar(
                 at + (place - (len(modes) - 1) / 2) * width,
                 value,
                 0.9 * width,
                 color=_colour(place),
-                yerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+                # no bar where there is no interval: one without height would say that nothing is uncertain
+                yerr=[[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]] if interval else None,
                 capsize=2,
                 label=mode if mode not in axes.get_legend_handles_labels()[1] else None,
             )
     axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(runs)), [run.name for run in runs], rotation=20 if len(runs) > 3 else 0)
     axes.set_ylabel("speed-up over ar")
-    axes.legend(ncols=4, fontsize=8, frameon=False)
+    figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside upper center")  # over no bar
     return _png(figure)
 
 

@@ -21,7 +21,7 @@ import pytest
 from pearl.commands.trace import main
 from pearl.core.timeline import OFF, Trace, merge, prepare
 from pearl.errors import UsageError
-from pearl.evaluation import trace
+from pearl.evaluation import trace_picture
 from pearl.evaluation.trace import frame, panels, read
 
 PASS_S, DRAFT_S, PROMPT = 0.1, 0.03, 40
@@ -213,7 +213,8 @@ def test_a_trace_that_is_off_takes_everything_and_keeps_nothing(path: Path):
 
 
 def test_recording_loads_no_drawing():
-    code = "import sys, pearl.evaluation.trace; print(*sys.modules.keys() & {'matplotlib', 'torch', 'numpy'})"
+    modules = "pearl.evaluation.trace, pearl.evaluation.trace_picture"
+    code = f"import sys, {modules}; print(*sys.modules.keys() & {{'matplotlib', 'torch', 'numpy'}})"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
@@ -227,6 +228,19 @@ def test_a_pass_is_known_by_how_it_ended(path: Path):
     assert [verify.outcome for verify in pearl.passes] == ["hit"] * 4 + ["miss"] + ["hit"] * 7
     assert [verify.outcome for verify in tree.passes] == ["hit"] * 4 + ["prepared"] + ["hit"] * 7
     assert (pearl.miss, tree.miss, ar.miss) == (MISS, MISS, None)
+
+
+def test_a_block_of_sd_that_is_right_from_end_to_end_is_no_miss(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its new root is no node, as the drafter waits for the verdict."""
+    target = Trace("target")
+    target.instant("sequence", 0.0, sequence=1, mode="sd:3")
+    for which, committed in enumerate((4, 2, 4)):
+        facts = dict(position=PROMPT + which, rows=4, offered=3, committed=committed, hit=False)
+        target.span("verify", which + 0.0, which + 0.9, sequence=1, **facts)
+    target.write(path)
+    merge(path)
+    (panel,) = panels(read(path))
+    assert [verify.outcome for verify in panel.passes] == ["hit", "miss", "hit"] and panel.miss == 1
 
 
 def test_only_a_text_with_a_drafter_has_bubbles_and_neighbours_are_one(path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -278,22 +292,24 @@ def test_the_picture_shows_the_bubble_after_a_miss_and_shows_it_gone(path: Path)
     png = path.with_suffix(".png")
     assert main([str(lived(path, "pearl", "tree")), "--png", str(png)]) == 0
     image = pixels(png)
-    panel = round((trace.HEAD + trace.LANES) * 150)
-    assert image.shape == (2 * panel + round(trace.FOOT * 150), 1950, 3), "a panel for each mode"
+    panel = round((trace_picture.HEAD + trace_picture.LANES) * 150)
+    assert image.shape == (2 * panel + round(trace_picture.FOOT * 150), 1950, 3), "a panel for each mode"
     pearl, tree = image[:panel], image[panel : 2 * panel]
-    for colour in (trace.FILL["hit"], trace.FILL["draft"]):
+    for colour in (trace_picture.FILL["hit"], trace_picture.FILL["draft"]):
         assert holds(pearl, colour) and holds(tree, colour)
-    for colour in (trace.BUBBLE, trace.FILL["miss"]):
+    for colour in (trace_picture.BUBBLE, trace_picture.FILL["miss"]):
         assert holds(pearl, colour) and not holds(tree, colour)
-    assert holds(tree, trace.FILL["prepared"]) and not holds(pearl, trace.FILL["prepared"])
+    assert holds(tree, trace_picture.FILL["prepared"]) and not holds(pearl, trace_picture.FILL["prepared"])
 
 
 def test_a_text_without_a_drafter_is_drawn_without_hits_and_misses(path: Path):
     png = path.with_suffix(".png")
     assert main([str(lived(path, "ar")), "--png", str(png)]) == 0
     image = pixels(png)
-    assert holds(image, trace.FILL["plain"])
-    assert not any(holds(image, colour) for colour in (trace.FILL["hit"], trace.FILL["miss"], trace.BUBBLE))
+    assert holds(image, trace_picture.FILL["plain"])
+    assert not any(
+        holds(image, colour) for colour in (trace_picture.FILL["hit"], trace_picture.FILL["miss"], trace_picture.BUBBLE)
+    )
 
 
 # --- what a user can get wrong ----------------------------------------------------------------------------------------
