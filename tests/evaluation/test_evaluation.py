@@ -16,11 +16,8 @@ import pytest
 from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
 from pearl.config import cli
-from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.evaluation import eval_config, results
-from pearl.parallel.replicas import place
-from pearl.parallel.world import World
 from pearl.tasks import gsm8k, mgsm
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -403,42 +400,3 @@ def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pai
     alone = tmp_path / "alone"
     assert run("gsm8k", *options(pair, data, alone)) == 0
     assert said(tmp_path / "shared") == said(alone)
-
-
-def test_ranks_are_replicas_of_two(monkeypatch):
-    for rank, local, world in [
-        (0, 0, World(0, 2, 0, 4, 0, 2)),
-        (3, 3, World(1, 2, 1, 4, 1, 2)),
-        (5, 1, World(1, 2, 2, 4, 0, 2)),
-    ]:
-        facts = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": 4}
-        for name, value in facts.items():
-            monkeypatch.setenv(name, str(value))
-        assert World.here() == world
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a target and its drafter on two machines
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    assert World.here() == World(1, 2, 0, 1, 0, 1, two_hosts=True)
-    assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
-
-
-def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):
-    monkeypatch.setattr("pearl.machine.cores.available", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr("pearl.machine.cores.parse", lambda text: [int(cpu) for cpu in text.split(",")])
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    config = EngineConfig(*pair)
-    assert place(config, World(0, 2)) == config
-    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
-    assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "2"), ("1", "3")]
-    with pytest.raises(UsageError, match="name no devices and no cores"):
-        place(placed[0], World(0, 2, 0, 2, 0, 2))
-
-
-def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    config = EngineConfig(*pair)
-    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
-    assert [(one.target_device, one.draft_device) for one in placed] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
-    with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
-        place(config, World(0, 2, 0, 3, 0, 3))

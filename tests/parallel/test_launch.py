@@ -16,6 +16,7 @@ from pearl.errors import UsageError
 from pearl.machine.launcher import LaunchEnv
 from pearl.parallel.child import WorkerSpec
 from pearl.parallel.launch import deal, launch
+from pearl.parallel.replicas import place
 from pearl.parallel.world import World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -92,3 +93,38 @@ def test_an_engine_that_can_not_be_made_leaves_the_process_as_it_was(pair, tmp_p
 def test_a_started_process_is_told_all_in_one_text(pair):
     spec = WorkerSpec(EngineConfig(*pair, max_length=99), 29500, [0, 2], number=1, deadline_s=3.0)
     assert WorkerSpec.from_json(spec.to_json()) == spec and spec.parent == os.getpid()
+
+
+def test_ranks_are_replicas_of_two(monkeypatch):
+    for rank, local, world in [
+        (0, 0, World(0, 2, 0, 4, 0, 2)),
+        (3, 3, World(1, 2, 1, 4, 1, 2)),
+        (5, 1, World(1, 2, 2, 4, 0, 2)),
+    ]:
+        launched(monkeypatch, RANK=rank, WORLD_SIZE=8, LOCAL_RANK=local, LOCAL_WORLD_SIZE=4)
+        assert World.here() == world
+    launched(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1)  # a target and its drafter on two machines
+    assert World.here() == World(1, 2, 0, 1, 0, 1, two_hosts=True)
+    assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
+
+
+def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):
+    monkeypatch.setattr("pearl.machine.cores.available", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr("pearl.machine.cores.parse", lambda text: [int(cpu) for cpu in text.split(",")])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = EngineConfig(*pair)
+    assert place(config, World(0, 2)) == config
+    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
+    assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "2"), ("1", "3")]
+    with pytest.raises(UsageError, match="name no devices and no cores"):
+        place(placed[0], World(0, 2, 0, 2, 0, 2))
+
+
+def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    config = EngineConfig(*pair)
+    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
+    assert [(one.target_device, one.draft_device) for one in placed] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
+    with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
+        place(config, World(0, 2, 0, 3, 0, 3))
