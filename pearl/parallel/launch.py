@@ -56,7 +56,8 @@ def arrange(
     checked = checked or preflight(config, world.roles, world.local_tp_size)
     two = processes == 2 or schedule.mode == "ar-all"
     target_cpus, draft_cpus = shares(config, two and not world.two_hosts)
-    dealt = deal(target_cpus, world.local_tp_size)  # neighbours on a machine are neighbours in rank
+    # neighbours on a machine are neighbours in rank; where the drafter is alone on its own, there is none
+    dealt = deal(target_cpus, world.local_tp_size) if world.local_tp_size else []
     if dealt:
         target_cpus = dealt[world.tp_rank % len(dealt)]
     return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, dealt)

@@ -13,9 +13,10 @@ from pearl.config.engine_config import EngineConfig
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.machine import cores
 from pearl.machine.launcher import LaunchEnv
 from pearl.parallel.child import WorkerSpec
-from pearl.parallel.launch import deal, launch
+from pearl.parallel.launch import arrange, deal, launch
 from pearl.parallel.replicas import place
 from pearl.parallel.world import World
 
@@ -54,6 +55,13 @@ def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monke
 def test_cores_are_dealt_to_the_ranks():
     assert deal([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
     assert deal([0], 3) == [[0], [0], [0]]
+
+
+def test_a_drafter_on_a_machine_of_its_own_has_all_cores_of_it(pair, monkeypatch):
+    launched(monkeypatch, RANK=2, WORLD_SIZE=3, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+    config = EngineConfig(*pair, dtype="float32", tensor_parallel_size=2)
+    layout = arrange(config, Schedule.of("pearl"), None, World.here(2))
+    assert (layout.draft_cpus, layout.tp_cpus) == (cores.available(), [])
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch):
