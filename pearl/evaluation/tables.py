@@ -87,10 +87,14 @@ def cells(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) ->
 
 
 def show(title: str, modes: Mapping[str, Figures], wide: bool = False) -> None:
-    """Prints a run's figures and what their headings mean: as many as fit 80 letters, or all."""
+    """Prints a run's figures and what their headings mean: as many as fit 80 letters, or all; none that no mode has."""
     from pearl.machine.display import show_table
 
-    columns = OF_A_RUN if wide else NARROW
+    columns = [
+        name
+        for name in (OF_A_RUN if wide else NARROW)
+        if any(figures.get(name) is not None for figures in modes.values())
+    ]
     print(title)
     show_table(*cells(["mode"], columns, [([mode], figures) for mode, figures in modes.items()]))
     legend = "; ".join(f"{COLUMNS[name].heading}: {COLUMNS[name].means}" for name in columns)

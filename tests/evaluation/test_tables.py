@@ -27,6 +27,12 @@ def test_a_run_fits_eighty_letters_in_every_mode(monkeypatch, capsys):
     assert "12345.68" in said and said.endswith("--wide.\n")
 
 
+def test_a_column_that_no_mode_fills_is_left_out(capsys):
+    tables.show("MT-bench", {"ar": FIGURES | {"score": None, "acceptance": None}, "pearl": FIGURES | {"score": None}})
+    said = capsys.readouterr().out
+    assert "score" not in said and "accept" in said
+
+
 def test_every_column_says_what_it_means():
     assert all(column.means for column in tables.COLUMNS.values())
     assert set(tables.NARROW) < set(tables.OF_A_RUN) <= set(tables.COLUMNS)
