@@ -158,7 +158,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
 def _refused(what: str, error: UsageError) -> Finding:
     """A sentence that says what is wrong, and after a colon what to do."""
     found, _, advice = str(error).partition(": ")
-    return Finding(what, NO, found, advice)
+    return Finding(what, NO, found, advice or "change what this sentence names, and look again")
 
 
 def speed(pass_s: float, forward_s: float, a: float, measured: float) -> Finding:

@@ -35,7 +35,12 @@ def report(checks: Sequence[Check]) -> list[tuple[str, str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     found = cli.parse(parser(), argv)
     config, _ = cli.engine_config(found)
-    print(f"loading {config.target}, to try what its bits depend on", file=sys.stderr)
+    print(
+        f"loading {config.target}, then reading texts with it alone, together and in several shapes, to see where its "
+        "bits differ; on a CPU seconds for a small model and minutes for a large one, once",
+        file=sys.stderr,
+        flush=True,
+    )
 
     from pearl.checkpoints.preflight import preflight
     from pearl.checkpoints.targets import load_target

@@ -5,7 +5,7 @@
 Every token of a text is compared with what the drafter would have guessed there, had it read the text up to it
 (teacher forcing): one forward over several texts says it for all their tokens. So drafters can be compared in the
 course of a distillation, on texts that the target has written. A line of the file is a JSON object with "text" and, if
-only what follows it counts, "prompt": strings, or lists of token ids.
+only what follows it counts, "prompt": strings, or lists of token ids. The samples.jsonl of a run is such a file.
 
     acceptance   the share of tokens that were the drafter's first guess; of greedy texts, that of a chain
     among        the share that was among its first 2, 3, 5, 8 guesses: what a tree has prepared
@@ -121,12 +121,21 @@ def score_source(source: Any, texts: Sequence[Read]) -> list[Scored]:
 
 
 def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, vocabulary: int) -> list[Read]:
-    """The texts of a file, cut to `max_length` tokens, which are below `vocabulary`. Raises `UsageError`."""
-    texts = []
+    """The texts of a file, cut to `max_length` tokens, which are below `vocabulary`. Raises `UsageError`.
+
+    Of a run's own samples.jsonl, which has every text once a mode and a repeat, those of the first mode."""
+    texts, mode = [], None
     for number, value in json_lines(read_text(path, "The texts"), path):
         if not isinstance(value, dict) or "text" not in value:
             told = f'{path}, line {number}: give a JSON object with "text", and "prompt" if there is one.'
             raise UsageError(told)
+        if "mode" in value and "tokens" in value:
+            mode = mode or value["mode"]
+            if value["mode"] != mode or value.get("repeat"):
+                continue
+            if "prompt" not in value:
+                raise UsageError(f"{path} has answers without their prompts, as earlier runs left them: run it again.")
+            value = {**value, "text": value["tokens"]}
         parts = value.get("prompt", ""), value["text"]
         first, rest = (_tokens(part, encode, vocabulary, f"{path}, line {number}") for part in parts)
         tokens = tuple(first + rest)[:max_length]

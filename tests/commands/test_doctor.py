@@ -10,6 +10,7 @@ from pearl.commands.doctor import NO, OK, SLOW, Finding
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Machine, Pair
 from pearl.engine import Engine
+from pearl.errors import UsageError
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.slow
@@ -34,6 +35,12 @@ def test_peers_are_asked_in_both_directions():
 def test_memory_is_compared_with_what_the_pair_needs():
     assert doctor.memory(PAIR, Machine(30.0)).verdict == OK
     assert doctor.memory(PAIR, Machine(10.0)).verdict == NO
+
+
+def test_what_is_refused_always_comes_with_what_to_do():
+    found = [doctor._refused("pair", UsageError(one)) for one in ("It can't be read: give a folder.", "It is damaged.")]
+    assert [one.advice for one in found] == ["give a folder.", "change what this sentence names, and look again"]
+    assert doctor.memory(PAIR, Machine(10.0)).advice
 
 
 def test_speed_says_why_it_does_not_pay():

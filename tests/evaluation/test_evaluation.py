@@ -17,7 +17,7 @@ from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
 from pearl.config import cli
 from pearl.errors import UsageError
-from pearl.evaluation import eval_config, results
+from pearl.evaluation import eval_config, lines, results
 from pearl.tasks import gsm8k, mgsm
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -176,6 +176,16 @@ def test_the_table_fits_a_terminal_and_says_what_its_words_mean(finished, pair, 
     assert run("gsm8k", *again, "--wide") == 0
     wide = capsys.readouterr().out
     assert "p95" in wide and "B/pass" in wide and "…" not in wide
+
+
+def test_a_part_of_humaneval_leaves_the_problem_file_that_its_own_scorer_needs(pair, tmp_path, capsys):
+    problem = {"entry_point": "f", "test": "def check(f): pass", "canonical_solution": "    pass\n"}
+    records = [{"task_id": f"T/{i}", "prompt": f'def f():\n    """Return {i}."""\n', **problem} for i in range(3)]
+    data, out = written(tmp_path, "humaneval", records), tmp_path / "out"
+    assert run("humaneval", *options(pair, data, out, "--limit", "2", "--no-score")) == 0
+    assert lines.read(out / results.PROBLEMS) == records[:2]
+    command = f"evaluate_functional_correctness {out / results.SAMPLES} --problem_file={out / results.PROBLEMS}"
+    assert command in capsys.readouterr().out
 
 
 def test_one_problem_is_no_plural(pair, tmp_path):

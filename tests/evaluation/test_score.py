@@ -10,10 +10,12 @@ import torch
 from toys import together
 
 from pearl.commands import score as command
+from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.ngram import NgramSource
 from pearl.errors import UsageError
+from pearl.evaluation import lines, results
 from pearl.evaluation.score import Read, Scored, batches, figures, load, score_model, score_source
 from pearl.roles.target import Target
 
@@ -99,6 +101,20 @@ def test_texts_come_as_strings_or_tokens_and_what_is_none_is_refused(tmp_path):
         file.write_text(content)
         with pytest.raises(UsageError, match=wrong):
             load(str(file), lambda text: [ord(letter) for letter in text], 4, 128)
+
+
+def test_of_a_run_each_text_counts_once_and_with_its_prompt(tmp_path):
+    """A line a mode and a repeat, all of one text."""
+    made = GenerationStats("ar", 2, (5, 6, 7), "abc", "length", (), None, 0, 0)
+    keys = [SampleKey("T/0"), SampleKey("T/0", repeat=1), SampleKey("T/1")]
+    samples = [results.sample_line(key, mode, (1, 2), made, "abc") for key in keys for mode in ("pearl", "ar")]
+    lines.append(tmp_path / "samples.jsonl", samples)
+    assert load(str(tmp_path / "samples.jsonl"), list, 99, 128) == [Read((1, 2, 5, 6, 7), 2)] * 2
+    for sample in samples:
+        del sample["prompt"]
+    lines.settle(tmp_path / "samples.jsonl", samples)
+    with pytest.raises(UsageError, match="answers without their prompts, as earlier runs left them"):
+        load(str(tmp_path / "samples.jsonl"), list, 99, 128)
 
 
 def test_the_command_compares_drafters(tmp_path, monkeypatch, capsys):

