@@ -90,6 +90,7 @@ def ending(reader: VerifierModel) -> tuple[list[int], int]:
     return said[: last + 1], said[last]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, dtype", [("llama", "float32"), ("gpt2", "float32"), ("qwen2", "bfloat16")])
 def test_a_second_turn_has_the_same_bits_in_every_mode_and_reads_only_what_is_new(name, dtype):
     """The drafters know the reply: what follows the first text was read too, as a guess, where the mode allows it."""
@@ -118,6 +119,7 @@ def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
     assert target.passes[0].rows == len(other), "a text that does not continue another one is read whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sd", "tree"])
 def test_the_drafter_reads_only_what_is_new_too(mode, monkeypatch):
     reader, _ = pair("llama", "float32", "packed" if FBGEMM else "stock")

@@ -166,6 +166,7 @@ def test_texts_of_close_logits_are_the_targets_own(name, dtype, monkeypatch):
     assert not reader.verifies_trees or taken, "no side branch was taken: then nothing was shown"
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(
     FBGEMM,
     strict=False,

@@ -83,6 +83,7 @@ def test_what_is_wrong_is_said_by_the_first_rank_alone(pair, monkeypatch):
         launch(config, Schedule.of("sd"), processes=1)
 
 
+@pytest.mark.slow
 def test_an_engine_that_can_not_be_made_leaves_the_process_as_it_was(pair, tmp_path):
     def state() -> tuple[object, ...]:
         return os.sched_getaffinity(0), torch.get_num_threads(), sys.getswitchinterval()

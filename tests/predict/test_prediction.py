@@ -57,12 +57,14 @@ def acceptance(case: Case) -> float:
 # theory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "c", "gamma"), [(0.6, 2.6, 2), (0.8, 5.0, 4), (0.92, 3.0, 3)])
 def test_blocks_in_lock_step_gain_what_leviathan_says(a: float, c: float, gamma: int):
     case = by_hand(a, c, tokens=6000)
     assert rate(case, f"sd:{gamma}") == pytest.approx(theory.speedup_sd(acceptance(case), c, gamma), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "c"), [(0.6, 2.6), (0.8, 3.0), (0.92, 3.0)])
 def test_pearl_gains_what_theory_says(a: float, c: float):
     case = by_hand(a, c, tokens=5000)

@@ -63,6 +63,7 @@ def installed(wheel: Path, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_what_a_checkout_runs(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     here = {str(file.relative_to(ROOT)) for file in (ROOT / "pearl").rglob("*") if "__pycache__" not in file.parts}
@@ -78,6 +79,7 @@ def test_the_version_is_said_once():
     assert project["version"] == __version__ or "version" in project.get("dynamic", ())
 
 
+@pytest.mark.slow
 def test_an_installed_pearl_answers_anywhere(installed: Path, tmp_path: Path):
     assert run([installed / "pearl", "--version"], tmp_path).stdout == f"pearl {__version__}\n"
     done = run([installed / "pearl", "pairs", "smollm2-135m"], tmp_path)
