@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pearl.checkpoints.drafters import load_feature_drafter
+from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import FEATURE, EngineConfig
+from pearl.core.sampling import SamplingParams
+from pearl.drafters.feature.network import read_shape
+from pearl.drafters.feature.source import FeatureSource
 from pearl.errors import UsageError
+from pearl.training.shards import Recorded, RecordedText
 
 EVERY = 5  # tokens between two places that are looked at
 AHEAD = (0, 1, 2, 4)  # tokens without features
@@ -39,12 +47,10 @@ class DraftOutcome:
         return next((depth for depth, right in enumerate(self.first) if not right), len(self.first))
 
 
-def outcomes(source, texts: Sequence, ahead: int, vocabulary: set[int]) -> Iterator[DraftOutcome]:
-    """Drafts at every `EVERY`-th token of the answers. `source`: a `FeatureSource`; texts: `shards.Text`s."""
-    import torch
-
-    from pearl.core.sampling import SamplingParams
-
+def outcomes(
+    source: FeatureSource, texts: Sequence[RecordedText], ahead: int, vocabulary: set[int]
+) -> Iterator[DraftOutcome]:
+    """Drafts at every `EVERY`-th token of the answers."""
     depths = source.depths
     for text in texts:
         tokens = text.tokens.tolist()
@@ -101,12 +107,6 @@ def _share(rights) -> float:
 
 def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str, Any]:
     """The figures of the drafter in `folder` along the last `count` texts recorded. Raises `UsageError`."""
-    from pearl.checkpoints.drafters import load_feature_drafter
-    from pearl.checkpoints.preflight import preflight
-    from pearl.drafters.feature.network import read_shape
-    from pearl.drafters.feature.source import FeatureSource
-    from pearl.training.shards import Recorded
-
     shape = read_shape(Path(folder))
     data = Recorded(Path(recorded), features=bool(shape.features))
     data.must_be_of(shape.fingerprint, shape.target)

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.checkpoints import shared_embeddings
+from pearl.checkpoints.preflight import preflight
+from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.models import fingerprint
@@ -152,11 +155,6 @@ def _spread(data: Recorded) -> Tensor:
 def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     """Distils by a recipe and says what came of it. `whole`: a folder for the model with its embeddings. Raises
     `UsageError`."""
-    from accelerate import Accelerator
-
-    from pearl.checkpoints.preflight import preflight
-    from pearl.checkpoints.targets import load_plain
-
     accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))

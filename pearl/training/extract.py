@@ -17,9 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pearl.checkpoints.preflight import preflight
+from pearl.checkpoints.targets import eos_ids, load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
+from pearl.models import fingerprint, linear
+from pearl.models.hidden_states import HiddenStateHooks, default_layers
+from pearl.training import prompts, shards
+from pearl.training.answers import AnswerRequest, Writer
+from pearl.training.prompts import Chat
 
 INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
 CALM = 0.7  # the temperature at which it does so
@@ -29,35 +38,25 @@ CALM = 0.7  # the temperature at which it does so
 class ExtractionJob:
     """What a worker needs to make any shard."""
 
+    options: Any  # of `pearl extract`, by their names
     config: EngineConfig
     folder: Path
     layers: tuple[int, ...]
-    top: int
     questions: tuple[str | None, ...]  # None: the target writes it itself
-    size: int  # prompts a shard
-    rows: int
-    most: int  # tokens of an answer
-    longest: int  # tokens of a text
-    temperatures: tuple[float, ...]
-    seed: int
     threads: int
 
 
-def run(found: Any) -> None:
+def run(options: Any) -> None:
     """Records what is missing of what the options of `pearl extract` ask for. Raises `UsageError`."""
-    import torch
-
-    from pearl.training import prompts, shards
-
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
-    workers = found.workers or (gpus or len(os.sched_getaffinity(0)))
-    dtype = found.dtype or ("bfloat16" if gpus else "float32")
-    questions: list[str | None] = [*prompts.read(found.prompts, found.hub), *[None] * found.self_written]
-    random.Random(found.seed).shuffle(questions)
-    questions = questions[: found.limit]
-    config = EngineConfig(target=found.target, dtype=dtype)
-    job, manifest = _plan(found, config, tuple(questions), max(1, len(os.sched_getaffinity(0)) // workers))
+    workers = options.workers or (gpus or len(os.sched_getaffinity(0)))
+    dtype = options.dtype or ("bfloat16" if gpus else "float32")
+    questions: list[str | None] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
+    random.Random(options.seed).shuffle(questions)
+    config = EngineConfig(target=options.target, dtype=dtype)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    job, manifest = _plan(options, config, tuple(questions[: options.limit]), threads)
     job.folder.mkdir(parents=True, exist_ok=True)
     if before := shards.Manifest.read(job.folder):
         if differs := before.differs(manifest):
@@ -85,68 +84,38 @@ def run(found: Any) -> None:
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
 
 
-def _plan(found: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
+def _plan(options: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
     """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
-    from pearl.checkpoints.preflight import preflight
-    from pearl.checkpoints.targets import load_plain
-    from pearl.models import fingerprint
-    from pearl.models import hidden_states as taps
-    from pearl.training.shards import Manifest
-
     model = load_plain(preflight(config), "cpu")
-    layers = tuple(found.layers or taps.default_layers(model.config.get_text_config().num_hidden_layers))
-    taps.HiddenStateHooks(model, layers).remove()
-    job = ExtractionJob(
-        config=config,
-        folder=Path(found.output),
-        layers=layers,
-        top=found.top_k,
-        questions=questions,
-        size=found.shard,
-        rows=found.batch,
-        most=found.max_new_tokens,
-        longest=found.max_length,
-        temperatures=tuple(found.temperature),
-        seed=found.seed,
-        threads=threads,
-    )
-    asked = "\n".join("" if question is None else question for question in questions)
+    text = model.config.get_text_config()
+    layers = tuple(options.layers or default_layers(text.num_hidden_layers))
+    HiddenStateHooks(model, layers).remove()
+    asked = "\n".join(question or "" for question in questions)
+    names = ("self_written", "max_new_tokens", "max_length", "seed", "shard", "batch")
     settings = {
         "questions": len(questions),
         "questions_sha256": hashlib.sha256(asked.encode()).hexdigest()[:16],
-        "prompts": [Path(path).name for path in found.prompts] + found.hub,
-        "self_written": found.self_written,
-        "max_new_tokens": job.most,
-        "max_length": job.longest,
-        "temperatures": list(job.temperatures),
-        "seed": job.seed,
-        "shard": job.size,
-        "batch": job.rows,
+        "prompts": [Path(path).name for path in options.prompts] + options.hub,
+        "temperatures": list(options.temperature),
         "dtype": config.dtype,
+        **{name: getattr(options, name) for name in names},
     }
-    manifest = Manifest(
+    manifest = shards.Manifest(
         target=config.target,
         fingerprint=fingerprint.of_model(model),
         layers=list(layers),
-        hidden=model.config.get_text_config().hidden_size,
-        top=job.top,
+        hidden=text.hidden_size,
+        top=options.top_k,
         settings=settings,
-        count=-(-len(questions) // job.size),
+        count=-(-len(questions) // options.shard),
     )
-    return job, manifest
+    return ExtractionJob(options, config, Path(options.output), layers, questions, threads), manifest
 
 
 class _Worker:
     """A loaded target in a process of its own."""
 
     def __init__(self, job: ExtractionJob, device: str):
-        import torch
-
-        from pearl.checkpoints.preflight import preflight
-        from pearl.checkpoints.targets import eos_ids, load_plain
-        from pearl.models import linear
-        from pearl.training.prompts import Chat
-
         torch.set_num_threads(job.threads)
         checked = preflight(job.config)
         self.job, self.chat = job, Chat(checked.tokenizer)
@@ -157,35 +126,29 @@ class _Worker:
 
     def make(self, number: int):
         """One shard: the same whoever makes it, and whatever was made before."""
-        from pearl.models.hidden_states import HiddenStateHooks
-        from pearl.training import shards
-        from pearl.training.answers import AnswerRequest, Writer
-
-        job = self.job
-        first = number * job.size
-        asked = job.questions[first : first + job.size]
-        seed = job.seed * 1_000_003 + number
+        job, options = self.job, self.job.options
+        first = number * options.shard
+        asked = job.questions[first : first + options.shard]
+        seed = options.seed * 1_000_003 + number
         own = self._instructions(asked.count(None), seed)
         questions = [next(own) if question is None else question for question in asked]
         requests = []
         for place, question in enumerate(questions):
             prompt = self.chat.prompt(question) if question else ()
-            if prompt and len(prompt) + job.most <= job.longest:
-                temperature = job.temperatures[(first + place) % len(job.temperatures)]
-                requests.append(AnswerRequest(prompt, job.most, self.ends, temperature))
+            if prompt and len(prompt) + options.max_new_tokens <= options.max_length:
+                temperature = options.temperature[(first + place) % len(options.temperature)]
+                requests.append(AnswerRequest(prompt, options.max_new_tokens, self.ends, temperature))
         taps = HiddenStateHooks(self.model, job.layers)
-        writer = Writer(self.model, job.rows, job.longest, taps, job.top, seed)
+        writer = Writer(self.model, options.batch, options.max_length, taps, options.top_k, seed)
         answers = sorted(writer.answers(requests), key=lambda entry: entry[0])
         taps.remove()
         return shards.write(job.folder, number, [answer for _, answer in answers])
 
     def _instructions(self, count: int, seed: int) -> Iterator[str]:
-        from pearl.training.answers import AnswerRequest, Writer
-
         if not count:
             return iter(())
         opening, ends = self.chat.opening()
-        writer = Writer(self.model, self.job.rows, len(opening) + INSTRUCTION, seed=seed)
+        writer = Writer(self.model, self.job.options.batch, len(opening) + INSTRUCTION, seed=seed)
         asked = [AnswerRequest(opening, INSTRUCTION, (*ends, *self.ends), CALM)] * count
         answers = sorted(writer.answers(asked), key=lambda entry: entry[0])
         decode = self.chat.tokenizer.decode

@@ -172,9 +172,8 @@ def stacked(texts: Sequence[RecordedText]) -> tuple[Tensor, Tensor, Tensor]:
 class Recorded:
     """The shards of a folder as one sequence of texts, read from the mapped files as they are asked for."""
 
-    def __init__(self, folder: Path, shards: Sequence[int] | None = None, features: bool = True):
-        """`shards`: only these numbers; `features`: whether texts come with them. Raises `UsageError` for a file that
-        is missing, cut off or changed."""
+    def __init__(self, folder: Path, features: bool = True):
+        """`features`: whether texts come with them. Raises `UsageError` for a file that is missing or changed."""
         manifest = Manifest.read(folder)
         if manifest is None or not manifest.shards:
             raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
@@ -183,8 +182,6 @@ class Recorded:
         self._places: list[tuple[int, int]] = []  # (file, text in it)
         self.lengths: list[int] = []
         for shard in manifest.shards:
-            if shards is not None and shard.number not in shards:
-                continue
             file = _open(folder / shard.name, shard)
             offsets = file.get_tensor("offsets")
             self._places += [(len(self._files), text) for text in range(shard.texts)]

@@ -15,8 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pearl.checkpoints.preflight import preflight
+from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.drafters.feature import network
 from pearl.drafters.feature.mask import SlotMask
@@ -185,11 +188,6 @@ def run(recipe: FeatureRecipe) -> None:
 
     Raises `UsageError`.
     """
-    from accelerate import Accelerator
-
-    from pearl.checkpoints.preflight import preflight
-    from pearl.checkpoints.targets import load_plain
-
     accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
     data = Recorded(Path(recipe.data), features=recipe.features != ())
     layers = data.manifest.layers if recipe.features is None else recipe.features
