@@ -34,14 +34,18 @@ class Sleeper:
     def __init__(self, vocabulary: int, seconds: float, right: float):
         import torch
 
-        self.config = SimpleNamespace(_attn_implementation="pearl_grouped_sdpa")
+        from pearl.models.kv_cache.transformers_interface import GROUPED
+
+        self.config = SimpleNamespace(_attn_implementation=GROUPED)
         self.device, self.dtype = torch.device("cpu"), torch.bfloat16
         self.slept = self.calls = 0.0
         self._vocabulary, self._seconds, self._right = vocabulary, seconds, right
         self._logits = torch.zeros(64, vocabulary, dtype=torch.bfloat16)
 
-    def __call__(self, input_ids, position_ids, logits_to_keep, **_):
+    def forward(self, input_ids, position_ids, logits_to_keep, attention_cache, **_):
         import torch
+
+        attention_cache.attended = True
 
         began = time.perf_counter()
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else torch.arange(-logits_to_keep, 0)
@@ -56,6 +60,8 @@ class Sleeper:
         self.slept += time.perf_counter() - began
         self.calls += 1
         return SimpleNamespace(logits=logits[None])
+
+    __call__ = forward
 
 
 def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiprocessing.Queue) -> None:

@@ -85,9 +85,9 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
 
     if isinstance(reader, VerifierModel) and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
-        forms = numerics_check.forms(placed.on_cpu)
-        static = {"fixed": 1, "forms": forms, "graphs": capture is not None, **key}
-        found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, forms)))
+        backends = numerics_check.backends(placed.on_cpu)
+        static = {"static": 2, "backends": backends, "graphs": capture is not None, **key}
+        found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
         numerics_check.apply(reader, numerics_check.Report.of(found), capture)
     else:
         reader.rows = TokenBuckets.from_json(measured_once({"rows": 3, **key}, measure))

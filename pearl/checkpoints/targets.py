@@ -16,7 +16,7 @@ from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.fingerprint import of_model, other_target
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.slot_cache import use_grouped_attention
+from pearl.models.kv_cache.transformers_interface import use_grouped_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
 from pearl.models.verifier import VerifierModel
 

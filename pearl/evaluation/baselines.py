@@ -25,6 +25,11 @@ from pearl.core.stopping import Stopper
 from pearl.engine import Engine
 from pearl.evaluation.harness import Decoder
 from pearl.machine import memory
+from pearl.models.kv_cache.transformers_interface import (
+    use_grouped_attention,
+    use_transformers_attention,
+    uses_grouped_attention,
+)
 
 LOOKUP = 10  # tokens of a prompt lookup, as in transformers' documentation
 WINDOW = 64  # tokens at the end of a text in which a stop string may have come in one pass, and more for its length
@@ -49,7 +54,7 @@ class Baselines:
             assistant.generation_config = _plain(assistant, None)
             # one tokenizer with paddings of two sizes would be two to transformers
             assistant.config.get_text_config().vocab_size = self._model.config.get_text_config().vocab_size
-            _attend_as(assistant, "sdpa")
+            use_transformers_attention(assistant)
             options = {"assistant_model": assistant}
         return lambda prompt, params, _: self._generate(name, prompt, params, options)
 
@@ -182,23 +187,18 @@ def _passes(watch: _Watch, stopper: Stopper, prompt: int) -> Iterator[Pass]:
 @contextlib.contextmanager
 def _as_in_transformers(model: Any, eos: Sequence[int]) -> Iterator[None]:
     """Its own attention, and none of the checkpoint's settings of sampling: they change greedy texts too."""
-    attention, settings = model.config._attn_implementation, model.generation_config
-    _attend_as(model, "sdpa")
+    grouped, settings = uses_grouped_attention(model), model.generation_config
+    use_transformers_attention(model)
     model.generation_config = _plain(model, eos)
     try:
         yield
     finally:
         model.generation_config = settings
-        _attend_as(model, attention)
+        if grouped:
+            use_grouped_attention(model)
 
 
 def _plain(model: Any, eos: Sequence[int] | None) -> GenerationConfig:
     """Greedy, nothing forbidden. `eos`: what ends a text; None: what the checkpoint says."""
     ends = model.generation_config.eos_token_id if eos is None else list(eos) or None
     return GenerationConfig(eos_token_id=ends, pad_token_id=0)
-
-
-def _attend_as(model: Any, attention: str) -> None:
-    """`attention` for a model that can; one that needs another keeps it."""
-    if model.config._attn_implementation in ("sdpa", "pearl_grouped_sdpa"):
-        model.set_attn_implementation(attention)

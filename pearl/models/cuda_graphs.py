@@ -7,6 +7,8 @@ runs at a time; what a forward leaves for others must lie in buffers that were t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pearl.models.static_shapes import Capture, Run
@@ -19,7 +21,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._pool: object = None
+        self._pool: Any = None
 
     def __call__(self, run: Run) -> Run:
         with torch.cuda.device(self._device):

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
 from pearl.models.kv_cache.draft_tree_cache import Chunk, DraftTreeCache
 from pearl.models.language_model import LanguageModel, SequenceRows
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import Rows
+from pearl.models.static_shapes import PassRows
 
 DRAFT_PREFILL_CHUNK = 4 * GRAIN  # rows of one forward over a prompt at most
 
@@ -37,7 +38,7 @@ class DraftModel(LanguageModel):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         vocabulary: int,
         max_length: int,
         head: ReducedVocabHead | None = None,
@@ -68,7 +69,7 @@ class DraftModel(LanguageModel):
             if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
                 found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
             else:
-                parts.append(self._lay_chunk(last, one.batch_slot))
+                parts.append(self._lay_out_chunk(last, one.batch_slot))
                 wanted.append(last.wanted)
         if parts:
             logits, places = self.run_together(parts)
@@ -81,15 +82,15 @@ class DraftModel(LanguageModel):
             for one, plan in zip(queries, plans, strict=True)
         ]
 
-    def _lay_chunk(self, chunk: Chunk, batch_slot: int) -> SequenceRows:
+    def _lay_out_chunk(self, chunk: Chunk, batch_slot: int) -> SequenceRows:
         cache = self._slots[batch_slot].cache
-        cache.place_at(chunk.slots, chunk.seen)
-        return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), chunk.mask, cache)
+        cache.place_nodes(chunk.slots, chunk.mask)
+        return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), cache)
 
     def _read_chunk(self, chunk: Chunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
             mask = chunk.mask[0, 0].numpy()
-            rows = Rows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
+            rows = PassRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
             return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
-        laid = self._lay_chunk(chunk, batch_slot)
-        return self.run(laid.tokens, chunk.positions, laid.mask, chunk.wanted, laid.cache)
+        laid = self._lay_out_chunk(chunk, batch_slot)
+        return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)

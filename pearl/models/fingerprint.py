@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 _STRIDE = 61  # rows of the embedding that are looked at
 
@@ -27,7 +28,7 @@ def other_target(name: str) -> str:
     )
 
 
-def final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last decoder layer and the head."""
     base = model.base_model
     found = next((getattr(base, name) for name in ("norm", "ln_f", "final_layernorm") if hasattr(base, name)), None)
@@ -35,9 +36,11 @@ def final_norm(model: nn.Module) -> nn.Module:
     return found
 
 
-def of_model(model: nn.Module) -> str:
+def of_model(model: PreTrainedModel) -> str:
     """The fingerprint of a loaded target."""
-    return fingerprint(_whole(model.get_input_embeddings().weight), _whole(final_norm(model).weight))
+    return fingerprint(
+        _whole(model.get_input_embeddings().get_parameter("weight")), _whole(final_norm(model).get_parameter("weight"))
+    )
 
 
 def _whole(weight: Tensor) -> Tensor:

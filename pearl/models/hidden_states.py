@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pearl.errors import UsageError
 
@@ -21,7 +22,7 @@ def default_layers(count: int) -> tuple[int, ...]:
 class HiddenStateHooks:
     """Keeps what each of `layers` put out in the last forward: `states()` is [batch, rows, len(layers) * hidden]."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int]):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
         """`layers`: numbers of decoder layers, from 0. Raises `UsageError` if the model has no such layer."""
         stack = decoder_layers(model)
         if not all(0 <= layer < len(stack) for layer in layers):
@@ -46,7 +47,7 @@ class HiddenStateHooks:
         return hook
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of a causal language model's decoder layers."""
     count = model.config.get_text_config().num_hidden_layers
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]

@@ -17,23 +17,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
 from pearl.core.trie import shared_prefix
 from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.kv_cache.batch_cache import BatchCache, SequenceSlice
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
-from pearl.models.kv_cache.slot_cache import (
-    Branch,
-    Buffers,
-    Share,
-    SharedCache,
-    SlotCache,
-    active_cache,
-    as_model_mask,
-    reads_branches,
-)
+from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
+from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import COUNTS, Capture, Rows, StaticShapeRunner
+from pearl.models.static_shapes import COUNTS, Capture, PassRows, StaticShapeRunner
 
 TREE_SLOTS = 256  # for the nodes of a drafter, beyond its longest sequence
 PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
@@ -69,7 +63,8 @@ class SlotState:
         """How many of `tokens` need no reading. A path of side rows of the last forward that the sequence took is put
         in place: its rows have the bits that the chain's would have."""
         known = min(shared_prefix(self.cached, tokens), most)
-        row, taken = known - self.first - 1, []
+        row = known - self.first - 1
+        taken: list[int] = []
         while known + len(taken) < most and (side := self.sides.get((row, tokens[known + len(taken)]))) is not None:
             taken.append(side)
             row = side
@@ -85,8 +80,7 @@ class SequenceRows:
     batch_slot: int
     tokens: list[int]
     positions: list[int]
-    mask: Tensor  # bool [1, 1, rows, slots seen]
-    cache: SlotCache
+    cache: SlotCache  # in which they are placed
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -99,7 +93,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: PreTrainedModel,
         vocabulary: int,
         max_length: int,
         batch_slots: int = 1,
@@ -108,11 +102,11 @@ class LanguageModel:
         head: ReducedVocabHead | None = None,
     ):
         """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a sequence, in tokens. `batch_slots`:
-        how many sequences there may be side by side. `coarse`: see `kv_cache.Buffers`. `hooks`: on layers whose hidden
+        how many sequences there may be side by side. `coarse`: see `KVBuffers`. `hooks`: on layers whose hidden
         states are kept. `head`: the model's, if it is cut to a draft vocabulary."""
         self.model, self.vocabulary, self.max_length = model, vocabulary, max_length
         self.static: StaticShapeRunner | None = None
-        self.buffers = Buffers(max_length + TREE_SLOTS, batch_slots, coarse)
+        self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
         self._hooks, self._head = hooks, head
         self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(batch_slots)]
 
@@ -121,10 +115,12 @@ class LanguageModel:
         return len(self._slots)
 
     def enable_static_shapes(
-        self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, form: str = "packed"
+        self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, backend: str = "packed"
     ) -> StaticShapeRunner:
         """From here on forwards of one sequence that are no wider than the last of `counts` have static shapes."""
-        self.static = StaticShapeRunner(self.model, self.buffers.slots, counts, capture, form, self._hooks, self._head)
+        self.static = StaticShapeRunner(
+            self.model, self.buffers.slots, counts, capture, backend, self._hooks, self._head
+        )
         return self.static
 
     @torch.inference_mode()
@@ -188,8 +184,8 @@ class LanguageModel:
             logits, states = self._forward_static(self.static, tokens, first, side_rows, rows, batch_slot)
             logits = logits[rows - keep : rows]
         else:
-            laid = self.lay(tokens, first, side_rows, pads, batch_slot)
-            logits = self.run(laid.tokens, torch.tensor(laid.positions), laid.mask, keep, laid.cache)
+            laid = self.lay_out(tokens, first, side_rows, pads, batch_slot)
+            logits = self.run(laid.tokens, laid.positions, laid.cache, keep)
             states = self._hooks.states()[0] if self._hooks else None
         if states is not None:
             self._slots[batch_slot].states.append(states)
@@ -209,7 +205,7 @@ class LanguageModel:
         state.first = first
         depths = _depths(chain, side_rows)
         parents = [parent for parent, _ in side_rows]
-        rows = Rows(
+        rows = PassRows(
             tokens=[*tokens, *(token for _, token in side_rows)],
             positions=[first + depth for depth in depths],
             slots=range(first, first + chain),
@@ -221,7 +217,7 @@ class LanguageModel:
         logits, states = static(state.cache, rows)
         return logits.clone(), None if states is None else states.clone()
 
-    def lay(
+    def lay_out(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow] = (), pads: int = 0, batch_slot: int = 0
     ) -> SequenceRows:
         """The rows of a forward, and their places in the cache."""
@@ -230,9 +226,9 @@ class LanguageModel:
         depths = _depths(len(tokens), side_rows)
         rows = [*tokens, *(token for _, token in side_rows), *[tokens[-1]] * pads]
         branches = _branches(first, len(tokens), [parent for parent, _ in side_rows], depths, self.rows)
-        mask = state.cache.place(first, len(rows), len(tokens), branches, depths[len(tokens) :])
+        state.cache.place_chain(first, len(rows), len(tokens), branches, depths[len(tokens) :])
         positions = [*(first + depth for depth in depths), *[first] * pads]
-        return SequenceRows(batch_slot, rows, positions, mask, state.cache)
+        return SequenceRows(batch_slot, rows, positions, state.cache)
 
     def run_together(
         self, parts: Sequence[SequenceRows], queries: Sequence[int] | None = None, pads: int = 0
@@ -241,38 +237,25 @@ class LanguageModel:
 
         `queries`: rows of each in the attention, at least its own; None: just its own. `pads`: rows that only fill it.
         """
-        shares, places, first = [], {}, 0
+        slices, places, first = [], {}, 0
         for part, count in zip(parts, queries or map(len, parts), strict=True):
-            shares.append(Share(part.cache, range(first, first + len(part)), part.mask, count))
+            slices.append(SequenceSlice(part.cache, range(first, first + len(part)), count))
             places[part.batch_slot] = slice(first, first + len(part))
             first += len(part)
         tokens = [token for part in parts for token in part.tokens]
         positions = [position for part in parts for position in part.positions]
-        tokens, positions = tokens + tokens[-1:] * pads, positions + positions[-1:] * pads
-        nobody = torch.ones(1, 1, len(tokens), 1, dtype=torch.bool)  # each sequence brings a mask of its own
-        return self.run(tokens, torch.tensor(positions), nobody, 0, SharedCache(shares)), places
+        cache = BatchCache(slices, first + pads)
+        return self.run(tokens + tokens[-1:] * pads, positions + positions[-1:] * pads, cache), places
 
     @property
     def shares_forwards(self) -> bool:
         """Whether several sequences can be read in one forward."""
-        return reads_branches(self.model)
+        return uses_grouped_attention(self.model)
 
     @torch.inference_mode()
-    def run(
-        self, tokens: list[int], positions: Tensor, mask: Tensor, keep: int | Tensor, cache: SlotCache | SharedCache
-    ) -> Tensor:
-        """Logits [rows, V] of the rows `keep` (see transformers' `logits_to_keep`) of one forward."""
-        device = self.model.device
-        with active_cache(cache):
-            out = self.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=positions[None].to(device),
-                attention_mask=as_model_mask(self.model, mask),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        return out.logits[0]
+    def run(self, tokens: list[int], positions: list[int], cache: ForwardCache, keep: int | Tensor = 0) -> Tensor:
+        """Logits [rows, V] of one forward, V as the model has it; `keep`: see transformers' `logits_to_keep`."""
+        return forward(self.model, torch.tensor([tokens]), torch.tensor([positions]), cache, keep)[0]
 
 
 def _depths(chain: int, side_rows: Sequence[SideRow]) -> list[int]:

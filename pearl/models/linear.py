@@ -98,7 +98,7 @@ def pack(model: nn.Module, int8: bool = False) -> int:
     left = 0
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer) not in (nn.Linear, Conv1D):
+            if type(layer) is not nn.Linear and type(layer) is not Conv1D:
                 continue
             weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
             if int8:

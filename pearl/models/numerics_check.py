@@ -3,9 +3,9 @@
 "The text is the target's own" rests on facts about kernels that differ from device to device: that a row's bits are the
 same for every row count, wherever in the pass it stands, and beside the chain as in it; that a recorded graph does what
 its code does. So at start they are tried on the user's own model, device and dtype, on one text, bit for bit. Where a
-fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another form of the
-attention (`pearl.models.kv_cache.attention`), chains instead of trees, code instead of graphs; and says so. What was
-found is kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
+fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another backend of
+the attention (`pearl.models.kv_cache.attention`), chains instead of trees, code instead of graphs; and says so. What
+was found is kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.attention import FORMS
+from pearl.models.kv_cache.attention import BACKENDS
 from pearl.models.language_model import LanguageModel
 from pearl.models.static_shapes import COUNTS, Capture
 from pearl.models.verifier import VerifierModel
@@ -36,7 +36,7 @@ class Report:
     """What was found, and what is done."""
 
     plan: TokenBuckets
-    form: str  # of the attention
+    backend: str  # of the attention
     captured: bool  # forwards are recorded as graphs
     checks: tuple[Check, ...]
 
@@ -44,28 +44,28 @@ class Report:
     def of(found: dict[str, Any]) -> Report:
         """From what `asdict` and JSON made of one."""
         checks = tuple(Check(**check) for check in found["checks"])
-        return Report(TokenBuckets.from_json(found["plan"]), found["form"], found["captured"], checks)
+        return Report(TokenBuckets.from_json(found["plan"]), found["backend"], found["captured"], checks)
 
 
-def examine(reader: VerifierModel, capture: Capture | None, forms: Sequence[str]) -> Report:
-    """Tries the forms of attention on this very model, and graphs if there is something to record them with. Leaves the
-    reader as the report says.
+def examine(reader: VerifierModel, capture: Capture | None, backends: Sequence[str]) -> Report:
+    """Tries the backends of attention on this very model, and graphs if there is something to record them with. Leaves
+    the reader as the report says.
 
-    Of the forms that keep the bits it takes the one whose passes cost least; if none does, the cheapest of all.
+    Of the backends that keep the bits it takes the one whose passes cost least; if none does, the cheapest.
     """
     found: list[Report] = []
     refused: list[Check] = []
-    for form in forms:
+    for backend in backends:
         try:
-            found.append(_try(reader, form))
+            found.append(_try(reader, backend))
         except (RuntimeError, NotImplementedError) as error:  # of kernels that can't do this model's shapes
-            if form == forms[-1]:
+            if backend == backends[-1]:
                 raise
-            refused.append(Check(f"attention {form}", False, f"not here ({brief(error, 120)})"))
+            refused.append(Check(f"attention {backend}", False, f"not here ({brief(error, 120)})"))
     best = min(found, key=lambda one: (not one.plan.exact, not one.plan.branches, one.plan.cost(LIMIT // 2)))
     counts = _counts(best.plan)
     reader.rows = best.plan
-    reader.enable_static_shapes(counts, None, best.form)
+    reader.enable_static_shapes(counts, None, best.backend)
     graphs, captured = _graphs(reader, capture)
     plan = replace(best.plan, cost_s=_timed(reader, counts, best.plan.cost_s))
     plan = replace(plan, safe=counts) if plan.exact else plan
@@ -74,19 +74,19 @@ def examine(reader: VerifierModel, capture: Capture | None, forms: Sequence[str]
         plan = replace(plan, path_s=profile_path(reader, reader.vocabulary))
         reader.rows = plan
     reader.forget()
-    return Report(plan, best.form, captured, (*best.checks, *refused, *graphs))
+    return Report(plan, best.backend, captured, (*best.checks, *refused, *graphs))
 
 
-def forms(on_cpu: bool) -> tuple[str, ...]:
+def backends(on_cpu: bool) -> tuple[str, ...]:
     """Those worth trying. On CPU the one that heads sharing a key were packed for."""
-    return ("packed",) if on_cpu else tuple(FORMS)
+    return ("packed",) if on_cpu else tuple(BACKENDS)
 
 
 def apply(reader: VerifierModel, known: Report, capture: Capture | None) -> None:
     """Sets a reader up as a report says."""
     reader.rows = known.plan
     reader.checks = known.checks
-    reader.enable_static_shapes(_counts(known.plan), capture if known.captured else None, known.form)
+    reader.enable_static_shapes(_counts(known.plan), capture if known.captured else None, known.backend)
 
 
 def examine_drafter(reader: DraftModel, capture: Capture | None) -> tuple[bool, tuple[Check, ...]]:
@@ -116,18 +116,18 @@ def _counts(plan: TokenBuckets) -> tuple[int, ...]:
     return tuple(sorted(thinned))
 
 
-def _try(reader: VerifierModel, form: str) -> Report:
-    """Row counts, places and branches with one form of the attention, without graphs."""
+def _try(reader: VerifierModel, backend: str) -> Report:
+    """Row counts, places and branches with one backend of the attention, without graphs."""
     reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
-    reader.enable_static_shapes(range(1, LIMIT + 1), None, form)
+    reader.enable_static_shapes(range(1, LIMIT + 1), None, backend)
     plan = find_invariant_counts(
         lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary, one_width=True
     )
     reader.rows = plan
-    reader.enable_static_shapes(_counts(plan), None, form)
+    reader.enable_static_shapes(_counts(plan), None, backend)
     branches = bool(plan.exact and reader.verifies_trees and branches_agree(reader, reader.vocabulary))
-    checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, form)]
-    return Report(replace(plan, branches=branches), form, False, tuple(checks))
+    checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, backend)]
+    return Report(replace(plan, branches=branches), backend, False, tuple(checks))
 
 
 def _of_branches(reader: VerifierModel, plan: TokenBuckets, agree: bool) -> Check:
@@ -142,20 +142,20 @@ def _of_branches(reader: VerifierModel, plan: TokenBuckets, agree: bool) -> Chec
 def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check], bool]:
     """Graph against code, on passes of every row count and of trees; whether graphs are used. The reader is left with
     what is."""
-    fixed = reader.static
-    assert fixed, "what is compared with graphs is the same code"
+    static = reader.static
+    assert static, "what is compared with graphs is the same code"
     if capture is None:
         return [Check("graph against eager", True, "not recorded: forwards run eagerly")], False
     texts = (4, 5, 4)  # each shape is recorded with one text, then replayed with another
-    code = [logits for seed in texts for logits in _probed(reader, fixed.counts, seed)]
-    recorder = reader.enable_static_shapes(fixed.counts, capture, fixed.form)
-    graphs = [logits for seed in texts for logits in _probed(reader, fixed.counts, seed)]
+    code = [logits for seed in texts for logits in _probed(reader, static.counts, seed)]
+    recorder = reader.enable_static_shapes(static.counts, capture, static.backend)
+    graphs = [logits for seed in texts for logits in _probed(reader, static.counts, seed)]
     if recorder.failed:
         why = f"forwards can't be recorded as graphs, so they run eagerly ({recorder.failed})"
         return [Check("graph against eager", False, why)], False
     if all(map(torch.equal, code, graphs)):
         return [Check("graph against eager", True, f"equal bits in {recorder.shapes} shapes")], True
-    reader.enable_static_shapes(fixed.counts, None, fixed.form)
+    reader.enable_static_shapes(static.counts, None, static.backend)
     return [
         Check("graph against eager", False, "a graph gives other bits than its code, so forwards run eagerly")
     ], False

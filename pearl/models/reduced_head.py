@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pearl.core.trie import shared_prefix
 
@@ -140,7 +141,7 @@ def _layer(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def cut(model: nn.Module, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:
+def cut(model: PreTrainedModel, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:
     """Replaces the model's head by one that is cut to the tokens `frequent`, a number of them or their ids.
 
     None where that is not possible.

@@ -1,10 +1,11 @@
-"""Forwards whose shapes are fixed, so that a GPU can replay them as recorded graphs.
+"""Forwards of static shapes, so that a GPU can replay them as recorded graphs.
 
 A decoding step launches hundreds of small kernels; on a GPU the launching takes longer than the kernels. A CUDA graph
 launches them all at once, but it replays *addresses*: same shapes, same buffers. So here the row count and the slots
-read come in buckets (`Shape`), and all that differs between two passes of one shape (token ids, positions, slots, what
-a row sees) is a few hundred numbers in one buffer (`Inputs`), which one copy fills. What a mask can be computed from is
-sent, not the mask. Masks are made, and branches laid, on the device, inside the graph.
+read come in buckets (`ForwardShape`), and all that differs between two passes of one shape (token ids, positions,
+slots, what a row sees) is a few hundred numbers in one buffer (`StaticInputs`), which one copy fills. What a mask can
+be computed from is sent, not the mask. Masks are made, and branches laid over the chain, on the device, inside the
+graph.
 
 `Capture` says what becomes of a shape's code: it is recorded and replayed (`pearl.models.cuda_graphs`), or called
 anew each time, which is the reference. The code is the same, so one may be compared with the other bit for bit
@@ -25,23 +26,24 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import Cache
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, CannotBranch
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.attention import FORMS, See
-from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, SlotCache, active_cache, as_model_mask
+from pearl.models.kv_cache.attention import BACKENDS, AttentionMask
+from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, KeyValue, SlotCache
+from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 from pearl.models.reduced_head import ReducedVocabHead
 
 COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
 PATHS = (0, 1, 2, 4, 8, LIMIT)
-_TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of `Inputs.numbers` that every pass has
+_TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of `StaticInputs.numbers` that every pass has
 _TO, _FROM, _QUERY, _QUERY_LAST = range(4)  # lines of each path, after those
 _COMMON, _OF_A_PATH = 5, 4
 
-Run = Callable[[], None]
+Run = Callable[[], None]  # a forward whose inputs and outputs lie in buffers
 
 
 class Capture(Protocol):
@@ -50,7 +52,7 @@ class Capture(Protocol):
 
 
 @dataclass(frozen=True)
-class Shape:
+class ForwardShape:
     """All that a recorded forward can't change."""
 
     batch_slot: int
@@ -62,7 +64,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PassRows:
     """The rows of a pass over one text, before padding."""
 
     tokens: Sequence[int]
@@ -74,7 +76,7 @@ class Rows:
     least: int = 0  # rows of the forward, these and padding
 
 
-class Inputs:
+class StaticInputs:
     """The buffers from which every shape reads, and the way there: one copy, which does not wait for the device."""
 
     def __init__(self, device: torch.device, slots: int):
@@ -117,24 +119,21 @@ class _Stage:
         self._sent.record(torch.cuda.current_stream(to.device))
 
 
-class FixedCache(Cache):
+class StaticCache(ForwardCache):
     """A `SlotCache` as a forward of one shape sees it: where rows lie is read from the inputs, on the device."""
 
-    is_compileable = False
-
-    def __init__(self, cache: SlotCache, shape: Shape, inputs: Inputs, form: str):
-        super().__init__(layers=[])
-        self._cache, self._shape, self._form = cache, shape, FORMS[form]
-        self._read = shape.seen + (LIMIT if form == "flash" and not shape.masked else 0)
+    def __init__(self, cache: SlotCache, shape: ForwardShape, inputs: StaticInputs, backend: str):
+        super().__init__()
+        self._cache, self._shape, self._attention = cache, shape, BACKENDS[backend]
+        self._read = shape.seen + (LIMIT if backend == "flash" and not shape.masked else 0)
         numbers = inputs.numbers[:, : shape.rows]
         self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
         slots = torch.arange(shape.seen, device=numbers.device)
         if shape.masked:
-            mask = inputs.mask[: shape.rows * shape.seen].view(1, 1, shape.rows, shape.seen)
-            self.see = See(mask, None)
+            self.mask = AttentionMask(inputs.mask[: shape.rows * shape.seen].view(1, 1, shape.rows, shape.seen))
         else:
             last = numbers[_LAST][None]
-            self.see = See((slots <= last[..., None])[:, None], last)
+            self.mask = AttentionMask((slots <= last[..., None])[:, None], last)
         if shape.paths:
             lines = numbers[_COMMON : _COMMON + _OF_A_PATH * shape.paths].unflatten(0, (shape.paths, _OF_A_PATH))
             # one column more takes what a path does not need
@@ -143,43 +142,36 @@ class FixedCache(Cache):
             self._places = places.scatter_(1, to, lines[:, _FROM])[:, : self._read].flatten()
             self._queries = lines[:, _QUERY].flatten()
             last = lines[:, _QUERY_LAST]
-            self._see_paths = See((slots <= last[..., None])[:, None], last)
+            self._path_mask = AttentionMask((slots <= last[..., None])[:, None], last)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, R, head_dim]."""
-        buffers = self._cache.own(layer_idx, key_states, value_states)
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+        keys, values = self._cache.view(layer_idx, key_states, value_states)
+        for buffer, states in ((keys, key_states), (values, value_states)):
             buffer.index_copy_(2, self._slots.to(buffer.device), states)
-        return tuple(buffer[:, :, : self._read] for buffer in buffers)
+        return keys[:, :, : self._read], values[:, :, : self._read]
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, layer: int
-    ) -> Tensor:
-        """The attention of the rows, [1, heads, R, head_dim], those of each path over what `_places` lays for it."""
-        out = self._form(query, key, value, self.see, scaling)
+    @property
+    def must_attend(self) -> bool:
+        return bool(self._shape.paths)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
+        """The attention of the rows, [1, heads, R, head_dim], those of each path over the chain with it laid over."""
+        out = self._attention(query, key, value, self.mask, scaling)
         if not self._shape.paths:
             return out
         if not self._cache.holds(key, layer):
             raise CannotBranch
-        laid = [self._laid(buffer) for buffer in self._cache.own(layer, key, value)]
+        keys, values = map(self._laid_over, self._cache.view(layer, key, value))
         queries = query.index_select(2, self._queries.to(query.device))
         queries = queries[0].unflatten(1, (self._shape.paths, -1)).transpose(0, 1)  # [P, heads, R, head_dim]
-        beside = self._form(queries, *laid, self._see_paths, scaling).transpose(0, 1).flatten(1, 2)
+        beside = self._attention(queries, keys, values, self._path_mask, scaling).transpose(0, 1).flatten(1, 2)
         return torch.cat([out, beside[None]], 2).index_select(2, self._take.to(out.device))
 
-    def _laid(self, buffer: Tensor) -> Tensor:
+    def _laid_over(self, buffer: Tensor) -> Tensor:
         """Keys or values as each path sees them, [P, kv heads, S, head_dim]."""
         gathered = buffer.index_select(2, self._places.to(buffer.device))
         return gathered[0].unflatten(1, (self._shape.paths, self._read)).transpose(0, 1)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self._cache.slots
-
-    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
-        return self._shape.seen, 0
 
 
 class StaticShapeRunner:
@@ -187,23 +179,23 @@ class StaticShapeRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         slots: int,
         counts: Sequence[int] = COUNTS,
         capture: Capture | None = None,
-        form: str = "packed",
+        backend: str = "packed",
         hooks: HiddenStateHooks | None = None,
         head: ReducedVocabHead | None = None,
     ):
         """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
-        the code as it is. `form`: of the attention (`pearl.models.kv_cache.attention`)."""
-        self.counts, self.form = tuple(counts), form
+        the code as it is. `backend`: see `kv_cache.attention`."""
+        self.counts, self.backend = tuple(counts), backend
         self.failed = ""  # why nothing is recorded any more
         self._model, self._slots, self._capture, self._hooks, self._head = model, slots, capture, hooks, head
         if head:
             head.settle()
-        self._inputs = Inputs(model.device, slots)
-        self._runs: dict[Shape, Run] = {}
+        self._inputs = StaticInputs(model.device, slots)
+        self._runs: dict[ForwardShape, Run] = {}
         self._logits = self._states = torch.empty(0)  # [LIMIT, V] and [LIMIT, F], of the last forward
 
     @property
@@ -216,33 +208,27 @@ class StaticShapeRunner:
         return rows <= self.counts[-1]
 
     @torch.inference_mode()
-    def __call__(self, cache: SlotCache, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, cache: SlotCache, rows: PassRows) -> tuple[Tensor, Tensor | None]:
         """Logits [R, V], V as the model has it, and the hooked layers' hidden states [R, F]. The next forward writes
         over both."""
         count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
         seen = cache.buffers.seen(rows.mask.shape[1] if rows.mask is not None else 1 + max(_lasts(rows)))
         paths = next(paths for paths in PATHS if paths >= len(rows.branches))
         layout = self._head.layout if self._head else (True, 0)
-        shape = Shape(cache.batch_slot, count, seen, paths, rows.mask is not None, layout)
+        shape = ForwardShape(cache.batch_slot, count, seen, paths, rows.mask is not None, layout)
         self._inputs.fill(_numbers(rows, shape, self._slots), _mask(rows, shape))
         if shape not in self._runs:
             self._runs[shape] = self._prepared(cache, shape)
         self._runs[shape]()
         return self._logits[:count], self._states[:count] if self._hooks else None
 
-    def _prepared(self, cache: SlotCache, shape: Shape) -> Run:
+    def _prepared(self, cache: SlotCache, shape: ForwardShape) -> Run:
         def run() -> None:
-            inputs, seen = self._inputs, FixedCache(cache, shape, self._inputs, self.form)
-            with active_cache(seen):
-                out = self._model(
-                    input_ids=inputs.numbers[_TOKEN : _TOKEN + 1, : shape.rows],
-                    position_ids=inputs.numbers[_POSITION : _POSITION + 1, : shape.rows],
-                    attention_mask=as_model_mask(self._model, seen.see.mask),
-                    past_key_values=seen,
-                    use_cache=True,
-                    logits_to_keep=0,
-                )
-            self._logits = _kept(self._logits, out.logits[0])
+            tokens = self._inputs.numbers[_TOKEN : _TOKEN + 1, : shape.rows]
+            positions = self._inputs.numbers[_POSITION : _POSITION + 1, : shape.rows]
+            seen = StaticCache(cache, shape, self._inputs, self.backend)
+            logits = forward(self._model, tokens, positions, seen)
+            self._logits = _kept(self._logits, logits[0])
             if self._hooks:
                 self._states = _kept(self._states, self._hooks.states()[0])
 
@@ -266,14 +252,14 @@ def _kept(buffer: Tensor, rows: Tensor) -> Tensor:
     return buffer
 
 
-def _lasts(rows: Rows) -> list[int]:
+def _lasts(rows: PassRows) -> list[int]:
     """The last slot that each row sees in the main call; but rows beside the chain see theirs in a call of its own."""
     written = len(rows.slots)
     deepest = max([rows.first + written - 1, *rows.positions[written:]])
     return [*rows.slots, *[deepest] * (len(rows.tokens) - written)]
 
 
-def _numbers(rows: Rows, shape: Shape, slots: int) -> np.ndarray:
+def _numbers(rows: PassRows, shape: ForwardShape, slots: int) -> np.ndarray:
     """int64 [lines, LIMIT]"""
     count, written, total = len(rows.tokens), len(rows.slots), shape.rows
     made = np.zeros((_COMMON + _OF_A_PATH * shape.paths, LIMIT), dtype=np.int64)
@@ -292,8 +278,8 @@ def _numbers(rows: Rows, shape: Shape, slots: int) -> np.ndarray:
         if number >= len(rows.branches):
             continue
         branch = rows.branches[number]
-        line[_TO, : len(branch.laid)] = branch.slot + np.arange(len(branch.laid))
-        line[_FROM, : len(branch.laid)] = slots + np.array(branch.laid)
+        line[_TO, : len(branch.overlay)] = branch.slot + np.arange(len(branch.overlay))
+        line[_FROM, : len(branch.overlay)] = slots + np.array(branch.overlay)
         own = list(branch.queries[: branch.own])
         line[_QUERY, :total] = own[-1]
         line[_QUERY, : len(own)] = own
@@ -303,7 +289,7 @@ def _numbers(rows: Rows, shape: Shape, slots: int) -> np.ndarray:
     return made
 
 
-def _mask(rows: Rows, shape: Shape) -> np.ndarray | None:
+def _mask(rows: PassRows, shape: ForwardShape) -> np.ndarray | None:
     """bool [R, S]: a row that only fills the shape sees what the last one does."""
     if rows.mask is None:
         return None

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Features
@@ -41,7 +42,7 @@ class VerifierModel(LanguageModel):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         vocabulary: int,
         max_length: int,
         rows: TokenBuckets = ANY,
@@ -61,6 +62,10 @@ class VerifierModel(LanguageModel):
         return self.rows.branches and self.shares_forwards
 
     @property
+    def gives_features(self) -> bool:
+        return self._hooks is not None
+
+    @property
     def trial(self) -> SharedForwardTrial:
         """For the calibration of shared forwards."""
         return SharedForwardTrial(self)
@@ -78,7 +83,7 @@ class VerifierModel(LanguageModel):
             if sum(map(len, parts)) + len(new) + len(sides) > self.joint.most:
                 found |= self.forward_together(parts, self.joint)
                 parts = []
-            parts.append(self.lay(new, len(tokens) - len(new), sides, 0, one.batch_slot))
+            parts.append(self.lay_out(new, len(tokens) - len(new), sides, 0, one.batch_slot))
         found |= self.forward_together(parts, self.joint)
         for one in queries:
             chain = len(found[one.batch_slot]) - len(one.side_rows)
@@ -129,6 +134,6 @@ class SharedForwardTrial:
         """Logits [lengths[i], V] of a forward in which batch slot i reads so many of `tokens` at the positions from
         `first`, and which has `count` rows."""
         model = self._model
-        parts = [model.lay(list(tokens[:n]), first, batch_slot=slot) for slot, n in enumerate(lengths) if n]
+        parts = [model.lay_out(list(tokens[:n]), first, batch_slot=slot) for slot, n in enumerate(lengths) if n]
         found = model.forward_together(parts, BatchedTokenBuckets((count,), (0.0,)))
         return [logits[:, : model.vocabulary] for logits in found.values()]

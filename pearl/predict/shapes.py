@@ -37,7 +37,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.slot_cache import use_grouped_attention
+from pearl.models.kv_cache.transformers_interface import use_grouped_attention
 from pearl.models.verifier import VerifierModel
 from pearl.predict.prediction import by_times, predict
 from pearl.roles.drafter import Drafter
@@ -158,13 +158,13 @@ def measure_shape(
     reader = VerifierModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
     found: dict[str, Any] = {"shape": name, "roles": shape.roles, "weight_bytes": weights}
     found["plain_s"] = dict(_pass_times(reader, (1, 2, 4, 8, LIMIT)))
-    report = numerics_check.examine(reader, capture, numerics_check.forms(on.type == "cpu"))
+    report = numerics_check.examine(reader, capture, numerics_check.backends(on.type == "cpu"))
     found["checks"] = [(check.what, check.holds, check.found) for check in report.checks]
-    found["attention"], found["graphs"], found["plan"] = report.form, report.captured, report.plan
+    found["attention"], found["graphs"], found["plan"] = report.backend, report.captured, report.plan
     counts = reader.static.counts if reader.static else ()
     if report.captured:
         found["graph_s"] = dict(_pass_times(reader, counts))
-    reader.enable_static_shapes(counts, None, report.form)
+    reader.enable_static_shapes(counts, None, report.backend)
     found["eager_s"] = dict(_pass_times(reader, counts))
     numerics_check.apply(reader, report, capture)
     if DRAFTER in shape.roles:

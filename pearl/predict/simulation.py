@@ -193,7 +193,7 @@ class _TargetEnd(_End):
 class _TargetReader:
     """A `TargetModel` that says what the script says."""
 
-    verifies_trees, batch_slots, joint = True, 1, None
+    verifies_trees, batch_slots, joint, gives_features = True, 1, None, False
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
         self.rows = stage.times.rows

@@ -300,6 +300,8 @@ class Target:
     def _features(self, text: Text, nodes: Sequence[Node], walked: _Walk) -> Features | None:
         """What the drafter is told of the tokens that this pass has read for good: the root and every committed token
         but the last; in the first one also of all tokens before them."""
+        if not self._model.gives_features:
+            return None
         rows = {node: row for row, node in enumerate(nodes)}
         passed = [rows[node] for node in walked.nodes]
         if text.passes:

@@ -32,6 +32,10 @@ class TargetModel(Protocol):
     def verifies_trees(self) -> bool:
         """Whether `read` takes side rows."""
 
+    @property
+    def gives_features(self) -> bool:
+        """Whether layers are hooked, whose hidden states a drafter wants."""
+
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         """Logits [keep + len(side_rows), V] of what follows each of the last `keep` of `tokens`, and each side row."""
 
@@ -42,4 +46,4 @@ class TargetModel(Protocol):
         """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
 
     def features(self, rows: Sequence[int], batch_slot: int = 0) -> Features | None:
-        """Hidden states [rows, F] at rows of the last read; None if no layer is hooked."""
+        """Hidden states [rows, F] at rows of the last read; None without `gives_features`."""

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.slot_cache import as_model_mask, use_grouped_attention
+from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.slot_cache import KeyValue
+from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, use_grouped_attention
 
 READ_BLOCK = 32  # slots read are a multiple of this
 
@@ -52,45 +54,45 @@ class RecordedAnswer:
         return bool(response) and (response[-1] in self.request.ends or len(response) >= self.request.most)
 
 
-class RowCache(Cache):
+class RowCache(ForwardCache):
     """Keys and values [rows, kv heads, slots, head_dim] of texts side by side, each from slot 0."""
 
-    is_compileable = False
-
     def __init__(self, rows: int, slots: int):
-        super().__init__(layers=[])
+        super().__init__()
         self._shape = (rows, slots)
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[int, KeyValue] = {}
         self._row: int | None = None  # of the text that is read alone
         self._places = torch.zeros(0, dtype=torch.int64)  # of one token a row, else
-        self._seen = 0
 
-    def read_one(self, row: int, count: int) -> Tensor:
-        """The next forward reads the first `count` tokens of one row; its mask, bool [1, 1, count, count]."""
-        self._row, self._seen = row, count
-        return torch.ones(count, count, dtype=torch.bool).tril()[None, None]
+    def read_one(self, row: int, count: int) -> None:
+        """The next forward reads the first `count` tokens of one row."""
+        self._row = row
+        self.mask = AttentionMask(torch.ones(count, count, dtype=torch.bool).tril()[None, None])
 
-    def read_all(self, places: Tensor) -> Tensor:
-        """The next forward reads one token of each of the first rows, at `places`; bool [rows, 1, 1, slots seen]."""
+    def read_all(self, places: Tensor) -> None:
+        """The next forward reads one token of each of the first rows, at `places`."""
         self._row, self._places = None, places
-        self._seen = min(self._shape[1], -(-(int(places.max()) + 1) // READ_BLOCK) * READ_BLOCK)
-        return (torch.arange(self._seen) <= places[:, None])[:, None, None]
+        seen = min(self._shape[1], -(-(int(places.max()) + 1) // READ_BLOCK) * READ_BLOCK)
+        self.mask = AttentionMask((torch.arange(seen) <= places[:, None])[:, None, None])
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
+        """Called by each layer with its new keys and values, [texts, kv heads, tokens, head_dim]."""
         if layer_idx not in self._buffers:
-            rows, slots = self._shape
-            k, v = (s.new_zeros(rows, s.shape[1], slots, s.shape[3]) for s in (key_states, value_states))
-            self._buffers[layer_idx] = k, v
-        seen = []
+            self._buffers[layer_idx] = self._empty(key_states), self._empty(value_states)
+        seen, count = [], self.mask.visible.shape[-1]
         for buffer, states in zip(self._buffers[layer_idx], (key_states, value_states), strict=True):
             if self._row is None:
                 live = len(self._places)
                 buffer[torch.arange(live), :, self._places] = states[:, :, 0]
-                seen.append(buffer[:live, :, : self._seen])
+                seen.append(buffer[:live, :, :count])
             else:
-                buffer[self._row, :, : self._seen] = states[0]
+                buffer[self._row, :, :count] = states[0]
                 seen.append(states)
-        return tuple(seen)
+        return seen[0], seen[1]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        rows, slots = self._shape
+        return like.new_zeros(rows, like.shape[1], slots, like.shape[3])
 
     def move(self, row: int, to: int) -> None:
         """Copies a row."""
@@ -98,12 +100,6 @@ class RowCache(Cache):
             for buffers in self._buffers.values():
                 for buffer in buffers:
                     buffer[to] = buffer[row]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
-        return self._seen, 0
 
 
 class Writer:
@@ -152,7 +148,8 @@ class Writer:
         assert len(request.prompt) + request.most <= self._slots, "a text must fit its row"
         answer = RecordedAnswer(request, list(request.prompt))
         count = len(request.prompt)
-        logits = self._run(answer.tokens, torch.arange(count)[None], self._cache.read_one(row, count))
+        self._cache.read_one(row, count)
+        logits = self._run(torch.tensor([answer.tokens]), torch.arange(count)[None])
         self._note([answer], logits)
         if self._taps:
             answer.features.append(self._taps.states()[0])
@@ -162,8 +159,9 @@ class Writer:
     def _step(self, answers: list[RecordedAnswer]) -> None:
         """One more token of every live row."""
         places = torch.tensor([len(answer.tokens) - 1 for answer in answers])
-        last = [answer.tokens[-1] for answer in answers]
-        logits = self._run(last, places[:, None], self._cache.read_all(places), batch=True)
+        last = torch.tensor([answer.tokens[-1] for answer in answers])
+        self._cache.read_all(places)
+        logits = self._run(last[:, None], places[:, None])
         self._note(answers, logits)
         if self._taps:
             for answer, states in zip(answers, self._taps.states().clone(), strict=True):
@@ -171,19 +169,9 @@ class Writer:
         for answer, token in zip(answers, self._pick([a.request for a in answers], logits), strict=True):
             answer.tokens.append(token)
 
-    def _run(self, tokens: list[int], positions: Tensor, mask: Tensor, batch: bool = False) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [texts, V] after each text's last token."""
-        device = self._model.device
-        ids = torch.tensor(tokens, device=device)
-        out = self._model(
-            input_ids=ids[:, None] if batch else ids[None],
-            position_ids=positions.to(device),
-            attention_mask=as_model_mask(self._model, mask),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return out.logits[:, -1].float().cpu()
+        return forward(self._model, tokens, positions, self._cache, keep=1)[:, -1].float().cpu()
 
     def _note(self, answers: list[RecordedAnswer], logits: Tensor) -> None:
         if not self._top:

@@ -35,7 +35,7 @@ class Recording:
 
     def __init__(self, reader: VerifierModel):
         self._reader, self.rows, self.verifies_trees, self.max_length = reader, reader.rows, reader.verifies_trees, 256
-        self.batch_slots, self.joint = 1, None
+        self.batch_slots, self.joint, self.gives_features = 1, None, False
         self.said: list[tuple[int, torch.Tensor]] = []
         self.forget, self.features = reader.forget, reader.features
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from numerics import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
 from toys import examples
 
-import pearl.models.kv_cache.slot_cache
+import pearl.models.kv_cache.batch_cache
 from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches
-from pearl.models.kv_cache.slot_cache import SharedCache
+from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.batch_cache import BatchCache
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 KERNEL = "packed" if FBGEMM else "stock"
@@ -110,45 +111,45 @@ def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, lengths,
 
 def read_the_neighbours_keys(patch: pytest.MonkeyPatch) -> None:
     """Where there is one before the run of texts."""
-    run = pearl.models.kv_cache.slot_cache._run
+    run = pearl.models.kv_cache.batch_cache._group
 
     def wrong(shares):
         right = run(shares)
-        back = min(1, right.texts.start)
-        return replace(right, texts=slice(right.texts.start - back, right.texts.stop - back))
+        back = min(1, right.batch_slots.start)
+        return replace(right, batch_slots=slice(right.batch_slots.start - back, right.batch_slots.stop - back))
 
-    patch.setattr(pearl.models.kv_cache.slot_cache, "_run", wrong)
+    patch.setattr(pearl.models.kv_cache.batch_cache, "_group", wrong)
 
 
 def give_all_texts_the_mask_of_the_first(patch: pytest.MonkeyPatch) -> None:
-    run = pearl.models.kv_cache.slot_cache._run
+    run = pearl.models.kv_cache.batch_cache._group
 
     def wrong(shares):
         right = run(shares)
-        return replace(right, mask=right.mask[:1].expand_as(right.mask))
+        return replace(right, mask=AttentionMask(right.mask.visible[:1].expand_as(right.mask.visible)))
 
-    patch.setattr(pearl.models.kv_cache.slot_cache, "_run", wrong)
+    patch.setattr(pearl.models.kv_cache.batch_cache, "_group", wrong)
 
 
 def write_no_keys_for_side_rows(patch: pytest.MonkeyPatch) -> None:
     """Only the chains' are kept; what a branch lays over the chain is left from another pass."""
-    init = SharedCache.__init__
+    init = BatchCache.__init__
 
-    def wrong(self, shares):
-        init(self, shares)
+    def wrong(self, slices, rows):
+        init(self, slices, rows)
         kept = self._slots < self._buffers.slots
-        self._rows, self._texts, self._slots = self._rows[kept], self._texts[kept], self._slots[kept]
+        self._rows, self._batch_slots, self._slots = self._rows[kept], self._batch_slots[kept], self._slots[kept]
 
-    patch.setattr(SharedCache, "__init__", wrong)
+    patch.setattr(BatchCache, "__init__", wrong)
 
 
 def see_as_many_slots_as_the_first_text(patch: pytest.MonkeyPatch) -> None:
     """Texts of any lengths share an attention call."""
-    patch.setattr(
-        pearl.models.kv_cache.slot_cache,
-        "_alike",
-        lambda a, b: b.cache.batch_slot == a.cache.batch_slot + 1 and a.mask.shape[2] == b.mask.shape[2],
-    )
+
+    def as_many_rows(a, b):
+        return b.cache.batch_slot == a.cache.batch_slot + 1 and len(a.rows) == len(b.rows)
+
+    patch.setattr(pearl.models.kv_cache.batch_cache, "_can_share_call", as_many_rows)
 
 
 MUTANTS = [

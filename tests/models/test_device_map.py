@@ -38,7 +38,7 @@ def test_every_tensor_of_a_layer_is_on_its_device(name):
     model = tiny.random_model(tiny.CONFIGS[name]())
     for part in (model.model.layers[1], model.model.norm, model.lm_head):
         part.to("meta")
-        add_hook_to_module(part, AlignDevicesHook(execution_device="meta", skip_keys="past_key_values"))
+        add_hook_to_module(part, AlignDevicesHook(execution_device="meta", skip_keys=["cache", "past_key_values"]))
     reader, logits = said(model)
     assert {one.device.type for one in logits} == {"meta"}
     layers = reader.buffers._layers

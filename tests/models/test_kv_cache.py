@@ -22,7 +22,8 @@ from pearl.core.token_buckets import GRAIN, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
 from pearl.models.architecture import longest_sequence
-from pearl.models.kv_cache.slot_cache import SlotCache, grouped_sdpa
+from pearl.models.kv_cache.slot_cache import KVBuffers, SlotCache
+from pearl.models.kv_cache.transformers_interface import GROUPED, grouped_sdpa
 from pearl.models.verifier import VerifierModel
 
 TOLERANCE = 1e-3  # of fp32 logits, whose deviation is 2: sums in another order differ by 1e-5
@@ -207,7 +208,7 @@ def test_what_does_not_fit_is_asserted():
         with pytest.raises(AssertionError, match="must fit"):
             reader.read(text, keep)
     with pytest.raises(AssertionError, match="too short"):
-        SlotCache(GRAIN).place(GRAIN - 1, 2, 2)
+        SlotCache(KVBuffers(GRAIN)).place_chain(GRAIN - 1, 2, 2)
 
 
 def test_logits_are_cut_to_the_shared_vocabulary():
@@ -239,7 +240,7 @@ def test_grouped_and_eager_attention_say_the_same():
     grouped, eager = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     eager.set_attn_implementation("eager")
     answers = [tiny.verifier(model).read(text, 20) for model in (grouped, eager)]
-    assert grouped.config._attn_implementation == "pearl_grouped_sdpa"
+    assert grouped.config._attn_implementation == GROUPED
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(*answers, atol=TOLERANCE, rtol=0)
 

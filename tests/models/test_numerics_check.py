@@ -43,7 +43,9 @@ from pearl.drafters.tree import TreeSource
 from pearl.errors import UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.batch_invariance import branches_agree
-from pearl.models.kv_cache.slot_cache import Branch, SlotCache, reads_branches
+from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.slot_cache import Branch, SlotCache
+from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.numerics_check import rows_check
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
@@ -66,8 +68,8 @@ PROMPTS = st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3])
 def assert_same_cache(reader: VerifierModel, plain: Plain, text: Sequence[int]) -> None:
     """The keys and values of all of `text`. The reader has read it, and the chain of its last pass, nothing since."""
     plain.go(text)
-    for layer, buffers in reader._slots[0].cache._buffers.items():
-        for mine, wanted in zip(buffers, plain.reader._slots[0].cache._buffers[layer], strict=True):
+    for layer, buffers in reader._slots[0].cache._views.items():
+        for mine, wanted in zip(buffers, plain.reader._slots[0].cache._views[layer], strict=True):
             assert torch.equal(mine[:, :, : len(text)], wanted[:, :, : len(text)]), f"what layer {layer} has cached"
 
 
@@ -111,7 +113,7 @@ def test_the_bits_do_not_depend_on_the_tree_around_a_token(name, dtype, kernel, 
 def test_these_models_read_side_branches(name, dtype):
     """So the trees above were trees. Where rows beside the chain have other bits, they would be chains."""
     reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
-    assert reads_branches(reader.model)
+    assert uses_grouped_attention(reader.model)
     assert reader.verifies_trees == reader.rows.branches == branches_agree(reader, reader.vocabulary)
 
 
@@ -264,15 +266,16 @@ def test_a_text_longer_than_a_models_window_is_refused_in_a_sentence(tmp_path):
 
 def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
     """A side row sees what lies behind it: its sibling's child, or the chain."""
-    place = SlotCache.place
+    place = SlotCache.place_chain
 
     def further(self, first, count, written, branches=(), depths=()):
-        mask = place(self, first, count, written, branches, depths)
-        calls = tuple(replace(call, mask=call.mask | call.mask.roll(1, -1)) for call in self.layout.calls)
-        self.layout = replace(self.layout, calls=calls)
-        return mask
+        place(self, first, count, written, branches, depths)
+        seen = [one.mask.visible for one in self.layout.branches]
+        masks = [AttentionMask(visible | visible.roll(1, -1)) for visible in seen]
+        calls = tuple(replace(one, mask=mask) for one, mask in zip(self.layout.branches, masks, strict=True))
+        self.layout = replace(self.layout, branches=calls)
 
-    patch.setattr(SlotCache, "place", further)
+    patch.setattr(SlotCache, "place_chain", further)
 
 
 def leave_the_branch_over_the_chain(patch: pytest.MonkeyPatch) -> None:
@@ -286,7 +289,7 @@ def leave_the_branch_over_the_chain(patch: pytest.MonkeyPatch) -> None:
 
 def leave_the_chain_where_the_branch_was(patch: pytest.MonkeyPatch) -> None:
     """A branch is not laid at all: its rows see the chain."""
-    patch.setattr(SlotCache, "lay", lambda self, call, layer: None)
+    patch.setattr(SlotCache, "lay_over", lambda self, branch, layer: None)
 
 
 def take_the_keys_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
@@ -319,11 +322,11 @@ def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:
     """A side row's position is its row's, as if it stood at the end of the chain."""
     run = VerifierModel.run
 
-    def wrong(self, rows, positions, mask, keep, cache):
+    def wrong(self, rows, positions, cache, keep):
         written = cache.layout.written
-        if cache.layout.calls:
-            positions = torch.cat([positions[:written], positions[written:] + 1])
-        return run(self, rows, positions, mask, keep, cache)
+        if cache.layout.branches:
+            positions = [*positions[:written], *(position + 1 for position in positions[written:])]
+        return run(self, rows, positions, cache, keep)
 
     patch.setattr(VerifierModel, "run", wrong)
 
@@ -333,7 +336,7 @@ def lay_branches_one_place_too_far(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         pearl.models.language_model,
         "_branches",
-        lambda *args: [Branch(b.slot + 1, b.laid, b.queries, b.own) for b in right(*args)],
+        lambda *args: [Branch(b.slot + 1, b.overlay, b.queries, b.own) for b in right(*args)],
     )
 
 

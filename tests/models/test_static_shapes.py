@@ -13,7 +13,7 @@ from numerics import FBGEMM, prepared
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
 from pearl.models.draft_model import DraftModel
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.static_shapes import COUNTS, PATHS, Inputs, StaticShapeRunner
+from pearl.models.static_shapes import COUNTS, PATHS, StaticInputs, StaticShapeRunner
 from pearl.models.verifier import VerifierModel
 
 PACKED = pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")
@@ -209,6 +209,6 @@ def test_inputs_of_a_smaller_shape_leave_nothing_behind():
     wide = list(range(16))
     reader.read(wide, 16)
     reader.forget()
-    assert isinstance(reader.static, StaticShapeRunner) and isinstance(reader.static._inputs, Inputs)
+    assert isinstance(reader.static, StaticShapeRunner) and isinstance(reader.static._inputs, StaticInputs)
     assert torch.equal(reader.read([5, 6], 2), plain.read([5, 6], 2))
     assert PATHS[-1] == LIMIT == COUNTS[-1]

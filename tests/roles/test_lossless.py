@@ -125,7 +125,7 @@ class Forgetful:
     def __init__(self, model: VerifierModel | DraftModel):
         self._model, self.rows, self.max_length = model, model.rows, model.max_length
 
-    verifies_trees, batch_slots, joint = True, 1, None
+    verifies_trees, batch_slots, joint, gives_features = True, 1, None, False
 
     def read(
         self, tokens: Sequence[int], keep: int, side_rows: Sequence[tuple[int, int]] = (), batch_slot: int = 0

@@ -54,7 +54,7 @@ class TableModel:
             self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
         return self._table[key]
 
-    verifies_trees, batch_slots = True, 64
+    verifies_trees, batch_slots, gives_features = True, 64, False
     joint = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:

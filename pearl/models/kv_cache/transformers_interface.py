@@ -1,0 +1,128 @@
+"""All that is known here of transformers' cache and attention interfaces.
+
+A forward hands its cache to the model twice. As transformers' own cache argument: each layer writes its keys and values
+there (`update`). And as a further keyword argument, which transformers passes down to the attention function: there the
+cache computes the attention over itself (`attend`). Nothing is global, so several models may run in several threads.
+
+Refuses to know: where keys and values lie (`pearl.models.kv_cache.slot_cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from pearl.core.token_buckets import CannotBranch
+from pearl.models.kv_cache.attention import AttentionMask, packed
+
+GROUPED = "pearl_grouped_sdpa"  # the name of our attention in a model's config
+
+
+class ForwardCache(Cache):
+    """A cache that knows what the rows of the next forward see, and that may compute their attention itself."""
+
+    is_compileable = False
+    mask: AttentionMask  # of the next forward
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.attended = False  # the attention function of the forward has found this cache
+
+    @property
+    def must_attend(self) -> bool:
+        """Whether the attention over what `update` returned would be wrong without `attend`."""
+        return False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
+        """The attention of the rows over what `update` returned, [B, heads, rows, head_dim]."""
+        return packed(query, key, value, self.mask, scaling)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are always given
+
+    def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
+        return self.mask.visible.shape[-1], 0
+
+
+def forward(
+    model: PreTrainedModel, tokens: Tensor, positions: Tensor, cache: ForwardCache, keep: int | Tensor = 0
+) -> Tensor:
+    """Logits [B, rows kept, V] of a forward of tokens [B, rows] at positions [B, rows].
+
+    `keep`: see transformers' `logits_to_keep`. Raises `CannotBranch` where the cache must compute the attention and the
+    model does not hand it down.
+    """
+    arguments: dict[str, Any] = {_cache_argument(type(model).forward): cache}
+    if uses_grouped_attention(model):
+        arguments["attention_cache"] = cache
+    cache.attended = False
+    out = model(
+        input_ids=tokens.to(model.device),
+        position_ids=positions.to(model.device),
+        attention_mask=_as_model_mask(model, cache.mask.visible),
+        use_cache=True,
+        logits_to_keep=keep,
+        **arguments,
+    )
+    if cache.must_attend and not cache.attended:
+        raise CannotBranch
+    return out.logits
+
+
+@functools.cache
+def _cache_argument(forward: Callable[..., Any]) -> str:
+    """What a forward calls its cache: newer versions of transformers say `cache`, older ones `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: Tensor,  # [B, heads, rows, head_dim]
+    key: Tensor,  # [B, kv heads, slots, head_dim]
+    value: Tensor,
+    attention_mask: Tensor,  # bool [1 or B, 1, rows, slots]
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    attention_cache: ForwardCache | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention as a model's layers call it, [B, rows, heads, head_dim]."""
+    if attention_cache is None:  # a forward that is not ours
+        out = packed(query, key, value, AttentionMask(attention_mask), scaling)
+    else:
+        attention_cache.attended = True
+        out = attention_cache.attend(query, key, value, scaling, int(module.layer_idx))  # type: ignore[arg-type]
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, grouped_sdpa)
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Switches a model that would use sdpa to `grouped_sdpa`. Models that need another attention keep it."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED)
+
+
+def use_transformers_attention(model: PreTrainedModel) -> None:
+    """Takes that back."""
+    if uses_grouped_attention(model):
+        model.set_attn_implementation("sdpa")
+
+
+def uses_grouped_attention(model: PreTrainedModel) -> bool:
+    """Whether caches compute this model's attention: side rows and shared forwards need that."""
+    return model.config._attn_implementation == GROUPED
+
+
+def _as_model_mask(model: PreTrainedModel, visible: Tensor) -> Tensor:
+    """The mask in the form that the model's attention takes: bool, or added to the scores."""
+    if model.config._attn_implementation != "eager":
+        return visible.to(model.device)
+    return torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)
