@@ -39,11 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     schedules = cli.schedules(found)
     params = cli.sampling(found)
 
-    from rich.console import Console
-    from rich.table import Table
-
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
+    from pearl.machine.display import show_table
     from pearl.parallel.launch import launch
 
     checked = preflight(config)
@@ -55,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     prompts = [tuple(checked.tokenizer(text, add_special_tokens=False).input_ids) for text in asked]
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
     folder = Path(found.output or "results/bench-batch")
     folder.mkdir(parents=True, exist_ok=True)
     speeds: dict[tuple[int, str], list[float]] = defaultdict(list)
@@ -78,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                         told += 1
                         same += known.setdefault(prompt, tuple(one.tokens)) == tuple(one.tokens)
                     print(f"round {turn} {size} {mode}: {tokens} tokens in {took:.1f} s", file=sys.stderr, flush=True)
-            table = Table("texts", *found.mode, title=f"tokens/s, {turn + 1} rounds; {same}/{told} texts the same")
-            for size in found.sizes:
-                table.add_row(str(size), *(f"{statistics.median(speeds[size, mode]):.1f}" for mode in found.mode))
-            console.print(table)
+            print(f"tokens/s, {turn + 1} rounds; {same}/{told} texts the same")
+            medians = ([statistics.median(speeds[size, mode]) for mode in found.mode] for size in found.sizes)
+            rows = [[str(size), *map("{:.1f}".format, some)] for size, some in zip(found.sizes, medians, strict=True)]
+            show_table(["texts", *found.mode], rows)
             said = {
                 "command": sys.argv,
                 "same": [same, told],

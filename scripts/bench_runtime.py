@@ -22,6 +22,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pearl.config import cli
+from pearl.evaluation.tables import Column, markdown
 from pearl.machine import cores
 
 LENGTH = 4096
@@ -153,14 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "side_rows": sides,
             }
     print(f"vocabulary {found.vocabulary}, a pass of {found.pass_ms:g} ms and a draft of a third; ms beside the models")
-    print("| mode | a pass, median | 95 % | a draft, mean | rows a pass | beside the chain |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, one in figures.items():
-        drafting = "-" if one["draft_ms_mean"] is None else f"{one['draft_ms_mean']:.2f}"
-        print(
-            f"| {name} | {one['pass_ms_p50']:.2f} | {one['pass_ms_p95']:.2f} | {drafting} "
-            f"| {one['rows']:.1f} | {one['side_rows']:.1f} |"
-        )
+    head = ["mode", "a pass, median", "95 %", "a draft, mean", "rows a pass", "beside the chain"]
+    cell = Column("", "{:.2f}", "").cell
+    print(markdown(head, [[name, *map(cell, one.values())] for name, one in figures.items()]))
     if found.json:
         Path(found.json).write_text(json.dumps(figures, indent=2) + "\n")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if by_numbers and (found.a is None or found.c is None):
         raise UsageError("Give both --a and --c: how often a guess is right, and passes per drafter forward.")
 
-    from rich.console import Console
-
-    from pearl.predict.prediction import MODES, predict, table
+    from pearl.machine.display import show_table
+    from pearl.predict.prediction import HEAD, MODES, cells, predict
 
     case = _case(found)
     modes = found.modes or [*dict.fromkeys([*MODES, *(mode for mode in case.measured if mode != "ar-all")])]
     figures = predict(case, modes, found.seed)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(case, figures))
+    print(f"expected of {case.source}")
+    show_table(HEAD, cells(case, figures))
     for note in case.notes:
-        console.print(note)
+        print(note)
     if found.json:
         facts = {"source": case.source, "notes": case.notes, "measured": case.measured, "modes": figures}
         _write(Path(found.json), facts)

@@ -40,7 +40,7 @@ class Baselines:
 
     def __init__(self, engine: Engine, checked: Preflight):
         self._engine, self._checked = engine, checked
-        self._model = engine.model.model
+        self._model: Any = engine.model.model
         self._eos = eos_ids(self._model, engine.tokenizer)
 
     def decoders(self, names: Sequence[str]) -> dict[str, Decoder]:
@@ -50,7 +50,7 @@ class Baselines:
         if name == "hf-prompt-lookup":
             options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP}
         else:
-            assistant = load_draft(self._checked, ahead=1)[0].model
+            assistant: Any = load_draft(self._checked, ahead=1)[0].model
             assistant.generation_config = _plain(assistant, None)
             # one tokenizer with paddings of two sizes would be two to transformers
             assistant.config.get_text_config().vocab_size = self._model.config.get_text_config().vocab_size
@@ -114,7 +114,7 @@ class _Watch:
     """A streamer that notes when tokens come, and hooks that note the target's forwards before them."""
 
     def __init__(self, model: torch.nn.Module):
-        self._model = model
+        self._model: Any = model
         self.began = 0.0
         self.forwards: list[tuple[int, float, float]] = []  # rows, began, ended
         self.puts: list[tuple[list[int], float]] = []  # tokens, when
@@ -144,7 +144,7 @@ class _Watch:
         self.forwards.append((ids.shape[1], self._now(), 0.0))
 
     def _after(self, *_: object) -> None:
-        rows, began, _ = self.forwards[-1]
+        rows, began = self.forwards[-1][:2]
         self.forwards[-1] = rows, began, self._now()
 
     def _now(self) -> float:

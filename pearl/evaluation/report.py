@@ -6,7 +6,6 @@ Reads what runs have left (`pearl.evaluation.results`) and measures nothing.
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +94,8 @@ def doubts(runs: Sequence[Run]) -> list[str]:
             found += _drift([run for run in same if _target(run) == target])
     for run in runs:
         for mode, figures in run.modes.items():
-            if (same := figures.get("identical_to_ar")) is not None and same < 1:
-                found.append(f"In {run.name}, {1 - same:.1%} of the texts of {mode} are not those of ar.")
+            if (equal := figures.get("identical_to_ar")) is not None and equal < 1:
+                found.append(f"In {run.name}, {1 - equal:.1%} of the texts of {mode} are not those of ar.")
             if figures.get("drafter_failures"):
                 found.append(f"In {run.name}, the drafter of {mode} failed in {figures['drafter_failures']} texts.")
     return found
@@ -133,45 +132,18 @@ def _shared_parent(folders: Sequence[Path]) -> Path:
     return next(parent for parent in paths[0].parents if all(path.is_relative_to(parent) for path in paths))
 
 
-# One page
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 75em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .7em; border-bottom: 1px solid #ddd }
-td { text-align: right; font-variant-numeric: tabular-nums } td.label { text-align: left }
-img { max-width: 100% } pre { background: #f6f6f6; padding: .7em; overflow-x: auto; font-size: 13px }
-.doubt { background: #fff3d6; border-left: 4px solid #d55e00; padding: .4em 1em; margin: .4em 0 }
-"""
-
-
 def page(title: str, runs: Sequence[Run], columns: Sequence[str], pictures: Mapping[str, bytes]) -> str:
-    """A page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made."""
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f'<p class="doubt">Not comparable: {html.escape(doubt)}</p>' for doubt in doubts(runs)]
-    parts.append(_table(("run", "mode"), columns, rows(runs)))
-    if by_category := rows(runs, categories=True):
-        kept = [name for name in columns if any(name in figures for _, figures in by_category)]
-        parts += ["<h2>By category</h2>", _table(("run", "category", "mode"), kept, by_category)]
-    for caption, png in pictures.items():
-        data = base64.b64encode(png).decode()
-        name = html.escape(caption)
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="data:image/png;base64,{data}">')
-    parts.append("<h2>How each run was made</h2>")
-    for run in runs:
-        facts = json.dumps({"config": run.config, "environment": run.environment}, indent=2)
-        parts.append(
-            f"<h3>{html.escape(run.name)}</h3><pre>{html.escape(run.command)}</pre>"
-            f"<details><summary>config and versions</summary><pre>{html.escape(facts)}</pre></details>"
-        )
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    """An HTML page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made."""
+    from jinja2 import Environment, FileSystemLoader
 
-
-def _table(labels: Sequence[str], columns: Sequence[str], body: Sequence[tables.Row]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in [*labels, *(tables.COLUMNS[c].heading for c in columns)])
-    lines = []
-    for names, figures in body:
-        cells = [f'<td class="label">{html.escape(name)}</td>' for name in names]
-        cells += [f"<td>{html.escape(tables.COLUMNS[c].cell(figures.get(c)))}</td>" for c in columns]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    by_category = rows(runs, categories=True)
+    kept = [name for name in columns if any(name in figures for _, figures in by_category)]
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return pages.get_template("report.html").render(
+        title=title,
+        doubts=doubts(runs),
+        figures=tables.cells(("run", "mode"), columns, rows(runs)),
+        by_category=tables.cells(("run", "category", "mode"), kept, by_category) if by_category else None,
+        pictures=[(name, base64.b64encode(png).decode()) for name, png in pictures.items()],
+        made=[(run, json.dumps({"config": run.config, "environment": run.environment}, indent=2)) for run in runs],
+    )

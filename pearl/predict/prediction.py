@@ -15,8 +15,6 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from pearl.core.records import SampleKey
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
@@ -76,26 +74,19 @@ def by_times(
     return Case({SampleKey("by hand"): script}, times, 0.0, {}, {}, source)
 
 
-def table(case: Case, figures: Mapping[str, dict[str, Any]]) -> Table:
-    made = Table(title=f"expected of {case.source}", title_justify="left", header_style="bold")
-    made.add_column("mode")
-    for name in ("x ar", "after the prompt", "tok/pass", "hits", "target", "drafter", "measured", "ratio"):
-        made.add_column(name, justify="right")
+HEAD = ("mode", "x ar", "decoding", "tok/pass", "hits", "target", "drafter", "measured", "ratio")
+
+
+def cells(case: Case, figures: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """The lines of a table, below `HEAD`."""
+    lines = []
     for mode, values in figures.items():
         measured = case.measured.get(mode)
-        ratio = values["speedup_vs_ar"] / measured if measured else None
-        made.add_row(
-            mode,
-            _cell(values["speedup_vs_ar"]),
-            _cell(values["decode_speedup_vs_ar"]),
-            _cell(values["tokens_per_pass"]),
-            _cell(values["hit_rate"], "{:.0%}"),
-            _cell(values["target_busy"], "{:.0%}"),
-            _cell(values["drafter_busy"], "{:.0%}"),
-            _cell(measured),
-            _cell(ratio),
-        )
-    return made
+        speeds = [values[name] for name in ("speedup_vs_ar", "decode_speedup_vs_ar", "tokens_per_pass")]
+        shares = [values[name] for name in ("hit_rate", "target_busy", "drafter_busy")]
+        beside = [measured, values["speedup_vs_ar"] / measured if measured else None]
+        lines.append([mode, *map(_cell, speeds), *(_cell(share, "{:.0%}") for share in shares), *map(_cell, beside)])
+    return lines
 
 
 def _cell(value: float | None, form: str = "{:.2f}") -> str:

@@ -33,6 +33,7 @@ from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import Proposal
 from pearl.errors import UsageError
+from pearl.evaluation import tables
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
@@ -294,46 +295,43 @@ def predicted(target: dict[str, Any], drafter: dict[str, Any]) -> dict[str, floa
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables, for `docs/log.md`."""
-    facts = result["machine"]
-    lines = [
-        f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}; "
-        f"a copy moves {facts['copy_gb_s']:.0f} GB/s. Milliseconds of a forward after {CONTEXT} tokens.",
-        "",
-        "| shape | rows | today | fixed shape | graph | reading the weights | x of that | bandwidth |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    facts, speeds, found = result["machine"], [], []
     for one in result["shapes"]:
-        reading = one["weight_bytes"] / facts["copy_gb_s"] / 1e9
+        shape, reading = one["shape"], one["weight_bytes"] / facts["copy_gb_s"] / 1e9
         for rows, eager in one["eager_s"].items():
             plain, graph = one["plain_s"].get(rows), one.get("graph_s", {}).get(rows)
             best = min(seconds for seconds in (plain, eager, graph) if seconds)
             cells = [_ms(plain), _ms(eager), _ms(graph), _ms(reading), f"{best / reading:.2f}"]
-            lines.append(f"| {one['shape']} | {rows} | {' | '.join(cells)} | {reading / best:.0%} |")
-    lines += ["", "| shape | what | found |", "| --- | --- | --- |"]
-    for one in result["shapes"]:
-        lines += [f"| {one['shape']} | {what} | {found} |" for what, _, found in one["checks"]]
+            speeds.append([shape, str(rows), *cells, f"{reading / best:.0%}"])
+        found += [[shape, what, sentence] for what, _, sentence in one["checks"]]
         if same := one.get("identical_to_ar"):
             other = [mode for mode, share in same.items() if share < 1]
-            lines.append(
-                f"| {one['shape']} | text of ar | {'another in ' + ', '.join(other) if other else 'in all modes'} |"
-            )
-            lines.append(f"| {one['shape']} | a pass beside its forward | {1e6 * one['beside_the_forward_s']:.0f} us |")
             gap = one["one_row_difference"]
             said = f"from token {gap['at']:.0f} on, where the best logits are {gap['gap']:.3g} apart" if gap else "none"
-            lines.append(f"| {one['shape']} | difference from one-row decoding | {said} |")
+            found += [
+                [shape, "text of ar", f"another in {', '.join(other)}" if other else "in all modes"],
+                [shape, "a pass beside its forward", f"{1e6 * one['beside_the_forward_s']:.0f} us"],
+                [shape, "difference from one-row decoding", said],
+            ]
+    head = ("shape", "rows", "today", "fixed shape", "graph", "reading the weights", "x of that", "bandwidth")
+    parts = [
+        f"{facts['device']}, torch {facts['torch']}, transformers {facts['transformers']}, {facts['dtype']}; "
+        f"a copy moves {facts['copy_gb_s']:.0f} GB/s. Milliseconds of a forward after {CONTEXT} tokens.",
+        tables.markdown(head, speeds),
+        tables.markdown(("shape", "what", "found"), found, labels=3),
+    ]
     if result["predicted"]:
-        lines += [
-            "",
-            f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
-            "",
-            "| target | drafter | sd:4 | pearl | tree |",
-            "| --- | --- | --: | --: | --: |",
+        modes = ("sd:4", "pearl", "tree")
+        cells = [
+            [one["target"], one["drafter"], *(f"{one['x'][mode]:.2f}" if mode in one["x"] else "-" for mode in modes)]
+            for one in result["predicted"]
         ]
-        for one in result["predicted"]:
-            cells = [f"{one['x'][mode]:.2f}" if mode in one["x"] else "-" for mode in ("sd:4", "pearl", "tree")]
-            lines.append(f"| {one['target']} | {one['drafter']} | {' | '.join(cells)} |")
-    lines += ["", *(f"Left out: {said}." for said in result["left_out"])]
-    return "\n".join(lines).rstrip() + "\n"
+        parts += [
+            f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
+            tables.markdown(("target", "drafter", *modes), cells, labels=2),
+        ]
+    parts += ["\n".join(f"Left out: {said}." for said in result["left_out"])] if result["left_out"] else []
+    return "\n\n".join(parts) + "\n"
 
 
 def _ms(seconds: float | None) -> str:

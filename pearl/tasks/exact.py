@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Protocol
 
-from pearl.tasks.numbers import ENGLISH, Style, final_number
+from pearl.tasks.numbers import Style, final_number
 from pearl.tasks.suite import Answer
 
 
@@ -17,17 +17,17 @@ class Problem(Protocol):
     def category(self) -> str | None: ...
     @property
     def answer(self) -> Decimal: ...
+    @property
+    def style(self) -> Style: ...
 
 
-def score(
-    problems: Sequence[Problem], answers: Sequence[Answer], style: Callable[[Problem], Style] = lambda _: ENGLISH
-) -> dict[str, Any]:
+def score(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, Any]:
     """`score`: the share of answers whose final number is the problem's, and `score_by_category` if there are any."""
     by_id = {problem.task_id: problem for problem in problems}
     right: dict[str | None, list[bool]] = {}
     for task_id, text in answers:
         problem = by_id[task_id]
-        right.setdefault(problem.category, []).append(final_number(text, style(problem)) == problem.answer)
+        right.setdefault(problem.category, []).append(final_number(text, problem.style) == problem.answer)
     shares = {category: sum(some) / len(some) for category, some in right.items()}
     every = [one for some in right.values() for one in some]
     return {

@@ -12,7 +12,7 @@ from decimal import Decimal
 
 from pearl.tasks import exact, prompts
 from pearl.tasks.data import DataSet, Record, texts
-from pearl.tasks.numbers import final_number
+from pearl.tasks.numbers import ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
 from pearl.tasks.suite import Suite
 
@@ -72,6 +72,7 @@ class Problem:
     question: str
     answer: Decimal
     category: None = None
+    style: Style = ENGLISH
 
 
 def _problem(record: Record, number: int) -> Problem:

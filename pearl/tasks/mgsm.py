@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 
 from pearl.tasks import exact, prompts
 from pearl.tasks.data import DataSet, Record, texts
@@ -89,5 +88,5 @@ SUITE = Suite(
     prompt=prompt,
     category=lambda problem: problem.category,
     stop=tuple(sorted({f"\n{asks}" for asks, _ in WORDS.values()})),
-    score=partial(exact.score, style=lambda problem: problem.style),
+    score=exact.score,
 )

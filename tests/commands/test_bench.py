@@ -68,7 +68,7 @@ def test_shapes_have_as_many_weights_as_their_names_say():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_bytes_of_a_forward_leave_out_what_is_not_read(tied):
-    shape = bench.Shape(1, 32, 48, 4, 2, 100, tied)
+    shape = bench.ModelShape(1, 32, 48, 4, 2, 100, tied)
     model = bench._built(shape, torch.device("cpu"), torch.bfloat16)
     embedding = 2 * 100 * 32
     whole = sum(p.nbytes for p in model.parameters())
