@@ -322,13 +322,13 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if result["predicted"]:
         modes = ("sd:4", "pearl", "tree")
-        cells = [
+        predicted = [
             [one["target"], one["drafter"], *(f"{one['x'][mode]:.2f}" if mode in one["x"] else "-" for mode in modes)]
             for one in result["predicted"]
         ]
         parts += [
             f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
-            tables.markdown(("target", "drafter", *modes), cells, labels=2),
+            tables.markdown(("target", "drafter", *modes), predicted, labels=2),
         ]
     parts += ["\n".join(f"Left out: {said}." for said in result["left_out"])] if result["left_out"] else []
     return "\n\n".join(parts) + "\n"
