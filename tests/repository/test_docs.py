@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import figures
 
+from pearl.evaluation import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 MODULES = [file.relative_to(ROOT) for file in (ROOT / "pearl").rglob("*.py")]
@@ -144,6 +146,13 @@ def test_the_pages_that_code_names_are_there():
     for file in [*MODULES, *(one.relative_to(ROOT) for one in (ROOT / "scripts").iterdir() if one.is_file())]:
         for name in re.findall(r"docs/[\w/]+\.md", (ROOT / file).read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{file}: {name}"
+
+
+def test_every_column_of_a_table_is_explained():
+    page = (ROOT / "docs/reference/figures.md").read_text(encoding="utf-8")
+    for key, column in tables.COLUMNS.items():
+        short = re.sub(r"tpot_ms_p\d+", "tpot_ms_p50", key)
+        assert f"`{short}`" in page and column.heading in page, key
 
 
 def test_the_index_names_every_page():
