@@ -38,71 +38,75 @@ _LOCAL = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     what: str
     verdict: str
     found: str
     advice: str = ""
 
 
-def devices(machine: Machine, cpus: Sequence[int]) -> Finding:
+def devices(machine: Machine, cpus: Sequence[int]) -> CheckResult:
     if machine.gpus_gb:
         names = f"{len(machine.gpus_gb)} GPUs with {', '.join(f'{gb:.0f}' for gb in machine.gpus_gb)} GB free"
         if len(machine.gpus_gb) == 1:
-            return Finding("devices", SLOW, names, "both models share it; a second GPU lets them work at the same time")
-        return Finding("devices", OK, names)
+            return CheckResult(
+                "devices", SLOW, names, "both models share it; a second GPU lets them work at the same time"
+            )
+        return CheckResult("devices", OK, names)
     found = f"no GPU; {len(cpus)} CPUs, {machine.ram_gb:.1f} GB free"
     if len(cpus) == 1:
-        return Finding("devices", SLOW, found, "target and drafter share one CPU: only mode sd can pay")
-    return Finding("devices", OK, found)
+        return CheckResult("devices", SLOW, found, "target and drafter share one CPU: only mode sd can pay")
+    return CheckResult("devices", OK, found)
 
 
-def peers(count: int, reaches: Callable[[int, int], bool]) -> Finding:
+def peers(count: int, reaches: Callable[[int, int], bool]) -> CheckResult:
     """`reaches(a, b)`: whether GPU a reads GPU b's memory directly."""
     if count < 2:
-        return Finding("peer-to-peer", OK, f"{count} GPUs: not needed")
+        return CheckResult("peer-to-peer", OK, f"{count} GPUs: not needed")
     if reaches(0, count - 1) and reaches(count - 1, 0):
-        return Finding("peer-to-peer", OK, f"GPU 0 and GPU {count - 1} reach each other")
+        return CheckResult("peer-to-peer", OK, f"GPU 0 and GPU {count - 1} reach each other")
     advice = "messages go through main memory; only features of a feature drafter are large enough to notice"
-    return Finding("peer-to-peer", SLOW, f"GPU 0 and GPU {count - 1} don't reach each other", advice)
+    return CheckResult("peer-to-peer", SLOW, f"GPU 0 and GPU {count - 1} don't reach each other", advice)
 
 
-def messages() -> Finding:
+def messages() -> CheckResult:
     """Between two processes, and what one takes."""
     try:
         latency = _latency()
     except (RuntimeError, OSError) as error:
         advice = "look at the network settings of this machine: firewalls, the loopback device"
-        return Finding("messages", NO, f"two processes did not find each other ({str(error)[:120]})", advice)
+        return CheckResult("messages", NO, f"two processes did not find each other ({str(error)[:120]})", advice)
     found = f"one takes {1e6 * latency:.0f} us"
     if latency > SLOW_MESSAGE_S:
-        return Finding("messages", SLOW, found, "the CPUs are busy or shared: stop other programs, name --target-cores")
-    return Finding("messages", OK, found)
+        return CheckResult(
+            "messages", SLOW, found, "the CPUs are busy or shared: stop other programs, name --target-cores"
+        )
+    return CheckResult("messages", OK, found)
 
 
-def backend(name: str, gpus: int) -> Finding:
+def backend(name: str, gpus: int) -> CheckResult:
     """torch.distributed between the two ranks: gloo on CPUs, which launchers need, nccl between two GPUs."""
     import torch.distributed as dist
 
     if name == "nccl" and gpus < 2:
-        return Finding(name, OK, f"{gpus} GPUs: not needed")
+        return CheckResult(name, OK, f"{gpus} GPUs: not needed")
     if not (dist.is_nccl_available() if name == "nccl" else dist.is_gloo_available()):
-        return Finding(name, NO, "this torch was built without it", "install another build of torch")
+        return CheckResult(name, NO, "this torch was built without it", "install another build of torch")
     try:
         with _Second(name) as store:
             seconds = _swap(name, store, 0)
     except (RuntimeError, OSError) as error:
         advice = "NCCL_DEBUG=INFO says more" if name == "nccl" else "set GLOO_SOCKET_IFNAME to a network device"
-        return Finding(name, NO, f"two ranks can't talk ({str(error)[:120]})", advice)
-    return Finding(name, OK, f"1 MB there and back takes {1e3 * seconds:.2f} ms")
+        return CheckResult(name, NO, f"two ranks can't talk ({str(error)[:120]})", advice)
+    return CheckResult(name, OK, f"1 MB there and back takes {1e3 * seconds:.2f} ms")
 
 
-def memory(pair: Pair, machine: Machine) -> Finding:
+def memory(pair: Pair, machine: Machine) -> CheckResult:
     fit = check(pair, machine)
-    return Finding("memory", OK if fit.fits else NO, fit.verdict, "" if fit.fits else "or choose --load-in 4bit")
+    return CheckResult("memory", OK if fit.fits else NO, fit.verdict, "" if fit.fits else "or choose --load-in 4bit")
 
 
-def models(config: EngineConfig) -> Iterator[Finding]:
+def models(config: EngineConfig) -> Iterator[CheckResult]:
     """Whether the two fit each other, and what they are worth together here."""
     from pearl.checkpoints.preflight import preflight
     from pearl.commands.selfcheck import report
@@ -117,7 +121,7 @@ def models(config: EngineConfig) -> Iterator[Finding]:
         yield _refused("pair", error)
         return
     same = "no model drafts" if config.draft == NGRAM else f"{checked.vocabulary} tokens that both know"
-    yield Finding("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
+    yield CheckResult("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
     try:
         with Engine(launch(config, Schedule.of("pearl"), checked=checked)) as engine:
@@ -129,18 +133,18 @@ def models(config: EngineConfig) -> Iterator[Finding]:
         yield _refused("start", error)
         return
     for what, verdict, sentence in bits:
-        yield Finding(f"bits: {what}", verdict, sentence)
+        yield CheckResult(f"bits: {what}", verdict, sentence)
     if lost := [event.what for event in events if event.kind not in ("late", "heard")]:
-        yield Finding("drafter", NO, "; ".join(lost), "see its message above, and docs/explanations/reliability.md")
+        yield CheckResult("drafter", NO, "; ".join(lost), "see its message above, and docs/explanations/reliability.md")
     elif events:
         busy = "its CPUs are busy: stop other programs, name --draft-cores"
-        yield Finding("drafter", SLOW, "; ".join(event.what for event in events), busy)
+        yield CheckResult("drafter", SLOW, "; ".join(event.what for event in events), busy)
     differing = [mode for mode in ("sd", "pearl") if texts[mode].tokens != texts["ar"].tokens]
     if differing:
         gap = "its two best logits were near each other; if not, that is an error of pearl's"
-        yield Finding("text", SLOW, f"another one in {', '.join(differing)} than in ar", gap)
+        yield CheckResult("text", SLOW, f"another one in {', '.join(differing)} than in ar", gap)
     else:
-        yield Finding("text", OK, "the same in all modes")
+        yield CheckResult("text", OK, "the same in all modes")
     passes = {mode: text.stats.passes[1:] for mode, text in texts.items()}
     pass_s = statistics.median(one.forward_s for one in passes["ar"])
     drafted = texts["sd"].stats.drafter
@@ -150,18 +154,18 @@ def models(config: EngineConfig) -> Iterator[Finding]:
     measured = seconds["ar"] / seconds["pearl"] * len(texts["pearl"].tokens) / len(texts["ar"].tokens)
     if not drafted or not drafted.forwards or not tested:
         found = f"a pass takes {1e3 * pass_s:.1f} ms; pearl ran {measured:.2f} x ar; nothing was drafted by a model"
-        yield Finding("speed", OK, found)
+        yield CheckResult("speed", OK, found)
         return
     yield speed(pass_s, drafted.busy_s / drafted.forwards, accepted / tested, measured)
 
 
-def _refused(what: str, error: UsageError) -> Finding:
+def _refused(what: str, error: UsageError) -> CheckResult:
     """A sentence that says what is wrong, and after a colon what to do."""
     found, _, advice = str(error).partition(": ")
-    return Finding(what, NO, found, advice or "change what this sentence names, and look again")
+    return CheckResult(what, NO, found, advice or "change what this sentence names, and look again")
 
 
-def speed(pass_s: float, forward_s: float, a: float, measured: float) -> Finding:
+def speed(pass_s: float, forward_s: float, a: float, measured: float) -> CheckResult:
     """`a`: guesses accepted of those tested. `measured`: the speed of pearl over that of ar."""
     c = pass_s / forward_s
     a = min(a, 0.999)
@@ -172,8 +176,8 @@ def speed(pass_s: float, forward_s: float, a: float, measured: float) -> Finding
     )
     if expected < 1.05:
         why = "the drafter is too slow" if c < 1.5 else "its guesses are too often wrong"
-        return Finding("speed", SLOW, found, f"{why}: choose another draft model, mode tree, or ngram")
-    return Finding("speed", OK, found)
+        return CheckResult("speed", SLOW, found, f"{why}: choose another draft model, mode tree, or ngram")
+    return CheckResult("speed", OK, found)
 
 
 class _Second:
@@ -275,7 +279,7 @@ def other() -> None:
     link.close()
 
 
-def examine(config: EngineConfig, pair: Pair | None, with_models: bool) -> Iterator[Finding]:
+def examine(config: EngineConfig, pair: Pair | None, with_models: bool) -> Iterator[CheckResult]:
     """The findings, one after the other, those that need no weights first."""
     import torch
 

@@ -14,7 +14,7 @@ from pearl.options import nearest
 from pearl.tasks.suite import Suite
 
 SUITES = {
-    "humaneval": "pearl.tasks.scoring",
+    "humaneval": "pearl.tasks.humaneval",
     "gsm8k": "pearl.tasks.gsm8k",
     "mgsm": "pearl.tasks.mgsm",
     "mt-bench": "pearl.tasks.mt_bench",

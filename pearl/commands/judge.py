@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pearl.config import cli
 from pearl.errors import UsageError
-from pearl.tasks import judge, mt_bench
+from pearl.tasks import judge_prompts, mt_bench
 
 ENDPOINT = "https://api.openai.com/v1"
 
@@ -41,7 +41,7 @@ def parser() -> cli.Parser:
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
-    models = [judge.ANSWERS.load(file) for file in found.answers]
+    models = [judge_prompts.ANSWERS.load(file) for file in found.answers]
     if found.kind != "single" and len(models) < 2:
         raise UsageError(f"{found.kind} compares answers: name two files with --answers.")
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not found.model or not found.output:
         raise UsageError("Name the judge with --model, and where its judgments are kept with --output.")
-    prompts = {prompt.name: prompt for prompt in judge.PROMPTS.load(found.prompts)}
+    prompts = {prompt.name: prompt for prompt in judge_prompts.PROMPTS.load(found.prompts)}
     by, file = judging.Judge(found.model, found.endpoint.rstrip("/"), prompts), Path(found.output)
     wanted = list(judging.games(found.kind, mt_bench.DATA.load(found.data), models, found.reference))
     done = judging.judged(file)

@@ -18,9 +18,9 @@ from typing import Any
 
 from pearl.errors import UsageError
 from pearl.evaluation import lines, tables
-from pearl.tasks import judge
+from pearl.tasks import judge_prompts
 from pearl.tasks.fastchat import Question
-from pearl.tasks.judge import Answer, Prompt
+from pearl.tasks.judge_prompts import Answer, Prompt
 
 TRIES, PAUSE_S, TIMEOUT_S = 5, 4.0, 300.0
 _OUTCOMES = {"model_2": "wins", "tie": "ties", "model_1": "losses", "error": "errors"}
@@ -77,23 +77,23 @@ class Game:
 
     def play(self, by: Judge) -> dict[str, Any]:
         """A line of FastChat's model_judgment files."""
-        kind: judge.Kind = "single" if len(self.answers) == 1 else "pair"
-        name = judge.prompt_name(kind, self.question.category, self.turn)
+        kind: judge_prompts.Kind = "single" if len(self.answers) == 1 else "pair"
+        name = judge_prompts.prompt_name(kind, self.question.category, self.turn)
 
         def asked(answers: Sequence[Answer]) -> tuple[str, str]:
-            text = judge.user_prompt(by.prompts[name], self.question, answers, self.reference, self.turn)
+            text = judge_prompts.user_prompt(by.prompts[name], self.question, answers, self.reference, self.turn)
             return text, by.ask(name, text)
 
         line = {"question_id": self.question.question_id, **self.models, "judge": [by.model, name], "turn": self.turn}
         text, said = asked(self.answers)
         if kind == "single":
-            score = judge.rating(said)
+            score = judge_prompts.rating(said)
             line |= {"user_prompt": text, "judgment": said, "score": -1 if score is None else score}
             return {**line, "tstamp": time.time()}
         other_text, other_said = asked(self.answers[::-1])
         places = {"A": "model_1", "B": "model_2"}, {"A": "model_2", "B": "model_1"}
         for game, (prompt, judgment) in enumerate(((text, said), (other_text, other_said))):
-            won = judge.winner(judgment)
+            won = judge_prompts.winner(judgment)
             line |= {
                 f"g{game + 1}_winner": places[game].get(won, won),
                 f"g{game + 1}_user_prompt": prompt,
@@ -106,7 +106,7 @@ def games(
     kind: str, questions: Sequence[Question], models: Sequence[Sequence[Answer]], reference_file: str | None
 ) -> Iterator[Game]:
     """All there is to ask about: of `pair`, the first model's answers against each other's."""
-    kept = judge.ANSWERS.load(reference_file) if reference_file else []
+    kept = judge_prompts.ANSWERS.load(reference_file) if reference_file else []
     references = {one.question_id: one.turns for one in kept}
     by_model = [{answer.question_id: answer for answer in answers} for answers in models]
     sides = [(one,) for one in by_model] if kind == "single" else [(by_model[0], other) for other in by_model[1:]]
@@ -116,7 +116,7 @@ def games(
             answers = tuple(answered[question.question_id] for answered in side if question.question_id in answered)
             if len(answers) < len(side):
                 continue
-            needed = question.category in judge.NEEDS_REFERENCE
+            needed = question.category in judge_prompts.NEEDS_REFERENCE
             if needed and len(reference) < len(question.turns):
                 raise UsageError(
                     f"Question {question.question_id} is judged with a reference answer: name --reference."
@@ -173,7 +173,7 @@ def wins(played: Sequence[Game], judgments: dict[tuple[Any, ...], dict[str, Any]
 def agreement(models: Sequence[Sequence[Answer]]) -> str:
     rows = {}
     for answers in models[1:]:
-        agreed = judge.agreement(answers, models[0])
+        agreed = judge_prompts.agreement(answers, models[0])
         if agreed is None:
             raise UsageError("The answers have no question in common.")
         rows[f"{answers[0].model_id} and {models[0][0].model_id}"] = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pearl.tasks import exact, prompts
+from pearl.tasks import exact_match, prompts
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.numbers import ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
@@ -111,5 +111,5 @@ SUITE = Suite(
     identify=lambda problem: problem.task_id,
     prompt=prompt,
     stop=("\nQ:",),
-    score=exact.score,
+    score=exact_match.score,
 )

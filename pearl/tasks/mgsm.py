@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pearl.tasks import exact, prompts
+from pearl.tasks import exact_match, prompts
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.numbers import CONTINENTAL, ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
@@ -88,5 +88,5 @@ SUITE = Suite(
     prompt=prompt,
     category=lambda problem: problem.category,
     stop=tuple(sorted({f"\n{asks}" for asks, _ in WORDS.values()})),
-    score=exact.score,
+    score=exact_match.score,
 )

@@ -1,6 +1,6 @@
 """MT-bench: 80 questions of eight kinds, each with a second turn that builds on the first (Zheng et al. 2023).
 
-What an answer is worth says a judge, afterwards and from the files: :mod:`pearl.tasks.judge`.
+What an answer is worth says a judge, afterwards and from the files: `pearl.evaluation.judging`.
 """
 
 from pearl.tasks import fastchat

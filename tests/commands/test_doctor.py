@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from pearl.commands import doctor
-from pearl.commands.doctor import NO, OK, SLOW, Finding
+from pearl.commands.doctor import NO, OK, SLOW, CheckResult
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Machine, Pair
 from pearl.engine import Engine
@@ -64,7 +64,7 @@ def test_a_pair_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     target, draft = tiny.save_pair(tmp_path)
     shared = ["--dtype", "float32", "--max-length", "300"]
-    said: list[Finding] = []
+    said: list[CheckResult] = []
     examine = doctor.examine
     monkeypatch.setattr(doctor, "examine", lambda *args: said.extend(examine(*args)) or said)
     assert doctor.main(["--target", target, "--draft", draft, *shared]) == 0

@@ -20,9 +20,19 @@ from pearl.errors import UsageError
 from pearl.evaluation import results
 from pearl.evaluation.lines import settle
 from pearl.tasks import sandbox
-from pearl.tasks.humaneval import STOP_WORDS, SUITE, Problem, completion_of, load, program, prompt_text
+from pearl.tasks.humaneval import (
+    STOP_WORDS,
+    SUITE,
+    Problem,
+    Result,
+    Scores,
+    completion_of,
+    load,
+    program,
+    prompt_text,
+    score,
+)
 from pearl.tasks.sandbox import run_program
-from pearl.tasks.scoring import Result, Scores, score
 
 PROBLEMS = load()
 ADD = Problem(
@@ -248,7 +258,7 @@ def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
 
 
 def test_a_sample_that_cannot_be_counted_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("pearl.tasks.scoring.run_program", None)
+    monkeypatch.setattr("pearl.tasks.humaneval.run_program", None)
     for samples, k in [([], (1,)), ([("Test/9", "")], (1,)), ([("Test/0", "")], (2,)), ([("Test/0", "")], (0,))]:
         with pytest.raises(UsageError):
             score([ADD], samples, k)

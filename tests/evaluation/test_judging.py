@@ -13,7 +13,7 @@ from evaluations import SAMPLES, script, written
 
 from pearl.errors import UsageError
 from pearl.evaluation import judging
-from pearl.tasks import judge
+from pearl.tasks import judge_prompts
 
 KINDS = [f"{kind}{math}{turn}" for kind in ("single-v1", "pair-v2") for math in ("",) for turn in ("", "-multi-turn")]
 KINDS += [f"{kind}-math-v1{turn}" for kind in ("single", "pair") for turn in ("", "-multi-turn")]
@@ -97,21 +97,21 @@ def run(kind: str, files: dict[str, str], *more: str, models: tuple[str, ...] = 
     ],
 )
 def test_a_rating_stands_in_brackets(said, rating):
-    assert judge.rating(said) == rating
+    assert judge_prompts.rating(said) == rating
 
 
 @pytest.mark.parametrize(
     "said, winner", [("[[A]]", "A"), ("so: [[B]].", "B"), ("[[C]]", "tie"), ("A is better", "error")]
 )
 def test_a_winner_stands_in_brackets(said, winner):
-    assert judge.winner(said) == winner
+    assert judge_prompts.winner(said) == winner
 
 
 def test_questions_with_a_right_answer_are_judged_with_it():
     every = itertools.product(("single", "pair"), ("stem", "coding"), (1, 2))
-    names = {judge.prompt_name(*one) for one in every}
+    names = {judge_prompts.prompt_name(*one) for one in every}
     assert names == set(KINDS)
-    assert judge.prompt_name("pair", "reasoning", 2) == "pair-math-v1-multi-turn"
+    assert judge_prompts.prompt_name("pair", "reasoning", 2) == "pair-math-v1-multi-turn"
 
 
 # Asking
@@ -217,10 +217,13 @@ def test_agreement_needs_nobody(files, capsys):
 
 
 def test_agreement_is_measured_in_words():
-    said = [judge.Answer(1, "a", ("one two three four", "same"))], [judge.Answer(1, "b", ("one two 3 four", "same"))]
-    found = judge.agreement(*said)
+    said = (
+        [judge_prompts.Answer(1, "a", ("one two three four", "same"))],
+        [judge_prompts.Answer(1, "b", ("one two 3 four", "same"))],
+    )
+    found = judge_prompts.agreement(*said)
     assert (found.turns, found.identical, found.common_start) == (2, 0.5, 0.75)
     assert found.similarity == pytest.approx((0.75 + 1) / 2)
-    assert judge.agreement(said[0], []) is None
+    assert judge_prompts.agreement(said[0], []) is None
     with pytest.raises(UsageError, match="no question in common"):
-        judging.agreement([said[0], [judge.Answer(2, "b", ("x",))]])
+        judging.agreement([said[0], [judge_prompts.Answer(2, "b", ("x",))]])
