@@ -13,10 +13,10 @@ have come true. A row is taken while it adds more to what the forward yields per
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +29,7 @@ from pearl.drafters.draft_source import Tree
 from pearl.drafters.model import LeafReader, ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.timing import best_of
 
 CHILDREN = 6  # guesses after a row at most
 FAINTEST = math.log(0.003)  # a path that is less likely is not offered, unless nothing else follows its parent
@@ -192,11 +193,6 @@ def profile_batches(reader: LeafReader, vocabulary: int, alone_s: float) -> tupl
     found = []
     for leaves in (1, _LEAVES_TIMED):
         wanted = [LeavesQuery(text, tokens, [(token,) for token in range(leaves)]) for text in range(texts)]
-        seconds = []
-        for _ in range(5):
-            began = time.perf_counter()
-            reader.read_leaves_together(wanted)[0].max().item()
-            seconds.append(time.perf_counter() - began)
-        found.append(min(seconds))
+        found.append(best_of(5, functools.partial(reader.read_leaves_together, wanted)))
     one, more = found
     return max(0.0, one - alone_s) / (texts - 1), max(0.0, more - one) / ((_LEAVES_TIMED - 1) * texts)

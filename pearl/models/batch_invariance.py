@@ -8,6 +8,7 @@ to the next safe count; the autoregressive baseline as well. The result is kept 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from pearl.core.token_buckets import (
     CannotBranch,
     TokenBuckets,
 )
+from pearl.models.timing import best_of, timed
 
 WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
 _PREFIX = 61  # tokens before the text under test
@@ -52,10 +54,8 @@ def find_invariant_counts(
         for count in [LIMIT, *range(1, LIMIT + 1)]:
             for offset in _OFFSETS:
                 first = _PREFIX + offset
-                began = time.perf_counter()
-                rows = read(text[first : first + count], first)
-                _finish(rows)
-                seconds.setdefault(count, []).append(time.perf_counter() - began)
+                taken, rows = timed(functools.partial(read, text[first : first + count], first))
+                seconds.setdefault(count, []).append(taken)
                 logits.setdefault(count, []).append(rows)
         if time.perf_counter() - started > _TIMING_S or len(seconds[LIMIT]) >= 2 * _ROUNDS * len(_OFFSETS):
             break
@@ -103,9 +103,8 @@ def profile_path(reader: Any, vocabulary: int) -> float:
     for _ in range(_ROUNDS):
         for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
             reader.read(text, 1)
-            began = time.perf_counter()
-            _finish(reader.read([*text, *chain], len(chain) + 1, side_rows=[(0, side) for side in sides]))
-            found.append(time.perf_counter() - began)
+            side_rows = [(0, side) for side in sides]
+            found.append(timed(functools.partial(reader.read, [*text, *chain], len(chain) + 1, side_rows))[0])
     return max(0.0, (min(seconds[0]) - min(seconds[1])) / 3)
 
 
@@ -147,10 +146,8 @@ def find_invariant_batches(reader: Any, vocabulary: int) -> BatchedTokenBuckets 
         for count in list(counts):
             share, more = divmod(count, reader.batch_slots)
             lengths = [share + (one < more) for one in range(reader.batch_slots)]
-            began = time.perf_counter()
-            logits = reader.trial.read(text[prefix:], prefix, lengths, count)
-            _finish(logits[0])
-            seconds[count].append(time.perf_counter() - began)
+            taken, logits = timed(functools.partial(reader.trial.read, text[prefix:], prefix, lengths, count))
+            seconds[count].append(taken)
             if not all(torch.equal(rows, alone[: len(rows)]) for rows in logits):
                 counts.remove(count)
         rounds += 1
@@ -171,16 +168,9 @@ def profile_leaves(reader: Any, vocabulary: int) -> tuple[float, ...]:
     """Seconds of a drafter's forward of 1, 2, ... `LEAVES` leaves."""
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
-    costs = []
     reader.read_leaves(text, [()])
-    for count in range(1, LEAVES + 1):
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            _finish(reader.read_leaves(text, [(token,) for token in range(count)]))
-            seconds.append(time.perf_counter() - began)
-        costs.append(min(seconds))
-    return tuple(costs)
+    leaves = [[(token,) for token in range(count)] for count in range(1, LEAVES + 1)]
+    return tuple(best_of(3, functools.partial(reader.read_leaves, text, paths)) for paths in leaves)
 
 
 def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...]:
@@ -198,8 +188,3 @@ def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...
 def _same(a: Tensor, b: Tensor) -> bool:
     shared = min(len(a), len(b))
     return torch.equal(a[:shared], b[:shared])
-
-
-def _finish(rows: Tensor) -> None:
-    if rows.is_cuda:
-        torch.cuda.synchronize(rows.device)

@@ -10,7 +10,7 @@ was found is kept by model, device and versions (`pearl.checkpoints.calibration`
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention import BACKENDS
 from pearl.models.language_model import LanguageModel
 from pearl.models.static_shapes import COUNTS, Capture
+from pearl.models.timing import best_of
 from pearl.models.verifier import VerifierModel
 
 _PREFIX = 61
@@ -185,18 +186,9 @@ def _timed(reader: VerifierModel, counts: Sequence[int], before: Sequence[float]
     reader.forget()
     reader.read(text[:_PREFIX], 1)
     for count in counts:
-        taken = []
-        for _ in range(_REPEATS):
-            began = time.perf_counter()
-            _finish(reader.forward(text[_PREFIX : _PREFIX + count], _PREFIX, count))
-            taken.append(time.perf_counter() - began)
-        seconds[count] = min(taken)
+        tokens = text[_PREFIX : _PREFIX + count]
+        seconds[count] = best_of(_REPEATS, functools.partial(reader.forward, tokens, _PREFIX, count))
     found = [
         next((seconds[count] for count in counts if count >= rows), before[rows - 1]) for rows in range(1, LIMIT + 1)
     ]
     return tuple(min(found[rows:]) for rows in range(LIMIT))
-
-
-def _finish(rows: Tensor) -> None:
-    if rows.is_cuda:
-        torch.cuda.synchronize(rows.device)

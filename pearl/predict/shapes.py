@@ -10,6 +10,7 @@ target alone writes. From the step times the predictor says what two separate de
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import platform
@@ -39,6 +40,7 @@ from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.transformers_interface import use_grouped_attention
+from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict.prediction import by_times, predict
 from pearl.roles.drafter import Drafter
@@ -198,23 +200,13 @@ def _bytes_read(model: PreTrainedModel) -> int:
 
 def _pass_times(reader: VerifierModel, counts: Sequence[int]) -> Iterator[tuple[int, float]]:
     """(rows, seconds) of a forward of so many rows after `CONTEXT` tokens, the median of several."""
-    text, device = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)], torch.device(str(reader.model.device))
+    text = [7 * i % reader.vocabulary for i in range(CONTEXT + LIMIT)]
     reader.forget()
     reader.read(text[:CONTEXT], 1)
     for count in counts:
-        taken = []
-        for _ in range(9):
-            began = time.perf_counter()
-            reader.forward(text[CONTEXT : CONTEXT + count], CONTEXT, count)
-            _finish(device)
-            taken.append(time.perf_counter() - began)
-        yield count, statistics.median(taken[2:])
+        forward = functools.partial(reader.forward, text[CONTEXT : CONTEXT + count], CONTEXT, count)
+        yield count, statistics.median([timed(forward)[0] for _ in range(9)][2:])
     reader.forget()
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _texts(reader: VerifierModel, shape: ModelShape, tokens: int) -> dict[str, Any]:
@@ -275,13 +267,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second that a copy of `size` bytes reads and writes, the best of several."""
     here = torch.zeros(size, dtype=torch.uint8, device=device)
     there = torch.empty_like(here)
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        there.copy_(here)
-        _finish(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * size / min(seconds)
+    return 2 * size / best_of(6, lambda: there.copy_(here))
 
 
 def predicted(target: dict[str, Any], drafter: dict[str, Any]) -> dict[str, float]:

@@ -14,9 +14,9 @@ Bits are of no account here: whatever is drafted, the target decides.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +29,7 @@ from pearl.core.sampling import SamplingParams, ranked
 from pearl.core.trie import Node, Trie, shared_prefix
 from pearl.drafters.draft_source import Chain, Proposal, Tree
 from pearl.drafters.feature.network import FeatureDrafter, KeyValue
+from pearl.models.timing import best_of
 
 CHILDREN = 6  # guesses after a row at most
 FAINTEST = math.log(0.003)  # a path that is less likely is not offered, nor gone on from
@@ -284,17 +285,11 @@ class FeatureSource:
         text = [0] * length
         if self.layers:
             self.observe(np.zeros((length - 1, len(self.layers) * self._drafter.shape.hidden), np.int16))
-        costs = []
-        for count in range(1, LEAVES + 1):
-            seconds = []
-            for _ in range(rounds):
-                began = time.perf_counter()
-                self.guess(text, [[0]] * count)
-                seconds.append(time.perf_counter() - began)
-            costs.append(min(seconds))
+        leaves = [[[0]] * count for count in range(1, LEAVES + 1)]
+        costs = tuple(best_of(rounds, functools.partial(self.guess, text, paths)) for paths in leaves)
         self.start(SamplingParams())
         self.forwards = self.rows = 0
-        return tuple(costs)
+        return costs
 
 
 class _Cache:
