@@ -96,7 +96,7 @@ def timeline(runs: Sequence[Run]) -> bytes | None:
     if traced is None:
         return None
     events = read(traced)
-    shown, window = frame(panels(events, [], []), None, None)
+    shown, window = frame(panels(events))
     with tempfile.TemporaryDirectory() as folder:
         draw(events, shown, window, Path(folder) / "timeline.png")
         return (Path(folder) / "timeline.png").read_bytes()

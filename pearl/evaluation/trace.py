@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,8 @@ def passes(events: Sequence[Event]) -> list[Verify]:
     return made
 
 
-def panels(events: Sequence[Event], sequences: Sequence[int] = (), modes: Sequence[str] = ()) -> list[Panel]:
-    """The texts to draw, those of `modes` if any are named: `sequences`, or else the longest text of each mode."""
+def panels(events: Sequence[Event], modes: Sequence[str] = ()) -> list[Panel]:
+    """The texts to draw: the longest of each mode, or of each of `modes` if any are named."""
     texts: dict[int, list[Verify]] = {}
     for verify in passes(events):
         texts.setdefault(verify.sequence, []).append(verify)
@@ -148,20 +148,15 @@ def panels(events: Sequence[Event], sequences: Sequence[int] = (), modes: Sequen
         if (sequence := event.facts.get("sequence")) in texts:
             parts[sequence].append(event)
             mode[sequence] = event.facts.get("mode", mode[sequence])
-    _refuse_absent("sequence", sequences, texts)
-    _refuse_absent("mode", modes, mode.values())
+    there = list(dict.fromkeys(mode.values()))
+    for name in modes:
+        if name not in there:
+            raise UsageError(f"The trace holds no mode {name}; choose from {', '.join(there)}.")
 
-    chosen = [sequence for sequence in texts if not modes or mode[sequence] in modes]
-    if sequences:
-        chosen = [sequence for sequence in chosen if sequence in sequences]
-    else:
-        shortest_first = sorted(chosen, key=lambda n: (sum(verify.committed for verify in texts[n]), -n))
-        longest = {mode[sequence]: sequence for sequence in shortest_first}
-        chosen = [sequence for sequence in chosen if longest[mode[sequence]] == sequence]
-    if not chosen:
-        raise UsageError("No sequence that --sequence names is of a mode that --mode names; leave one of them out.")
+    shortest_first = sorted(texts, key=lambda n: (sum(verify.committed for verify in texts[n]), -n))
+    longest = {mode[sequence]: sequence for sequence in shortest_first if not modes or mode[sequence] in modes}
     made = []
-    for sequence in chosen:
+    for sequence in sorted(longest.values()):
         start = next(e.facts["position"] for e in parts[sequence] if e.role == "target" and "position" in e.facts)
         drafted = any(event.role == "drafter" for event in parts[sequence])
         began = min(event.began for event in parts[sequence])
@@ -178,13 +173,6 @@ def _in_blocks(verify: Verify) -> Verify:
     return replace(verify, outcome="hit") if whole else verify
 
 
-def _refuse_absent(what: str, asked: Iterable[Any], there: Iterable[Any]) -> None:
-    there = list(dict.fromkeys(there))
-    for thing in asked:
-        if thing not in there:
-            raise UsageError(f"The trace holds no {what} {thing}; choose from {', '.join(map(str, there))}.")
-
-
 @dataclass(frozen=True)
 class Window:
     """The time that is drawn: from `low` to `high` ms after each panel's zero, and what stands there."""
@@ -194,15 +182,15 @@ class Window:
     zero: str
 
 
-def frame(shown: list[Panel], start_s: float | None = None, seconds: float | None = None) -> tuple[list[Panel], Window]:
+def frame(shown: list[Panel]) -> tuple[list[Panel], Window]:
     """The panels with their zeros where they can be compared, and the window around that.
 
     The lead is the first panel with a bubble, or else the first with a miss; its zero is the end of the pass that
     missed. Texts of one prompt are the same in every mode, so the others' zeros are where they reached that token;
-    texts of several prompts stand at a miss each. Given `start_s`, or without a miss, zero is where each text began.
+    texts of several prompts stand at a miss each. Without a miss, zero is where each text began.
     """
     missed = [(panel, panel.miss) for panel in shown if panel.miss is not None]
-    if missed and start_s is None:
+    if missed:
         lead, which = next(((panel, which) for panel, which in missed if panel.bubble_after(which)), missed[0])
         zero = "ms after the miss"
         if len({panel.start for panel in shown}) == 1:
@@ -213,9 +201,6 @@ def frame(shown: list[Panel], start_s: float | None = None, seconds: float | Non
         lead = replace(lead, zero=lead.passes[which].ended)
         first = max(0, which - PASSES_BEFORE)
     else:
-        lead, zero = max(shown, key=lambda panel: panel.ended - panel.began), "ms since the text began"
-        began = lead.began + 1e3 * (start_s or 0.0)
-        first = next((which for which, verify in enumerate(lead.passes) if verify.ended > began), -1)
-    low = lead.passes[first].began - lead.zero if start_s is None else 1e3 * start_s
-    last = lead.passes[first:][:PASSES_SHOWN][-1]
-    return shown, Window(low, last.ended - lead.zero if seconds is None else low + 1e3 * seconds, zero)
+        lead, zero, first = max(shown, key=lambda panel: panel.ended - panel.began), "ms since the text began", 0
+    some = lead.passes[first:][:PASSES_SHOWN]
+    return shown, Window(some[0].began - lead.zero, some[-1].ended - lead.zero, zero)

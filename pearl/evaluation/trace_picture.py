@@ -48,9 +48,6 @@ def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window, png: P
 
     inside = {panel: [event for event in events if _visible(event, panel, window)] for panel in shown}
     spans = [event for found in inside.values() for event in found if event.phase == "X"]
-    if not spans:
-        lasts = max(panel.ended - panel.began for panel in shown) / 1e3
-        raise UsageError(f"Nothing happens in this window; the longest text to draw lasts {lasts:.3g} s.")
     most = {role: max((_rows(span) for span in spans if span.role == role), default=1) for role in ROLES}
 
     height = len(shown) * (HEAD + LANES) + FOOT

@@ -254,7 +254,6 @@ def test_each_mode_is_shown_by_its_longest_text(path: Path):
     events = read(lived(path, ("pearl", 6), "tree", "pearl", "pearl", ("tree", 6)))
     assert [(panel.mode, panel.sequence) for panel in panels(events)] == [("tree", 2), ("pearl", 3)]
     assert [panel.sequence for panel in panels(events, modes=["tree"])] == [2]
-    assert [panel.sequence for panel in panels(events, sequences=[5, 1])] == [1, 5]
 
 
 def test_the_texts_of_one_prompt_are_aligned_at_the_same_token(path: Path):
@@ -270,11 +269,6 @@ def test_the_texts_of_one_prompt_are_aligned_at_the_same_token(path: Path):
 def test_texts_of_other_prompts_are_each_shown_at_their_own_miss(path: Path):
     shown, _ = frame(panels(read(lived(path, "pearl", ("tree", 12, 9)))))
     assert [panel.zero for panel in shown] == [panel.passes[MISS].ended for panel in shown]
-
-
-def test_a_window_may_be_asked_for(path: Path):
-    (panel,), window = frame(panels(read(lived(path, "pearl"))), start_s=0.5, seconds=0.25)
-    assert (panel.zero, window.low, window.high) == (panel.began, 500.0, 750.0)
 
 
 def pixels(png: Path) -> np.ndarray:
@@ -318,14 +312,7 @@ def test_a_text_without_a_drafter_is_drawn_without_hits_and_misses(path: Path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--sequence", "9"], "no sequence 9; choose from 1, 2"),
         (["--mode", "peal"], "no mode peal; choose from pearl, tree"),
-        (["--mode", "tree", "--sequence", "1"], "leave one of them out"),
-        (["--from", "99"], "Nothing happens in this window; the longest text to draw lasts 1.3 s"),
-        (["--from", "-1"], "--from must be at least 0"),
-        (["--from", "nan"], "--from must be at least 0"),
-        (["--seconds", "0"], "--seconds must be more than 0"),
-        (["--seconds", "long"], "invalid float value"),
         (["--png", "nowhere/out.png"], "nowhere/out.png: No such file or directory"),
     ],
 )
