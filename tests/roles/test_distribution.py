@@ -41,6 +41,8 @@ from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
 
+pytestmark = pytest.mark.slow
+
 
 class Certain:
     """Guesses for certain: the next token is a function of the last one. Two tokens a turn."""
@@ -125,13 +127,11 @@ def test_with_a_drafter_the_text_follows_the_targets_distribution(
         assert any(p.hit for p in drawn.passes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["top-k", "top-p", "all of them"])
 def test_what_is_cut_is_never_said_and_the_rest_keeps_its_share(cut: str):
     assert p_value(replace(REJECTION, **CUTS[cut]), "pearl", "auto", "at any time") > ALPHA
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", [Certain, ngram_source])
 def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource]):
     drawn = sample(source(), Schedule.of("pearl", "auto"), REJECTION, SCRIPTS["at any time"])
@@ -139,14 +139,12 @@ def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource
     assert any(p.tested > p.accepted > 0 for p in drawn.passes)
 
 
-@pytest.mark.slow
 def test_a_drafter_that_sends_only_its_likeliest_tokens_shifts_nothing(monkeypatch: pytest.MonkeyPatch):
     """q is cut to a few tokens before it is drawn from, so what is sent is all that the residual needs."""
     monkeypatch.setattr(sampling, "SUPPORT", 2)
     assert p_value(REJECTION) > ALPHA
 
 
-@pytest.mark.slow
 def test_rejection_accepts_more_than_the_seeded_coupling_and_neither_less_than_its_bound():
     """With d the total variation distance: rejection 1 - d; seeded at least (1 - d) / (1 + d) (Daliri et al. 2024)."""
     p = TARGET.after(PROMPT).double().softmax(-1)
