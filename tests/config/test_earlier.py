@@ -10,7 +10,7 @@ import pytest
 from pearl.config import cli
 from pearl.config.earlier import of_today
 from pearl.evaluation import results
-from pearl.evaluation.main import TASK
+from pearl.evaluation.eval_config import TASK
 
 ROOT = Path(__file__).resolve().parents[2]
 RESOLVED = {"target": "t", "draft_beam": 0, "static": "auto", "eager": False, "draft_vocabulary": 9, "silence_s": 10.0}

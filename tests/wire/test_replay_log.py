@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pearl.core.messages import Costs, DraftPlan, End, Guess, Nodes, Report, Start, Verdict
+from pearl.core.messages import Costs, DraftPlan, DraftStats, End, Guess, Nodes, Start, Verdict
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.wire.drafter_messages import fault, offset_ids
@@ -29,7 +29,7 @@ def test_of_a_text_that_has_ended_only_the_report_is_asked_for_and_once_heard_no
     log.said(start(1))
     log.said(End(1))
     assert len(log) == 0 and list(log.again()) == [[End(1)]]
-    assert log.heard(Report(1)) and not log.heard(Report(1))
+    assert log.heard(DraftStats(1)) and not log.heard(DraftStats(1))
     assert list(log.again()) == [] and log.roots(1) is None
 
 
