@@ -15,7 +15,7 @@ from pearl.drafters.feature.network import FeatureDrafter
 from pearl.models import linear
 from pearl.models.architecture import longest_sequence
 from pearl.models.draft_model import DraftModel
-from pearl.models.reduced_head import cut
+from pearl.models.reduced_head import reduce_vocab
 
 
 def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
@@ -31,7 +31,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
         if kernel == "auto" and linear.wanted(kernel):
             kernel = "int8"  # so small a model spends its time on reading its weights
     cutting = isinstance(count, Tensor) or count > 0
-    head = cut(model, count, checked.tokenizer.all_special_ids) if cutting else None
+    head = reduce_vocab(model, count, checked.tokenizer.all_special_ids) if cutting else None
     prepare(model, kernel, placed)
     longest = min(checked.max_length + ahead, longest_sequence(model.config))
     coarse = not placed.on_cpu

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pearl.errors import UsageError
-from pearl.models.fingerprint import of_model, other_target
+from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 
 REFERENCE, VOCABULARY = "borrowed.json", "vocabulary.safetensors"
 _EMBEDDINGS = ("embed_tokens.", "lm_head.", "wte.", "embed_in.", "embed_out.")
@@ -73,8 +73,8 @@ def vocabulary(folder: str | Path) -> Tensor:
 
 def complete(model: Any, target: Any, needs: EmbeddingRef) -> Any:
     """Gives `model` the embeddings of `target`, which may have no layers. Raises `UsageError` if it is another one."""
-    if of_model(target) != needs.fingerprint:
-        raise UsageError(other_target(needs.target))
+    if model_fingerprint(target) != needs.fingerprint:
+        raise UsageError(wrong_target_message(needs.target))
     model.set_input_embeddings(target.get_input_embeddings())
     model.set_output_embeddings(target.get_output_embeddings())
     return model

@@ -14,7 +14,7 @@ from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
 from pearl.errors import UsageError
 from pearl.models import linear
-from pearl.models.fingerprint import of_model, other_target
+from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.transformers_interface import use_grouped_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
@@ -74,6 +74,6 @@ def _load(checked: Preflight) -> Any:
     model = checked.target.load(
         config, config.dtype, config.load_in, checked.target_on, ranks=config.tensor_parallel_size
     )
-    if (shape := checked.feature_drafter) and of_model(model) != shape.fingerprint:
-        raise UsageError(other_target(shape.target))
+    if (shape := checked.feature_drafter) and model_fingerprint(model) != shape.fingerprint:
+        raise UsageError(wrong_target_message(shape.target))
     return model

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
-from pearl.models.kv_cache.draft_tree_cache import Chunk, DraftTreeCache
+from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.language_model import LanguageModel, SequenceRows
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes import PassRows
@@ -82,12 +82,12 @@ class DraftModel(LanguageModel):
             for one, plan in zip(queries, plans, strict=True)
         ]
 
-    def _lay_out_chunk(self, chunk: Chunk, batch_slot: int) -> SequenceRows:
+    def _lay_out_chunk(self, chunk: ForwardChunk, batch_slot: int) -> SequenceRows:
         cache = self._slots[batch_slot].cache
         cache.place_nodes(chunk.slots, chunk.mask)
         return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), cache)
 
-    def _read_chunk(self, chunk: Chunk, batch_slot: int) -> Tensor:
+    def _read_chunk(self, chunk: ForwardChunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
             mask = chunk.mask[0, 0].numpy()
             rows = PassRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)

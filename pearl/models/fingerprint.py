@@ -20,7 +20,7 @@ def fingerprint(embedding: Tensor, norm: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def other_target(name: str) -> str:
+def wrong_target_message(name: str) -> str:
     """What to say where a drafter meets weights that are not those of the target called `name`."""
     return (
         f"This drafter was trained for {name}, and its weights are not those of this target: name the target that it "
@@ -36,7 +36,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return found
 
 
-def of_model(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """The fingerprint of a loaded target."""
     return fingerprint(
         _whole(model.get_input_embeddings().get_parameter("weight")), _whole(final_norm(model).get_parameter("weight"))

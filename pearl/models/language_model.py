@@ -151,7 +151,7 @@ class LanguageModel:
     def observe(self, tokens: Sequence[int], batch_slot: int) -> None:
         """Tells a head that is cut to a draft vocabulary what the sequence is that is read next."""
         if self._head:
-            self._head.follow(tokens, batch_slot)
+            self._head.observe_tokens(tokens, batch_slot)
 
     def begin(
         self, batch_slot: int, tokens: list[int], keep: int, side_rows: Sequence[SideRow], most: int

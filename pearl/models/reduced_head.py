@@ -24,7 +24,7 @@ FRESH = 0.1  # share of new rare tokens in the text of late, above which the who
 
 
 @dataclass(frozen=True)
-class _Followed:
+class _Observed:
     tokens: list[int]
     fresh: float  # share of new rare tokens of late
 
@@ -40,7 +40,7 @@ class ReducedVocabHead(nn.Module):
         self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
         self._ids, self._size = frequent, head.out_features
         self._always = [token for token in always if token < head.out_features]
-        self._sequences: dict[int, _Followed] = {}
+        self._sequences: dict[int, _Observed] = {}
         self._room = 0  # rare tokens that its tensors hold without being made anew; 0: as many as there are
         self.forget()
 
@@ -49,7 +49,7 @@ class ReducedVocabHead(nn.Module):
 
     def forget(self, batch_slot: int = 0) -> None:
         """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
-        `follow` has told of a text, the whole head is read."""
+        `observe_tokens` has told of a text, the whole head is read."""
         self._sequences.pop(batch_slot, None)
         self._rare: list[int] = []
         self._known: set[int] = set(self._ids.tolist())
@@ -59,9 +59,9 @@ class ReducedVocabHead(nn.Module):
         self._add(self._always)
         for other in self._sequences.values():
             self._add(other.tokens)
-        self._weigh()
+        self._choose()
 
-    def follow(self, tokens: Sequence[int], batch_slot: int = 0) -> None:
+    def observe_tokens(self, tokens: Sequence[int], batch_slot: int = 0) -> None:
         """Tokens of the text become draftable; too many new ones call for the whole head."""
         before = self._sequences.get(batch_slot)
         fresh = tokens[shared_prefix(before.tokens, tokens) :] if before else tokens
@@ -70,9 +70,9 @@ class ReducedVocabHead(nn.Module):
         if before:  # a prompt's own tokens say nothing about what is being written
             for token in fresh:
                 rate += 0.03 * ((token in new) - rate)
-        self._sequences[batch_slot] = _Followed(list(tokens), rate)
+        self._sequences[batch_slot] = _Observed(list(tokens), rate)
         self._add(new)
-        self._weigh()
+        self._choose()
 
     @property
     def layout(self) -> tuple[bool, int]:
@@ -103,8 +103,8 @@ class ReducedVocabHead(nn.Module):
             rows = self._head[0].weight.detach()[ids]
             self._rare_rows[first : len(self._rare)] = rows.to(self._rare_rows.dtype)
 
-    def _weigh(self) -> None:
-        self.whole = not self._sequences or any(followed.fresh > FRESH for followed in self._sequences.values())
+    def _choose(self) -> None:
+        self.whole = not self._sequences or any(observed.fresh > FRESH for observed in self._sequences.values())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.whole:
@@ -141,7 +141,7 @@ def _layer(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def cut(model: PreTrainedModel, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:
+def reduce_vocab(model: PreTrainedModel, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:
     """Replaces the model's head by one that is cut to the tokens `frequent`, a number of them or their ids.
 
     None where that is not possible.

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
 from pearl.errors import UsageError
-from pearl.models.tensor_parallel.commands import Call, End, Texts, Wait
+from pearl.models.tensor_parallel.commands import Command, KeepAlive, Shutdown, TokenDeltas
 from pearl.parallel.child import WorkerSpec, end, start
 from pearl.parallel.process_groups import ProcessGroups, is_lost
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
@@ -43,7 +43,7 @@ class TensorParallelWorkers:
                 "its own: run one such engine at a time, in a program that makes no group."
             )
         self.size = config.tensor_parallel_size
-        self._deadline_s, self._texts = DEADLINE_S, Texts()
+        self._deadline_s, self._deltas = DEADLINE_S, TokenDeltas()
         self._groups: ProcessGroups | None = None
         self._children: list[subprocess.Popen] = []
         self._saying, self._said_at = threading.Lock(), time.monotonic()
@@ -76,10 +76,10 @@ class TensorParallelWorkers:
         """Waits until all ranks have loaded their shards. Raises `UsageError` with its reason if one could not."""
         self._await("loaded")
 
-    def say(self, call: Call) -> None:
+    def say(self, command: Command) -> None:
         with self._saying:
             assert self._groups, "nobody has come yet, or all have left"
-            self._groups.commands.send(call.words(self._texts))
+            self._groups.commands.send(command.words(self._deltas))
             self._said_at = time.monotonic()
 
     def blamed(self, error: Exception) -> Exception:
@@ -103,7 +103,7 @@ class TensorParallelWorkers:
         patience_s = 0.0  # nobody has heard anything that could make it end
         if self._groups:
             with contextlib.suppress(RuntimeError):
-                self.say(End())
+                self.say(Shutdown())
             self.let_go()
             patience_s = 10.0
         for child in self._children:
@@ -149,6 +149,6 @@ class TensorParallelWorkers:
             if time.monotonic() - self._said_at < self._deadline_s / 4:
                 continue
             try:
-                self.say(Wait())
+                self.say(KeepAlive())
             except (RuntimeError, AssertionError):
                 return  # the next call meets it too, or the run is over

@@ -20,7 +20,7 @@ from pearl.core.token_buckets import CannotBranch
 from pearl.errors import UsageError
 from pearl.machine import cores
 from pearl.models.tensor_parallel import ordered_sum
-from pearl.models.tensor_parallel.commands import End, Texts, decode
+from pearl.models.tensor_parallel.commands import Shutdown, TokenDeltas, decode
 from pearl.parallel.child import received
 from pearl.parallel.process_groups import ProcessGroups, RankLost, is_lost
 from pearl.parallel.tensor_parallel import FAILED, MET, START_S
@@ -50,10 +50,10 @@ def work(
             groups = ProcessGroups(store, rank, checked.config.tensor_parallel_size, deadline_s, host)
             shard = load_shard(checked)
             store.set(f"loaded-{rank}", "")
-        texts = Texts()
-        while not isinstance(call := decode(groups.commands.receive(), texts), End):
+        deltas = TokenDeltas()
+        while not isinstance(command := decode(groups.commands.receive(), deltas), Shutdown):
             with _told(store, rank), contextlib.suppress(CannotBranch), ordered_sum.in_order():
-                call.on(shard)
+                command.run(shard)
     finally:
         if groups:
             groups.close()

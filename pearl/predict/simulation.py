@@ -266,7 +266,7 @@ class _DraftReader:
     def _read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         fresh, script = self._leaves is None, self._stage.script
         self._leaves = self._leaves or DraftTreeCache(script.prompt + len(script.places) + TREE_SLOTS)
-        self._work(len(self._leaves.plan(list(text), paths).entries), fresh)
+        self._work(len(self._leaves.plan(list(text), paths).nodes), fresh)
         return self._after([len(text) + len(path) for path in paths])
 
     def _after(self, positions: Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.models import fingerprint
+from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, decoder_layers
 from pearl.training import loop
 from pearl.training.loop import Figures
@@ -159,7 +160,7 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
     target = load_plain(checked, str(accelerator.device))
-    mark = fingerprint.of_model(target)
+    mark = model_fingerprint(target)
     data.must_be_of(mark, recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)

@@ -24,7 +24,8 @@ from pearl.checkpoints.targets import eos_ids, load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
-from pearl.models import fingerprint, linear
+from pearl.models import linear
+from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
 from pearl.training import prompts, shards
 from pearl.training.answers import AnswerRequest, Writer
@@ -102,7 +103,7 @@ def _plan(options: Any, config: EngineConfig, questions: tuple[str | None, ...],
     }
     manifest = shards.Manifest(
         target=config.target,
-        fingerprint=fingerprint.of_model(model),
+        fingerprint=model_fingerprint(model),
         layers=list(layers),
         hidden=text.hidden_size,
         top=options.top_k,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter, Shape
 from pearl.errors import UsageError
-from pearl.models import fingerprint
+from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import decoder_layers
 from pearl.training.recipes import FeatureRecipe
 
@@ -39,7 +39,7 @@ def new_drafter(
         recipe.layers,
         len(vocabulary),
         recipe.target,
-        fingerprint.of_model(target),
+        model_fingerprint(target),
         recipe.intermediate,
     )
     torch.manual_seed(recipe.seed)
@@ -90,7 +90,7 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
         recipe.layers,
         drafter.shape.vocabulary,
         drafter.shape.target,
-        fingerprint.of_model(target),
+        model_fingerprint(target),
         recipe.intermediate,
     )
     had = drafter.shape

@@ -25,7 +25,7 @@ from pearl.drafters.feature import network
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.errors import UsageError
-from pearl.models import fingerprint
+from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
 from pearl.training.first_weights import go_on_from, new_drafter
 from pearl.training.loop import Figures
@@ -198,7 +198,7 @@ def run(recipe: FeatureRecipe) -> None:
         )
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
     target = load_plain(checked, "cpu")
-    data.must_be_of(fingerprint.of_model(target), recipe.target)
+    data.must_be_of(model_fingerprint(target), recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if layers else None

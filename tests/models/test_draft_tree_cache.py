@@ -18,7 +18,7 @@ from toys import examples
 
 import pearl.models.language_model
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, _Entry
+from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, TreeNode
 
 SLOTS = 48
 TOKENS = st.integers(0, 2)
@@ -53,24 +53,24 @@ class Slots:
         return [wanted[place] for place in plan.order]
 
 
-def entries(leaves: DraftTreeCache) -> Iterator[_Entry]:
+def nodes(leaves: DraftTreeCache) -> Iterator[TreeNode]:
     """All that it remembers."""
     stack = list(leaves._end.children.values())
-    yield from leaves._trunk
+    yield from leaves._prefix
     while stack:
-        entry = stack.pop()
-        yield entry
-        stack += entry.children.values()
+        node = stack.pop()
+        yield node
+        stack += node.children.values()
 
 
 def check_slots(leaves: DraftTreeCache) -> None:
-    """No slot is two tokens', none is lost, and each entry sees its ancestors and itself."""
-    slots = [entry.slot for entry in entries(leaves)]
+    """No slot is two tokens', none is lost, and each node sees its ancestors and itself."""
+    slots = [node.slot for node in nodes(leaves)]
     assert len(set(slots)) == len(slots), "a slot that two share"
     assert sorted(slots + leaves._free) == list(range(leaves._slots)), "a slot is in use or free"
     assert sorted(leaves._used.nonzero()[0].tolist()) == sorted(slots)
-    for entry in entries(leaves):
-        assert int(entry.visible.sum()) == entry.position + 1 and entry.visible[entry.slot]
+    for node in nodes(leaves):
+        assert int(node.visible.sum()) == node.position + 1 and node.visible[node.slot]
 
 
 Turn = tuple[str, float, list[int], list[Path]]
@@ -138,7 +138,7 @@ def test_the_slots_of_what_can_not_come_true_are_given_back():
     machine = Slots(SLOTS)
     machine.read([1, 2, 3], [(4,), (5, 6), (7,)])
     machine.read([1, 2, 3, 5], [(6,)])
-    assert len(list(entries(machine.leaves))) == 5
+    assert len(list(nodes(machine.leaves))) == 5
     assert machine.read([1, 2, 3, 5, 6], [()]) == [[1, 2, 3, 5, 6]]
 
 
@@ -232,15 +232,15 @@ def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):
 
 
 def give_back_slots_that_are_in_use(patch: pytest.MonkeyPatch) -> None:
-    """What hangs below a released entry is kept."""
-    patch.setattr(DraftTreeCache, "_release", lambda self, gone: [self._give_back(entry) for entry in gone[:1]])
+    """What hangs below a released node is kept."""
+    patch.setattr(DraftTreeCache, "_release", lambda self, gone: [self._give_back(node) for node in gone[:1]])
 
 
 def see_siblings(patch: pytest.MonkeyPatch) -> None:
     """A node sees what hangs beside it."""
     right = DraftTreeCache._add
 
-    def add(self: DraftTreeCache, parent: _Entry, token: int) -> _Entry:
+    def add(self: DraftTreeCache, parent: TreeNode, token: int) -> TreeNode:
         beside = [child.slot for child in parent.children.values()]
         child = right(self, parent, token)
         child.visible[beside] = True
@@ -250,7 +250,7 @@ def see_siblings(patch: pytest.MonkeyPatch) -> None:
 
 
 def take_the_wrong_sibling(patch: pytest.MonkeyPatch) -> None:
-    """The trunk goes on with another child than the text's."""
+    """The committed prefix goes on with another child than the text's."""
     right = DraftTreeCache._follow
 
     def follow(self: DraftTreeCache, text: list[int]) -> None:
@@ -264,7 +264,7 @@ def take_the_wrong_sibling(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_give_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(DraftTreeCache, "_give_back", lambda self, entry: None)
+    patch.setattr(DraftTreeCache, "_give_back", lambda self, node: None)
 
 
 def keep_the_view_of_the_old_text(patch: pytest.MonkeyPatch) -> None:

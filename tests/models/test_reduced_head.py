@@ -10,7 +10,7 @@ from pearl.core.schedule import Schedule
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import DraftModel
 from pearl.models.linear import Int8Linear, pack
-from pearl.models.reduced_head import cut
+from pearl.models.reduced_head import reduce_vocab
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
@@ -20,7 +20,7 @@ FREQUENT = 100
 
 def drafter(frequent: int = FREQUENT, always: tuple[int, ...] = (159,)) -> DraftModel:
     model = random_model(CONFIGS["llama"]())
-    return draft_model(model, head=cut(model, frequent, always))
+    return draft_model(model, head=reduce_vocab(model, frequent, always))
 
 
 def target() -> VerifierModel:
@@ -66,7 +66,7 @@ def test_a_vocabulary_may_be_any_tokens():
     """As many as a trained draft model brings, in the order of their ids or not."""
     ids = torch.tensor([150, 3, 77, 9])
     model = random_model(CONFIGS["llama"]())
-    head = cut(model, ids, always=(159,))
+    head = reduce_vocab(model, ids, always=(159,))
     assert head is not None and len(head) == 4
     logits, expected = draft_model(model, head=head).read(TEXT, 1)[0], whole().read(TEXT, 1)[0]
     kept = [3, *TEXT[:1], 9, 77, *TEXT[1:], 150, 159]
@@ -93,7 +93,7 @@ def test_a_text_that_keeps_leaving_the_vocabulary_gets_the_whole_head():
 
 
 def test_a_vocabulary_as_large_as_the_models_is_no_cut():
-    assert cut(random_model(CONFIGS["llama"]()), VOCABULARY) is None
+    assert reduce_vocab(random_model(CONFIGS["llama"]()), VOCABULARY) is None
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

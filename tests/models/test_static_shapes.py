@@ -103,11 +103,11 @@ def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
 
 @pytest.mark.parametrize("vocabulary", [0, 40])
 def test_a_drafters_leaves_are_the_same(vocabulary):
-    from pearl.models.reduced_head import cut
+    from pearl.models.reduced_head import reduce_vocab
 
     def make(fixed: bool) -> DraftModel:
         model = tiny.random_model(tiny.CONFIGS["llama"]())
-        made = tiny.draft_model(model, head=cut(model, vocabulary) if vocabulary else None)
+        made = tiny.draft_model(model, head=reduce_vocab(model, vocabulary) if vocabulary else None)
         if fixed:
             made.enable_static_shapes()
         return made
@@ -133,18 +133,18 @@ def test_rare_tokens_of_a_draft_head_stay_where_a_graph_reads_them():
     settled.settle()
     x = torch.randn(2, model.config.hidden_size)
     for made in (plain, settled):
-        made.follow([1, 2, 30, 31])
+        made.observe_tokens([1, 2, 30, 31])
     rows = settled._rare_rows.data_ptr()
     for text in ([1, 2, 30, 31, 32], [1, 2], list(range(20, 150)), [5, 99]):
         for made in (plain, settled):
             made.forget()
-            made.follow(text)
+            made.observe_tokens(text)
         assert plain.layout[0] == settled.layout[0]
         torch.testing.assert_close(plain(x), settled(x))
     assert rows == settled._rare_rows.data_ptr()
     before = settled.layout
     settled._make_room(2)
-    settled.follow(list(range(20, 60)))
+    settled.observe_tokens(list(range(20, 60)))
     assert settled.layout != before  # a graph of before would read tensors that are gone
 
 

@@ -7,17 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pearl.models.tensor_parallel.commands import (
-    Call,
+    Command,
     CopyFirst,
-    End,
     Forget,
     Forward,
+    KeepAlive,
     Read,
     ReadTogether,
     ReadTrial,
-    Rows,
-    Texts,
-    Wait,
+    SetBuckets,
+    Shutdown,
+    SlotTokens,
+    TokenDeltas,
     decode,
 )
 from pearl.models.verifier import SequenceQuery
@@ -33,27 +34,27 @@ wanted = st.builds(
     keep=small,
     side_rows=st.lists(st.tuples(small, numbers), max_size=3).map(tuple),
 )
-CALLS: st.SearchStrategy[Call] = st.one_of(
+COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Read, wanted),
     st.builds(ReadTogether, st.lists(wanted, max_size=3).map(tuple)),
     st.builds(Forward, tokens, small, small),
     st.builds(ReadTrial, tokens, small, counts, small),
-    st.builds(Forget, tokens, st.integers(0, 3)),
-    st.builds(Rows, counts, st.booleans(), counts),
+    st.builds(Forget, st.builds(SlotTokens, st.integers(0, 3), tokens)),
+    st.builds(SetBuckets, counts, st.booleans(), counts),
     st.builds(CopyFirst, small),
-    st.builds(Wait),
-    st.builds(End),
+    st.builds(KeepAlive),
+    st.builds(Shutdown),
 )
 
 
-@given(st.lists(CALLS, max_size=12))
-def test_every_call_arrives_as_it_was_said_whatever_was_said_before(calls: list[Call]):
-    here, there = Texts(), Texts()
+@given(st.lists(COMMANDS, max_size=12))
+def test_every_call_arrives_as_it_was_said_whatever_was_said_before(calls: list[Command]):
+    here, there = TokenDeltas(), TokenDeltas()
     assert [decode(call.words(here), there) for call in calls] == calls
 
 
 def test_a_pass_over_a_long_text_is_told_in_a_few_words():
-    texts, text = Texts(), list(range(4000))
+    texts, text = TokenDeltas(), list(range(4000))
     Read(SequenceQuery(0, text, 1)).words(texts)
     later = Read(SequenceQuery(0, [*text[:3990], 7, 8, 9], 4, ((0, 5), (1, 6)))).words(texts)
     assert len(later) < 20 and max(later) < 4001
@@ -61,4 +62,4 @@ def test_a_pass_over_a_long_text_is_told_in_a_few_words():
 
 def test_words_that_are_more_than_a_call_are_refused():
     with pytest.raises(AssertionError, match="all of its words"):
-        decode([*End().words(Texts()), 0], Texts())
+        decode([*Shutdown().words(TokenDeltas()), 0], TokenDeltas())

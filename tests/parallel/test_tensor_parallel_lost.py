@@ -21,7 +21,7 @@ from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.evaluation import eval_config
 from pearl.models.tensor_parallel import model as shards
-from pearl.models.tensor_parallel.commands import Forget
+from pearl.models.tensor_parallel.commands import Forget, SlotTokens
 from pearl.parallel import child, process_groups, tensor_parallel
 from pearl.tasks import gsm8k
 
@@ -59,7 +59,7 @@ def test_a_rank_that_is_killed_ends_the_run_with_a_sentence(pair, monkeypatch):
 def test_an_error_of_a_rank_is_the_sentence_that_the_run_ends_with(pair, monkeypatch):
     with opened(pair, monkeypatch, 300) as engine:
         (rank,) = engine.runtime._workers._children
-        engine.runtime._workers.say(Forget((), batch_slot=9))
+        engine.runtime._workers.say(Forget(SlotTokens(9, ())))
         assert said_in_the_end(engine).startswith("Rank 1 of the target failed, and the run is over: IndexError")
         assert rank.wait(60) == 1
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from pearl.drafters.feature.network import FeatureDrafter, Shape
-from pearl.models import fingerprint
+from pearl.models.fingerprint import model_fingerprint
 from pearl.training import shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer
 from pearl.training.shards import Manifest
@@ -40,7 +40,7 @@ def drafter_for(
 ) -> FeatureDrafter:
     """A random drafter with the target attached; of its dimensions each says something."""
     ids = torch.tensor(list(vocabulary) if vocabulary is not None else range(0, target.config.vocab_size, 2))
-    mark = fingerprint.of_model(target)
+    mark = model_fingerprint(target)
     shape = Shape.of_target(target.config, tuple(features), depths, layers, len(ids), "the small target", mark)
     torch.manual_seed(seed)
     drafter = FeatureDrafter(shape, ids)
@@ -69,7 +69,7 @@ def save_recorded(
     """Shards of such texts of different lengths, as if that target had written them."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden = target.config.hidden_size
-    manifest = Manifest("the small target", fingerprint.of_model(target), list(layers), hidden, TOP, {}, shards_)
+    manifest = Manifest("the small target", model_fingerprint(target), list(layers), hidden, TOP, {}, shards_)
     for number in range(shards_):
         seeds = range(number * per_shard, (number + 1) * per_shard)
         answers = [random_answer(14 + seed % 5, 3 + seed % 3, len(layers) * hidden, seed) for seed in seeds]

@@ -22,7 +22,7 @@ from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
-from pearl.models import fingerprint
+from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import decoder_layers
 from pearl.training import distill, loop
 from pearl.training.distill import Student, student_of
@@ -48,9 +48,7 @@ def loaded(folder: str):
 def saved(toy, tmp_path_factory) -> Path:
     """An untrained student of two layers, as the distillation saves it."""
     folder, target = tmp_path_factory.mktemp("saved"), loaded(toy)
-    shared_embeddings.save(
-        student_of(target, (0, 4)), folder, toy, fingerprint.of_model(target), torch.tensor(VOCABULARY)
-    )
+    shared_embeddings.save(student_of(target, (0, 4)), folder, toy, model_fingerprint(target), torch.tensor(VOCABULARY))
     return folder
 
 
@@ -88,7 +86,7 @@ def test_a_saved_student_has_no_embeddings_and_is_small(saved, toy):
         names = list(file.keys())
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in names)
     assert len(names) == 2 * 9 + 1 and not any("embed" in name or "lm_head" in name for name in names)
-    assert shared_embeddings.read(saved) == shared_embeddings.EmbeddingRef(toy, fingerprint.of_model(loaded(toy)))
+    assert shared_embeddings.read(saved) == shared_embeddings.EmbeddingRef(toy, model_fingerprint(loaded(toy)))
     assert shared_embeddings.vocabulary(saved).tolist() == VOCABULARY
     assert shared_embeddings.read(toy) is None
 
@@ -187,7 +185,7 @@ def recipe(data: Path, output: Path, **values: object) -> DistillRecipe:
 
 def student(made: DistillRecipe) -> Student:
     target, data = small_target(), Recorded(Path(made.data), features=bool(made.match))
-    return Student(student_of(target, made.layers), data, torch.arange(WORDS), made, fingerprint.of_model(target))
+    return Student(student_of(target, made.layers), data, torch.arange(WORDS), made, model_fingerprint(target))
 
 
 @pytest.fixture(scope="module")

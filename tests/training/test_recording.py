@@ -16,7 +16,8 @@ from trained import TOP, WORDS, random_answer, save_recorded, save_toy_target, s
 
 from pearl.commands.training import extract as command
 from pearl.errors import UsageError
-from pearl.models import fingerprint, hidden_states
+from pearl.models import hidden_states
+from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
 from pearl.training import extract, prompts, shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer, Writer
@@ -96,8 +97,8 @@ def test_an_early_a_middle_and_a_late_layer_are_taken():
 
 
 def test_a_target_is_known_again_in_every_dtype_and_by_its_weights():
-    mark = fingerprint.of_model(small_target().bfloat16())
-    assert mark == fingerprint.of_model(small_target().bfloat16().float()) != fingerprint.of_model(small_target(seed=1))
+    mark = model_fingerprint(small_target().bfloat16())
+    assert mark == model_fingerprint(small_target().bfloat16().float()) != model_fingerprint(small_target(seed=1))
     assert hidden_states.decoder_layers(small_target(layers=2)) is not None
 
 
@@ -178,9 +179,9 @@ def test_a_folder_without_texts_is_refused(tmp_path):
 
 
 def test_texts_of_another_target_are_refused(folder):
-    Recorded(folder).must_be_of(fingerprint.of_model(small_target()), "the same")
+    Recorded(folder).must_be_of(model_fingerprint(small_target()), "the same")
     with pytest.raises(UsageError, match="those of the small target, whose weights are not those of another"):
-        Recorded(folder).must_be_of(fingerprint.of_model(small_target(seed=1)), "another")
+        Recorded(folder).must_be_of(model_fingerprint(small_target(seed=1)), "another")
 
 
 # Prompts

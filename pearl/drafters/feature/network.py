@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pearl.config.inputs import brief
 from pearl.errors import UsageError
-from pearl.models import fingerprint as weights
+from pearl.models.fingerprint import final_norm, model_fingerprint, wrong_target_message
 
 CONFIG, WEIGHTS = "drafter.json", "drafter.safetensors"
 FORMAT = 1
@@ -166,16 +166,16 @@ class FeatureDrafter(nn.Module):
 
         Raises `UsageError` if this drafter was trained for another one.
         """
-        mark = weights.of_model(target)
+        mark = model_fingerprint(target)
         if mark != self.shape.fingerprint:
-            raise UsageError(weights.other_target(self.shape.target))
+            raise UsageError(wrong_target_message(self.shape.target))
         head = target.get_output_embeddings()
         ids = self.vocabulary.to(head.weight.device)
         cut = nn.Linear(self.shape.hidden, len(ids), bias=head.bias is not None, device="meta")
         cut.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)
         if head.bias is not None:
             cut.bias = nn.Parameter(head.bias.detach()[ids], requires_grad=False)
-        self._frozen = [target.get_input_embeddings().weight.detach(), weights.final_norm(target), cut]
+        self._frozen = [target.get_input_embeddings().weight.detach(), final_norm(target), cut]
         return self
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> FeatureDrafter:

@@ -20,14 +20,15 @@ from pearl.errors import UsageError
 from pearl.models.language_model import SideRow
 from pearl.models.tensor_parallel import ordered_sum
 from pearl.models.tensor_parallel.commands import (
-    Call,
+    Command,
     CopyFirst,
     Forget,
     Forward,
     Read,
     ReadTogether,
     ReadTrial,
-    Rows,
+    SetBuckets,
+    SlotTokens,
 )
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
@@ -40,7 +41,7 @@ class Others(Protocol):
     def settle(self) -> None:
         """Returns when all of them have loaded their shards."""
 
-    def say(self, call: Call) -> None:
+    def say(self, command: Command) -> None:
         """To all of them. Returns before they have heard it."""
 
     def blamed(self, error: Exception) -> Exception:
@@ -92,7 +93,7 @@ class TensorParallelModel:
         return self.call(Forward(tuple(tokens), first, keep))
 
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        self.call(Forget(tuple(but), batch_slot))
+        self.call(Forget(SlotTokens(batch_slot, tuple(but))))
 
     @property
     def trial(self) -> TensorParallelTrial:
@@ -116,9 +117,9 @@ class TensorParallelModel:
 
     def _settle(self) -> None:
         plan, joint = self._shard.rows, self._shard.joint
-        self._others.say(Rows(plan.safe, plan.branches, joint.counts if joint else ()))
+        self._others.say(SetBuckets(plan.safe, plan.branches, joint.counts if joint else ()))
 
-    def call(self, call: Call) -> Any:
+    def call(self, command: Command) -> Any:
         """Makes a call on all ranks, and returns what the first one's shard says."""
         if not self._whole:
             raise UsageError(
@@ -126,9 +127,9 @@ class TensorParallelModel:
             )
         self._whole = False
         try:
-            self._others.say(call)
+            self._others.say(command)
             with ordered_sum.in_order():
-                made = call.on(self._shard)
+                made = command.run(self._shard)
         except CannotBranch:  # before the ranks part: it comes on all of them
             self._whole = True
             raise
