@@ -11,7 +11,6 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from evaluations import text
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
-from pearl.evaluation import harness, metrics, results
+from pearl.evaluation import harness, results
 from pearl.evaluation.harness import Conversation, Plan, Task
 from pearl.evaluation.results import WorkUnit
 
@@ -256,46 +255,3 @@ def test_a_merge_that_was_interrupted_counts_nothing_twice(tmp_path, undisturbed
     assert resume(tmp_path, made) == []
     results.merge(tmp_path, made.units)
     assert files(tmp_path) == undisturbed
-
-
-# Figures
-
-
-def runs(seconds: dict[str, float], repeats: int = 1) -> dict[SampleKey, GenerationStats]:
-    return {SampleKey(name, 0, i): text("sd", (1,), seconds=s) for name, s in seconds.items() for i in range(repeats)}
-
-
-def summary(**modes: dict[SampleKey, GenerationStats]) -> dict:
-    return metrics.summarise(modes, lambda key: key.task[0])
-
-
-def test_repeats_of_a_problem_are_no_further_problems():
-    ar = {"a": 6.0, "b": 6.0, "c": 6.0, "d": 6.0}
-    mine = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 6.0}
-    once, often = (summary(ar=runs(ar, n), sd=runs(mine, n))["sd"] for n in (1, 5))
-    assert often["speedup_vs_ar"] == pytest.approx(once["speedup_vs_ar"])
-    assert often["speedup_interval_95"] == pytest.approx(once["speedup_interval_95"])
-    low, high = once["speedup_interval_95"]
-    assert once["speedup_vs_ar"] == pytest.approx(2.0) and low < 2.0 < high
-    assert summary(ar=runs(ar), sd={SampleKey("a"): text("sd", (1,))})["sd"]["speedup_interval_95"] is None
-
-
-def test_every_category_has_its_own_speed():
-    figures = summary(ar=runs({"a1": 6.0, "a2": 6.0, "b1": 6.0}), sd=runs({"a1": 3.0, "a2": 3.0, "b1": 1.0}))["sd"]
-    assert {name: one["speedup_vs_ar"] for name, one in figures["by_category"].items()} == {"a": 2.0, "b": 6.0}
-    assert figures["by_category"]["a"]["sequences"] == 2
-
-
-def test_a_turn_after_one_that_differs_tells_nothing_of_the_target():
-    ar = {SampleKey("a", turn=t): replace(text("ar", (1,)), tokens=(1, 2, 3)) for t in range(2)}
-    mine = {key: replace(one, tokens=(1, 9, 3)) for key, one in ar.items()}
-    figures = summary(ar=ar, sd=mine)["sd"]
-    assert figures["identical_to_ar"] == 0.0
-    assert metrics.divergences(mine, ar) == [(SampleKey("a"), 1)]  # of the first turn alone
-
-
-def test_equal_devices_are_compared_too():
-    modes = {"ar": runs({"a": 6.0}), "ar-all": runs({"a": 4.0}), "sd": runs({"a": 2.0})}
-    figures = summary(**modes)
-    assert [figures[mode]["speedup_vs_ar_all"] for mode in modes] == pytest.approx([4 / 6, 1.0, 2.0])
-    assert summary(ar=modes["ar"])["ar"]["speedup_vs_ar_all"] is None

@@ -1,0 +1,85 @@
+"""A command line of an evaluation is refused in a sentence, chooses problems, and can be gone on with."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from evaluations import options, run, written
+
+from pearl.config import cli
+from pearl.errors import UsageError
+from pearl.evaluation import eval_config
+from pearl.tasks import gsm8k, mgsm
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def test_a_share_takes_the_first_of_every_category(tmp_path):
+    words = [
+        {"question_id": i, "question": "?", "answer": "1", "category": c} for i, c in enumerate(["thai", "german"] * 7)
+    ]
+    problems = mgsm.SUITE.load(written(tmp_path, "mgsm", words))
+
+    def chosen(*more: str) -> list[str]:
+        found = eval_config.parser(mgsm.SUITE).parse_args(list(more))
+        return [problem.task_id for problem in eval_config.choose(mgsm.SUITE, problems, found)]
+
+    assert chosen("--share", "0.25") == ["MGSM/0", "MGSM/1", "MGSM/2", "MGSM/3"]
+    assert chosen("--share", "0.01") == ["MGSM/0", "MGSM/1"]
+    assert chosen("--share", "0.25", "--limit", "3") == ["MGSM/0", "MGSM/1", "MGSM/2"]
+    assert len(chosen()) == 14
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--share", "0"], "--share must be above 0 and at most 1, not 0.0"),
+        (["--repeats", "0"], "--repeats must be a whole number from 1, not 0"),
+        (["--format", "prose"], "--format 'prose' is unknown; choose from completion, chat"),
+        (["--mode", "hf-assisted", "--draft", "ngram"], "hf-assisted needs a draft model"),
+        (["--mode", "hf-assisted", "--draft", "feature:smollm2-135m-feature"], "hf-assisted needs a draft model"),
+        (
+            ["--mode", "ar", "hf-prompt-lookup", "--temperature", "1"],
+            "hf-prompt-lookup draws its samples in its own way",
+        ),
+        (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
+    ],
+)
+def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, more, sentence):
+    assert run("gsm8k", *options(pair, written(tmp_path, "gsm8k"), tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_one_problem_is_no_plural(pair, tmp_path):
+    config = eval_config.read(gsm8k.SUITE, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
+    assert config.title.startswith("GSM8K, 1 problem, ")
+
+
+@pytest.mark.parametrize(
+    "words, more",
+    [(["--limit", "1"], "--output {} --resume"), (["--output=x"], "--resume"), (["--output", "x", "--resume"], "")],
+)
+def test_the_command_that_goes_on_names_the_folder_once(tmp_path, monkeypatch, words, more):
+    words = [*words, "--data", written(tmp_path, "gsm8k")]
+    config = eval_config.read(gsm8k.SUITE, words)
+    wanted = shlex.join(["pearl", "eval", "gsm8k", *words])
+    assert config.to_go_on == " ".join(filter(None, (wanted, more.format(config.folder))))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert config.to_go_on.startswith("the same command")
+
+
+def test_resuming_needs_a_folder(capsys):
+    assert run("gsm8k", "--resume") == 2
+    assert "--resume needs --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "indices, chosen", [("0,3,10-12", [0, 3, 10, 11, 12]), ("2", [2]), ("19,0-1", [19, 0, 1]), ("1,1", [1])]
+)
+def test_indices_name_all_their_problems(indices, chosen):
+    assert cli.choose(20, None, indices) == chosen
+    for wrong in ("20", "0,20", "20,0", "3-2", "0,-1", "x"):
+        with pytest.raises(UsageError, match="--indices"):
+            cli.choose(20, None, wrong)
