@@ -25,7 +25,7 @@ python -m pearl diagnose --drafter "$folder/feature" --target "$folder/target" -
 
 for draft in "feature:$folder/feature" "$folder/small"; do
   python eval/humaneval.py --target "$folder/target" --draft "$draft" --mode ar sd pearl tree --limit 1 \
-    --max-new-tokens 16 --max-length 2048 --no-score --output "$folder/run-$(basename "$draft")"
+    --max-new-tokens 16 --max-length 2048 --no-score --output "$folder/run-$(basename "$draft")" --resume
 done
 python - "$folder" <<'PY'
 import json, pathlib, sys
