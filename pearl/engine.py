@@ -25,7 +25,7 @@ from pearl.errors import UsageError
 from pearl.machine import memory
 from pearl.parallel.launch import launch, refuse_alone
 from pearl.parallel.runtime import Runtime
-from pearl.roles.target import Request, Text
+from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.wire.channel import Channel
 from pearl.wire.reconnecting_channel import DrafterEvent
 
@@ -51,7 +51,7 @@ class GenerationRequest:
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     after: GenerationRequest | None = None
-    text: Text | None = field(default=None, repr=False)  # what became of it
+    text: SequenceState | None = field(default=None, repr=False)  # what became of it
 
 
 class Settings(TypedDict, total=False):
@@ -190,7 +190,7 @@ class Engine:
         memory.reset_peak()
         sent: dict[GenerationRequest, float] = {}  # bytes on the wire, shared out among the texts under way
 
-        def begun(job: GenerationRequest | None) -> Request | None:
+        def begun(job: GenerationRequest | None) -> SequenceRequest | None:
             request = self._request(job)
             if job:
                 sent[job] = 0.0
@@ -199,7 +199,7 @@ class Engine:
         with self.runtime.target_for(schedule) as target:
             before = _bytes(target.channel)
             for text, committed in target.write(map(begun, jobs), schedule, places):
-                job = text.request.tag
+                job = text.request.user_data
                 assert isinstance(job, GenerationRequest)
                 job.text, now = text, _bytes(target.channel)
                 for one in sent:
@@ -233,14 +233,14 @@ class Engine:
         self._last = jobs[-1]
         return jobs
 
-    def _request(self, job: GenerationRequest | None) -> Request | None:
+    def _request(self, job: GenerationRequest | None) -> SequenceRequest | None:
         if job is None:
             return None
         prompt = self.encode(job.prompt)
         self.runtime.checked.check_prompt(prompt, job.params.max_new_tokens)
         stopper = Stopper(job.params, self.runtime.eos, _decoder(self.tokenizer))
         after, job.after = job.after, None  # once it is known what may be kept, a talk keeps only its last turn
-        return Request(prompt, job.params, stopper, after.text if after else None, job)
+        return SequenceRequest(prompt, job.params, stopper, after.text if after else None, job)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt, as `generate` reads it. Raises `UsageError`."""
@@ -330,7 +330,7 @@ def _decoder(tokenizer: Any) -> Decode:
     return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _generation(text: Text, places: int, sent: int) -> Generation:
+def _generation(text: SequenceState, places: int, sent: int) -> Generation:
     """A text that is over."""
     stopper = text.stopper
     assert stopper.finish, "a result before the end"
@@ -341,9 +341,9 @@ def _generation(text: Text, places: int, sent: int) -> Generation:
         text=stopper.text,
         finish=stopper.finish,
         passes=tuple(text.passes),
-        drafter=text.report,
+        drafter=text.draft_stats,
         bytes_on_wire=sent,
-        peak_memory=memory.peak() + (text.report.memory if text.report else 0),
+        peak_memory=memory.peak() + (text.draft_stats.memory if text.draft_stats else 0),
         places=places,
         began_s=text.placed,
         ended_s=text.ended,

@@ -82,16 +82,16 @@ def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiproces
     source = TreeSource(DraftModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
     busy = 0.0
     drafter = Drafter(source, link)
-    try_ = drafter._try
+    ask = drafter._guarded.ask
 
-    def timed(text, grow):
+    def timed(sequences, draft):
         nonlocal busy
         began = time.perf_counter()
-        done = try_(text, grow)
+        done = ask(sequences, draft)
         busy += time.perf_counter() - began
         return done
 
-    drafter._try = timed
+    drafter._guarded.ask = timed
     drafter.run()
     out.put(1e3 * (busy - sleeper.slept) / max(1, sleeper.calls))
 

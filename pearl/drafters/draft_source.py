@@ -1,96 +1,89 @@
-"""Where guesses come from. One protocol, several sources; the drafter's loop knows none of them by name.
+"""Where guesses come from: one protocol; the drafter's loop knows no source by its name.
 
-A source proposes a chain: one token or several that may follow a text. Whether a guess is right is the target's
-business alone, so a source may be anything: a smaller model, a search in the text so far, a constant.
+A source proposes a chain, or grows a tree, of tokens that may follow a text. Whether a guess is right is the target's
+business alone, so a source may be anything: a smaller model, a search in the text so far, a constant. The simplest one
+remembers nothing and says what follows a text (`propose`); `pearl.drafters.ngram` is the example to copy. One that can
+do more declares it by the attributes of `DraftSource`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from pearl.core.messages import Features
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.trie import Node, Trie
 
-Proposal = tuple[tuple[int, float], ...]
+MAX_CHILDREN = 6  # guesses after a node at most
+MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
 
-
-class DraftSource(Protocol):
-    forwards: int  # model forwards so far, a fact for the records
-
-    def start(self, params: SamplingParams) -> None:
-        """A new sequence begins; nothing of the last one may be used."""
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
-        """Up to `room` guesses, each following the one before it, the first following `text`.
-
-        With each the q that it was drawn from (see `sampling.propose`), empty if it was certain. An empty list: nothing
-        worth guessing until the text changes.
-        """
+Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
+Chain = list[tuple[int, Proposal]]  # guesses, each after the one before it
+Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
 
 
 @dataclass(frozen=True)
-class Chain:
-    """Asks a source that holds several texts for at most `room` guesses: what follows `path` after the text."""
+class ChainQuery:
+    """Asks for at most `room` guesses: what follows `path` after the tokens of a sequence."""
 
-    text: int  # which of the source's texts
+    batch_slot: int
     tokens: Sequence[int]
     path: tuple[int, ...]
     room: int
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Asks it to extend a tree; see `TreeGrower.extend`."""
+class TreeQuery:
+    """Asks for the trie of a sequence to be grown, by at most `max_rows` rows of a forward."""
 
-    text: int
+    batch_slot: int
     trie: Trie
-    most: int
-    deepest: int
-    fixed: bool = False
+    max_rows: int
+    max_depth: int  # below the root
+    take_all: bool = False  # as many leaves as `max_rows` says, whether they pay or not
 
 
-@runtime_checkable
-class Several(Protocol):
-    """A source that remembers several texts, and guesses for all of them in one forward. One that remembers nothing
-    needs no more than `DraftSource`: it is asked for one text after the other."""
+class DraftSource:
+    """What a source can do, and the defaults of one that can do no more than `propose`."""
 
-    def begin(self, text: int, params: SamplingParams, continues: bool = False) -> None:
-        """A new sequence begins where `text` was. Nothing of that may be used unless it continues it."""
+    grows_trees: bool = False  # it has `extend`
+    makes_trees_alone: bool = (
+        False  # one forward makes a tree by itself; else a chain, unless it extends several leaves
+    )
+    layers: tuple[int, ...] = ()  # of the target, whose hidden states it wants in `observe`
+    costs: tuple[float, ...] = ()  # seconds of a forward by its rows; empty: not known, or there is no model
+    device: Any = None  # on which it wants hidden states, a torch.device
 
-    def propose_each(self, asked: Sequence[Chain]) -> list[list[tuple[int, Proposal]]]:
-        """As `DraftSource.propose`, for each."""
+    # so far
+    forwards: int = 0  # of its model
+    rows: int = 0  # that those have read
+    lookahead_rows: int = 0  # of those: guesses that were read before the model had made them
+    lookahead_hits: int = 0  # of those: what the model said too
 
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        """A new sequence takes a slot. Nothing of the last one there may be used unless it continues that."""
 
-@runtime_checkable
-class SeveralTrees(Protocol):
-    """The same of trees."""
+    def end(self, batch_slot: int) -> None:
+        """The sequence there is over."""
 
-    def extend_each(self, asked: Sequence[Tree]) -> list[list[tuple[Node, Node]]]:
-        """As `TreeGrower.extend`, for each."""
+    def propose(self, tokens: Sequence[int], room: int) -> Chain:
+        """Up to `room` guesses, the first following `tokens`, for the sequence in slot 0.
 
+        With each the q that it was drawn from (see `sampling.propose`), empty if it was certain. An empty list: nothing
+        worth guessing until the text changes.
+        """
+        raise NotImplementedError
 
-@runtime_checkable
-class TreeGrower(Protocol):
-    """A source that can grow a tree too (`pearl.drafters.tree`)."""
+    def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
+        """As `propose`, for each. A source that remembers its sequences, or has a model, answers all at once."""
+        return [self.propose([*query.tokens, *query.path], query.room) for query in queries]
 
-    costs: tuple[float, ...]  # seconds of a forward by its rows
-    whole: bool  # whether one forward makes a tree by itself; else a chain, unless several leaves are extended
-    rows: int  # read so far
-    own: int  # of those: guesses of its own
-    confirmed: int  # of those: what its model said too
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        """Grows each trie, all by one forward. An empty list: nothing is worth extending until the root moves."""
+        raise NotImplementedError
 
-    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
-        """Grows the trie by one forward of at most `most` rows. Returns the new nodes, each with its parent."""
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """A source that drafts from what the target's layers say (`pearl.feature`)."""
-
-    layers: tuple[int, ...]  # whose hidden states it wants
-
-    def observe(self, features: Features, text: int = 0) -> None:
-        """Those of the positions that follow the ones seen so far, [positions, F]."""
+    def observe(self, features: Features, batch_slot: int) -> None:
+        """Hidden states of the positions that follow the ones seen so far, [positions, F]."""

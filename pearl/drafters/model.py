@@ -7,8 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pearl.core.sampling import SamplingParams, propose
-from pearl.drafters.draft_source import Chain, Proposal
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import propose
+from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource
 from pearl.models.draft_model import LeavesQuery
 
 
@@ -33,37 +34,45 @@ class LeafReader(Protocol):
         """Empties the cache of a batch slot."""
 
 
-class ModelSource:
-    """A smaller causal language model with the target's tokenizer, one token a forward."""
+class ModelSource(DraftSource):
+    """One guess a forward. A sequence that is alone is read the plain way, several as leaves of one forward."""
 
     def __init__(self, model: LeafReader):
         self._model = model
         self._params: dict[int, SamplingParams] = {0: SamplingParams()}
-        self.forwards = 0
+        self._live: set[int] = set()  # batch slots
+        self._batched = False  # a sequence under way has been beside another
 
-    def start(self, params: SamplingParams) -> None:
-        self.begin(0, params)
-
-    def begin(self, text: int, params: SamplingParams, continues: bool = False) -> None:
-        self._params[text] = params
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        self._params[batch_slot] = params
+        self._live.add(batch_slot)
+        self._batched |= batch_slot > 0
         if not continues:
-            self._model.forget(batch_slot=text)
+            self._model.forget(batch_slot=batch_slot)
 
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
-        if len(text) > self._model.max_length:
+    def end(self, batch_slot: int) -> None:
+        self._live.discard(batch_slot)
+        self._batched &= bool(self._live)
+
+    def propose(self, tokens: Sequence[int], room: int) -> Chain:
+        if len(tokens) > self._model.max_length:
             return []
         self.forwards += 1
-        logits = self._model.read(text, keep=1)[0]
-        return [propose(logits, self._params[0], position=len(text))]
+        self.rows += 1
+        q = self._model.read(tokens, keep=1)[0]
+        return [propose(q, self._params[0], position=len(tokens))]
 
-    def propose_each(self, asked: Sequence[Chain]) -> list[list[tuple[int, Proposal]]]:
-        fitting = [one for one in asked if len(one.tokens) + len(one.path) <= self._model.max_length]
+    def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
+        if not self._batched:
+            return super().propose_batch(queries)
+        fitting = [one for one in queries if len(one.tokens) + len(one.path) <= self._model.max_length]
         if not fitting:
-            return [[] for _ in asked]
+            return [[] for _ in queries]
         self.forwards += 1
-        read = self._model.read_leaves_together([LeavesQuery(one.text, one.tokens, [one.path]) for one in fitting])
-        said = {
-            one.text: [propose(logits[0], self._params[one.text], position=len(one.tokens) + len(one.path))]
-            for one, logits in zip(fitting, read, strict=True)
+        self.rows += len(fitting)
+        leaves = [LeavesQuery(one.batch_slot, one.tokens, [one.path]) for one in fitting]
+        proposed = {
+            one.batch_slot: [propose(q[0], self._params[one.batch_slot], position=len(one.tokens) + len(one.path))]
+            for one, q in zip(fitting, self._model.read_leaves_together(leaves), strict=True)
         }
-        return [said.get(one.text, []) for one in asked]
+        return [proposed.get(one.batch_slot, []) for one in queries]

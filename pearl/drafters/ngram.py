@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pearl.core.sampling import SamplingParams
-from pearl.drafters.draft_source import Proposal
+from pearl.drafters.draft_source import Chain, DraftSource
 
 
-class NgramSource:
+class NgramSource(DraftSource):
     """Prompt lookup (Saxena 2023): what followed the last few tokens the last time they occurred. No weights."""
-
-    forwards = 0
 
     def __init__(self, longest: int = 4, shortest: int = 2, most: int = 8):
         """Matches at most `longest` of the last tokens, at least `shortest`; proposes at most `most` at a time."""
         self._longest, self._shortest, self._most = longest, shortest, most
 
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
-        _, guesses = self.look_up(text)
+    def propose(self, tokens: Sequence[int], room: int) -> Chain:
+        _, guesses = self.look_up(tokens)
         return [(token, ()) for token in guesses[:room]]
 
     def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:

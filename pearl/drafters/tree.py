@@ -1,13 +1,13 @@
-"""A model that drafts a tree: one forward extends several leaves, and carries guesses of the drafter's own.
+"""A model that drafts a tree: one forward extends several leaves, and looks ahead by n-gram guesses.
 
     leaves of the trie, likeliest first           the end of the chain, and corrections where it is uncertain
-    after each leaf, an n-gram guess or more      where the model's own pick agrees, the guess has been read already
+    after each leaf, an n-gram guess or more      where the model's own pick agrees, its row has been read already
     one forward over as many of them as pay
     the next tokens of each row, ranked           become nodes
 
 All rows compete for the same forward by one currency: the chance that the target's walk will pass through the row. For
-a leaf that is the joint probability of its path under q; for a guess it is its leaf's, times how often guesses like it
-have come true. A row is taken while it adds more to what the forward yields per second than it costs
+a leaf that is the joint probability of its path under q; for an n-gram guess it is its leaf's, times how often guesses
+like it have come true. A row is taken while it adds more to what the forward yields per second than it costs
 (`pearl.models.batch_invariance.profile_leaves`).
 """
 
@@ -18,29 +18,26 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from pearl.core.sampling import ranked
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node, Trie
-from pearl.drafters.draft_source import Tree
+from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Grown, TreeQuery
 from pearl.drafters.model import LeafReader, ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.timing import best_of
 
-CHILDREN = 6  # guesses after a row at most
-FAINTEST = math.log(0.003)  # a path that is less likely is not offered, unless nothing else follows its parent
-CROWD = 192  # leaves in waiting; beyond that the drafter rests
-LONGEST = 4  # of an n-gram match
-_TIMED, _LEAVES_TIMED = 160, 3  # tokens of the texts, and rows of each, at which a forward of several is timed
+LONGEST_MATCH = 4  # of n-grams, in tokens
+_TIMED, _LEAVES_TIMED = 160, 3  # tokens of the sequences, and rows of each, at which a forward of several is timed
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One row of a forward. `node` is None for a guess of our own, which `parent`'s pick has yet to confirm."""
+class _DraftRow:
+    """One row of a forward. `node` is None for an n-gram guess, which the pick after its parent has yet to confirm."""
 
     path: tuple[int, ...]
     logp: float  # of the chance that the walk passes through it
@@ -49,150 +46,128 @@ class _Row:
     match: int = 0  # length of the n-gram match
 
 
-@dataclass
-class _Trust:
-    """How often a first n-gram guess came true, by the length of its match."""
-
-    right: list[float] = field(default_factory=lambda: [0.01, 0.2, 0.4, 0.6, 0.7])
-
-    def __getitem__(self, match: int) -> float:
-        return self.right[match]
-
-    def learn(self, match: int, right: bool) -> None:
-        self.right[match] = max(0.01, 0.96 * self.right[match] + 0.04 * right)
-
-
 class TreeSource(ModelSource):
     """A model as a source of trees; of chains as any `ModelSource`."""
 
-    whole = False
+    grows_trees = True
+    max_open_leaves = 192  # with more it rests until the root moves
 
     def __init__(
         self,
         model: LeafReader,
         costs: Sequence[float] = (),
-        own: NgramSource | None = None,
+        lookahead: NgramSource | None = None,
         several: tuple[float, float] = (0.0, 0.0),
     ):
-        """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `own`: its own guesser.
-        `several`: see `profile_batches`."""
+        """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `lookahead` makes the guesses
+        that a forward carries along. `several`: see `profile_batches`."""
         super().__init__(model)
         self.costs, self._several = tuple(costs), several
-        self._own = own or NgramSource(LONGEST, 1)
-        self._trust = _Trust()
-        self.rows = self.own = self.confirmed = 0
+        self._lookahead = lookahead or NgramSource(LONGEST_MATCH, 1)
+        self._hit_rate = [0.01, 0.2, 0.4, 0.6, 0.7]  # of first n-gram guesses, by the length of their match
 
-    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
-        """One forward over the rows that pay, at most `most`, none at `deepest` below the root or beyond it.
-
-        Grows the trie and returns the new nodes, each with its parent, parents first. `fixed`: take as many leaves as
-        `most` says, whether they pay or not. An empty list: nothing is worth extending until the root moves.
-        """
-        return self.extend_each([Tree(0, trie, most, deepest, fixed)])[0]
-
-    def extend_each(self, asked: Sequence[Tree]) -> list[list[tuple[Node, Node]]]:
-        """The same of several tries, whose rows compete for one forward; at most `most` for each."""
-        chosen = self._choose(asked)
-        reading = [(one, rows) for one, rows in zip(asked, chosen, strict=True) if rows]
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        """One forward over the rows that pay, of all tries; none is `max_depth` below its root or deeper."""
+        chosen = self._choose(queries)
+        reading = [(one, rows) for one, rows in zip(queries, chosen, strict=True) if rows]
         if not reading:
-            return [[] for _ in asked]
+            return [[] for _ in queries]
         self.forwards += 1
         self.rows += sum(map(len, chosen))
-        self.own += sum(row.node is None for rows in chosen for row in rows)
-        wanted = [LeavesQuery(one.text, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
-        read = iter(self._model.read_leaves_together(wanted))
-        return [self._grow(one, rows, next(read)) if rows else [] for one, rows in zip(asked, chosen, strict=True)]
+        self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
+        leaves = [LeavesQuery(one.batch_slot, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
+        q = iter(self._model.read_leaves_together(leaves))
+        return [self._grow(one, rows, next(q)) if rows else [] for one, rows in zip(queries, chosen, strict=True)]
 
-    def _grow(self, one: Tree, rows: Sequence[_Row], logits: Tensor) -> list[tuple[Node, Node]]:
+    def _grow(self, query: TreeQuery, rows: Sequence[_DraftRow], logits: Tensor) -> Grown:
         """The nodes that come of the rows of one trie. logits: [rows, V]"""
-        trie = one.trie
+        trie = query.trie
         read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
-        new: list[tuple[Node, Node]] = []
+        new: Grown = []
         positions = [len(trie.tokens) + len(row.path) for row in rows]
-        guesses = ranked(logits, self._params[one.text], positions, CHILDREN)
+        guesses = ranked(logits, self._params[query.batch_slot], positions, MAX_CHILDREN)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
             found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))
             if found is None:
                 continue
             node, joint = read[row.path] = found
             for rank, (token, logp, proposal) in enumerate(after):
-                if rank and joint + logp < FAINTEST:
+                if rank and joint + logp < MIN_PATH_LOGP:
                     break
                 child = trie.grow(node, token, proposal, logp)
                 assert child is not None, "a source extends the tree that it was given"
                 new.append((node, child))
         return new
 
-    def _confirm(self, row: _Row, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:
-        """The node of a guess of our own, now that its parent's pick is known; None if it was wrong."""
+    def _confirm(self, row: _DraftRow, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:
+        """The node of an n-gram guess, now that the model's pick there is known; None if it was wrong."""
         if parent is None:
             return None
         above, joint = parent
         node = above.children.get(row.path[-1])
         first = node is not None and node is next(iter(above.children.values()))
-        self.confirmed += first
-        self._trust.learn(row.match, first)
+        self.lookahead_hits += first
+        self._hit_rate[row.match] = max(0.01, 0.96 * self._hit_rate[row.match] + 0.04 * first)
         return None if node is None else (node, joint + node.logp)
 
-    def _choose(self, asked: Sequence[Tree]) -> list[list[_Row]]:
-        """The rows of each, of all that are asked for those that pay."""
+    def _choose(self, queries: Sequence[TreeQuery]) -> list[list[_DraftRow]]:
+        """The rows that pay, of each trie."""
         order = itertools.count()
-        deepest = [min(one.deepest, self._model.max_length - len(one.trie.tokens) + 1) for one in asked]
+        deepest = [min(one.max_depth, self._model.max_length - len(one.trie.tokens) + 1) for one in queries]
         heap = []
-        for number, one in enumerate(asked):
+        for number, one in enumerate(queries):
             leaves = one.trie.leaves(deepest[number] - 1)
-            if len(leaves) <= CROWD:
-                heap += [(-logp, next(order), number, _Row(path, logp, node)) for path, node, logp in leaves]
+            if len(leaves) <= self.max_open_leaves:
+                heap += [(-logp, next(order), number, _DraftRow(path, logp, node)) for path, node, logp in leaves]
         heapq.heapify(heap)
-        rows: list[list[_Row]] = [[] for _ in asked]
-        count, gain = 0, 0.0  # rows of this forward, and how many of them the walks are expected to pass through
-        texts = 0
+        chosen: list[list[_DraftRow]] = [[] for _ in queries]
+        rows, sequences, gain = 0, 0, 0.0  # gain: how many of the rows the walks are expected to pass through
         while heap:
             _, _, number, row = heapq.heappop(heap)
-            one, mine = asked[number], rows[number]
-            if len(mine) >= one.most:
+            one, mine = queries[number], chosen[number]
+            if len(mine) >= one.max_rows:
                 continue
-            use, begun = math.exp(row.logp), texts + (not mine)
-            before, after = self._cost(count, texts), self._cost(count + 1, begun)
-            if count and not one.fixed and (gain + use) / after < gain / before:
+            use, begun = math.exp(row.logp), sequences + (not mine)
+            before, after = self._cost(rows, sequences), self._cost(rows + 1, begun)
+            if rows and not one.take_all and (gain + use) / after < gain / before:
                 break
             mine.append(row)
-            count, gain, texts = count + 1, gain + use, begun
-            if (guess := self._guess(one.trie, row, deepest[number])) is not None:
+            rows, sequences, gain = rows + 1, begun, gain + use
+            if (guess := self._look_ahead(one.trie, row, deepest[number])) is not None:
                 heapq.heappush(heap, (-guess.logp, next(order), number, guess))
-        return rows
+        return chosen
 
-    def _guess(self, trie: Trie, row: _Row, deepest: int) -> _Row | None:
-        """Our own guess of what follows a row."""
+    def _look_ahead(self, trie: Trie, row: _DraftRow, deepest: int) -> _DraftRow | None:
+        """The n-gram guess of what follows a row."""
         guesses, match = row.guesses, row.match
         if row.node:
-            match, guesses = self._own.look_up([*trie.tokens, *row.path])
+            match, guesses = self._lookahead.look_up([*trie.tokens, *row.path])
         if not guesses or len(row.path) + 1 >= deepest:
             return None
-        logp = row.logp + math.log(self._trust[match])
-        return _Row((*row.path, guesses[0]), logp, None, guesses[1:], match)
+        logp = row.logp + math.log(self._hit_rate[match])
+        return _DraftRow((*row.path, guesses[0]), logp, None, guesses[1:], match)
 
-    def _cost(self, rows: int, texts: int) -> float:
-        """Of a forward of so many rows, of so many texts."""
+    def _cost(self, rows: int, sequences: int) -> float:
+        """Of a forward of so many rows, of so many sequences."""
         if not self.costs or not rows:
             return 1.0
-        if texts == 1 or not any(self._several):
+        if sequences == 1 or not any(self._several):
             return extended(self.costs, rows)
-        a_text, a_row = self._several
-        return self.costs[0] + (texts - 1) * a_text + (rows - texts) * a_row
+        a_sequence, a_row = self._several
+        return self.costs[0] + (sequences - 1) * a_sequence + (rows - sequences) * a_row
 
 
 def profile_batches(reader: LeafReader, vocabulary: int, alone_s: float) -> tuple[float, float]:
-    """Seconds that a forward takes longer for each text more, and for each row more than one a text.
+    """Seconds that a forward takes longer for each sequence more, and for each row more than one a sequence.
 
-    `alone_s`: of one row of one text.
+    `alone_s`: of one row of one sequence.
     """
-    texts = min(reader.batch_slots, LEAVES)
-    assert texts > 1, "several texts"
+    slots = min(reader.batch_slots, LEAVES)
+    assert slots > 1, "several sequences"
     tokens = [token % vocabulary for token in range(11, 11 + _TIMED)]
     found = []
     for leaves in (1, _LEAVES_TIMED):
-        wanted = [LeavesQuery(text, tokens, [(token,) for token in range(leaves)]) for text in range(texts)]
-        found.append(best_of(5, functools.partial(reader.read_leaves_together, wanted)))
+        queries = [LeavesQuery(slot, tokens, [(token,) for token in range(leaves)]) for slot in range(slots)]
+        found.append(best_of(5, functools.partial(reader.read_leaves_together, queries)))
     one, more = found
-    return max(0.0, one - alone_s) / (texts - 1), max(0.0, more - one) / ((_LEAVES_TIMED - 1) * texts)
+    return max(0.0, one - alone_s) / (slots - 1), max(0.0, more - one) / ((_LEAVES_TIMED - 1) * slots)

@@ -31,8 +31,8 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
-from pearl.core.trie import Node, Trie
-from pearl.drafters.draft_source import Proposal
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import Chain, DraftSource, Grown, Proposal, TreeQuery
 from pearl.errors import UsageError
 from pearl.evaluation import tables
 from pearl.models import numerics_check
@@ -103,33 +103,31 @@ TINY = {
 }
 
 
-class Known:
+class Known(DraftSource):
     """The test source: it knows the text, and guesses each token right with a fixed chance, else its neighbour."""
 
-    costs: tuple[float, ...] = (1.0,) * LEAVES
-    whole = False
+    grows_trees, costs = True, (1.0,) * LEAVES
 
     def __init__(self, text: Sequence[int], vocabulary: int, acceptance: float):
         self._text, self._vocabulary, self._acceptance = text, vocabulary, acceptance
-        self.forwards = self.rows = self.own = self.confirmed = 0
-
-    def start(self, params: SamplingParams) -> None:
-        pass
 
     def _guess(self, position: int) -> int:
         token = self._text[position] if position < len(self._text) else 0
         right = uniform(0, position, 0) < self._acceptance
         return token if right else (token + 1) % self._vocabulary
 
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         self.forwards += 1
         guesses: list[tuple[int, Proposal]] = [(self._guess(len(text)), ())]
         return guesses[:room]
 
-    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        return [self._extend(one.trie, one.max_depth) for one in queries]
+
+    def _extend(self, trie: Trie, max_depth: int) -> Grown:
         """The end of the chain, by a guess and the token before it."""
         chain = trie.chain()
-        if len(chain) >= deepest - 1:
+        if len(chain) >= max_depth - 1:
             return []
         self.forwards, self.rows = self.forwards + 1, self.rows + 1
         leaf, first = chain[-1] if chain else trie.root, self._guess(len(trie.tokens) + len(chain))

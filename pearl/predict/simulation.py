@@ -24,7 +24,7 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
-from pearl.drafters.draft_source import Proposal
+from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import LeavesQuery
@@ -71,7 +71,7 @@ def _text(
     for _ in target.decode([token(position) for position in range(script.prompt)], schedule, params, stopper):
         pass
     assert stopper.tokens == script.tokens, "a simulated text is the scripted one"
-    assert not (target.report and target.report.failed), "a simulated source does not fail"
+    assert not (target.draft_stats and target.draft_stats.failed), "a simulated source does not fail"
     return records.GenerationStats(
         mode=schedule.mode,
         prompt_tokens=script.prompt,
@@ -79,7 +79,7 @@ def _text(
         text="",
         finish=stopper.finish or "",
         passes=tuple(target.passes),
-        drafter=target.report,
+        drafter=target.draft_stats,
         bytes_on_wire=wire.bytes_sent + wire.peer.bytes_sent - before,
         peak_memory=0,
     )
@@ -279,18 +279,13 @@ class _DraftReader:
         stage.drafter.now += seconds * (crowding if stage.target_works else 1.0)
 
 
-class _Lookup:
+class _Lookup(DraftSource):
     """A source without a model: at some places it knows, at once, a few tokens that may follow."""
-
-    forwards = 0
 
     def __init__(self, stage: _Stage):
         self._stage = stage
 
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         return [(guess, ()) for guess in self._found(len(text), min(room, LOOKED_UP))]
 
     def _found(self, first: int, most: int) -> Iterator[int]:

@@ -55,7 +55,7 @@ def outcomes(
     for text in texts:
         tokens = text.tokens.tolist()
         bits = text.features.view(torch.int16).numpy() if text.features.numel() else None
-        source.start(SamplingParams())
+        source.begin(0, SamplingParams())
         told = 0
         for root in range(text.prompt, len(tokens) - ahead - depths, EVERY):
             if bits is not None:

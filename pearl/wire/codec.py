@@ -182,7 +182,7 @@ def _read_features(of: _Reader) -> SentSeparately | np.ndarray | None:
         raise Garbage(f"features of {rows} positions with {width} numbers each")
     if elsewhere:
         return SentSeparately((rows, width))
-    halves = np.frombuffer(of.take(-(-rows * width // 2) * 4), np.int16)
+    halves = np.frombuffer(bytearray(of.take(-(-rows * width // 2) * 4)), np.int16)  # a copy that may be written
     return halves[: rows * width].reshape(rows, width)
 
 

@@ -223,7 +223,7 @@ def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
         params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=2)
         loop = Target(target, ScriptedChannel(source, scrambled(3)), ticks())
         said = together(loop, prompt, schedule, params, decode=str).tokens
-        assert loop.report and not loop.report.failed
+        assert loop.draft_stats and not loop.draft_stats.failed
         assert said == together(Target(plain), prompt, Schedule.of("ar"), params, decode=str).tokens
         assert target.static.shapes > 1 and draft.static.shapes > 1
 

@@ -62,7 +62,7 @@ def test_a_model_proposes_one_token_a_forward_the_one_that_a_target_like_it_woul
     model = TableModel(3, seed=table)
     params = SamplingParams(max_new_tokens=1, temperature=temperature, seed=seed)
     source = ModelSource(model)
-    source.start(params)
+    source.begin(0, params)
     assert source.propose(text, room) == [(alone(model, text, params, ()).tokens[0], ())]
     assert source.forwards == 1
 
@@ -70,8 +70,8 @@ def test_a_model_proposes_one_token_a_forward_the_one_that_a_target_like_it_woul
 def test_a_model_forgets_the_last_sequence_when_a_new_one_starts():
     model = TableModel(3)
     source = ModelSource(model)
-    source.start(SamplingParams())
-    source.start(SamplingParams(temperature=1.0, method="rejection"))
+    source.begin(0, SamplingParams())
+    source.begin(0, SamplingParams(temperature=1.0, method="rejection"))
     assert model.forgotten == 2
     assert source.propose([0, 1], 1)[0][1], "and samples as the new one asks"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from toys import examples
 from trained import drafter_for, small_target
 
+from pearl.drafters.feature.forward_rows import tree_mask
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
-from pearl.drafters.feature.source import _tree_mask
 from pearl.training import partition
 from pearl.training.train import RUN, evaluate, runs
 
@@ -103,7 +103,7 @@ def test_at_inference_a_leaf_sees_what_an_anchor_sees_in_training(kept: int, fre
     for path in paths:
         groups.append((first, path + depths - 1))
         first += path + depths - 1
-    mask = _tree_mask(kept, fresh, groups)
+    mask = tree_mask(kept, fresh, groups)
     assert mask.shape == (first, kept + first)
     rule = SlotMask(trunk + max(paths), depths)
     assert torch.equal(mask[:fresh, :trunk], rule.known(trunk)[kept:])

@@ -21,7 +21,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import EAGER, IDLE, ScriptedChannel, examples, scrambled, ticks, together
+from toys import EAGER, IDLE, ScriptedChannel, examples, extend, scrambled, ticks, together
 from trained import WORDS, bits_of, drafter_for, save_toy_target, small_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,11 +33,12 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node, Trie
-from pearl.drafters.draft_source import Observer, TreeGrower
+from pearl.drafters.draft_source import MIN_PATH_LOGP
 from pearl.drafters.feature import source as source_module
+from pearl.drafters.feature.forward_rows import PathsQuery
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import CONFIG, WEIGHTS, FeatureDrafter, load
-from pearl.drafters.feature.source import FAINTEST, LEAVES, FeatureSource, _Asked
+from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
@@ -103,7 +104,7 @@ def test_a_small_tree_by_hand():
     the third goes on from these two, and its best two follow the likelier of them."""
     tables = [[math.log(q) for q in row] for row in ((0.6, 0.4), (0.9, 0.1), (0.55, 0.45))]
     trie = Trie([7])
-    Told(tables, beam=2).extend(trie, 1, 9)
+    extend(Told(tables, beam=2), trie, 1, 9)
     found = {path: round(math.exp(logp), 3) for path, logp in paths_of(trie).items()}
     assert found == {(0,): 0.6, (1,): 0.4, (0, 0): 0.54, (1, 0): 0.36, (0, 0, 0): 0.297, (0, 0, 1): 0.243}
 
@@ -117,7 +118,7 @@ TABLES = st.lists(ROWS.map(lambda row: [math.log(x / sum(row)) for x in row]), m
 def test_each_depth_holds_the_likeliest_paths_of_all(tables: list[list[float]], beam: int):
     """Since every parent meets the same candidates, the best paths of a depth go on from the best ones above."""
     trie = Trie([7])
-    Told(tables, beam).extend(trie, 1, 99)
+    extend(Told(tables, beam), trie, 1, 99)
     found = paths_of(trie)
     for depth in range(1, len(tables) + 1):
         joint = {
@@ -125,7 +126,7 @@ def test_each_depth_holds_the_likeliest_paths_of_all(tables: list[list[float]], 
             for path in itertools.product(*(range(len(table)) for table in tables[:depth]))
         }
         best = sorted(joint.values(), reverse=True)[:beam]
-        kept = [q for place, q in enumerate(best) if q >= FAINTEST or place == 0]
+        kept = [q for place, q in enumerate(best) if q >= MIN_PATH_LOGP or place == 0]
         mine = {path: q for path, q in found.items() if len(path) == depth}
         assert sorted(mine.values(), reverse=True) == pytest.approx(kept)
         assert all(q == pytest.approx(joint[path]) for path, q in mine.items())
@@ -137,7 +138,7 @@ def test_parents_come_before_children_and_no_path_is_deeper_than_asked(tables: l
     trie = Trie([7])
     source, known = Told(tables, beam), {trie.root}
     for turn in range(4):
-        for parent, node in source.extend(trie, 2, deepest):
+        for parent, node in extend(source, trie, 2, deepest):
             assert parent in known and node not in known and parent.children[node.token] is node
             known.add(node)
         assert max(map(len, paths_of(trie)), default=0) <= deepest
@@ -148,66 +149,66 @@ def test_parents_come_before_children_and_no_path_is_deeper_than_asked(tables: l
 @given(TABLES)
 def test_a_beam_of_one_is_a_chain_of_the_best_guesses(tables: list[list[float]]):
     trie = Trie([7])
-    Told(tables, beam=1).extend(trie, 1, 99)
+    extend(Told(tables, beam=1), trie, 1, 99)
     assert [node.token for node in trie.chain()] == [table.index(max(table)) for table in tables]
     assert len(paths_of(trie)) == len(tables)
 
 
 def test_one_forward_goes_on_from_the_likeliest_leaves():
     source, trie = Told([[math.log(0.5), math.log(0.3), math.log(0.2)]]), Trie([7])
-    source.extend(trie, 1, 9)
-    source.extend(trie, 2, 9)
+    extend(source, trie, 1, 9)
+    extend(source, trie, 2, 9)
     assert source.asked == [[()], [(0,), (1,)]], "two leaves, the likeliest"
-    source.extend(trie, 99, 9)
-    assert len(source.asked[-1]) <= LEAVES and source.asked[-1][0] == (0, 0)
+    extend(source, trie, 99, 9)
+    assert len(source.asked[-1]) <= FeatureSource.max_leaves and source.asked[-1][0] == (0, 0)
 
 
 def test_once_the_text_has_grown_the_way_to_a_leaf_is_guessed_again():
     """The target has said more, so what follows the nodes on the way is known better; what was there stays."""
     source, trie = Told([[math.log(0.9)], [math.log(0.9)]]), Trie([7])
-    source.extend(trie, 1, 9)
+    extend(source, trie, 1, 9)
     trie.commit([0])
     assert list(paths_of(trie)) == [(0,)]
     source.tables = [[(0, math.log(0.5), ()), (3, math.log(0.4), ())]] * 2
-    grown = [(parent.position, node.token) for parent, node in source.extend(trie, 1, 9)]
+    grown = [(parent.position, node.token) for parent, node in extend(source, trie, 1, 9)]
     assert grown[0] == (1, 3), "beside the node on the way"
     assert (1, 0) not in grown, "which is there already, and known to the target"
     assert {(0,), (3,), (0, 0), (0, 3)} <= paths_of(trie).keys()
     before = len(paths_of(trie))
-    source.extend(trie, 1, 9)
+    extend(source, trie, 1, 9)
     assert len(paths_of(trie)) > before, "and on from there"
 
 
 def test_what_is_hardly_likely_is_not_offered_but_the_best_guess_is():
     faint = math.log(0.001)
     trie = Trie([7])
-    Told([[faint, faint - 1]]).extend(trie, 1, 9)
+    extend(Told([[faint, faint - 1]]), trie, 1, 9)
     assert list(paths_of(trie)) == [(0,)]
 
 
 def test_it_rests_where_nothing_likely_is_left_to_go_on_from():
     """A drafter that waits for its target would else draft what is never read, and be late with what is."""
     source, trie = Told([[math.log(0.3), math.log(0.1)]] * 2), Trie([7])
-    while source.extend(trie, 1, 99):
+    while extend(source, trie, 1, 99):
         assert len(source.asked) < 20
-    assert 4 * math.log(0.3) > FAINTEST > 5 * math.log(0.3)
+    assert 4 * math.log(0.3) > MIN_PATH_LOGP > 5 * math.log(0.3)
     assert max(map(len, paths_of(trie))) == 6, "two depths a forward, and none begins below the line"
     forwards = len(source.asked)
-    assert source.extend(trie, 4, 99) == [] and len(source.asked) == forwards
+    assert extend(source, trie, 4, 99) == [] and len(source.asked) == forwards
 
 
 def test_it_rests_where_the_text_may_not_go_on():
     source = Told([[0.0]] * 3, longest=10)
-    assert source.extend(Trie([7] * 7), 1, 9) == [] and source.propose([7] * 8, 3) == []
-    assert len(source.extend(Trie([7] * 6), 1, 9)) == 1 and len(source.propose([7] * 7, 3)) == 3
-    assert source.extend(Trie([7]), 1, 0) == []
+    assert extend(source, Trie([7] * 7), 1, 9) == [] and source.propose([7] * 8, 3) == []
+    assert len(extend(source, Trie([7] * 6), 1, 9)) == 1 and len(source.propose([7] * 7, 3)) == 3
+    assert extend(source, Trie([7]), 1, 0) == []
 
 
 def test_it_is_a_source_of_trees_that_observes():
     source = FeatureSource(network())
-    assert isinstance(source, TreeGrower) and isinstance(source, Observer) and source.whole
+    assert source.grows_trees and source.makes_trees_alone and source.layers
     assert source.layers == (0, 2) and source.depths == DEPTHS
-    assert len(source.costs) == LEAVES and all(seconds > 0 for seconds in source.costs)
+    assert len(source.costs) == FeatureSource.max_leaves and all(seconds > 0 for seconds in source.costs)
 
 
 # Inference equals training
@@ -240,7 +241,9 @@ def as_trained(text: Sequence[int], confirmed: int, features: tuple[int, ...]) -
 
 
 def assert_as_trained(source: Raw, trunk: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
-    for path, (way, logits) in zip(paths, source._read_on([_Asked(source._texts[0], trunk, paths)])[0], strict=True):
+    for path, (way, logits) in zip(
+        paths, source._read_on([PathsQuery(source._sequences[0], trunk, paths)])[0], strict=True
+    ):
         expected = as_trained([*trunk, *path], len(trunk) - 1, features)
         torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
         assert len(way) == len(path)
@@ -271,7 +274,7 @@ def test_a_draft_is_what_the_training_would_say(features: tuple[int, ...], turns
 def test_a_new_text_knows_nothing_of_the_last_one(features: tuple[int, ...]):
     source = Raw(network(features))
     for shift in (0, 5):
-        source.start(SamplingParams())
+        source.begin(0, SamplingParams())
         if features:
             source.observe(bits_of(FEATURES[shift:]))
         out = source.guess([3, 1, 4, 1, 5], [[9]])[0]
@@ -316,9 +319,9 @@ def test_a_chain_goes_on_beyond_what_the_target_has_read():
 
 def test_without_features_of_the_text_there_is_nothing_to_draft_from():
     source = FeatureSource(network())
-    assert source.extend(Trie([1, 2, 3]), 1, 9) == [] and source.propose([1, 2, 3], 4) == []
+    assert extend(source, Trie([1, 2, 3]), 1, 9) == [] and source.propose([1, 2, 3], 4) == []
     source.observe(bits_of(FEATURES[:2]))
-    assert source.extend(Trie([1, 2, 3]), 1, 9) and source.propose([1, 2, 3], 4)
+    assert extend(source, Trie([1, 2, 3]), 1, 9) and source.propose([1, 2, 3], 4)
     assert FeatureSource(network(())).propose([1, 2, 3], 4), "a drafter of tokens needs none"
 
 
@@ -415,7 +418,7 @@ def test_a_feature_drafter_keeps_its_cache_in_a_second_turn():
     source.observe(features[: len(text) - 1])
     source.guess(text, [[]])
     longer, rows = [*text, 9, 10], source.rows
-    source.go_on(GREEDY)
+    source.begin(0, GREEDY, continues=True)
     for one in (source, fresh):
         one.observe(features[: len(longer) - 1])
     (mine,), (wanted,) = source.guess(longer, [[]]), fresh.guess(longer, [[]])
@@ -460,7 +463,7 @@ def test_an_untrained_drafter_changes_no_text(mode: str, beam: int, features: tu
     channel = ScriptedChannel(source, script)
     target = Target(tapped(features), channel, ticks())
     assert together(target, PROMPT, Schedule.of(mode), params, decode=str) == alone(params)
-    assert source.forwards and target.report and not target.report.failed
+    assert source.forwards and target.draft_stats and not target.draft_stats.failed
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import TableModel, alone, examples
+from toys import TableModel, alone, examples, extend
 
 from pearl.core.sampling import SamplingParams, propose, ranked
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Node, Trie
 from pearl.drafters import tree
+from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP
 from pearl.drafters.ngram import NgramSource
-from pearl.drafters.tree import CHILDREN, CROWD, FAINTEST, TreeSource
+from pearl.drafters.tree import TreeSource
 
 Path = tuple[int, ...]
 V = 8
@@ -63,7 +64,7 @@ class Watched(TableModel):
 
 def started(model: TableModel, params: SamplingParams | None = None, **options: object) -> TreeSource:
     source = TreeSource(model, **options)  # type: ignore[arg-type]
-    source.start(params or SamplingParams())
+    source.begin(0, params or SamplingParams())
     return source
 
 
@@ -78,8 +79,8 @@ def joint(trie: Trie, path: Path) -> float:
 def expected(model: TableModel, text: Sequence[int], path: Path, above: float, params: SamplingParams) -> list[int]:
     """The children of a node whose path has the joint log-probability `above`."""
     logits = model.after([*text, *path])[None]
-    guesses = ranked(logits, params, [len(text) + len(path)], CHILDREN)[0]
-    faint = next((i for i, (_, logp, _) in enumerate(guesses) if i and above + logp < FAINTEST), len(guesses))
+    guesses = ranked(logits, params, [len(text) + len(path)], MAX_CHILDREN)[0]
+    faint = next((i for i, (_, logp, _) in enumerate(guesses) if i and above + logp < MIN_PATH_LOGP), len(guesses))
     return [token for token, _, _ in guesses[:faint]]
 
 
@@ -112,12 +113,12 @@ def owns(draw: st.DrawFn) -> NgramSource | None:
 @examples(150)
 @given(MODELS, TEXTS, PARAMS, COSTS, owns(), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.data())
 def test_whatever_is_extended_the_tree_is_what_the_model_says_of_each_node(
-    model: Watched, text, params, costs, own, most: int, deepest: int, fixed: bool, data: st.DataObject
+    model: Watched, text, params, costs, lookahead, most: int, deepest: int, fixed: bool, data: st.DataObject
 ):
-    source, trie = started(model, params, costs=costs, own=own), Trie(text)
+    source, trie = started(model, params, costs=costs, lookahead=lookahead), Trie(text)
     for _ in range(data.draw(st.integers(1, 6))):
         before = set(paths_of(trie.root))
-        grown = source.extend(trie, most, deepest, fixed)
+        grown = extend(source, trie, most, deepest, fixed)
         nodes = paths_of(trie.root)
         names = {node: path for path, node in nodes.items()}
         new = [names[child] for _, child in grown]
@@ -138,16 +139,16 @@ def test_whatever_is_extended_the_tree_is_what_the_model_says_of_each_node(
             some = data.draw(st.sampled_from([path for path in nodes if path] or [(0,)]))
             trie.commit([*some, data.draw(st.integers(0, V - 1))])
     assert source.forwards == len(model.read_paths) and source.rows == sum(map(len, model.read_paths))
-    assert 0 <= source.confirmed <= source.own <= source.rows
+    assert 0 <= source.lookahead_hits <= source.lookahead_rows <= source.rows
 
 
 @examples(60)
 @given(MODELS, TEXTS, st.integers(1, 8), st.integers(1, 4))
 def test_without_guesses_of_its_own_it_extends_the_likeliest_leaves(model: Watched, text, most: int, forwards: int):
-    source, trie = started(model, costs=FLAT, own=Silent()), Trie(text)
+    source, trie = started(model, costs=FLAT, lookahead=Silent()), Trie(text)
     for _ in range(forwards):
         leaves = {path: joint(trie, path) for path, node in paths_of(trie.root).items() if not node.children}
-        source.extend(trie, most, 9)
+        extend(source, trie, most, 9)
         read = model.read_paths[-1]
         assert len(read) == min(most, len(leaves)), "free rows: as many as there are"
         left_out = [logp for path, logp in leaves.items() if path not in read]
@@ -157,10 +158,10 @@ def test_without_guesses_of_its_own_it_extends_the_likeliest_leaves(model: Watch
 @examples(60)
 @given(MODELS, TEXTS, st.integers(2, 6))
 def test_guesses_that_are_confirmed_are_extended_as_if_they_had_been_read_one_by_one(model: Watched, text, most: int):
-    knowing, plain = started(model, costs=FLAT, own=Knowing(model)), started(model, own=Silent())
+    knowing, plain = started(model, costs=FLAT, lookahead=Knowing(model)), started(model, lookahead=Silent())
     fast, slow = Trie(text), Trie(text)
-    knowing.extend(fast, most, 99)
-    assert knowing.own == knowing.confirmed == most - 1 and knowing.forwards == 1
+    extend(knowing, fast, most, 99)
+    assert knowing.lookahead_rows == knowing.lookahead_hits == most - 1 and knowing.forwards == 1
     for length in range(most):  # the chain of the model's own picks, one forward each
         leaf = [path for path in paths_of(slow.root) if len(path) == length and not any(rank_of(slow, path))]
         assert len(leaf) == 1
@@ -187,7 +188,7 @@ def extend_one(source: TreeSource, trie: Trie, path: Path) -> None:
     leaves = Trie.leaves
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trie, "leaves", lambda self, deepest: [leaf for leaf in leaves(self, deepest) if leaf[1] is node])
-        source.extend(trie, 1, 99)
+        extend(source, trie, 1, 99)
 
 
 @examples(60)
@@ -197,9 +198,9 @@ def test_guesses_that_are_not_confirmed_leave_no_trace(model: Watched, text, mos
         def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
             return 4, (V, V, V, V, V)  # not a token of the model
 
-    wrong, trie = started(model, costs=FLAT, own=Wrong(model)), Trie(text)
-    wrong.extend(trie, most, 99)
-    assert wrong.own == most - 1 and wrong.confirmed == 0
+    wrong, trie = started(model, costs=FLAT, lookahead=Wrong(model)), Trie(text)
+    extend(wrong, trie, most, 99)
+    assert wrong.lookahead_rows == most - 1 and wrong.lookahead_hits == 0
     assert set(paths_of(trie.root)) == {(), *[(t,) for t in expected(model, text, (), 0.0, SamplingParams())]}
 
 
@@ -208,31 +209,31 @@ def test_guesses_that_came_true_are_trusted_and_others_are_not():
     model = Watched(V, 2, 1, 2.0)
     shares = {}
     for wrong in (False, True):
-        source, trie = started(model, costs=[1.0, 1.3, 1.6], own=Knowing(model, 1, wrong)), Trie([0])
+        source, trie = started(model, costs=[1.0, 1.3, 1.6], lookahead=Knowing(model, 1, wrong)), Trie([0])
         for _ in range(200):
-            source.extend(trie, 3, 9)
+            extend(source, trie, 3, 9)
             trie.commit(alone(model, trie.tokens, SamplingParams(max_new_tokens=1), ()).tokens)
-        shares[wrong] = source.own / source.rows
-        assert source.confirmed == (0 if wrong else source.own)
+        shares[wrong] = source.lookahead_rows / source.rows
+        assert source.lookahead_hits == (0 if wrong else source.lookahead_rows)
     assert shares[True] < 0.2 < 0.3 < shares[False]
 
 
 @pytest.mark.parametrize("costs, rows", [(FLAT, 6), ((), 6), ([1.0, 100.0], 1), ([1.0, 1.01, 100.0], 2)])
 def test_rows_are_taken_while_they_bring_more_than_they_cost(costs: Sequence[float], rows: int):
     model = Watched(V, 2, 5, 0.3)  # unsure: many children, none likely
-    source, trie = started(model, costs=costs, own=Silent()), Trie([0, 1])
-    source.extend(trie, 6, 9)
+    source, trie = started(model, costs=costs, lookahead=Silent()), Trie([0, 1])
+    extend(source, trie, 6, 9)
     assert len(trie.root.children) >= 6
-    source.extend(trie, 6, 9)
+    extend(source, trie, 6, 9)
     assert len(model.read_paths[-1]) == rows
 
 
 def test_a_fixed_number_of_rows_is_taken_whatever_they_cost():
     for fixed, rows in ((True, 4), (False, 1)):
         model = Watched(V, 2, 5, 0.3)
-        source, trie = started(model, costs=[1.0, 100.0], own=Silent()), Trie([0, 1])
-        source.extend(trie, 4, 9, fixed)
-        source.extend(trie, 4, 9, fixed)
+        source, trie = started(model, costs=[1.0, 100.0], lookahead=Silent()), Trie([0, 1])
+        extend(source, trie, 4, 9, fixed)
+        extend(source, trie, 4, 9, fixed)
         assert len(model.read_paths[-1]) == rows
 
 
@@ -241,55 +242,57 @@ def test_the_rule_stops_where_a_row_adds_less_than_the_forward_yields_a_second()
     for table in range(30):
         costs = [1.0, 1.2, 1.5, 1.9, 2.4, 3.0]
         model = Watched(V, 2, table, 1.0)
-        source, trie = started(model, costs=costs, own=Silent()), Trie([0, 1])
-        source.extend(trie, 6, 9)
+        source, trie = started(model, costs=costs, lookahead=Silent()), Trie([0, 1])
+        extend(source, trie, 6, 9)
         uses = sorted((math.exp(node.logp) for node in trie.root.children.values()), reverse=True)
-        source.extend(trie, 6, 9)
+        extend(source, trie, 6, 9)
         yields = [sum(uses[:rows]) / costs[rows - 1] for rows in range(1, len(uses) + 1)]
         assert len(model.read_paths[-1]) == yields.index(max(yields)) + 1
 
 
 def test_nothing_is_read_where_all_leaves_are_deep_enough():
-    source, trie = started(Watched(V), own=Silent()), Trie([0])
-    assert source.extend(trie, 9, 1)
-    assert source.extend(trie, 9, 1) == [] and source.forwards == 1
-    assert source.extend(trie, 9, 2)
+    source, trie = started(Watched(V), lookahead=Silent()), Trie([0])
+    assert extend(source, trie, 9, 1)
+    assert extend(source, trie, 9, 1) == [] and source.forwards == 1
+    assert extend(source, trie, 9, 2)
 
 
 def test_a_crowd_of_leaves_is_not_made_larger():
-    source, trie = started(Watched(6, 1, 3, 0.02), costs=FLAT, own=Silent()), Trie([0])
-    while source.extend(trie, 8, 99, True):
-        assert len(trie.leaves(98)) <= CROWD + 8 * (CHILDREN - 1)
-    assert len(trie.leaves(98)) > CROWD
+    source, trie = started(Watched(6, 1, 3, 0.02), costs=FLAT, lookahead=Silent()), Trie([0])
+    while extend(source, trie, 8, 99, True):
+        assert len(trie.leaves(98)) <= TreeSource.max_open_leaves + 8 * (MAX_CHILDREN - 1)
+    assert len(trie.leaves(98)) > TreeSource.max_open_leaves
     trie.commit([next(iter(trie.root.children))])
-    assert len(trie.leaves(98)) <= CROWD and source.extend(trie, 8, 99, True), "until the text moves on"
+    assert len(trie.leaves(98)) <= TreeSource.max_open_leaves and extend(source, trie, 8, 99, True), (
+        "until the text moves on"
+    )
 
 
 def test_a_path_that_is_hardly_likely_is_not_offered_unless_nothing_else_follows():
     model = Watched(V, 1, 3, 6.0)
-    source, trie = started(model, costs=FLAT, own=Silent()), Trie([0])
+    source, trie = started(model, costs=FLAT, lookahead=Silent()), Trie([0])
     for _ in range(6):
-        source.extend(trie, 8, 99, True)
+        extend(source, trie, 8, 99, True)
     for path, node in paths_of(trie.root).items():
-        assert all(joint(trie, (*path, token)) >= FAINTEST for token in list(node.children)[1:])
-    assert any(joint(trie, path) < FAINTEST for path in paths_of(trie.root)), "first children go on below it"
+        assert all(joint(trie, (*path, token)) >= MIN_PATH_LOGP for token in list(node.children)[1:])
+    assert any(joint(trie, path) < MIN_PATH_LOGP for path in paths_of(trie.root)), "first children go on below it"
 
 
 def test_no_text_is_longer_than_the_model_reads():
     model = Watched(V, 2, 0, 1.0, 6)  # its `read_leaves` asserts it
     source, trie = started(model), Trie([0, 1, 2])
-    while source.extend(trie, 8, 99):
+    while extend(source, trie, 8, 99):
         pass
     assert max(map(len, paths_of(trie.root))) == 4, "and what follows the longest is guessed"
     trie.commit([next(iter(trie.root.children)), 1, 1])
-    assert len(trie.tokens) == 6 and source.extend(trie, 8, 99), (
+    assert len(trie.tokens) == 6 and extend(source, trie, 8, 99), (
         "as a chain does, it guesses what follows its last text"
     )
 
 
 def test_a_tree_is_at_a_loss_beyond_its_models_length():
     source, trie = started(Watched(V, 2, 0, 1.0, 4)), Trie([0] * 5)
-    assert source.extend(trie, 8, 99) == []
+    assert extend(source, trie, 8, 99) == []
 
 
 # sampling
@@ -301,7 +304,7 @@ def test_where_the_models_agree_the_first_child_is_the_targets_own_sample(model:
     params = SamplingParams(temperature=1.0, seed=seed, max_new_tokens=6)
     source, trie = started(model, params), Trie(text)
     for _ in range(6):
-        source.extend(trie, most, 9)
+        extend(source, trie, most, 9)
     chain = [node.token for node in trie.chain()]
     assert chain and chain[:6] == alone(model, text, params, ()).tokens[: len(chain)]
 
@@ -312,7 +315,7 @@ def test_in_rejection_sampling_the_first_child_is_the_drawn_one_and_no_other_was
     params = SamplingParams(temperature=1.0, seed=seed, method="rejection")
     source, trie = started(model, params), Trie(text)
     for _ in range(3):
-        source.extend(trie, 4, 9)
+        extend(source, trie, 4, 9)
     nodes = paths_of(trie.root)
     assert len(nodes) > 3
     for path, node in nodes.items():

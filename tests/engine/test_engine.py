@@ -19,7 +19,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
-from pearl.roles import target as target_module
+from pearl.roles import guess_waiter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -367,7 +367,7 @@ def test_a_target_that_waits_for_guesses_notices_the_drafters_death(engine, pair
 
 @pytest.mark.slow
 def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
-    monkeypatch.setattr(target_module, "REPORT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(guess_waiter, "STATS_TIMEOUT_S", 0.5)
     with opened(*pair) as hanging:
         params = SamplingParams(max_new_tokens=100, ignore_eos=True)
         stream = hanging.stream(PROMPT, params, mode="pearl")

@@ -12,8 +12,8 @@ from toys import EAGER, Right, ScriptedChannel, scrambled, ticks, together
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.core.trie import Node, Trie
-from pearl.drafters.draft_source import DraftSource
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import DraftSource, Grown, TreeQuery
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.language_model import SideRow
@@ -50,10 +50,12 @@ class Recording:
 class Aside(Right):
     """A source of trees that knows the text too, and puts it second: the walk goes down a side branch."""
 
-    whole, costs = True, ()
-    rows = own = confirmed = 0
+    grows_trees = makes_trees_alone = True
 
-    def extend(self, trie: Trie, most: int, deepest: int, fixed: bool = False) -> list[tuple[Node, Node]]:
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        return [self._grow(one.trie) for one in queries]
+
+    def _grow(self, trie: Trie) -> Grown:
         if trie.root.children:
             return []
         at = len(trie.tokens)

@@ -143,7 +143,7 @@ def texts(reader: VerifierModel, name: str, mode: str, seed: int, temperature: f
     prompt = random_prompt(GRAIN - 20 + seed)
     target = Target(reader, ScriptedChannel(source, scrambled(seed) if seed % 2 else [(3, 3, 3)]), ticks())
     said = together(target, prompt, schedule, params, decode=str).tokens
-    assert target.report and not target.report.failed
+    assert target.draft_stats and not target.draft_stats.failed
     passes = target.passes
     alone = together(Target(reader), prompt, Schedule.of("ar"), params, decode=str).tokens
     return (said, passes), alone

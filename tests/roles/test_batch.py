@@ -31,6 +31,7 @@ from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.verifier import SequenceQuery
+from pearl.roles.guess_waiter import GuessWaiter
 from pearl.roles.target import Target
 
 
@@ -67,8 +68,8 @@ def test_the_drafters_facts_are_those_of_each_text(case: Case):
     for text in texts:
         verdicts = [m for m in channel.sent if isinstance(m, Verdict) and m.sequence == text.sequence]
         guesses = [m for m in channel.peer.sent if isinstance(m, Nodes) and m.sequence == text.sequence]
-        assert text.report.verdicts == len(verdicts) == len(text.passes) - 1
-        assert text.report.drafted == sum(len(m.guesses) for m in guesses)
+        assert text.draft_stats.verdicts == len(verdicts) == len(text.passes) - 1
+        assert text.draft_stats.drafted == sum(len(m.guesses) for m in guesses)
         position = len(text.request.prompt) - 1
         for p in text.passes:
             assert p.position == position and 1 <= p.texts <= case.places
@@ -84,7 +85,7 @@ def test_a_run_that_its_reader_leaves_does_not_reach_the_next(case: Case, passes
     for _ in zip(range(passes), run, strict=False):
         pass
     run.close()
-    assert not channel.drafter._texts or channel.coming or channel.peer.coming or channel.peer.inbox
+    assert not channel.drafter._live or channel.coming or channel.peer.coming or channel.peer.inbox
     for _ in range(2):
         over = []
         for text, committed in target.write(requests(case), case.schedule, case.places):
@@ -174,7 +175,7 @@ def test_where_memory_runs_out_passes_hold_fewer_texts_and_nothing_is_lost(monke
     for mode in ("ar", "pearl", "tree"):
         _, texts = check(plain(mode, places=6))
         assert max(p.texts for text in texts for p in text.passes) > 2
-    assert "out of memory; passes hold at most 2 texts from now on" in capsys.readouterr().err
+    assert "out of memory; a pass is for at most 2 texts from now on" in capsys.readouterr().err
 
 
 def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
@@ -189,7 +190,7 @@ def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
         channel = ScriptedChannel(source(TightDraft(5, 3, 8)), case.script)
         target = Target(case.model, channel, ticks())
         texts = [text for text, committed in target.write(requests(case), small(case.schedule), 4) if not committed]
-        assert all(text.report.drafted > 8 and not text.report.failed for text in texts)
+        assert all(text.draft_stats.drafted > 8 and not text.draft_stats.failed for text in texts)
         assert [sorted(text.stopper.tokens for text in texts)] == [sorted(one.tokens for one in case.alone)]
         assert "a draft is for at most 2 texts from now on" in capsys.readouterr().err
 
@@ -198,29 +199,29 @@ def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
 
 
 def give_a_verdict_to_the_wrong_text(patch: pytest.MonkeyPatch) -> None:
-    walk = pearl.roles.target._walk
+    verify = pearl.roles.target.verify
 
     def wrong(text, nodes, picks, controller, seen=[]):  # noqa: B006
         seen.append((len(nodes), picks))
         previous = seen[-2][1] if len(seen) > 1 and seen[-2][0] == len(nodes) else picks
-        return walk(text, nodes, previous, controller)
+        return verify(text, nodes, previous, controller)
 
-    patch.setattr(pearl.roles.target, "_walk", wrong)
+    patch.setattr(pearl.roles.target, "verify", wrong)
 
 
 def hang_guesses_into_the_first_text(patch: pytest.MonkeyPatch) -> None:
     """What the drafter says of a text is taken for another's: its roots are not theirs."""
-    right = Target._take
+    right = GuessWaiter.take
 
     def take(self):
-        live = dict(self._live)
+        live = dict(self._batch.live)
         if live:
             first = next(iter(live.values()))
-            self._live = dict.fromkeys(live, first)
+            self._batch.live = dict.fromkeys(live, first)
         right(self)
-        self._live = live
+        self._batch.live = live
 
-    patch.setattr(Target, "_take", take)
+    patch.setattr(GuessWaiter, "take", take)
 
 
 def share_one_end(patch: pytest.MonkeyPatch) -> None:
@@ -229,7 +230,7 @@ def share_one_end(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self, request):
         begin(self, request)
-        for text in self._live.values():
+        for text in self._batch.live.values():
             text.params = request.params
 
     patch.setattr(Target, "_begin", wrong)

@@ -35,8 +35,8 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node
-from pearl.drafters import draft_source
-from pearl.drafters.draft_source import DraftSource, Proposal
+from pearl.drafters import model
+from pearl.drafters.draft_source import Chain, DraftSource, Proposal
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
@@ -44,15 +44,10 @@ from pearl.roles.target import Target
 pytestmark = pytest.mark.slow
 
 
-class Certain:
+class Certain(DraftSource):
     """Guesses for certain: the next token is a function of the last one. Two tokens a turn."""
 
-    forwards = 0
-
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         first = (3 * text[-1] + 1) % VOCABULARY
         return [(first, ()), ((3 * first + 1) % VOCABULARY, ())][:room]
 
@@ -178,7 +173,7 @@ def test_with_a_q_that_is_not_what_was_drawn_from_the_distribution_is_wrong(monk
         token, proposal = honest(logits, params, position)
         return token, tuple((t, 1 / len(proposal)) for t, _ in proposal)
 
-    monkeypatch.setattr(draft_source, "propose", propose)
+    monkeypatch.setattr(model, "propose", propose)
     assert p_value(REJECTION, texts=FEW) < ALPHA
 
 

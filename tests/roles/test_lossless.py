@@ -30,7 +30,8 @@ from toys import (
     together,
 )
 
-import pearl.roles.target
+import pearl.roles.guess_waiter
+import pearl.roles.verification
 from pearl.core.messages import Nodes, Verdict
 from pearl.core.sampling import Picker, SamplingParams
 from pearl.core.schedule import Schedule
@@ -56,7 +57,9 @@ def test_the_text_is_the_targets_own(case: Case):
 @given(cases(modes=DRAFTING), st.integers(0, 40))
 def test_a_lost_drafter_ends_no_text(case: Case, moves: int):
     target, channel = check(case, lost_after=moves)
-    assert case.schedule.drafts == (channel.lost or target.report is not None)  # else the text ended before the loss
+    assert case.schedule.drafts == (
+        channel.lost or target.draft_stats is not None
+    )  # else the text ended before the loss
 
 
 @pytest.mark.parametrize("mode", DRAFTING)
@@ -65,7 +68,7 @@ def test_a_lost_drafter_ends_no_text(case: Case, moves: int):
 def test_after_the_drafter_is_lost_the_target_goes_on_alone(mode: str, gamma: int | str, moves: int):
     case = plain_case(mode, gamma, "right", tokens=60)  # more than the drafter's longest lead
     target, channel = check(case, lost_after=moves)
-    assert channel.lost and target.report is None
+    assert channel.lost and target.draft_stats is None
     assert [p.committed for p in target.passes[-3:]] == [1, 1, 1]
 
 
@@ -80,7 +83,7 @@ def test_nothing_of_a_text_reaches_the_next(
     """A hasty target does not wait for the drafter's report, so late guesses do arrive during the next text."""
     with pytest.MonkeyPatch.context() as patch:
         if hasty:
-            patch.setattr(pearl.roles.target, "REPORT_TIMEOUT_S", 0.0)
+            patch.setattr(pearl.roles.guess_waiter, "STATS_TIMEOUT_S", 0.0)
         model = case.model
         target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
         for params in requests:
@@ -236,10 +239,12 @@ def test_the_recorded_facts_agree_with_the_text(case: Case):
         position += p.committed
     verdicts = [m for m in channel.sent if isinstance(m, Verdict)]
     if case.schedule.drafts:
-        assert target.report is not None
-        assert target.report.verdicts == len(verdicts) == len(passes) - 1, "every pass but the last has a verdict"
-        assert target.report.drafted == sum(len(m.guesses) for m in channel.peer.sent if isinstance(m, Nodes))
-        assert target.report.hits >= sum(p.hit for p in passes[:-1]), "the drafter knows its guesses before the target"
+        assert target.draft_stats is not None
+        assert target.draft_stats.verdicts == len(verdicts) == len(passes) - 1, "every pass but the last has a verdict"
+        assert target.draft_stats.drafted == sum(len(m.guesses) for m in channel.peer.sent if isinstance(m, Nodes))
+        assert target.draft_stats.hits >= sum(p.hit for p in passes[:-1]), (
+            "the drafter knows its guesses before the target"
+        )
     else:
         assert not channel.sent and not channel.peer.sent, "nothing is said to a drafter that drafts nothing"
 
@@ -253,7 +258,7 @@ def test_a_source_that_crashes_costs_no_token_and_is_reported(case: Case, calls:
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos)
     if case.schedule.drafts:
-        assert target.report is not None and target.report.failed == (crashing.every < 0)
+        assert target.draft_stats is not None and target.draft_stats.failed == (crashing.every < 0)
 
 
 def test_gamma_beyond_the_widest_pass_still_ends():
@@ -282,19 +287,19 @@ def test_a_text_may_fill_its_models_to_the_last_token(case: Case):
         source = ModelSource(TableModel(case.vocabulary, case.order, case.table, case.scale, max_length=length))
         target = Target(model, ScriptedChannel(source, case.script), ticks())
         assert together(target, case.prompt, case.schedule, params) == alone(model, case.prompt, params, ())
-        assert not target.report or not target.report.failed
+        assert not target.draft_stats or not target.draft_stats.failed
 
 
 def test_a_source_that_fails_to_start_costs_no_token():
     class Stillborn(Noise):
-        def start(self, params: SamplingParams) -> None:
+        def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
             raise RuntimeError("this source was made to fail")
 
     case = plain_case("sd", 2, "random")
     target = Target(case.model, ScriptedChannel(Stillborn(5), IDLE), ticks())
     written = together(target, case.prompt, case.schedule, case.params)
     assert written == alone(case.model, case.prompt, case.params, ())
-    assert target.report is not None and target.report.failed
+    assert target.draft_stats is not None and target.draft_stats.failed
 
 
 # Break the code on purpose: the property has to fail.
@@ -313,12 +318,12 @@ def accept_a_wrong_guess(patch: pytest.MonkeyPatch) -> None:
             committed[-1] = next(iter(last.children))
         return committed
 
-    patch.setattr(pearl.roles.target, "walk", walk)
+    patch.setattr(pearl.roles.verification, "walk", walk)
 
 
 def commit_one_unread_guess(patch: pytest.MonkeyPatch) -> None:
     """Off by one: after a hit the next guess is committed too, which no row of the pass has verified."""
-    right = pearl.roles.target.walk
+    right = pearl.roles.verification.walk
 
     def walk(root: Node, rows: dict[Node, int], pick: Callable[[Node], int]) -> list[int]:
         committed = right(root, rows, pick)
@@ -327,14 +332,14 @@ def commit_one_unread_guess(patch: pytest.MonkeyPatch) -> None:
             node = node and node.children.get(token)
         return committed + list(node.children)[:1] if node else committed
 
-    patch.setattr(pearl.roles.target, "walk", walk)
+    patch.setattr(pearl.roles.verification, "walk", walk)
 
 
 def repeat_the_root(patch: pytest.MonkeyPatch) -> None:
     """The rows of a pass begin one too early: every pick is that of the node's parent."""
-    right = pearl.roles.target.walk
+    right = pearl.roles.verification.walk
     patch.setattr(
-        pearl.roles.target,
+        pearl.roles.verification,
         "walk",
         lambda root, rows, pick: right(root, rows, lambda n: pick(root) if rows[n] else pick(n)),
     )

@@ -17,21 +17,20 @@ from toys import (
     Sometimes,
     TableModel,
     Text,
+    WatchedTarget,
     alone,
     letters,
     ticks,
 )
 
-import pearl.roles.drafter
-import pearl.roles.target
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.core.stopping import Stopper
-from pearl.drafters.draft_source import Proposal
+from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
-from pearl.roles.target import Request, Target
+from pearl.roles.sequence import SequenceRequest, SequenceState
 
 
 @dataclass(frozen=True)
@@ -94,20 +93,13 @@ class Case:
             yield [*one.prompt, *alone(self.model, one.prompt, params, ()).tokens]
 
 
-class AnyOf:
+class AnyOf(DraftSource):
     """Several sources that know one text each: whichever knows this one."""
 
     def __init__(self, sources: Sequence[Right]):
         self.sources = list(sources)
 
-    @property
-    def forwards(self) -> int:
-        return sum(source.forwards for source in self.sources)
-
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         return next((said for source in self.sources if (said := source.propose(text, room))), [])
 
 
@@ -141,20 +133,20 @@ def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] 
     )
 
 
-def requests(case: Case) -> Iterator[Request | None]:
+def requests(case: Case) -> Iterator[SequenceRequest | None]:
     for one in case.asked:
         yield from [None] * one.late
-        yield Request(one.prompt, one.params, Stopper(one.params, case.eos, letters))
+        yield SequenceRequest(one.prompt, one.params, Stopper(one.params, case.eos, letters))
 
 
 def check(
-    case: Case, lost_after: int | None = None, target: Target | None = None
-) -> tuple[Target, list[pearl.roles.target.Text]]:
+    case: Case, lost_after: int | None = None, target: WatchedTarget | None = None
+) -> tuple[WatchedTarget, list[SequenceState]]:
     """Writes the texts of the case. The one claim of this file is made here."""
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
-    target = target or Target(case.model, channel, ticks())
+    target = target or WatchedTarget(case.model, channel, ticks())
     said: dict[int, list[int]] = {}
-    over: list[pearl.roles.target.Text] = []
+    over: list[SequenceState] = []
     for text, committed in target.write(requests(case), case.schedule, case.places):
         assert text not in over, "nothing is said of a text after its end"
         if committed:

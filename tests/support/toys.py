@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from hypothesis import settings
@@ -21,7 +22,8 @@ from pearl.core.sampling import SamplingParams, warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets
-from pearl.drafters.draft_source import Proposal
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import Chain, DraftSource, Grown, TreeQuery
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.language_model import SideRow
 from pearl.models.verifier import SequenceQuery
@@ -115,16 +117,13 @@ def alone(
             return Text(said, text, "length")
 
 
-class Right:
+class Right(DraftSource):
     """A perfect drafter: it knows the text that the target will write, and guesses `chunk` tokens of it a turn."""
 
     def __init__(self, text: Sequence[int], chunk: int = 1):
-        self.text, self.chunk, self.forwards = list(text), chunk, 0
+        self.text, self.chunk = list(text), chunk
 
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         self.forwards += 1
         count = min(room, self.chunk)
         known = self.text[len(text) : len(text) + count] if list(text) == self.text[: len(text)] else []
@@ -147,42 +146,33 @@ class Sometimes(Right):
         return token if right else (token + 1) % self.vocabulary
 
 
-class Noise:
+class Noise(DraftSource):
     """Guesses at random, and never runs out of guesses."""
-
-    forwards = 0
 
     def __init__(self, vocabulary: int, chunk: int = 1, seed: int = 0):
         self.vocabulary, self.chunk, self._random = vocabulary, chunk, random.Random(seed)
 
-    def start(self, params: SamplingParams) -> None:
-        pass
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         return [(self._random.randrange(self.vocabulary), ()) for _ in range(min(room, self.chunk))]
 
 
-class Moody:
+class Moody(DraftSource):
     """Another source that is at a loss every few tokens of the text; with `every` 1 always."""
 
-    def __init__(self, inner, every: int):
+    def __init__(self, inner: DraftSource, every: int):
         self.inner, self.every = inner, every
 
-    @property
-    def forwards(self) -> int:
-        return self.inner.forwards
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        self.inner.begin(0, params)
 
-    def start(self, params: SamplingParams) -> None:
-        self.inner.start(params)
-
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         return [] if len(text) % self.every == 0 else self.inner.propose(text, room)
 
 
 class Crashing(Moody):
     """Another source that raises at its n-th proposal and at every one after it."""
 
-    def propose(self, text: Sequence[int], room: int) -> list[tuple[int, Proposal]]:
+    def propose(self, text: Sequence[int], room: int) -> Chain:
         self.every -= 1
         if self.every < 0:
             raise RuntimeError("this source was made to crash")
@@ -222,6 +212,39 @@ class End:
 
     def close(self) -> None:
         pass
+
+
+def extend(source: DraftSource, trie: Trie, most: int, deepest: int, take_all: bool = False) -> Grown:
+    """Grows one trie, of the sequence in slot 0."""
+    return source.extend([TreeQuery(0, trie, most, deepest, take_all)])[0]
+
+
+class Turn(NamedTuple):
+    """One turn of the target's loop over all texts."""
+
+    texts: int  # under way
+    places: int  # for texts
+    queue: bool  # whether more texts were waiting for a place
+    seconds: float
+
+
+class WatchedTarget(Target):
+    """Notes its turns."""
+
+    def write(self, requests, schedule, batch_slots=1):
+        self.turns: list[Turn] = []
+        self._places, self._queue = min(batch_slots, self._model.batch_slots), True
+
+        def noted():
+            yield from requests
+            self._queue = False
+
+        return super().write(noted(), schedule, batch_slots)
+
+    def _turn(self):
+        began, live, queue = self._clock(), len(self._batch.live), self._queue
+        yield from super()._turn()
+        self.turns.append(Turn(live, self._places, queue, self._clock() - began))
 
 
 def ticks(seconds: float = 1e-4) -> Clock:

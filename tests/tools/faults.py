@@ -248,9 +248,9 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
             passes += len(text.stats.passes)
     target = engine.runtime.target
-    assert not target._live and not target._ended and len(target._held) <= engine.model.batch_slots, (
-        "a place is not free"
-    )
+    assert (
+        not target._batch.live and not target._batch.ended and len(target._batch._last_in) <= engine.model.batch_slots
+    ), "a place is not free"
     return passes
 
 

@@ -17,6 +17,7 @@ from torch.distributed import HashStore, TCPStore
 
 from pearl.config.engine_config import EngineConfig
 from pearl.core.messages import DraftPlan, End, Nodes, Verdict
+from pearl.drafters.draft_source import DraftSource
 from pearl.parallel.drafter_main import TargetGone, serve
 from pearl.wire import tcp
 from pearl.wire.codec import FRAME, encode, pack
@@ -194,13 +195,8 @@ def test_a_frame_is_one_send():
     assert encode(Nodes(1, 1, 1, False)).nbytes == FRAME * 4
 
 
-class Nothing:
+class Nothing(DraftSource):
     """A source that never has a guess."""
-
-    forwards = 0
-
-    def start(self, params) -> None:
-        pass
 
     def propose(self, text, room):
         return []

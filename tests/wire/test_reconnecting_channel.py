@@ -12,7 +12,7 @@ import pytest
 from cases import DRAFTING, Case, cases, plain_case
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import EAGER, Move, ScriptedChannel, alone, examples, together
+from toys import EAGER, Move, ScriptedChannel, WatchedTarget, alone, examples, together
 
 from pearl.core.messages import Close, Costs, DraftPlan, DraftStats, End, Guess, Message, Nodes, Start, Verdict
 from pearl.core.sampling import SamplingParams
@@ -177,7 +177,7 @@ def test_after_a_loss_the_next_drafter_goes_on_where_the_text_is(mode: str, kind
 @given(batch_cases.cases(modes=DRAFTING), FATES)
 def test_texts_side_by_side_are_the_targets_own_whatever_happens_to_their_drafters(case: batch_cases.Case, fates):
     fate = Fate(case, case.script, fates)
-    target, _ = batch_cases.check(case, target=Target(case.model, fate.lifeline(), fate.time))
+    target, _ = batch_cases.check(case, target=WatchedTarget(case.model, fate.lifeline(), fate.time))
     longest = max(turn.seconds for turn in target.turns)
     assert max((wait for wire in fate.made for wait in wire.waited), default=0.0) <= longest + DEADLINE_S + 0.1
     assert len([wait for wire in fate.made for wait in wire.waited if wait > DEADLINE_S / 2]) <= 2 * len(fates) + 2

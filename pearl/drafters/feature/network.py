@@ -161,7 +161,7 @@ class FeatureDrafter(nn.Module):
             Any
         ] = []  # embedding, norm and head of the target: in a list, so that they are no submodules
 
-    def attach(self, target: nn.Module) -> FeatureDrafter:
+    def attach(self, target: Any) -> FeatureDrafter:
         """Takes embedding, final norm and head from a target, which may have no layers left.
 
         Raises `UsageError` if this drafter was trained for another one.

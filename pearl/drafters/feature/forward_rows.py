@@ -1,0 +1,166 @@
+"""The rows of one forward of the feature drafter: what each of them reads, and what it sees.
+
+Knows: the cache of confirmed positions, hidden states that have arrived, and positions and masks of several sequences
+side by side. Refuses to know: tries, sampling, and which paths are worth a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.core.messages import Features
+from pearl.core.params import SamplingParams
+from pearl.drafters.feature.network import FeatureDrafter, KeyValue
+
+_GROW = 256  # slots by which the cache grows
+
+
+class FeatureCache:
+    """Keys and values of the confirmed positions, [1, kv heads, slots, head_dim] a layer."""
+
+    def __init__(self, drafter: FeatureDrafter):
+        shape, one = drafter.shape, drafter.mask_embedding
+        empty = one.new_zeros(1, shape.kv_heads, 0, shape.head_dim)
+        self._layers: list[KeyValue] = [(empty, empty) for _ in drafter.layers]
+
+    def upto(self, count: int) -> list[KeyValue]:
+        return [(keys[:, :, :count], values[:, :, :count]) for keys, values in self._layers]
+
+    def keep(self, made: Sequence[KeyValue], first: int, rows: slice) -> None:
+        """Takes over those new rows as the positions from `first` on."""
+        for number, new in enumerate(made):
+            keys, values = (
+                _written(old, part[:, :, rows], first) for old, part in zip(self._layers[number], new, strict=True)
+            )
+            self._layers[number] = keys, values
+
+
+def _written(old: Tensor, rows: Tensor, first: int) -> Tensor:
+    last = first + rows.shape[2]
+    if last > old.shape[2]:
+        more = -(-(last - old.shape[2]) // _GROW) * _GROW
+        old = torch.cat([old.to(rows.dtype), rows.new_zeros(1, rows.shape[1], more, rows.shape[3])], 2)
+    old[:, :, first:last] = rows
+    return old
+
+
+@dataclass
+class FeatureSequence:
+    """What is known of one sequence."""
+
+    params: SamplingParams
+    cache: FeatureCache
+    read: list[int] = field(default_factory=list)  # confirmed tokens in the cache
+    features: list[Features] = field(default_factory=list)  # one piece after the other
+    known: int = 0  # positions that they are of
+    guessed: int = 0  # length of the sequence when the tree was last extended
+
+    def between(self, first: int, last: int) -> Tensor:
+        """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
+        found, at = [], self.known
+        for piece in reversed(self.features):
+            if at <= first:
+                break
+            at -= len(piece)
+            if at < last:
+                found.append(_rows(piece)[max(0, first - at) : last - at])
+        return torch.cat(found[::-1])
+
+
+def _rows(piece: Features) -> Tensor:
+    return torch.from_numpy(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
+
+
+@dataclass(frozen=True)
+class PathsQuery:
+    """Asks a forward about one sequence: what follows `trunk`, which the target has confirmed, and each path."""
+
+    state: FeatureSequence
+    trunk: Sequence[int]
+    paths: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """The rows of one sequence in a forward."""
+
+    kept: int  # rows in its cache
+    fresh: int  # rows of its trunk
+    groups: tuple[tuple[int, int], ...]  # first row and count of each leaf's path and slots, after those
+
+    @property
+    def rows(self) -> int:
+        return self.fresh + sum(count for _, count in self.groups)
+
+
+def concatenated(past: Sequence[Sequence[KeyValue]]) -> list[KeyValue]:
+    """The keys and values of several sequences, layer by layer, one after the other."""
+    if len(past) == 1:
+        return list(past[0])
+    layers = zip(*past, strict=True)
+    return [(torch.cat([k for k, _ in layer], 2), torch.cat([v for _, v in layer], 2)) for layer in layers]
+
+
+def batch_mask(blocks: Sequence[RowBlock]) -> Tensor:
+    """bool [rows, all kept + rows]: each sequence sees itself alone."""
+    masks = [tree_mask(block.kept, block.fresh, block.groups) for block in blocks]
+    if len(masks) == 1:
+        return masks[0]
+    cached = torch.block_diag(*(mask[:, : block.kept] for mask, block in zip(masks, blocks, strict=True)))
+    new = torch.block_diag(*(mask[:, block.kept :] for mask, block in zip(masks, blocks, strict=True)))
+    return torch.cat([cached, new], 1).bool()
+
+
+def tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """bool [rows, kept + rows]; `groups`: first row and count of each leaf's path and slots, after the fresh rows."""
+    rows = fresh + sum(count for _, count in groups)
+    mask = torch.zeros(rows, kept + rows, dtype=torch.bool)
+    mask[:, :kept] = True
+    mask[:fresh, kept : kept + fresh] = torch.ones(fresh, fresh, dtype=torch.bool).tril()
+    mask[fresh:, kept : kept + fresh] = True
+    for first, count in groups:
+        own = slice(first, first + count)
+        mask[own, kept + first : kept + first + count] = torch.ones(count, count, dtype=torch.bool).tril()
+    return mask
+
+
+def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tensor, list[int], RowBlock, list[int]]:
+    """The rows of one sequence, [R, H], their positions, who sees whom, and the rows whose guesses are wanted."""
+    trunk, slots = query.trunk, drafter.shape.depths - 1
+    fresh = len(trunk) - kept
+    known = _known_rows(drafter, query, kept)
+    ahead = drafter.slots(1, slots)[0]
+    inputs, positions, groups = [known[:fresh]], list(range(kept, len(trunk))), []
+    wanted, at, rows = [], fresh, fresh
+    for path in query.paths:
+        inputs += [known[at : at + len(path)], ahead]
+        at += len(path)
+        count = len(path) + slots
+        positions += range(len(trunk), len(trunk) + count)
+        groups.append((rows, count))
+        wanted += [fresh - 1, *range(rows, rows + count)]
+        rows += count
+    return torch.cat(inputs), positions, RowBlock(kept, fresh, tuple(groups)), wanted
+
+
+def _known_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> Tensor:
+    """The inputs of the trunk's rows from `kept` on, with features, and of all paths' rows, without, [R, H]."""
+    trunk, paths = query.trunk, query.paths
+    layers, device = drafter.shape.features, drafter.mask_embedding.device
+    tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=device)
+    fresh = len(trunk) - kept
+    withheld = torch.ones(len(tokens), dtype=torch.bool)
+    features = torch.zeros(len(tokens), 0, device=device)
+    if layers:
+        withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
+        width = len(layers) * drafter.shape.hidden
+        features = torch.zeros(len(tokens), width, dtype=torch.bfloat16, device=device)
+        first = max(kept, 1)
+        if first < len(trunk):
+            features[first - kept : fresh] = query.state.between(first - 1, len(trunk) - 1)
+    return drafter.known(tokens[None], features[None], withheld[None].to(device))[0]

@@ -1,0 +1,78 @@
+"""The drafter's view of one sequence: its trie, the plan in force, and the statistics of its draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pearl.core.messages import DraftPlan, DraftStats, Guess, Nodes, Start, Verdict
+from pearl.core.trie import Node, Trie
+from pearl.drafters.draft_source import Grown
+
+
+@dataclass(eq=False)
+class DraftedSequence:
+    """A sequence under way."""
+
+    start: Start
+    batch_slot: int
+    trie: Trie
+    plan: DraftPlan
+    stats: DraftStats
+    ids: dict[Node, int] = field(default_factory=dict)  # the names that the target knows the nodes by
+    drafted: int = 0  # guesses since the chain began
+    exhausted_at: int = -1  # the root position for which the target knows that no more will come
+
+    @staticmethod
+    def begun(start: Start, batch_slot: int) -> DraftedSequence:
+        sequence = DraftedSequence(start, batch_slot, Trie(start.prompt), start.plan, DraftStats(start.sequence))
+        sequence.name(sequence.trie.root)
+        return sequence
+
+    def name(self, node: Node) -> int:
+        return self.ids.setdefault(node, len(self.ids))
+
+    def count(self, **more: float) -> None:
+        stats = self.stats
+        self.stats = replace(stats, **{name: getattr(stats, name) + value for name, value in more.items()})
+
+    def apply(self, verdict: Verdict) -> bool:
+        """Moves the root to where the target says. Returns whether that was foreseen: a hit."""
+        misses, prepared = _foreseen(self.trie.root, verdict.tokens)
+        hit = self.trie.commit(verdict.tokens)
+        assert self.trie.root.position == verdict.position, "a verdict was lost"
+        self.plan = verdict.plan
+        if not self.trie.root.children:
+            self.drafted = 0
+        self.count(verdicts=1, hits=int(hit), misses=misses, prepared=prepared)
+        return hit
+
+    def nodes(self, grown: Grown, exhausted: bool) -> Nodes | None:
+        """What the target is told of new nodes; None: nothing that it does not know. `exhausted`: no more will come
+        until the root moves."""
+        root = self.trie.root
+        if not grown and self.exhausted_at == root.position:
+            return None
+        if exhausted:
+            self.exhausted_at = root.position
+        guesses = tuple(
+            Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp) for parent, node in grown
+        )
+        return Nodes(self.start.sequence, self.name(root), root.position, exhausted, guesses)
+
+
+def _foreseen(root: Node, tokens: Sequence[int]) -> tuple[int, int]:
+    """How many of the committed tokens were not the first guess where they stand, and how many of those were another.
+
+    A token at whose place nothing was guessed is no miss: there the drafter was late.
+    """
+    node: Node | None = root
+    misses = prepared = 0
+    for token in tokens:
+        if node is None or not node.children:
+            break
+        if token != next(iter(node.children)):
+            misses += 1
+            prepared += token in node.children
+        node = node.children.get(token)
+    return misses, prepared

@@ -1,0 +1,86 @@
+"""A draft source that may fail: the sequences go on without it, and the run says so."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from pearl.core.timeline import Trace
+from pearl.drafters.draft_source import DraftSource
+from pearl.roles.batch_limit import BatchLimit
+from pearl.roles.drafted_sequence import DraftedSequence
+from pearl.wire.channel import Clock
+
+Found = TypeVar("Found")
+
+
+class GuardedSource:
+    """Counts what its source does for each sequence; after a failure it is not asked for that sequence again."""
+
+    def __init__(self, source: DraftSource, clock: Clock, trace: Trace):
+        self.source, self._clock, self._trace = source, clock, trace
+        self._limit = BatchLimit("draft")
+        self._reasons: set[str] = set()  # of failures
+
+    def begin(self, sequence: DraftedSequence, continues: bool) -> None:
+        try:
+            self.source.begin(sequence.batch_slot, sequence.start.params, continues)
+        except Exception:
+            self._fail([sequence])
+
+    def end(self, sequence: DraftedSequence) -> None:
+        try:
+            self.source.end(sequence.batch_slot)
+        except Exception:
+            self._fail([sequence])
+
+    def ask(
+        self, sequences: Sequence[DraftedSequence], draft: Callable[[Sequence[DraftedSequence]], list[Found]]
+    ) -> dict[DraftedSequence, Found | None]:
+        """What the source finds for each sequence; None where it raised."""
+        if not sequences:
+            return {}
+
+        def counted(some: Sequence[DraftedSequence]) -> list[Found | None]:
+            source, began = self.source, self._clock()
+            before = source.forwards, source.rows, source.lookahead_rows, source.lookahead_hits
+            try:
+                found = draft(some)
+                assert len(found) == len(some), "a source answers each query"
+                return list(found)
+            except torch.OutOfMemoryError:
+                if len(some) > 1:
+                    raise
+                self._fail(some)
+            except Exception:
+                self._fail(some)
+            finally:
+                self._count(some, began, before)
+            return [None] * len(some)
+
+        return dict(zip(sequences, self._limit.run(sequences, counted), strict=True))
+
+    def _count(self, sequences: Sequence[DraftedSequence], began: float, before: tuple[int, int, int, int]) -> None:
+        """A forward that several share counts once, for the first; its time in equal parts."""
+        source, ended = self.source, self._clock()
+        after = source.forwards, source.rows, source.lookahead_rows, source.lookahead_hits
+        names = "forwards", "rows", "lookahead_rows", "lookahead_hits"
+        more = {name: now - then for name, now, then in zip(names, after, before, strict=True)}
+        sequences[0].count(**more)
+        for sequence in sequences:
+            sequence.count(busy_s=(ended - began) / len(sequences))
+            at = {"sequence": sequence.start.sequence, "position": sequence.trie.root.position}
+            self._trace.span("draft", began, ended, rows=max(1, more["rows"]), **at)
+
+    def _fail(self, sequences: Sequence[DraftedSequence]) -> None:
+        reason = traceback.format_exc()
+        if reason not in self._reasons:  # once each: a source that fails may do so in every sequence
+            self._reasons.add(reason)
+            print(f"pearl: the draft source failed; the target goes on alone there.\n{reason}", file=sys.stderr)
+        for sequence in sequences:
+            sequence.stats = replace(sequence.stats, failed=True)

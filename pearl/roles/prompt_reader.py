@@ -1,0 +1,51 @@
+"""Reads prompts a piece at a time, and keeps the hidden states of what was read for a drafter that wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pearl.core.messages import Features, joined
+from pearl.core.trie import Node
+from pearl.models.language_model import PREFILL_CHUNK
+from pearl.roles.sequence import SequenceState
+from pearl.roles.target_model import TargetModel
+from pearl.roles.verification import PassWalk
+from pearl.wire.channel import Clock
+
+
+class PromptReader:
+    """Works between the passes of the other sequences."""
+
+    def __init__(self, model: TargetModel, clock: Clock):
+        self._model, self._clock = model, clock
+
+    def read_on(self, sequence: SequenceState) -> bool:
+        """Reads a piece of a prompt, while other sequences wait. True: but the last, which is for the first pass."""
+        end, prompt = sequence.read + PREFILL_CHUNK, sequence.trie.tokens
+        if end >= len(prompt):
+            return True
+        began = self._clock()
+        self._model.read(prompt[:end], 1, batch_slot=sequence.batch_slot)
+        self._gather(sequence, range(1 - PREFILL_CHUNK, 1))
+        sequence.read = end
+        sequence.reading_s += self._clock() - began
+        return False
+
+    def features(self, sequence: SequenceState, nodes: Sequence[Node], walked: PassWalk) -> Features | None:
+        """What the drafter is told of the tokens that a pass has read for good: the root and every committed token but
+        the last; in the first pass also of all tokens before them. `nodes`: of the rows of the pass."""
+        if not self._model.gives_features:
+            return None
+        rows = {node: row for row, node in enumerate(nodes)}
+        passed = [rows[node] for node in walked.nodes]
+        if sequence.passes:
+            return self._gather(sequence, passed)
+        rest = len(sequence.request.prompt) - sequence.read
+        self._gather(sequence, [*range(1 - rest, 0), *passed])
+        return joined(sequence.features)
+
+    def _gather(self, sequence: SequenceState, rows: Sequence[int]) -> Features | None:
+        features = self._model.features(rows, sequence.batch_slot)
+        if features is not None:
+            sequence.features.append(features)
+        return features

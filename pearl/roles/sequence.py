@@ -1,0 +1,74 @@
+"""One sequence as the target knows it: its trie, the drafter's names for the nodes, where it stands, its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pearl.core.messages import DraftStats, Features, Nodes, joined
+from pearl.core.params import SamplingParams
+from pearl.core.records import Pass
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.trie import Node, Trie, shared_prefix
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """A text to be written."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    stopper: Stopper
+    after: SequenceState | None = None  # which the prompt begins with: what lies there of it still is not read again
+    user_data: object = None
+
+
+class SequenceState:
+    """A sequence under way, or one that is over."""
+
+    def __init__(self, sequence: int, request: SequenceRequest, schedule: Schedule, batch_slot: int, now: float):
+        """`sequence`: its number, as in messages. `now`: on the target's clock."""
+        self.sequence, self.request, self.schedule, self.batch_slot = sequence, request, schedule, batch_slot
+        self.params, self.stopper = request.params, request.stopper
+        self.trie = Trie(request.prompt)
+        self.passes: list[Pass] = []
+        self.draft_stats: DraftStats | None = None
+        self.hit = False  # the last walk ended on a node that had arrived
+        self.wait_budget_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
+        self.placed = now  # when it took its slot,
+        self.began: float | None = None  # when its prompt's turn came,
+        self.ended = 0.0  # and when it was over
+        self.cached = 0  # tokens of the prompt that need no reading
+        self.read, self.reading_s = 0, 0.0  # tokens of the prompt that are read by now, and for how long
+        self.features: list[Features] = []  # of all tokens but the last, if the model tells them
+        self._nodes: dict[int, Node] = {}  # by the drafter's id
+        self._exhausted_at = -1
+
+    def follow(self, last: SequenceState) -> None:
+        """This sequence goes on where `last` has ended, as far as it does."""
+        self.cached = self.read = shared_prefix(last.trie.tokens[:-1], self.trie.tokens[:-1])
+        if (features := joined(last.features)) is not None:
+            self.features = [features[: self.cached]]
+
+    @property
+    def exhausted(self) -> bool:
+        """The drafter has said that no more will come until the root moves from where it is."""
+        return self._exhausted_at == self.trie.root.position
+
+    def depth(self) -> int:
+        """Guesses that have arrived, one after the other."""
+        return len(self.trie.chain())
+
+    def hang(self, message: Nodes) -> None:
+        """Hangs the nodes that have arrived into the trie; those of a dead branch fall away."""
+        at = message.position
+        assert at <= self.trie.root.position, "the drafter's root can't be ahead of the text"
+        self._nodes.setdefault(message.root, Node(self.trie.tokens[at], at))
+        for guess in message.guesses:
+            parent = self._nodes.get(guess.parent)
+            node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp)
+            if node:
+                self._nodes[guess.id] = node
+        if message.exhausted:
+            self._exhausted_at = at

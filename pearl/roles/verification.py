@@ -1,0 +1,115 @@
+"""A pass over one sequence, without its forward: which rows it reads, and what the target's picks make of them.
+
+Knows: tries and what a row of a pass is. Refuses to know: models, channels, clocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pearl.core.control.controller import Controller
+from pearl.core.picks import Picks
+from pearl.core.records import DraftOutcome
+from pearl.core.token_buckets import LIMIT, TokenBuckets
+from pearl.core.trie import Likely, Node, path_numbers, walk
+from pearl.models.language_model import SideRow
+from pearl.models.verifier import SequenceQuery
+from pearl.roles.sequence import SequenceState
+
+
+@dataclass(frozen=True)
+class PassRows:
+    """The rows of a pass, of one sequence."""
+
+    nodes: list[Node]  # the root and the likeliest chain first
+    sides: list[SideRow]  # where those beside it hang
+    paths: int  # on how many paths these lie
+
+    @staticmethod
+    def of(root: Node, likely: Sequence[Likely]) -> PassRows:
+        chain = _chain(likely)
+        on_chain = {one.node for one in chain}
+        rows = {-1: 0}  # by the place in `likely`
+        beside: list[Likely] = []
+        for place, one in enumerate(likely):
+            if one.node in on_chain:
+                rows[place] = one.depth
+            else:
+                rows[place] = 1 + len(chain) + len(beside)
+                beside.append(one)
+        sides = [(rows[one.parent], one.node.token) for one in beside]
+        nodes = [root, *(one.node for one in chain), *(one.node for one in beside)]
+        return PassRows(nodes, sides, max(path_numbers(likely), default=0))
+
+    def query(self, sequence: SequenceState) -> SequenceQuery:
+        keep = len(self.nodes) - len(self.sides)
+        chain = [node.token for node in self.nodes[1:keep]]
+        return SequenceQuery(sequence.batch_slot, sequence.trie.tokens + chain, keep, self.sides)
+
+
+@dataclass(frozen=True)
+class PassWalk:
+    """What a pass has found of one sequence."""
+
+    position: int  # of the root before it
+    committed: list[int]
+    outcomes: tuple[DraftOutcome, ...]
+    nodes: list[Node]  # that the walk went through
+
+
+def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool) -> list[Likely]:
+    """The guesses that the next pass may read, likeliest first. None lies beyond the end of the text, or of the cache's
+    grain. `trees`: they may branch.
+
+    The pass that reads the end of a prompt has no guesses, though some may have come while other sequences had their
+    turn: so many rows round in their own way, and what they leave in the cache is to be the same in every mode.
+    """
+    if not sequence.passes:
+        return []
+    left = sequence.params.max_new_tokens - len(sequence.stopper.tokens)
+    deepest = min(left, buckets.up_to(sequence.trie.root.position)) - 1
+    likely = sequence.trie.best(LIMIT - 1, deepest)
+    return likely if trees else _chain(likely)
+
+
+def verify(sequence: SequenceState, nodes: Sequence[Node], picks: Picks, controller: Controller) -> PassWalk:
+    """Walks the trie by the picks of a pass and commits; the controller learns what the guesses were worth."""
+    root = sequence.trie.root
+    rows = {node: row for row, node in enumerate(nodes)}
+    walked = walk(root, rows, lambda node: picks.pick(rows[node], node))
+    outcomes = _outcomes(root, walked, controller)
+    committed, passed, node = sequence.stopper.take(walked), [], root
+    for token in committed:
+        passed.append(node)
+        node = node.children.get(token, node)
+    sequence.hit = sequence.trie.commit(committed)
+    return PassWalk(root.position, committed, outcomes, passed)
+
+
+def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tuple[DraftOutcome, ...]:
+    """What the guesses along the walk were worth, up to where there were none."""
+    outcomes: list[DraftOutcome] = []
+    node: Node | None = root
+    for token in walked:
+        if node is None or not node.children:
+            break
+        for place, child in enumerate(node.children.values()):
+            controller.record_guess(child.logp, child.token == token, first=place == 0)
+        guesses = list(node.children)
+        q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
+        outcomes.append(DraftOutcome(guesses.index(token) if token in guesses else None, q))
+        node = node.children.get(token)
+    return tuple(outcomes)
+
+
+def _chain(likely: Sequence[Likely]) -> list[Likely]:
+    """The likeliest way down through `likely`, which are the likeliest first; each the child of the one before it."""
+    chain: list[Likely] = []
+    last = -1
+    for place, one in enumerate(likely):
+        if one.parent == last:
+            chain.append(one._replace(parent=len(chain) - 1))
+            last = place
+    return chain
