@@ -42,7 +42,7 @@ class Preflight:
     texts: int = 1  # side by side
 
     @property
-    def feature_drafter(self) -> network.Shape | None:
+    def feature_drafter(self) -> network.DrafterShape | None:
         """Of the feature drafter, if that is the draft source."""
         return feature_drafter(self.config)
 
@@ -78,7 +78,7 @@ def preflight(config: EngineConfig, roles: Collection[str] = ROLES, ranks: int |
         return _preflight(config, roles, config.tensor_parallel_size if ranks is None else ranks)
 
 
-def feature_drafter(config: EngineConfig) -> network.Shape | None:
+def feature_drafter(config: EngineConfig) -> network.DrafterShape | None:
     """What the folder of a feature drafter says, if that is the draft source."""
     return network.read_shape(config.feature_folder) if config.feature_folder else None
 

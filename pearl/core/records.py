@@ -24,7 +24,7 @@ class SampleKey(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DraftOutcome:
+class GuessOutcome:
     """One place of the text where there were guesses when the target picked."""
 
     rank: int | None  # of the pick among them, 0 the first; None: it was not there
@@ -44,7 +44,7 @@ class Pass:
     accepted: int  # of those
     committed: int
     hit: bool  # the new root was among the guesses that had arrived
-    judged: tuple[DraftOutcome, ...]  # place by place along the walk, up to the first without guesses
+    judged: tuple[GuessOutcome, ...]  # place by place along the walk, up to the first without guesses
     block: int  # decided after the pass: the block length in force,
     branches: int  # rows of a draft,
     ahead: int  # and how deep the drafter may guess; 0: not to speculate
@@ -59,16 +59,6 @@ class Pass:
     def share_s(self) -> float:
         """This text's share of the target's time."""
         return (self.seconds - self.others_s) / self.texts
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One turn of the target's loop over all texts."""
-
-    texts: int  # under way
-    places: int  # for texts
-    queue: bool  # whether more texts were waiting for a place
-    seconds: float
 
 
 @dataclass(frozen=True)

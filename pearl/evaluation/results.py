@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.messages import DraftStats
-from pearl.core.records import DraftOutcome, GenerationStats, Pass, SampleKey
+from pearl.core.records import GenerationStats, GuessOutcome, Pass, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import lines
 from pearl.evaluation.lines import REMEDY, Line
@@ -243,7 +243,7 @@ def _draft_stats(line: Line) -> DraftStats:
 def _pass(line: Line) -> Pass:
     """Early lines know no paths."""
     facts = {"paths": 0} | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
-    return Pass(**facts | {"judged": tuple(DraftOutcome(one["rank"], tuple(one["q"])) for one in line["judged"])})
+    return Pass(**facts | {"judged": tuple(GuessOutcome(one["rank"], tuple(one["q"])) for one in line["judged"])})
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pearl.core.control.controller import Controller
 from pearl.core.messages import Costs, DraftStats, Nodes
 from pearl.core.schedule import Schedule
 from pearl.core.timeline import Trace, flow_id
-from pearl.roles.batch import Batch
+from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceState
 from pearl.wire.channel import Channel, Clock
 
@@ -18,7 +18,9 @@ STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after a sequence; it may 
 class GuessWaiter:
     """`channel`: to the drafter, None while the schedule has none."""
 
-    def __init__(self, batch: Batch, take_costs: Callable[[tuple[float, ...]], None], clock: Clock, trace: Trace):
+    def __init__(
+        self, batch: RunningBatch, take_costs: Callable[[tuple[float, ...]], None], clock: Clock, trace: Trace
+    ):
         self._batch, self._take_costs, self._clock, self._trace = batch, take_costs, clock, trace
         self.channel: Channel | None = None
 

@@ -33,12 +33,12 @@ from pearl.core.timeline import OFF, Trace
 from pearl.models.language_model import PREFILL_CHUNK
 from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
-from pearl.roles.batch import Batch
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.controllers import Controllers
 from pearl.roles.guess_waiter import GuessWaiter
 from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.prompt_reader import PromptReader
+from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target_model import TargetModel
 from pearl.roles.verification import PassRows, PassWalk, candidates, verify
@@ -62,7 +62,7 @@ class Target:
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
         self._schedule = Schedule.of("ar")
-        self._batch, self._controllers, self._limit = Batch(), Controllers(model), BatchLimit("pass")
+        self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pearl.core.control.controller import Controller
 from pearl.core.picks import Picks
-from pearl.core.records import DraftOutcome
+from pearl.core.records import GuessOutcome
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.core.trie import Likely, Node, path_numbers, walk
 from pearl.models.language_model import SideRow
@@ -55,7 +55,7 @@ class PassWalk:
 
     position: int  # of the root before it
     committed: list[int]
-    outcomes: tuple[DraftOutcome, ...]
+    outcomes: tuple[GuessOutcome, ...]
     nodes: list[Node]  # that the walk went through
 
 
@@ -88,9 +88,9 @@ def verify(sequence: SequenceState, nodes: Sequence[Node], picks: Picks, control
     return PassWalk(root.position, committed, outcomes, passed)
 
 
-def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tuple[DraftOutcome, ...]:
+def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tuple[GuessOutcome, ...]:
     """What the guesses along the walk were worth, up to where there were none."""
-    outcomes: list[DraftOutcome] = []
+    outcomes: list[GuessOutcome] = []
     node: Node | None = root
     for token in walked:
         if node is None or not node.children:
@@ -99,7 +99,7 @@ def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tupl
             controller.record_guess(child.logp, child.token == token, first=place == 0)
         guesses = list(node.children)
         q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
-        outcomes.append(DraftOutcome(guesses.index(token) if token in guesses else None, q))
+        outcomes.append(GuessOutcome(guesses.index(token) if token in guesses else None, q))
         node = node.children.get(token)
     return tuple(outcomes)
 

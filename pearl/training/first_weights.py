@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.drafters.feature import network
-from pearl.drafters.feature.network import FeatureDrafter, Shape
+from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import decoder_layers
@@ -32,7 +32,7 @@ def new_drafter(
     dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
     `fuse` by giving the last layer its own back: the target's own layer then finds what it is used to.
     """
-    shape = Shape.of_target(
+    shape = DrafterShape.of_target(
         target.config,
         tuple(layers),
         recipe.depths,
@@ -83,7 +83,7 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
     can't become the recipe's."""
     drafter = network.load(Path(folder))
-    wanted = Shape.of_target(
+    wanted = DrafterShape.of_target(
         target.config,
         tuple(layers),
         recipe.depths,
@@ -101,7 +101,7 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     return (drafter if had == wanted else grown(drafter, wanted)).attach(target)
 
 
-def grown(drafter: FeatureDrafter, shape: Shape) -> FeatureDrafter:
+def grown(drafter: FeatureDrafter, shape: DrafterShape) -> FeatureDrafter:
     """A drafter with more layers, or a narrower SwiGLU. An added layer is a copy of the last one that adds nothing yet:
     what writes to the residual is 0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
     larger = FeatureDrafter(shape, drafter.vocabulary)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pearl.core.messages import DraftStats
-from pearl.core.records import DraftOutcome, GenerationStats, Pass
+from pearl.core.records import GenerationStats, GuessOutcome, Pass
 from pearl.evaluation import results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def said(folder: Path) -> list[tuple]:
     return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
 
 
-OUTCOMES = (DraftOutcome(0, (0.25, 0.125)), DraftOutcome(None, ()))
+OUTCOMES = (GuessOutcome(0, (0.25, 0.125)), GuessOutcome(None, ()))
 ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, OUTCOMES, 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
 
 

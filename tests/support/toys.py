@@ -179,14 +179,14 @@ class Crashing(Moody):
         return self.inner.propose(text, room)
 
 
-class End:
+class WireEnd:
     """One end of a wire inside a process. What was sent is on its way until somebody delivers it."""
 
     def __init__(self) -> None:
         self.inbox: deque[Message] = deque()
         self.coming: deque = deque()  # as words: what a message does not carry is not there on the other side
         self.sent: list[Message] = []
-        self.peer: End = self
+        self.peer: WireEnd = self
         self.gone = False
         self.closed_cleanly, self.reason = True, ""
         self.bytes_sent = self.bytes_received = 0
@@ -263,7 +263,7 @@ def scrambled(seed: int, moves: int = 200) -> list[Move]:
     return [(rng.randrange(3), rng.randrange(3), rng.randrange(3)) for _ in range(moves)]
 
 
-class ScriptedChannel(End):
+class ScriptedChannel(WireEnd):
     """The target's end. Whenever the target looks at it, the script's next move happens first (and it starts over at
     its end): so many messages reach the drafter, which makes so many steps, and so many reach the target. Order is
     kept, delay is free. A wait that cannot be over before the script says so goes on by single steps, and one that can
@@ -273,7 +273,7 @@ class ScriptedChannel(End):
     def __init__(self, source, script: Sequence[Move], lost_after: int | None = None):
         """`lost_after`: so many moves later the drafter and all that is on its way are gone."""
         super().__init__()
-        self.peer = End()
+        self.peer = WireEnd()
         self.peer.peer = self
         self.drafter = Drafter(source, self.peer, ticks())
         self._script = itertools.cycle(script or IDLE)

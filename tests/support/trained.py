@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from pearl.drafters.feature.network import FeatureDrafter, Shape
+from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer
@@ -41,7 +41,7 @@ def drafter_for(
     """A random drafter with the target attached; of its dimensions each says something."""
     ids = torch.tensor(list(vocabulary) if vocabulary is not None else range(0, target.config.vocab_size, 2))
     mark = model_fingerprint(target)
-    shape = Shape.of_target(target.config, tuple(features), depths, layers, len(ids), "the small target", mark)
+    shape = DrafterShape.of_target(target.config, tuple(features), depths, layers, len(ids), "the small target", mark)
     torch.manual_seed(seed)
     drafter = FeatureDrafter(shape, ids)
     for name, weight in drafter.named_parameters():

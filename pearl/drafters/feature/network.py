@@ -36,7 +36,7 @@ KeyValue = tuple[Tensor, Tensor]  # of one layer, each [B, kv heads, R, head_dim
 
 
 @dataclass(frozen=True)
-class Shape:
+class DrafterShape:
     """Everything that decides the tensors of a drafter. All but the first line comes from the target's config."""
 
     features: tuple[int, ...]  # layers of the target, by number
@@ -64,12 +64,12 @@ class Shape:
         target: str,
         mark: str,
         intermediate: int | None = None,
-    ) -> Shape:
+    ) -> DrafterShape:
         """`config`: the target's; `mark`: its fingerprint; `intermediate`: another one than the target's."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or {}
-        return Shape(
+        return DrafterShape(
             features=tuple(features),
             depths=depths,
             layers=layers,
@@ -87,7 +87,7 @@ class Shape:
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: DrafterShape):
         super().__init__()
         self._shape = shape
         wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: DrafterShape):
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
         self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=False)
@@ -125,7 +125,7 @@ class Mlp(nn.Module):
 class Layer(nn.Module):
     """Its parts are called as in a Llama layer, so that one of the target's can be the start."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: DrafterShape):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
         self.self_attn = Attention(shape)
@@ -143,7 +143,7 @@ class FeatureDrafter(nn.Module):
 
     vocabulary: Tensor
 
-    def __init__(self, shape: Shape, vocabulary: Tensor):
+    def __init__(self, shape: DrafterShape, vocabulary: Tensor):
         """vocabulary: int64 [V], the ids of the tokens that can be drafted."""
         super().__init__()
         assert len(vocabulary) == shape.vocabulary, "a draft vocabulary of the size that was said"
@@ -238,11 +238,11 @@ def _stored(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.is_floating_point() else torch.int32
 
 
-def read_shape(folder: Path) -> Shape:
+def read_shape(folder: Path) -> DrafterShape:
     """What a drafter's folder says it is. Raises `UsageError`."""
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        shape = Shape(**{**values, "features": tuple(values["features"])})
+        shape = DrafterShape(**{**values, "features": tuple(values["features"])})
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no {CONFIG}: it is not a feature drafter.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -271,7 +271,7 @@ def _loaded(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.is_floating_point() else torch.int64
 
 
-def _turns(positions: Tensor, shape: Shape, dtype: torch.dtype) -> KeyValue:
+def _turns(positions: Tensor, shape: DrafterShape, dtype: torch.dtype) -> KeyValue:
     """Cosines and sines of the rotary angles, [R, head_dim] (RoFormer, Su et al. 2021)."""
     half = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32) / shape.head_dim
     angles = positions[:, None].float() * shape.rope_theta**-half

@@ -10,7 +10,7 @@ from pearl.core.schedule import Schedule
 from pearl.roles.sequence import SequenceRequest, SequenceState
 
 
-class Batch:
+class RunningBatch:
     """Knows who holds which slot. A sequence stays in `ended` until all its statistics are there."""
 
     def __init__(self) -> None:
