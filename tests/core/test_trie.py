@@ -192,7 +192,7 @@ def test_paths_are_those_that_a_model_lays_beside_its_chain(trie: Trie):
     parents = [rows[nodes[place].parent] for place in order[chain:]]
     depths = [0 if place < 0 else nodes[place].depth for place in order]
     paths = _branches(0, chain, parents, depths, ANY)
-    own = [{order[row] for row in path.laid[-path.own :]} for path in paths]
+    own = [{order[row] for row in path.overlay[-path.own :]} for path in paths]
     assert own == [{place for place, n in enumerate(numbers) if n == number} for number in range(1, len(own) + 1)]
     assert len(own) == max(numbers, default=0)
 
