@@ -73,7 +73,7 @@ class FeatureSequence:
 
 
 def _rows(piece: Features) -> Tensor:
-    return torch.from_numpy(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
+    return torch.tensor(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
 
 
 @dataclass(frozen=True)
