@@ -96,7 +96,8 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
         found = measured_once({"joint": 2, "texts": reader.batch_slots, **key}, measure_batches)["joint"]
         reader.joint = BatchedTokenBuckets.from_json(found) if found else None
-    reader.forget_all()
+    for batch_slot in range(reader.batch_slots):
+        reader.forget(batch_slot=batch_slot)
 
 
 def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: int) -> DraftCosts:
@@ -118,7 +119,8 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     if reader.batch_slots > 1:
         key["texts"] = reader.batch_slots
         several = measured_once(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
-    reader.forget_all()
+    for batch_slot in range(reader.batch_slots):
+        reader.forget(batch_slot=batch_slot)
     first, further = several["several"]
     return DraftCosts(tuple(found), (first, further))
 

@@ -108,11 +108,8 @@ class LanguageModel:
         self.static: StaticShapeRunner | None = None
         self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
         self._hooks, self._head = hooks, head
+        self.batch_slots = batch_slots
         self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(batch_slots)]
-
-    @property
-    def batch_slots(self) -> int:
-        return len(self._slots)
 
     def enable_static_shapes(
         self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, backend: str = "packed"
@@ -130,10 +127,6 @@ class LanguageModel:
         self._slots[batch_slot] = SlotState(state.cache, but[: state.known(but, len(but))])
         if self._head:
             self._head.forget(batch_slot)
-
-    def forget_all(self) -> None:
-        for batch_slot in range(self.batch_slots):
-            self.forget(batch_slot=batch_slot)
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
@@ -179,10 +172,11 @@ class LanguageModel:
 
         Returns logits [keep, V] of the last `keep` rows, V as the model has it.
         """
-        rows = len(tokens) + len(side_rows) + pads
-        if self.static and self.static.supports(rows):
-            logits, states = self._forward_static(self.static, tokens, first, side_rows, rows, batch_slot)
-            logits = logits[rows - keep : rows]
+        count = len(tokens) + len(side_rows) + pads
+        if self.static and self.static.supports(count):
+            rows = self._rows(tokens, first, side_rows, batch_slot, count)
+            logits, states = self.static(self._slots[batch_slot].cache, rows)
+            logits, states = logits[count - keep : count].clone(), None if states is None else states.clone()
         else:
             laid = self.lay_out(tokens, first, side_rows, pads, batch_slot)
             logits = self.run(laid.tokens, laid.positions, laid.cache, keep)
@@ -191,44 +185,27 @@ class LanguageModel:
             self._slots[batch_slot].states.append(states)
         return logits
 
-    def _forward_static(
-        self,
-        static: StaticShapeRunner,
-        tokens: list[int],
-        first: int,
-        side_rows: Sequence[SideRow],
-        least: int,
-        batch_slot: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, V] and states [R, F] of a forward of static shape, with at least so many rows."""
-        state, chain = self._slots[batch_slot], len(tokens)
-        state.first = first
-        depths = _depths(chain, side_rows)
-        parents = [parent for parent, _ in side_rows]
-        rows = PassRows(
-            tokens=[*tokens, *(token for _, token in side_rows)],
-            positions=[first + depth for depth in depths],
-            slots=range(first, first + chain),
-            first=first,
-            branches=_branches(first, chain, parents, depths, self.rows) if side_rows else (),
-            least=least,
-        )
-        assert first + chain <= state.cache.slots, "the cache is too short for this forward"
-        logits, states = static(state.cache, rows)
-        return logits.clone(), None if states is None else states.clone()
-
     def lay_out(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow] = (), pads: int = 0, batch_slot: int = 0
     ) -> SequenceRows:
         """The rows of a forward, and their places in the cache."""
-        state = self._slots[batch_slot]
-        state.first = first
-        depths = _depths(len(tokens), side_rows)
-        rows = [*tokens, *(token for _, token in side_rows), *[tokens[-1]] * pads]
-        branches = _branches(first, len(tokens), [parent for parent, _ in side_rows], depths, self.rows)
-        state.cache.place_chain(first, len(rows), len(tokens), branches, depths[len(tokens) :])
-        positions = [*(first + depth for depth in depths), *[first] * pads]
-        return SequenceRows(batch_slot, rows, positions, state.cache)
+        rows, cache = self._rows(tokens, first, side_rows, batch_slot), self._slots[batch_slot].cache
+        cache.place_chain(first, len(rows.tokens) + pads, len(tokens), rows.branches, rows.positions)
+        padding = [tokens[-1]] * pads, [first] * pads
+        return SequenceRows(batch_slot, [*rows.tokens, *padding[0]], [*rows.positions, *padding[1]], cache)
+
+    def _rows(
+        self, tokens: list[int], first: int, side_rows: Sequence[SideRow], batch_slot: int, least: int = 0
+    ) -> PassRows:
+        """The rows of a forward without padding."""
+        self._slots[batch_slot].first = first
+        chain, positions = len(tokens), list(range(first, first + len(tokens)))
+        assert positions[-1] < self.buffers.slots, "the cache is too short for this forward"
+        for parent, _ in side_rows:
+            positions.append(positions[parent] + 1)
+        branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.rows)
+        tokens = [*tokens, *(token for _, token in side_rows)]
+        return PassRows(tokens, positions, range(first, first + chain), first, branches, least=least)
 
     def run_together(
         self, parts: Sequence[SequenceRows], queries: Sequence[int] | None = None, pads: int = 0
@@ -258,17 +235,7 @@ class LanguageModel:
         return forward(self.model, torch.tensor([tokens]), torch.tensor([positions]), cache, keep)[0]
 
 
-def _depths(chain: int, side_rows: Sequence[SideRow]) -> list[int]:
-    """Of the rows of a pass, below its first."""
-    depths = list(range(chain))
-    for parent, _ in side_rows:
-        depths.append(depths[parent] + 1)
-    return depths
-
-
-def _branches(
-    first: int, chain: int, parents: Sequence[int], depths: Sequence[int], plan: TokenBuckets
-) -> list[Branch]:
+def _branches(chain: int, parents: Sequence[int], positions: Sequence[int], plan: TokenBuckets) -> list[Branch]:
     """The side rows as paths. A row goes on with its parent's path if it is that row's first child there.
 
     Worked example: chain rows 0 1 2, side rows 3 (after 0), 4 (after 3), 5 (after 3). The paths are 3 4 and 3 5; the
@@ -291,5 +258,5 @@ def _branches(
     for path, count in zip(paths, own, strict=True):
         mine = path[-count:]
         queries = (*mine, *[mine[-1]] * (plan.pad(count) - count))
-        made.append(Branch(first + depths[path[0]], tuple(path), queries, count))
+        made.append(Branch(positions[path[0]], tuple(path), queries, count))
     return made

@@ -54,16 +54,13 @@ class VerifierModel(LanguageModel):
         self.rows = rows
         self.joint: BatchedTokenBuckets | None = None  # row counts of shared forwards; None: each sequence has its own
         self.checks: tuple[Check, ...] = ()  # what was found of its bits (`pearl.models.numerics_check`)
+        self.gives_features = hooks is not None
         self.features_stay = False  # on the device, for a transport that takes them from there
 
     @property
     def verifies_trees(self) -> bool:
         """Whether `read` takes side rows."""
         return self.rows.branches and self.shares_forwards
-
-    @property
-    def gives_features(self) -> bool:
-        return self._hooks is not None
 
     @property
     def trial(self) -> SharedForwardTrial:

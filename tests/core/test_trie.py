@@ -190,8 +190,8 @@ def test_paths_are_those_that_a_model_lays_beside_its_chain(trie: Trie):
     rows = {place: row for row, place in enumerate(order)}
     chain = 1 + numbers.count(0)
     parents = [rows[nodes[place].parent] for place in order[chain:]]
-    depths = [0 if place < 0 else nodes[place].depth for place in order]
-    paths = _branches(0, chain, parents, depths, ANY)
+    positions = [0 if place < 0 else nodes[place].depth for place in order]
+    paths = _branches(chain, parents, positions, ANY)
     own = [{order[row] for row in path.overlay[-path.own :]} for path in paths]
     assert own == [{place for place, n in enumerate(numbers) if n == number} for number in range(1, len(own) + 1)]
     assert len(own) == max(numbers, default=0)

@@ -268,8 +268,8 @@ def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
     """A side row sees what lies behind it: its sibling's child, or the chain."""
     place = SlotCache.place_chain
 
-    def further(self, first, count, written, branches=(), depths=()):
-        place(self, first, count, written, branches, depths)
+    def further(self, first, count, written, branches=(), positions=()):
+        place(self, first, count, written, branches, positions)
         seen = [one.mask.visible for one in self.layout.branches]
         masks = [AttentionMask(visible | visible.roll(1, -1)) for visible in seen]
         calls = tuple(replace(one, mask=mask) for one, mask in zip(self.layout.branches, masks, strict=True))

@@ -107,23 +107,23 @@ class SlotCache(ForwardCache):
         self._views: dict[int, KeyValue] = {}  # its part of the buffers, by layer, [1, kv heads, slots, head_dim]
 
     def place_chain(
-        self, first: int, count: int, written: int, branches: Sequence[Branch] = (), depths: Sequence[int] = ()
+        self, first: int, count: int, written: int, branches: Sequence[Branch] = (), positions: Sequence[int] = ()
     ) -> None:
         """The next forward has `count` rows; the first `written` go to the slots from `first`, each sees up to its own.
 
-        The others are side rows (see `Branch`; `depths` are their positions less `first`) and padding, which nobody
+        The others are side rows (see `Branch`; `positions` are those of all rows but padding) and padding, which nobody
         reads: what they see in the main call is of no account.
         """
         assert first + written <= self.slots, "the cache is too short for this forward"
         assert not branches or count <= SCRATCH_SLOTS, "more side rows than there is room for"
-        seen = self.buffers.seen(first + max([written, *(depth + 1 for depth in depths)]))
+        seen = self.buffers.seen(max([first + written, *(position + 1 for position in positions)]))
         slots = torch.arange(seen)
         own = torch.arange(first, first + count).clamp_(max=first + written - 1)
         calls = []
         for branch in branches:
             sources = torch.tensor([*range(branch.slot - first), *branch.overlay])
             queries = torch.tensor(branch.queries)
-            last = torch.tensor([first + depths[row - written] for row in branch.queries])
+            last = torch.tensor([positions[row] for row in branch.queries])
             mask = AttentionMask((slots <= last[:, None])[None, None])
             calls.append(BranchAttention(self.slots + sources, queries, queries[: branch.own], mask))
         self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls))

@@ -18,18 +18,8 @@ from pearl.core.messages import Features
 from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, Check, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models.language_model import SideRow
-from pearl.models.tensor_parallel import ordered_sum
-from pearl.models.tensor_parallel.commands import (
-    Command,
-    CopyFirst,
-    Forget,
-    Forward,
-    Read,
-    ReadTogether,
-    ReadTrial,
-    SetBuckets,
-    SlotTokens,
-)
+from pearl.models.tensor_parallel import commands, ordered_sum
+from pearl.models.tensor_parallel.commands import Command, SlotTokens
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 _HEADS = ("q_proj", "k_proj", "qkv_proj", "query_key_value")  # whose outputs are the attention's heads
@@ -84,24 +74,20 @@ class TensorParallelModel:
         self._settle()
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
-        return self.call(Read(SequenceQuery(batch_slot, tokens, keep, side_rows)))
+        return self.call(commands.Read(SequenceQuery(batch_slot, tokens, keep, side_rows)))
 
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
-        return self.call(ReadTogether(tuple(queries)))
+        return self.call(commands.ReadTogether(tuple(queries)))
 
     def forward(self, tokens: Sequence[int], first: int, keep: int) -> Tensor:
-        return self.call(Forward(tuple(tokens), first, keep))
+        return self.call(commands.Forward(tuple(tokens), first, keep))
 
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        self.call(Forget(SlotTokens(batch_slot, tuple(but))))
+        self.call(commands.Forget(SlotTokens(batch_slot, tuple(but))))
 
     @property
     def trial(self) -> TensorParallelTrial:
         return TensorParallelTrial(self)
-
-    def forget_all(self) -> None:
-        for batch_slot in range(self.batch_slots):
-            self.forget(batch_slot=batch_slot)
 
     @property
     def features_stay(self) -> bool:
@@ -117,7 +103,7 @@ class TensorParallelModel:
 
     def _settle(self) -> None:
         plan, joint = self._shard.rows, self._shard.joint
-        self._others.say(SetBuckets(plan.safe, plan.branches, joint.counts if joint else ()))
+        self._others.say(commands.SetBuckets(plan.safe, plan.branches, joint.counts if joint else ()))
 
     def call(self, command: Command) -> Any:
         """Makes a call on all ranks, and returns what the first one's shard says."""
@@ -149,10 +135,10 @@ class TensorParallelTrial:
         self._model = model
 
     def copy_first(self, tokens: int) -> None:
-        self._model.call(CopyFirst(tokens))
+        self._model.call(commands.CopyFirst(tokens))
 
     def read(self, tokens: Sequence[int], first: int, lengths: Sequence[int], count: int) -> list[Tensor]:
-        return self._model.call(ReadTrial(tuple(tokens), first, tuple(lengths), count))
+        return self._model.call(commands.ReadTrial(tuple(tokens), first, tuple(lengths), count))
 
 
 def check(config: PretrainedConfig, ranks: int, name: str) -> None:
