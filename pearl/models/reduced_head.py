@@ -41,7 +41,9 @@ class ReducedVocabHead(nn.Module):
         self._ids, self._size = frequent, head.out_features
         self._always = [token for token in always if token < head.out_features]
         self._sequences: dict[int, _Observed] = {}
-        self._room = 0  # rare tokens that its tensors hold without being made anew; 0: as many as there are
+        self._settled = False  # a recorded forward reads the tensors of rare tokens, all of them
+        self._rare: list[int] = []
+        self._make_room(_ROOM)
         self.forget()
 
     def __len__(self) -> int:
@@ -51,11 +53,9 @@ class ReducedVocabHead(nn.Module):
         """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
         `observe_tokens` has told of a text, the whole head is read."""
         self._sequences.pop(batch_slot, None)
-        self._rare: list[int] = []
+        self._rare = []
         self._known: set[int] = set(self._ids.tolist())
-        self._weight: Tensor | None = None  # [rare tokens, hidden]
-        if self._room:
-            self._place(0)
+        self._place(0)
         self._add(self._always)
         for other in self._sequences.values():
             self._add(other.tokens)
@@ -77,23 +77,22 @@ class ReducedVocabHead(nn.Module):
     @property
     def layout(self) -> tuple[bool, int]:
         """What a recorded forward can't change: whether the whole head is read, and how many rare tokens fit."""
-        return self.whole, self._room
+        return self.whole, len(self._rare_ids)
 
     def settle(self) -> None:
-        """From here on its tensors stay where they are until there are more rare tokens than fit."""
-        self._make_room(_ROOM)
+        """From here on a forward reads the same tensors until there are more rare tokens than fit."""
+        self._settled = True
 
     def _make_room(self, room: int) -> None:
-        head = self._head[0].weight
-        like = head.detach().float() if head.device.type == "cpu" else head.detach()
-        self._room = room
+        head = self._head[0].weight.detach()
+        kind = torch.float32 if head.device.type == "cpu" else head.dtype
         self._rare_ids = torch.full((room,), self._size, device=head.device)  # beyond the vocabulary: nothing
-        self._rare_rows = like.new_zeros(room, head.shape[1])
+        self._rare_rows = head.new_zeros(room, head.shape[1], dtype=kind)
         self._place(0)
 
     def _place(self, first: int) -> None:
         """The rare tokens from the one numbered `first` on, into the tensors that stay."""
-        if len(self._rare) > self._room:
+        if len(self._rare) > len(self._rare_ids):
             self._make_room(2 * len(self._rare))
             return
         self._rare_ids[first:] = self._size
@@ -109,29 +108,19 @@ class ReducedVocabHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.whole:
             return self.all(x)
-        if self._room:
-            logits = x.new_full((*x.shape[:-1], self._size + 1), -torch.inf)
-            logits[..., self._ids] = self.frequent(x)
-            logits[..., self._rare_ids] = (x.to(self._rare_rows.dtype) @ self._rare_rows.T).to(logits.dtype)
-            return logits[..., : self._size]
-        logits = x.new_full((*x.shape[:-1], self._size), -torch.inf)
+        count = len(self._rare_ids) if self._settled else len(self._rare)
+        ids, rows = self._rare_ids[:count], self._rare_rows[:count]
+        logits = x.new_full((*x.shape[:-1], self._size + 1), -torch.inf)
         logits[..., self._ids] = self.frequent(x)
-        if self._weight is not None:
-            logits[..., self._rare] = (x.to(self._weight.dtype) @ self._weight.T).to(logits.dtype)
-        return logits
+        logits[..., ids] = (x.to(rows.dtype) @ rows.T).to(logits.dtype)
+        return logits[..., : self._size]
 
     def _add(self, tokens: Iterable[int]) -> None:
         new = [token for token in dict.fromkeys(tokens) if token not in self._known and token < self._size]
-        if not new:
-            return
-        self._known |= set(new)
-        self._rare += new
-        if self._room:
+        if new:
+            self._known |= set(new)
+            self._rare += new
             self._place(len(self._rare) - len(new))
-            return
-        weight = self._head[0].weight.detach()
-        rows = weight[new].float() if weight.device.type == "cpu" else weight[new]
-        self._weight = rows if self._weight is None else torch.cat([self._weight, rows])
 
 
 def _layer(weight: Tensor) -> nn.Linear:
