@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import TableModel, alone, examples
 
 from pearl.core.sampling import SamplingParams
+from pearl.drafters.draft_source import ChainQuery
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 
@@ -80,3 +84,15 @@ def test_a_model_is_at_a_loss_beyond_its_length():
     source = ModelSource(TableModel(3, max_length=4))
     assert len(source.propose([0] * 4, 3)) == 1
     assert source.propose([0] * 5, 3) == [] and source.forwards == 1
+
+
+@pytest.mark.parametrize("slots", [(0,), (0, 1), (3,)], ids=["alone", "two", "alone, where it was beside others"])
+def test_a_forward_of_chains_reads_a_row_of_each_and_samples_as_that_sequence_asks(slots: tuple[int, ...]):
+    model = TableModel(5)
+    source, params = ModelSource(model), {slot: SamplingParams(temperature=1.0, seed=slot) for slot in slots}
+    for slot in slots:
+        source.begin(slot, params[slot])
+    guesses = source.propose_batch([ChainQuery(slot, [1, 2], (3,), 1) for slot in slots])
+    wanted = [alone(model, [1, 2, 3], replace(params[slot], max_new_tokens=1), ()).tokens[0] for slot in slots]
+    assert guesses == [[(token, ())] for token in wanted]
+    assert (source.forwards, source.rows) == (1, len(slots))
