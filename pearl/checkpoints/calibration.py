@@ -88,7 +88,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         backends = numerics_check.backends(placed.on_cpu)
         static = {"static": 2, "backends": backends, "graphs": capture is not None, **key}
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
-        numerics_check.apply(reader, numerics_check.Report.of(found), capture)
+        numerics_check.apply(reader, numerics_check.NumericsReport.of(found), capture)
     else:
         reader.rows = TokenBuckets.from_json(measured_once({"rows": 3, **key}, measure))
         reader.checks = (numerics_check.rows_check(reader.rows),)

@@ -19,7 +19,7 @@ from pearl.core.token_buckets import GRAIN, LIMIT
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.language_model import LanguageModel, SequenceRows
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import PassRows
+from pearl.models.static_shapes import ForwardRows
 
 DRAFT_PREFILL_CHUNK = 4 * GRAIN  # rows of one forward over a prompt at most
 
@@ -90,7 +90,7 @@ class DraftModel(LanguageModel):
     def _read_chunk(self, chunk: ForwardChunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
             mask = chunk.mask[0, 0].numpy()
-            rows = PassRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
+            rows = ForwardRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
             return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
         laid = self._lay_out_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)

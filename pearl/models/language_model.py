@@ -27,7 +27,7 @@ from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import COUNTS, Capture, PassRows, StaticShapeRunner
+from pearl.models.static_shapes import COUNTS, Capture, ForwardRows, StaticShapeRunner
 
 TREE_SLOTS = 256  # for the nodes of a drafter, beyond its longest sequence
 PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
@@ -196,7 +196,7 @@ class LanguageModel:
 
     def _rows(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow], batch_slot: int, least: int = 0
-    ) -> PassRows:
+    ) -> ForwardRows:
         """The rows of a forward without padding."""
         self._slots[batch_slot].first = first
         chain, positions = len(tokens), list(range(first, first + len(tokens)))
@@ -205,7 +205,7 @@ class LanguageModel:
             positions.append(positions[parent] + 1)
         branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.rows)
         tokens = [*tokens, *(token for _, token in side_rows)]
-        return PassRows(tokens, positions, range(first, first + chain), first, branches, least=least)
+        return ForwardRows(tokens, positions, range(first, first + chain), first, branches, least=least)
 
     def run_together(
         self, parts: Sequence[SequenceRows], queries: Sequence[int] | None = None, pads: int = 0

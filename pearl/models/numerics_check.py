@@ -33,7 +33,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Report:
+class NumericsReport:
     """What was found, and what is done."""
 
     plan: TokenBuckets
@@ -42,19 +42,19 @@ class Report:
     checks: tuple[Check, ...]
 
     @staticmethod
-    def of(found: dict[str, Any]) -> Report:
+    def of(found: dict[str, Any]) -> NumericsReport:
         """From what `asdict` and JSON made of one."""
         checks = tuple(Check(**check) for check in found["checks"])
-        return Report(TokenBuckets.from_json(found["plan"]), found["backend"], found["captured"], checks)
+        return NumericsReport(TokenBuckets.from_json(found["plan"]), found["backend"], found["captured"], checks)
 
 
-def examine(reader: VerifierModel, capture: Capture | None, backends: Sequence[str]) -> Report:
+def examine(reader: VerifierModel, capture: Capture | None, backends: Sequence[str]) -> NumericsReport:
     """Tries the backends of attention on this very model, and graphs if there is something to record them with. Leaves
     the reader as the report says.
 
     Of the backends that keep the bits it takes the one whose passes cost least; if none does, the cheapest.
     """
-    found: list[Report] = []
+    found: list[NumericsReport] = []
     refused: list[Check] = []
     for backend in backends:
         try:
@@ -75,7 +75,7 @@ def examine(reader: VerifierModel, capture: Capture | None, backends: Sequence[s
         plan = replace(plan, path_s=profile_path(reader, reader.vocabulary))
         reader.rows = plan
     reader.forget()
-    return Report(plan, best.backend, captured, (*best.checks, *refused, *graphs))
+    return NumericsReport(plan, best.backend, captured, (*best.checks, *refused, *graphs))
 
 
 def backends(on_cpu: bool) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ def backends(on_cpu: bool) -> tuple[str, ...]:
     return ("packed",) if on_cpu else tuple(BACKENDS)
 
 
-def apply(reader: VerifierModel, known: Report, capture: Capture | None) -> None:
+def apply(reader: VerifierModel, known: NumericsReport, capture: Capture | None) -> None:
     """Sets a reader up as a report says."""
     reader.rows = known.plan
     reader.checks = known.checks
@@ -117,7 +117,7 @@ def _counts(plan: TokenBuckets) -> tuple[int, ...]:
     return tuple(sorted(thinned))
 
 
-def _try(reader: VerifierModel, backend: str) -> Report:
+def _try(reader: VerifierModel, backend: str) -> NumericsReport:
     """Row counts, places and branches with one backend of the attention, without graphs."""
     reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
     reader.enable_static_shapes(range(1, LIMIT + 1), None, backend)
@@ -128,7 +128,7 @@ def _try(reader: VerifierModel, backend: str) -> Report:
     reader.enable_static_shapes(_counts(plan), None, backend)
     branches = bool(plan.exact and reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, backend)]
-    return Report(replace(plan, branches=branches), backend, False, tuple(checks))
+    return NumericsReport(replace(plan, branches=branches), backend, False, tuple(checks))
 
 
 def _of_branches(reader: VerifierModel, plan: TokenBuckets, agree: bool) -> Check:

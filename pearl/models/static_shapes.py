@@ -64,7 +64,7 @@ class ForwardShape:
 
 
 @dataclass(frozen=True)
-class PassRows:
+class ForwardRows:
     """The rows of a pass over one text, before padding."""
 
     tokens: Sequence[int]
@@ -84,7 +84,7 @@ class StaticInputs:
         self.numbers = torch.zeros(lines, LIMIT, dtype=torch.int64, device=device)
         self.mask = torch.zeros(LIMIT * slots, dtype=torch.bool, device=device)
         # two by turns: one is filled while the other's copy may still be under way
-        self._stages = [_Stage(self.numbers, self.mask) for _ in range(2)] if device.type == "cuda" else []
+        self._stages = [_PinnedStage(self.numbers, self.mask) for _ in range(2)] if device.type == "cuda" else []
 
     def fill(self, numbers: np.ndarray, mask: np.ndarray | None) -> None:
         """numbers: int64 [lines, LIMIT]; mask: bool [R, S]"""
@@ -99,7 +99,7 @@ class StaticInputs:
         stage.send(numbers, mask, self.numbers[:lines], self.mask)
 
 
-class _Stage:
+class _PinnedStage:
     """Page-locked memory, from which a GPU copies by itself."""
 
     def __init__(self, numbers: Tensor, mask: Tensor):
@@ -208,7 +208,7 @@ class StaticShapeRunner:
         return rows <= self.counts[-1]
 
     @torch.inference_mode()
-    def __call__(self, cache: SlotCache, rows: PassRows) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, cache: SlotCache, rows: ForwardRows) -> tuple[Tensor, Tensor | None]:
         """Logits [R, V], V as the model has it, and the hooked layers' hidden states [R, F]. The next forward writes
         over both."""
         count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
@@ -252,14 +252,14 @@ def _kept(buffer: Tensor, rows: Tensor) -> Tensor:
     return buffer
 
 
-def _lasts(rows: PassRows) -> list[int]:
+def _lasts(rows: ForwardRows) -> list[int]:
     """The last slot that each row sees in the main call; but rows beside the chain see theirs in a call of its own."""
     written = len(rows.slots)
     deepest = max([rows.first + written - 1, *rows.positions[written:]])
     return [*rows.slots, *[deepest] * (len(rows.tokens) - written)]
 
 
-def _numbers(rows: PassRows, shape: ForwardShape, slots: int) -> np.ndarray:
+def _numbers(rows: ForwardRows, shape: ForwardShape, slots: int) -> np.ndarray:
     """int64 [lines, LIMIT]"""
     count, written, total = len(rows.tokens), len(rows.slots), shape.rows
     made = np.zeros((_COMMON + _OF_A_PATH * shape.paths, LIMIT), dtype=np.int64)
@@ -289,7 +289,7 @@ def _numbers(rows: PassRows, shape: ForwardShape, slots: int) -> np.ndarray:
     return made
 
 
-def _mask(rows: PassRows, shape: ForwardShape) -> np.ndarray | None:
+def _mask(rows: ForwardRows, shape: ForwardShape) -> np.ndarray | None:
     """bool [R, S]: a row that only fills the shape sees what the last one does."""
     if rows.mask is None:
         return None

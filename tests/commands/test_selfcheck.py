@@ -40,7 +40,7 @@ def reader():
     return tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()))
 
 
-def found(report: numerics_check.Report) -> dict[str, numerics_check.Check]:
+def found(report: numerics_check.NumericsReport) -> dict[str, numerics_check.Check]:
     return {check.what: check for check in report.checks}
 
 
@@ -164,7 +164,9 @@ def test_a_branch_with_bits_of_its_own_makes_passes_chains(monkeypatch):
 
 def test_what_was_found_is_a_start_without_a_second_look():
     first, second = reader(), reader()
-    report = numerics_check.Report.of(json.loads(json.dumps(asdict(numerics_check.examine(first, graph, PACKED)))))
+    report = numerics_check.NumericsReport.of(
+        json.loads(json.dumps(asdict(numerics_check.examine(first, graph, PACKED))))
+    )
     numerics_check.apply(second, report, graph)
     assert second.rows == report.plan and second.static.counts == first.static.counts
     assert {verdict for _, verdict, _ in selfcheck.report(second.checks)} == {"ok"}
@@ -214,7 +216,7 @@ def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
     plain = prepared("llama", "float32", "stock")
     target = tiny.verifier(plain.model, rows=plain.rows)
     draft = tiny.draft_model(close_model("llama", "float32", drift=0.1))
-    numerics_check.apply(target, numerics_check.Report(plain.rows, "packed", True, ()), graph)
+    numerics_check.apply(target, numerics_check.NumericsReport(plain.rows, "packed", True, ()), graph)
     draft.enable_static_shapes(capture=graph)
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     schedule = Schedule.of(mode, None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)

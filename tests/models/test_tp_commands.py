@@ -12,7 +12,7 @@ from pearl.models.tensor_parallel.commands import (
     Forget,
     Forward,
     KeepAlive,
-    Read,
+    ReadSequence,
     ReadTogether,
     ReadTrial,
     SetBuckets,
@@ -35,7 +35,7 @@ wanted = st.builds(
     side_rows=st.lists(st.tuples(small, numbers), max_size=3).map(tuple),
 )
 COMMANDS: st.SearchStrategy[Command] = st.one_of(
-    st.builds(Read, wanted),
+    st.builds(ReadSequence, wanted),
     st.builds(ReadTogether, st.lists(wanted, max_size=3).map(tuple)),
     st.builds(Forward, tokens, small, small),
     st.builds(ReadTrial, tokens, small, counts, small),
@@ -55,8 +55,8 @@ def test_every_call_arrives_as_it_was_said_whatever_was_said_before(calls: list[
 
 def test_a_pass_over_a_long_text_is_told_in_a_few_words():
     texts, text = TokenDeltas(), list(range(4000))
-    Read(SequenceQuery(0, text, 1)).words(texts)
-    later = Read(SequenceQuery(0, [*text[:3990], 7, 8, 9], 4, ((0, 5), (1, 6)))).words(texts)
+    ReadSequence(SequenceQuery(0, text, 1)).words(texts)
+    later = ReadSequence(SequenceQuery(0, [*text[:3990], 7, 8, 9], 4, ((0, 5), (1, 6)))).words(texts)
     assert len(later) < 20 and max(later) < 4001
 
 

@@ -73,7 +73,7 @@ def decode(words: Sequence[int], deltas: TokenDeltas) -> Command:
 
 
 @dataclass(frozen=True)
-class Read(Command):
+class ReadSequence(Command):
     query: SequenceQuery
 
     def run(self, shard: VerifierModel) -> object:

@@ -74,7 +74,7 @@ class TensorParallelModel:
         self._settle()
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
-        return self.call(commands.Read(SequenceQuery(batch_slot, tokens, keep, side_rows)))
+        return self.call(commands.ReadSequence(SequenceQuery(batch_slot, tokens, keep, side_rows)))
 
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         return self.call(commands.ReadTogether(tuple(queries)))
