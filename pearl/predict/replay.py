@@ -293,7 +293,7 @@ def _draft_s(
             prompts = sum(passes[0]["forward_s"] for passes in texts.values()) / pass_s * costs[0]
             slower = 1 + shares[mode].both / shares[mode].drafter * (crowding - 1)
             expected_s += (later + prompts) * slower
-            busy_s += facts["drafter_busy"] * facts["seconds"]
+            busy_s += _busy_s(facts)
     return tuple(busy_s / expected_s * cost for cost in costs)
 
 
@@ -301,5 +301,11 @@ def _forwards(figures: Mapping[str, Any]) -> int:
     """Of the drafter, in a mode; also of a run that did not count them."""
     counted, forward_ms = figures.get("draft_forwards"), figures.get("draft_forward_ms")
     if counted is None and forward_ms:
-        return round(1e3 * figures["drafter_busy"] * figures["seconds"] / forward_ms)
+        return round(1e3 * _busy_s(figures) / forward_ms)
     return counted or 0
+
+
+def _busy_s(figures: Mapping[str, Any]) -> float:
+    """Seconds that the drafter worked; an earlier run tells the share of its seconds only."""
+    told = figures.get("draft_busy_s")
+    return figures["drafter_busy"] * figures["seconds"] if told is None else told
