@@ -17,3 +17,15 @@ class UsageError(Exception):
 
 class Unreachable(Exception):
     """The drafter could not be reached this time; the message says why. Nobody but the runtime meets it."""
+
+
+class NonFiniteLogits(ArithmeticError):
+    """A model's logits are not finite numbers (NaN or infinity), so they say nothing of the next token."""
+
+    def __init__(self, dtype: object):
+        """`dtype`: of the logits."""
+        kind = str(dtype).removeprefix("torch.")
+        advice = "use dtype bfloat16 or float32" if kind == "float16" else "check the weights, or use dtype float32"
+        super().__init__(
+            f"The logits are not finite (NaN or infinity), most likely for want of range in {kind}: {advice}."
+        )

@@ -114,11 +114,11 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
             {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
         )
         reader.enable_static_shapes(capture=capture if captured["captured"] else None)
-    found = measured_once(key, lambda: {"seconds": profile_leaves(reader, checked.vocabulary)})["seconds"]
+    found = measured_once(key, lambda: {"seconds": profile_leaves(reader, reader.vocabulary)})["seconds"]
     several: Found = {"several": (0.0, 0.0)}
     if reader.batch_slots > 1:
         key["texts"] = reader.batch_slots
-        several = measured_once(key, lambda: {"several": profile_batches(reader, checked.vocabulary, found[0])})
+        several = measured_once(key, lambda: {"several": profile_batches(reader, reader.vocabulary, found[0])})
     for batch_slot in range(reader.batch_slots):
         reader.forget(batch_slot=batch_slot)
     first, further = several["several"]

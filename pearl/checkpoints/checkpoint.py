@@ -20,6 +20,7 @@ from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
 from pearl.config.inputs import brief
 from pearl.config.pairs import known_numbers
+from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
@@ -74,6 +75,12 @@ class Checkpoint:
                 f"file ({type(error).__name__}: {brief(error, 300)})."
             ) from error
         longest_sequence(found)
+        context = getattr(found.get_text_config(), "max_position_embeddings", None) or LEAST_CONTEXT
+        if role == "target" and context < LEAST_CONTEXT:
+            raise UsageError(
+                f"The target {self.name} reads {context} tokens, and its forwards are compared at start on texts of "
+                f"{LEAST_CONTEXT}: choose a model with a longer context."
+            )
         quantized.check(role, self.name, found, config.load_in if role == "target" else config.draft_load_in)
         return found, tokenizer
 
@@ -132,6 +139,7 @@ class Checkpoint:
                 "be random numbers: get the whole checkpoint again."
             )
         model.eval()
+        quantized.make_rows_independent(model)
         if load_in == "4bit" and placed.on_cpu:
             quantized.keep_odd_shapes(model)
         return embedded.plain_weights(model) if self.gguf_file else model

@@ -14,7 +14,7 @@ from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.models import linear
 from pearl.models.architecture import longest_sequence
-from pearl.models.draft_model import DraftModel
+from pearl.models.draft_model import DraftModel, read_unknown_tokens
 from pearl.models.reduced_head import reduce_vocab
 
 
@@ -35,7 +35,10 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     prepare(model, kernel, placed)
     longest = min(checked.max_length + ahead, longest_sequence(model.config))
     coarse = not placed.on_cpu
-    reader = DraftModel(model, checked.vocabulary, longest, head, checked.texts, coarse)
+    vocabulary = min(checked.vocabulary, model.config.get_text_config().vocab_size)
+    if vocabulary < checked.vocabulary:
+        read_unknown_tokens(model)
+    reader = DraftModel(model, vocabulary, longest, head, checked.texts, coarse)
     return reader, calibrate_draft(reader, checked, kernel, len(head) if head else 0)
 
 

@@ -35,7 +35,7 @@ class Preflight:
     target: Checkpoint
     draft: Checkpoint | None
     tokenizer: PreTrainedTokenizerBase
-    vocabulary: int  # tokens that both models know
+    vocabulary: int  # tokens that the target knows; a draft that knows fewer is cut
     max_length: int
     target_on: Placement
     draft_on: Placement
@@ -132,7 +132,6 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Pref
         draft_config, draft_tokenizer = draft.describe("draft", config, own_tokenizer=own)
         if draft_tokenizer is not None:
             compare_vocabularies(tokenizer, draft_tokenizer)
-        vocabulary = min(vocabulary, draft_config.get_text_config().vocab_size)
         width = _width(config.draft_dtype or config.dtype)
         sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     texts = _texts(config, sizes["target"], max_length)

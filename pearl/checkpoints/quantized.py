@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pearl.errors import UsageError
+from pearl.models import linear
 
 NEEDS = {  # by `quant_method`: the packages that transformers asks for
     "gptq": ("optimum", "gptqmodel"),
@@ -62,6 +63,21 @@ def settings(load_in: str, dtype: str, double_quant: bool) -> Any:
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+def make_rows_independent(model: Any) -> int:
+    """Replaces bitsandbytes' 8-bit layers by ones whose rows don't depend on each other. Returns how many."""
+    found = 0
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer).__name__ != "Linear8bitLt":
+                continue
+            if layer.weight.CB is not None:
+                layer.init_8bit_state()
+            state = layer.state
+            setattr(parent, name, linear.RowwiseInt8Linear(state.CB, state.SCB, layer.bias, state.threshold))
+            found += 1
+    return found
 
 
 def keep_odd_shapes(model: Any) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pearl.checkpoints.calibration import calibrate_target
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
+from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
@@ -30,7 +31,7 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
     reader = VerifierModel(
         model,
         checked.vocabulary,
-        checked.max_length,
+        max(checked.max_length, LEAST_CONTEXT),
         hooks=HiddenStateHooks(model, shape.features) if shape and shape.features else None,
         batch_slots=checked.texts,
         coarse=not (checked.target_on.on_cpu or others),
@@ -46,7 +47,7 @@ def load_shard(checked: Preflight) -> VerifierModel:
     """What a rank other than the first has of the target."""
     model = _load(checked)
     prepare(model, "stock", checked.target_on)
-    return VerifierModel(model, checked.vocabulary, checked.max_length, batch_slots=checked.texts)
+    return VerifierModel(model, checked.vocabulary, max(checked.max_length, LEAST_CONTEXT), batch_slots=checked.texts)
 
 
 def load_plain(checked: Preflight, device: str) -> Any:

@@ -120,7 +120,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
     except UsageError as error:
         yield _refused("pair", error)
         return
-    same = "no model drafts" if config.draft == NGRAM else f"{checked.vocabulary} tokens that both know"
+    same = "no model drafts" if config.draft == NGRAM else f"{len(checked.tokenizer)} tokens that both know"
     yield CheckResult("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
     try:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from pearl.core import noise
-from pearl.core.sampling import Picker, SamplingParams
+from pearl.core.sampling import NOT_FINITE, Picker, SamplingParams, best_tokens
 from pearl.core.trie import Node
+from pearl.errors import NonFiniteLogits
 
 _UNITS = 40  # bits of a probability
 
@@ -37,7 +38,7 @@ def begin(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> P
     logits: [R, V]; positions: of each row's own token.
     """
     if logits.is_cuda and not params.rejection:
-        return _Coming(on_device(params, logits, positions))
+        return _Coming(on_device(params, logits, positions), logits.dtype)
     return Picker(params, logits, positions)
 
 
@@ -52,8 +53,9 @@ def wait(picks: Sequence[Picks]) -> bool:
 class _Coming:
     """Picks that are being copied to the host."""
 
-    def __init__(self, tokens: Tensor):
-        """tokens: int64 [R], on a GPU"""
+    def __init__(self, tokens: Tensor, dtype: torch.dtype):
+        """tokens: int64 [R], on a GPU; `NOT_FINITE` where there is none. dtype: of their logits."""
+        self._dtype = dtype
         self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._here.copy_(tokens, non_blocking=True)
         self._copied = torch.cuda.Event()
@@ -64,6 +66,8 @@ class _Coming:
         if self._picks is None:
             self._copied.synchronize()  # the one place where the host waits for the device
             self._picks = self._here.tolist()
+            if NOT_FINITE in self._picks:
+                raise NonFiniteLogits(self._dtype)
         return self._picks
 
     def pick(self, row: int, node: Node) -> int:
@@ -71,15 +75,16 @@ class _Coming:
 
 
 def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> Tensor:
-    """What `sampling.Picker` picks after each row, int64 [R], without a word to the host."""
+    """What `sampling.Picker` picks after each row, int64 [R], without a word to the host; `NOT_FINITE` where it would
+    raise."""
     assert not params.rejection, "a guess is judged on the host"
     if params.greedy:
-        return logits.argmax(-1)
+        return best_tokens(logits)
     scores = _warped(logits, params)
     noisy = scores.double() + noise.gumbel_rows(
         params.seed, [position + 1 for position in positions], noise.PICK, scores.shape[-1], scores.device
     )
-    return noisy.argmax(-1)
+    return best_tokens(noisy)
 
 
 def _warped(logits: Tensor, params: SamplingParams) -> Tensor:

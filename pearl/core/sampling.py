@@ -22,9 +22,11 @@ from torch import Tensor
 from pearl.core import noise
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
+from pearl.errors import NonFiniteLogits
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
+NOT_FINITE = -1  # in place of a token, where there is none
 TOP_MARGIN = 5.0  # nats below the best token
 ALTERNATIVE_MASS = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 
@@ -69,9 +71,13 @@ def ranked(
     best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
     if params.greedy:
         logp = best.float().log_softmax(-1).tolist()
+        if any(math.isnan(row[0]) for row in logp):  # of infinity too
+            raise NonFiniteLogits(logits.dtype)
         pairs = [zip(row, qs, strict=False) for row, qs in zip(tokens.tolist(), logp, strict=True)]
         # of equal logits, which half precision often has, the first token comes first, as argmax has it
         return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
+    if not best[:, 0].isfinite().all():
+        raise NonFiniteLogits(logits.dtype)
     rows = zip(logits, best, tokens, positions, strict=True)
     if params.rejection:
         return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
@@ -96,13 +102,15 @@ def _drawn_first(
     return [(first, math.log(1 - ALTERNATIVE_MASS), proposal), *others]
 
 
-def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
+def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int, dtype: torch.dtype | None = None) -> int:
     """An exact sample from softmax(scores), by the Gumbel-max trick.  scores: [V]
 
     The best of the likely tokens comes first. Of the others only those are looked at whose noise is large enough to
-    beat it; their noise decides, so the result is that of all tokens.
+    beat it; their noise decides, so the result is that of all tokens. Raises `NonFiniteLogits`, of `dtype`.
     """
     highest = float(scores.max())
+    if not math.isfinite(highest):
+        raise NonFiniteLogits(dtype or scores.dtype)
     likely = (scores >= highest - TOP_MARGIN).nonzero().squeeze(1)
     best = float((scores[likely].double() + noise.gumbel(seed, position, purpose, likely)).max())
     others = (scores >= best - noise.MAX_GUMBEL).nonzero().squeeze(1)
@@ -112,13 +120,30 @@ def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int) -> int:
     return int(tokens[noisy == noisy.max()].min())
 
 
+def best_tokens(scores: Tensor) -> Tensor:
+    """The best token of each row, int64 [R], `NOT_FINITE` where scores are no finite numbers.  scores: [R, V]
+
+    One that is not a number beats all others, and so does infinity: the best tells of them all.
+    """
+    tokens = scores.argmax(-1)
+    return tokens.masked_fill(~scores.gather(-1, tokens[:, None])[:, 0].isfinite(), NOT_FINITE)
+
+
+def argmax(logits: Tensor) -> list[int]:
+    """The best token of each row, by one copy to the host.  logits: [R, V].  Raises `NonFiniteLogits`."""
+    tokens: list[int] = best_tokens(logits).tolist()
+    if NOT_FINITE in tokens:
+        raise NonFiniteLogits(logits.dtype)
+    return tokens
+
+
 class Picker:
     """The target's pick after each row of a pass."""
 
     def __init__(self, params: SamplingParams, logits: Tensor, positions: Sequence[int]):
         """logits: [R, V]; positions: of each row's own token, so the pick of row r is for positions[r] + 1."""
         self.params, self.logits, self.positions = params, logits, positions
-        self._argmax = logits.argmax(-1).tolist() if params.greedy else []
+        self._argmax: list[int] = argmax(logits) if params.greedy else []
 
     def pick(self, row: int, node: Node) -> int:
         """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
@@ -127,14 +152,14 @@ class Picker:
         scores = warp(self.logits[row], self.params)
         position = self.positions[row] + 1
         if not self.params.rejection:
-            return noisy_argmax(scores, self.params.seed, position, noise.PICK)
+            return noisy_argmax(scores, self.params.seed, position, noise.PICK, self.logits.dtype)
         guess = next(iter(node.children.values()), None)
         if guess is None:
-            return noisy_argmax(scores, self.params.seed, position, noise.RESIDUAL)
-        return accept_or_resample(scores, guess, self.params.seed)
+            return noisy_argmax(scores, self.params.seed, position, noise.RESIDUAL, self.logits.dtype)
+        return accept_or_resample(scores, guess, self.params.seed, self.logits.dtype)
 
 
-def accept_or_resample(scores: Tensor, guess: Node, seed: int) -> int:
+def accept_or_resample(scores: Tensor, guess: Node, seed: int, dtype: torch.dtype | None = None) -> int:
     """Rejection sampling at one position.  scores: warped log-probabilities up to a constant, [V].
 
     Accepts `guess` with min(1, p/q), else samples the residual norm(max(0, p - q)) (Leviathan et al. 2023, A.1).
@@ -142,9 +167,15 @@ def accept_or_resample(scores: Tensor, guess: Node, seed: int) -> int:
     """
     p = scores.double().softmax(-1)
     q = dict(guess.proposal) or {guess.token: 1.0}
-    if noise.uniform(seed, guess.position, noise.ACCEPT) * q[guess.token] < float(p[guess.token]):
+    share = float(p[guess.token])
+    if math.isnan(share):
+        raise NonFiniteLogits(dtype or scores.dtype)
+    if noise.uniform(seed, guess.position, noise.ACCEPT) * q[guess.token] < share:
         return guess.token
-    return noisy_argmax(residual(p, q).log(), seed, guess.position, noise.RESIDUAL)
+    left = residual(p, q)
+    if not left.any():  # p is q but for rounding
+        return guess.token
+    return noisy_argmax(left.log(), seed, guess.position, noise.RESIDUAL)
 
 
 def residual(p: Tensor, q: dict[int, float]) -> Tensor:
@@ -161,13 +192,13 @@ def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int,
     sampled from, which is all that the proof needs.
     """
     if params.greedy:
-        return int(logits.argmax()), ()
+        return argmax(logits[None])[0], ()
     scores = warp(logits, params)
     if not params.rejection:
-        return noisy_argmax(scores, params.seed, position, noise.PICK), ()
+        return noisy_argmax(scores, params.seed, position, noise.PICK, logits.dtype), ()
     best, tokens = scores.topk(min(SUPPORT, scores.numel()))
     # rounded to what a message carries before it is drawn from, so that both sides hold the same q
     q = best.double().softmax(-1).float()
     proposal = tuple((t, p) for t, p in zip(tokens.tolist(), q.tolist(), strict=True) if p > 0)
     spread = torch.full_like(scores, -torch.inf).index_copy_(0, tokens, q.log().to(scores.dtype))
-    return noisy_argmax(spread, params.seed, position, noise.DRAFT), proposal
+    return noisy_argmax(spread, params.seed, position, noise.DRAFT, logits.dtype), proposal

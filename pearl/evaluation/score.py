@@ -99,7 +99,8 @@ def _score(text: Read, q: Any, p: Any) -> Scored:
 
     wanted = torch.tensor(text.tokens[text.first :], device=q.device)
     q = q[text.first - 1 : -1].float()
-    ranks = (q > q.gather(1, wanted[:, None])).sum(1)
+    unknown = wanted >= q.shape[1]  # to the drafter, whose embedding may be smaller
+    ranks = (q > q.gather(1, wanted.masked_fill(unknown, 0)[:, None])).sum(1).masked_fill(unknown, max(RANKS))
     if p is None:
         return Scored(tuple(ranks.tolist()))
     shared = min(q.shape[1], p.shape[1])  # padded vocabularies differ

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
@@ -94,3 +94,18 @@ class DraftModel(LanguageModel):
             return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
         laid = self._lay_out_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)
+
+
+def read_unknown_tokens(model: PreTrainedModel) -> None:
+    """Lets a draft model read tokens that its embedding has no row for, which its target may write: as its last one.
+
+    Guesses after such a token are poorer, and no more.
+    """
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
+    last = embedding.num_embeddings - 1
+
+    def known(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens, *others = inputs
+        return tokens.clamp(max=last), *others
+
+    embedding.register_forward_pre_hook(known)

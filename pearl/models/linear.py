@@ -63,6 +63,46 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x.float(), self._packed, True).to(self._dtype)
 
 
+class RowwiseInt8Linear(nn.Module):
+    """LLM.int8 (Dettmers et al. 2022), but each row has the result that it has alone.
+
+    y = x W^T + b with W in 8 bits. Entries of x from `threshold` on are multiplied in full precision, the others of a
+    row in 8 bits. bitsandbytes takes every column out of the 8 bits that is an outlier in *any* row of the forward, so
+    a row's bits would depend on the rows beside it. Here each row has its own outliers. Products of 8-bit numbers are
+    exact, and those of outliers are added column by column: where a row has none it adds zero.
+    """
+
+    weight: Tensor
+    _scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, threshold: float):
+        """weight: int8 [out, in]; scale: float32 [out], the largest entry of each of its rows."""
+        super().__init__()
+        self._threshold = threshold or math.inf
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("_scale", scale, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        large = rows.abs() >= self._threshold
+        small = rows.masked_fill(large, 0)
+        most = small.abs().amax(1).float().clamp_(min=1e-12)
+        rounded = torch.round(small.float() * (127 / most[:, None])).to(torch.int8)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = torch.ops.bitsandbytes.int8_scaled_mm.default(
+            rounded, self.weight, most, self._scale, bias=bias, dtype=x.dtype
+        )
+        if columns := large.any(0).nonzero()[:, 0].tolist():
+            beside = torch.zeros_like(y, dtype=torch.float32)
+            for column in columns:
+                alone = torch.where(large[:, column], rows[:, column], 0).float()
+                beside.addcmul_(alone[:, None], self.weight[:, column].float() * (self._scale / 127))
+            y = (y.float() + beside).to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
 def wanted(kernel: str) -> bool:
     """Whether to pack: `packed` yes, `stock` no, `auto` where the CPU has no bfloat16 products of its own."""
     if kernel != "auto":

@@ -58,7 +58,7 @@ def test_quantized_models_decode_on_the_cpu(pair, options, request):
         *pair, mode="sd", processes=1, max_length=64, target_cores=ONE_CORE, **options
     ) as engine:
         kinds = {type(module).__name__ for module in engine.model.model.modules()}
-        assert kinds & {"Linear4bit", "Linear8bitLt"}
+        assert kinds & {"Linear4bit", "RowwiseInt8Linear"}
         params = SamplingParams(max_new_tokens=12, ignore_eos=True)
         texts = [engine.generate("def f(x):", params, mode=mode).tokens for mode in ("ar", "sd", "ar")]
         assert texts[0] == texts[2] and len(texts[0]) == 12

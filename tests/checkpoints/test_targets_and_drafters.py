@@ -1,26 +1,58 @@
 """What is loaded is what the preflight has announced."""
 
 import json
+import shutil
 
+import pytest
 import tiny
+import torch
 
 from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config.engine_config import EngineConfig
+from pearl.core.sampling import SamplingParams
 from pearl.core.token_buckets import LEAVES
+from pearl.engine import Engine
+from pearl.errors import UsageError
 
 
-def test_a_pair_with_embeddings_padded_differently_reads_the_shared_vocabulary(pair):
-    checked = preflight(EngineConfig(*pair, dtype="float32", max_length=100))
+def test_of_a_pair_with_embeddings_padded_differently_the_drafter_is_cut_and_the_target_is_not(pair):
+    checked = preflight(EngineConfig(*pair, dtype="float32", max_length=200))
     target, (draft, costs) = load_target(checked), load_draft(checked, ahead=9)
     assert (target.model.config.vocab_size, draft.model.config.vocab_size) == (tiny.SHARED + 16, tiny.SHARED)
-    assert target.read([5, 6, 7], 2).shape == draft.read([5, 6, 7], 2).shape == (2, tiny.SHARED)
-    assert (target.max_length, draft.max_length) == (100, 109)
+    assert target.read([5, 6, 7], 2).shape == (2, tiny.SHARED + 16)
+    assert draft.read([5, 6, 7], 2).shape == (2, tiny.SHARED)
+    assert (target.max_length, draft.max_length) == (200, 209)
     assert len(costs.seconds) == LEAVES and all(seconds > 0 for seconds in costs.seconds), (
         "what each number of leaves costs"
     )
+
+
+def test_a_draft_reads_tokens_that_it_does_not_know(pair):
+    """A target's own tokens, added after its draft was trained, stand in its texts."""
+    checked = preflight(EngineConfig(*pair, dtype="float32"))
+    draft, _ = load_draft(checked, ahead=9)
+    text = [5, tiny.SHARED + 15, 7]
+    assert draft.read(text, 3).isfinite().all()
+    torch.testing.assert_close(draft.read(text, 1), draft.read([5, tiny.SHARED - 1, 7], 1))
+    assert draft.read_leaves(text, [(), (tiny.SHARED + 3,)]).shape == (2, tiny.SHARED)
+
+
+def test_a_context_too_short_for_the_measurements_at_start_is_refused(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    with pytest.raises(UsageError, match=r"reads 100 tokens.*choose a model with a longer context"):
+        preflight(EngineConfig(str(tmp_path / "short")))
+
+
+@pytest.mark.parametrize("most", [20, 62])
+def test_a_text_may_be_shorter_than_what_is_measured_at_start(pair, most):
+    with Engine.from_pretrained(*pair, mode="sd", processes=1, dtype="float32", max_length=most) as engine:
+        params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+        assert len(engine.generate(list(range(30, 40)), params).tokens) == 8
 
 
 def test_the_checkpoint_says_what_ends_a_text(pair):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pearl.core import noise, picks
-from pearl.core.sampling import Picker, SamplingParams
+from pearl.core.sampling import NOT_FINITE, Picker, SamplingParams
 from pearl.core.trie import Trie
 
 NODE = Trie([1, 2, 3]).root
@@ -53,3 +53,11 @@ def test_on_the_host_nothing_is_awaited():
     made = picks.begin(SamplingParams(), torch.tensor([[0.0, 2.0, 1.0]]), [4])
     assert not picks.wait([made])
     assert isinstance(made, Picker) and made.pick(0, NODE) == 1
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_rows_that_are_not_finite_have_no_token(way):
+    logits = torch.randn(3, 40)
+    logits[1, 5] = torch.nan
+    found = picks.on_device(SamplingParams(**way), logits, [7, 8, 9]).tolist()
+    assert [token == NOT_FINITE for token in found] == [False, True, False]

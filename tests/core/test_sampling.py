@@ -27,7 +27,7 @@ from pearl.core.sampling import (
     warp,
 )
 from pearl.core.trie import Node
-from pearl.errors import UsageError
+from pearl.errors import NonFiniteLogits, UsageError
 from pearl.wire.codec import decode, encode
 
 ALPHA = 1e-4
@@ -218,6 +218,27 @@ def test_a_greedy_pick_is_the_argmax_of_its_row():
     logits = random_logits(1, 30, 1.0).reshape(3, 10)
     picker = Picker(SamplingParams(), logits, [4, 5, 6])
     assert [picker.pick(row, Node(0, 4 + row)) for row in range(3)] == logits.argmax(-1).tolist()
+
+
+WAYS = [dict(), dict(temperature=1.0), dict(temperature=0.8, top_p=0.9), dict(temperature=1.0, method="rejection")]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_logits_that_are_not_finite_are_an_error_of_target_and_drafter(way, bad):
+    """It names the dtype, as float16 that overflows is the common cause. A mask's -inf is none."""
+    params, node = SamplingParams(**way), Node(0, 8)
+    logits = random_logits(0, 40, 1.0).half()
+    logits[3] = -math.inf
+    assert 0 <= Picker(params, logits[None], [8]).pick(0, node) < 40
+    logits[7] = bad
+    for ask in (
+        lambda: Picker(params, logits[None], [8]).pick(0, node),
+        lambda: propose(logits, params, 9),
+        lambda: ranked(logits[None], params, [9], 4),
+    ):
+        with pytest.raises(NonFiniteLogits, match=r"not finite.*float16's range: use dtype bfloat16 or float32"):
+            ask()
 
 
 @given(st.integers(0, 100), SEEDS)

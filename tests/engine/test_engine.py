@@ -216,7 +216,7 @@ def test_prompts_may_be_text_ids_or_messages(engine):
         ("", "The prompt is empty"),
         ([], "The prompt is empty"),
         ([1] * 261, "261 tokens and max_new_tokens 40 are more than the 300 that a text may have"),
-        ([5, tiny.SHARED], f"whole numbers from 0 to {tiny.SHARED - 1}"),
+        ([5, tiny.SHARED + 16], f"whole numbers from 0 to {tiny.SHARED + 15}"),
         ([5, -1], "whole numbers from 0"),
         ([5, 1.5], "whole numbers from 0"),
         ([True], "whole numbers from 0"),

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pearl.checkpoints import quantized
 from pearl.models import linear
 from pearl.models.linear import PackedLinear, pack, shift_of
 
@@ -132,3 +133,28 @@ def test_a_cpu_with_bfloat16_products_keeps_them(monkeypatch):
 def test_a_cpu_without_them_packs(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert linear.wanted("auto")
+
+
+def eight_bit_layers(outliers: int) -> tuple[torch.Tensor, nn.Module, torch.Tensor]:
+    """What bitsandbytes says of each row alone, our layer, and rows [6, 128], half of them with `outliers`."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    theirs = bitsandbytes.nn.Linear8bitLt(128, 96, has_fp16_weights=False, threshold=6.0)
+    theirs.load_state_dict({"weight": torch.randn(96, 128) / 11, "bias": torch.randn(96)})
+    parent = nn.Sequential(theirs.to("cpu")).eval()
+    rows = torch.randn(6, 128).clamp(-3, 3).half().float()  # bitsandbytes rounds to float16 first
+    for row in range(3):
+        rows[row, torch.randperm(128)[:outliers]] = 40.0
+    with torch.inference_mode():
+        wanted = torch.stack([parent(row[None])[0] for row in rows])
+    assert quantized.make_rows_independent(parent) == 1
+    return wanted, parent[0], rows
+
+
+@pytest.mark.parametrize("outliers", [0, 1, 5])
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_of_an_8_bit_layer_has_the_result_that_it_has_alone(outliers):
+    wanted, ours, rows = eight_bit_layers(outliers)
+    together = ours(rows[None])[0]
+    assert torch.equal(together, torch.cat([ours(row[None]) for row in rows]))
+    assert torch.equal(together[2:4], ours(rows[2:4]))
+    torch.testing.assert_close(together, wanted, atol=2e-3, rtol=2e-3)  # what bitsandbytes says of it alone
