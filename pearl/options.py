@@ -11,7 +11,7 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
 
 from pearl.errors import UsageError
@@ -77,14 +77,20 @@ class Option:
     """One setting. With the default None it may be left out, and something else decides."""
 
     name: str  # of the field, and of the key in YAML
-    kind: Kind
     default: Any
+    kind: Kind
     help: str
     group: str
-    flag: str  # on the command line
+    _: KW_ONLY
+    word: str = ""  # on the command line, if that is not its name
     was: tuple[str, ...] = ()  # names that it had before
     several: bool = False  # a list of such values
     hidden: bool = False  # for whoever looks for a fault: not in --help, and called --debug-...
+
+    @property
+    def flag(self) -> str:
+        """On the command line."""
+        return f"--{'debug-' if self.hidden else ''}{(self.word or self.name).replace('_', '-')}"
 
     @property
     def dest(self) -> str:
@@ -95,8 +101,9 @@ class Option:
         """Raises `UsageError` if it does not take `value`; `where` names it in the sentence."""
         if value is None and self.default is None:
             return
-        if not self.kind.good(value):
-            refuse(where or self.name, value, self.kind)
+        for one in value if self.several and isinstance(value, list | tuple) else (value,):
+            if not self.kind.good(one):
+                refuse(where or self.name, one, self.kind)
 
     def of_word(self, word: str, where: str = "") -> object:
         """The value of a word of the command line. Raises `UsageError`."""
@@ -122,27 +129,8 @@ class Option:
         return value
 
 
-def option(
-    name: str,
-    default: object,
-    kind: Kind,
-    help: str,
-    group: str,
-    *,
-    flag: str = "",
-    was: tuple[str, ...] = (),
-    several: bool = False,
-    hidden: bool = False,
-) -> Option:
-    """An option that is no field; `flag` only if the name is not its own."""
-    words = (flag or name).replace("_", "-")
-    return Option(
-        name, kind, default, help, group, f"--debug-{words}" if hidden else f"--{words}", was, several, hidden
-    )
-
-
 def setting(default: Any, kind: Kind, help: str, group: str, **facts: Any) -> Any:
-    """A field of a dataclass that is an option; `facts` as for `option`."""
+    """A field of a dataclass that is an option; `facts`: those of `Option` that have names."""
     return field(default=default, metadata={"option": (kind, help, group, facts)})
 
 
@@ -152,7 +140,7 @@ def of(kind: type) -> tuple[Option, ...]:
     for one in fields(kind):
         if "option" in one.metadata:
             what, help, group, facts = one.metadata["option"]
-            found.append(option(one.name, one.default, what, help, group, **facts))
+            found.append(Option(one.name, one.default, what, help, group, **facts))
     return tuple(found)
 
 

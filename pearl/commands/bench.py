@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.config.engine_config import DTYPES
 
 SHAPES = ("0.5B", "1B", "8B", "14B", "32B")
@@ -18,7 +16,9 @@ def parser() -> cli.Parser:
     made.add_argument("--device", help="default: cuda:0, or cpu where there is none")
     made.add_argument("--dtype", default="bfloat16", choices=DTYPES, help=", ".join(DTYPES))
     made.add_argument("--seconds", type=float, default=540.0, help="after which no further shape is begun")
-    made.add_argument("--output", metavar="DIR", default="results/gpu_bench", help="of bench.json and bench.md")
+    made.add_argument(
+        "--output", metavar="DIR", type=outputs.folder, default="results/gpu_bench", help="of bench.json and bench.md"
+    )
     return made
 
 
@@ -32,12 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = found.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     result = bench(named(found.shapes), device, found.dtype, found.seconds)
-    folder = Path(found.output)
-    folder.mkdir(parents=True, exist_ok=True)
     for one in result["shapes"]:
         one["plan"] = vars(one["plan"])
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     page = markdown(result)
-    (folder / "bench.md").write_text(page, encoding="utf-8")
     print(page, end="")
+    outputs.write_json(found.output / "bench.json", result)
+    outputs.write(found.output / "bench.md", page)
     return 0

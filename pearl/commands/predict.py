@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.errors import UsageError
 
 
@@ -24,7 +23,7 @@ def parser() -> cli.Parser:
     add("--tokens", type=int, default=2000, help="by hand: of the text")
     add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
     add("--seed", type=int, default=0, help="of what a run does not say")
-    add("--json", metavar="FILE", help="write the figures there too")
+    add("--json", metavar="FILE", type=outputs.file, help="write the figures there too")
     return made
 
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(note)
     if found.json:
         facts = {"source": case.source, "notes": case.notes, "measured": case.measured, "modes": figures}
-        _write(Path(found.json), facts)
+        outputs.write_json(found.json, facts)
     return 0
 
 
@@ -61,10 +60,3 @@ def _case(found: argparse.Namespace) -> Any:
         latency_s = LATENCY_S if found.latency is None else found.latency
         return read_run(Path(found.run), found.mode, latency_s, found.seed)
     return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}.") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.evaluation import plots, report, tables
 
 
@@ -19,7 +19,7 @@ def parser() -> cli.Parser:
     add("--title", default="pearl: results", help="of the page")
     add("--columns", default=",".join(tables.OF_A_RUN), help=f"of {', '.join(tables.COLUMNS)}")
     add("--plots", nargs="*", default=list(plots.PLOTS), help=f"of {', '.join(plots.PLOTS)}")
-    add("--output", metavar="FILE", type=Path, default=Path("report.html"), help="the page")
+    add("--output", metavar="FILE", type=outputs.file, default="report.html", help="the page")
     return made
 
 
@@ -28,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
     pictures = plots.of(runs, found.plots)
-    found.output.parent.mkdir(parents=True, exist_ok=True)
-    found.output.write_text(report.page(found.title, runs, columns, pictures), encoding="utf-8")
+    outputs.write(found.output, report.page(found.title, runs, columns, pictures))
     print(f"written to {found.output}")
     return 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.errors import UsageError
 
@@ -24,7 +22,7 @@ def parser() -> cli.Parser:
     add("--batch-size", type=cli.at_least_one, default=8, help="texts of a forward")
     add("--max-length", type=int, default=1024, help="tokens of a text; the rest is left out")
     add("--overlap", action="store_true", help="read the texts with the target too")
-    add("--output", metavar="FILE", help="the figures of every drafter, as JSON")
+    add("--output", metavar="FILE", type=outputs.file, help="the figures of every drafter, as JSON")
     return made
 
 
@@ -67,5 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores[draft] = figures(scored)
         print(line(draft, scores[draft]))
     if found.output:
-        Path(found.output).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        outputs.write_json(found.output, scores)
     return 0

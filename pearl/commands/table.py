@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.evaluation import plots, report, tables
 
 COLUMNS = "tokens_per_second,speedup_vs_ar,speedup_interval_95,identical_to_ar,tokens_per_pass,acceptance,score"
@@ -23,7 +23,7 @@ def parser() -> cli.Parser:
     add("--columns", default=COLUMNS, help=f"of {', '.join(tables.COLUMNS)}")
     add("--by-category", action="store_true", help="a row a category, where a run has any")
     add("--plots", nargs="*", default=[], help=f"of {', '.join(plots.PLOTS)}")
-    add("--output", metavar="DIR", type=Path, help="default: the folder that holds the first")
+    add("--output", metavar="DIR", type=outputs.folder, help="default: the folder that holds the first")
     return made
 
 
@@ -31,6 +31,7 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
+    pictures = plots.of(runs, found.plots)
     for doubt in report.doubts(runs):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)
@@ -38,10 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = tables.markdown(*tables.cells(labels, columns, rows), labels=len(labels))
     print(f"{found.title}\n\n{table}")
     output = found.output or found.folders[0].parent
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "table.md").write_text(f"{found.title}\n\n{table}\n", encoding="utf-8")
-    (output / "table.csv").write_text(tables.comma_separated(labels, columns, rows), encoding="utf-8")
-    for name, png in plots.of(runs, found.plots).items():
-        (output / f"{name}.png").write_bytes(png)
+    outputs.write(output / "table.md", f"{found.title}\n\n{table}\n")
+    outputs.write(output / "table.csv", tables.comma_separated(labels, columns, rows))
+    for name, png in pictures.items():
+        outputs.write(output / f"{name}.png", png)
     print(f"\nwritten to {output}")
     return 0

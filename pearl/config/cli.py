@@ -22,7 +22,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
 from pearl.machine.launcher import LaunchEnv
-from pearl.options import TEXT, WORD, Option, option, whole
+from pearl.options import TEXT, WORD, Option, whole
 
 BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.evaluation.baselines
 BY_PAIR = ("target", "draft", "dtype", "load_in", "draft_load_in")  # what a pair says, unless the command line does
@@ -30,15 +30,15 @@ PAIR, MACHINE, DECODING, PROBLEMS = "pair", "machine", "decoding", "problems"
 
 _SAMPLING = options.of(SamplingParams)
 _RUN = (
-    option("pair", None, TEXT, "of the registry (pearl pairs), or a YAML file; default: smollm2-135m", PAIR),
-    option(
+    Option("pair", None, TEXT, "of the registry (pearl pairs), or a YAML file; default: smollm2-135m", PAIR),
+    Option(
         "processes",
         None,
         whole(1, 2, words="1 or 2"),
         "1: ar and sd in one process; default: as many as needed",
         MACHINE,
     ),
-    option(
+    Option(
         "mode",
         ["ar", "pearl"],
         TEXT,
@@ -46,11 +46,11 @@ _RUN = (
         DECODING,
         several=True,
     ),
-    option("num_samples", 1, whole(1), "texts a problem, with the seeds from --seed on", PROBLEMS),
-    option("limit", None, whole(1), "only the first so many problems", PROBLEMS),
-    option("indices", None, WORD, "only these problems, like 0,3,10-20", PROBLEMS),
-    option("batch_size", 1, whole(1), "texts decoded side by side", PROBLEMS),
-    option("output", None, TEXT, "the folder of results; default: a new one under results/", PROBLEMS),
+    Option("num_samples", 1, whole(1), "texts a problem, with the seeds from --seed on", PROBLEMS),
+    Option("limit", None, whole(1), "only the first so many problems", PROBLEMS),
+    Option("indices", None, WORD, "only these problems, like 0,3,10-20", PROBLEMS),
+    Option("batch_size", 1, whole(1), "texts decoded side by side", PROBLEMS),
+    Option("output", None, TEXT, "the folder of results; default: a new one under results/", PROBLEMS),
 )
 SHARED = (*_RUN, *options.of(EngineConfig), *schedule.OPTIONS, *_SAMPLING)  # all that several commands take
 TITLES = {
@@ -130,9 +130,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{what}{end} `{self.command} --help` lists what there is.")
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(
-            f"{message.removeprefix('argument ').replace(': must', ' must', 1)} (see `{self.command} --help`)"
-        )
+        said = message.removeprefix("argument ").replace(": must", " must", 1)
+        said = said.replace("the following arguments are required:", "Give")
+        raise UsageError(f"{said} (see `{self.command} --help`)")
 
 
 def _dashed(name: str) -> str:

@@ -41,7 +41,7 @@ class SamplingParams:
         choice(*METHODS),
         "for a temperature above 0; seeded: the same text in every mode",
         SAMPLING,
-        flag="sampling",
+        word="sampling",
     )
     stop: tuple[str, ...] = ()
     ignore_eos: bool = setting(False, FLAG, "write max_new_tokens, whatever would end a text", SAMPLING)

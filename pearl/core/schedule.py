@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
-from pearl.options import Option, nearest, option, whole
+from pearl.options import Option, nearest, whole
 
 # mode: (pre_verify, post_verify, draft_batch)
 _MODES: dict[str, tuple[bool, bool, int | None]] = {
@@ -37,8 +37,8 @@ MAX_GAMMA = 64
 MAX_DRAFT_BATCH = 16
 MAX_AHEAD = 32
 DECODING = "decoding"
-GAMMA = option("gamma", "auto", whole(0, MAX_GAMMA, auto=True), "guesses a block, or auto", DECODING)
-DRAFT_BATCH = option(
+GAMMA = Option("gamma", "auto", whole(0, MAX_GAMMA, auto=True), "guesses a block, or auto", DECODING)
+DRAFT_BATCH = Option(
     "draft_batch",
     "auto",
     whole(1, MAX_DRAFT_BATCH, auto=True),
@@ -46,7 +46,7 @@ DRAFT_BATCH = option(
     DECODING,
     was=("branches",),
 )
-MAX_VERIFY_TOKENS = option(
+MAX_VERIFY_TOKENS = Option(
     "max_verify_tokens",
     "auto",
     whole(1, LIMIT, auto=True),
@@ -54,7 +54,7 @@ MAX_VERIFY_TOKENS = option(
     DECODING,
     was=("width",),
 )
-MAX_DRAFT_TOKENS = option(
+MAX_DRAFT_TOKENS = Option(
     "max_draft_tokens",
     "auto",
     whole(1, 1 << 20, auto=True),

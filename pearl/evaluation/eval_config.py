@@ -20,19 +20,19 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.machine.launcher import LaunchEnv
-from pearl.options import FLAG, TEXT, choice, number, option, whole
+from pearl.options import FLAG, TEXT, Option, choice, number, whole
 from pearl.tasks.prompts import FORMATS
 from pearl.tasks.suite import Suite
 
 EXAMPLES = ("--limit 10", "--pair qwen2.5-0.5b-7b --mode ar sd pearl tree", "--output results/mine --resume")
 TASK = (
-    option("format", None, choice(*FORMATS), "how to ask; default: the pair's, or chat if the model has it", "task"),
-    option("data", None, TEXT, "the problems in their original format; default: fetched or shipped", "task"),
-    option("share", 1.0, number(1e-9, 1.0, "above 0 and at most 1"), "only the first part of each category", "task"),
-    option("no_score", False, FLAG, "do not judge the answers", "task"),
-    option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
-    option("resume", False, FLAG, "go on with the run in --output, if one was begun there", "task"),
-    option("wide", False, FLAG, "print all columns of the table", "task"),
+    Option("format", None, choice(*FORMATS), "how to ask; default: the pair's, or chat if the model has it", "task"),
+    Option("data", None, TEXT, "the problems in their original format; default: fetched or shipped", "task"),
+    Option("share", 1.0, number(1e-9, 1.0, "above 0 and at most 1"), "only the first part of each category", "task"),
+    Option("no_score", False, FLAG, "do not judge the answers", "task"),
+    Option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
+    Option("resume", False, FLAG, "go on with the run in --output, if one was begun there", "task"),
+    Option("wide", False, FLAG, "print all columns of the table", "task"),
 )
 
 

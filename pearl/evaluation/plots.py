@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from pearl.errors import UsageError
@@ -96,10 +94,7 @@ def timeline(runs: Sequence[Run]) -> bytes | None:
     if traced is None:
         return None
     events = read(traced)
-    shown, window = frame(panels(events))
-    with tempfile.TemporaryDirectory() as folder:
-        draw(events, shown, window, Path(folder) / "timeline.png")
-        return (Path(folder) / "timeline.png").read_bytes()
+    return draw(events, *frame(panels(events)))
 
 
 PLOTS: dict[str, Callable[[Sequence[Run]], bytes | None]] = {

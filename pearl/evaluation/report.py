@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
@@ -59,16 +60,10 @@ def load(places: Sequence[Path]) -> list[Run]:
     shared = _shared_parent(folders)
     for folder in folders:
         file = folder / results.SUMMARY
-        try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            name = str(folder.absolute().relative_to(shared))
-            runs.append(Run(folder, name, facts["config"], facts["environment"], facts["modes"]))
-            if not all(isinstance(part, dict) for part in (runs[-1].config, runs[-1].environment, runs[-1].modes)):
-                raise TypeError("not a summary")
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UsageError(
-                f"{file} can't be read as results ({type(error).__name__}): make the run again."
-            ) from error
+        facts = parse_json(read_text(file, "The summary"), str(file))
+        with sound(str(file), "make the run again"):
+            parts = [dict(**facts[name]) for name in ("config", "environment", "modes")]
+        runs.append(Run(folder, str(folder.absolute().relative_to(shared)), *parts))
     return runs
 
 

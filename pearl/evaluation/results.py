@@ -15,17 +15,16 @@ that is finished is ever overwritten.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pearl.config import outputs
 from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.messages import DraftStats
@@ -57,23 +56,7 @@ def check_output(folder: Path, resume: bool) -> None:
     if not resume and any(_of_a_run(folder)):
         free = next(name for n in itertools.count(2) if not Path(name := f"{folder}-{n}").exists())
         raise UsageError(f"{folder} holds a run: go on with it by --resume, or give this one --output {free}.")
-    try:
-        made = [one for one in (folder, *folder.parents) if not one.exists()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        finally:
-            for one in made:
-                with contextlib.suppress(OSError):
-                    one.rmdir()
-    except (FileExistsError, NotADirectoryError):
-        there = next(one for one in (folder, *folder.parents) if one.exists())
-        raise UsageError(f"--output {folder} can't be made: {there} is a file. Name a folder.") from None
-    except OSError as error:
-        raise UsageError(
-            f"Nothing can be written to --output {folder} ({error.strerror}): name a folder that you may write to."
-        ) from None
+    outputs.folder(folder)
 
 
 def _of_a_run(folder: Path) -> list[Path]:

@@ -5,13 +5,13 @@ Reads what `pearl.core.timeline` has written. `trace_picture` draws it.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.timeline import PHASES, ROLES
 from pearl.errors import UsageError
 
@@ -95,16 +95,9 @@ class Panel:
 
 def read(path: Path) -> list[Event]:
     """The events of a trace that `merge` wrote, by time."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"The trace {path} can't be read: {error.strerror}; give a file that --trace wrote.") from None
-    try:
-        return [_event(event) for event in json.loads(text)["traceEvents"] if event["ph"] in PHASES]
-    except json.JSONDecodeError:
-        raise UsageError(f"{path} is not JSON; give a file that --trace wrote.") from None
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise UsageError(f"{path} is not a trace of pearl; give a file that --trace wrote.") from None
+    trace = parse_json(read_text(path, "The trace"), f"The trace {path}")
+    with sound(f"The trace {path}", "give a file that --trace wrote"):
+        return [_event(event) for event in trace["traceEvents"] if event["ph"] in PHASES]
 
 
 def _event(event: dict[str, Any]) -> Event:

@@ -7,13 +7,12 @@ Draws the target's lane above the drafter's, and the messages between them. What
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pearl.core.timeline import ROLES
-from pearl.errors import UsageError
 from pearl.evaluation.trace import Event, Panel, Verify, Window
 
 WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.2  # inches; head and lanes are a panel's
@@ -42,8 +41,8 @@ LEGEND = {
 CAPTION = "A bar is as high as its forward has rows. The number is how many tokens the pass commits."
 
 
-def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window, png: Path) -> None:
-    """A picture of the panels, one below the other: two lanes each, the target's above the drafter's."""
+def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window) -> bytes:
+    """The panels as PNG, one below the other: two lanes each, the target's above the drafter's."""
     from matplotlib.figure import Figure  # takes a second, which the roles, who only record, must not spend
 
     inside = {panel: [event for event in events if _visible(event, panel, window)] for panel in shown}
@@ -63,10 +62,9 @@ def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window, png: P
     axes.set_xlabel(window.zero, color=INK)
     kinds = {_kind(event, panel) for panel, found in inside.items() for event in found}
     _draw_legend(figure, kinds, any(panel.bubbles() for panel in shown), height)
-    try:
-        figure.savefig(png, format="png")
-    except OSError as error:
-        raise UsageError(f"The picture can't be written to {png}: {error.strerror}.") from None
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
 def _visible(event: Event, panel: Panel, window: Window) -> bool:

@@ -13,7 +13,7 @@ either is taken to have none of it.
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pearl.config.inputs import json_lines, read_text, sound
+from pearl.config.inputs import json_lines, parse_json, read_text, sound
 from pearl.core.records import SampleKey
 from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
@@ -112,14 +112,8 @@ def _notes(times: Times, chains: bool) -> tuple[str, ...]:
 
 
 def _read_passes(folder: Path) -> dict[str, Texts]:
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder {folder}: name one that an evaluation has written.")
     path = folder / "passes.jsonl"
-    try:
-        there = path.exists()
-    except OSError:
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # unlike Path's, it raises nothing where the name can't be one
         raise UsageError(f"{folder} holds no passes.jsonl: name a folder that an evaluation has written.")
     lines = [line for _, line in json_lines(read_text(path, "The passes"), str(path))]
     modes: dict[str, Texts] = {}
@@ -134,10 +128,7 @@ def _read_passes(folder: Path) -> dict[str, Texts]:
 
 def _read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} can't be read ({error}): a run writes it at its end.") from None
+    summary = parse_json(read_text(path, "What a run writes at its end,"), str(path))
     if not {"config", "environment", "modes"} <= summary.keys() or "rows" not in summary["environment"]:
         raise UsageError(f"{path} does not say what rows cost: record the run again.")
     return summary

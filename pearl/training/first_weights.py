@@ -32,16 +32,7 @@ def new_drafter(
     dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
     `fuse` by giving the last layer its own back: the target's own layer then finds what it is used to.
     """
-    shape = DrafterShape.of_target(
-        target.config,
-        tuple(layers),
-        recipe.depths,
-        recipe.layers,
-        len(vocabulary),
-        recipe.target,
-        model_fingerprint(target),
-        recipe.intermediate,
-    )
+    shape = _shape(target, recipe, layers, len(vocabulary), recipe.target)
     torch.manual_seed(recipe.seed)
     drafter = FeatureDrafter(shape, vocabulary)
     embedding: Tensor = target.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
@@ -68,6 +59,13 @@ def new_drafter(
     return drafter.attach(target)
 
 
+def _shape(
+    target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: int, name: str
+) -> DrafterShape:
+    depths, mark, width = recipe.depths, model_fingerprint(target), recipe.intermediate
+    return DrafterShape.of_target(target.config, tuple(layers), depths, recipe.layers, vocabulary, name, mark, width)
+
+
 def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """A layer's weights by name, of its SwiGLU the `count` neurons that can say most: by the product of their norms."""
     names = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -83,17 +81,8 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
     can't become the recipe's."""
     drafter = network.load(Path(folder))
-    wanted = DrafterShape.of_target(
-        target.config,
-        tuple(layers),
-        recipe.depths,
-        recipe.layers,
-        drafter.shape.vocabulary,
-        drafter.shape.target,
-        model_fingerprint(target),
-        recipe.intermediate,
-    )
     had = drafter.shape
+    wanted = _shape(target, recipe, layers, had.vocabulary, had.target)
     if wanted != replace(
         had, layers=max(had.layers, wanted.layers), intermediate=min(had.intermediate, wanted.intermediate)
     ):

@@ -39,7 +39,7 @@ class Learner(Protocol):
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         """Adds `share` times the gradient of these texts' loss. `done`: share of the training that is behind."""
 
-    def test(self, texts: Sequence[int]) -> Figures: ...
+    def test(self, text: int) -> Figures: ...
 
     def save(self, folder: Path) -> None: ...
 
@@ -85,12 +85,20 @@ def train(
                 _checkpoint(folder, learner.module, optimizer, schedule, recipe, step)
                 learner.save(folder)
     accelerator.wait_for_everyone()
-    found = means(learner.test(held_out)) if main and held_out else {}
+    found = means(tested(learner, held_out)) if main else {}
     if main:
         _append(folder / LOG, {"step": step, "validation": found})
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
         plot(folder)
     return found
+
+
+def tested(learner: Learner, texts: Sequence[int]) -> Figures:
+    """The sums of all texts."""
+    sums: dict[str, float] = defaultdict(float)
+    for text in texts:
+        _add(sums, learner.test(text))
+    return sums
 
 
 def _one_step(
@@ -215,14 +223,12 @@ def _words(line: dict[str, float], total: int) -> str:
 
 def plot(folder: Path) -> None:
     """Loss and accuracy over the steps, as PNG beside the log."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     lines = [line for line in lines if "rate" in line]
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 7))
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     for name in sorted({name for line in lines for name in line} - {"step", "rate"}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         (above if "loss" in name else below).plot(*zip(*points, strict=True), label=name)
@@ -233,6 +239,4 @@ def plot(folder: Path) -> None:
         if axis.lines:
             axis.legend(fontsize="small")
             axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(folder / "training.png", dpi=110)
-    pyplot.close(figure)

@@ -122,7 +122,7 @@ def test_without_a_command_it_lists_them(capsys):
         (["chat", "--cache-gb", "nan"], "--cache-gb must be a number of gigabytes, or 0, not nan."),
         (["chat", "--mode", "pearl", "tree"], "A talk has one mode: name one of pearl, tree with --mode."),
         (["chat", "--mode", "perl"], "There is no mode 'perl'; did you mean pearl?"),
-        (["score"], "the following arguments are required: texts, --draft (see `pearl score --help`)"),
+        (["score"], "Give texts, --draft (see `pearl score --help`)"),
         (["score", "t", "--draft", "d", "--batch-size", "0"], "--batch-size must be at least 1, not 0 (see"),
         (["theory", "x"], "'x' has no meaning here."),
         (["completion", "fish"], "shell: invalid choice: 'fish'"),

@@ -101,7 +101,7 @@ def test_what_is_not_there_is_refused_in_a_sentence(two, tmp_path, monkeypatch, 
 
 def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / results.SUMMARY).write_text("{")
-    with pytest.raises(UsageError, match=r"summary\.json can't be read as results"):
+    with pytest.raises(UsageError, match=r"summary\.json is not JSON"):
         report.load([tmp_path])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from evaluations import text
 
+from pearl.config import outputs
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
@@ -132,12 +133,12 @@ def test_a_folder_that_nobody_can_write_to_is_refused_with_the_reason(tmp_path, 
     file = tmp_path / "file"
     file.touch()
     for folder in (file, file / "below"):
-        with pytest.raises(UsageError, match=rf"--output {folder} can't be made: {file} is a file"):
+        with pytest.raises(UsageError, match=rf"{folder} can't be made: {file} is a file"):
             results.check_output(folder, resume=False)
-    with pytest.raises(UsageError, match=r"to --output /proc/x \(No such file or directory\): name a folder"):
+    with pytest.raises(UsageError, match=r"to /proc/x \(No such file or directory\): name another place"):
         results.check_output(Path("/proc/x"), resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(results.tempfile, "TemporaryFile", read_only)
+        patch.setattr(outputs.tempfile, "TemporaryFile", read_only)
         with pytest.raises(UsageError, match="Read-only file system"):
             results.check_output(tmp_path, resume=True)
 

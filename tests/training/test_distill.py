@@ -154,7 +154,7 @@ def test_a_folder_that_is_not_whole_is_refused(saved, toy, tmp_path, name: str, 
     "text, sentence",
     [
         ("{data: d, output: o}", "layers must name at least one layer of the target"),
-        ("{data: d, output: o, layers: [0, -1]}", "layers must name at least one layer"),
+        ("{data: d, output: o, layers: [0, -1]}", "layers must be a whole number from 0, not -1"),
         (
             "{data: d, output: o, layers: [0, 1], match_after: [2]}",
             "match_after must name layers of the student, 0 to 1",
@@ -198,9 +198,9 @@ def test_a_student_learns_what_its_target_says_and_leaves_the_embeddings_alone(d
     made = recipe(data, tmp_path / "out", kl=0.3, **match)
     one = student(made)
     shown = list(range(8))
-    before = loop.means(one.test(shown))
+    before = loop.means(loop.tested(one, shown))
     loop.train(one, made, *one._data.split(1), Accelerator(cpu=True))
-    after = loop.means(one.test(shown))
+    after = loop.means(loop.tested(one, shown))
     assert after["loss"] < 0.4 * before["loss"] and after["accuracy"] > 0.8 > before["accuracy"]
     target = small_target()
     for mine, its in (
@@ -218,8 +218,8 @@ def test_a_student_learns_what_its_target_says_and_leaves_the_embeddings_alone(d
 def test_only_the_answers_count(data, tmp_path):
     one = student(recipe(data, tmp_path / "out"))
     recorded = one._data
-    assert one.test([0, 3])["n:loss"] == sum(recorded.lengths[text] - recorded[text].prompt for text in (0, 3))
-    together, apart = one.test([0, 3]), [one.test([text]) for text in (0, 3)]
+    assert loop.tested(one, [0, 3])["n:loss"] == sum(recorded.lengths[text] - recorded[text].prompt for text in (0, 3))
+    together, apart = loop.tested(one, [0, 3]), [one.test(text) for text in (0, 3)]
     for name, value in together.items():
         assert value == pytest.approx(sum(sums[name] for sums in apart), rel=1e-4)
     _, padded = one._judge([0, 3])

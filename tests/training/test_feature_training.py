@@ -139,7 +139,7 @@ def test_a_slot_is_asked_for_the_choice_as_far_ahead_as_it_looks(folder):
 
 def test_only_what_the_target_wrote_counts(folder):
     some = learner(recipe(folder))
-    sums = some.test([0, 1])
+    sums = loop.tested(some, [0, 1])
     data = Recorded(folder)
     answers = [data.lengths[text] - data[text].prompt for text in (0, 1)]
     for depth in range(3):
@@ -216,9 +216,9 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, feature
     values = {"features": features, "epochs": 25.0, "micro": 4, "learning_rate": 5e-3, "anchors": 1.0, "kl": 0.2}
     made = recipe(folder, tmp_path / "out", **values, slots_after=0.0)
     shown = list(range(8))
-    before = means(learner(made).test(shown))
+    before = means(loop.tested(learner(made), shown))
     some, held_out = run(made)
-    after = means(some.test(shown))
+    after = means(loop.tested(some, shown))
     for depth, accuracy in enumerate((0.8, 0.4, 0.4)):
         assert after[f"loss {depth}"] < 0.6 * before[f"loss {depth}"]
         assert after[f"accuracy {depth}"] > accuracy > before[f"accuracy {depth}"]
@@ -363,7 +363,7 @@ def write(path: Path, text: str) -> str:
 
 def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
     path = write(tmp_path / "r.yaml", "{data: d, output: o, depths: 7, kl: 0}")
-    made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "epochs": None, "segments": 3})
+    made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "segments": 3})
     assert (made.data, made.output, made.depths, made.segments, made.epochs) == ("d", "elsewhere", 7, 3, 4.0)
 
 
@@ -376,17 +376,17 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
         ("{data: d}", "lacks output"),
         ("[data, output]", "must be a mapping of names to values"),
         ("{data: ", "is not YAML"),
-        ("{data: d, output: o, depths: 17}", "depths 1 to 16"),
-        ("{data: d, output: o, depths: 0}", "depths 1 to 16"),
-        ("{data: d, output: o, layers: 5}", "layers must be 1 to 4"),
-        ("{data: d, output: o, segments: 0}", "segments at least 1"),
-        ("{data: d, output: o, batch: 0}", "batch must be at least 1"),
+        ("{data: d, output: o, depths: 17}", "depths must be a whole number from 1 to 16"),
+        ("{data: d, output: o, depths: 0}", "depths must be a whole number from 1 to 16"),
+        ("{data: d, output: o, layers: 5}", "layers must be a whole number from 1 to 4"),
+        ("{data: d, output: o, segments: 0}", "segments must be a whole number from 1"),
+        ("{data: d, output: o, batch: 0}", "batch must be a whole number from 1"),
         ("{data: d, output: o, epochs: -1}", "epochs must be a number from 0"),
         ("{data: d, output: o, epochs: .inf}", "epochs must be a number from 0"),
         ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
         ("{data: d, output: o, bf16: 1}", "bf16"),
-        ("{data: 3, output: o}", "data must be a text"),
-        ("{data: d, output: o, slots_after: -1}", "slots_after must be a number from 0"),
+        ("{data: [d], output: o}", "data must be text"),
+        ("{data: d, output: o, slots_after: -1}", "slots_after must be a number from 0 to 1"),
     ],
 )
 def test_a_recipe_that_means_nothing_is_refused(tmp_path, text: str, sentence: str):

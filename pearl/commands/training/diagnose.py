@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 
 
 def parser() -> cli.Parser:
@@ -16,7 +13,7 @@ def parser() -> cli.Parser:
     made.add_argument("--data", required=True, metavar="DIR", help="texts that pearl extract has recorded")
     made.add_argument("--target", help="default: the one that the drafter was trained for")
     made.add_argument("--texts", type=cli.at_least_one, default=64, help="of the last shards, at most")
-    made.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    made.add_argument("--json", metavar="FILE", type=outputs.file, help="write the figures here as well")
     return made
 
 
@@ -24,25 +21,21 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from pearl.machine.display import show_table
     from pearl.training import diagnose
 
     figures = diagnose.run(found.drafter, found.data, found.target, found.texts)
     rows = {name.removeprefix("ahead "): row for name, row in figures.items() if name.startswith("ahead")}
     depths = len(next(iter(rows.values()))["top 1"])
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    columns = ("tokens without features", *(f"depth {depth}" for depth in range(depths)), "accepted")
-    table = Table(*columns, title="top 1 (top 5)")
+    print("top 1 (top 5), by how many tokens the drafter is ahead of the features")
+    lines = []
     for name, row in rows.items():
         cells = [f"{one:.3f} ({five:.3f})" for one, five in zip(row["top 1"], row["top 5"], strict=True)]
-        table.add_row(name, *cells, f"{row['accepted']:.2f}")
-    console.print(table)
-    table = Table("depth 0", "share of places", "top 1")
-    for kind, row in figures["depth 0 by kind"].items():
-        table.add_row(kind, f"{row['share of places']:.3f}", f"{row['top 1']:.3f}")
-    console.print(table)
+        lines.append([name, *cells, f"{row['accepted']:.2f}"])
+    show_table(["ahead", *(f"depth {depth}" for depth in range(depths)), "accepted"], lines)
+    kinds = figures["depth 0 by kind"].items()
+    shares = [[kind, f"{row['share of places']:.3f}", f"{row['top 1']:.3f}"] for kind, row in kinds]
+    show_table(["depth 0", "share of places", "top 1"], shares)
     if found.json:
-        Path(found.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        outputs.write_json(found.json, figures)
     return 0

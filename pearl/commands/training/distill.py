@@ -5,27 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pearl.commands.training.train import recipe_parser
-from pearl.config import cli
-from pearl.errors import UsageError
-
-RECIPE = "configs/distill/smollm2-135m.yaml"
+from pearl.config import cli, outputs
+from pearl.training.recipes import DistillRecipe, read_recipe
 
 
 def parser() -> cli.Parser:
-    made = recipe_parser("distill", RECIPE)
-    made.add_argument("--whole", metavar="DIR", help="write the trained model with its embeddings to this folder")
+    made = recipe_parser("distill", "configs/distill/smollm2-135m.yaml", DistillRecipe)
+    made.add_argument("--whole", metavar="DIR", type=outputs.folder, help="write the model with its embeddings too")
     return made
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
-    if not found.config:
-        raise UsageError(f"Give --config: a recipe such as {RECIPE}.")
+    recipe = read_recipe(DistillRecipe, found.config, cli.given(found, but=("config", "whole")))
 
     from pearl.training import distill
-    from pearl.training.recipes import DistillRecipe, read_recipe
 
-    overrides = cli.given(found, but=("config", "whole"))
-    distill.run(read_recipe(DistillRecipe, found.config, overrides), found.whole)
+    distill.run(recipe, found.whole)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.config.engine_config import DTYPES, EMBEDDED, one_of
 from pearl.errors import UsageError
 
@@ -18,7 +18,7 @@ def parser() -> cli.Parser:
     add("--hub", nargs="+", default=[], metavar="NAME[:SPLIT]", help="questions from data sets of the hub")
     add("--self-written", type=int, default=0, metavar="N", help="this many instructions that the target writes itself")
     add("--limit", type=int, help="only so many prompts, drawn from all")
-    add("--output", required=True, metavar="DIR", help="where the texts are recorded; a second run goes on there")
+    add("--output", required=True, metavar="DIR", type=outputs.folder, help="of the texts; a second run goes on there")
     add("--layers", type=int, nargs="+", help="whose features to take; default: an early, a middle and a late one")
     add("--top-k", type=cli.at_least_one, default=32, help="likeliest next tokens to note")
     add("--max-new-tokens", type=cli.at_least_one, default=256, help="of an answer")

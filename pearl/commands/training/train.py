@@ -4,37 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pearl import options
 from pearl.config import cli
-from pearl.errors import UsageError
-
-RECIPE = "configs/feature/smollm2-135m.yaml"
+from pearl.training.recipes import FeatureRecipe, Recipe, read_recipe
 
 
-def recipe_parser(command: str, recipe: str) -> cli.Parser:
+def recipe_parser(command: str, recipe: str, kind: type[Recipe]) -> cli.Parser:
     """What both trainings take: a recipe, and what replaces a value of it."""
     made = cli.Parser(command, f"--config {recipe}", f"--config {recipe} --epochs 1 --output results/short")
-    made.add_argument("--config", metavar="FILE", help="the recipe")
-    made.add_argument("--data", metavar="DIR", help="recorded texts; default: the recipe's")
-    made.add_argument("--output", metavar="DIR", help="default: the recipe's")
-    made.add_argument("--target", help="default: the recipe's")
-    made.add_argument("--epochs", type=float, help="default: the recipe's")
+    made.add_argument("--config", metavar="FILE", required=True, help=f"the recipe, such as {recipe}")
+    made.take(options.of(kind)).set_defaults(**dict.fromkeys(made.options))
     return made
 
 
 def parser() -> cli.Parser:
-    made = recipe_parser("train", RECIPE)
-    made.add_argument("--segments", type=int, help="pieces in which slots are read, which saves memory")
-    return made
+    return recipe_parser("train", "configs/feature/smollm2-135m.yaml", FeatureRecipe)
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
-    if not found.config:
-        raise UsageError(f"Give --config: a recipe such as {RECIPE}.")
+    recipe = read_recipe(FeatureRecipe, found.config, cli.given(found, but=("config",)))
 
     from pearl.training import train
-    from pearl.training.recipes import FeatureRecipe, read_recipe
 
-    train.run(read_recipe(FeatureRecipe, found.config, cli.given(found, but=("config",))))
+    train.run(recipe)
     return 0
