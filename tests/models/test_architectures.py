@@ -1,0 +1,124 @@
+"""Mode `ar` writes what transformers' `generate` writes, and every other mode writes what `ar` does.
+
+For every architecture of the table (`tests/support/architectures.py`), with random weights, greedily, token for token
+in float32. In bfloat16 the modes still agree with each other; `generate`, which pads no rows, may differ from them
+where the two best logits all but tie, and how near they were is looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from architectures import TABLE, Architecture, parameters, prompts, reference
+from numerics import FBGEMM, measured
+from toys import ScriptedChannel, scrambled, ticks, together
+
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.drafters.model import ModelSource
+from pearl.drafters.tree import TreeSource
+from pearl.models import linear
+from pearl.models.batch_invariance import branches_agree
+from pearl.models.verifier import VerifierModel
+from pearl.roles.target import Target
+
+NEW = 40
+PARAMS = SamplingParams(max_new_tokens=NEW)
+BFLOAT16 = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "gemma",
+    "gemma3",
+    "gpt2",
+    "cohere",
+    "olmo2",
+    "granite",
+    "smollm3",
+)
+BFLOAT16_TABLE = [one for one in TABLE if one.name in BFLOAT16]
+
+
+@functools.cache
+def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
+    """As loading prepares it."""
+    model = architecture.model(dtype)
+    if dtype == "bfloat16" and FBGEMM:
+        linear.pack(model)
+    reader = tiny.verifier(model, max_length=architecture.longest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pearl.models.batch_invariance._TIMING_S", 0.0)  # bits are compared once, and nothing is timed
+        reader.rows = measured(reader)
+    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+    return reader
+
+
+def alone(architecture: Architecture, dtype: str) -> list[list[int]]:
+    """What `ar` writes after each of the prompts."""
+    target = Target(target_model(architecture, dtype))
+    return [
+        together(target, prompt, Schedule.of("ar"), PARAMS, decode=str).tokens
+        for prompt in prompts(architecture.longest, NEW)
+    ]
+
+
+def assert_modes_agree(architecture: Architecture, dtype: str) -> None:
+    """All of them with a drafter that is often right, and messages that come when they come."""
+    wanted, reader = alone(architecture, dtype), target_model(architecture, dtype)
+    draft = tiny.draft_model(architecture.model(dtype, drift=0.02), max_length=architecture.longest + 16)
+    for mode in ("sd", "pearl", "tree"):
+        source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
+        schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 4)
+        passes = 0
+        for seed, prompt in list(enumerate(prompts(architecture.longest, NEW)))[:2]:
+            target = Target(reader, ScriptedChannel(source, scrambled(seed) if seed % 2 else [(3, 3, 3)]), ticks())
+            assert together(target, prompt, schedule, PARAMS, decode=str).tokens == wanted[seed], mode
+            assert target.draft_stats and not target.draft_stats.failed
+            passes += len(target.passes)
+        assert passes < 2 * NEW / 1.5, f"{mode}: few guesses were accepted: then little was shown"
+
+
+@pytest.mark.parametrize("architecture", parameters())
+def test_ar_writes_what_transformers_generate_writes(architecture: Architecture):
+    wanted = reference(architecture, "float32", NEW)
+    assert len(wanted) > 1 and all(len(text) == NEW for text in wanted)
+    assert max(len(set(text)) for text in wanted) > 8, "texts that repeat a few tokens show little"
+    assert alone(architecture, "float32") == wanted
+
+
+@pytest.mark.parametrize("architecture", parameters())
+def test_every_mode_writes_what_ar_writes(architecture: Architecture):
+    assert_modes_agree(architecture, "float32")
+    assert target_model(architecture, "float32").verifies_trees or not architecture.trees
+
+
+@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
+def test_every_mode_writes_what_ar_writes_in_bfloat16(architecture: Architecture):
+    assert target_model(architecture, "bfloat16").rows.exact, "on this machine nothing is promised"
+    assert_modes_agree(architecture, "bfloat16")
+
+
+@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
+def test_in_bfloat16_ar_leaves_generate_only_where_two_tokens_all_but_tie(architecture: Architecture, record_property):
+    """Logits of size x are 2^-8 x apart in bfloat16, and a few of these steps are what other sums come to."""
+    model = architecture.model("bfloat16")
+    for prompt, mine, theirs in zip(
+        prompts(architecture.longest, NEW),
+        alone(architecture, "bfloat16"),
+        reference(architecture, "bfloat16", NEW),
+        strict=True,
+    ):
+        same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), NEW)
+        if same == NEW:
+            continue
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *mine[:same]]])).logits[0, -1].float()
+        gap = float(logits[theirs[same]] - logits[mine[same]])
+        record_property("first difference", f"token {same}: {gap:.4f} between the two, of {logits.abs().max():.2f}")
+        assert abs(gap) <= 8 * 2**-8 * logits.abs().max()

@@ -1,0 +1,232 @@
+"""The architectures that are tried, each as a tiny random model, and what of them is promised.
+
+A line of the table is one: the class of its config in transformers, its arguments, and what it can't do. `longest`:
+tokens of a text that the runtime accepts. `trees`: it surely verifies side branches; otherwise passes may be chains.
+`quick`: it is tried in the quick tier too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+SIZES = tiny.SIZES
+NO_IDS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+GPT2_SIZES = dict(vocab_size=tiny.VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=tiny.LENGTH, **NO_IDS)
+FULL = ["full_attention", "full_attention"]
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    name: str
+    config_class: str
+    arguments: Mapping[str, Any]
+    longest: int = tiny.LENGTH
+    trees: bool = True
+    quick: bool = False
+
+    def config(self) -> PreTrainedConfig:
+        return getattr(transformers, self.config_class)(**self.arguments)
+
+    def model(self, dtype: str = "float32", drift: float = 0.0) -> PreTrainedModel:
+        """A random model. `drift`: its weights are off by so much of their deviation, as a drafter's are."""
+        model = tiny.random_model(self.config())
+        if drift:
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.dim() > 1:
+                        weight += drift * weight.std() * torch.randn(weight.shape, generator=generator)
+        return model.bfloat16().to(getattr(torch, dtype))
+
+
+def _as_llama(name: str, config_class: str, more: Mapping[str, Any] | None = None, **promised: Any) -> Architecture:
+    """Its config's arguments have the names that most have."""
+    return Architecture(name, config_class, SIZES | dict(more or {}), **promised)
+
+
+def _of_experts(name: str, config_class: str, more: Mapping[str, Any], **promised: Any) -> Architecture:
+    """How many rows an expert gets depends on the other rows of a forward, and so may the bits: then its passes are
+    chains. Where they do not, trees are verified all the same."""
+    return _as_llama(name, config_class, more, trees=False, **promised)
+
+
+TABLE: tuple[Architecture, ...] = (
+    _as_llama("llama", "LlamaConfig", quick=True),
+    _as_llama("llama tied", "LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    _as_llama("qwen2", "Qwen2Config", quick=True),
+    _as_llama("qwen3", "Qwen3Config", {"head_dim": 16}, quick=True),
+    _as_llama("mistral", "MistralConfig", {"sliding_window": None}, quick=True),
+    _as_llama("ministral3", "Ministral3Config", {"head_dim": 16}),
+    _as_llama("phi3", "Phi3Config", quick=True),
+    _as_llama("phi", "PhiConfig"),
+    _as_llama("gemma", "GemmaConfig", {"head_dim": 16}, quick=True),
+    _as_llama(
+        "gemma2", "Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256}, trees=False
+    ),
+    _as_llama(
+        "gemma3",
+        "Gemma3TextConfig",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256},
+        quick=True,
+    ),
+    Architecture("gpt2", "GPT2Config", GPT2_SIZES, quick=True),
+    Architecture("gpt-bigcode", "GPTBigCodeConfig", GPT2_SIZES),
+    Architecture("gptj", "GPTJConfig", GPT2_SIZES | {"rotary_dim": 8}),
+    Architecture("codegen", "CodeGenConfig", GPT2_SIZES | {"rotary_dim": 8}),
+    _as_llama("gpt-neox", "GPTNeoXConfig"),
+    Architecture(
+        "opt",
+        "OPTConfig",
+        dict(
+            vocab_size=tiny.VOCABULARY,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tiny.LENGTH,
+        )
+        | NO_IDS,
+    ),
+    _as_llama(
+        "falcon", "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, trees=False
+    ),
+    _as_llama("stablelm", "StableLmConfig", trees=False),
+    _as_llama("starcoder2", "Starcoder2Config"),
+    _as_llama("persimmon", "PersimmonConfig"),
+    _as_llama("cohere", "CohereConfig", quick=True),
+    _as_llama("cohere2", "Cohere2Config", {"sliding_window": 256}),
+    _as_llama("olmo", "OlmoConfig"),
+    _as_llama("olmo2", "Olmo2Config", quick=True),
+    _as_llama("olmo3", "Olmo3Config", {"layer_types": FULL}),
+    _as_llama("granite", "GraniteConfig", quick=True),
+    _as_llama("smollm3", "SmolLM3Config", quick=True),
+    _as_llama("helium", "HeliumConfig", {"head_dim": 16}),
+    _as_llama("glm", "GlmConfig", {"head_dim": 16}),
+    _as_llama("glm4", "Glm4Config", {"head_dim": 16}),
+    _as_llama("nemotron", "NemotronConfig"),
+    _as_llama("arcee", "ArceeConfig"),
+    _as_llama("apertus", "ApertusConfig"),
+    _as_llama("ernie4.5", "Ernie4_5Config", {"head_dim": 16}),
+    _as_llama("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
+    _as_llama("seed-oss", "SeedOssConfig", {"head_dim": 16}),
+    _as_llama("exaone4", "Exaone4Config", {"layer_types": FULL, "sliding_window": None}),
+    _as_llama("nanochat", "NanoChatConfig"),
+    _as_llama("bitnet", "BitNetConfig"),
+    _of_experts("mixtral", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, quick=True),
+    _of_experts("qwen2-moe", "Qwen2MoeConfig", EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32}),
+    _of_experts("qwen3-moe", "Qwen3MoeConfig", EXPERTS | {"num_experts": 4, "head_dim": 16}, quick=True),
+    _of_experts("olmoe", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    _of_experts("granite-moe", "GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    _of_experts("phimoe", "PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    _as_llama(
+        "gpt-oss",
+        "GptOssConfig",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": FULL, "rope_scaling": None},
+        trees=False,
+    ),
+    _as_llama(
+        "deepseek-v3",
+        "DeepseekV3Config",
+        dict(
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            first_k_dense_replace=2,
+        ),
+        trees=False,
+    ),
+    _as_llama(
+        "deepseek-v2",
+        "DeepseekV2Config",
+        dict(
+            num_key_value_heads=4,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            first_k_dense_replace=2,
+        ),
+        trees=False,
+    ),
+    _of_experts(
+        "llama4",
+        "Llama4TextConfig",
+        dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, layer_types=FULL),
+    ),
+    _of_experts(
+        "dots1",
+        "Dots1Config",
+        EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "layer_types": FULL,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+    _of_experts(
+        "glm4-moe", "Glm4MoeConfig", EXPERTS | {"n_routed_experts": 4, "head_dim": 16, "first_k_dense_replace": 1}
+    ),
+)
+
+
+def parameters(table: Sequence[Architecture] = TABLE) -> list[Any]:
+    """For `pytest.mark.parametrize`: those that are not in the quick tier are marked slow, those that this transformers
+    does not have are skipped."""
+    return [
+        pytest.param(
+            one,
+            id=one.name,
+            marks=[
+                *([] if one.quick else [pytest.mark.slow]),
+                pytest.mark.skipif(
+                    not hasattr(transformers, one.config_class), reason=f"this transformers has no {one.config_class}"
+                ),
+            ],
+        )
+        for one in table
+    ]
+
+
+def prompts(longest: int, new: int) -> list[list[int]]:
+    """Random ones: a short one, one whose text crosses a boundary of the cache's grain, and the longest that fits."""
+    lengths = [length for length in (5, 100, longest - new) if 0 < length <= longest - new]
+    made = []
+    for seed, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(seed)
+        made.append(torch.randint(tiny.VOCABULARY, (length,), generator=generator).tolist())
+    return made
+
+
+def generated(model: PreTrainedModel, prompt: Sequence[int], new: int) -> list[int]:
+    """What transformers' `generate` says, greedily."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+        )
+    return text[0, len(prompt) :].tolist()
+
+
+@functools.cache
+def reference(architecture: Architecture, dtype: str, new: int) -> list[list[int]]:
+    """`generated` for each of `prompts`, by a model that none of our code has touched."""
+    model = architecture.model(dtype)
+    return [generated(model, prompt, new) for prompt in prompts(architecture.longest, new)]
