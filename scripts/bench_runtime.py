@@ -2,9 +2,9 @@
 
     bash scripts/bench_runtime.sh [--passes 300] [--vocabulary 151936] [--pass-ms 100] [--json FILE]
 
-Two processes on a core each run the real loops over a socket, with a model that sleeps for as long as a forward
-takes and then says what a rule holds. What a pass took less what the model slept is the runtime's own work, on either
-side.
+Two processes on a core each run the real loops over a process group, with a model that sleeps for as long as a
+forward takes and then says what a rule holds. What a pass took less what the model slept is the runtime's own work, on
+either side.
 Real forwards also leave the processor's caches cold, which these do not.
 """
 

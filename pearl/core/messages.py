@@ -11,10 +11,10 @@
     both ways            Close    nothing more will come
                          Beat     nothing to say, but alive
 
-Every message carries the number of its sequence, so nothing can leak into the next one. A message is a *frame* of 16
-words (64 bytes); a longer one says so in its second word and the rest follows in one piece. Both ends know the shapes:
-numbers only, no pickles. Floating-point numbers travel as their own bits. What is said at once, of several sequences,
-travels together. Words that are no message are `Garbage`, and nothing else comes of them.
+Every message carries the number of its sequence, so nothing can leak into the next one. The second word of a message
+says how many words it has. Both ends know the shapes: numbers only, no pickles. Floating-point numbers travel as their
+own bits. What is said at once, of several sequences, travels together. Words that are no message are `Garbage`, and
+nothing else comes of them.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class SentSeparately:
     """In place of features that come another way."""
 
     shape: tuple[int, int]  # positions, F
+    direct: bool = False  # from device to device, not through the host
 
 
 # of some positions, [positions, F]: an array of int16, the bits of bfloat16, or what lies on a device

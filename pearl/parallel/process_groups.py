@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pearl.config.inputs import brief
 from pearl.machine.launcher import LaunchEnv
-from pearl.wire.feature_transport import gloo_group
+from pearl.wire.groups import gloo_group
 
 _FRAME = 64  # words of a command's first message; the rest, if there is one, is the second
 _TAG = 0
@@ -31,7 +31,7 @@ class CommandBroadcast:
     """Rank 0 tells the others what to do. One end of it."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None):
-        """Returns when all ranks have come. `host`: the address to listen at; None: by the machine's name."""
+        """Returns when all ranks have come. `host`: see `gloo_group`."""
         self.rank, self.size = rank, size
         self._group = gloo_group(dist.PrefixStore("calls", store), rank, size, deadline_s, host)
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()  # keeps the tensors alive until they have left

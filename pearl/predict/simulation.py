@@ -34,7 +34,7 @@ from pearl.models.verifier import SequenceQuery
 from pearl.predict.script import VOCABULARY, Script, Times, token
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
-from pearl.wire.codec import pack
+from pearl.wire.frames import size
 
 LOOKED_UP = 8  # guesses of one search in the text
 MATCH = 4  # tokens that an own guess of the drafter is taken to rest on
@@ -121,7 +121,7 @@ class _End:
         return self.now
 
     def send(self, *messages: Message) -> None:
-        self.bytes_sent += pack(messages).nbytes
+        self.bytes_sent += size(*messages)
         self.peer.inbox += [(self.now + self._latency_s, message) for message in messages]
 
     def receive(self) -> Message | None:

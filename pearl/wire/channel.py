@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from pearl.core.messages import Message
-from pearl.wire.codec import pack
+from pearl.wire.frames import size
 
 Clock = Callable[[], float]  # seconds since some moment: the computer's own, or a simulation's
 
@@ -71,7 +71,7 @@ class LocalChannel:
         return False
 
     def send(self, *messages: Message) -> None:
-        self.bytes_sent += pack(messages).nbytes  # what it would be on the wire
+        self.bytes_sent += size(*messages)  # what it would be on the wire
         self._outbox += messages
 
     def receive(self) -> Message | None:

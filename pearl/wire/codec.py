@@ -3,9 +3,10 @@
     word 0      the kind: the place of its layout in `_LAYOUTS`
     word 1      how many words it has, these two included
     word 2 ...  its parts, as `_LAYOUTS` lists them, which is read both ways: a new message is one more entry there
-    ...         zeros up to a frame
 
-Knows: the layout of every message of `pearl.core.messages`; what can't be one is `Garbage`. Refuses to know: sockets,
+Of features it has the shape: they travel another way, as what they are.
+
+Knows: the layout of every message of `pearl.core.messages`; what can't be one is `Garbage`. Refuses to know: frames,
 groups and what a message is for.
 """
 
@@ -39,7 +40,6 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
 
-FRAME = 16  # words
 _AUTO = -1  # on the wire
 _SETTINGS = (
     "gamma",
@@ -166,24 +166,19 @@ def _read_params(of: _Reader) -> SamplingParams:
 
 
 def _write_features(to: _Writer, features: Any) -> None:
-    """The last part: nothing, the shape of what comes another way, or the bits, two in a word, as they lie."""
-    if features is None:
-        return
-    to.put("i", *features.shape, isinstance(features, SentSeparately))
-    if isinstance(features, np.ndarray):
-        to.data += features.tobytes() + bytes(features.nbytes % 4)
+    """The last part: nothing, or the shape of what comes another way."""
+    if features is not None:
+        on_host = isinstance(features, np.ndarray)
+        to.put("i", *features.shape, features.direct if isinstance(features, SentSeparately) else not on_host)
 
 
-def _read_features(of: _Reader) -> SentSeparately | np.ndarray | None:
+def _read_features(of: _Reader) -> SentSeparately | None:
     if not of.left:
         return None
-    rows, width, elsewhere = of.get("i", 3)
+    rows, width, direct = of.get("i", 3)
     if rows < 0 or width < 0 or rows * width > 2 * MOST:
         raise Garbage(f"features of {rows} positions with {width} numbers each")
-    if elsewhere:
-        return SentSeparately((rows, width))
-    halves = np.frombuffer(bytearray(of.take(-(-rows * width // 2) * 4)), np.int16)  # a copy that may be written
-    return halves[: rows * width].reshape(rows, width)
+    return SentSeparately((rows, width), bool(direct))
 
 
 def _write_guess(to: _Writer, guess: Guess) -> None:
@@ -238,26 +233,25 @@ _LAYOUTS: dict[type, _Part] = {
 _KINDS = {kind: number for number, kind in enumerate(_LAYOUTS)}
 _READS = [part.read for part in _LAYOUTS.values()]
 _TOGETHER = len(_LAYOUTS)  # the kind of several messages in one
+_HEAD = 2  # words: kind and length
 
 
 def encode(message: Message) -> Words:
-    """The message as words, padded to a frame."""
+    """The message as words."""
     to = _Writer()
     to.put("i", _KINDS[type(message)], 0)
     _LAYOUTS[type(message)].write(to, message)
-    size = len(to.data) // 4
-    to.data += bytes(4 * max(0, FRAME - size))
     words = np.frombuffer(to.data, np.int32)
-    words[1] = size
+    words[1] = len(words)
     return words
 
 
 def decode(words: Words) -> Message:
     """The inverse of `encode`. Raises `Garbage`."""
     kind = int(words[0])
-    if not 0 <= kind < len(_READS) or length(words) != max(FRAME, len(words)):
+    if not 0 <= kind < len(_READS) or length(words) != len(words):
         raise Garbage(f"kind {kind} and length {words[1]} of {len(words)} words")
-    of = _Reader(words[2 : int(words[1])].tobytes())
+    of = _Reader(words[2:].tobytes())
     try:
         message = _READS[kind](of)
     except (ArithmeticError, LookupError, UsageError, ValueError) as error:
@@ -267,11 +261,11 @@ def decode(words: Words) -> Message:
     return message
 
 
-def length(frame: Words) -> int:
-    """How many words the message has whose first frame this is. Raises `Garbage`."""
-    if not 0 <= frame[0] <= _TOGETHER or not 2 < frame[1] <= MOST:
-        raise Garbage(f"there is no message of kind {frame[0]} and {frame[1]} words")
-    return max(FRAME, int(frame[1]))
+def length(head: Words) -> int:
+    """How many words the message has that begins with these, two at least. Raises `Garbage`."""
+    if not 0 <= head[0] <= _TOGETHER or not 2 < head[1] <= MOST:
+        raise Garbage(f"there is no message of kind {head[0]} and {head[1]} words")
+    return int(head[1])
 
 
 def pack(messages: Sequence[Message]) -> Words:
@@ -279,20 +273,18 @@ def pack(messages: Sequence[Message]) -> Words:
     if len(messages) == 1:
         return encode(messages[0])
     inner = [encode(message) for message in messages]
-    head = np.zeros(FRAME, np.int32)
-    head[:2] = _TOGETHER, FRAME + sum(map(len, inner))
-    return np.concatenate([head, *inner])
+    return np.concatenate([np.array([_TOGETHER, _HEAD + sum(map(len, inner))], np.int32), *inner])
 
 
 def unpack(words: Words) -> list[Message]:
     """The inverse of `pack`. Raises `Garbage`."""
     if words[0] != _TOGETHER:
         return [decode(words)]
-    messages, at = [], FRAME
-    while at + FRAME <= len(words):
+    messages, at = [], _HEAD
+    while at + _HEAD <= len(words):
         size = length(words[at:])
         messages.append(decode(words[at : at + size]))
         at += size
     if at != len(words) or not messages:
-        raise Garbage(f"several messages of {at - FRAME} words in {len(words) - FRAME}")
+        raise Garbage(f"several messages of {at} words in {len(words)}")
     return messages

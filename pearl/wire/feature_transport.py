@@ -13,7 +13,6 @@ Knows: two devices and a group of two. Refuses to know: which texts the rows bel
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -28,20 +27,21 @@ from torch import Tensor
 
 from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
+from pearl.wire.groups import gloo_group, nccl_group
 
 OPEN_S = 20.0  # that both sides, who know that the other is there, may take
 _TRIED = 64  # numbers of the known row
 _TAG = 0
-_NEVER_S = 1e6  # an end is noticed by the channel; nccl must not end a process for it
 
 
 class FeatureTransport:
     """One end: rank 0, the target, sends, and rank 1, the drafter, receives in the same order."""
 
     def __init__(self, store: dist.Store, rank: int, device: torch.device, host: str | None = None):
-        """Returns when both have come. `host`: the address to listen at; None: by the machine's name."""
+        """Returns when both have come. `host`: see `gloo_group`."""
         self._device, self._ends = device, threading.Lock()
-        self._group: Any = (_nccl if device.type == "cuda" else _gloo)(store, rank, host)
+        on_gpu = device.type == "cuda"
+        self._group: Any = nccl_group(store, rank, 2) if on_gpu else gloo_group(store, rank, 2, OPEN_S, host)
         self._sending: deque[tuple[Any, Tensor]] = deque()  # keeps the rows alive until they have left
 
     @classmethod
@@ -76,8 +76,15 @@ class FeatureTransport:
         rows = rows.to(self._device).contiguous()
         with self._open() as group:
             self._sending.append((group.send([rows], 1, _TAG), rows))
-        while self._sending and self._sending[0][0].is_completed():
+        while self._sending and self._sending[0][0].is_completed():  # of gloo, none is before it was waited for
             self._sending.popleft()
+
+    def release(self, patience_s: float) -> None:
+        """Waits until what was sent before has left, where only a wait can tell. Raises `RuntimeError`."""
+        for _ in range(len(self._sending) if self._device.type == "cpu" else 0):
+            with contextlib.suppress(IndexError):  # it was closed meanwhile
+                self._sending[0][0].wait(timedelta(seconds=patience_s))
+                self._sending.popleft()
 
     def receive(self, rows: int, width: int) -> DeviceFeatures:
         """The next that was sent. Raises `RuntimeError` if the transport is closed."""
@@ -119,37 +126,3 @@ def _answer(store: dist.Store) -> bytes:
         return store.get("tried")
     except (RuntimeError, ValueError):
         return b""
-
-
-def gloo_group(store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None) -> Any:
-    """A gloo group that is no default one, once all have come. `host`: the address to listen at; None: by the machine's
-    name. What is not done after `deadline_s` fails."""
-    gloo: Any = dist.ProcessGroupGloo
-    options = gloo._Options()
-    options._timeout = timedelta(seconds=deadline_s)
-    options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-    return gloo(store, rank, size, options)
-
-
-def _gloo(store: dist.Store, rank: int, host: str | None) -> Any:
-    return gloo_group(store, rank, 2, OPEN_S, host)
-
-
-def _nccl(store: dist.Store, rank: int, _: str | None) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=_NEVER_S)
-    with _environment("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"):
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -2,47 +2,49 @@
 
 A thread of its own receives and hands over through a deque and an event. Another one sends a beat now and then, so that
 silence means something: a side that hears nothing for `silence_s` takes the other one for dead, as if it had closed the
-connection. That thread also sends what the system would not take at once, so `send` never waits.
+connection. That thread also lets go of what has left, so `send` never waits.
 
-Knows: when the other side counts as gone, and which features go beside the messages. Refuses to know: sockets (`tcp`),
-and what a message is for.
+Knows: when the other side counts as gone, and which features go beside the messages. Refuses to know: groups and frames
+(`connection`), and what a message is for.
 """
 
 from __future__ import annotations
 
-import sys
+import atexit
+import contextlib
 import threading
 import time
-from collections import deque
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from pearl.config.engine_config import SILENCE_S
 from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Beat, Close, Garbage, Message, SentSeparately, Verdict
-from pearl.wire.codec import FRAME, length, pack, unpack
+from pearl.wire.codec import length, pack, unpack
+from pearl.wire.connection import FrameConnection
 from pearl.wire.feature_transport import FeatureTransport
-from pearl.wire.tcp import WORD, TcpConnection
+from pearl.wire.frames import FEATURES, MESSAGES, bits_of, count_words, frame_bytes, words_of
 
 _BEATS = 5  # in the time of a silence
 _GOODBYE_S = 2.0  # that an answer to a goodbye is waited for
-_SWITCH_S = 0.0005  # after which a thread lets others run: the receiver gets its turn soon after a message comes
 
 
 class ProcessChannel:
     """One end of the pair of ranks (0 target, 1 drafter).
 
-    `silence_s`: how long waiting for any message or beat may take. `host`: see `TcpConnection`. `name`: both ends give
-    the same; a new connection over the same store needs a new one. `transport`: for features that lie on a device,
-    which goes with the connection. Raises RuntimeError if the other rank does not come.
+    `silence_s`: how long waiting for any message or beat may take. `host`: see `gloo_group`. `name`: both ends give the
+    same; a new connection over the same store needs a new one. `transport`: for features that lie on a device, which
+    goes with the connection. Raises RuntimeError if the other rank does not come.
     """
 
     def __init__(
         self,
-        store: Any,
+        store: dist.Store,
         rank: int,
         host: str | None = None,
         silence_s: float = SILENCE_S,
@@ -50,99 +52,110 @@ class ProcessChannel:
         transport: FeatureTransport | None = None,
     ):
         self._silence_s, self._transport = silence_s, transport
-        self._connection = TcpConnection(store, rank, host, f"{name}/address")
+        self._connection = FrameConnection(dist.PrefixStore(name, store), rank, host)
         self._store = store  # rank 0 serves it: it must live as long as the drafter
-        self._inbox: deque[Message] = deque()
-        self._arrived = threading.Event()
+        self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None: it is over
+        self._next: Message | None = None  # out of the inbox, and not received yet
         self._gone = threading.Event()
         self.closed_cleanly, self.reason = False, ""
         self.bytes_sent = self.bytes_received = 0
-        self._switch_s = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_S)
         self._receiver = threading.Thread(target=self._receive_all, name="pearl-receiver", daemon=True)
         self._receiver.start()
         self._heartbeat = threading.Thread(target=self._send_beats, name="pearl-heartbeat", daemon=True)
         self._heartbeat.start()
+        atexit.register(self._end_threads)
 
     @property
     def lost(self) -> bool:
-        return self._gone.is_set() and not self._inbox
+        return self._gone.is_set() and not self._peek()
 
     def send(self, *messages: Message) -> None:
-        try:
-            ready = [self._handed_over(message) for message in messages]
-        except RuntimeError as error:
-            self._lose(f"features could not be sent: {brief(error, 120)}")
-            return
-        self.bytes_sent += self._send(*ready)
+        self.bytes_sent += self._send(*messages)
 
     def receive(self) -> Message | None:
-        return self._inbox.popleft() if self._inbox else None
+        self._peek()
+        message, self._next = self._next, None
+        return message
 
     def wait(self, timeout_s: float | None = None) -> None:
-        deadline = None if timeout_s is None else time.perf_counter() + timeout_s
-        while not self._inbox and not self._gone.is_set():
-            self._arrived.clear()
-            if self._inbox or self._gone.is_set():  # it came between the test and the clear
-                return
-            left = None if deadline is None else deadline - time.perf_counter()
-            if left is not None and left <= 0:
-                return
-            self._arrived.wait(left)
+        if not self._peek() and not self._gone.is_set():
+            with contextlib.suppress(Empty):
+                self._next = self._inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0.0))
+
+    def _peek(self) -> Message | None:
+        """The next message, which stays."""
+        while self._next is None and not self._inbox.empty():
+            self._next = self._inbox.get_nowait()
+        return self._next
 
     def close(self, patience_s: float = _GOODBYE_S) -> None:
         """Says goodbye; the other side answers likewise, which ends both receivers. One that is in a long forward finds
         the goodbye later."""
+        deadline = time.perf_counter() + patience_s
         self._send(Close())
         self._receiver.join(patience_s)
+        if self.closed_cleanly:  # our goodbye leaves before the connection ends
+            self._heartbeat.join(patience_s)
+            if not self._heartbeat.is_alive():
+                with contextlib.suppress(OSError):
+                    self._connection.release(deadline - time.perf_counter())
         self._lose("closed here")
-        self._receiver.join(patience_s)
-        self._heartbeat.join(patience_s)
+        self._end_threads()
+        atexit.unregister(self._end_threads)
         self._connection.close()
-        sys.setswitchinterval(self._switch_s)
+
+    def _end_threads(self) -> None:
+        """No thread may be in gloo's hands when the interpreter ends: it could not come back."""
+        self._lose("the program ends")
+        for thread in (self._receiver, self._heartbeat):
+            thread.join(_GOODBYE_S)
 
     def _send(self, *messages: Message) -> int:
         """Bytes. After the other side's goodbye only our own still goes out."""
         if self._gone.is_set() and not isinstance(messages[0], Close):
             return 0
-        words = pack(messages)
         try:
-            self._connection.send(words)
+            ready = [self._handed_over(message) for message in messages]
+            return sum(map(self._send_features, ready)) + self._connection.send(pack(ready))
         except OSError as error:
             self._lose(_why(error))
-            return 0
-        return words.nbytes
+        except RuntimeError as error:
+            self._lose(f"features could not be sent: {brief(error, 120)}")
+        return 0
 
     def _send_beats(self) -> None:
-        """Sends what is left, and a beat where nothing is."""
+        """Beats, where nothing much is under way, and lets go of what has left."""
+        hurry = self._connection.hurry
         try:
             while not self._gone.is_set():
-                if self._connection.more.wait(self._silence_s / _BEATS):
-                    self._connection.send_rest(self._silence_s)
-                else:
+                if not hurry.wait(self._silence_s / _BEATS):
                     self._send(Beat())
-        except (OSError, ValueError) as error:  # ValueError: the socket is closed
+                hurry.clear()
+                self._connection.release(2 * self._silence_s)  # the receiver finds out earlier what silence is
+                if self._transport:
+                    self._transport.release(2 * self._silence_s)
+        except OSError as error:
             self._lose(_why(error))
+        except RuntimeError as error:
+            self._lose(f"features could not be sent: {brief(error, 120)}")
 
     def _receive_all(self) -> None:
-        read = self._connection.read_exact
         try:
             while True:
-                frame = read(FRAME, self._silence_s)
-                rest = length(frame) - FRAME
-                whole_by = time.perf_counter() + self._silence_s  # else beats could fill what was never meant
-                messages = unpack(np.concatenate([frame, read(rest, self._silence_s, whole_by)]) if rest else frame)
+                frame = self._connection.receive(self._silence_s)
+                words = self._connection.receive_words(length(frame), self._silence_s, MESSAGES, frame)
+                messages = unpack(words)
                 if isinstance(messages[-1], Close):
                     self.closed_cleanly = True
                     self._end("goodbye")  # and the connection stays, for the answer
                     return
                 if not isinstance(messages[0], Beat):
-                    self.bytes_received += (FRAME + rest) * WORD
-                    self._inbox += map(self._taken_over, messages)
-                    self._arrived.set()
+                    self.bytes_received += frame_bytes(len(words))
+                    for message in messages:
+                        self._inbox.put(self._with_features(message))
         except Garbage as error:
             self._lose(f"it sent what can't be read: {error}")
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self._lose(_why(error))
         except MemoryError:
             self._lose("it sent a message that memory does not suffice for")
@@ -150,31 +163,43 @@ class ProcessChannel:
             self._lose(f"features could not be received: {brief(error, 120)}")
 
     def _handed_over(self, message: Message) -> Message:
-        """Features that lie on a device go over the transport, or else become bits of the message."""
-        if not isinstance(message, Verdict) or not isinstance(message.features, DeviceFeatures):
+        """Features that lie on a device, for which there is no transport, go through the host."""
+        if self._transport or not isinstance(message, Verdict) or not isinstance(message.features, DeviceFeatures):
             return message
-        if self._transport is None:
-            return replace(message, features=message.features.bits())
-        if not self._gone.is_set():
-            self._transport.send(message.features.rows)
-            self.bytes_sent += message.features.nbytes
-        return replace(message, features=SentSeparately(message.features.shape))
+        return replace(message, features=message.features.bits())
 
-    def _taken_over(self, message: Message) -> Message:
+    def _send_features(self, message: Message) -> int:
+        """Bytes. The message itself only says how many rows they are, and which way they come."""
+        if not isinstance(message, Verdict) or message.features is None:
+            return 0
+        if isinstance(message.features, np.ndarray):
+            return self._connection.send(words_of(message.features), FEATURES)
+        if self._transport and isinstance(message.features, DeviceFeatures):
+            self._transport.send(message.features.rows)
+            return message.features.nbytes
+        return 0
+
+    def _with_features(self, message: Message) -> Message:
         if not isinstance(message, Verdict) or not isinstance(message.features, SentSeparately):
             return message
-        if self._transport is None:
-            raise Garbage("features on a way that there is not")
-        features = self._transport.receive(*message.features.shape)
-        self.bytes_received += features.nbytes
+        shape = message.features.shape
+        if message.features.direct:
+            if self._transport is None:
+                raise Garbage("features on a way that there is not")
+            features: Any = self._transport.receive(*shape)
+            self.bytes_received += features.nbytes
+        else:
+            words = self._connection.receive_words(count_words(shape), self._silence_s, FEATURES)
+            features = bits_of(words, shape)
+            self.bytes_received += frame_bytes(len(words), FEATURES)
         return replace(message, features=features)
 
     def _end(self, reason: str) -> None:
         if not self._gone.is_set():
             self.reason = reason
         self._gone.set()
-        self._arrived.set()
-        self._connection.more.set()
+        self._inbox.put(None)
+        self._connection.hurry.set()
 
     def _lose(self, reason: str) -> None:
         self._end(reason)

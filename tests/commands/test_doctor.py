@@ -52,7 +52,7 @@ def test_speed_says_why_it_does_not_pay():
 
 def test_messages_and_gloo_are_tried_between_two_processes(monkeypatch):
     found = doctor.messages()
-    assert found.verdict in (OK, SLOW) and found.found.startswith("one takes")
+    assert found.verdict in (OK, SLOW) and found.found.startswith("one and its answer take")
     assert doctor.backend("gloo", 0).verdict == OK
     monkeypatch.setattr(doctor, "LATE_S", 0.01)  # no process starts so soon
     assert doctor.messages().verdict == NO

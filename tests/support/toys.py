@@ -9,7 +9,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from pearl.core import noise
-from pearl.core.messages import Message
+from pearl.core.messages import Message, Verdict
 from pearl.core.sampling import SamplingParams, warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
@@ -185,6 +185,7 @@ class WireEnd:
     def __init__(self) -> None:
         self.inbox: deque[Message] = deque()
         self.coming: deque = deque()  # as words: what a message does not carry is not there on the other side
+        self.features: deque = deque()  # which travel another way
         self.sent: list[Message] = []
         self.peer: WireEnd = self
         self.gone = False
@@ -199,10 +200,14 @@ class WireEnd:
         if not self.gone:
             self.sent += messages
             self.peer.coming.append(pack(messages))
+            self.peer.features += [m.features for m in messages if isinstance(m, Verdict) and m.features is not None]
 
     def deliver(self, count: int) -> None:
         for _ in range(min(count, len(self.coming))):
-            self.inbox += unpack(self.coming.popleft())
+            for message in unpack(self.coming.popleft()):
+                if isinstance(message, Verdict) and message.features is not None:
+                    message = replace(message, features=self.features.popleft())
+                self.inbox.append(message)
 
     def receive(self) -> Message | None:
         return self.inbox.popleft() if self.inbox else None

@@ -241,7 +241,7 @@ class Fuzz:
     def wire(self) -> object:
         words = [self.rng.choice([0, 1, 2, 3, 16, -1, self.rng.randrange(-(1 << 31), 1 << 31)]) for _ in range(32)]
         words[0], words[1] = self.rng.randrange(-1, 10), self.rng.choice([16, 32, words[1]])
-        words[16], words[17] = self.rng.randrange(-1, 10), self.rng.choice([8, 16, words[17]])
+        words[2], words[3] = self.rng.randrange(-1, 10), self.rng.choice([8, 14, 30, words[3]])
         try:
             return unpack(np.array(words, np.int32))
         except Garbage:

@@ -21,6 +21,7 @@ from pearl.core.messages import (
     Garbage,
     Guess,
     Nodes,
+    SentSeparately,
     Start,
     Verdict,
 )
@@ -31,7 +32,8 @@ from pearl.core.token_buckets import LIMIT
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
-from pearl.wire.codec import FRAME, decode, encode, length
+from pearl.wire.codec import decode, encode, length
+from pearl.wire.frames import MESSAGES, size
 
 NUMBERS = st.integers(0, (1 << 31) - 1)
 LONG = st.integers(0, (1 << 63) - 1)
@@ -79,24 +81,13 @@ def test_what_is_decoded_is_what_was_said(message):
     assert decode(encode(message)) == message
 
 
-FEATURES = st.tuples(st.integers(1, 4), st.integers(1, 7)).flatmap(
-    lambda size: st.lists(
-        st.integers(-(1 << 15), (1 << 15) - 1), min_size=size[0] * size[1], max_size=size[0] * size[1]
-    ).map(lambda bits: np.array(bits, np.int16).reshape(size))
-)
-
-
-@examples(200)
-@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS), FEATURES)
-def test_features_arrive_bit_for_bit(verdict: Verdict, features: np.ndarray):
-    """Two in a word: of an odd number the last has a word of its own."""
-    there = decode(encode(replace(verdict, features=features)))
-    assert there == verdict and isinstance(there, Verdict) and there.features is not None
-    assert there.features.dtype == np.int16 and np.array_equal(there.features, features)
-    words = encode(replace(verdict, features=features))
-    assert length(words[:FRAME]) == len(words)
-    words[int(words[1]) :] = -1
-    assert np.array_equal(decode(words).features, features), "what pads the frame is not read"
+@given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS), st.integers(0, 4), st.integers(0, 7))
+def test_features_come_another_way_and_the_verdict_says_how_many(verdict: Verdict, rows: int, width: int):
+    said = replace(verdict, features=np.zeros((rows, width), np.int16))
+    there = decode(encode(said))
+    assert there == verdict and isinstance(there, Verdict) and there.features == SentSeparately((rows, width))
+    direct = SentSeparately((rows, width), direct=True)
+    assert decode(encode(replace(verdict, features=direct))).features == direct
 
 
 @given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS))
@@ -119,21 +110,13 @@ def test_a_start_carries_all_that_a_drafter_needs(start: Start):
 
 @examples(200)
 @given(st.one_of(STARTS, OTHERS))
-def test_the_first_frame_tells_how_much_follows(message):
+def test_the_second_word_tells_how_many_there_are(message):
     words = encode(message)
-    assert words.dtype == np.int32 and len(words) >= FRAME and words[:FRAME].nbytes == 64
-    assert length(words[:FRAME]) == len(words)
-
-
-@given(st.one_of(STARTS, OTHERS))
-def test_what_pads_a_frame_is_not_read(message):
-    words = encode(message)
-    words[int(words[1]) :] = -1
-    assert decode(words) == decode(encode(message))
+    assert words.dtype == np.int32 and length(words[:2]) == len(words)
 
 
 def test_a_message_that_ends_early_is_garbage():
-    words = encode(Verdict(1, 2, DraftPlan(), (4, 5)))
+    words = encode(Verdict(1, 2, DraftPlan(), (4, 5)))[:-1].copy()
     words[1] -= 1
     with pytest.raises(Garbage, match="ends before"):
         decode(words)
@@ -141,13 +124,13 @@ def test_a_message_that_ends_early_is_garbage():
 
 @given(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.booleans())
 def test_the_messages_of_steady_state_pearl_fit_one_frame(a: int, b: int, c: int, d: int, exhausted: bool):
-    assert encode(Nodes(a, b, c, exhausted, (Guess(a, b, d, logp=-0.5),))).nbytes == 64
-    assert encode(Verdict(a, b, DraftPlan(c, d, a), (d,) * 8)).nbytes == 64
+    assert size(Nodes(a, b, c, exhausted, (Guess(a, b, d, logp=-0.5),))) == 4 * MESSAGES.words
+    assert size(Verdict(a, b, DraftPlan(c, d, a), (d,) * 8)) == 4 * MESSAGES.words
 
 
 @given(PROPOSALS, NUMBERS)
 def test_a_guess_with_its_distribution_is_far_below_a_kilobyte(proposal: tuple, n: int):
-    assert encode(Nodes(n, n, n, False, (Guess(n, n, n, proposal),))).nbytes <= 128
+    assert size(Nodes(n, n, n, False, (Guess(n, n, n, proposal),))) <= 128
 
 
 @pytest.mark.parametrize("mode", ["sd", "pearl", "pearl-no-pre", "pearl-no-post"])
@@ -159,10 +142,10 @@ def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
             channel = ScriptedChannel(source, script)
             together(Target(model, channel, ticks()), [1, 2, 3], Schedule.of(mode), params)
             said = [*channel.sent, *channel.peer.sent]
-            assert len(said) > 10 and max(encode(message).nbytes for message in said) < 1024
+            assert len(said) > 10 and max(map(size, said)) < 1024
             if method == "seeded" and isinstance(source, ModelSource):
                 steady = [m for m in said if isinstance(m, Nodes | Verdict)]
-                assert all(encode(m).nbytes == 64 for m in steady if len(getattr(m, "tokens", ())) <= 8)
+                assert all(size(m) == 4 * MESSAGES.words for m in steady if len(getattr(m, "tokens", ())) <= 8)
 
 
 # Garbage
@@ -172,7 +155,7 @@ WORDS = st.integers(-(1 << 31), (1 << 31) - 1)
 
 
 @examples(1000)
-@given(st.integers(-2, 9), st.lists(st.one_of(st.integers(-3, 40), WORDS), min_size=FRAME, max_size=60))
+@given(st.integers(-2, 9), st.lists(st.one_of(st.integers(-3, 40), WORDS), min_size=2, max_size=60))
 def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
     made = np.array([kind, len(words), *words[2:]], np.int32)
     try:
@@ -194,4 +177,4 @@ def test_a_message_that_was_cut_short_is_garbage(message, data):
 @pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MOST + 1, (1 << 31) - 1])
 def test_no_message_has_so_many_words(count):
     with pytest.raises(Garbage, match="words"):
-        length(np.array([3, count, *[0] * 14], np.int32))
+        length(np.array([3, count], np.int32))

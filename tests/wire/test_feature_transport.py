@@ -25,6 +25,7 @@ from pearl.errors import UsageError
 from pearl.wire import feature_transport as lanes
 from pearl.wire.codec import decode, encode
 from pearl.wire.feature_transport import FeatureTransport
+from pearl.wire.frames import size
 from pearl.wire.process_channel import ProcessChannel
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -107,14 +108,14 @@ def test_a_lane_that_changes_the_row_is_not_used_by_either_side(who: int, monkey
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_side_that_has_no_group_keeps_the_other_from_using_it(broken: int, monkeypatch, capfd):
-    real = lanes._gloo
+    real = lanes.gloo_group
 
-    def failing(store, rank, host):
+    def failing(store, rank, *others):
         if rank == broken:
             raise RuntimeError("no network here")
-        return real(store, rank, host)
+        return real(store, rank, *others)
 
-    monkeypatch.setattr(lanes, "_gloo", failing)
+    monkeypatch.setattr(lanes, "gloo_group", failing)
     monkeypatch.setattr(lanes, "OPEN_S", 1.0)
     assert opened() == [None, None]
     assert "features go through the host" in capfd.readouterr().err
@@ -170,16 +171,15 @@ def test_a_lost_connection_takes_no_more_features_and_raises_nothing():
 
 def test_a_message_that_names_a_lane_where_there_is_none_ends_the_connection():
     here, there = linked(lane=False)
-    here.send(Verdict(1, 5, DraftPlan(), (1,), SentSeparately((3, 24))))
+    here.send(Verdict(1, 5, DraftPlan(), (1,), SentSeparately((3, 24), direct=True)))
     assert heard(there) is None and there.lost and "way" in there.reason
     for end in (here, there):
         end.close()
 
 
 def test_what_comes_another_way_is_a_shape_in_the_message():
-    message = Verdict(1, 5, DraftPlan(), (1, 2, 3), SentSeparately((7, 3456)))
-    words = encode(message)
-    assert len(words) == 16 and decode(words).features == message.features
+    message = Verdict(1, 5, DraftPlan(), (1, 2, 3), SentSeparately((7, 3456), direct=True))
+    assert size(message) == size(End(1)) and decode(encode(message)).features == message.features
 
 
 def test_pieces_on_a_device_can_be_joined_and_cut():
