@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -24,13 +25,21 @@ class Problem(Protocol):
 def score(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, Any]:
     """`score`: the share of answers whose final number is the problem's, and `score_by_category` if there are any."""
     by_id = {problem.task_id: problem for problem in problems}
-    right: dict[str | None, list[bool]] = {}
+    by_category: dict[str | None, list[bool]] = {}
     for task_id, text in answers:
         problem = by_id[task_id]
-        right.setdefault(problem.category, []).append(final_number(text, problem.style) == problem.answer)
-    shares = {category: sum(some) / len(some) for category, some in right.items()}
-    every = [one for some in right.values() for one in some]
+        by_category.setdefault(problem.category, []).append(right(problem, text))
+    shares = {category: sum(some) / len(some) for category, some in by_category.items()}
+    every = [one for some in by_category.values() for one in some]
     return {
         "score": sum(every) / len(every) if every else None,
         "score_by_category": {name: share for name, share in shares.items() if name} or None,
     }
+
+
+def right(problem: Problem, text: str) -> bool:
+    """Whether the final number is the problem's. 5 million are right where 5,000,000 are, and where so many millions
+    were asked for."""
+    return problem.answer in (
+        final_number(text, style) for style in (problem.style, replace(problem.style, scales=False))
+    )

