@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pearl.config import cli
 from pearl.errors import UsageError
-from pearl.tasks import judge_prompts, mt_bench
+from pearl.evaluation import judging, lines
+from pearl.tasks import mt_bench
 
 ENDPOINT = "https://api.openai.com/v1"
 
@@ -41,24 +42,22 @@ def parser() -> cli.Parser:
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
-    models = [judge_prompts.ANSWERS.load(file) for file in found.answers]
+    models = [judging.ANSWERS.load(file) for file in found.answers]
     if found.kind != "single" and len(models) < 2:
         raise UsageError(f"{found.kind} compares answers: name two files with --answers.")
-
-    from pearl.evaluation import judging, lines
-
     if found.kind == "agreement":
         print(judging.agreement(models))
         return 0
     if not found.model or not found.output:
         raise UsageError("Name the judge with --model, and where its judgments are kept with --output.")
-    prompts = {prompt.name: prompt for prompt in judge_prompts.PROMPTS.load(found.prompts)}
-    by, file = judging.Judge(found.model, found.endpoint.rstrip("/"), prompts), Path(found.output)
-    wanted = list(judging.games(found.kind, mt_bench.DATA.load(found.data), models, found.reference))
-    done = judging.judged(file)
-    for game in wanted:
-        if game.key not in done:
-            done[game.key] = game.play(by)
-            lines.append(file, [done[game.key]])
+    prompts, questions = judging.PROMPTS.load(found.prompts), mt_bench.DATA.load(found.data)
+    references = judging.ANSWERS.load(found.reference) if found.reference else []
+    wanted = list(judging.matches(found.kind, found.model, prompts, questions, models, references))
+    done, file = judging.judged(Path(found.output)), Path(found.output)
+    with judging.player(found.model, found.endpoint) as play:
+        for match in wanted:
+            if judging.key(match) not in done:
+                line = done[judging.key(match)] = play(match)
+                lines.append(file, [line])
     print((judging.ratings if found.kind == "single" else judging.wins)(wanted, done))
     return 0

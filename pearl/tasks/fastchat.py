@@ -1,27 +1,38 @@
 """Questions and answers as FastChat's llm_judge keeps them; Spec-Bench writes the same with four lists more.
 
-A question may have several turns: the prompt of each continues the answers before it.
+A question may have several turns: the prompt of each continues the answers before it. Conversations are the `fschat`
+package's; it comes with the extra `eval`, as it needs a web server's packages.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pearl.errors import UsageError
 from pearl.tasks import prompts
 from pearl.tasks.data import DataSet, Record
 from pearl.tasks.prompts import ChatTokenizer, Format
 from pearl.tasks.suite import Conversations
 
-# Vicuna's conversation, which FastChat takes for models that have none of their own
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions."
-)
+TEMPLATE = "vicuna_v1.1"  # FastChat's own model's, for models without a chat template
 STOP = ("\nUSER:", "</s>")
+
+
+def installed(module: str) -> Any:
+    """A module of FastChat's. Raises UsageError where it, or what it needs, is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(
+            f"MT-bench, Spec-Bench and their judge need FastChat ({error}): run pip install 'pearl[eval]', or in a "
+            "clone bash install.sh."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,34 @@ def question(record: Record, _: int) -> Question:
     return Question(int(record["question_id"]), str(record["category"]), tuple(turns), reference)
 
 
-def data(title: str, url: str) -> DataSet[Question]:
+@dataclass(frozen=True)
+class Questions(DataSet[Question]):
+    """A data set that is asked in FastChat's conversations, which must be there before anything is read."""
+
+    def load(self, path: str | None) -> list[Question]:
+        installed("fastchat.conversation")
+        return super().load(path)
+
+
+def data(title: str, url: str) -> Questions:
     needs = "an object with question_id, category and turns, a list of texts"
-    return DataSet(title, needs, question, ("json",), {"data_files": url, "split": "train"}, url)
+    return Questions(title, needs, question, ("json",), {"data_files": url, "split": "train"}, url)
 
 
 def prompt(asked: Question, answers: Sequence[str], format: Format, tokenizer: ChatTokenizer) -> str:
     prompts.check(format)
-    turns = [turn for pair in zip(asked.turns, answers, strict=False) for turn in pair] + [asked.turns[len(answers)]]
+    turns = asked.turns[: len(answers) + 1]
     if format == "chat":
-        return prompts.chat(turns, tokenizer)
-    roles = ("USER", "ASSISTANT")
-    said = [f"{roles[i % 2]}: {turn.strip()}" for i, turn in enumerate(turns)]
-    return "\n".join([SYSTEM, *said, "ASSISTANT:"])
+        return prompts.chat([*itertools.chain(*zip(turns, answers, strict=False)), turns[-1]], tokenizer)
+    conversation = installed("fastchat.conversation").get_conv_template(TEMPLATE)
+    # Vicuna's own separators are special tokens of its tokenizer, and plain text to any other.
+    style = installed("fastchat.conversation").SeparatorStyle.ADD_COLON_SINGLE
+    conversation.sep_style, conversation.sep = style, "\n"
+    for turn, answer in itertools.zip_longest(turns, answers):
+        conversation.append_message(conversation.roles[0], turn.strip())
+        said = None if answer is None else answer.strip() or " "  # nothing would be taken for an answer to come
+        conversation.append_message(conversation.roles[1], said)
+    return conversation.get_prompt()
 
 
 def answers(questions: Sequence[Question], talks: Conversations, model_id: str) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,7 +13,6 @@ from evaluations import SAMPLES, script, written
 
 from pearl.errors import UsageError
 from pearl.evaluation import judging
-from pearl.tasks import judge_prompts
 
 KINDS = [f"{kind}{math}{turn}" for kind in ("single-v1", "pair-v2") for math in ("",) for turn in ("", "-multi-turn")]
 KINDS += [f"{kind}-math-v1{turn}" for kind in ("single", "pair") for turn in ("", "-multi-turn")]
@@ -31,7 +30,16 @@ def template(name: str) -> str:
     return f"{name}: " + " | ".join(words)
 
 
-PROMPTS = [{"name": name, "system_prompt": f"judge {name}", "prompt_template": template(name)} for name in KINDS]
+PROMPTS = [
+    {
+        "name": name,
+        "type": "pairwise" if name.startswith("pair") else "single",
+        "system_prompt": f"judge {name}",
+        "prompt_template": template(name),
+        "output_format": "[[A]]" if name.startswith("pair") else "[[rating]]",
+    }
+    for name in KINDS
+]
 
 
 def answers(model: str, *turns: tuple[str, str]) -> list[dict]:
@@ -56,22 +64,26 @@ def files(tmp_path) -> dict[str, str]:
 
 @pytest.fixture
 def endpoint():
-    """An OpenAI-compatible server: what it was asked, and what it says: a text or a code, or a function of it."""
+    """An OpenAI-compatible server: what it was asked, and what it says: a text or a code, or a function of it. It fails
+    with the codes in `fails` before it says anything."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.asked.append((self.path, self.headers["Authorization"], body))
             said = server.said(body["messages"][-1]["content"]) if callable(server.said) else server.said
+            said = server.fails.pop(0) if server.fails else said
             self.send_response(said if isinstance(said, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("retry-after-ms", "1")
             self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+            self.wfile.write((server.raw or json.dumps({"choices": [{"message": {"content": said}}]})).encode())
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.said = [], "Fine. [[8]]"
+    server.asked, server.said, server.fails, server.raw = [], "Fine. [[8]]", [], ""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
@@ -81,6 +93,10 @@ def endpoint():
 def run(kind: str, files: dict[str, str], *more: str, models: tuple[str, ...] = ("ar", "pearl")) -> int:
     named = [word for name in ("data", "prompts", "output") for word in (f"--{name}", files[name])]
     return script("judge").main([kind, *named, "--answers", *(files[model] for model in models), *more])
+
+
+def kept(files: dict[str, str]) -> list[dict]:
+    return [json.loads(line) for line in Path(files["output"]).read_text().splitlines()]
 
 
 # Verdicts
@@ -93,25 +109,42 @@ def run(kind: str, files: dict[str, str], *more: str, models: tuple[str, ...] = 
         ("[[7.5]] since [[3]]", 7.5),
         ("so [6] it is", 6),
         ("[1] bad, but [[9]]", 9),
-        ("8/10", None),
+        ("[[08]]", 8),
+        ("8/10", -1),
     ],
 )
-def test_a_rating_stands_in_brackets(said, rating):
-    assert judge_prompts.rating(said) == rating
+def test_a_rating_stands_in_brackets(files, endpoint, said, rating):
+    endpoint.said = said
+    assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1", models=("ar",)) == 0
+    assert {line["score"] for line in kept(files)} == {rating}
 
 
 @pytest.mark.parametrize(
-    "said, winner", [("[[A]]", "A"), ("so: [[B]].", "B"), ("[[C]]", "tie"), ("A is better", "error")]
+    "said, winners",
+    [
+        ("[[A]]", ("model_1", "model_2")),
+        ("so: [[B]].", ("model_2", "model_1")),
+        ("[[C]]", ("tie", "tie")),
+        ("A is better", ("error", "error")),
+    ],
 )
-def test_a_winner_stands_in_brackets(said, winner):
-    assert judge_prompts.winner(said) == winner
+def test_a_winner_stands_in_brackets(files, endpoint, said, winners):
+    endpoint.said = said
+    assert run("pair", files, "--endpoint", endpoint.url, "--model", "judge-1") == 0
+    assert {(line["g1_winner"], line["g2_winner"]) for line in kept(files)} == {winners}
 
 
-def test_questions_with_a_right_answer_are_judged_with_it():
-    every = itertools.product(("single", "pair"), ("stem", "coding"), (1, 2))
-    names = {judge_prompts.prompt_name(*one) for one in every}
-    assert names == set(KINDS)
-    assert judge_prompts.prompt_name("pair", "reasoning", 2) == "pair-math-v1-multi-turn"
+@pytest.mark.parametrize("kind", ["single", "pair"])
+def test_questions_with_a_right_answer_are_judged_with_it(files, endpoint, kind):
+    assert run(kind, files, "--endpoint", endpoint.url, "--model", "judge-1") == 0
+    names = {(line["question_id"], line["turn"]): line["judge"][1] for line in kept(files)}
+    plain, math = (name for name in KINDS if name.startswith(kind) and "multi" not in name)
+    assert names == {
+        (81, 1): plain,
+        (81, 2): f"{plain}-multi-turn",
+        (101, 1): math,
+        (101, 2): f"{math}-multi-turn",
+    }
 
 
 # Asking
@@ -196,6 +229,34 @@ def test_an_endpoint_that_refuses_is_named_and_judgments_are_kept(files, endpoin
     assert len(Path(files["output"]).read_text().splitlines()) == 1  # the first turn, before the second was refused
 
 
+def test_an_endpoint_that_is_busy_is_asked_again(files, endpoint):
+    endpoint.fails = [429, 500, 503, 408]
+    assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1") == 0
+    assert len(endpoint.asked) == 8 + 4 and len(kept(files)) == 8
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"choices": []}'])
+def test_an_endpoint_that_speaks_another_language_is_named(files, endpoint, capsys, said):
+    endpoint.raw = said
+    assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1", models=("ar",)) == 2
+    assert f"The judge at {endpoint.url} does not answer" in capsys.readouterr().err
+
+
+def test_two_files_of_one_model_are_refused(files, endpoint, capsys):
+    judging = ("--endpoint", endpoint.url, "--model", "judge-1")
+    assert run("pair", files, *judging, models=("ar", "ar")) == 2
+    assert "Two files hold answers of one model_id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["fastchat.conversation", "fastchat.llm_judge.gen_judgment", "openai"])
+def test_without_fastchat_a_sentence_says_what_to_install(files, endpoint, monkeypatch, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1") == 2
+    assert "need FastChat" in (error := capsys.readouterr().err) and "pip install 'pearl[eval]'" in error
+    assert not endpoint.asked
+    assert run("agreement", files) == 0
+
+
 def test_a_question_that_needs_a_reference_is_not_judged_without(files, tmp_path, endpoint, capsys):
     bare = [{key: value for key, value in record.items() if key != "reference"} for record in SAMPLES["mt_bench"]]
     files["data"] = written(tmp_path, "bare", bare)
@@ -217,13 +278,10 @@ def test_agreement_needs_nobody(files, capsys):
 
 
 def test_agreement_is_measured_in_words():
-    said = (
-        [judge_prompts.Answer(1, "a", ("one two three four", "same"))],
-        [judge_prompts.Answer(1, "b", ("one two 3 four", "same"))],
-    )
-    found = judge_prompts.agreement(*said)
-    assert (found.turns, found.identical, found.common_start) == (2, 0.5, 0.75)
-    assert found.similarity == pytest.approx((0.75 + 1) / 2)
-    assert judge_prompts.agreement(said[0], []) is None
+    def said(model: str, *turns: str, question: int = 1) -> list[dict]:
+        return [{"question_id": question, "model_id": model, "choices": [{"turns": list(turns)}]}]
+
+    mine, theirs = said("a", "one two three four", "same"), said("b", "one two 3 four", "same")
+    assert "| b and a | 2 | 50.0% | 75.0% | 0.875 |" in judging.agreement([mine, theirs])
     with pytest.raises(UsageError, match="no question in common"):
-        judging.agreement([said[0], [judge_prompts.Answer(2, "b", ("x",))]])
+        judging.agreement([mine, said("b", "x", question=2)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,15 @@ def test_a_wheel_holds_what_a_checkout_runs(wheel: Path):
     assert not [name for name in names if name.startswith(("tests", "docs", "eval", "scripts"))]
 
 
+@pytest.mark.slow
+def test_a_plain_install_brings_no_web_server(wheel: Path):
+    with zipfile.ZipFile(wheel) as kept:
+        (name,) = (name for name in kept.namelist() if name.endswith(".dist-info/METADATA"))
+        needs = [line for line in kept.read(name).decode().splitlines() if line.startswith("Requires-Dist: ")]
+    of_mt_bench = [line for line in needs if re.search("fschat|openai|anthropic", line)]
+    assert len(of_mt_bench) == 3 and all("extra == 'eval'" in line for line in of_mt_bench)
+
+
 def test_the_version_is_said_once():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__ or "version" in project.get("dynamic", ())
@@ -141,9 +151,9 @@ def install(clone: Path, environment: Path, *extras: str, **more: str) -> subpro
 def test_an_environment_is_installed_into_once(clone: Path, environment: Path):
     assert install(clone, environment).returncode == 0
     asked = (environment / "asked").read_text()
-    assert "pip" in asked and "--editable ." in asked
+    assert "pip" in asked and "--editable .[eval]" in asked
     assert install(clone, environment, "dev").returncode == 0
-    assert "--editable .[dev]" in (environment / "asked").read_text()
+    assert "--editable .[eval,dev]" in (environment / "asked").read_text()
     (environment / "asked").unlink()
     for extras in ([], ["dev"], []):
         assert install(clone, environment, *extras).stdout == ""

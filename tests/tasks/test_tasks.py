@@ -103,6 +103,24 @@ def test_the_second_turn_goes_on_from_the_first_answer(tmp_path, format):
     assert second.index("A line.") < second.index(question.turns[1])
 
 
+def test_the_conversation_of_a_base_model_is_vicunas_line_by_line(tmp_path):
+    question, _ = loaded(tmp_path, "mt_bench")
+    said = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions.\nUSER: Write a line.\nASSISTANT: A line.\n"
+        "USER: Now in capitals.\nASSISTANT:"
+    )
+    assert fastchat.prompt(question, [" A line. "], "completion", Tokenizer()) == said
+    assert "ASSISTANT:  \nUSER: " in fastchat.prompt(question, [""], "completion", Tokenizer())
+
+
+@pytest.mark.parametrize("name", ["mt_bench", "spec_bench"])
+def test_without_fastchat_a_sentence_says_what_to_install(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastchat.conversation", None)
+    with pytest.raises(UsageError, match=r"need FastChat .*: run pip install 'pearl\[eval\]'"):
+        loaded(tmp_path, name)
+
+
 @EVERY
 def test_unknown_formats_and_chats_without_a_template_are_refused(tmp_path, name):
     problem, tokenizer = loaded(tmp_path, name)[0], Tokenizer()
