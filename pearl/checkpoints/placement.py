@@ -14,7 +14,6 @@ import torch
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import BYTES, needed_gb, probe
 from pearl.errors import UsageError
-from pearl.machine.launcher import LaunchEnv
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,9 @@ class Load:
         return needed_gb(self.numbers * self.part * BYTES[self.kind] / 1e9) + self.cache_gb if self.numbers else 0.0
 
 
-def place(config: EngineConfig, ranks: int) -> dict[str, Placement]:
-    """By role. `ranks`: how many of the target's are on this machine. Raises `UsageError`."""
+def place(config: EngineConfig, ranks: int, gpu: int) -> dict[str, Placement]:
+    """By role. `ranks`: how many of the target's are on this machine. `gpu`: of this one among them. Raises
+    `UsageError`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     number = 0
     if config.tensor_parallel_size > 1 and gpus:
@@ -62,7 +62,7 @@ def place(config: EngineConfig, ranks: int) -> dict[str, Placement]:
             raise UsageError("A target over several ranks takes the machine's GPUs: CUDA_VISIBLE_DEVICES= hides them.")
         if ranks > gpus:
             raise UsageError(f"{ranks} ranks of the target need {ranks} GPUs on this machine, which has {gpus}.")
-        number = min(LaunchEnv.read().local_rank, gpus - 1)  # the drafter may come after the last GPU
+        number = min(gpu, gpus - 1)  # the drafter may come after the last GPU
     placed = {
         "target": _devices("target_device", config.target_device, gpus, number),
         "draft": _devices("draft_device", config.draft_device, gpus, gpus - 1),

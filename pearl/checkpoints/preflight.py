@@ -69,13 +69,15 @@ class Preflight:
         return here.devices[0]
 
 
-def preflight(config: EngineConfig, roles: Collection[str] = ROLES, ranks: int | None = None) -> Preflight:
+def preflight(
+    config: EngineConfig, roles: Collection[str] = ROLES, ranks: int | None = None, gpu: int = 0
+) -> Preflight:
     """Reads configs and tokenizers and checks that everything fits together. Raises `UsageError`.
 
     `roles`: those whose models this machine is to hold, target and drafter being on two machines if it is only one.
-    `ranks`: how many of the target's are on this machine; None: all."""
+    `ranks`: how many of the target's are on this machine; None: all. `gpu`: of this rank among them."""
     with quiet():
-        return _preflight(config, roles, config.tensor_parallel_size if ranks is None else ranks)
+        return _preflight(config, roles, config.tensor_parallel_size if ranks is None else ranks, gpu)
 
 
 def feature_drafter(config: EngineConfig) -> network.DrafterShape | None:
@@ -83,8 +85,8 @@ def feature_drafter(config: EngineConfig) -> network.DrafterShape | None:
     return network.read_shape(config.feature_folder) if config.feature_folder else None
 
 
-def _preflight(config: EngineConfig, roles: Collection[str], ranks: int) -> Preflight:
-    placed = place(config, ranks)
+def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: int) -> Preflight:
+    placed = place(config, ranks, gpu)
     if config.load_in or config.draft_load_in:
         quantized.need_bitsandbytes()
     shape, drafts = feature_drafter(config), not config.feature_folder and config.draft != NGRAM

@@ -194,8 +194,8 @@ class _Second:
         code = "from pearl.commands.doctor import other; other()"
         orders = json.dumps({"kind": self._kind, "port": self.store.port})
         path = os.pathsep.join(sys.path)
-        environment = {**os.environ, "PEARL_DOCTOR": orders, "PYTHONPATH": path}
-        self._child = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL)
+        environment = {**os.environ, "PYTHONPATH": path}
+        self._child = subprocess.Popen([sys.executable, "-c", code, orders], env=environment, stdin=subprocess.DEVNULL)
         return self.store
 
     def __exit__(self, *_: object) -> None:
@@ -270,7 +270,7 @@ def other() -> None:
     from pearl.wire.process_channel import ProcessChannel
 
     end_with_parent(os.getppid(), "the doctor", "doctor's second process")
-    orders = json.loads(os.environ["PEARL_DOCTOR"])
+    orders = json.loads(sys.argv[1])
     store = dist.TCPStore(_LOCAL, orders["port"], 2, is_master=False)
     if orders["kind"] != "messages":
         _swap(orders["kind"], store, 1)

@@ -20,8 +20,8 @@ from pearl.config.pairs import Pair, load_pair
 from pearl.core import schedule
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
-from pearl.errors import UsageError
-from pearl.machine.launcher import LaunchEnv
+from pearl.errors import PearlError, UsageError
+from pearl.machine import launcher, logs
 from pearl.options import TEXT, WORD, Option, whole
 
 BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.evaluation.baselines
@@ -63,6 +63,9 @@ TITLES = {
 }
 
 
+_LOG_LEVEL = f"the least that is said on standard error: {', '.join(logs.LEVELS)} (default: info)"
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Shows a default where it says something."""
 
@@ -91,6 +94,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Help,
             allow_abbrev=False,
         )
+        self.add_argument("--log-level", choices=logs.LEVELS, metavar="LEVEL", help=_LOG_LEVEL)
         self.options: dict[str, Option] = {}
         self._named: dict[str, argparse._ArgumentGroup] = {}
 
@@ -116,6 +120,8 @@ class Parser(argparse.ArgumentParser):
         if rest:
             word = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
             self._refuse(word)
+        if level := found.__dict__.pop("log_level", None):
+            logs.set_level(level)
         return found
 
     def _refuse(self, word: str) -> NoReturn:
@@ -262,21 +268,24 @@ def at_least_one(word: str) -> int:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """A `main` whose `UsageError` becomes a line on standard error and exit code 2, and Ctrl-C one and 130. Both ranks
-    meet it; one says it."""
+    """A `main` whose `UsageError` becomes a line on standard error and exit code 2, any other `PearlError` one and 1,
+    and Ctrl-C one and 130. All ranks meet it; one says it."""
 
     def say(line: str) -> None:
-        if LaunchEnv.read().rank == 0:
+        if launcher.speaks():
             print(line, file=sys.stderr)
 
     def run(argv: Sequence[str] | None = None) -> int:
+        undo = logs.write_lines()
         try:
             return main(argv)
-        except UsageError as error:
+        except PearlError as error:
             say(f"error: {error}")
-            return 2
+            return 2 if isinstance(error, UsageError) else 1
         except KeyboardInterrupt as stop:
             say(str(stop) or "interrupted: what was finished is written. The same command goes on from there.")
             return 130
+        finally:
+            undo()
 
     return run

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 
 import psutil
 
+from pearl.machine import launcher
+
 
 def note() -> str:
     """A sentence for whoever asked a launcher for several processes and got one; nothing to say otherwise."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if launcher.started() > 1:
         return ""
     try:
         parent = psutil.Process().parent()

@@ -19,7 +19,7 @@ from pearl.config.pairs import Pair
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
-from pearl.machine.launcher import LaunchEnv
+from pearl.machine import launcher
 from pearl.options import FLAG, TEXT, Option, choice, number, whole
 from pearl.tasks.prompts import FORMATS
 from pearl.tasks.suite import Suite
@@ -66,7 +66,7 @@ class EvalConfig:
         more = [] if self.found.resume else ["--resume"]
         if not any(word.partition("=")[0] == "--output" for word in self.words):
             more = ["--output", str(self.folder), *more]
-        if LaunchEnv.read().size > 1:
+        if launcher.started() > 1:
             return f"the same command and {shlex.join(more)}" if more else "the same command"
         return shlex.join(["pearl", *command(self.suite).split(), *self.words, *more])
 

@@ -14,7 +14,7 @@ from typing import Any
 from pearl.config import cli
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
-from pearl.machine.launcher import LaunchEnv
+from pearl.machine import launcher
 from pearl.tasks.suite import Suite
 
 
@@ -22,7 +22,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
     config = eval_config.read(suite, argv)
     summary = results.ended(config.folder, config.asked) if config.found.resume else None
     if summary is None:
-        if LaunchEnv.read().rank == 0:
+        if launcher.speaks():
             results.check_output(config.folder, config.found.resume)
         try:
             summary, failed = _decode(config)
@@ -36,7 +36,7 @@ def main(suite: Suite, argv: Sequence[str] | None) -> int:
             return 1
         if summary is not None:
             _score(config, summary)
-    if summary is not None and LaunchEnv.read().rank == 0:
+    if summary is not None and launcher.speaks():
         _show(config, summary)
     return 0
 
@@ -50,10 +50,10 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     from pearl.parallel.replicas import ReplicaGroup, place
     from pearl.parallel.world import World
 
-    found, world = config.found, World.here(config.engine.tensor_parallel_size)
+    found, world = config.found, World.join(config.engine.tensor_parallel_size, config.engine.start_timeout_s)
     schedule = cli.hardest(config.schedules.values())
     count_processes(schedule, found.processes, world)
-    checked = preflight(place(config.engine, world), world.roles, world.local_tp_size)
+    checked = preflight(place(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)
     format = _format(config, checked.tokenizer)
     params = config.params
     if format == "completion" and not params.ignore_eos:

@@ -19,7 +19,7 @@ Letters: R rows of the shape, P paths beside the chain, S slots read, V tokens o
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,6 +37,7 @@ from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, KeyValue, Sl
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 from pearl.models.reduced_head import ReducedVocabHead
 
+_log = logging.getLogger(__name__)
 COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
 PATHS = (0, 1, 2, 4, 8, LIMIT)
 _TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of `StaticInputs.numbers` that every pass has
@@ -240,7 +241,7 @@ class StaticShapeRunner:
         except RuntimeError as error:
             self.failed = brief(error)
             self._capture = None
-            print(f"pearl: forwards can't be recorded as graphs, so they run eagerly ({self.failed}).", file=sys.stderr)
+            _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
             return run
 
 

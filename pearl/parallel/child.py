@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,9 +19,10 @@ from dataclasses import asdict, dataclass, field
 import psutil
 
 from pearl.config.engine_config import EngineConfig
-from pearl.machine.launcher import LaunchEnv
+from pearl.errors import UsageError
+from pearl.machine import logs
 
-_SPEC = "PEARL_WORKER"  # what a started process finds in its environment
+_log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 
 
@@ -34,6 +36,7 @@ class WorkerSpec:
     number: int = 0  # of the drafter's connection, or the rank within the target
     deadline_s: float = 0.0  # without a word from the parent, after which it is taken for dead; 0: the config's
     parent: int = field(default_factory=os.getpid)
+    log_level: int = field(default_factory=logs.level)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -47,16 +50,35 @@ class WorkerSpec:
 def start(module: str, spec: WorkerSpec, **environment: str) -> subprocess.Popen:
     """Starts a module of ours as a program, with as many threads as it has CPUs."""
     threads = {limit: str(len(spec.cpus)) for limit in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    told = {**threads, **environment, _SPEC: spec.to_json(), "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-m", module], env={**os.environ, **told}, stdin=subprocess.DEVNULL)
+    told = {**threads, **environment, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", module, spec.to_json()]
+    return subprocess.Popen(command, env={**os.environ, **told}, stdin=subprocess.DEVNULL)
 
 
 def received(role: str) -> WorkerSpec:
     """In the started process: what it is told. From now on it ends when its parent does."""
-    spec = WorkerSpec.from_json(os.environ[_SPEC])
+    spec = WorkerSpec.from_json(sys.argv[1])
+    logs.write_lines(spec.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(spec.parent, "the target", role)
     return spec
+
+
+class TargetGone(Exception):
+    """The processes that this one works for have ended or can't be reached any more, and have not said goodbye. The
+    message says who, and why."""
+
+
+def guarded(role: str, run: Callable[[], None]) -> int:
+    """The exit code of a process that works for a target. What a user can put right the target says, who is told."""
+    try:
+        run()
+    except TargetGone as gone:
+        _log.warning("the %s has lost %s and ends.", role, gone)
+        return 1
+    except UsageError:
+        return 2
+    return 0
 
 
 def end(child: subprocess.Popen, patience_s: float) -> None:
@@ -76,21 +98,21 @@ def is_stopped(pid: int) -> bool:
 
 
 def end_with_parent(parent: int, whose: str, role: str) -> None:
-    """Of a process that we started: it ends, with one line and exit code 1, when its parent has ended."""
-    _when_orphaned(parent, whose, role, lambda: os._exit(1))
+    """Of a process that we started, a program of ours: it ends, with one line and exit code 1, when its parent has
+    ended. At once, as it may be in a forward, or waiting for a device, and has nothing to save."""
+
+    def end_now() -> None:
+        _log.warning("%s (process %d) has ended, so the %s ends too.", whose, parent, role)
+        os._exit(1)
+
+    when_orphaned(parent, end_now)
 
 
-def end_with_launcher(role: str) -> Callable[[], None]:
-    """Of a process that torchrun or `accelerate launch` has started: when that has ended, it gets the signal which its
-    launcher would have sent. It is the user's process, so what becomes of it then is the user's affair. Returns what
-    ends the watch."""
-    if not LaunchEnv.read().watched:
-        return lambda: None
-    return _when_orphaned(os.getppid(), "the launcher", role, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def when_orphaned(parent: int, then: Callable[[], None]) -> Callable[[], None]:
+    """Calls `then`, in a thread of its own, once `parent` is not this process's parent any more. Returns what ends the
+    watch.
 
-
-def _when_orphaned(parent: int, whose: str, role: str, then: Callable[[], None]) -> Callable[[], None]:
-    """By looking now and then. The kernel's own signal (PR_SET_PDEATHSIG) comes when the *thread* that started a child
+    By looking now and then. The kernel's own signal (PR_SET_PDEATHSIG) comes when the *thread* that started a child
     ends, and a lost drafter is started anew by a thread that ends."""
     over = threading.Event()
 
@@ -98,7 +120,6 @@ def _when_orphaned(parent: int, whose: str, role: str, then: Callable[[], None])
         while os.getppid() == parent:
             if over.wait(_LOOK_S):
                 return
-        print(f"pearl: {whose} (process {parent}) has ended, so the {role} ends too.", file=sys.stderr, flush=True)
         then()
 
     threading.Thread(target=watch, name="pearl-parent", daemon=True).start()

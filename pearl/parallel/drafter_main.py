@@ -6,11 +6,12 @@ its connection breaks it makes another one, as nobody starts it again.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,12 @@ from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.ngram import NgramSource
 from pearl.errors import UsageError
 from pearl.machine import cores
-from pearl.parallel.child import received
+from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
 from pearl.parallel.world import LOCAL
 from pearl.roles.drafter import Drafter
 
-
-class TargetGone(Exception):
-    """The target has ended or can't be reached any more, and has not said goodbye."""
+_log = logging.getLogger(__name__)
 
 
 def serve(
@@ -41,9 +40,11 @@ def serve(
     host: str | None,
     make: Callable[[], DraftSource],
     number: int | None = None,
+    agent: int = 0,
 ) -> None:
     """`store`, `host`: where the target is met, and the address to listen at. `number`: of the only connection to make;
-    None: one after the other. `make`: the source, with its model loaded. Raises `TargetGone`."""
+    None: one after the other. `make`: the source, with its model loaded. `agent`: the launcher's process, whose end
+    ends this loop too; 0: there is none. Raises `TargetGone`."""
     cores.pin(cpus)
     torch.set_num_threads(len(cpus))
     only, number = number is not None, number or 0
@@ -66,18 +67,23 @@ def serve(
                 return
             channel = connect(store, number, 1, features_from and source.device, host, config)
         except RuntimeError as error:
-            raise TargetGone(brief(error)) from None
+            raise TargetGone(f"its target ({brief(error)})") from None
+        unwatch = when_orphaned(agent, partial(channel.abort, "the launcher has ended")) if agent else None
         try:
             Drafter(source, channel, trace=trace(config, "drafter")).run()
         except Exception:  # whatever it is: where a launcher started us, ending would end the target too
             if only:
                 raise
-            traceback.print_exc()
+            _log.exception("the draft source failed, and the connection is made anew")
+        if unwatch:
+            unwatch()
         channel.close()
         if channel.closed_cleanly:
             return
+        if agent and os.getppid() != agent:
+            raise TargetGone("its target, as the launcher has ended")
         if only:
-            raise TargetGone(channel.reason)
+            raise TargetGone(f"its target ({channel.reason})")
         number += 1
 
 
@@ -102,22 +108,10 @@ def trace(config: EngineConfig, role: str) -> timeline.Trace:
     return timeline.Trace(role, Path(config.trace).absolute()) if config.trace else timeline.OFF
 
 
-def guarded(run: Callable[[], None]) -> int:
-    """The exit code of a drafter's process."""
-    try:
-        run()
-    except UsageError:
-        return 2  # the target has the sentence and prints it
-    except TargetGone as gone:
-        print(f"pearl: the drafter has lost its target ({gone}) and ends.", file=sys.stderr)
-        return 1
-    return 0
-
-
 def main() -> int:
     spec = received("drafter")
     config, store = spec.config, dist.TCPStore(LOCAL, spec.port, 2, is_master=False)
-    return guarded(lambda: serve(config, spec.cpus, store, LOCAL, lambda: draft_source(config), spec.number))
+    return guarded("drafter", lambda: serve(config, spec.cpus, store, LOCAL, lambda: draft_source(config), spec.number))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
-from pearl.errors import Unreachable, UsageError
+from pearl.errors import Unreachable, UsageError, WorkerLost
 from pearl.parallel.child import WorkerSpec, end, is_stopped, start
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
@@ -52,7 +52,7 @@ class DrafterProcess:
         self._reached = -1  # the last connection that was asked for
         self._launched = world.size == 2
         if self._launched:
-            self._store, self._host = meeting(f"replica-{world.replica}", config.start_timeout_s)
+            self._store, self._host = meeting(f"replica-{world.replica}", world)
         else:
             self._store, self._host = own_store(2), LOCAL
             self._start(0)
@@ -72,12 +72,15 @@ class DrafterProcess:
 
         Raises `UsageError` with its reason if it can't start, `Unreachable` if it is gone or does not come.
         """
-        self._store.set(f"{FEATURES}/{number}", self._features_from)
         self._reached = number
         if number and not self._launched:
             self._end_child()
             self._start(number)
-        said = self._await_word(number)
+        try:
+            self._store.set(f"{FEATURES}/{number}", self._features_from)
+            said = self._await_word(number)
+        except (RuntimeError, WorkerLost) as error:  # the launcher is gone
+            raise Unreachable(str(error)[:200]) from None
         if said != READY and (number or said.startswith(GONE)):  # it could start once, so it may again
             raise Unreachable(said.removeprefix(GONE))
         if said != READY:

@@ -14,9 +14,10 @@ from pearl.checkpoints.preflight import Preflight, preflight
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
-from pearl.machine import cores
+from pearl.machine import cores, launcher
 from pearl.parallel import drafter_main, tensor_parallel_main
-from pearl.parallel.child import end_with_launcher
+from pearl.parallel.child import guarded
+from pearl.parallel.replicas import place
 from pearl.parallel.runtime import Layout, Runtime
 from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
 from pearl.parallel.world import World, meeting
@@ -27,25 +28,35 @@ def launch(
 ) -> Runtime:
     """`processes`: of the two roles, 1 or 2; None: as many as the schedule needs. `checked`: the preflight of this
     config, if the caller has made it already. Raises `UsageError`; in ranks that are not the target, `SystemExit`."""
-    world = World.here(config.tensor_parallel_size)
+    world = World.join(config.tensor_parallel_size, config.start_timeout_s)
     try:
-        layout = arrange(config, schedule, processes, world, checked)
-    except UsageError:
-        if world.two_hosts or world.rank == world.tp_rank == world.replica == 0:
-            raise
-        raise SystemExit(2) from None  # the first rank meets the same, and says it
+        try:
+            layout = arrange(config, schedule, processes, world, checked)
+        except UsageError:
+            if world.two_hosts or world.rank == world.tp_rank == world.replica == 0:
+                raise
+            raise SystemExit(2) from None  # the first rank meets the same, and says it
+        if world.rank or world.tp_rank:
+            raise SystemExit(work(layout))
+        return Runtime(layout)
+    except BaseException:
+        launcher.leave()
+        raise
+
+
+def work(layout: Layout) -> int:
+    """What this process does that is not the first of a target: until that closes. Returns its exit code."""
+    config, world, checked = layout.checked.config, layout.world, layout.checked
     if world.rank == 1:
-        end_with_launcher("drafter")
-        store, host = meeting(f"replica-{world.replica}", config.start_timeout_s)
-        make = partial(drafter_main.draft_source, config, layout.checked)
-        draft = partial(drafter_main.serve, config, layout.draft_cpus, store, host, make)
-        raise SystemExit(drafter_main.guarded(draft))
-    if world.tp_rank:
-        store, host = meeting(MEETING)
-        rank, cpus = world.tp_rank, layout.target_cpus
-        work = partial(tensor_parallel_main.work, lambda: layout.checked, rank, cpus, store, host, DEADLINE_S)
-        raise SystemExit(tensor_parallel_main.guarded(rank, work))
-    return Runtime(layout)
+        store, host = meeting(f"replica-{world.replica}", world)
+        make = partial(drafter_main.draft_source, config, checked)
+        draft = partial(drafter_main.serve, config, layout.draft_cpus, store, host, make, agent=world.here.agent)
+        return guarded("drafter", draft)
+    launcher.give_way()
+    store, host = meeting(MEETING, world)
+    rank, cpus, gpu = world.tp_rank, layout.target_cpus, world.here.local_rank
+    shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, DEADLINE_S, gpu)
+    return guarded(f"rank {rank} of the target", shard)
 
 
 def arrange(
@@ -53,7 +64,8 @@ def arrange(
 ) -> Layout:
     """Who runs where. Raises `UsageError`."""
     processes = count_processes(schedule, processes, world)
-    checked = checked or preflight(config, world.roles, world.local_tp_size)
+    checked = checked or preflight(place(config, world), world.roles, world.local_tp_size, world.here.local_rank)
+    config = checked.config
     two = processes == 2 or schedule.mode == "ar-all"
     target_cpus, draft_cpus = shares(config, two and not world.two_hosts)
     # neighbours on a machine are neighbours in rank; where the drafter is alone on its own, there is none

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from pearl.config.inputs import brief
-from pearl.machine.launcher import LaunchEnv
 from pearl.wire.groups import gloo_group
 
 _FRAME = 64  # words of a command's first message; the rest, if there is one, is the second
@@ -75,10 +74,11 @@ class CommandBroadcast:
 class ProcessGroups:
     """One rank's connections to the others: for commands, and the default process group for the sums."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None):
+    def __init__(self, store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None, gpu: int):
+        """`gpu`: of this rank, where there are some."""
         backend, device = "gloo", None
         if torch.cuda.is_available():
-            backend, device = "nccl", torch.device("cuda", LaunchEnv.read().local_rank)
+            backend, device = "nccl", torch.device("cuda", gpu)
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend,

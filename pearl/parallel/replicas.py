@@ -7,17 +7,18 @@ and waits for the others, because a launcher ends every process as soon as one o
 from __future__ import annotations
 
 import json
-import sys
-import traceback
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pearl.config.engine_config import NGRAM, EngineConfig
-from pearl.errors import UsageError
-from pearl.machine import cores
-from pearl.parallel.world import World, await_key, launchers_store
+from pearl.errors import UsageError, WorkerLost
+from pearl.machine import cores, launcher
+from pearl.machine.launcher import Processes
+from pearl.parallel.world import World, await_key
 
+_log = logging.getLogger(__name__)
 POLL_S = 0.2
 
 
@@ -27,7 +28,7 @@ class ReplicaGroup:
     def __init__(self, world: World):
         self._world = world
         self._name = f"replica-{world.replica}"
-        self._store = launchers_store() if world.replicas > 1 else None
+        self._store = launcher.store() if world.replicas > 1 else None
 
     @property
     def first(self) -> bool:
@@ -45,15 +46,17 @@ class ReplicaGroup:
         failure = ""
         try:
             work(todo, self._name)
+        except WorkerLost:
+            raise
         except Exception as error:  # whatever it is, the others go on
-            traceback.print_exc()
+            _log.exception("%s failed, and the others go on", self._name)
             failure = f"{type(error).__name__}: {error}"
         self._store.set(f"finished-{self._name}", failure)
         names = [f"replica-{n}" for n in range(self._world.replicas)]
         said = {name: self._wait(f"finished-{name}") for name in names}
         failures = {name: failure for name, failure in said.items() if failure}
         for name, reason in failures.items() if self.first else ():
-            print(f"error: {name} failed ({reason}); what it left is done with --resume.", file=sys.stderr)
+            _log.error("%s failed (%s); what it left is done with --resume.", name, reason)
         return failures
 
     def _prepare(self, find: Callable[[], Sequence[Any]]) -> list[Any]:
@@ -86,24 +89,28 @@ class ReplicaGroup:
 
 
 def place(config: EngineConfig, world: World) -> EngineConfig:
-    """The config of one replica on a machine that it shares with others: its own cores, or its own GPUs.
+    """The config as the launcher has it: each process on the GPU of its own number, as accelerate deals them, or on
+    none; and for one of several replicas on a machine, on its own cores.
 
-    Raises `UsageError` where there are too few GPUs, or where devices were named, as they would be everybody's.
+    Raises `UsageError` where replicas have too few GPUs, or where devices were named, as they would be everybody's.
     """
-    if world.local_replicas == 1:
-        return config
-    named = {config.target_device, config.draft_device} - {"auto", "cpu"}
-    if named or config.target_cores or config.draft_cores:
-        raise UsageError("Replicas on one machine share it out themselves: name no devices and no cores.")
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() and config.target_device == "auto" else 0
-    if gpus:
-        if gpus < 2 * world.local_replicas:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and world.here.device == "cpu":
+        on_cpu = [name for name in ("target_device", "draft_device") if getattr(config, name) == "auto"]
+        return place(replace(config, **dict.fromkeys(on_cpu, "cpu")), replace(world, here=Processes()))  # type: ignore[arg-type]
+    if world.local_replicas > 1:
+        if {config.target_device, config.draft_device} - {"auto", "cpu"} or config.target_cores or config.draft_cores:
+            raise UsageError("Replicas on one machine share it out themselves: name no devices and no cores.")
+        if config.target_device == "auto" and 0 < gpus < 2 * world.local_replicas:
             raise UsageError(f"{world.local_replicas} replicas need two GPUs each, but this machine has {gpus}.")
-        return replace(
-            config, target_device=f"cuda:{2 * world.local_replica}", draft_device=f"cuda:{2 * world.local_replica + 1}"
-        )
+    if gpus and config.target_device == config.draft_device == "auto" and world.size == 2 and world.tp_size == 1:
+        first = world.here.local_rank if world.two_hosts else 2 * world.local_replica
+        other = first if world.two_hosts else first + 1
+        return replace(config, target_device=f"cuda:{first % gpus}", draft_device=f"cuda:{other % gpus}")
+    if world.local_replicas == 1:
+        return config
     there = cores.available()
     mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there
     target, draft = cores.split(mine, drafter_works=config.draft != NGRAM)

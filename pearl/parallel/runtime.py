@@ -19,9 +19,9 @@ from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.core import timeline
 from pearl.core.schedule import Schedule
-from pearl.machine import cores
+from pearl.errors import WorkerLost
+from pearl.machine import cores, launcher
 from pearl.models.numerics_check import rows_check
-from pearl.parallel.child import end_with_launcher
 from pearl.parallel.drafter_main import draft_source, trace
 from pearl.parallel.drafter_process import DrafterProcess
 from pearl.parallel.tensor_parallel import TensorParallelWorkers
@@ -60,9 +60,8 @@ class Runtime:
         if self._trace_path:
             timeline.prepare(self._trace_path)
         with contextlib.ExitStack() as opened:
+            opened.callback(launcher.leave)
             opened.callback(_process_wide())
-            if layout.world.size == 2:
-                opened.callback(end_with_launcher("target"))
             self._open(opened)
             self._opened = opened.pop_all()
 
@@ -107,6 +106,12 @@ class Runtime:
         if self._trace_path:
             timeline.merge(self._trace_path)
             self._trace_path = None
+
+    def check(self) -> None:
+        """Raises `WorkerLost` if the launcher of this process has ended, and cannot end the others any more. Asked
+        every pass, as the process is its user's, who decides what becomes of it then."""
+        if launcher.orphaned(self.layout.world.here):
+            raise WorkerLost("The launcher of this process has ended, so its engine writes no more.")
 
     def _end_drafter(self, peer: DrafterProcess) -> None:
         if self._connection:

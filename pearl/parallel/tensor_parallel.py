@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
-from pearl.errors import UsageError
+from pearl.errors import UsageError, WorkerLost
+from pearl.machine import launcher
 from pearl.models.tensor_parallel.commands import Command, KeepAlive, Shutdown, TokenDeltas
 from pearl.parallel.child import WorkerSpec, end, start
 from pearl.parallel.process_groups import ProcessGroups, is_lost
@@ -37,19 +38,20 @@ class TensorParallelWorkers:
     def __init__(self, config: EngineConfig, world: World, shares: Sequence[Sequence[int]]):
         """Starts them where no launcher has done so. `shares`: the CPUs of each rank of the target on this machine.
         Raises `UsageError`."""
+        launcher.give_way()  # transformers spreads a model over the default group, in which the drafter has no part
         if dist.is_initialized():
             raise UsageError(
                 "This process has a torch.distributed process group already, and a target over several ranks needs "
                 "its own: run one such engine at a time, in a program that makes no group."
             )
-        self.size = config.tensor_parallel_size
+        self.size, self._gpu = config.tensor_parallel_size, world.here.local_rank
         self._deadline_s, self._deltas = DEADLINE_S, TokenDeltas()
         self._groups: ProcessGroups | None = None
         self._children: list[subprocess.Popen] = []
         self._saying, self._said_at = threading.Lock(), time.monotonic()
         self._over = threading.Event()
         if world.size > 1:
-            self._store, self._host = meeting(MEETING)
+            self._store, self._host = meeting(MEETING, world)
             return
         self._store, self._host = own_store(self.size), LOCAL
         for rank in range(1, self.size):
@@ -67,7 +69,7 @@ class TensorParallelWorkers:
         self._await("here")
         self._store.set(MET, "")
         try:
-            self._groups = ProcessGroups(self._store, 0, self.size, self._deadline_s, self._host)
+            self._groups = ProcessGroups(self._store, 0, self.size, self._deadline_s, self._host, self._gpu)
         except RuntimeError as error:
             raise self.blamed(error) from error
         threading.Thread(target=self._keep_awake, name="pearl-ranks", daemon=True).start()
@@ -88,10 +90,10 @@ class TensorParallelWorkers:
             return error
         for _ in range(20):  # its word may come after its end
             if reason := self._reason():
-                return UsageError(reason)
+                return WorkerLost(reason)
             time.sleep(0.1)
         if is_lost(error):
-            return UsageError(
+            return WorkerLost(
                 f"A rank of the target is gone, or has said nothing for {self._deadline_s:g} s, and the run is over "
                 f"({brief(error)})."
             )

@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from pearl.errors import UsageError
 from pearl.machine import cores
 from pearl.models.tensor_parallel import ordered_sum
 from pearl.models.tensor_parallel.commands import Shutdown, TokenDeltas, decode
-from pearl.parallel.child import received
+from pearl.parallel.child import TargetGone, guarded, received
 from pearl.parallel.process_groups import ProcessGroups, RankLost, is_lost
 from pearl.parallel.tensor_parallel import FAILED, MET, START_S
 from pearl.parallel.world import LOCAL
@@ -34,10 +35,12 @@ def work(
     store: dist.Store,
     host: str | None,
     deadline_s: float,
+    gpu: int,
 ) -> None:
     """Loads its shard and makes the calls that rank 0 says, until it ends the run. `check`: makes the preflight.
+    `gpu`: of this rank, where there are some.
 
-    Raises `RankLost` if rank 0 is gone, or whatever went wrong here, of which rank 0 then knows.
+    Raises `TargetGone` if rank 0 is, or whatever went wrong here, of which rank 0 then knows.
     """
     cores.pin(list(cpus))
     torch.set_num_threads(len(cpus))
@@ -47,13 +50,15 @@ def work(
             checked = check()
             store.set(f"here-{rank}", "")
             store.wait([MET], timedelta(seconds=START_S))
-            groups = ProcessGroups(store, rank, checked.config.tensor_parallel_size, deadline_s, host)
+            groups = ProcessGroups(store, rank, checked.config.tensor_parallel_size, deadline_s, host, gpu)
             shard = load_shard(checked)
             store.set(f"loaded-{rank}", "")
         deltas = TokenDeltas()
         while not isinstance(command := decode(groups.commands.receive(), deltas), Shutdown):
             with _told(store, rank), contextlib.suppress(CannotBranch), ordered_sum.in_order():
                 command.run(shard)
+    except RankLost as lost:
+        raise TargetGone(f"another one ({lost})") from None
     finally:
         if groups:
             groups.close()
@@ -66,24 +71,11 @@ def _told(store: dist.Store, rank: int) -> Iterator[None]:
         yield
     except Exception as error:
         if is_lost(error):
-            raise RankLost(brief(error)) from None
+            raise TargetGone(f"another one ({brief(error)})") from None
         reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):
             store.set(FAILED, f"Rank {rank} of the target failed, and the run is over: {brief(reason, 500)}")
         raise
-
-
-def guarded(rank: int, run: Callable[[], None]) -> int:
-    """The exit code of a rank's process."""
-    try:
-        run()
-    except RankLost as lost:
-        print(f"pearl: rank {rank} of the target has lost another one ({lost}) and ends.", file=sys.stderr)
-        return 1
-    except UsageError as error:
-        print(f"error: rank {rank} of the target: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def main() -> int:
@@ -92,9 +84,10 @@ def main() -> int:
     store = dist.TCPStore(LOCAL, spec.port, ranks, is_master=False)
 
     def check() -> Preflight:
-        return preflight(spec.config, ("target",), ranks)
+        return preflight(spec.config, ("target",), ranks, spec.number)
 
-    return guarded(spec.number, lambda: work(check, spec.number, spec.cpus, store, LOCAL, spec.deadline_s))
+    run = partial(work, check, spec.number, spec.cpus, store, LOCAL, spec.deadline_s, spec.number)
+    return guarded(f"rank {spec.number} of the target", run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which of a launcher's processes this is, and how these find each other.
 
-Under `accelerate launch` or `torchrun` all ranks run the user's script, and the environment says who is who. A process
+Under `accelerate launch` or `torchrun` all ranks run the user's script, and accelerate says who is who. A process
 that is alone (plain `python`, a notebook, or `accelerate launch --num_processes 2` on a machine without GPUs, which
 starts only one) starts the others itself.
 """
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
 from pearl.config.engine_config import ROLES, START_TIMEOUT_S
 from pearl.config.inputs import brief
-from pearl.errors import UsageError
-from pearl.machine.launcher import LaunchEnv
+from pearl.errors import UsageError, WorkerLost
+from pearl.machine import launcher
+from pearl.machine.launcher import Processes
 
 LOCAL = "127.0.0.1"
 
@@ -39,6 +39,7 @@ class World:
     tp_rank: int = 0  # of a target over several ranks
     tp_size: int = 1
     local_tp_size: int = 1  # how many of them are on this machine
+    here: Processes = field(default_factory=Processes)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -46,12 +47,16 @@ class World:
         return (ROLES[self.rank],) if self.two_hosts else ROLES
 
     @staticmethod
-    def here(tensor: int = 1) -> World:
+    def join(tensor: int = 1, timeout_s: float = START_TIMEOUT_S) -> World:
+        """Meets the launcher's other processes, if there are some. `tensor`: as for `of`."""
+        return World.of(launcher.join(timeout_s), tensor)
+
+    @staticmethod
+    def of(here: Processes, tensor: int = 1) -> World:
         """`tensor`: over how many ranks the target is spread. They come first, then the drafter; no replicas then."""
-        env = LaunchEnv.read()
-        rank, size, local, here = env.rank, env.size, env.local_rank, env.local_size
+        rank, size, local, on_this = here.rank, here.size, here.local_rank, here.local_size
         if size == 1:
-            return World(0, 1, tp_size=tensor, local_tp_size=tensor)
+            return World(0, 1, tp_size=tensor, local_tp_size=tensor, here=here)
         if tensor > 1:
             if size != 1 + tensor:
                 raise UsageError(
@@ -59,36 +64,24 @@ class World:
                     f"{1 + tensor}: use --num_processes {1 + tensor} (a target over several ranks has no replicas)."
                 )
             first = rank - local
-            targets = max(0, min(tensor, first + here) - first)
-            two_hosts = targets in (0, here)
-            return World(int(rank == tensor), 2, 0, 1, 0, 1, two_hosts, rank % tensor, tensor, targets)
+            targets = max(0, min(tensor, first + on_this) - first)
+            two_hosts = targets in (0, on_this)
+            return World(int(rank == tensor), 2, 0, 1, 0, 1, two_hosts, rank % tensor, tensor, targets, here)
         if size % 2:
             raise UsageError(
                 f"The launcher started {size} processes, but one target and one drafter are two: use "
                 "--num_processes 2, or 2 R for R replicas; a target over several GPUs is one process with "
                 f"--target-device cuda:0,cuda:1, or {size - 1} with --tensor-parallel-size {size - 1}."
             )
-        return World(rank % 2, 2, rank // 2, size // 2, local // 2, max(1, here // 2), two_hosts=here == 1)
+        return World(
+            rank % 2, 2, rank // 2, size // 2, local // 2, max(1, on_this // 2), two_hosts=on_this == 1, here=here
+        )
 
 
-def launchers_store(timeout_s: float = START_TIMEOUT_S) -> dist.Store:
-    """Where all processes of a launcher meet. Raises `UsageError` if they don't within `timeout_s`."""
-    try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
-    except (RuntimeError, ValueError) as error:
-        env = LaunchEnv.read()
-        raise UsageError(
-            f"Rank {env.rank} met nobody at {env.host}:{env.port} within {timeout_s:g} s (--start-timeout-s): the "
-            "other process was not started or has ended, MASTER_ADDR and MASTER_PORT differ between the two, another "
-            f"program holds the port, or a firewall is between them ({brief(error, 120)})."
-        ) from None
-    return store
-
-
-def meeting(name: str, timeout_s: float = START_TIMEOUT_S) -> tuple[dist.Store, str | None]:
+def meeting(name: str, world: World) -> tuple[dist.Store, str | None]:
     """The store of some of a launcher's processes, and the address at which each of them listens; None: any of its."""
-    local = LaunchEnv.read().host in (LOCAL, "localhost")
-    return dist.PrefixStore(name, launchers_store(timeout_s)), LOCAL if local else None
+    here = world.here
+    return dist.PrefixStore(name, launcher.store()), LOCAL if here.local_size == here.size else None
 
 
 def own_store(size: int) -> dist.TCPStore:
@@ -97,8 +90,12 @@ def own_store(size: int) -> dist.TCPStore:
 
 
 def await_key(store: dist.Store, key: str, check: Callable[[], None] = lambda: None, every_s: float = 0.01) -> str:
-    """What somebody sets in a store. `check` is called while nobody has, and ends the wait by raising."""
-    while not store.check([key]):
-        check()
-        time.sleep(every_s)
-    return store.get(key).decode()
+    """What somebody sets in a store. `check` is called while nobody has, and ends the wait by raising. Raises
+    `WorkerLost` if the process that serves the store is gone."""
+    try:
+        while not store.check([key]):
+            check()
+            time.sleep(every_s)
+        return store.get(key).decode()
+    except RuntimeError as error:
+        raise WorkerLost(f"The process that holds the store of all of them is gone ({brief(error, 120)}).") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
+_log = logging.getLogger(__name__)
 Query = TypeVar("Query")
 Answer = TypeVar("Answer")
 
@@ -28,9 +29,6 @@ class BatchLimit:
                 if len(queries) <= 1:
                     raise
                 self._most = -(-len(queries) // 2)
-                print(
-                    f"pearl: out of memory; a {self._what} is for at most {self._most} texts from now on.",
-                    file=sys.stderr,
-                )
+                _log.warning("out of memory; a %s is for at most %d texts from now on.", self._what, self._most)
         parts = [queries[i : i + self._most] for i in range(0, len(queries), self._most)]
         return [answer for part in parts for answer in self.run(part, forward)]

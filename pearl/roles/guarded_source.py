@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +16,7 @@ from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.drafted_sequence import DraftedSequence
 from pearl.wire.channel import Clock
 
+_log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
@@ -81,6 +82,6 @@ class GuardedSource:
         reason = traceback.format_exc()
         if reason not in self._reasons:  # once each: a source that fails may do so in every sequence
             self._reasons.add(reason)
-            print(f"pearl: the draft source failed; the target goes on alone there.\n{reason}", file=sys.stderr)
+            _log.warning("the draft source failed; the target goes on alone there.\n%s", reason)
         for sequence in sequences:
             sequence.stats = replace(sequence.stats, failed=True)

@@ -14,7 +14,7 @@ from pearl.config import outputs
 from pearl.config.engine_config import EMBEDDED
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
-from pearl.machine.launcher import LaunchEnv
+from pearl.machine import launcher
 from pearl.options import FLAG, TEXT, Kind, number, setting, whole
 
 _AMOUNT = number(0, sys.float_info.max, "a number from 0")
@@ -102,6 +102,6 @@ def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any
     if missing:
         raise UsageError(f"The recipe {path} lacks {' and '.join(missing)}.")
     made = kind(**values)
-    if LaunchEnv.read().rank == 0:
+    if launcher.speaks():
         outputs.folder(made.output)
     return made

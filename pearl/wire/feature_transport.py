@@ -13,7 +13,7 @@ Knows: two devices and a group of two. Refuses to know: which texts the rows bel
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -29,6 +29,7 @@ from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
 from pearl.wire.groups import gloo_group, nccl_group
 
+_log = logging.getLogger(__name__)
 OPEN_S = 20.0  # that both sides, who know that the other is there, may take
 _TRIED = 64  # numbers of the known row
 _TAG = 0
@@ -68,7 +69,7 @@ class FeatureTransport:
         if transport:
             transport.close()
         if rank == 0:
-            print(f"pearl: features go through the host, no transport to the drafter works ({why}).", file=sys.stderr)
+            _log.warning("features go through the host, no transport to the drafter works (%s).", why)
         return None
 
     def send(self, rows: Tensor) -> None:

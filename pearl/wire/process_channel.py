@@ -110,6 +110,10 @@ class ProcessChannel:
         for thread in (self._receiver, self._heartbeat):
             thread.join(_GOODBYE_S)
 
+    def abort(self, reason: str) -> None:
+        """Ends the connection for both sides, from any thread, without a goodbye."""
+        self._lose(reason)
+
     def _send(self, *messages: Message) -> int:
         """Bytes. After the other side's goodbye only our own still goes out."""
         if self._gone.is_set() and not isinstance(messages[0], Close):

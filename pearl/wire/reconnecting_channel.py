@@ -16,7 +16,7 @@ Knows: which connection serves, and when it is lost. Refuses to know: processes,
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from collections import deque
@@ -30,6 +30,7 @@ from pearl.wire.channel import Channel, Clock
 from pearl.wire.drafter_messages import fault, offset_ids
 from pearl.wire.replay_log import ReplayLog
 
+_log = logging.getLogger(__name__)
 BACK_OFF_S = 0.25  # before the first new connection; four times as long before each further one, up to 16 s
 _REMEMBERED = 1000  # events
 
@@ -91,10 +92,10 @@ class ReconnectingChannel:
         give_up: Callable[[], None] = lambda: None,
     ):
         """`vocabulary`: the tokens that a drafter may guess. `restarts`: connections after the first at most. `run`
-        and `tell` are by default a thread and a line on standard error. `give_up` is called when no drafter will be
+        and `tell` are by default a thread and a warning. `give_up` is called when no drafter will be
         reached for any more, beside the target."""
         self._reach, self._vocabulary, self._restarts, self._clock = reach, vocabulary, restarts, clock
-        self._run, self._tell, self._give_up = run or _beside, tell or _on_standard_error, give_up
+        self._run, self._tell, self._give_up = run or _beside, tell or _log.warning, give_up
         self._link: Channel | None = None
         self._number = -1  # of the connection
         self._inbox: deque[Message] = deque()
@@ -236,7 +237,7 @@ class ReconnectingChannel:
         if len(self.events) < _REMEMBERED:
             self.events.append(DrafterEvent(round(self._clock() - self._began, 3), kind, what))
         if kind not in self._told:
-            self._tell(f"pearl: {what}.")
+            self._tell(f"{what}.")
         if kind in ("late", "heard", "failed"):
             self._told.add(kind)
 
@@ -270,7 +271,3 @@ class ReconnectingChannel:
 
 def _beside(work: Callable[[], None]) -> None:
     threading.Thread(target=work, name="pearl-reach", daemon=True).start()
-
-
-def _on_standard_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from pearl.config.engine_config import EngineConfig
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
-from pearl.machine import cores
-from pearl.machine.launcher import LaunchEnv
+from pearl.machine import cores, launcher
+from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
 from pearl.parallel.launch import arrange, deal, launch
 from pearl.parallel.replicas import place
@@ -23,9 +24,9 @@ from pearl.parallel.world import World
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
-    for name, value in facts.items():
-        monkeypatch.setenv(name, str(value))
+def launched(monkeypatch: pytest.MonkeyPatch, *facts: int) -> None:
+    """As if it had been joined: rank, size, local rank, local size."""
+    monkeypatch.setattr(launcher, "_joined", Processes(*facts))
 
 
 @pytest.mark.parametrize(
@@ -39,15 +40,15 @@ def launched(monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
         (1, 0, 2, World(0, 2, tp_rank=1, tp_size=2, local_tp_size=1)),
     ],
 )
-def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, world, monkeypatch):
-    launched(monkeypatch, RANK=rank, WORLD_SIZE=3, LOCAL_RANK=local, LOCAL_WORLD_SIZE=here)
-    assert World.here(2) == world
+def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, world):
+    processes = Processes(rank, 3, local, here)
+    assert World.of(processes, 2) == replace(world, here=processes)
     assert world.roles == (("draft",) if here == 1 else ("target",) if world.two_hosts else ("target", "draft"))
 
 
 @pytest.mark.parametrize("size, tensor, says", [(2, 2, "are 3: use --num_processes 3"), (6, 2, "has no replicas")])
 def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monkeypatch):
-    launched(monkeypatch, RANK=0, WORLD_SIZE=size)
+    launched(monkeypatch, 0, size, 0, size)
     with pytest.raises(UsageError, match=says):
         Engine.from_pretrained(*pair, tensor_parallel_size=tensor)
 
@@ -57,28 +58,27 @@ def test_cores_are_dealt_to_the_ranks():
     assert deal([0], 3) == [[0], [0], [0]]
 
 
-def test_a_drafter_on_a_machine_of_its_own_has_all_cores_of_it(pair, monkeypatch):
-    launched(monkeypatch, RANK=2, WORLD_SIZE=3, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+def test_a_drafter_on_a_machine_of_its_own_has_all_cores_of_it(pair):
     config = EngineConfig(*pair, dtype="float32", tensor_parallel_size=2)
-    layout = arrange(config, Schedule.of("pearl"), None, World.here(2))
+    layout = arrange(config, Schedule.of("pearl"), None, World.of(Processes(2, 3, 0, 1), 2))
     assert (layout.draft_cpus, layout.tp_cpus) == (cores.available(), [])
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert LaunchEnv.read() == LaunchEnv() and World.here() == World(0, 1)
+    alone = Processes(device="cuda" if torch.cuda.is_available() else "cpu")
+    assert launcher.join(1.0) == alone and World.join() == World(0, 1, here=alone)
 
 
 def test_what_is_wrong_is_said_by_the_first_rank_alone(pair, monkeypatch):
-    launched(monkeypatch, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)
     config = EngineConfig(*pair, dtype="float32")
     for rank, raised in ((0, UsageError), (1, SystemExit)):
-        launched(monkeypatch, RANK=rank, LOCAL_RANK=rank)
+        launched(monkeypatch, rank, 2, rank, 2)
         with pytest.raises(raised) as caught:
             launch(config, Schedule.of("sd"), processes=1)
         assert raised is UsageError or caught.value.code == 2
-    launched(monkeypatch, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)  # on a machine of its own, where others may be right
+    launched(monkeypatch, 1, 2, 0, 1)  # on a machine of its own, where others may be right
     with pytest.raises(UsageError):
         launch(config, Schedule.of("sd"), processes=1)
 
@@ -104,17 +104,17 @@ def test_a_started_process_is_told_all_in_one_text(pair):
     assert WorkerSpec.from_json(spec.to_json()) == spec and spec.parent == os.getpid()
 
 
-def test_ranks_are_replicas_of_two(monkeypatch):
+def test_ranks_are_replicas_of_two():
     for rank, local, world in [
         (0, 0, World(0, 2, 0, 4, 0, 2)),
         (3, 3, World(1, 2, 1, 4, 1, 2)),
         (5, 1, World(1, 2, 2, 4, 0, 2)),
     ]:
-        launched(monkeypatch, RANK=rank, WORLD_SIZE=8, LOCAL_RANK=local, LOCAL_WORLD_SIZE=4)
-        assert World.here() == world
-    launched(monkeypatch, RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1)  # a target and its drafter on two machines
-    assert World.here() == World(1, 2, 0, 1, 0, 1, two_hosts=True)
-    assert World.here().roles == ("draft",) and World(0, 2).roles == ("target", "draft")
+        processes = Processes(rank, 8, local, 4)
+        assert World.of(processes) == replace(world, here=processes)
+    apart = World.of(Processes(1, 2, 0, 1))  # a target and its drafter on two machines
+    assert apart == World(1, 2, 0, 1, 0, 1, two_hosts=True, here=apart.here)
+    assert apart.roles == ("draft",) and World(0, 2).roles == ("target", "draft")
 
 
 def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):
@@ -133,7 +133,14 @@ def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     config = EngineConfig(*pair)
-    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
-    assert [(one.target_device, one.draft_device) for one in placed] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
+
+    def devices(world: World) -> tuple[str, str]:
+        placed = place(config, world)
+        return placed.target_device, placed.draft_device
+
+    assert [devices(World(0, 2, n, 2, n, 2)) for n in range(2)] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
+    assert devices(World(0, 2)) == ("cuda:0", "cuda:1") and devices(World(0, 1)) == ("auto", "auto")
+    assert devices(World.of(Processes(1, 2, 0, 1))) == ("cuda:0", "cuda:0")  # of a machine of its own
+    assert devices(World.of(Processes(0, 2, 0, 2, device="cpu"))) == ("cpu", "cpu")  # accelerate launch --cpu
     with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
         place(config, World(0, 2, 0, 3, 0, 3))

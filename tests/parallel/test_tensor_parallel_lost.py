@@ -18,7 +18,7 @@ from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine
-from pearl.errors import UsageError
+from pearl.errors import UsageError, WorkerLost
 from pearl.evaluation import eval_config
 from pearl.models.tensor_parallel import model as shards
 from pearl.models.tensor_parallel.commands import Forget, SlotTokens
@@ -42,7 +42,7 @@ def opened(pair, monkeypatch, deadline_s: float):
 
 def said_in_the_end(engine) -> str:
     """What a text ends with now; there is no other after it."""
-    with pytest.raises(UsageError) as raised:
+    with pytest.raises(WorkerLost) as raised:
         engine.generate(PROMPT, GREEDY)
     with pytest.raises(UsageError, match="ranks are out of step: make another one"):
         engine.generate(PROMPT, GREEDY)
@@ -167,11 +167,9 @@ def test_a_rank_needs_a_gpu_of_its_own_where_there_are_some(pair, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("pearl.checkpoints.preflight.check_memory", lambda *_: None)
-    monkeypatch.setenv("LOCAL_RANK", "2")
     config = EngineConfig(*pair, tensor_parallel_size=2, dtype="float32")
-    placed = preflight(config)
+    placed = preflight(config, gpu=2)
     assert (placed.target_on.devices, placed.draft_on.devices) == (("cuda:1",), ("cuda:1",))  # this is the drafter
-    monkeypatch.setenv("LOCAL_RANK", "0")
     assert preflight(config).target_on.devices == ("cuda:0",)
     four = replace(config, tensor_parallel_size=4)
     monkeypatch.setattr(shards, "check", lambda *_: None)
