@@ -19,7 +19,7 @@ class UsageError(PearlError):
     """
 
 
-class WorkerLost(PearlError):
+class WorkerLostError(PearlError, RuntimeError):
     """A process that an engine can't do without is gone: another rank of its target, or the launcher of them all.
     Command-line entry points exit with code 1."""
 

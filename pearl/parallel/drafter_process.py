@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
-from pearl.errors import Unreachable, UsageError, WorkerLost
+from pearl.errors import Unreachable, UsageError, WorkerLostError
 from pearl.parallel.child import WorkerSpec, end, is_stopped, start
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
@@ -79,7 +79,7 @@ class DrafterProcess:
         try:
             self._store.set(f"{FEATURES}/{number}", self._features_from)
             said = self._await_word(number)
-        except (RuntimeError, WorkerLost) as error:  # the launcher is gone
+        except (RuntimeError, WorkerLostError) as error:  # the launcher is gone
             raise Unreachable(str(error)[:200]) from None
         if said != READY and (number or said.startswith(GONE)):  # it could start once, so it may again
             raise Unreachable(said.removeprefix(GONE))

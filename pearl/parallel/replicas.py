@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pearl.config.engine_config import NGRAM, EngineConfig
-from pearl.errors import UsageError, WorkerLost
+from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.world import World, await_key
@@ -46,7 +46,7 @@ class ReplicaGroup:
         failure = ""
         try:
             work(todo, self._name)
-        except WorkerLost:
+        except WorkerLostError:
             raise
         except Exception as error:  # whatever it is, the others go on
             _log.exception("%s failed, and the others go on", self._name)

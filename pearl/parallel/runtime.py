@@ -19,7 +19,7 @@ from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.core import timeline
 from pearl.core.schedule import Schedule
-from pearl.errors import WorkerLost
+from pearl.errors import WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.models.numerics_check import rows_check
 from pearl.parallel.drafter_main import draft_source, trace
@@ -108,10 +108,10 @@ class Runtime:
             self._trace_path = None
 
     def check(self) -> None:
-        """Raises `WorkerLost` if the launcher of this process has ended, and cannot end the others any more. Asked
+        """Raises `WorkerLostError` if the launcher of this process has ended, and cannot end the others any more. Asked
         every pass, as the process is its user's, who decides what becomes of it then."""
         if launcher.orphaned(self.layout.world.here):
-            raise WorkerLost("The launcher of this process has ended, so its engine writes no more.")
+            raise WorkerLostError("The launcher of this process has ended, so its engine writes no more.")
 
     def _end_drafter(self, peer: DrafterProcess) -> None:
         if self._connection:

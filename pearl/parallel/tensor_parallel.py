@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
-from pearl.errors import UsageError, WorkerLost
+from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import launcher
 from pearl.models.tensor_parallel.commands import Command, KeepAlive, Shutdown, TokenDeltas
 from pearl.parallel.child import WorkerSpec, end, start
@@ -90,10 +90,10 @@ class TensorParallelWorkers:
             return error
         for _ in range(20):  # its word may come after its end
             if reason := self._reason():
-                return WorkerLost(reason)
+                return WorkerLostError(reason)
             time.sleep(0.1)
         if is_lost(error):
-            return WorkerLost(
+            return WorkerLostError(
                 f"A rank of the target is gone, or has said nothing for {self._deadline_s:g} s, and the run is over "
                 f"({brief(error)})."
             )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import ROLES, START_TIMEOUT_S
 from pearl.config.inputs import brief
-from pearl.errors import UsageError, WorkerLost
+from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import launcher
 from pearl.machine.launcher import Processes
 
@@ -91,11 +91,11 @@ def own_store(size: int) -> dist.TCPStore:
 
 def await_key(store: dist.Store, key: str, check: Callable[[], None] = lambda: None, every_s: float = 0.01) -> str:
     """What somebody sets in a store. `check` is called while nobody has, and ends the wait by raising. Raises
-    `WorkerLost` if the process that serves the store is gone."""
+    `WorkerLostError` if the process that serves the store is gone."""
     try:
         while not store.check([key]):
             check()
             time.sleep(every_s)
         return store.get(key).decode()
     except RuntimeError as error:
-        raise WorkerLost(f"The process that holds the store of all of them is gone ({brief(error, 120)}).") from None
+        raise WorkerLostError(f"The process that holds the store of all is gone ({brief(error, 120)}).") from None

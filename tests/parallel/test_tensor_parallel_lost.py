@@ -18,7 +18,7 @@ from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine
-from pearl.errors import UsageError, WorkerLost
+from pearl.errors import UsageError, WorkerLostError
 from pearl.evaluation import eval_config
 from pearl.models.tensor_parallel import model as shards
 from pearl.models.tensor_parallel.commands import Forget, SlotTokens
@@ -42,7 +42,7 @@ def opened(pair, monkeypatch, deadline_s: float):
 
 def said_in_the_end(engine) -> str:
     """What a text ends with now; there is no other after it."""
-    with pytest.raises(WorkerLost) as raised:
+    with pytest.raises(WorkerLostError) as raised:
         engine.generate(PROMPT, GREEDY)
     with pytest.raises(UsageError, match="ranks are out of step: make another one"):
         engine.generate(PROMPT, GREEDY)

@@ -173,7 +173,7 @@ def test_when_its_launcher_is_gone_a_program_gets_an_error_and_is_not_ended(pair
     assert psutil.Process(target).is_running()
     printed, errors = program.communicate("\n", timeout=60)
     assert printed.splitlines() == [
-        "WorkerLost The launcher of this process has ended, so its engine writes no more.",
+        "WorkerLostError The launcher of this process has ended, so its engine writes no more.",
         "the program goes on",
     ], errors
     assert "the drafter has lost its target" in errors
