@@ -57,3 +57,14 @@ def test_only_sums_of_more_than_two_parts_are_made_here(ranks, ours, monkeypatch
         dist.all_reduce(torch.zeros(1), group=None)
         dist.all_reduce(torch.zeros(1), op=dist.ReduceOp.MAX)
     assert asked == ["ours" if ours else "theirs", "theirs"] and dist.all_reduce is theirs
+
+
+def test_other_threads_add_as_they_always_do(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: asked.append("theirs"))
+    monkeypatch.setattr(ordered_sum, "add_up", lambda *_: asked.append("ours"))
+    with ordered_sum.in_order():
+        other = threading.Thread(target=lambda: dist.all_reduce(torch.zeros(1)))
+        other.start()
+        other.join()
+    assert asked == ["theirs"]

@@ -10,6 +10,7 @@ small. Parts in 16 bits are added in 32, and rounded once.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def in_order() -> Iterator[None]:
-    """While a forward runs, `torch.distributed.all_reduce`, that transformers calls, adds in the order of ranks."""
-    library = dist.all_reduce
+    """While a forward runs in this thread, `torch.distributed.all_reduce`, that transformers calls, adds in the order
+    of ranks. In other threads it does what it always does."""
+    library, thread = dist.all_reduce, threading.get_ident()
 
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if op != dist.ReduceOp.SUM or async_op or dist.get_world_size(group) == 2:
+        elsewhere = threading.get_ident() != thread
+        if elsewhere or op != dist.ReduceOp.SUM or async_op or dist.get_world_size(group) == 2:
             return library(tensor, op, group, async_op)
         add_up(tensor, group)
         return None
