@@ -28,7 +28,7 @@ from pearl.tasks import humaneval
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.parser("scripts/never_slower.py", about=__doc__.splitlines()[0], max_new_tokens=128)
-    parser.set_defaults(mode=["ar", "pearl", "tree"])
+    parser.set_defaults(mode=["ar", "pearl", "tree"], seed=0)
     found = cli.parse(parser, argv)
     config, _ = cli.engine_config(found)
     schedules = cli.schedules(found)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(found.output or "results/never-slower")
     figures = {}
     for name in ("random", "slow", "unguessed"):
-        results.check_output(folder / name, resume=False)
+        results.check_output(folder / name)
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
             "random": (replace(config, draft=_random(config.draft, Path(scratch))), params),

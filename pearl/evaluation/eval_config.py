@@ -32,6 +32,9 @@ TASK = (
     Option("no_score", False, FLAG, "do not judge the answers", "task"),
     Option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
     Option("resume", False, FLAG, "go on with the run in --output, if one was begun there", "task"),
+    Option(
+        "skip_too_long", False, FLAG, "leave out problems that are too long, instead of ending with an error", "task"
+    ),
     Option("wide", False, FLAG, "print all columns of the table", "task"),
 )
 
@@ -54,10 +57,10 @@ class EvalConfig:
         """As the files of the run keep it."""
         return vars(self.found) | {"suite": self.suite.name, "resolved": vars(self.engine)}
 
-    @property
-    def title(self) -> str:
-        count, engine = len(self.problems), self.engine
-        problems = f"{count} problem{'s' * (count != 1)}"
+    def title(self, skipped: int = 0) -> str:
+        """Of the table. `skipped`: problems that were too long."""
+        count, engine = len(self.problems) - skipped, self.engine
+        problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
         return f"{self.suite.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}"
 
     @property
@@ -80,6 +83,7 @@ def parser(suite: Suite) -> cli.Parser:
     made = cli.parser(
         command(suite), *EXAMPLES, max_new_tokens=tokens, baselines=cli.BASELINES, about=suite.description
     )
+    made.set_defaults(seed=0)  # a run can be repeated, and resumed
     return made.take(TASK)
 
 

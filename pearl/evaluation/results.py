@@ -4,6 +4,7 @@
     samples.jsonl    a line a text; what `evaluate_functional_correctness` and `pearl score` read
     passes.jsonl     a line a target pass
     summary.json     config, environment and figures, derived from those facts; there when the run has ended
+    skipped.jsonl    a line a work unit that was left out: a later turn of it was too long
     problems.jsonl   of HumanEval: the problems of this run, as its own scorer's --problem_file reads them
     replica-N/       the lines of replica N, until the run has ended
 
@@ -34,8 +35,16 @@ from pearl.evaluation import lines
 from pearl.evaluation.lines import REMEDY, Line
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
-PROBLEMS = "problems.jsonl"
-VOLATILE = ("config", "data", "output", "resume", "trace", "wide")  # how a run was asked for, not what for
+PROBLEMS, SKIPPED = "problems.jsonl", "skipped.jsonl"
+VOLATILE = (
+    "config",
+    "data",
+    "output",
+    "resume",
+    "skip_too_long",
+    "trace",
+    "wide",
+)  # how a run was asked for, not what for
 
 Stats = dict[str, dict[SampleKey, GenerationStats]]  # by mode
 
@@ -51,10 +60,14 @@ def digest(prompts: Iterable[tuple[str, Sequence[int]]]) -> str:
     return hashlib.sha256(json.dumps([[name, list(tokens)] for name, tokens in prompts]).encode()).hexdigest()[:16]
 
 
-def check_output(folder: Path, resume: bool) -> None:
-    """Raises `UsageError` where a run can't begin: nothing can be written there, or another run would be lost."""
+def check_output(folder: Path, resume: bool | None = None) -> None:
+    """Raises `UsageError` where a run can't begin: nothing can be written there, or another run would be lost.
+
+    `resume`: whether to go on with the one there; None: what asks can't."""
     if not resume and any(_of_a_run(folder)):
         free = next(name for n in itertools.count(2) if not Path(name := f"{folder}-{n}").exists())
+        if resume is None:
+            raise UsageError(f"{folder} holds a run: remove it, or name another --output.")
         raise UsageError(f"{folder} holds a run: go on with it by --resume, or give this one --output {free}.")
     outputs.folder(folder)
 
@@ -70,8 +83,7 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
 
     Raises UsageError if a run is there that would be lost, or another one than is to be resumed.
     """
-    resume = bool(asked.get("resume"))
-    check_output(folder, resume)
+    check_output(folder, asked.get("resume"))
     with lines.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
@@ -110,6 +122,27 @@ def append(folder: Path, samples: Sequence[Line], passes: Sequence[Line]) -> Non
     lines.append(folder / SAMPLES, samples)
 
 
+def skip(folder: Path, left_out: Mapping[WorkUnit, Line]) -> None:
+    """Notes why work units were left out."""
+    if left_out:
+        with lines.writing(folder):
+            folder.mkdir(exist_ok=True)
+        lines.append(
+            folder / SKIPPED,
+            [
+                {"task_id": unit.task, "sample": unit.sample, "repeat": unit.repeat, **line}
+                for unit, line in left_out.items()
+            ],
+        )
+
+
+def skipped(folder: Path) -> dict[WorkUnit, Line]:
+    """The work units that were left out, there and in the replicas, and why."""
+    with sound(str(folder), REMEDY):
+        every = [line for part in parts(folder) for line in lines.mend(part / SKIPPED)]
+        return {WorkUnit(line["task_id"], line["sample"], line["repeat"]): line for line in every}
+
+
 def repair(folder: Path, texts: Mapping[str, int]) -> set[WorkUnit]:
     """The finished units of a folder and its replicas; what lies behind them is removed.
 
@@ -134,8 +167,10 @@ def merge(folder: Path, order: Sequence[WorkUnit]) -> None:
     for name in (PASSES, SAMPLES):
         every = [line for part in parts(folder) for line in lines.read(part / name)]
         lines.settle(folder / name, sorted(every, key=lambda line: place[_unit(line)]))
+    if left_out := skipped(folder):
+        lines.settle(folder / SKIPPED, [left_out[unit] for unit in order if unit in left_out])
     for part in parts(folder)[1:]:
-        for name in (PASSES, SAMPLES):
+        for name in (PASSES, SAMPLES, SKIPPED):
             (part / name).unlink(missing_ok=True)
         if not any(part.iterdir()):
             part.rmdir()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
 from pearl.evaluation import lines, results
+from pearl.tasks import fastchat, mt_bench
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -153,6 +155,79 @@ def test_texts_that_can_not_fit_are_refused_before_the_first(pair, tmp_path, cap
     data, out = written(tmp_path, "mt_bench"), tmp_path / "out"
     assert run("mt_bench", *options(pair, data, out, "--max-new-tokens", "240")) == 2  # two turns of 240 and 500 in all
     assert "max_new_tokens 480 are more than" in capsys.readouterr().err
+
+
+# Problems that are too long
+
+LONG = {"question": "How many? " * 300, "answer": "#### 3"}
+
+
+def test_a_problem_that_is_too_long_is_named_before_anything_is_decoded(pair, tmp_path, capsys):
+    data, out = written(tmp_path, "gsm8k", [*SAMPLES["gsm8k"], LONG, LONG]), tmp_path / "out"
+    assert run("gsm8k", *options(pair, data, out)) == 2
+    error = capsys.readouterr().err
+    assert "GSM8K/2 is too long (one more problem is too): its prompt's " in error
+    assert "max_new_tokens 12 are more than the 500 that a text may have" in error and "--skip-too-long" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_problems_that_are_too_long_are_left_out_and_counted_when_asked(pair, tmp_path, capsys, batch):
+    data, out = written(tmp_path, "gsm8k", [LONG, *SAMPLES["gsm8k"]]), tmp_path / "out"
+    arguments = options(pair, data, out, "--skip-too-long", "--batch-size", batch)
+    assert run("gsm8k", *arguments) == 0
+    for _ in range(2):
+        assert "GSM8K, 2 problems (1 too long, skipped), " in capsys.readouterr().out
+        found = summary(out)
+        assert found["skipped_too_long"] == 1
+        assert [(line["task_id"], line["turn"], line["limit"]) for line in found["skipped"]] == [("GSM8K/0", 0, 500)]
+        assert found["skipped"][0]["tokens"] > 500
+        assert {line[0] for line in said(out)} == {"GSM8K/1", "GSM8K/2"}
+        assert run("gsm8k", *arguments, "--resume") == 0
+
+
+def test_where_all_are_too_long_nothing_is_left_out(pair, tmp_path, capsys):
+    data, out = written(tmp_path, "gsm8k", [LONG]), tmp_path / "out"
+    assert run("gsm8k", *options(pair, data, out, "--skip-too-long")) == 2
+    assert "GSM8K/0 is too long: " in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("batch", ["1", "2"])
+def test_a_second_turn_that_proves_too_long_is_named_or_its_problem_left_out(
+    pair, tmp_path, monkeypatch, capsys, batch
+):
+    """An answer may take more tokens in the next prompt than it had when it was written."""
+
+    def prompt(question, answers, *more):
+        grown = " and" * 500 if question.question_id == 101 and any(answers) else ""
+        return fastchat.prompt(question, answers, *more) + grown
+
+    monkeypatch.setattr(mt_bench, "SUITE", replace(mt_bench.SUITE, prompt=prompt))
+    others = [record | {"question_id": 82 + i} for i, record in enumerate(SAMPLES["mt_bench"][:1] * 3)]
+    data, out = written(tmp_path, "mt_bench", [*SAMPLES["mt_bench"], *others]), tmp_path / "out"
+    arguments = options(pair, data, out, "--ignore-eos", "--batch-size", batch)
+    assert run("mt_bench", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "101, turn 2 is too long: its prompt's " in error and "by --resume --skip-too-long" in error
+    kept = said(out) if batch == "1" else []
+    assert {line[0] for line in kept} <= {"81"}
+    for _ in range(2):
+        assert run("mt_bench", *arguments, "--resume", "--skip-too-long") == 0
+        assert "MT-bench, 4 problems (1 too long, skipped), " in capsys.readouterr().out
+        assert {line[0] for line in said(out)} == {"81", "82", "83", "84"} and said(out)[: len(kept)] == kept
+        found = summary(out)
+        assert found["skipped_too_long"] == 1 and found["modes"]["sd:3"]["identical_to_ar"] == 1.0
+        assert [(line["task_id"], line["turn"]) for line in found["skipped"]] == [("101", 1)]
+        assert {len(turns) for one in answers(out).values() for turns in one} == {1} and len(answers(out)) == 2
+        (out / results.SUMMARY).unlink()  # a run that was ended before its last line; its units are done
+
+
+def test_a_summary_tells_how_texts_were_sampled_and_by_what(finished):
+    found = summary(finished["gsm8k"])
+    assert found["sampling"]["temperature"] == 0 and found["sampling"]["seed"] == 0
+    assert found["sampling"]["max_new_tokens"] == 12
+    assert {"pearl", "python", "torch", "transformers", "tokenizers"} <= set(found["environment"])
+    assert found["skipped_too_long"] == 0 and found["skipped"] == []
 
 
 # transformers beside us

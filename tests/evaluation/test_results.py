@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,8 @@ def test_a_second_turn_reads_the_first_answer():
         return text("ar", prompt)
 
     task = Task("T", lambda answers: (7, *(int(letter) for answer in answers for letter in answer)), turns=2)
-    said = [one for _, _, one in Conversation(WorkUnit("T", 0, 0), task, PARAMS).alone(decode)]
+    talk = Conversation(WorkUnit("T", 0, 0), task, Plan((task,), {}, PARAMS))
+    said = [one for _, _, one in talk.alone(decode)]
     assert read == [((7,), False), ((7, *said[0].tokens), True)]
 
 
@@ -108,6 +110,8 @@ def test_a_run_that_is_not_resumed_takes_no_folder_of_another(tmp_path):
     before = files(folder)
     with pytest.raises(UsageError, match=r"run holds a run: go on with it by --resume, or .* --output .*run-2\."):
         results.begin(folder, ASKED | {"resume": False})
+    with pytest.raises(UsageError, match=r"run holds a run: remove it, or name another --output\.$"):
+        results.begin(folder, ASKED | {"resume": None})  # of what has no --resume
     (tmp_path / "run-2").touch()
     with pytest.raises(UsageError, match=r"--output .*run-3\."):
         results.check_output(folder, resume=False)
@@ -256,3 +260,21 @@ def test_a_merge_that_was_interrupted_counts_nothing_twice(tmp_path, undisturbed
     assert resume(tmp_path, made) == []
     results.merge(tmp_path, made.units)
     assert files(tmp_path) == undisturbed
+
+
+def test_what_replicas_left_out_is_kept_and_not_tried_again(tmp_path):
+    """Every second turn is too long there: two of the five problems have one."""
+    made = replace(plan(), limit=PARAMS.max_new_tokens + 1, skip_too_long=True)
+    results.begin(tmp_path, ASKED)
+    for replica in range(2):
+        harness.run(made, tmp_path / f"replica-{replica}", made.units[replica::2])
+    long = {unit for unit in made.units if unit.task in ("T/1", "T/3")}
+    assert set(results.skipped(tmp_path)) == long
+    results.merge(tmp_path, made.units)
+    assert not list(tmp_path.glob("replica-*"))
+    assert list(results.skipped(tmp_path)) == [unit for unit in made.units if unit in long]
+    assert results.repair(tmp_path, made.texts) == set(made.units) - long
+    assert {line["turn"] for line in results.skipped(tmp_path).values()} == {1}
+    with pytest.raises(harness.TooLong, match=r"T/1, turn 2 is too long: its prompt's 2 tokens"):
+        harness.run(replace(made, skip_too_long=False), tmp_path / "again")
+    assert {unit.task for unit in results.repair(tmp_path / "again", made.texts)} == {"T/0"}
