@@ -218,8 +218,9 @@ def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]
 
 
 def sampling(found: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+    """A command that is run again writes the same: without a --seed it is 0."""
     values = {one.name: getattr(found, one.dest) for one in _SAMPLING}
-    return SamplingParams(**values, stop=tuple(stop))
+    return SamplingParams(**values | {"seed": values["seed"] or 0}, stop=tuple(stop))
 
 
 def schedules(found: argparse.Namespace, besides: Collection[str] = ()) -> dict[str, Schedule]:

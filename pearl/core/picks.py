@@ -13,18 +13,19 @@ Shapes: R rows of a pass, V tokens of the vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pearl.core import noise
-from pearl.core.sampling import NOT_FINITE, Picker, SamplingParams, best_tokens
+from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, SamplingParams, best_tokens, nothing_left
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
 
 _UNITS = 40  # bits of a probability
+_FORBIDDEN = NOT_FINITE - 1  # in place of a token: all are forbidden
 
 
 class Picks(Protocol):
@@ -38,8 +39,21 @@ def begin(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> P
     logits: [R, V]; positions: of each row's own token.
     """
     if logits.is_cuda and not params.rejection:
-        return _Coming(on_device(params, logits, positions), logits.dtype)
+        return _Coming(on_device(params, logits, positions), logits.dtype, positions)
     return Picker(params, logits, positions)
+
+
+def begin_processed(
+    params: SamplingParams,
+    logits: Tensor,
+    positions: Sequence[int],
+    finish: Callable[[int, Tensor], Tensor] | None = None,
+) -> Picks:
+    """The same of logits that processors have changed. `finish`: see `ProcessedPicker`; None: all is done to them."""
+    if logits.is_cuda and not params.rejection and not finish:
+        tokens = on_device(params, logits, positions)
+        return _Coming(tokens.masked_fill(logits.amax(-1) == -torch.inf, _FORBIDDEN), logits.dtype, positions)
+    return ProcessedPicker(params, logits, positions, finish or (lambda row, scores: scores))
 
 
 def wait(picks: Sequence[Picks]) -> bool:
@@ -53,9 +67,9 @@ def wait(picks: Sequence[Picks]) -> bool:
 class _Coming:
     """Picks that are being copied to the host."""
 
-    def __init__(self, tokens: Tensor, dtype: torch.dtype):
+    def __init__(self, tokens: Tensor, dtype: torch.dtype, positions: Sequence[int]):
         """tokens: int64 [R], on a GPU; `NOT_FINITE` where there is none. dtype: of their logits."""
-        self._dtype = dtype
+        self._dtype, self._positions = dtype, positions
         self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._here.copy_(tokens, non_blocking=True)
         self._copied = torch.cuda.Event()
@@ -71,7 +85,10 @@ class _Coming:
         return self._picks
 
     def pick(self, row: int, node: Node) -> int:
-        return self.wait()[row]
+        token = self.wait()[row]
+        if token == _FORBIDDEN:
+            raise nothing_left(self._positions[row] + 1)
+        return token
 
 
 def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> Tensor:
@@ -80,6 +97,7 @@ def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) 
     assert not params.rejection, "a guess is judged on the host"
     if params.greedy:
         return best_tokens(logits)
+    assert params.seed is not None, "a sequence has a seed before it begins"
     scores = _warped(logits, params)
     noisy = scores.double() + noise.gumbel_rows(
         params.seed, [position + 1 for position in positions], noise.PICK, scores.shape[-1], scores.device
@@ -89,15 +107,16 @@ def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) 
 
 def _warped(logits: Tensor, params: SamplingParams) -> Tensor:
     """`sampling.warp` of every row, [R, V]."""
+    assert params.temperature, "greedy picks are not warped"
     scores = logits.float() / params.temperature
-    if 0 < params.top_k < scores.shape[-1]:
+    if params.top_k and params.top_k < scores.shape[-1]:
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[:, -1:], -torch.inf)
-    if params.top_p < 1:
+    if params.top_p is not None and params.top_p < 1:
         best, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
         units = (best.double() * (1 << _UNITS)).long()
         ahead = units.cumsum(-1) - units
         kept = (ahead < math.ceil(params.top_p * (1 << _UNITS))) & (best > 0)
         scores = scores.masked_fill(~torch.zeros_like(kept).scatter_(1, tokens, kept), -torch.inf)
-    if params.min_p > 0:
+    if params.min_p:
         scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(params.min_p), -torch.inf)
     return scores

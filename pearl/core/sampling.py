@@ -7,14 +7,15 @@
     rejection   accept the guess x ~ q with min(1, p(x)/q(x)), else sample from norm(max(0, p - q)) (Leviathan et al.
                 2023, Chen et al. 2023): the most tokens accepted, exact in distribution; the text depends on q too.
 
-p is the target's distribution and q the drafter's, after temperature, top-k, top-p and min-p, in transformers' order.
+p is the target's distribution and q the drafter's, after the processors (`pearl.core.logits`), and after temperature,
+top-k, top-p and min-p, in transformers' order.
 Shapes: R rows of a pass, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from pearl.core import noise
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
-from pearl.errors import NonFiniteLogits
+from pearl.errors import NonFiniteLogits, UsageError
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
@@ -37,12 +38,13 @@ def warp(logits: Tensor, params: SamplingParams) -> Tensor:
     Keeps the tokens that transformers' warpers keep; top-p sorts the whole vocabulary only where the nucleus is larger
     than its first few hundred tokens.
     """
+    assert params.temperature, "greedy picks are not warped"
     scores = logits.float() / params.temperature
-    if 0 < params.top_k < scores.numel():
+    if params.top_k and params.top_k < scores.numel():
         scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
-    if params.top_p < 1:
+    if params.top_p is not None and params.top_p < 1:
         scores = _nucleus(scores, params.top_p)
-    if params.min_p > 0:
+    if params.min_p:
         scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
     return scores
 
@@ -87,7 +89,7 @@ def ranked(
 def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
     """scores, tokens: [candidates], warped logits and their tokens."""
     kept = scores.isfinite().nonzero().squeeze(1)
-    noisy = scores[kept].double() + noise.gumbel(params.seed, position, noise.PICK, tokens[kept])
+    noisy = scores[kept].double() + noise.gumbel(_seed(params), position, noise.PICK, tokens[kept])
     logp, order = noisy.log_softmax(-1).sort(descending=True)
     return [(t, q, ()) for t, q in zip(tokens[kept][order[:most]].tolist(), logp.tolist(), strict=False)]
 
@@ -149,14 +151,42 @@ class Picker:
         """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
         if self.params.greedy:
             return self._argmax[row]
-        scores = warp(self.logits[row], self.params)
-        position = self.positions[row] + 1
+        return self._sample(self.logits[row], row, node)
+
+    def _sample(self, logits: Tensor, row: int, node: Node) -> int:
+        """logits: [V]"""
+        scores, seed, position = warp(logits, self.params), _seed(self.params), self.positions[row] + 1
         if not self.params.rejection:
-            return noisy_argmax(scores, self.params.seed, position, noise.PICK, self.logits.dtype)
+            return noisy_argmax(scores, seed, position, noise.PICK, self.logits.dtype)
         guess = next(iter(node.children.values()), None)
         if guess is None:
-            return noisy_argmax(scores, self.params.seed, position, noise.RESIDUAL, self.logits.dtype)
-        return accept_or_resample(scores, guess, self.params.seed, self.logits.dtype)
+            return noisy_argmax(scores, seed, position, noise.RESIDUAL, self.logits.dtype)
+        return accept_or_resample(scores, guess, seed, self.logits.dtype)
+
+
+class ProcessedPicker(Picker):
+    """Of logits that processors have changed, or are still to change."""
+
+    def __init__(
+        self, params: SamplingParams, logits: Tensor, positions: Sequence[int], finish: Callable[[int, Tensor], Tensor]
+    ):
+        """`finish(row, logits)`: the logits [V] of a row that the walk has come to, with all that is done to them."""
+        self.params, self.logits, self.positions, self._finish = params, logits, positions, finish
+
+    def pick(self, row: int, node: Node) -> int:
+        logits = self._finish(row, self.logits[row])
+        if logits.max() == -torch.inf:
+            raise nothing_left(self.positions[row] + 1)
+        return argmax(logits[None])[0] if self.params.greedy else self._sample(logits, row, node)
+
+
+def nothing_left(position: int) -> UsageError:
+    return UsageError(f"At token {position} bans and logits_processors forbid every token: allow one.")
+
+
+def _seed(params: SamplingParams) -> int:
+    assert params.seed is not None, "a sequence has a seed before it begins"
+    return params.seed
 
 
 def accept_or_resample(scores: Tensor, guess: Node, seed: int, dtype: torch.dtype | None = None) -> int:
@@ -195,10 +225,10 @@ def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int,
         return argmax(logits[None])[0], ()
     scores = warp(logits, params)
     if not params.rejection:
-        return noisy_argmax(scores, params.seed, position, noise.PICK, logits.dtype), ()
+        return noisy_argmax(scores, _seed(params), position, noise.PICK, logits.dtype), ()
     best, tokens = scores.topk(min(SUPPORT, scores.numel()))
     # rounded to what a message carries before it is drawn from, so that both sides hold the same q
     q = best.double().softmax(-1).float()
     proposal = tuple((t, p) for t, p in zip(tokens.tolist(), q.tolist(), strict=True) if p > 0)
     spread = torch.full_like(scores, -torch.inf).index_copy_(0, tokens, q.log().to(scores.dtype))
-    return noisy_argmax(spread, params.seed, position, noise.DRAFT, logits.dtype), proposal
+    return noisy_argmax(spread, _seed(params), position, noise.DRAFT, logits.dtype), proposal

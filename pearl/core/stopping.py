@@ -1,28 +1,36 @@
-"""Tokens as text: where it ends (an end-of-sequence id, a stop string, the most tokens asked for), and its pieces.
+"""Where a text ends (an end-of-sequence id, a stop token or string, the most tokens asked for), and its pieces.
 
 The end is judged token by token in the order of the text, never pass by pass, so a block that runs over the end is cut
 where the target alone would have stopped. Refuses to know how the tokens came about.
+
+A stop string is looked for in two texts: the one that is shown, and the one with special tokens, as a special token may
+be what somebody wants to stop at.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Collection, Sequence
 
+from pearl.core.detokenizer import Decode, Detokenizer, TextDecoder
 from pearl.core.params import SamplingParams
-
-Decode = Callable[[list[int]], str]
-_HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character yet are decoded to
-_WINDOW = 16  # tokens of context that a byte-level decoder needs to render the next one
 
 
 class Stopper:
-    """Watches one sequence. `finish` is None while it goes on, then "eos", "stop" or "length"."""
+    """Watches one sequence. `finish` is None while it goes on, then "eos", "stop" or "length" (or "error", see
+    `SequenceState.fail`); `reason` is then the stop string or stop token, if it was one."""
 
-    def __init__(self, params: SamplingParams, eos_ids: Collection[int], decode: Decode):
+    def __init__(self, params: SamplingParams, eos_ids: Collection[int], decode: Decode | TextDecoder):
         self.tokens: list[int] = []
         self.finish: str | None = None
-        self._params, self._decode = params, decode
-        self._eos = frozenset() if params.ignore_eos else frozenset(eos_ids)
+        self.reason: str | int | None = None
+        self.eos_ids = frozenset(eos_ids)
+        self._params, decoder = params, TextDecoder.of(decode)
+        self._decode = decoder.shown(params.skip_special_tokens)
+        self._ends = frozenset() if params.ignore_eos else self.eos_ids
+        self._stops = frozenset(params.stop_token_ids)
+        self._search = _StopSearch(params, decoder) if params.stop else None
+        self._cut: int | None = None  # characters that are shown, if not all are
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """The tokens up to the end of the text; `finish` says whether that was reached."""
@@ -31,45 +39,143 @@ class Stopper:
             assert self.finish is None, "tokens after the end"
             self.tokens.append(token)
             kept.append(token)
-            if token in self._eos:
-                self.finish = "eos"
-            elif self._params.stop and self._at_stop_string():
-                self.finish = "stop"
-            elif len(self.tokens) >= self._params.max_new_tokens:
-                self.finish = "length"
+            self._judge(token)
             if self.finish:
                 break
         return kept
 
+    def _judge(self, token: int) -> None:
+        if self._search:
+            self._search.add(token)
+            if len(self.tokens) <= (self._params.min_tokens or 0):
+                self._search.ignore()
+        if token in self._ends:
+            self.finish = "eos"
+        elif token in self._stops:
+            self.finish, self.reason = "stop", token
+        elif self._search and (found := self._search.found()):
+            self.finish = "stop"
+            self.reason, self._cut = found
+        elif len(self.tokens) >= self._params.max_new_tokens:
+            self.finish = "length"
+
     @property
     def text(self) -> str:
-        """The text so far, without the stop string that ended it."""
-        text = self._decode(self.tokens)
-        ends = [text.find(s) for s in self._params.stop if s in text]
-        return text[: min(ends)] if ends and self.finish == "stop" else text
+        """The text so far. The stop string or token that ended it is shown if that is asked for."""
+        if self.finish == "stop" and self._cut is None and not self._params.include_stop_str_in_output:
+            return self._decode(self.tokens[:-1])
+        return self._decode(self.tokens)[: self._cut]
 
-    def _at_stop_string(self) -> bool:
-        # A stop string of n characters lies in the last n tokens that have characters of their own; special tokens have
-        # none, and a multi-byte character may need several tokens, hence the window around it.
-        window = _WINDOW + 4 * max(map(len, self._params.stop))
-        tail = self._decode(self.tokens[-window:])
-        return any(stop in tail for stop in self._params.stop)
+
+class _Text:
+    """One of the texts in which stop strings are looked for."""
+
+    def __init__(self, decode: Decode, decoder: TextDecoder, reach: int):
+        """`reach`: settled characters before a new token that a stop string may begin at."""
+        self._detokenizer, self._reach = Detokenizer(decode, decoder.is_byte), reach
+        self._before = self._piece = ""  # settled before the last token, as far back as `reach`, and by it
+        self._tail = ""
+        self.lengths = [0]  # in characters, after each token
+        self.first = 0  # a stop string ends behind it
+
+    def add(self, token: int) -> str:
+        self._before = (self._before + self._piece)[-self._reach :] if self._reach else ""
+        self._piece = self._detokenizer.add(token)
+        self._tail = self._detokenizer.tail
+        self._note(self._detokenizer.settled + len(self._tail))
+        return self._piece
+
+    def _note(self, length: int) -> None:
+        """Bytes that were a character each may be one together: then the text is shorter than it was."""
+        self.lengths.append(length)
+        before = len(self.lengths) - 2
+        while self.lengths[before] > length:
+            self.lengths[before] = length
+            before -= 1
+
+    def find(self, stop: str) -> int:
+        """Where it begins, -1: nowhere. Of what the last token has made or completed."""
+        window = self._before + self._piece + self._tail
+        start = self.lengths[-1] - len(window)
+        at = window.find(stop, max(0, self.first - len(stop) + 1 - start))
+        return at if at < 0 else start + at
+
+    def may_begin(self, stops: Sequence[str]) -> int:
+        """From where on the settled text may be the beginning of a stop string."""
+        said = self._before + self._piece
+        sizes = (size for stop in stops for size in range(1, len(stop)) if said.endswith(stop[:size]))
+        return self._detokenizer.settled - max(sizes, default=0)
+
+    def place_in(self, other: _Text, place: int) -> int:
+        """Where a place of this text is in the other one, of the same tokens. One within a token counts from its end,
+        as only its beginning may differ."""
+        if other is self:
+            return place
+        token = bisect.bisect_right(self.lengths, place)
+        if token == len(self.lengths):
+            return other.lengths[-1]
+        return max(other.lengths[token - 1], other.lengths[token] - (self.lengths[token] - place))
+
+
+class _StopSearch:
+    """Looks for stop strings in the text that is shown and in the one with special tokens (or without, if they are
+    shown)."""
+
+    def __init__(self, params: SamplingParams, decoder: TextDecoder):
+        self._stops, self._include = params.stop, params.include_stop_str_in_output
+        reach = max(map(len, self._stops), default=1) - 1
+        self._shown = _Text(shown := decoder.shown(params.skip_special_tokens), decoder, reach)
+        others = [one for one in (decoder.plain, decoder.whole) if one and one is not shown] if self._stops else []
+        self._texts = [self._shown, *(_Text(one, decoder, reach) for one in others)]
+
+    def add(self, token: int) -> str:
+        """The characters shown that are settled now."""
+        piece, *_ = [text.add(token) for text in self._texts]
+        return piece
+
+    def ignore(self) -> None:
+        """A stop string that is there by now is none."""
+        for text in self._texts:
+            text.first = text.lengths[-1]
+
+    def found(self) -> tuple[str, int] | None:
+        """The stop string that the last token has completed, and how many characters are shown: those before it, or
+        those up to its end."""
+        found = []
+        for text in self._texts:
+            for stop in self._stops:
+                if (at := text.find(stop)) >= 0:
+                    end = at + len(stop) if self._include else at
+                    found.append((stop, text.place_in(self._shown, at), text.place_in(self._shown, end)))
+        if not found:
+            return None
+        stop, _, cut = min(found, key=lambda one: one[1])
+        return stop, cut
+
+    def certain(self) -> int:
+        """Characters shown that are no part of a stop string, whatever follows."""
+        return min(text.place_in(self._shown, text.may_begin(self._stops)) for text in self._texts)
 
 
 class TextStream:
     """A text that grows token by token, in pieces that stay as they are whatever comes after them.
 
     A token may hold half a character, or the beginning of a stop string: what is not yet certain is held back. The
-    pieces joined are what the tokens are decoded to as a whole.
+    pieces joined are the text that `Stopper` has of the same tokens.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = (), is_byte: Callable[[int], bool] = lambda token: False):
-        """`is_byte`: whether a token is one byte of a character, of a tokenizer that decodes a run of them together:
-        what they make may still change until another token ends the run."""
-        self._decode, self._stop, self._is_byte = decode, stop, is_byte
-        self._tokens: list[int] = []  # from the last piece on that had characters: the next one is decoded behind it
-        self._known = 0  # of those: what is decoded for good
-        self._held = ""  # decoded, but it may begin a stop string
+    def __init__(
+        self,
+        decode: Decode | TextDecoder,
+        stop: Sequence[str] = (),
+        is_byte: Callable[[int], bool] = lambda token: False,
+        params: SamplingParams | None = None,
+    ):
+        self._params = params or SamplingParams(stop=tuple(stop))
+        decoder = decode if isinstance(decode, TextDecoder) else TextDecoder(decode, None, is_byte)
+        self._search = _StopSearch(self._params, decoder)
+        self._hidden = frozenset() if self._params.include_stop_str_in_output else {*self._params.stop_token_ids}
+        self._held = ""  # settled, but it may begin a stop string
         self._count = 0  # characters yielded
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -81,19 +187,12 @@ class TextStream:
         return text[self._count :]
 
     def _add(self, token: int) -> str:
-        self._tokens.append(token)
-        before, text = self._decode(self._tokens[: self._known]), self._decode(self._tokens)
-        if len(text) <= len(before) or text.endswith(_HALF) or self._is_byte(token):
+        if token in self._hidden:
             return ""
-        self._held += text[len(before) :]
-        self._tokens, self._known = self._tokens[self._known :], len(self._tokens) - self._known
-        count = self._certain()
+        self._held += self._search.add(token)
+        found = self._search.found()
+        certain = found[1] if found else self._search.certain()
+        count = max(0, min(certain - self._count, len(self._held)))
         piece, self._held = self._held[:count], self._held[count:]
         self._count += count
         return piece
-
-    def _certain(self) -> int:
-        """How many of the characters held are no part of a stop string, whatever follows."""
-        found = [self._held.find(stop) for stop in self._stop if stop in self._held]
-        begun = (size for stop in self._stop for size in range(1, len(stop)) if self._held.endswith(stop[:size]))
-        return min(found) if found else len(self._held) - max(begun, default=0)

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node, Trie
@@ -33,6 +36,20 @@ class ChainQuery:
     tokens: Sequence[int]
     path: tuple[int, ...]
     room: int
+    processing: LogitsProcessing | None = None  # what the target does to its logits; None: nothing
+
+    def processed(self, logits: Tensor) -> Tensor:
+        """The drafter's, with what the target does to its own.  logits: [1, V]"""
+        return self.processing.of_guesses(logits, self.tokens, [self.path]) if self.processing else logits
+
+    def allowed(self, chain: Chain) -> Chain:
+        """Of guesses that were made without logits those before the first that can't be right."""
+        path = list(self.path)
+        for place, (token, _) in enumerate(chain if self.processing else ()):
+            if self.processing and self.processing.forbids(self.tokens, path, token):
+                return chain[:place]
+            path.append(token)
+        return chain
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,11 @@ class TreeQuery:
     max_rows: int
     max_depth: int  # below the root
     take_all: bool = False  # as many leaves as `max_rows` says, whether they pay or not
+    processing: LogitsProcessing | None = None  # as in `ChainQuery`
+
+    def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+        """As in `ChainQuery`, of rows after several paths.  logits: [R, V]"""
+        return self.processing.of_guesses(logits, self.trie.tokens, paths) if self.processing else logits
 
 
 class DraftSource:
@@ -79,7 +101,7 @@ class DraftSource:
 
     def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
         """As `propose`, for each. A source that remembers its sequences, or has a model, answers all at once."""
-        return [self.propose([*query.tokens, *query.path], query.room) for query in queries]
+        return [query.allowed(self.propose([*query.tokens, *query.path], query.room)) for query in queries]
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
         """Grows each trie, all by one forward. An empty list: nothing is worth extending until the root moves."""

@@ -55,16 +55,20 @@ class ModelSource(DraftSource):
         self._batched &= bool(self._live)
 
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
+        return self._propose_alone(ChainQuery(0, tokens, (), room))
+
+    def _propose_alone(self, query: ChainQuery) -> Chain:
+        tokens = [*query.tokens, *query.path]
         if len(tokens) > self._model.max_length:
             return []
         self.forwards += 1
         self.rows += 1
-        q = self._model.read(tokens, keep=1)[0]
+        q = query.processed(self._model.read(tokens, keep=1))[0]
         return [propose(q, self._params[0], position=len(tokens))]
 
     def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
         if not self._batched:
-            return super().propose_batch(queries)
+            return list(map(self._propose_alone, queries))
         fitting = [one for one in queries if len(one.tokens) + len(one.path) <= self._model.max_length]
         if not fitting:
             return [[] for _ in queries]
@@ -72,7 +76,9 @@ class ModelSource(DraftSource):
         self.rows += len(fitting)
         leaves = [LeavesQuery(one.batch_slot, one.tokens, [one.path]) for one in fitting]
         proposed = {
-            one.batch_slot: [propose(q[0], self._params[one.batch_slot], position=len(one.tokens) + len(one.path))]
+            one.batch_slot: [
+                propose(one.processed(q)[0], self._params[one.batch_slot], position=len(one.tokens) + len(one.path))
+            ]
             for one, q in zip(fitting, self._model.read_leaves_together(leaves), strict=True)
         }
         return [proposed.get(one.batch_slot, []) for one in queries]

@@ -85,6 +85,7 @@ class TreeSource(ModelSource):
         read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
         new: Grown = []
         positions = [len(trie.tokens) + len(row.path) for row in rows]
+        logits = query.processed(logits, [row.path for row in rows])
         guesses = ranked(logits, self._params[query.batch_slot], positions, MAX_CHILDREN)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
             found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))

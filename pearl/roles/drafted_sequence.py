@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import DraftPlan, DraftStats, Guess, Nodes, Start, Verdict
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import Grown
@@ -19,13 +20,16 @@ class DraftedSequence:
     trie: Trie
     plan: DraftPlan
     stats: DraftStats
+    processing: LogitsProcessing | None
     ids: dict[Node, int] = field(default_factory=dict)  # the names that the target knows the nodes by
     drafted: int = 0  # guesses since the chain began
     exhausted_at: int = -1  # the root position for which the target knows that no more will come
 
     @staticmethod
     def begun(start: Start, batch_slot: int) -> DraftedSequence:
-        sequence = DraftedSequence(start, batch_slot, Trie(start.prompt), start.plan, DraftStats(start.sequence))
+        processing = LogitsProcessing.of(start.params, len(start.prompt))
+        trie, stats = Trie(start.prompt), DraftStats(start.sequence)
+        sequence = DraftedSequence(start, batch_slot, trie, start.plan, stats, processing)
         sequence.name(sequence.trie.root)
         return sequence
 

@@ -119,7 +119,9 @@ class Drafter:
             room = sequence.start.schedule.room(len(chain), plan.block, sequence.drafted, plan.ahead)
             if room:
                 path = tuple(node.token for node in chain)
-                queries[sequence] = ChainQuery(sequence.batch_slot, sequence.trie.tokens, path, room)
+                queries[sequence] = ChainQuery(
+                    sequence.batch_slot, sequence.trie.tokens, path, room, sequence.processing
+                )
             else:
                 proposals[sequence] = [], True
         found = self._guarded.ask(
@@ -149,7 +151,9 @@ class Drafter:
                 proposals[sequence] = [], True
             else:
                 take_all = schedule.draft_batch is not None
-                queries[sequence] = TreeQuery(sequence.batch_slot, trie, plan.branches, plan.ahead, take_all)
+                queries[sequence] = TreeQuery(
+                    sequence.batch_slot, trie, plan.branches, plan.ahead, take_all, sequence.processing
+                )
         found = self._guarded.ask(list(queries), lambda some: self._source.extend([queries[one] for one in some]))
         for sequence, grown in found.items():
             sequence.count(drafted=len(grown or []))

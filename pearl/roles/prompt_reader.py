@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pearl.core.logits.logprobs import Logprobs, logprobs
 from pearl.core.messages import Features, joined
 from pearl.core.trie import Node
 from pearl.models.language_model import PREFILL_CHUNK
@@ -30,6 +31,18 @@ class PromptReader:
         sequence.read = end
         sequence.reading_s += self._clock() - began
         return False
+
+    def logprobs(self, prompt: Sequence[int], most: int, batch_slot: int) -> list[Logprobs | None]:
+        """Of each token of a prompt, the first of which follows nothing. A reading of its own, of which nothing is
+        kept: more rows of a head would change the bits of the one that the text begins with."""
+        found: list[Logprobs | None] = [None]
+        self._model.forget(batch_slot=batch_slot)
+        for first in range(0, len(prompt) - 1, PREFILL_CHUNK):
+            after = prompt[first + 1 : first + 1 + PREFILL_CHUNK]
+            logits = self._model.read(prompt[: first + len(after)], len(after), batch_slot=batch_slot)
+            found += logprobs(logits, after, most)
+        self._model.forget(batch_slot=batch_slot)
+        return found
 
     def features(self, sequence: SequenceState, nodes: Sequence[Node], walked: PassWalk) -> Features | None:
         """What the drafter is told of the tokens that a pass has read for good: the root and every committed token but

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pearl.core.logits.logprobs import Logprobs
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import DraftStats, Features, Nodes, joined
 from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
@@ -23,6 +25,9 @@ class SequenceRequest:
     after: SequenceState | None = None  # which the prompt begins with: what lies there of it still is not read again
     user_data: object = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", self.params.with_seed())
+
 
 class SequenceState:
     """A sequence under way, or one that is over."""
@@ -32,6 +37,10 @@ class SequenceState:
         self.sequence, self.request, self.schedule, self.batch_slot = sequence, request, schedule, batch_slot
         self.params, self.stopper = request.params, request.stopper
         self.trie = Trie(request.prompt)
+        self.processing = LogitsProcessing.of(self.params, len(request.prompt), self.stopper.eos_ids)
+        self.logprobs: list[Logprobs] = []  # of each new token, if they are asked for
+        self.prompt_logprobs: list[Logprobs | None] | None = None  # of the prompt's, the first of which has none
+        self.error: Exception | None = None  # that has ended it
         self.passes: list[Pass] = []
         self.draft_stats: DraftStats | None = None
         self.hit = False  # the last walk ended on a node that had arrived
@@ -44,6 +53,10 @@ class SequenceState:
         self.features: list[Features] = []  # of all tokens but the last, if the model tells them
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._exhausted_at = -1
+
+    def fail(self, error: Exception) -> None:
+        """It ends here."""
+        self.error, self.stopper.finish = error, "error"
 
     def follow(self, last: SequenceState) -> None:
         """This sequence goes on where `last` has ended, as far as it does."""

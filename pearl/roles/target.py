@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -41,7 +42,7 @@ from pearl.roles.prompt_reader import PromptReader
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target_model import TargetModel
-from pearl.roles.verification import PassRows, PassWalk, candidates, verify
+from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, verify
 from pearl.wire.channel import Channel, Clock
 
 IDLE_S = 0.002  # between two looks for a request, while no sequence is under way
@@ -137,13 +138,19 @@ class Target:
             self._trace.save()
 
     def _begin(self, request: SequenceRequest) -> None:
+        wanted = request.params.prompt_logprobs
+        if wanted is not None:  # all of the prompt is to be read
+            request = replace(request, after=None)
         sequence, continues = self._batch.admit(request, self._schedule, self._clock())
         prompt = request.prompt
+        if wanted is not None:
+            sequence.prompt_logprobs = self._prompts.logprobs(prompt, wanted, sequence.batch_slot)
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
         if self._drafter.channel:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
-            self._send([Start(sequence.sequence, self._schedule, request.params, tuple(prompt), plan, continues)])
+            params = sequence.params.for_drafter(sequence.stopper.eos_ids)
+            self._send([Start(sequence.sequence, self._schedule, params, tuple(prompt), plan, continues)])
 
     def _turn(self) -> Iterator[Written]:
         """A piece of the prompts that are still to be read, and a pass over the sequences that are further."""
@@ -184,18 +191,15 @@ class Target:
         ]
         # forward: p at each row, and the picks from it
         p = self._forward([rows.query(one) for one, rows in zip(sequences, chosen, strict=True)])
-        coming = [
-            picks.begin(one.params, logits, [node.position for node in rows.nodes])
-            for one, rows, logits in zip(sequences, chosen, p, strict=True)
-        ]
+        coming = [begin_picks(*one) for one in zip(sequences, chosen, p, strict=True)]
         read = self._clock()
         self._drafter.take()  # what arrived meanwhile may already tell hit from miss
         if picks.wait(coming):  # a GPU was still at work
             read = self._clock()
         # walk and commit
         walks = [
-            verify(one, rows.nodes, found, controller)
-            for one, rows, found in zip(sequences, chosen, coming, strict=True)
+            verify(one, rows.nodes, found, controller, logits)
+            for one, rows, found, logits in zip(sequences, chosen, coming, p, strict=True)
         ]
         if not first:
             rows, paths = sum(len(one.nodes) for one in chosen), sum(one.paths for one in chosen)
@@ -210,7 +214,7 @@ class Target:
         for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
             pass_recorder.record(sequence, rows_of_one, walked, plan, times, len(sequences))
             pass_recorder.draw(sequence, times, self._trace, drafts=self._drafter.channel is not None)
-        yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True))
+        yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True) if walked.committed)
 
     def _forward(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         """The logits of each sequence's rows, [rows, V]; in several forwards where memory does not suffice for one."""
@@ -225,7 +229,7 @@ class Target:
 
     def _verdict(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, plan: DraftPlan) -> Message:
         """What the drafter is told of a pass. A sequence that is over gives its slot back."""
-        features = self._prompts.features(sequence, rows.nodes, walked)
+        features = None if sequence.error else self._prompts.features(sequence, rows.nodes, walked)
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
             return Verdict(sequence.sequence, position, plan, tuple(walked.committed), features)

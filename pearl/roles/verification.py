@@ -9,7 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from pearl.core import picks
 from pearl.core.control.controller import Controller
+from pearl.core.logits import custom
+from pearl.core.logits.logprobs import logprobs
 from pearl.core.picks import Picks
 from pearl.core.records import GuessOutcome
 from pearl.core.token_buckets import LIMIT, TokenBuckets
@@ -43,6 +48,14 @@ class PassRows:
         nodes = [root, *(one.node for one in chain), *(one.node for one in beside)]
         return PassRows(nodes, sides, max(path_numbers(likely), default=0))
 
+    def below_root(self) -> list[list[int]]:
+        """For each row the tokens after the root, up to its own."""
+        chain = [node.token for node in self.nodes[1 : len(self.nodes) - len(self.sides)]]
+        found = [chain[:depth] for depth in range(len(chain) + 1)]
+        for parent, token in self.sides:
+            found.append([*found[parent], token])
+        return found
+
     def query(self, sequence: SequenceState) -> SequenceQuery:
         keep = len(self.nodes) - len(self.sides)
         chain = [node.token for node in self.nodes[1:keep]]
@@ -74,18 +87,61 @@ def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool) -> l
     return likely if trees else _chain(likely)
 
 
-def verify(sequence: SequenceState, nodes: Sequence[Node], picks: Picks, controller: Controller) -> PassWalk:
-    """Walks the trie by the picks of a pass and commits; the controller learns what the guesses were worth."""
+def begin_picks(sequence: SequenceState, rows: PassRows, logits: Tensor) -> Picks:
+    """The target's picks after each row, with all that its params do to logits.  logits: [R, V]"""
+    params, positions = sequence.params, [node.position for node in rows.nodes]
+    if not sequence.processing and not params.logits_processors:
+        return picks.begin(params, logits, positions)
+    paths, text = rows.below_root(), sequence.trie.tokens
+    if sequence.processing:
+        logits = sequence.processing(logits, text, paths)
+    if not params.logits_processors:
+        return picks.begin_processed(params, logits, positions)
+    return picks.begin_processed(
+        params,
+        logits,
+        positions,
+        lambda row, scores: custom.apply(params.logits_processors, [*text, *paths[row]], scores),
+    )
+
+
+def verify(
+    sequence: SequenceState, nodes: Sequence[Node], found: Picks, controller: Controller, logits: Tensor
+) -> PassWalk:
+    """Walks the trie by the picks of a pass and commits; the controller learns what the guesses were worth. A sequence
+    whose picks fail (a callable of the user's raises, or nothing may be said) ends there; the others go on.
+
+    logits: [R, V], the target's own.
+    """
     root = sequence.trie.root
     rows = {node: row for row, node in enumerate(nodes)}
-    walked = walk(root, rows, lambda node: picks.pick(rows[node], node))
+    walked, failed = _walked(root, rows, found)
     outcomes = _outcomes(root, walked, controller)
     committed, passed, node = sequence.stopper.take(walked), [], root
+    if failed and sequence.stopper.finish is None:
+        sequence.fail(failed)
     for token in committed:
         passed.append(node)
         node = node.children.get(token, node)
+    if sequence.params.logprobs is not None:
+        read = logits[[rows[node] for node in passed]]
+        sequence.logprobs += logprobs(read, committed, sequence.params.logprobs)
     sequence.hit = sequence.trie.commit(committed)
     return PassWalk(root.position, committed, outcomes, passed)
+
+
+def _walked(root: Node, rows: dict[Node, int], found: Picks) -> tuple[list[int], Exception | None]:
+    """The tokens of a walk, and what has ended it too early, if anything."""
+    picked: list[int] = []
+
+    def pick(node: Node) -> int:
+        picked.append(found.pick(rows[node], node))
+        return picked[-1]
+
+    try:
+        return walk(root, rows, pick), None
+    except Exception as error:
+        return picked, error
 
 
 def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tuple[GuessOutcome, ...]:

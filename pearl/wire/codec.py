@@ -151,18 +151,34 @@ def _read_schedule(of: _Reader) -> Schedule:
 
 
 def _write_params(to: _Writer, params: SamplingParams) -> None:
-    """What shapes a guess; what ends a text stays with the target."""
-    to.put("i", min(params.top_k, _LARGEST), params.rejection)
-    to.put("d", params.temperature, params.top_p, params.min_p)
+    """What shapes a guess; what ends a text stays with the target, and so do callables."""
+    params = params.with_defaults()
+    assert params.seed is not None, "a sequence has a seed before it begins"
+    to.put("i", params.rejection)
     to.put("q", params.seed)
+    to.put("d", *(getattr(params, name) for name in _FLOATS))
+    to.put("i", *(min(getattr(params, name), _LARGEST) for name in _INTEGERS))
+    for name, part in _LISTS.items():
+        part.write(to, getattr(params, name))
+    _ROW.write(to, tuple(params.logit_bias))
+    to.put("d", *params.logit_bias.values())
+    to.put("i", params.allowed_token_ids is not None)
+    _ROW.write(to, params.allowed_token_ids or ())
 
 
 def _read_params(of: _Reader) -> SamplingParams:
-    top_k, rejection = of.get("i", 2)
-    temperature, top_p, min_p = of.get("d", 3)
+    (rejection,) = of.get("i", 1)
     (seed,) = of.get("q", 1)
-    method = "rejection" if rejection else "seeded"
-    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, method=method)
+    known: dict[str, Any] = dict(zip(_FLOATS, of.get("d", len(_FLOATS)), strict=True))
+    known |= zip(_INTEGERS, of.get("i", len(_INTEGERS)), strict=True)
+    known |= {name: part.read(of) for name, part in _LISTS.items()}
+    biased = _ROW.read(of)
+    known["logit_bias"] = dict(zip(biased, of.get("d", len(biased)), strict=True))
+    (limited,) = of.get("i", 1)
+    allowed = _ROW.read(of)
+    known["allowed_token_ids"] = allowed if limited else None
+    method, most = "rejection" if rejection else "seeded", max(1, known["min_tokens"])
+    return SamplingParams(method=method, max_new_tokens=most, seed=seed, **known)
 
 
 def _write_features(to: _Writer, features: Any) -> None:
@@ -193,6 +209,10 @@ def _read_guess(of: _Reader) -> Guess:
     return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp)
 
 
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTEGERS = ("top_k", "min_tokens", "no_repeat_ngram_size")
+_ROW = _row("i")
+_LISTS = {"stop_token_ids": _ROW, "suppress_tokens": _ROW, "bad_words_ids": _several(_ROW)}
 _SIZES = {"i": 4, "f": 4, "q": 8, "d": 8}  # bytes
 _LONG, _DOUBLE = _number("q"), _number("d")
 _FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))

@@ -13,6 +13,7 @@ import torch
 from cases import DRAFTING, Case, all_params, cases, check, plain_case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from plain_processors import avoid_the_sum
 from tiny import CONFIGS, draft_model, random_model, verifier
 from toys import (
     EAGER,
@@ -32,6 +33,7 @@ from toys import (
 
 import pearl.roles.guess_waiter
 import pearl.roles.verification
+from pearl.core.logits.penalties import Penalties
 from pearl.core.messages import Nodes, Verdict
 from pearl.core.sampling import Picker, SamplingParams
 from pearl.core.schedule import Schedule
@@ -43,7 +45,9 @@ from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.verifier import VerifierModel
 from pearl.roles.drafter import Drafter
+from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
+from pearl.roles.verification import PassRows
 from pearl.wire.channel import LocalChannel
 
 
@@ -170,6 +174,45 @@ def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
 # what sources can and can't do
 
 
+@examples(150)
+@given(cases())
+def test_callables_see_what_a_plain_decoder_would_show_them(case: Case):
+    """At every row that they are called for, in the order of the text, and for no token twice."""
+    seen: list[list[int]] = []
+
+    def noting(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        seen.append(tokens)
+        return logits
+
+    case = replace(case, params=replace(case.params, logits_processors=[noting, avoid_the_sum]))
+    written = alone(case.model, case.prompt, case.params, case.eos)
+    expected = [*seen]
+    source = case.make_source()  # which may know what will be said
+    seen.clear()
+    target = Target(case.model, ScriptedChannel(source, case.script), ticks())
+    assert together(target, case.prompt, case.schedule, case.params, case.eos) == written
+    assert seen[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("mode", ["ar", "pearl", "tree"])
+def test_a_callable_that_raises_ends_its_text_alone(mode: str):
+    def fails(tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > 9:
+            raise RuntimeError("this callable was made to fail")
+        return logits
+
+    case, schedule = plain_case(mode, None, "right"), Schedule.of(mode, None, max_draft_tokens=2)
+    target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks())
+    good = SamplingParams(max_new_tokens=20)
+    asked = [replace(good, logits_processors=[fails]), good]
+    requests = [SequenceRequest(case.prompt, params, Stopper(params, (), letters)) for params in asked]
+    ended = [text for text, committed in target.write(requests, schedule, 2) if not committed]
+    broken, whole = sorted(ended, key=lambda text: text.sequence)
+    expected = alone(case.model, case.prompt, good, ()).tokens
+    assert (broken.stopper.finish, str(broken.error)) == ("error", "this callable was made to fail")
+    assert broken.stopper.tokens == expected[:7] and whole.stopper.tokens == expected
+
+
 @examples(100)
 @given(cases(sources=["right"]))
 def test_a_perfect_drafter_is_never_contradicted(case: Case):
@@ -235,7 +278,7 @@ def test_the_recorded_facts_agree_with_the_text(case: Case):
         assert p.rows == (len(case.prompt) if first else 1) + p.offered
         assert p.sides <= p.offered and (case.schedule.mode == "tree" or not p.sides)
         assert 0 <= p.accepted <= p.tested <= p.offered + 1
-        assert 1 <= p.committed <= p.offered + 1
+        assert 1 <= p.committed <= p.offered + 1 or not p.committed
         position += p.committed
     verdicts = [m for m in channel.sent if isinstance(m, Verdict)]
     if case.schedule.drafts:
@@ -399,7 +442,32 @@ def take_the_guess_for_the_pick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Picker, "pick", lambda self, row, node: next(iter(node.children), right(self, row, node)))
 
 
+def process_without_the_path(patch: pytest.MonkeyPatch) -> None:
+    """What is done to the logits of a row looks at the text alone."""
+    patch.setattr(PassRows, "below_root", lambda self: [[] for _ in self.nodes])
+
+
+def process_with_the_chains_path(patch: pytest.MonkeyPatch) -> None:
+    """A row beside the chain is taken for one that hangs from the root."""
+    right = PassRows.below_root
+
+    def below_root(self: PassRows) -> list[list[int]]:
+        chain = len(self.nodes) - len(self.sides)
+        return [path if row < chain else path[-1:] for row, path in enumerate(right(self))]
+
+    patch.setattr(PassRows, "below_root", below_root)
+
+
+def count_a_text_once(patch: pytest.MonkeyPatch) -> None:
+    """Penalties know the prompt only."""
+    right = Penalties._count
+    patch.setattr(Penalties, "_count", lambda self, text, scores: self._read or right(self, text, scores))
+
+
 MUTANTS = [
+    process_without_the_path,
+    process_with_the_chains_path,
+    count_a_text_once,
     accept_a_wrong_guess,
     commit_one_unread_guess,
     repeat_the_root,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cases import all_params, schedules
+from cases import all_params, endless, schedules
 from hypothesis import strategies as st
 from toys import (
     Crashing,
@@ -89,8 +89,7 @@ class Case:
 
     def _endless(self) -> Iterator[list[int]]:
         for one in self.asked:
-            params = replace(one.params, max_new_tokens=one.params.max_new_tokens + 8, stop=(), ignore_eos=True)
-            yield [*one.prompt, *alone(self.model, one.prompt, params, ()).tokens]
+            yield [*one.prompt, *alone(self.model, one.prompt, endless(one.params), self.eos).tokens]
 
 
 class AnyOf(DraftSource):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hypothesis import strategies as st
 from toys import (
@@ -56,8 +58,7 @@ class Case:
     @property
     def endless(self) -> list[int]:
         """The prompt and what the target would say if nothing ended it: a drafter does not know where the text ends."""
-        params = replace(self.params, max_new_tokens=self.params.max_new_tokens + 8, stop=(), ignore_eos=True)
-        return [*self.prompt, *alone(self.model, self.prompt, params, ()).tokens]
+        return [*self.prompt, *alone(self.model, self.prompt, endless(self.params), self.eos).tokens]
 
     def make_source(self):
         good = Sometimes(self.endless, self.vocabulary, self.chance, self.chunk)
@@ -105,12 +106,41 @@ SOURCES = (
 )
 
 
+def endless(params: SamplingParams) -> SamplingParams:
+    """Without an end, a few tokens longer."""
+    return replace(params, max_new_tokens=params.max_new_tokens + 8, stop=(), stop_token_ids=(), ignore_eos=True)
+
+
+@st.composite
+def all_processors(draw: st.DrawFn, vocabulary: int) -> dict[str, Any]:
+    """Fields of `SamplingParams` that change logits: a few at a time, of many kinds."""
+    token = st.integers(0, vocabulary - 1)
+    kinds: dict[str, st.SearchStrategy[Any]] = {
+        "repetition_penalty": st.sampled_from([1.1, 1.5, 0.7, 3.0]),
+        "presence_penalty": st.sampled_from([0.3, 2.0, -1.0]),
+        "frequency_penalty": st.sampled_from([0.1, 0.7, -0.3]),
+        "no_repeat_ngram_size": st.integers(2, 4),
+        "min_tokens": st.integers(1, 5),
+        "logit_bias": st.dictionaries(token, st.sampled_from([0.1, -1.7, 5.0, -math.inf]), min_size=1, max_size=2),
+        "bad_words_ids": st.lists(st.lists(token, min_size=1, max_size=3), min_size=1, max_size=4),
+        "suppress_tokens": st.lists(token, min_size=1, max_size=1),
+        "allowed_token_ids": st.lists(token, min_size=2, max_size=vocabulary),
+        "stop_token_ids": st.lists(token, min_size=1, max_size=1),
+    }
+    names = draw(st.lists(st.sampled_from(sorted(kinds)), max_size=3, unique=True))
+    return {name: draw(kinds[name]) for name in names}
+
+
 @st.composite
 def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
     greedy = draw(st.booleans())
+    most = draw(st.one_of(st.integers(1, 24), st.just(24)))
+    processors = draw(all_processors(vocabulary)) if draw(st.booleans()) else {}
+    if "min_tokens" in processors:
+        processors["min_tokens"] = min(processors["min_tokens"], most)
     letter = st.sampled_from(letters(list(range(vocabulary))))
     return SamplingParams(
-        max_new_tokens=draw(st.one_of(st.integers(1, 24), st.just(24))),
+        max_new_tokens=most,
         temperature=0.0 if greedy else draw(st.sampled_from([1.0, 0.3, 1.7])),
         top_k=0 if greedy else draw(st.sampled_from([0, 0, 1, 2, vocabulary, vocabulary + 1])),
         top_p=1.0 if greedy else draw(st.sampled_from([1.0, 1.0, 0.9, 0.5, 0.05])),
@@ -118,6 +148,7 @@ def all_params(draw: st.DrawFn, vocabulary: int = 4) -> SamplingParams:
         seed=draw(st.integers(0, 1 << 40)),
         stop=tuple(draw(st.lists(st.text(letter, min_size=1, max_size=4), max_size=draw(st.sampled_from([0, 0, 2]))))),
         ignore_eos=draw(st.booleans()),
+        **processors,
     )
 
 

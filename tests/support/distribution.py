@@ -89,5 +89,5 @@ def chance_of(counts: Counter[tuple[int, ...]], chances: dict[tuple[int, ...], f
     return float(chisquare(observed, expected).pvalue)
 
 
-PLAIN = SamplingParams(max_new_tokens=1 + LENGTH, temperature=1.0)
+PLAIN = SamplingParams(max_new_tokens=1 + LENGTH, temperature=1.0, seed=0)
 REJECTION = replace(PLAIN, method="rejection")

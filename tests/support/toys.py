@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import settings
+from plain_processors import plainly
 from torch import Tensor
 
 from pearl.core import noise
@@ -103,7 +104,9 @@ def alone(
     """What the target says by itself: one token after the other, no trie, no passes, no drafter."""
     said: list[int] = []
     while True:
-        logits = model.after([*prompt, *said])
+        logits = plainly(params, len(prompt), eos, [*prompt, *said], model.after([*prompt, *said]))
+        if logits.max() == -torch.inf:  # there is nothing left to say
+            return Text(said, decode(said), "error")
         if params.temperature:
             noisy = noise.gumbel(params.seed, len(prompt) + len(said), noise.PICK, torch.arange(len(logits)))
             logits = warp(logits, params).double() + noisy
@@ -111,8 +114,12 @@ def alone(
         text = decode(said)
         if said[-1] in eos and not params.ignore_eos:
             return Text(said, text, "eos")
-        if any(stop in text for stop in params.stop):
-            return Text(said, text[: min(text.find(stop) for stop in params.stop if stop in text)], "stop")
+        if said[-1] in params.stop_token_ids:
+            return Text(said, decode(said[:-1]), "stop")
+        first = len(decode(said[: params.min_tokens or 0]))  # a stop string ends behind it
+        found = [text.find(stop, max(0, first - len(stop) + 1)) for stop in params.stop]
+        if ends := [at for at in found if at >= 0]:
+            return Text(said, text[: min(ends)], "stop")
         if len(said) == params.max_new_tokens:
             return Text(said, text, "length")
 

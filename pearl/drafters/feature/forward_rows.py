@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.drafters.feature.network import FeatureDrafter, KeyValue
@@ -78,11 +79,30 @@ def _rows(piece: Features) -> Tensor:
 
 @dataclass(frozen=True)
 class PathsQuery:
-    """Asks a forward about one sequence: what follows `trunk`, which the target has confirmed, and each path."""
+    """Asks a forward about one sequence: what follows `trunk`, whose features are there, and each path.
+
+    `text`: the tokens that the target has committed; `processing`: what it does to its logits."""
 
     state: FeatureSequence
     trunk: Sequence[int]
     paths: Sequence[Sequence[int]]
+    text: Sequence[int] = ()
+    processing: LogitsProcessing | None = None
+
+    def processed(self, logits: Tensor, depths: int) -> Tensor:
+        """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
+
+        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and `depths - 1` slots.
+        """
+        if not self.processing:
+            return logits
+        said = [
+            [*self.trunk, *path[:end]]
+            for path in self.paths
+            for end in range(len(path) + 1)
+            for _ in range(depths if end == len(path) else 1)
+        ]
+        return self.processing.of_guesses(logits, self.text, [one[len(self.text) :] for one in said])
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class FeatureSource(DraftSource):
             path = tokens[state.known + 1 :] if self.layers else []
             trunk = tokens[: len(tokens) - len(path)]
             if self._ready(state, trunk) and len(tokens) + self.depths <= self._longest:
-                wanted[one.batch_slot] = PathsQuery(state, trunk, [path])
+                wanted[one.batch_slot] = PathsQuery(state, trunk, [path], one.tokens, one.processing)
         found = dict(zip(wanted, self._read_on(list(wanted.values())), strict=True))
         return [
             [(depth[0][0], depth[0][2]) for depth in found[one.batch_slot][0][1][: one.room]]
@@ -116,7 +116,11 @@ class FeatureSource(DraftSource):
         reading = [one for one in queries if leaves[one.batch_slot]]
         wanted = [
             PathsQuery(
-                self._sequences[one.batch_slot], one.trie.tokens, [list(path) for path, _, _ in leaves[one.batch_slot]]
+                self._sequences[one.batch_slot],
+                one.trie.tokens,
+                [list(path) for path, _, _ in leaves[one.batch_slot]],
+                one.trie.tokens,
+                one.processing,
             )
             for one in reading
         ]
@@ -226,7 +230,8 @@ class FeatureSource(DraftSource):
             first += block.rows
         self.forwards += 1
         self.rows += first
-        guesses = self._ranked(drafter.head(hidden[0, wanted]).float(), [positions[row] + 1 for row in wanted], params)
+        logits = self._processed(drafter.head(hidden[0, wanted]).float(), queries)
+        guesses = self._ranked(logits, [positions[row] + 1 for row in wanted], params)
         found: list[list[tuple[Guesses, Guesses]]] = []
         at = 0
         for one in queries:
@@ -237,9 +242,24 @@ class FeatureSource(DraftSource):
                 at = end + self.depths
         return found
 
+    def _processed(self, logits: Tensor, queries: Sequence[PathsQuery]) -> Tensor:
+        """With what the target does to its own; over the target's vocabulary, if there is anything.  logits: [R, V]"""
+        if not any(one.processing for one in queries):
+            return logits
+        rows = [sum(len(path) + self.depths for path in one.paths) for one in queries]
+        parts = self._of_target(logits).split(rows)
+        return torch.cat([one.processed(part, self.depths) for one, part in zip(queries, parts, strict=True)])
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, V]"""
+        size = int(self._vocabulary.max()) + 1
+        if logits.shape[1] == size:
+            return logits
+        return logits.new_full((len(logits), size), -torch.inf).index_copy_(1, self._vocabulary, logits)
+
     def _ranked(self, logits: Tensor, positions: Sequence[int], params: Sequence[SamplingParams]) -> Guesses:
-        """logits: [R, V] over the draft vocabulary; positions: of the token that each row guesses; params: of its
-        sequence."""
+        """logits: [R, V] over the draft vocabulary or the target's; positions: of the token that each row guesses;
+        params: of its sequence."""
         found: Guesses = []
         for own, group in itertools.groupby(range(len(logits)), key=params.__getitem__):
             rows = list(group)
@@ -247,13 +267,11 @@ class FeatureSource(DraftSource):
         return found
 
     def _ranked_by(self, logits: Tensor, positions: Sequence[int], params: SamplingParams) -> Guesses:
-        if params.greedy:
+        if params.greedy and logits.shape[1] == len(self._vocabulary):
             found = ranked(logits, params, positions, MAX_CHILDREN)
             return [[(int(self._vocabulary[at]), q, proposal) for at, q, proposal in guesses] for guesses in found]
         # noise and filters are functions of the target's own token ids
-        full = logits.new_full((len(logits), int(self._vocabulary.max()) + 1), -torch.inf)
-        full[:, self._vocabulary] = logits
-        return ranked(full, params, positions, MAX_CHILDREN)
+        return ranked(self._of_target(logits), params, positions, MAX_CHILDREN)
 
     def _time(self) -> tuple[float, ...]:
         """Seconds of a forward of 1, 2, ... leaves."""
