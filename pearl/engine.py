@@ -332,8 +332,10 @@ def _decoder(tokenizer: Any) -> Decode:
 
 
 def _generation(text: SequenceState, places: int, sent: int) -> Generation:
-    """A text that is over."""
+    """A text that is over. Raises what has ended it, if it was no end of a text."""
     stopper = text.stopper
+    if text.error:
+        raise text.error
     assert stopper.finish, "a result before the end"
     stats = records.GenerationStats(
         mode=text.schedule.mode,
