@@ -53,10 +53,10 @@ Words = np.ndarray  # int32 [n]
 
 
 class _Writer:
-    """Puts numbers one after the other. `kind` is a letter of `struct`: i, q, f or d."""
+    """Puts numbers one after the other, behind a head. `kind` is a letter of `struct`: i, q, f or d."""
 
     def __init__(self) -> None:
-        self.data = bytearray()
+        self.data = bytearray(4 * _HEAD)
 
     def put(self, kind: str, *numbers: float) -> None:
         self.data += struct.pack(f"<{len(numbers)}{kind}", *numbers)
@@ -73,15 +73,12 @@ class _Reader:
         """Bytes."""
         return len(self._data) - self._at
 
-    def take(self, size: int) -> bytes:
-        if not 0 <= size <= self.left:
-            raise Garbage(f"a message of {len(self._data)} bytes ends before {size} that it should hold")
-        self._at += size
-        return self._data[self._at - size : self._at]
-
     def get(self, kind: str, count: int) -> tuple[Any, ...]:
-        data = self.take(count * _SIZES[kind])  # first, as the count may be anything
-        return struct.unpack(f"<{count}{kind}", data)
+        begin, end = self._at, self._at + count * _SIZES[kind]
+        if not begin <= end <= len(self._data):  # the count may be anything
+            raise Garbage(f"a message of {len(self._data)} bytes ends before {count} numbers that it should hold")
+        self._at = end
+        return struct.unpack_from(f"<{count}{kind}", self._data, begin)
 
 
 @dataclass(frozen=True)
@@ -129,10 +126,10 @@ def _record(kind: type, words: str, **parts: _Part) -> _Part:
             part.write(to, value)
 
     def read(of: _Reader) -> Any:
-        found = dict(zip(names, of.get("i", len(names)), strict=True))
-        for name, part in parts.items():
-            found[name] = part.read(of)
-        return kind(**found)
+        found = of.get("i", len(names))
+        if not parts:
+            return kind(*found)  # which has no other fields
+        return kind(**dict(zip(names, found, strict=True)), **{name: part.read(of) for name, part in parts.items()})
 
     return _Part(write, read)
 
@@ -258,19 +255,17 @@ _HEAD = 2  # words: kind and length
 
 def encode(message: Message) -> Words:
     """The message as words."""
-    to = _Writer()
-    to.put("i", _KINDS[type(message)], 0)
-    _LAYOUTS[type(message)].write(to, message)
-    words = np.frombuffer(to.data, np.int32)
-    words[1] = len(words)
-    return words
+    kind, to = type(message), _Writer()
+    _LAYOUTS[kind].write(to, message)
+    struct.pack_into("<2i", to.data, 0, _KINDS[kind], len(to.data) // 4)
+    return np.frombuffer(to.data, np.int32)
 
 
 def decode(words: Words) -> Message:
     """The inverse of `encode`. Raises `Garbage`."""
-    kind = int(words[0])
-    if not 0 <= kind < len(_READS) or length(words) != len(words):
-        raise Garbage(f"kind {kind} and length {words[1]} of {len(words)} words")
+    kind, count = words[:_HEAD].tolist()
+    if not 0 <= kind < len(_READS) or count != len(words):
+        raise Garbage(f"kind {kind} and length {count} of {len(words)} words")
     of = _Reader(words[2:].tobytes())
     try:
         message = _READS[kind](of)
@@ -283,9 +278,10 @@ def decode(words: Words) -> Message:
 
 def length(head: Words) -> int:
     """How many words the message has that begins with these, two at least. Raises `Garbage`."""
-    if not 0 <= head[0] <= _TOGETHER or not 2 < head[1] <= MOST:
-        raise Garbage(f"there is no message of kind {head[0]} and {head[1]} words")
-    return int(head[1])
+    kind, count = head[:_HEAD].tolist()
+    if not 0 <= kind <= _TOGETHER or not _HEAD < count <= MOST:
+        raise Garbage(f"there is no message of kind {kind} and {count} words")
+    return count
 
 
 def pack(messages: Sequence[Message]) -> Words:

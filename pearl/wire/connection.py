@@ -31,7 +31,7 @@ from pearl.wire.groups import gloo_group
 
 CONNECT_S = 20.0  # that both sides, who know that the other is there, may take to connect
 _AHEAD = 64  # receives that are posted: so many frames arrive while the reader does something else
-_HURRY = 1 << 22  # bytes that may stay after they have left; more are let go of at once
+_HURRY = 1 << 15  # bytes that may stay after they have left; more are let go of at once
 _MOST_WAITING = 1 << 30  # bytes that may wait for a rank that takes none
 
 
@@ -47,7 +47,7 @@ class FrameConnection:
         """Ranks 0 and 1 meet in the store. `host`: see `gloo_group`. Raises `RuntimeError` if nobody comes."""
         self._group: Any = gloo_group(store, rank, 2, CONNECT_S, host)
         self._peer = 1 - rank
-        self._posted: dict[Lane, deque[tuple[dist.Work, Tensor]]] = {MESSAGES: deque(), FEATURES: deque()}
+        self._posted: dict[int, deque[tuple[dist.Work, Words]]] = {MESSAGES.tag: deque(), FEATURES.tag: deque()}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # gloo reads from the tensors until they have left
         self._waiting = 0  # their bytes
         self._turn = threading.Lock()  # of sending, and of the count
@@ -55,43 +55,46 @@ class FrameConnection:
 
     def send(self, words: Words, lane: Lane = MESSAGES) -> int:
         """Never waits. Returns the bytes of its frames, which `release` lets go of."""
-        frames = torch.from_numpy(framed(words, lane))
-        bytes = frames.nbytes
+        frames = [torch.from_numpy(frame) for frame in framed(words, lane)]
+        size = len(frames) * lane.words * 4
         with self._turn:
             if self._waiting > _MOST_WAITING:
                 raise ConnectionError(f"it has taken nothing of {self._waiting >> 20} MB")
             try:
-                for frame in frames.unbind():
+                for frame in frames:
                     self._sent.append((self._group.send([frame], self._peer, lane.tag), frame))
             except (AttributeError, RuntimeError) as error:  # AttributeError: it is closed
                 raise _lost(error) from None
-            self._waiting += bytes
+            self._waiting += size
             if self._waiting > _HURRY:
                 self.hurry.set()
-        return bytes
+        return size
 
     def release(self, patience_s: float) -> None:
         """Waits until what was sent before has left, and lets go of it."""
         for _ in range(len(self._sent)):
             work, frame = self._sent[0]
-            _wait(work, patience_s)
+            try:
+                work.wait(timedelta(seconds=max(patience_s, 0.001)))
+            except RuntimeError as error:
+                raise _lost(error) from None
             with self._turn:
                 self._sent.popleft()
                 self._waiting -= frame.nbytes
 
     def receive(self, patience_s: float, lane: Lane = MESSAGES, expected: int = _AHEAD) -> Words:
         """The next frame. `patience_s`: how long nothing may come. `expected`: frames that will come in any case."""
-        posted = self._posted[lane]
+        posted = self._posted[lane.tag]
         try:
-            if len(posted) <= min(expected - 1, _AHEAD // 2):  # many at a time, most frames then wait for none
+            if len(posted) <= min(expected - 1, _AHEAD // 2):  # many at a time, so most frames find theirs posted
                 for _ in range(min(expected, _AHEAD) - len(posted)):
                     frame = torch.zeros(lane.words, dtype=torch.int32)
-                    posted.append((self._group.recv([frame], self._peer, lane.tag), frame))
+                    posted.append((self._group.recv([frame], self._peer, lane.tag), frame.numpy()))
+            work, words = posted.popleft()
+            work.wait(timedelta(seconds=max(patience_s, 0.001)))  # 0 is no limit
         except (AttributeError, RuntimeError) as error:
             raise _lost(error) from None
-        work, frame = posted.popleft()
-        _wait(work, patience_s)
-        return frame.numpy()
+        return words
 
     def receive_words(self, count: int, patience_s: float, lane: Lane, first: Words | None = None) -> Words:
         """int32 [count], all of which must come within `patience_s`. `first`: their first frame, if it is there.
@@ -115,13 +118,6 @@ class FrameConnection:
         self._sent.clear()
         for posted in self._posted.values():
             posted.clear()
-
-
-def _wait(work: dist.Work, patience_s: float) -> None:
-    try:
-        work.wait(timedelta(seconds=max(patience_s, 0.001)))  # 0 is no limit
-    except RuntimeError as error:
-        raise _lost(error) from None
 
 
 def _lost(error: Exception) -> OSError:

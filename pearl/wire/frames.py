@@ -29,9 +29,9 @@ MESSAGES, FEATURES = Lane(0, 32), Lane(1, 4096)
 
 def framed(words: Words, lane: Lane = MESSAGES) -> Words:
     """[frames, lane.words]: the words, and zeros up to a whole frame."""
-    frames = np.zeros((-(-len(words) // lane.words), lane.words), np.int32)
-    frames.reshape(-1)[: len(words)] = words
-    return frames
+    frames = np.zeros(-(-len(words) // lane.words) * lane.words, np.int32)
+    frames[: len(words)] = words
+    return frames.reshape(-1, lane.words)
 
 
 def words_of(bits: np.ndarray) -> Words:

@@ -23,13 +23,14 @@ _NEVER_S = 1e6  # an end is noticed by the channel; nccl must not end a process 
 def gloo_group(store: dist.Store, rank: int, size: int, deadline_s: float, host: str | None) -> Any:
     """Returns once all have come. What is not done after `deadline_s` fails. `host`: the address to listen at; None:
     the one from which this machine reaches the store, else the one of its name. Raises `RuntimeError`."""
-    gloo: Any = dist.ProcessGroupGloo
+    gloo: Any = dist.ProcessGroupGloo  # Any: torch's types lack some of both
+    own: Any = store  # a group has a connection to it that is its own: one in which a thread waits serves no other
     options = gloo._Options()
     options._timeout = timedelta(seconds=deadline_s)
     options._threads = 1  # of collectives, which nobody asks for
     host = host or _address(store)
     options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
-    return gloo(store, rank, size, options)
+    return gloo(own.clone(), rank, size, options)
 
 
 def nccl_group(store: dist.Store, rank: int, size: int) -> Any:

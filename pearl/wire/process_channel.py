@@ -73,12 +73,11 @@ class ProcessChannel:
         self.bytes_sent += self._send(*messages)
 
     def receive(self) -> Message | None:
-        self._peek()
-        message, self._next = self._next, None
+        message, self._next = self._next or self._peek(), None
         return message
 
     def wait(self, timeout_s: float | None = None) -> None:
-        if not self._peek() and not self._gone.is_set():
+        if self._peek() is None and not self._gone.is_set():
             with contextlib.suppress(Empty):
                 self._next = self._inbox.get(timeout=None if timeout_s is None else max(timeout_s, 0.0))
 
@@ -119,8 +118,11 @@ class ProcessChannel:
         if self._gone.is_set() and not isinstance(messages[0], Close):
             return 0
         try:
-            ready = [self._handed_over(message) for message in messages]
-            return sum(map(self._send_features, ready)) + self._connection.send(pack(ready))
+            beside = 0
+            if any(isinstance(message, Verdict) and message.features is not None for message in messages):
+                messages = tuple(map(self._handed_over, messages))
+                beside = sum(map(self._send_features, messages))
+            return beside + self._connection.send(pack(messages))
         except OSError as error:
             self._lose(_why(error))
         except RuntimeError as error:
@@ -146,17 +148,18 @@ class ProcessChannel:
     def _receive_all(self) -> None:
         try:
             while True:
-                frame = self._connection.receive(self._silence_s)
-                words = self._connection.receive_words(length(frame), self._silence_s, MESSAGES, frame)
-                messages = unpack(words)
+                words = self._connection.receive(self._silence_s)
+                if (count := length(words)) > len(words):
+                    words = self._connection.receive_words(count, self._silence_s, MESSAGES, words)
+                messages = unpack(words[:count])
                 if isinstance(messages[-1], Close):
                     self.closed_cleanly = True
                     self._end("goodbye")  # and the connection stays, for the answer
                     return
                 if not isinstance(messages[0], Beat):
-                    self.bytes_received += frame_bytes(len(words))
+                    self.bytes_received += frame_bytes(count)
                     for message in messages:
-                        self._inbox.put(self._with_features(message))
+                        self._inbox.put(self._with_features(message) if isinstance(message, Verdict) else message)
         except Garbage as error:
             self._lose(f"it sent what can't be read: {error}")
         except OSError as error:
@@ -183,8 +186,8 @@ class ProcessChannel:
             return message.features.nbytes
         return 0
 
-    def _with_features(self, message: Message) -> Message:
-        if not isinstance(message, Verdict) or not isinstance(message.features, SentSeparately):
+    def _with_features(self, message: Verdict) -> Verdict:
+        if not isinstance(message.features, SentSeparately):
             return message
         shape = message.features.shape
         if message.features.direct:
