@@ -11,16 +11,21 @@ from the environment, here and nowhere else.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
+
+import psutil
 
 from pearl.errors import UsageError
 
+_log = logging.getLogger(__name__)
 _SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")  # what accelerate writes where it lacks
 
 
@@ -84,6 +89,8 @@ def join(timeout_s: float) -> Processes:
     known = state.num_processes > 1  # else a program without a GPU has made it without saying cpu=True
     size = state.num_processes if known else facts.world_size
     if size == 1:
+        if said := note():
+            _log.warning(said)
         return Processes(device=state.device.type)
     if not dist.is_initialized():
         raise UsageError(
@@ -142,3 +149,33 @@ def leave() -> None:
 def orphaned(processes: Processes) -> bool:
     """Whether the launcher's agent, which would end this process with the others, has ended itself. A microsecond."""
     return processes.agent > 0 and os.getppid() != processes.agent
+
+
+def note() -> str:
+    """A sentence for whoever asked `accelerate launch` for several processes and got one, as without --multi_gpu it
+    starts one, silently; nothing to say otherwise."""
+    if started() > 1:
+        return ""
+    try:
+        parent = psutil.Process().parent()
+        return note_on(parent.cmdline()) if parent else ""
+    except psutil.Error:
+        return ""
+
+
+def note_on(launcher: Sequence[str]) -> str:
+    """The same for the words of the process that started this one alone.
+
+    Two processes are a target and its drafter: the target starts that itself, as its description says.
+    """
+    words = [part for word in launcher for part in word.split("=", 1)]
+    program = " ".join(words[:4])
+    if "accelerate" not in program or "launch" not in program:
+        return ""
+    asked = next((value for name, value in pairwise(words) if name.endswith("num_processes")), "")
+    if not asked.isdigit() or int(asked) <= 2:
+        return ""
+    return (
+        f"accelerate was asked for {asked} processes and started one: this is one pair, without replicas. On GPUs add "
+        "--multi_gpu; without GPUs use --config_file configs/accelerate/cpu.yaml, which starts as many as it is told."
+    )

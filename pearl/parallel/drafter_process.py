@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import Unreachable, UsageError, WorkerLostError
+from pearl.machine import launcher
 from pearl.parallel.child import WorkerSpec, end, is_stopped, start
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
@@ -50,7 +51,7 @@ class DrafterProcess:
         self._child: subprocess.Popen | None = None
         self._closing = threading.Event()
         self._reached = -1  # the last connection that was asked for
-        self._launched = world.size == 2
+        self._launched, self._here = world.size == 2, world.here
         if self._launched:
             self._store, self._host = meeting(f"replica-{world.replica}", world)
         else:
@@ -104,8 +105,10 @@ class DrafterProcess:
     def _let_go(self) -> None:
         """Tells a launcher's drafter that waits for its next connection that there will be none: it ends well, as
         otherwise the launcher would end the target too."""
-        for number in range(self._reached + 1, self._config.max_draft_restarts + 2) if self._launched else ():
-            with contextlib.suppress(RuntimeError):  # the launcher is gone
+        if not self._launched or launcher.orphaned(self._here):
+            return
+        with contextlib.suppress(RuntimeError):  # the launcher has just gone
+            for number in range(self._reached + 1, self._config.max_draft_restarts + 2):
                 self._store.set(f"{FEATURES}/{number}", OVER)
 
     def _start(self, number: int) -> None:

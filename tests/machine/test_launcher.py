@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pearl.config import launch
+from pearl.machine import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = ["python", "/usr/bin/accelerate", "launch"]
@@ -29,20 +29,20 @@ ACCELERATE = ["python", "/usr/bin/accelerate", "launch"]
     ],
 )
 def test_one_process_of_many_is_noticed(words, asked):
-    said = launch.note_on(words)
+    said = launcher.note_on(words)
     assert said.startswith(f"accelerate was asked for {asked} processes and started one") if asked else not said
 
 
 def test_a_process_of_several_has_nothing_to_say(monkeypatch):
-    monkeypatch.setattr(launch, "note_on", lambda words: "one")
-    assert launch.note() == "one"
+    monkeypatch.setattr(launcher, "note_on", lambda words: "one")
+    assert launcher.note() == "one"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch.note() == ""
+    assert launcher.note() == ""
 
 
 def test_accelerate_without_gpus_starts_one_of_four_and_that_one_knows(tmp_path):
     script = tmp_path / "who.py"
-    script.write_text("from pearl.config import launch; print(launch.note())")
+    script.write_text("from pearl.machine import launcher; launcher.join(9)")
     words = ["--num_processes", "4", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
@@ -53,4 +53,4 @@ def test_accelerate_without_gpus_starts_one_of_four_and_that_one_knows(tmp_path)
         timeout=120,
         check=True,
     )
-    assert done.stdout.startswith("accelerate was asked for 4 processes and started one: this is one pair")
+    assert "accelerate was asked for 4 processes and started one: this is one pair" in done.stderr
