@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from filelock import FileLock
 
+from pearl.checkpoints import calibration_key
 from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
@@ -27,9 +24,11 @@ from pearl.drafters.tree import profile_batches
 from pearl.machine.files import atomic_write, cache_folder
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import (
+    Product,
     branches_agree,
     find_invariant_batches,
     find_invariant_counts,
+    products,
     profile_leaves,
     profile_path,
 )
@@ -51,11 +50,10 @@ class DraftCosts:
 
 
 def measured_once(key: dict[str, object], measure: Callable[[], Found]) -> Found:
-    """`measure()`, or what it said the last time on this machine for this `key` and these versions.
+    """`measure()`, or what it said the last time for this `key`, which names all that it depends on.
 
     Of processes that ask at the same time one measures and the others wait."""
-    versions = [torch.__version__, transformers.__version__, platform.processor(), torch.get_num_threads()]
-    name = hashlib.sha256(json.dumps([key, versions, _processor()], sort_keys=True).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "rows" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -70,9 +68,14 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
     config, placed = checked.config, checked.target_on
     key = _key(reader.model, config, placed, checked.target, config.dtype)
 
+    def tried() -> list[Product]:
+        return products(reader.model) if isinstance(reader, VerifierModel) else []  # of a shard no rank asks alone
+
     def measure() -> Found:
         plan = find_invariant_counts(
-            lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), checked.vocabulary
+            lambda tokens, first: reader.forward(list(tokens), first, len(tokens)),
+            checked.vocabulary,
+            products=tried(),
         )
         reader.rows = plan
         branches = reader.verifies_trees and branches_agree(reader, checked.vocabulary)
@@ -80,21 +83,21 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
     def measure_batches() -> Found:
-        plan = find_invariant_batches(reader, checked.vocabulary) if reader.rows.exact else None
+        plan = find_invariant_batches(reader, checked.vocabulary, tried()) if reader.rows.exact else None
         return {"joint": asdict(plan) if plan else None}
 
     if isinstance(reader, VerifierModel) and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         backends = numerics_check.backends(placed.on_cpu)
-        static = {"static": 2, "backends": backends, "graphs": capture is not None, **key}
+        static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
         numerics_check.apply(reader, numerics_check.NumericsReport.of(found), capture)
     else:
-        reader.rows = TokenBuckets.from_json(measured_once({"rows": 3, **key}, measure))
+        reader.rows = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
         reader.checks = (numerics_check.rows_check(reader.rows),)
     if reader.batch_slots > 1:
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
-        found = measured_once({"joint": 2, "texts": reader.batch_slots, **key}, measure_batches)["joint"]
+        found = measured_once({"what": "batches", "texts": reader.batch_slots, **key}, measure_batches)["joint"]
         reader.joint = BatchedTokenBuckets.from_json(found) if found else None
     for batch_slot in range(reader.batch_slots):
         reader.forget(batch_slot=batch_slot)
@@ -106,18 +109,18 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     config, placed = checked.config, checked.draft_on
     assert checked.draft is not None, "a draft model was loaded"
     key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
-    key |= {"leaves": 2, "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
+    key |= {"what": "leaves", "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
     if has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
-        key |= {"fixed": 1, "graphs": capture is not None}
+        key["graphs"] = capture is not None
         captured = measured_once(
-            {**key, "draft": 1}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
+            {**key, "what": "capture"}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
         )
         reader.enable_static_shapes(capture=capture if captured["captured"] else None)
     found = measured_once(key, lambda: {"seconds": profile_leaves(reader, reader.vocabulary)})["seconds"]
     several: Found = {"several": (0.0, 0.0)}
     if reader.batch_slots > 1:
-        key["texts"] = reader.batch_slots
+        key |= {"what": "several", "texts": reader.batch_slots}
         several = measured_once(key, lambda: {"several": profile_batches(reader, reader.vocabulary, found[0])})
     for batch_slot in range(reader.batch_slots):
         reader.forget(batch_slot=batch_slot)
@@ -134,22 +137,17 @@ def has_static_shapes(config: EngineConfig, placed: Placement) -> bool:
 
 
 def _key(model: Any, config: EngineConfig, placed: Placement, checkpoint: Checkpoint, dtype: str) -> dict[str, object]:
-    """What a model's times and bits depend on, besides the machine."""
+    """What a model's times and bits depend on."""
     return {
         "model": checkpoint.name,
-        "files": checkpoint.files(),
+        "weights": calibration_key.of_weights(checkpoint),
+        "code": calibration_key.of_code(),
+        "machine": calibration_key.of_machine(placed.devices),
         "dtype": dtype,
         "load_in": config.load_in,
         "double_quant": config.double_quant,
         "kernel": config.kernel,
         "devices": placed.devices,
         "config": model.config.to_json_string(),
-    } | ({"ranks": config.tensor_parallel_size} if config.tensor_parallel_size > 1 else {})
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    flags = [line for line in info.read_text().splitlines() if line.startswith(("model name", "flags"))][:2]
-    return "".join(flags)
+        "ranks": config.tensor_parallel_size,
+    }

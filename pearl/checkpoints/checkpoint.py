@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pearl.checkpoints import embedded, hub, quantized, shared_embeddings
@@ -95,10 +96,14 @@ class Checkpoint:
             return sum(map(_numbers_in, Path(self.name).glob("model*.safetensors"))) or None
         return known_numbers(self.name)
 
-    def files(self) -> list[tuple[str, int, int]]:
-        """Names, sizes and times of the local files of weights: other ones of the same name differ in them."""
-        files = sorted(Path(self.name).glob(self.gguf_file or "*.safetensors"))
-        return [(file.name, (at := file.stat()).st_size, at.st_mtime_ns) for file in files]
+    def files(self) -> list[Path]:
+        """The local files of weights, and of code that comes with them."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            described = try_to_load_from_cache(self.name, "config.json")
+            folder = Path(described).parent if isinstance(described, str) else folder
+        weights = folder.glob(self.gguf_file or "*.safetensors")
+        return sorted([*weights, *folder.glob("*.py")])
 
     def load(
         self,

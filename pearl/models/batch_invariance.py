@@ -4,6 +4,12 @@
 differently for different row counts. So at start the model reads one text in passes of every width up to `LIMIT` and
 compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up
 to the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
+
+Two orders of a sum differ in the last bits of a float32 number, and once that is rounded to bfloat16 only one number in
+ten thousand tells. The passes over a text of a model of some size hold millions of numbers; those of a tiny one so few
+that a count may pass whose bits differ. So each kind of matrix product is also tried by itself (`Product`), where more
+can be seen: ours is asked for its sums before they are rounded, others get inputs for which the terms of some sums
+cancel, so that what is left is so small that its last bits are not rounded away.
 """
 
 from __future__ import annotations
@@ -11,10 +17,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from pearl.core.token_buckets import (
     ANY,
@@ -27,6 +36,7 @@ from pearl.core.token_buckets import (
     CannotBranch,
     TokenBuckets,
 )
+from pearl.models.linear import PackedLinear
 from pearl.models.timing import best_of, timed
 
 WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
@@ -34,15 +44,81 @@ _PREFIX = 61  # tokens before the text under test
 _LONG_PREFIX = GRAIN + _PREFIX  # the same where texts share their passes: attention is a good part of those
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
+_TRIALS, _CANCELLING = 8, 32  # inputs of a product, and how many of its sums come to almost nothing
+_WIDEST = 1 << 14  # results of one row: those of a head are compared as logits
+
+Rows = dict[int, list[Tensor]]  # what the rows of a forward came to, [rows, *], by their count and for each offset
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer by itself. `compute`: [1, rows, K] to [1, rows, outputs]. `inputs`: [trials, LIMIT + 1, K]."""
+
+    compute: Callable[[Tensor], Tensor]
+    inputs: Tensor
+
+    @torch.inference_mode()
+    def rows(self) -> Rows:
+        """Digests [rows, trials]."""
+
+        def digests(first: int, count: int) -> Tensor:
+            tried = [self.compute(x[None, first : first + count])[0] for x in self.inputs]
+            return _digests(torch.stack(tried, 1))
+
+        return {count: [digests(first, count) for first in _OFFSETS] for count in range(1, LIMIT + 1)}
+
+    @torch.inference_mode()
+    def holds(self, count: int, most: int) -> bool:
+        """Whether the rows of a forward of `count` have the bits that they have in forwards of `most`."""
+        rows, whole = self.inputs.flatten(0, 1), -(-count // most) * most
+        for turn in range(0, len(rows), count):
+            x = rows.roll(turn, 0).repeat(-(-whole // len(rows)), 1)[None, :whole]
+            alone = torch.cat([self.compute(part) for part in x.split(most, 1)], 1)
+            if not torch.equal(self.compute(x[:, :count]), alone[:, :count]):
+                return False
+        return True
+
+
+def products(model: nn.Module) -> list[Product]:
+    """One linear layer of each kind and shape that a model has in this process, but for the head of a real one."""
+    found: dict[object, Product] = {}
+    layer: Any
+    for layer in model.modules():
+        if type(layer) is PackedLinear:
+            compute, like, weight = layer.sums, layer.empty, torch.empty(0, layer.in_features)
+            outputs = layer.out_features
+        elif type(layer) in (nn.Linear, Conv1D) and not isinstance(layer.weight, DTensor):
+            weight = layer.weight.detach().T if type(layer) is Conv1D else layer.weight.detach()
+            compute, like, outputs = layer.__call__, weight, len(weight)
+        else:
+            continue
+        kind = type(layer), outputs, weight.shape[1], like.dtype, like.device
+        if outputs <= _WIDEST and kind not in found:
+            found[kind] = Product(compute, _inputs(weight[:_CANCELLING].float().cpu()).to(like))
+    return list(found.values())
+
+
+def _inputs(weight: Tensor) -> Tensor:
+    """Random ones of many sizes, as sums of equal ones are often exact, and without the part that rows of a weight
+    [n, K] would answer: of those sums only what the rounding of the inputs leaves remains. [trials, LIMIT + 1, K]"""
+    (count, size), generator = weight.shape, torch.Generator().manual_seed(0)
+    shape = _TRIALS, LIMIT + 1, size
+    x = torch.randn(shape, generator=generator) * 2.0 ** -torch.randint(12, shape, generator=generator)
+    basis = torch.linalg.qr(weight[: min(count, size // 2)].T)[0]
+    return x - (x @ basis) @ basis.T
 
 
 def find_invariant_counts(
-    read: Callable[[Sequence[int], int], Tensor], vocabulary: int, one_width: bool = False
+    read: Callable[[Sequence[int], int], Tensor],
+    vocabulary: int,
+    one_width: bool = False,
+    products: Sequence[Product] = (),
 ) -> TokenBuckets:
     """Tries every count on the model itself.
 
     `read(tokens, first)` forwards `tokens` at the positions from `first` without padding and returns logits [rows, V].
-    `one_width`: where the bits change with the row count, look for a single one for all passes.
+    `one_width`: where the bits change with the row count, look for a single one for all passes. `products`: of the same
+    model, to be tried by themselves too.
     """
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(vocabulary, (_PREFIX + LIMIT + max(_OFFSETS),), generator=generator).tolist()
@@ -59,8 +135,8 @@ def find_invariant_counts(
                 logits.setdefault(count, []).append(rows)
         if time.perf_counter() - started > _TIMING_S or len(seconds[LIMIT]) >= 2 * _ROUNDS * len(_OFFSETS):
             break
-    logits = {count: rows[: len(_OFFSETS)] for count, rows in logits.items()}
-    safe = max((_agreeing(logits, reference) for reference in logits), key=len)
+    found = [{count: rows[: len(_OFFSETS)] for count, rows in logits.items()}, *(one.rows() for one in products)]
+    safe = max((_agreeing(found, reference) for reference in logits), key=len)
     costs = _rising([min(seconds[count]) for count in range(1, LIMIT + 1)])
     if len(safe) >= 3:
         return TokenBuckets(safe, costs)
@@ -124,7 +200,9 @@ def branches_agree(reader: Any, vocabulary: int) -> bool:
     return torch.equal(mixed[3:], torch.cat([beside, later]))
 
 
-def find_invariant_batches(reader: Any, vocabulary: int) -> BatchedTokenBuckets | None:
+def find_invariant_batches(
+    reader: Any, vocabulary: int, products: Sequence[Product] = ()
+) -> BatchedTokenBuckets | None:
     """Tries the row counts of a forward that all texts of `reader` share. None: their bits are not those of a text
     alone, or too few counts' are.
 
@@ -140,6 +218,7 @@ def find_invariant_batches(reader: Any, vocabulary: int) -> BatchedTokenBuckets 
     reader.trial.copy_first(prefix)
     alone = reader.read(text, reader.rows.most)
     counts = joint_candidates(reader.rows, reader.batch_slots)
+    counts = [count for count in counts if all(one.holds(count, reader.rows.most) for one in products)]
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     started, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < _ROUNDS and time.perf_counter() - started < _LONG_TIMING_S):
@@ -173,18 +252,24 @@ def profile_leaves(reader: Any, vocabulary: int) -> tuple[float, ...]:
     return tuple(best_of(3, functools.partial(reader.read_leaves, text, paths)) for paths in leaves)
 
 
-def _agreeing(logits: dict[int, list[Tensor]], reference: int) -> tuple[int, ...]:
+def _agreeing(found: Sequence[Rows], reference: int) -> tuple[int, ...]:
     """The counts whose rows have the bits of the same rows of `reference`, wherever in the pass they stand."""
-    early, late = logits[reference]
     shift = _OFFSETS[1] - _OFFSETS[0]
 
-    def agrees(count: int) -> bool:
-        mine, later = logits[count]
+    def agrees(rows: Rows, count: int) -> bool:
+        (early, late), (mine, later) = rows[reference], rows[count]
         return _same(mine, early) and _same(later, late) and _same(mine[shift:], later)
 
-    return tuple(count for count in range(LEAST, LIMIT + 1) if agrees(count))
+    return tuple(count for count in range(LEAST, LIMIT + 1) if all(agrees(rows, count) for rows in found))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     shared = min(len(a), len(b))
     return torch.equal(a[:shared], b[:shared])
+
+
+def _digests(rows: Tensor) -> Tensor:
+    """A number for the bits of each row, int64 [...]; rows: [..., outputs]. Of zeros the sign does not count."""
+    bits = (rows + 0.0).view(torch.int16 if rows.element_size() == 2 else torch.int32).long()
+    weights = torch.randint(1 << 62, bits.shape[-1:], generator=torch.Generator().manual_seed(1))
+    return (bits * (2 * weights + 1).to(bits.device)).sum(-1)

@@ -27,7 +27,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, shift: int):
         """weight: [out, in]; `shift`: W is stored as W * 2^shift, an exact change of exponent."""
         super().__init__()
-        self._dtype, self._scale = weight.dtype, 2.0**-shift
+        self.out_features, self.in_features = weight.shape
+        self.empty = weight.new_empty(0)  # as what it takes is
+        self._scale = 2.0**-shift
         scaled = weight.float()
         if shift:
             scaled = scaled * 2.0**shift  # a copy: float() of a float32 weight is the weight itself
@@ -35,12 +37,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("_bias", None if bias is None else bias.detach().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.sums(x).to(self.empty)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """y before it is rounded to the layer's dtype, float32."""
         y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
         if self._scale != 1:
             y = y.mul_(self._scale)
         if self._bias is not None:
             y = y.add_(self._bias)
-        return y.to(self._dtype)
+        return y
 
 
 class Int8Linear(nn.Module):

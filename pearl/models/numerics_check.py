@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
-from pearl.models.batch_invariance import branches_agree, find_invariant_counts, profile_path
+from pearl.models.batch_invariance import branches_agree, find_invariant_counts, products, profile_path
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention import BACKENDS
 from pearl.models.language_model import LanguageModel
@@ -122,7 +122,10 @@ def _try(reader: VerifierModel, backend: str) -> NumericsReport:
     reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
     reader.enable_static_shapes(range(1, LIMIT + 1), None, backend)
     plan = find_invariant_counts(
-        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary, one_width=True
+        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)),
+        reader.vocabulary,
+        one_width=True,
+        products=products(reader.model),
     )
     reader.rows = plan
     reader.enable_static_shapes(_counts(plan), None, backend)

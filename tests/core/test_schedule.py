@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pearl.core.schedule import MAX_AHEAD, MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
 from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
+from pearl.models.batch_invariance import find_invariant_counts
 
 SWITCHES = {  # pre-verify, post-verify
     "sd": (False, False),
@@ -153,3 +155,18 @@ def test_a_schedule_can_be_made_again_from_its_mode_and_its_numbers(schedule: Sc
     """Which is how it crosses the wire."""
     numbers = (schedule.gamma, schedule.draft_batch, schedule.max_verify_tokens, schedule.max_draft_tokens)
     assert Schedule.of(schedule.mode, *numbers) == schedule
+
+
+def test_a_pass_may_be_as_wide_as_the_widest_that_is_measured_and_no_wider():
+    """One limit: of the setting, and of what loading measures (`find_invariant_counts`)."""
+    asked = []
+
+    def read(tokens, first):
+        asked.append(len(tokens))
+        return torch.zeros(len(tokens), 3)
+
+    widest = find_invariant_counts(read, 3).most
+    assert widest == max(n for n in asked if n <= LIMIT)
+    assert Schedule.of("tree", max_verify_tokens=widest).max_verify_tokens == widest
+    with pytest.raises(UsageError, match=f"from 1 to {widest}"):
+        Schedule.of("tree", max_verify_tokens=widest + 1)

@@ -17,11 +17,13 @@ from toys import TableModel, alone, examples, extend
 
 from pearl.core.sampling import SamplingParams, propose, ranked
 from pearl.core.schedule import Schedule
+from pearl.core.token_buckets import ANY
 from pearl.core.trie import Node, Trie
 from pearl.drafters import tree
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
+from pearl.predict.script import Times
 
 Path = tuple[int, ...]
 V = 8
@@ -226,6 +228,20 @@ def test_rows_are_taken_while_they_bring_more_than_they_cost(costs: Sequence[flo
     assert len(trie.root.children) >= 6
     extend(source, trie, 6, 9)
     assert len(model.read_paths[-1]) == rows
+
+
+def test_beyond_the_measured_rows_a_tree_expects_what_a_simulation_takes():
+    """The rows that are chosen with few measured costs are those chosen with all of them."""
+    few = (1.0, 1.0, 1.0, 1.15)  # the mean step pays, and the last one does not
+    times = Times(ANY, (1.0,), few, few, 0.0)
+    chosen = []
+    for costs in (few, [times.draft(rows) for rows in range(1, 17)]):
+        model = Watched(40, 2, 5, 0.3)
+        source, trie = started(model, costs=costs, lookahead=Silent()), Trie([0, 1])
+        for _ in range(4):
+            extend(source, trie, 16, 9)
+        chosen.append(model.read_paths)
+    assert chosen[0] == chosen[1] and max(map(len, chosen[0])) > len(few)
 
 
 def test_a_fixed_number_of_rows_is_taken_whatever_they_cost():

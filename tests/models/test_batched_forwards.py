@@ -21,7 +21,7 @@ from toys import examples
 import pearl.models.kv_cache.batch_cache
 from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
 from pearl.models import linear
-from pearl.models.batch_invariance import branches_agree, find_invariant_batches
+from pearl.models.batch_invariance import branches_agree, find_invariant_batches, products
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.kv_cache.batch_cache import BatchCache
 from pearl.models.verifier import SequenceQuery, VerifierModel
@@ -35,19 +35,14 @@ PROMPTS = st.lists(st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3, GRAIN + 2])
 
 @functools.cache
 def made(name: str, dtype: str, texts: int = TEXTS) -> tuple[VerifierModel, VerifierModel]:
-    """A reader of several texts, and one for the reference. Row counts are those that are safe in float32 too: in a
-    model this small bfloat16 hides most differences from a measurement that short (see test_bits)."""
+    """A reader of several texts, and one for the reference, as loading prepares them."""
     model = close_model(name, dtype)
     if KERNEL == "packed":
         assert linear.pack(model) == 0
     reader = tiny.verifier(model, batch_slots=texts)
     reader.rows = measured(reader)
     reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
-    reader.joint = find_invariant_batches(reader, reader.vocabulary)
-    if dtype == "bfloat16":
-        finer = made(name, "float32")[0]
-        reader.rows = replace(reader.rows, safe=finer.rows.safe, exact=finer.rows.exact)
-        reader.joint = finer.joint
+    reader.joint = find_invariant_batches(reader, reader.vocabulary, products(model))
     reference = tiny.verifier(model)
     reference.rows = reader.rows
     return reader, reference

@@ -23,8 +23,7 @@ SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kern
 def pair(name: str, dtype: str, kernel: str = "stock") -> tuple[VerifierModel, VerifierModel]:
     """Two readers of one model: of today, and with fixed shapes, of row counts whose bits are equal here."""
     plain = prepared(name, dtype, kernel)
-    if not plain.rows.exact:
-        pytest.skip("no row counts agree on this machine")
+    assert plain.rows.exact, "some row counts agree on any CPU: the measurement is broken"
     fixed = VerifierModel(plain.model, plain.vocabulary, plain.max_length, plain.rows)
     fixed.enable_static_shapes([count for count in COUNTS if count in plain.rows.safe])
     return plain, fixed

@@ -114,7 +114,7 @@ TABLE: tuple[Architecture, ...] = (
     _as_llama("helium", "HeliumConfig", {"head_dim": 16}),
     _as_llama("glm", "GlmConfig", {"head_dim": 16}),
     _as_llama("glm4", "Glm4Config", {"head_dim": 16}),
-    _as_llama("nemotron", "NemotronConfig"),
+    _as_llama("nemotron", "NemotronConfig", trees=False),
     _as_llama("arcee", "ArceeConfig"),
     _as_llama("apertus", "ApertusConfig"),
     _as_llama("ernie4.5", "Ernie4_5Config", {"head_dim": 16}),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models import linear
-from pearl.models.batch_invariance import branches_agree, find_invariant_counts
+from pearl.models.batch_invariance import branches_agree, find_invariant_counts, products
 from pearl.models.language_model import SideRow
 from pearl.models.verifier import VerifierModel
 
@@ -39,28 +39,22 @@ def close_model(name: str, dtype: str, drift: float = 0.0) -> PreTrainedModel:
 
 
 def prepared(name: str, dtype: str, kernel: str) -> VerifierModel:
-    """As loading prepares a target, but that a packed model in bfloat16 is also measured in float32.
-
-    Both sum in float32, and in a model as small as these rounding hides most differences from a measurement that short
-    (`test_the_measurement_of_a_tiny_bfloat16_model...`).
-    """
+    """As loading prepares a target."""
     model = close_model(name, dtype)
     if kernel == "packed":
         assert linear.pack(model) == 0
     reader = tiny.verifier(model)
-    plan = measured(reader)
-    if kernel == "packed" and dtype == "bfloat16":
-        finer = prepared(name, "float32", kernel).rows
-        plan = replace(plan, safe=tuple(count for count in plan.safe if count in finer.safe), exact=finer.exact)
-    reader.rows = plan
-    reader.rows = replace(plan, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+    reader.rows = measured(reader)
+    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     reader.forget()
     return reader
 
 
 def measured(reader: VerifierModel) -> TokenBuckets:
     return find_invariant_counts(
-        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)), reader.vocabulary
+        lambda tokens, first: reader.forward(list(tokens), first, len(tokens)),
+        reader.vocabulary,
+        products=products(reader.model),
     )
 
 
