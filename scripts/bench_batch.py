@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.parallel.launch import launch
 
     checked = preflight(config)
-    suites = (humaneval.SUITE, gsm8k.SUITE)
+    benchmarks = (humaneval.BENCHMARK, gsm8k.BENCHMARK)
     asked = [
-        suite.prompt(problem, (), "chat", checked.tokenizer)
-        for pair in zip(suites[0].load(None), suites[1].load(found.gsm8k), strict=False)
-        for suite, problem in zip(suites, pair, strict=True)
+        benchmark.prompt(problem, (), "chat", checked.tokenizer)
+        for pair in zip(benchmarks[0].load(None), benchmarks[1].load(found.gsm8k), strict=False)
+        for benchmark, problem in zip(benchmarks, pair, strict=True)
     ]
     prompts = [tuple(checked.tokenizer(text, add_special_tokens=False).input_ids) for text in asked]
 

@@ -32,9 +32,9 @@ needs() {
   local task
   for task in "$@"; do
     [[ -n ${DRY_RUN:-} ]] || python -c "import sys
-from pearl.commands.eval import suite
+from pearl.commands.eval import benchmark
 from pearl.config.cli import guarded
-sys.exit(guarded(lambda words: not suite(words[0]).load(words[1] or None))(sys.argv[1:]))" "${task//_/-}" "$(data_of "$task")"
+sys.exit(guarded(lambda words: not benchmark(words[0]).load(words[1] or None))(sys.argv[1:]))" "${task//_/-}" "$(data_of "$task")"
   done
 }
 

@@ -32,9 +32,9 @@ def whole() -> argparse.ArgumentParser:
     commands = made.add_subparsers()
     for name, (module, about) in COMMANDS.items():
         if name == "eval":
-            suites = commands.add_parser(name, help=about).add_subparsers()
-            for suite in eval.SUITES:
-                _put(suites, suite, eval_config.parser(eval.suite(suite)), suite)
+            benchmarks = commands.add_parser(name, help=about).add_subparsers()
+            for benchmark in eval.BENCHMARKS:
+                _put(benchmarks, benchmark, eval_config.parser(eval.benchmark(benchmark)), benchmark)
         else:
             _put(commands, name, importlib.import_module(module).parser(), about)
     _put(commands, "completion", parser(), "print a script for the shell")

@@ -1,4 +1,4 @@
-"""`pearl eval`: a data set, decoded in several modes at once, measured and scored. `eval/*.py` are the same code."""
+"""`pearl eval`: a benchmark, decoded in several modes at once, measured and scored. `eval/*.py` are the same code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pearl.errors import UsageError
 from pearl.evaluation import eval_config
 from pearl.evaluation import main as evaluation
 from pearl.options import nearest
-from pearl.tasks.suite import Suite
+from pearl.tasks.benchmark import Benchmark
 
-SUITES = {
+BENCHMARKS = {
     "humaneval": "pearl.tasks.humaneval",
     "gsm8k": "pearl.tasks.gsm8k",
     "mgsm": "pearl.tasks.mgsm",
@@ -22,15 +22,15 @@ SUITES = {
 }
 
 
-def suite(name: str) -> Suite:
-    return importlib.import_module(SUITES[name]).SUITE
+def benchmark(name: str) -> Benchmark:
+    return importlib.import_module(BENCHMARKS[name]).BENCHMARK
 
 
 def parser() -> cli.Parser:
-    """Of the command without a data set: it names them."""
-    made = cli.Parser("eval", *(f"{name} {eval_config.EXAMPLES[0]}" for name in SUITES))
-    made.usage = "pearl eval DATASET [options]"
-    made.add_argument("suite", metavar="DATASET", choices=tuple(SUITES), help=", ".join(SUITES))
+    """Of the command without a benchmark: it names them."""
+    made = cli.Parser("eval", *(f"{name} {eval_config.EXAMPLES[0]}" for name in BENCHMARKS))
+    made.usage = "pearl eval BENCHMARK [options]"
+    made.add_argument("benchmark", metavar="BENCHMARK", choices=tuple(BENCHMARKS), help=", ".join(BENCHMARKS))
     return made
 
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0].startswith("-"):
         parser().parse_args(words)
     name, *rest = words
-    if name not in SUITES:
-        near = nearest(name, SUITES)
+    if name not in BENCHMARKS:
+        near = nearest(name, BENCHMARKS)
         hint = f"; did you mean {near}?" if near else "."
-        raise UsageError(f"There is no data set {name!r}{hint} Choose from {', '.join(SUITES)}.")
-    return evaluation.main(suite(name), rest)
+        raise UsageError(f"There is no benchmark {name!r}{hint} Choose from {', '.join(BENCHMARKS)}.")
+    return evaluation.main(benchmark(name), rest)

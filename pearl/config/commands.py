@@ -5,7 +5,7 @@ from __future__ import annotations
 # Each command: its module, and what it does, in a line.
 COMMANDS = {
     "chat": ("pearl.commands.chat", "talk with a model in the terminal, and see which tokens were drafted"),
-    "eval": ("pearl.commands.eval", "decode a data set in several modes, measure and score them"),
+    "eval": ("pearl.commands.eval", "decode a benchmark in several modes, measure and score them"),
     "pairs": ("pearl.commands.pairs", "list the model pairs, or check that one fits on this machine"),
     "doctor": ("pearl.commands.doctor", "try whether a pair will run here, and whether it will pay"),
     "selfcheck": ("pearl.commands.selfcheck", "show what the bits of a target depend on here"),

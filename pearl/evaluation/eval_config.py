@@ -21,8 +21,8 @@ from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.machine import launcher
 from pearl.options import FLAG, TEXT, Option, choice, number, whole
+from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.prompts import FORMATS
-from pearl.tasks.suite import Suite
 
 EXAMPLES = ("--limit 10", "--pair qwen2.5-0.5b-7b --mode ar sd pearl tree", "--output results/mine --resume")
 TASK = (
@@ -41,7 +41,7 @@ TASK = (
 
 @dataclass(frozen=True)
 class EvalConfig:
-    suite: Suite
+    benchmark: Benchmark
     found: argparse.Namespace
     words: tuple[str, ...]  # of the command line, after its name
     engine: EngineConfig
@@ -55,13 +55,13 @@ class EvalConfig:
     @property
     def asked(self) -> dict[str, Any]:
         """As the files of the run keep it."""
-        return vars(self.found) | {"suite": self.suite.name, "resolved": vars(self.engine)}
+        return vars(self.found) | {"suite": self.benchmark.name, "resolved": vars(self.engine)}
 
     def title(self, skipped: int = 0) -> str:
         """Of the table. `skipped`: problems that were too long."""
         count, engine = len(self.problems) - skipped, self.engine
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
-        return f"{self.suite.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}"
+        return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}"
 
     @property
     def to_go_on(self) -> str:
@@ -71,26 +71,26 @@ class EvalConfig:
             more = ["--output", str(self.folder), *more]
         if launcher.started() > 1:
             return f"the same command and {shlex.join(more)}" if more else "the same command"
-        return shlex.join(["pearl", *command(self.suite).split(), *self.words, *more])
+        return shlex.join(["pearl", *command(self.benchmark).split(), *self.words, *more])
 
 
-def command(suite: Suite) -> str:
-    return f"eval {suite.name.replace('_', '-')}"
+def command(benchmark: Benchmark) -> str:
+    return f"eval {benchmark.name.replace('_', '-')}"
 
 
-def parser(suite: Suite) -> cli.Parser:
-    tokens = suite.max_new_tokens
+def parser(benchmark: Benchmark) -> cli.Parser:
+    tokens = benchmark.max_new_tokens
     made = cli.parser(
-        command(suite), *EXAMPLES, max_new_tokens=tokens, baselines=cli.BASELINES, about=suite.description
+        command(benchmark), *EXAMPLES, max_new_tokens=tokens, baselines=cli.BASELINES, about=benchmark.description
     )
     made.set_defaults(seed=0)  # a run can be repeated, and resumed
     return made.take(TASK)
 
 
-def read(suite: Suite, argv: Sequence[str] | None) -> EvalConfig:
+def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
     """Raises `UsageError` for what can't be done."""
     words = tuple(sys.argv[1:] if argv is None else argv)
-    found = cli.parse(parser(suite), words)
+    found = cli.parse(parser(benchmark), words)
     config, pair = cli.engine_config(found)
     schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found)
     baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
@@ -102,18 +102,18 @@ def read(suite: Suite, argv: Sequence[str] | None) -> EvalConfig:
         config.check_mode(mode)
     if found.resume and not found.output:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
-    problems = choose(suite, suite.load(found.data), found)
-    folder = Path(found.output or time.strftime(f"results/{suite.name}-%Y%m%d-%H%M%S"))
-    return EvalConfig(suite, found, words, config, pair, schedules, baselines, params, problems, folder)
+    problems = choose(benchmark, benchmark.load(found.data), found)
+    folder = Path(found.output or time.strftime(f"results/{benchmark.name}-%Y%m%d-%H%M%S"))
+    return EvalConfig(benchmark, found, words, config, pair, schedules, baselines, params, problems, folder)
 
 
-def choose(suite: Suite, problems: list[Any], found: argparse.Namespace) -> list[Any]:
+def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace) -> list[Any]:
     """The problems to run: a share of each category, and of those what --limit and --indices leave."""
-    sizes = Counter(map(suite.category, problems))
+    sizes = Counter(map(benchmark.category, problems))
     seen: Counter[str | None] = Counter()
     shared = []
     for problem in problems:
-        category = suite.category(problem)
+        category = benchmark.category(problem)
         seen[category] += 1
         if seen[category] <= math.ceil(found.share * sizes[category]):
             shared.append(problem)

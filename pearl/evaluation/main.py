@@ -1,7 +1,7 @@
-"""The one `main` of all evaluations: a suite's problems, decoded in several modes at once and scored.
+"""The one `main` of all evaluations: a benchmark's problems, decoded in several modes at once and scored.
 
 From the command line (`eval_config`) to the files of a run (`results`). Which problems there are, how they are asked
-and what an answer is worth is the suite's business (`pearl.tasks`).
+and what an answer is worth is the benchmark's business (`pearl.tasks`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pearl.config import cli
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
-from pearl.tasks.suite import Suite
+from pearl.tasks.benchmark import Benchmark
 
 
-def main(suite: Suite, argv: Sequence[str] | None) -> int:
-    config = eval_config.read(suite, argv)
+def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
+    config = eval_config.read(benchmark, argv)
     summary = results.ended(config.folder, config.asked) if config.found.resume else None
     if summary is None:
         if launcher.speaks():
@@ -57,8 +57,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     format = _format(config, checked.tokenizer)
     params = config.params
     if format == "completion" and not params.ignore_eos:
-        params = replace(params, stop=config.suite.stop)
-    every = [_task(config.suite, problem, format, checked.tokenizer) for problem in config.problems]
+        params = replace(params, stop=config.benchmark.stop)
+    every = [_task(config.benchmark, problem, format, checked.tokenizer) for problem in config.problems]
     tasks, too_long, left_out = harness.fitting(every, params, checked.max_length)
     if too_long and not (found.skip_too_long and tasks):
         raise too_long
@@ -113,35 +113,35 @@ def _format(config: EvalConfig, tokenizer: Any) -> str:
     return "chat" if tokenizer.chat_template else "completion"
 
 
-def _task(suite: Suite, problem: Any, format: Any, tokenizer: Any) -> Any:
+def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> Any:
     from pearl.evaluation.harness import Task
 
     def prompt(answers: Sequence[str]) -> tuple[int, ...]:
-        text = suite.prompt(problem, answers, format, tokenizer)
+        text = benchmark.prompt(problem, answers, format, tokenizer)
         return tuple(tokenizer(text, add_special_tokens=format != "chat").input_ids)
 
     return Task(
-        suite.identify(problem),
+        benchmark.identify(problem),
         prompt,
-        lambda text: suite.completion(problem, text, format),
-        suite.turns(problem),
-        suite.category(problem),
+        lambda text: benchmark.completion(problem, text, format),
+        benchmark.turns(problem),
+        benchmark.category(problem),
     )
 
 
 def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
     """Scores each mode's answers and writes what other tools read; then the summary, which ends the run."""
-    suite, folder = config.suite, config.folder
+    benchmark, folder = config.benchmark, config.folder
     texts, completions = results.read(folder)
     written = {key.task for runs in texts.values() for key in runs}
-    problems = [problem for problem in config.problems if suite.identify(problem) in written]
-    if suite.problem_lines:
-        lines.settle(folder / results.PROBLEMS, suite.problem_lines(problems))
+    problems = [problem for problem in config.problems if benchmark.identify(problem) in written]
+    if benchmark.problem_lines:
+        lines.settle(folder / results.PROBLEMS, benchmark.problem_lines(problems))
     for mode, figures in summary["modes"].items():
-        if suite.score and not config.found.no_score:
+        if benchmark.score and not config.found.no_score:
             first = [(key.task, one) for key, one in completions[mode].items() if key.repeat == key.turn == 0]
-            figures |= suite.score(problems, first)
-        if suite.export:
+            figures |= benchmark.score(problems, first)
+        if benchmark.export:
             talks: dict[str, list[list[Any]]] = {}
             for key, text in texts[mode].items():
                 if key.repeat == 0:
@@ -149,7 +149,7 @@ def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
                     samples.append([text]) if key.turn == 0 else samples[-1].append(text)
             name = f"{Path(config.engine.target).name}-{mode.replace(':', '-')}"
             (folder / "model_answer").mkdir(exist_ok=True)
-            lines.settle(folder / "model_answer" / f"{name}.jsonl", suite.export(problems, talks, name))
+            lines.settle(folder / "model_answer" / f"{name}.jsonl", benchmark.export(problems, talks, name))
     lines.write_json(folder / results.SUMMARY, summary)
 
 

@@ -18,11 +18,11 @@ from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
 
-# What two runs must share if their figures are to be compared, and what else if they have the same suite
+# What two runs must share if their figures are to be compared, and what else if they have the same benchmark
 ENVIRONMENT = ("commit", "torch", "transformers", "machine", "processor")
 SAMPLING = ("ignore_eos", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "num_samples")
-OF_A_SUITE = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING)
-DRIFT = 1.1  # `ar` of one target on one suite is the same figure in every run, within a tenth
+OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING)
+DRIFT = 1.1  # `ar` of one target on one benchmark is the same figure in every run, within a tenth
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
 def doubts(runs: Sequence[Run]) -> list[str]:
     """Why these runs' figures should not be compared, a sentence each; none if nothing speaks against it."""
     found = list(_differences(runs, "environment", ENVIRONMENT))
-    for suite in dict.fromkeys(run.config.get("suite") for run in runs):
-        same = [run for run in runs if run.config.get("suite") == suite]
-        found += [f"Of {suite}: {sentence}" for sentence in _differences(same, "config", OF_A_SUITE)]
+    for benchmark in dict.fromkeys(run.config.get("suite") for run in runs):
+        same = [run for run in runs if run.config.get("suite") == benchmark]
+        found += [f"Of {benchmark}: {sentence}" for sentence in _differences(same, "config", OF_A_BENCHMARK)]
         for target in dict.fromkeys(_target(run) for run in same):
             found += _drift([run for run in same if _target(run) == target])
     for run in runs:

@@ -1,6 +1,6 @@
-"""Where a data set's problems come from: a file in its original format, or the hub through `datasets`.
+"""Where a benchmark's problems come from: a file in its original format, or the hub through `datasets`.
 
-Knows files and lines. What a line means is the data set's own business (`parse`).
+Knows files and lines. What a line means is the benchmark's own business (`parse`).
 """
 
 import gzip

@@ -7,8 +7,8 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Protocol
 
+from pearl.tasks.benchmark import Answer
 from pearl.tasks.numbers import Style, final_number
-from pearl.tasks.suite import Answer
 
 
 class Problem(Protocol):

@@ -16,9 +16,9 @@ from typing import Any
 
 from pearl.errors import UsageError
 from pearl.tasks import prompts
+from pearl.tasks.benchmark import Conversations
 from pearl.tasks.data import DataSet, Record
 from pearl.tasks.prompts import ChatTokenizer, Format
-from pearl.tasks.suite import Conversations
 
 TEMPLATE = "vicuna_v1.1"  # FastChat's own model's, for models without a chat template
 STOP = ("\nUSER:", "</s>")

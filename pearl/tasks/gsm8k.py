@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pearl.tasks import exact_match, prompts
+from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.numbers import ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
-from pearl.tasks.suite import Suite
 
 INSTRUCTION = '{question}\n\nSolve this step by step, and end with "The answer is" and the number.'
 
@@ -102,7 +102,7 @@ def prompt(problem: Problem, _: Sequence[str], format: Format, tokenizer: ChatTo
     return f"{shots}Q: {problem.question}\nA:"
 
 
-SUITE = Suite(
+BENCHMARK = Benchmark(
     name="gsm8k",
     title="GSM8K",
     description="GSM8K (Cobbe et al. 2021): speed of every mode, and exact match on the final number.",

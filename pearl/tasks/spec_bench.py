@@ -11,8 +11,8 @@ from pearl.tasks import fastchat, mt_bench
 DATA = fastchat.data(
     "Spec-Bench", "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
 )
-SUITE = replace(
-    mt_bench.SUITE,
+BENCHMARK = replace(
+    mt_bench.BENCHMARK,
     name="spec_bench",
     title="Spec-Bench",
     description="Spec-Bench (Xia et al. 2024): speed of every mode, by kind of task, in Spec-Bench's format too.",

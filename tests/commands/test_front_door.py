@@ -17,7 +17,7 @@ from pearl.config import cli
 from pearl.config.commands import COMMANDS
 from pearl.evaluation import eval_config
 
-EVALS = [f"eval {name}" for name in eval.SUITES]
+EVALS = [f"eval {name}" for name in eval.BENCHMARKS]
 
 
 def pearl(*words: str, **environment: str) -> subprocess.CompletedProcess:
@@ -26,9 +26,9 @@ def pearl(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def parser_of(command: str) -> cli.Parser:
-    name, _, suite = command.partition(" ")
-    if suite:
-        return eval_config.parser(eval.suite(suite))
+    name, _, benchmark = command.partition(" ")
+    if benchmark:
+        return eval_config.parser(eval.benchmark(benchmark))
     return importlib.import_module(COMMANDS[name][0]).parser()
 
 
@@ -91,7 +91,7 @@ def test_without_a_command_it_lists_them(capsys):
     [
         (["pair"], "There is no command 'pair'; did you mean pairs? `pearl --help` lists them."),
         (["xyzzy"], "There is no command 'xyzzy'. `pearl --help` lists them."),
-        (["eval", "humanevl"], "There is no data set 'humanevl'; did you mean humaneval?"),
+        (["eval", "humanevl"], "There is no benchmark 'humanevl'; did you mean humaneval?"),
         (["eval", "gsm8k", "--max-tokens", "5"], "There is no option --max-tokens; did you mean --max-new-tokens?"),
         (["eval", "gsm8k", "--max-tokens=5"], "There is no option --max-tokens; did you mean --max-new-tokens?"),
         (["doctor", "--no-model"], "There is no option --no-model; did you mean --no-models?"),
@@ -156,7 +156,7 @@ def completed(shell: str, line: str, tmp_path) -> set[str]:
 
 def test_bash_completes_commands_data_sets_and_options(tmp_path):
     assert completed("bash", "pearl ", tmp_path) >= {*COMMANDS, "completion"}
-    assert completed("bash", "pearl eval ", tmp_path) >= set(eval.SUITES)
+    assert completed("bash", "pearl eval ", tmp_path) >= set(eval.BENCHMARKS)
     assert completed("bash", "pearl chat --max-n", tmp_path) == {"--max-new-tokens"}
     assert "--resume" in completed("bash", "pearl eval mt-bench --res", tmp_path)
 

@@ -19,11 +19,11 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     words = [
         {"question_id": i, "question": "?", "answer": "1", "category": c} for i, c in enumerate(["thai", "german"] * 7)
     ]
-    problems = mgsm.SUITE.load(written(tmp_path, "mgsm", words))
+    problems = mgsm.BENCHMARK.load(written(tmp_path, "mgsm", words))
 
     def chosen(*more: str) -> list[str]:
-        found = eval_config.parser(mgsm.SUITE).parse_args(list(more))
-        return [problem.task_id for problem in eval_config.choose(mgsm.SUITE, problems, found)]
+        found = eval_config.parser(mgsm.BENCHMARK).parse_args(list(more))
+        return [problem.task_id for problem in eval_config.choose(mgsm.BENCHMARK, problems, found)]
 
     assert chosen("--share", "0.25") == ["MGSM/0", "MGSM/1", "MGSM/2", "MGSM/3"]
     assert chosen("--share", "0.01") == ["MGSM/0", "MGSM/1"]
@@ -53,7 +53,7 @@ def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, m
 
 
 def test_one_problem_is_no_plural(pair, tmp_path):
-    config = eval_config.read(gsm8k.SUITE, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
+    config = eval_config.read(gsm8k.BENCHMARK, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
     assert config.title().startswith("GSM8K, 1 problem, ")
     assert config.title(1).startswith("GSM8K, 0 problems (1 too long, skipped), ")
 
@@ -64,7 +64,7 @@ def test_one_problem_is_no_plural(pair, tmp_path):
 )
 def test_the_command_that_goes_on_names_the_folder_once(tmp_path, monkeypatch, words, more):
     words = [*words, "--data", written(tmp_path, "gsm8k")]
-    config = eval_config.read(gsm8k.SUITE, words)
+    config = eval_config.read(gsm8k.BENCHMARK, words)
     wanted = shlex.join(["pearl", "eval", "gsm8k", *words])
     assert config.to_go_on == " ".join(filter(None, (wanted, more.format(config.folder))))
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -35,7 +35,7 @@ def answers(folder: Path) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def finished(pair, tmp_path_factory):
-    """A run of each suite."""
+    """A run of each benchmark."""
     folders = {}
     for name in SAMPLES:
         folders[name] = tmp_path_factory.mktemp(name)
@@ -47,7 +47,7 @@ def finished(pair, tmp_path_factory):
 
 
 @EVERY
-def test_every_suite_leaves_the_same_files_with_the_same_keys(finished, name):
+def test_every_benchmark_leaves_the_same_files_with_the_same_keys(finished, name):
     first, mine = summary(finished["gsm8k"]), summary(finished[name])
     assert {"config.json", "samples.jsonl", "passes.jsonl", "summary.json"} <= {
         f.name for f in finished[name].iterdir()
@@ -202,7 +202,7 @@ def test_a_second_turn_that_proves_too_long_is_named_or_its_problem_left_out(
         grown = " and" * 500 if question.question_id == 101 and any(answers) else ""
         return fastchat.prompt(question, answers, *more) + grown
 
-    monkeypatch.setattr(mt_bench, "SUITE", replace(mt_bench.SUITE, prompt=prompt))
+    monkeypatch.setattr(mt_bench, "BENCHMARK", replace(mt_bench.BENCHMARK, prompt=prompt))
     others = [record | {"question_id": 82 + i} for i, record in enumerate(SAMPLES["mt_bench"][:1] * 3)]
     data, out = written(tmp_path, "mt_bench", [*SAMPLES["mt_bench"], *others]), tmp_path / "out"
     arguments = options(pair, data, out, "--ignore-eos", "--batch-size", batch)
@@ -380,7 +380,7 @@ def fails_in_the_second_replica(folder, *lines):
     append(folder, *lines)
 
 results.append = fails_in_the_second_replica
-sys.exit(evaluation.main(gsm8k.SUITE, sys.argv[1:]))
+sys.exit(evaluation.main(gsm8k.BENCHMARK, sys.argv[1:]))
 """
 
 

@@ -129,7 +129,7 @@ def test_modes_that_ranks_do_not_have_are_refused(mode, pair, tmp_path):
         str(tmp_path / "run"),
     ]
     with pytest.raises(UsageError, match=f"{mode} needs a target of one process"):
-        eval_config.read(gsm8k.SUITE, [*words, "--data", str(asked(tmp_path))])
+        eval_config.read(gsm8k.BENCHMARK, [*words, "--data", str(asked(tmp_path))])
 
 
 def asked(folder: Path) -> Path:

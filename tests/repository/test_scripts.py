@@ -89,7 +89,7 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_and_table_is_one_that_the_commands_understand(name, tmp_path):
     *rows, table = commands(f"scripts/{name}.sh", LIMIT="4", FEATURE="drafter")
-    parser = eval_config.parser(gsm8k.SUITE)
+    parser = eval_config.parser(gsm8k.BENCHMARK)
     for row in rows:
         words = row[next(i for i, word in enumerate(row) if word.startswith("eval/")) + 1 :]
         if name == "batch_scaling" and "--batch-size" not in parser.format_help():

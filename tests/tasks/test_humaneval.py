@@ -21,8 +21,8 @@ from pearl.evaluation import results
 from pearl.evaluation.lines import settle
 from pearl.tasks import sandbox
 from pearl.tasks.humaneval import (
+    BENCHMARK,
     STOP_WORDS,
-    SUITE,
     Problem,
     Result,
     Scores,
@@ -201,7 +201,7 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
             line = results.sample_line(key, "ar", (1,), text, completion)
             lines.append(line)
     results.append(tmp_path, lines, [])
-    settle(tmp_path / results.PROBLEMS, SUITE.problem_lines(problems))
+    settle(tmp_path / results.PROBLEMS, BENCHMARK.problem_lines(problems))
     command = [str(Path(sys.executable).parent / "evaluate_functional_correctness"), str(tmp_path / results.SAMPLES)]
     done = subprocess.run(
         [*command, f"--problem_file={tmp_path / results.PROBLEMS}"], capture_output=True, text=True, timeout=300

@@ -12,8 +12,8 @@ from pearl.errors import UsageError
 from pearl.tasks import fastchat, gsm8k, mgsm, mt_bench, spec_bench
 from pearl.tasks.numbers import final_number
 
-SUITES = {module.SUITE.name: module.SUITE for module in (gsm8k, mgsm, mt_bench, spec_bench)}
-EVERY = pytest.mark.parametrize("name", SUITES)
+BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (gsm8k, mgsm, mt_bench, spec_bench)}
+EVERY = pytest.mark.parametrize("name", BENCHMARKS)
 
 
 class Tokenizer:
@@ -27,7 +27,7 @@ class Tokenizer:
 
 
 def loaded(tmp_path, name: str) -> list:
-    return SUITES[name].load(written(tmp_path, name))
+    return BENCHMARKS[name].load(written(tmp_path, name))
 
 
 # Reading
@@ -35,18 +35,18 @@ def loaded(tmp_path, name: str) -> list:
 
 @EVERY
 def test_a_file_in_the_original_format_is_read_whole(tmp_path, name):
-    suite, problems = SUITES[name], loaded(tmp_path, name)
+    benchmark, problems = BENCHMARKS[name], loaded(tmp_path, name)
     assert len(problems) == len(SAMPLES[name])
-    assert len({suite.identify(problem) for problem in problems}) == len(problems)
+    assert len({benchmark.identify(problem) for problem in problems}) == len(problems)
 
 
 @EVERY
 def test_a_line_that_is_no_problem_is_named_and_told_what_it_must_be(tmp_path, name):
     for broken in (dict.fromkeys(SAMPLES[name][0]), [], {"question": 1}):
         file = written(tmp_path, name, [SAMPLES[name][0], broken])
-        told = rf"{name}\.jsonl, line 2 is not a {SUITES[name].title} problem: it must be an object with"
+        told = rf"{name}\.jsonl, line 2 is not a {BENCHMARKS[name].title} problem: it must be an object with"
         with pytest.raises(UsageError, match=told):
-            SUITES[name].load(file)
+            BENCHMARKS[name].load(file)
 
 
 @EVERY
@@ -57,15 +57,15 @@ def test_without_data_and_hub_one_sentence_says_where_it_is(name, monkeypatch):
     for hub in (None, SimpleNamespace(load_dataset=unreachable)):  # no such package; a package without a network
         monkeypatch.setitem(sys.modules, "datasets", hub)
         with pytest.raises(UsageError, match=r"^[^\n]*download https://\S+\.jsonl [^\n]* --data FILE\.$") as caught:
-            SUITES[name].load(None)
-        assert SUITES[name].title in str(caught.value)
+            BENCHMARKS[name].load(None)
+        assert BENCHMARKS[name].title in str(caught.value)
 
 
 @EVERY
 def test_what_the_hub_gives_is_read_like_a_file(tmp_path, name, monkeypatch):
     hub = SimpleNamespace(load_dataset=lambda *_, **__: SAMPLES[name])
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    assert SUITES[name].load(None) == loaded(tmp_path, name)
+    assert BENCHMARKS[name].load(None) == loaded(tmp_path, name)
 
 
 # Asking
@@ -90,7 +90,7 @@ def test_mgsm_asks_in_the_words_of_the_language(tmp_path):
     assert mgsm.prompt(german, (), "completion", Tokenizer()) == "Frage: Wie viele Eier?\nSchritt-für-Schritt-Antwort:"
     assert mgsm.prompt(bengali, (), "completion", Tokenizer()).startswith("প্রশ্ন: ")
     assert len(mgsm.WORDS) == 11
-    assert all(f"\n{asks}" in mgsm.SUITE.stop for asks, _ in mgsm.WORDS.values())
+    assert all(f"\n{asks}" in mgsm.BENCHMARK.stop for asks, _ in mgsm.WORDS.values())
 
 
 @pytest.mark.parametrize("format", ["chat", "completion"])
@@ -125,10 +125,10 @@ def test_without_fastchat_a_sentence_says_what_to_install(tmp_path, name, monkey
 def test_unknown_formats_and_chats_without_a_template_are_refused(tmp_path, name):
     problem, tokenizer = loaded(tmp_path, name)[0], Tokenizer()
     with pytest.raises(UsageError, match="no prompt format 'prose'"):
-        SUITES[name].prompt(problem, (), "prose", tokenizer)
+        BENCHMARKS[name].prompt(problem, (), "prose", tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match="no chat template"):
-        SUITES[name].prompt(problem, (), "chat", tokenizer)
+        BENCHMARKS[name].prompt(problem, (), "chat", tokenizer)
 
 
 # Judging
@@ -137,13 +137,13 @@ def test_unknown_formats_and_chats_without_a_template_are_refused(tmp_path, name
 def test_a_score_is_the_share_of_right_final_numbers(tmp_path):
     problems = loaded(tmp_path, "gsm8k")
     answers = [("GSM8K/0", "The answer is 21."), ("GSM8K/1", "about $160,000.00"), ("GSM8K/1", "no idea")]
-    assert gsm8k.SUITE.score(problems, answers) == {"score": 2 / 3, "score_by_category": None}
+    assert gsm8k.BENCHMARK.score(problems, answers) == {"score": 2 / 3, "score_by_category": None}
 
 
 def test_mgsm_is_judged_language_by_language(tmp_path):
     problems = loaded(tmp_path, "mgsm")
     answers = [("MGSM/7", "Es sind 70.000."), ("MGSM/8", "#### ১৭")]
-    figures = mgsm.SUITE.score(problems, answers)
+    figures = mgsm.BENCHMARK.score(problems, answers)
     assert figures == {"score": 0.5, "score_by_category": {"german": 1.0, "bengali": 0.0}}
 
 
@@ -157,7 +157,7 @@ def turn(text: str, committed: list[int], seconds: float) -> SimpleNamespace:
 def test_answers_are_written_as_fastchat_and_spec_bench_read_them(tmp_path):
     questions = loaded(tmp_path, "mt_bench")
     talks = {"81": [[turn(" A line. ", [3, 1], 2.0), turn("A LINE.", [4], 1.0)]]}
-    (line,) = mt_bench.SUITE.export(questions, talks, "model-pearl")
+    (line,) = mt_bench.BENCHMARK.export(questions, talks, "model-pearl")
     assert line.keys() == {"question_id", "category", "answer_id", "model_id", "choices", "tstamp"}
     assert (line["question_id"], line["model_id"]) == (81, "model-pearl")
     assert line["choices"] == [
@@ -170,5 +170,5 @@ def test_answers_are_written_as_fastchat_and_spec_bench_read_them(tmp_path):
             "accept_lengths": [3, 1, 4],
         }
     ]
-    (again,) = mt_bench.SUITE.export(questions, talks, "model-pearl")
+    (again,) = mt_bench.BENCHMARK.export(questions, talks, "model-pearl")
     assert again["answer_id"] == line["answer_id"]  # a run that was resumed names its answers as one that was not

@@ -47,7 +47,10 @@ from pearl.training import prompts
 from pearl.training.recipes import Recipe, read_recipe
 from pearl.wire.codec import unpack
 
-SUITES = {suite.name: suite for suite in (gsm8k.SUITE, humaneval.SUITE, mgsm.SUITE, mt_bench.SUITE, spec_bench.SUITE)}
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (gsm8k.BENCHMARK, humaneval.BENCHMARK, mgsm.BENCHMARK, mt_bench.BENCHMARK, spec_bench.BENCHMARK)
+}
 RECORDS: dict[str, dict[str, Any]] = {  # a line that each data set takes
     "humaneval": {"task_id": "T/0", "prompt": "def f():\n", "entry_point": "f", "test": "", "canonical_solution": ""},
     "gsm8k": {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
@@ -161,7 +164,7 @@ class Fuzz:
             "texts": self.texts,
             "wire": self.wire,
             "run folder": self.run_folder,
-            **{name: lambda name=name: self.data(name) for name in SUITES},
+            **{name: lambda name=name: self.data(name) for name in BENCHMARKS},
         }
 
     def write(self, data: bytes) -> str:
@@ -190,7 +193,7 @@ class Fuzz:
         return words
 
     def command_line(self) -> object:
-        made = evaluation_parser(self.rng.choice(list(SUITES.values())))
+        made = evaluation_parser(self.rng.choice(list(BENCHMARKS.values())))
         return _settings(made, self.words(made))
 
     def command(self) -> object:
@@ -207,7 +210,7 @@ class Fuzz:
         return cli.parse(made, words) if made.options else made.parse_args(words)
 
     def config_file(self) -> object:
-        made = evaluation_parser(self.rng.choice(list(SUITES.values())))
+        made = evaluation_parser(self.rng.choice(list(BENCHMARKS.values())))
         names = list(made.options)
         values = {self.rng.choice(names): evil(self.rng) for _ in range(self.rng.randint(1, 4))}
         return _settings(made, ["--config", self.write(damaged(self.rng, as_yaml(self.rng, values)))])
@@ -234,9 +237,9 @@ class Fuzz:
         return score.load(self.write(self.lines(RECORDS["texts"])), lambda text: [*text.encode()], 100, 256)
 
     def data(self, name: str) -> object:
-        suite = SUITES[name]
-        problems = suite.load(self.write(self.lines(RECORDS[name])))
-        return [(suite.identify(one), suite.category(one), suite.turns(one)) for one in problems]
+        benchmark = BENCHMARKS[name]
+        problems = benchmark.load(self.write(self.lines(RECORDS[name])))
+        return [(benchmark.identify(one), benchmark.category(one), benchmark.turns(one)) for one in problems]
 
     def wire(self) -> object:
         words = [self.rng.choice([0, 1, 2, 3, 16, -1, self.rng.randrange(-(1 << 31), 1 << 31)]) for _ in range(32)]

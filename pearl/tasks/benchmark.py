@@ -1,4 +1,4 @@
-"""What the harness asks of a data set: plain functions, no model and no tensor."""
+"""What the harness asks of a benchmark: plain functions, no model and no tensor."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Conversations = Mapping[str, Sequence[Sequence[Turn]]]  # by problem: its sample
 
 
 @dataclass(frozen=True)
-class Suite(Generic[Problem]):
-    """A data set and how it is asked and judged."""
+class Benchmark(Generic[Problem]):
+    """Problems, how they are asked, and how they are judged."""
 
     name: str  # of files and folders
     title: str
