@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             .eval()
             .to(engine.model.model.device)
         )
-        params = SamplingParams(max_new_tokens=found.max_new_tokens, ignore_eos=True)
+        params = SamplingParams(max_new_tokens=found.max_new_tokens, ignore_eos=True).with_defaults()
         count, rates, same = found.max_new_tokens, [], 0
 
         def generate(prompt: list[int], tokens: int) -> list[int]:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return out[0, len(prompt) :].tolist()
 
         generate(engine.encode("def f(x):"), 8)
-        engine.generate("def f(x):", SamplingParams(max_new_tokens=8), mode="ar")
+        engine.generate("def f(x):", SamplingParams(max_new_tokens=8).with_defaults(), mode="ar")
         for problem in problems:
             prompt = engine.encode(problem.prompt.strip())
             began = time.perf_counter()

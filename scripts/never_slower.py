@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = cli.parse(parser, argv)
     config, _ = cli.engine_config(found)
     schedules = cli.schedules(found)
-    params = replace(cli.sampling(found), ignore_eos=True)
+    params = replace(cli.sampling(found).with_defaults(), ignore_eos=True)
     problems = humaneval.load()
     problems = [problems[i] for i in cli.choose(len(problems), found.limit or 3, found.indices)]
 

@@ -123,10 +123,10 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
         return
     same = "no model drafts" if config.draft == NGRAM else f"{len(checked.tokenizer)} tokens that both know"
     yield CheckResult("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
-    params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True).with_defaults()
     try:
         with Engine(launch(config, Schedule.of("pearl"), checked=checked)) as engine:
-            engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True), mode="sd")
+            engine.generate(PROMPT, SamplingParams(max_new_tokens=8, ignore_eos=True).with_defaults(), mode="sd")
             texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
             events = engine.events
             bits = report(engine.model.checks)

@@ -9,14 +9,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pearl.config import cli
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.config.pairs import Pair
-from pearl.core.params import SamplingParams
+from pearl.core.params import NEUTRAL, SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.machine import launcher
@@ -83,7 +83,8 @@ def parser(benchmark: Benchmark) -> cli.Parser:
     made = cli.parser(
         command(benchmark), *EXAMPLES, max_new_tokens=tokens, baselines=cli.BASELINES, about=benchmark.description
     )
-    made.set_defaults(seed=0)  # a run can be repeated, and resumed
+    # A run can be repeated, and compared with that of another checkpoint: nothing is left to chance or to its defaults.
+    made.set_defaults(seed=0, **{name: value for name, value in NEUTRAL.items() if name in made.options})
     return made.take(TASK)
 
 
@@ -92,10 +93,15 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
     words = tuple(sys.argv[1:] if argv is None else argv)
     found = cli.parse(parser(benchmark), words)
     config, pair = cli.engine_config(found)
-    schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found)
+    schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found).with_defaults()
     baselines = tuple(mode for mode in found.mode if mode in cli.BASELINES)
     if baselines and not params.greedy:
         raise UsageError(f"{baselines[0]} draws its samples in its own way and can't be compared: use --temperature 0.")
+    plain = SamplingParams(max_new_tokens=params.max_new_tokens, ignore_eos=params.ignore_eos, **NEUTRAL)
+    if baselines and replace(params, seed=None, method=plain.method) != plain:
+        raise UsageError(
+            f"{baselines[0]} is measured without penalties and other rules: leave them out, or leave it out."
+        )
     if "hf-assisted" in baselines and (config.draft == NGRAM or config.feature_folder):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     for mode in found.mode:

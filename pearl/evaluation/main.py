@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config import cli
+from pearl.core.params import SamplingParams
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
@@ -67,7 +68,10 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         group = ReplicaGroup(world)
         if group.first:
-            print(f"{engine.description}\nwriting to {config.folder}", flush=True)
+            print(engine.description)
+            if own := _not_applied(checked.target, params):
+                print(f"not applied, as an evaluation takes what its command line says: the checkpoint's {own}")
+            print(f"writing to {config.folder}", flush=True)
         modes = harness.decoders(engine, config.schedules)
         if config.baselines:
             from pearl.evaluation.baselines import Baselines
@@ -103,6 +107,18 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
                 summary = harness.summary(engine, plan, asked, results.read(config.folder)[0], left_out)
         group.leave()
     return summary, bool(failures)
+
+
+def _not_applied(target: Any, params: SamplingParams) -> str:
+    """What the checkpoint's generation config would change a greedy text by, and the params do not."""
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(target.name, local_files_only=target.only_downloaded)
+    except (OSError, ValueError):  # it has none
+        return ""
+    said = {name: getattr(own, name, None) for name in ("repetition_penalty", "no_repeat_ngram_size")}
+    return " and ".join(f"{name} {value:g}" for name, value in said.items() if value and value != getattr(params, name))
 
 
 def _format(config: EvalConfig, tokenizer: Any) -> str:
