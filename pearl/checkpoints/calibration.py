@@ -34,6 +34,7 @@ from pearl.models.batch_invariance import (
 )
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
+from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
 
@@ -86,7 +87,8 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         plan = find_invariant_batches(reader, checked.vocabulary, tried()) if reader.rows.exact else None
         return {"joint": asdict(plan) if plan else None}
 
-    if isinstance(reader, VerifierModel) and has_static_shapes(config, placed):
+    ours = uses_grouped_attention(reader.model)  # another's masks are no part of a recorded forward
+    if isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         backends = numerics_check.backends(placed.on_cpu)
         static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
@@ -110,7 +112,7 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     assert checked.draft is not None, "a draft model was loaded"
     key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
     key |= {"what": "leaves", "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
-    if has_static_shapes(config, placed):
+    if uses_grouped_attention(reader.model) and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         key["graphs"] = capture is not None
         captured = measured_once(

@@ -20,7 +20,7 @@ from pearl.config.pairs import known_numbers
 from pearl.core.schedule import MAX_GAMMA
 from pearl.drafters.feature import network
 from pearl.errors import UsageError
-from pearl.models.architecture import bytes_of_a_sequence, longest_sequence
+from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
 from pearl.models.language_model import TREE_SLOTS
 from pearl.models.tensor_parallel import model as tensor_parallel
 
@@ -40,6 +40,7 @@ class Preflight:
     target_on: Placement
     draft_on: Placement
     texts: int = 1  # side by side
+    rope_border: int | None = None  # see `architecture.rope_border`
 
     @property
     def feature_drafter(self) -> network.DrafterShape | None:
@@ -53,9 +54,12 @@ class Preflight:
         if not all(type(token) is int and 0 <= token < self.vocabulary for token in tokens):
             raise UsageError(f"The prompt's token ids must be whole numbers from 0 to {self.vocabulary - 1}.")
         if len(tokens) + max_new_tokens > self.max_length:
+            why = "raise max_length as far as the model allows"
+            if self.rope_border is not None and self.rope_border <= self.max_length:
+                why = "choose a model whose rotary embeddings do not change in a longer text, as these do"
             raise UsageError(
                 f"The prompt's {len(tokens)} tokens and max_new_tokens {max_new_tokens} are more than the "
-                f"{self.max_length} that a text may have: shorten one, or raise max_length as far as the model allows."
+                f"{self.max_length} that a text may have: shorten one, or {why}."
             )
 
     def features_from(self, apart: bool) -> str:
@@ -141,7 +145,10 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     caches["target"] *= here
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
     check_memory(loads, texts)
-    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, placed["target"], placed["draft"], texts)
+    border = rope_border(target_config)
+    return Preflight(
+        config, target, draft, tokenizer, vocabulary, max_length, placed["target"], placed["draft"], texts, border
+    )
 
 
 def _known(name: str) -> float | None:

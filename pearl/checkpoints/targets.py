@@ -17,7 +17,7 @@ from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.transformers_interface import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
 from pearl.models.verifier import VerifierModel
 

@@ -25,8 +25,8 @@ from pearl.core.stopping import Stopper
 from pearl.engine import Engine
 from pearl.evaluation.harness import Decoder
 from pearl.machine import memory
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.kv_cache.transformers_interface import (
-    use_grouped_attention,
     use_transformers_attention,
     uses_grouped_attention,
 )

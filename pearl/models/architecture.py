@@ -18,18 +18,18 @@ def bytes_of_a_sequence(config: PretrainedConfig, tokens: int, width: int) -> in
     return 2 * config.num_hidden_layers * heads * head_dim * slots * width
 
 
-_ALIBI = "its position bias from a mask of its own, which the cache would override"
-_OWN_MASKS = {  # settings of models whose own mask is more than causal and would be overridden
-    "alibi": _ALIBI,
-    "attention_types": "local masks of its own, which the cache would override",
-    "use_bidirectional_attention": "tokens see what follows them, so it does not write texts",
+_OWN_MASKS = {  # settings of models whose own mask is more than causal
+    "attention_types": "local masks of its own",
+    "use_bidirectional_attention": "masks in which tokens see what follows them, so it does not write texts",
 }
 
 
 def longest_sequence(config: PretrainedConfig) -> int:
-    """How many tokens the model can read with a plain causal mask.
+    """How many tokens the model can read.
 
-    Raises `UsageError` for layers that keep a state instead of keys, which can't go back after a wrong guess.
+    Rotary embeddings that change all positions once a text is longer than the model was trained on end there
+    (`rope_border`). Raises `UsageError` for layers that keep a state instead of keys, which can't go back after a wrong
+    guess.
     """
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -37,13 +37,27 @@ def longest_sequence(config: PretrainedConfig) -> int:
     if other or not hasattr(config, "num_attention_heads"):
         what = ", ".join(sorted(other)) or config.model_type
         raise UsageError(f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer.")
-    own = next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None)
-    if own or config.model_type == "bloom":
-        raise UsageError(f"{config.model_type} makes {own or _ALIBI}: choose another model.")
-    limits = [getattr(config, "max_position_embeddings", None) or 1 << 20]
-    sliding = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
-    if sliding and getattr(config, "sliding_window", None):
-        limits.append(config.sliding_window)  # up to here a window masks nothing that causality does not
-    if "chunked_attention" in kinds:
-        limits.append(config.attention_chunk_size)
-    return min(limits)
+    if own := next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None):
+        raise UsageError(f"{config.model_type} makes {own}: choose another model.")
+    limits = [getattr(config, "max_position_embeddings", None), rope_border(config)]
+    if kept := getattr(config, "keep_window_size", None):  # Doge's mask leaves out tokens once there are more slots
+        limits.append(kept // GRAIN * GRAIN)
+    return min((limit for limit in limits if limit), default=1 << 20)
+
+
+def rope_border(config: PretrainedConfig) -> int | None:
+    """The length of a text from which on all its positions have other rotary factors; None: there is none.
+
+    Beyond it every key would have to be made anew (longrope), or at every token (dynamic).
+    """
+    config = config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes] if "rope_type" in ropes else [one for one in ropes.values() if isinstance(one, dict)]
+    borders = [
+        rope.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for rope in ropes
+        if rope.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(borders, default=None)

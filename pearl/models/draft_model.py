@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
+from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.language_model import LanguageModel, SequenceRows
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes import ForwardRows
@@ -53,7 +54,9 @@ class DraftModel(LanguageModel):
 
     @torch.inference_mode()
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
-        """As `read_leaves`, for several sequences in one forward."""
+        """As `read_leaves`, for several sequences in one forward, where their attention is ours."""
+        if not uses_grouped_attention(self.model):
+            return [torch.cat([self._read_leaf(one, path) for path in one.paths]) for one in queries]
         found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
         parts, wanted, plans, trees = [], [], [], []
         for one in queries:
@@ -63,7 +66,7 @@ class DraftModel(LanguageModel):
             trees.append(slot.tree or DraftTreeCache(slot.cache.slots))
             slot.tree = None  # if what follows fails, nothing is known
             plans.append(trees[-1].plan(list(one.tokens), one.paths))
-            *before, last = plans[-1].chunks(DRAFT_PREFILL_CHUNK)
+            *before, last = plans[-1].chunks(DRAFT_PREFILL_CHUNK, self.windows)
             for chunk in before:
                 found[one.batch_slot].append(self._read_chunk(chunk, one.batch_slot))
             if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
@@ -82,6 +85,11 @@ class DraftModel(LanguageModel):
             for one, plan in zip(queries, plans, strict=True)
         ]
 
+    def _read_leaf(self, query: LeavesQuery, path: tuple[int, ...]) -> Tensor:
+        """By a chain of its own: a model that makes its masks itself reads no others. It is timed on longer texts than
+        it may have to read."""
+        return self.read([*query.tokens, *path][: self.max_length], 1, batch_slot=query.batch_slot)
+
     def _lay_out_chunk(self, chunk: ForwardChunk, batch_slot: int) -> SequenceRows:
         cache = self._slots[batch_slot].cache
         cache.place_nodes(chunk.slots, chunk.mask)
@@ -89,7 +97,8 @@ class DraftModel(LanguageModel):
 
     def _read_chunk(self, chunk: ForwardChunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
-            mask = chunk.mask[0, 0].numpy()
+            masks = [chunk.mask.within(window).visible[0, 0] for window in (None, *self.windows)]
+            mask = torch.stack(masks).numpy()
             rows = ForwardRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
             return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
         laid = self._lay_out_chunk(chunk, batch_slot)

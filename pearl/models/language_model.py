@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
 from pearl.core.trie import shared_prefix
 from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.kv_cache.attention_probe import attention_of
 from pearl.models.kv_cache.batch_cache import BatchCache, SequenceSlice
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
+from pearl.models.kv_cache.window import Window
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes import COUNTS, Capture, ForwardRows, StaticShapeRunner
 
@@ -108,6 +110,7 @@ class LanguageModel:
         self.static: StaticShapeRunner | None = None
         self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
         self._hooks, self._head = hooks, head
+        self._attention = attention_of(model)
         self.batch_slots = batch_slots
         self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(batch_slots)]
 
@@ -116,7 +119,7 @@ class LanguageModel:
     ) -> StaticShapeRunner:
         """From here on forwards of one sequence that are no wider than the last of `counts` have static shapes."""
         self.static = StaticShapeRunner(
-            self.model, self.buffers.slots, counts, capture, backend, self._hooks, self._head
+            self.model, self.buffers.slots, counts, capture, backend, self._hooks, self._head, self.windows
         )
         return self.static
 
@@ -226,13 +229,22 @@ class LanguageModel:
 
     @property
     def shares_forwards(self) -> bool:
-        """Whether several sequences can be read in one forward."""
-        return uses_grouped_attention(self.model)
+        """Whether several sequences can be read in one forward, and rows beside a chain."""
+        return uses_grouped_attention(self.model) and self._attention.owns_keys
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """The different ones of its layers."""
+        return self._attention.windows
 
     @torch.inference_mode()
     def run(self, tokens: list[int], positions: list[int], cache: ForwardCache, keep: int | Tensor = 0) -> Tensor:
         """Logits [rows, V] of one forward, V as the model has it; `keep`: see transformers' `logits_to_keep`."""
-        return forward(self.model, torch.tensor([tokens]), torch.tensor([positions]), cache, keep)[0]
+        one = self.model, torch.tensor([tokens]), torch.tensor([positions]), cache
+        if self._attention.slices_rows and not (isinstance(keep, int) and keep == 0):
+            logits = forward(*one)[0]
+            return logits[-keep:] if isinstance(keep, int) else logits[keep]
+        return forward(*one, keep)[0]
 
 
 def _branches(chain: int, parents: Sequence[int], positions: Sequence[int], plan: TokenBuckets) -> list[Branch]:

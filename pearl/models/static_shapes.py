@@ -32,9 +32,10 @@ from transformers import PreTrainedModel
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import LIMIT, CannotBranch
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.attention import BACKENDS, AttentionMask
+from pearl.models.kv_cache.attention import BACKENDS, AttentionMask, LayerCall
 from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, KeyValue, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
+from pearl.models.kv_cache.window import Window
 from pearl.models.reduced_head import ReducedVocabHead
 
 _log = logging.getLogger(__name__)
@@ -73,22 +74,22 @@ class ForwardRows:
     slots: Sequence[int]  # of the first rows; the others lie in no slot
     first: int = 0  # position of the first
     branches: Sequence[Branch] = ()
-    mask: np.ndarray | None = None  # bool [rows, slots]: what each sees, if that is not all up to its own slot
+    mask: np.ndarray | None = None  # bool [1 + windows, rows, slots]: what each sees, if not all up to its own slot
     least: int = 0  # rows of the forward, these and padding
 
 
 class StaticInputs:
     """The buffers from which every shape reads, and the way there: one copy, which does not wait for the device."""
 
-    def __init__(self, device: torch.device, slots: int):
+    def __init__(self, device: torch.device, slots: int, masks: int):
         lines = _COMMON + _OF_A_PATH * LIMIT
         self.numbers = torch.zeros(lines, LIMIT, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(LIMIT * slots, dtype=torch.bool, device=device)
+        self.mask = torch.zeros(masks * LIMIT * slots, dtype=torch.bool, device=device)
         # two by turns: one is filled while the other's copy may still be under way
         self._stages = [_PinnedStage(self.numbers, self.mask) for _ in range(2)] if device.type == "cuda" else []
 
     def fill(self, numbers: np.ndarray, mask: np.ndarray | None) -> None:
-        """numbers: int64 [lines, LIMIT]; mask: bool [R, S]"""
+        """numbers: int64 [lines, LIMIT]; mask: bool [1 + windows, R, S]"""
         lines = len(numbers)
         if not self._stages:
             self.numbers[:lines] = torch.from_numpy(numbers)
@@ -123,18 +124,21 @@ class _PinnedStage:
 class StaticCache(ForwardCache):
     """A `SlotCache` as a forward of one shape sees it: where rows lie is read from the inputs, on the device."""
 
-    def __init__(self, cache: SlotCache, shape: ForwardShape, inputs: StaticInputs, backend: str):
+    def __init__(
+        self, cache: SlotCache, shape: ForwardShape, inputs: StaticInputs, backend: str, windows: Sequence[Window]
+    ):
         super().__init__()
         self._cache, self._shape, self._attention = cache, shape, BACKENDS[backend]
         self._read = shape.seen + (LIMIT if backend == "flash" and not shape.masked else 0)
         numbers = inputs.numbers[:, : shape.rows]
         self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
-        slots = torch.arange(shape.seen, device=numbers.device)
         if shape.masked:
-            self.mask = AttentionMask(inputs.mask[: shape.rows * shape.seen].view(1, 1, shape.rows, shape.seen))
+            count, size = 1 + len(windows), (1, 1, shape.rows, shape.seen)
+            whole, *near = inputs.mask[: count * shape.rows * shape.seen].view(count, *size)
+            windowed = {window: AttentionMask(one) for window, one in zip(windows, near, strict=True)}
+            self.mask = AttentionMask(whole, windowed=windowed)
         else:
-            last = numbers[_LAST][None]
-            self.mask = AttentionMask((slots <= last[..., None])[:, None], last)
+            self.mask = AttentionMask.chain(numbers[_LAST][None], shape.seen)
         if shape.paths:
             lines = numbers[_COMMON : _COMMON + _OF_A_PATH * shape.paths].unflatten(0, (shape.paths, _OF_A_PATH))
             # one column more takes what a path does not need
@@ -142,8 +146,7 @@ class StaticCache(ForwardCache):
             to = lines[:, _TO].where(lines[:, _TO] < shape.seen, self._read)
             self._places = places.scatter_(1, to, lines[:, _FROM])[:, : self._read].flatten()
             self._queries = lines[:, _QUERY].flatten()
-            last = lines[:, _QUERY_LAST]
-            self._path_mask = AttentionMask((slots <= last[..., None])[:, None], last)
+            self._path_mask = AttentionMask.chain(lines[:, _QUERY_LAST], shape.seen)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, R, head_dim]."""
@@ -156,17 +159,18 @@ class StaticCache(ForwardCache):
     def must_attend(self) -> bool:
         return bool(self._shape.paths)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         """The attention of the rows, [1, heads, R, head_dim], those of each path over the chain with it laid over."""
-        out = self._attention(query, key, value, self.mask, scaling)
+        out = self._attention(query, key, value, self.mask, call)
         if not self._shape.paths:
             return out
-        if not self._cache.holds(key, layer):
+        owner = self._cache.owner(key)
+        if owner is None:
             raise CannotBranch
-        keys, values = map(self._laid_over, self._cache.view(layer, key, value))
+        keys, values = map(self._laid_over, self._cache.view(owner, key, value))
         queries = query.index_select(2, self._queries.to(query.device))
         queries = queries[0].unflatten(1, (self._shape.paths, -1)).transpose(0, 1)  # [P, heads, R, head_dim]
-        beside = self._attention(queries, keys, values, self._path_mask, scaling).transpose(0, 1).flatten(1, 2)
+        beside = self._attention(queries, keys, values, self._path_mask, call).transpose(0, 1).flatten(1, 2)
         return torch.cat([out, beside[None]], 2).index_select(2, self._take.to(out.device))
 
     def _laid_over(self, buffer: Tensor) -> Tensor:
@@ -187,15 +191,16 @@ class StaticShapeRunner:
         backend: str = "packed",
         hooks: HiddenStateHooks | None = None,
         head: ReducedVocabHead | None = None,
+        windows: Sequence[Window] = (),
     ):
         """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
-        the code as it is. `backend`: see `kv_cache.attention`."""
+        the code as it is. `backend`: see `kv_cache.attention`. `windows`: the different ones of the layers."""
         self.counts, self.backend = tuple(counts), backend
         self.failed = ""  # why nothing is recorded any more
         self._model, self._slots, self._capture, self._hooks, self._head = model, slots, capture, hooks, head
         if head:
             head.settle()
-        self._inputs = StaticInputs(model.device, slots)
+        self._inputs, self._windows = StaticInputs(model.device, slots, 1 + len(windows)), windows
         self._runs: dict[ForwardShape, Run] = {}
         self._logits = self._states = torch.empty(0)  # [LIMIT, V] and [LIMIT, F], of the last forward
 
@@ -213,7 +218,7 @@ class StaticShapeRunner:
         """Logits [R, V], V as the model has it, and the hooked layers' hidden states [R, F]. The next forward writes
         over both."""
         count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
-        seen = cache.buffers.seen(rows.mask.shape[1] if rows.mask is not None else 1 + max(_lasts(rows)))
+        seen = cache.buffers.seen(rows.mask.shape[2] if rows.mask is not None else 1 + max(_lasts(rows)))
         paths = next(paths for paths in PATHS if paths >= len(rows.branches))
         layout = self._head.layout if self._head else (True, 0)
         shape = ForwardShape(cache.batch_slot, count, seen, paths, rows.mask is not None, layout)
@@ -227,7 +232,7 @@ class StaticShapeRunner:
         def run() -> None:
             tokens = self._inputs.numbers[_TOKEN : _TOKEN + 1, : shape.rows]
             positions = self._inputs.numbers[_POSITION : _POSITION + 1, : shape.rows]
-            seen = StaticCache(cache, shape, self._inputs, self.backend)
+            seen = StaticCache(cache, shape, self._inputs, self.backend, self._windows)
             logits = forward(self._model, tokens, positions, seen)
             self._logits = _kept(self._logits, logits[0])
             if self._hooks:
@@ -291,12 +296,13 @@ def _numbers(rows: ForwardRows, shape: ForwardShape, slots: int) -> np.ndarray:
 
 
 def _mask(rows: ForwardRows, shape: ForwardShape) -> np.ndarray | None:
-    """bool [R, S]: a row that only fills the shape sees what the last one does."""
+    """bool [1 + windows, R, S]: a row that only fills the shape sees what the last one does."""
     if rows.mask is None:
         return None
-    made = np.zeros((shape.rows, shape.seen), dtype=bool)
-    made[: len(rows.mask), : rows.mask.shape[1]] = rows.mask
-    made[len(rows.mask) :] = made[len(rows.mask) - 1]
+    masks, count, slots = rows.mask.shape
+    made = np.zeros((masks, shape.rows, shape.seen), dtype=bool)
+    made[:, :count, :slots] = rows.mask
+    made[:, count:] = made[:, count - 1 : count]
     return made
 
 

@@ -39,7 +39,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.transformers_interface import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict.prediction import by_times, predict

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.kv_cache.slot_cache import KeyValue
-from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, use_grouped_attention
+from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 
 READ_BLOCK = 32  # slots read are a multiple of this
 
@@ -67,13 +69,13 @@ class RowCache(ForwardCache):
     def read_one(self, row: int, count: int) -> None:
         """The next forward reads the first `count` tokens of one row."""
         self._row = row
-        self.mask = AttentionMask(torch.ones(count, count, dtype=torch.bool).tril()[None, None])
+        self.mask = AttentionMask.chain(torch.arange(count)[None], count)
 
     def read_all(self, places: Tensor) -> None:
         """The next forward reads one token of each of the first rows, at `places`."""
         self._row, self._places = None, places
         seen = min(self._shape[1], -(-(int(places.max()) + 1) // READ_BLOCK) * READ_BLOCK)
-        self.mask = AttentionMask((torch.arange(seen) <= places[:, None])[:, None, None])
+        self.mask = AttentionMask.chain(places[:, None], seen)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [texts, kv heads, tokens, head_dim]."""
@@ -115,7 +117,10 @@ class Writer:
         seed: int = 0,
     ):
         """`taps`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
-        use_grouped_attention(model)
+        if why_not := use_grouped_attention(model).why_not:
+            raise UsageError(
+                f"This model's answers can't be recorded, as its attention reads one text alone: {why_not}."
+            )
         self._model, self._rows, self._slots = model, rows, slots
         self._taps, self._top = taps, top
         self._cache = RowCache(rows, slots)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import MambaConfig, Phi3Config, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pearl.checkpoints import checkpoint
@@ -61,11 +61,17 @@ def save_config(folder, config) -> str:
     return str(folder)
 
 
-def test_a_text_ends_where_the_models_window_does(tmp_path):
-    sizes = tiny.SIZES | {"vocab_size": tiny.SHARED}
-    short = save_config(tmp_path, MistralConfig(**sizes, sliding_window=48))
-    assert preflight(EngineConfig(short)).max_length == 48
-    assert preflight(EngineConfig(short, max_length=20)).max_length == 20
+def test_a_text_ends_where_rotary_embeddings_would_change_all_its_positions(tmp_path):
+    factors = dict(long_factor=[4.0] * 8, short_factor=[1.0] * 8, rope_theta=1e4)
+    rope = dict(rope_type="longrope", original_max_position_embeddings=200, **factors)
+    sizes = tiny.SIZES | {"vocab_size": tiny.SHARED, "rope_parameters": rope}
+    bordered = save_config(tmp_path, Phi3Config(**sizes, original_max_position_embeddings=200))
+    assert preflight(EngineConfig(bordered, max_length=20)).max_length == 20
+    checked = preflight(EngineConfig(bordered))
+    assert checked.max_length == 200
+    checked.check_prompt([1] * 150, 50)
+    with pytest.raises(UsageError, match=r"150 tokens and max_new_tokens 51 are more than the 200.*rotary embeddings"):
+        checked.check_prompt([1] * 150, 51)
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

@@ -121,7 +121,7 @@ def give_all_texts_the_mask_of_the_first(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(shares):
         right = run(shares)
-        return replace(right, mask=AttentionMask(right.mask.visible[:1].expand_as(right.mask.visible)))
+        return replace(right, mask=AttentionMask(right.mask.visible[:1].expand_as(right.mask.visible), right.mask.last))
 
     patch.setattr(pearl.models.kv_cache.batch_cache, "_group", wrong)
 

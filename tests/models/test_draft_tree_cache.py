@@ -38,13 +38,13 @@ class Slots:
         plan = self.leaves.plan(text, paths)
         wanted: list[list[int]] = []
         for part in plan.chunks(chunk):
-            assert part.mask.shape == (1, 1, len(part.tokens), part.seen)
+            assert part.mask.visible.shape == (1, 1, len(part.tokens), part.seen)
             slots = part.slots.tolist()
             assert len(set(slots)) == len(slots) and max(slots) < part.seen
             self._held.update(zip(slots, zip(part.positions.tolist(), part.tokens, strict=True), strict=True))
             self.rows += len(slots)
             for row in range(len(slots)):
-                seen = sorted(self._held[slot] for slot in part.mask[0, 0, row].nonzero().flatten().tolist())
+                seen = sorted(self._held[slot] for slot in part.mask.visible[0, 0, row].nonzero().flatten().tolist())
                 assert [position for position, _ in seen] == list(range(len(seen))), "each position is seen once"
                 assert len(seen) == int(part.positions[row]) + 1
                 if row in part.wanted.tolist():
@@ -220,7 +220,7 @@ def test_a_read_that_failed_leaves_no_false_memory(monkeypatch):
 
 
 def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):
-    reader = DraftModel(model()[1], tiny.VOCABULARY, tiny.LENGTH)
+    reader = tiny.draft_model(model()[1])
     rows, run = [], reader.run
     monkeypatch.setattr(reader, "run", lambda tokens, *rest: rows.append(len(tokens)) or run(tokens, *rest))
     reader.read_leaves([1, 2, 3], [()])

@@ -12,7 +12,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
-    Qwen2Config,
+    Phi3Config,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
@@ -21,7 +21,7 @@ from transformers import (
 from pearl.core.token_buckets import GRAIN, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
-from pearl.models.architecture import longest_sequence
+from pearl.models.architecture import longest_sequence, rope_border
 from pearl.models.kv_cache.slot_cache import KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import GROUPED, grouped_sdpa
 from pearl.models.verifier import VerifierModel
@@ -239,34 +239,22 @@ def test_grouped_and_eager_attention_say_the_same():
     text = random_text(90)
     grouped, eager = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     eager.set_attn_implementation("eager")
-    answers = [tiny.verifier(model).read(text, 20) for model in (grouped, eager)]
+    answers = [tiny.verifier(grouped).read(text, 20), VerifierModel(eager, tiny.VOCABULARY, tiny.LENGTH).read(text, 20)]
     assert grouped.config._attn_implementation == GROUPED
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(*answers, atol=TOLERANCE, rtol=0)
 
 
-def windowed(window: int, **more: object) -> MistralConfig:
-    return MistralConfig(**tiny.SIZES, sliding_window=window, **more)
-
-
-def test_a_text_is_no_longer_than_the_models_window_or_its_positions():
-    assert longest_sequence(windowed(32)) == 32
-    assert longest_sequence(windowed(2 * tiny.LENGTH)) == tiny.LENGTH
-    assert longest_sequence(LlamaConfig(**tiny.SIZES)) == tiny.LENGTH
-    qwen = dict(sliding_window=32, max_window_layers=1)
-    assert longest_sequence(Qwen2Config(**tiny.SIZES, use_sliding_window=True, **qwen)) == 32
-    assert longest_sequence(Qwen2Config(**tiny.SIZES, use_sliding_window=False, **qwen)) == tiny.LENGTH
+def test_a_text_is_no_longer_than_the_models_positions_or_the_border_of_its_rotary_embedding():
+    assert longest_sequence(MistralConfig(**tiny.SIZES, sliding_window=32)) == tiny.LENGTH
     assert longest_sequence(tiny.CONFIGS["gpt2"]()) == tiny.LENGTH
-
-
-def test_up_to_its_window_a_model_reads_as_it_always_does():
-    text = random_text(33)
-    model = tiny.random_model(windowed(32))
-    with torch.inference_mode():
-        wanted = model(torch.tensor([text])).logits[0]
-    reader = tiny.verifier(model)
-    torch.testing.assert_close(reader.read(text[:32], 32), wanted[:32], atol=TOLERANCE, rtol=0)
-    assert (reader.read(text, 1) - wanted[-1:]).abs().max() > 0.1  # one more, and it no longer does
+    factors = dict(long_factor=[4.0] * 8, short_factor=[1.0] * 8, rope_theta=1e4)
+    longrope = dict(rope_type="longrope", original_max_position_embeddings=200, **factors)
+    border = Phi3Config(**tiny.SIZES, original_max_position_embeddings=200, rope_parameters=longrope)
+    assert longest_sequence(border) == rope_border(border) == 200
+    dynamic = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    assert longest_sequence(LlamaConfig(**tiny.SIZES, rope_parameters=dynamic)) == tiny.LENGTH
+    assert rope_border(LlamaConfig(**tiny.SIZES)) is None
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from toys import ScriptedChannel, examples, scrambled, ticks, together
 from transformers import (
     BloomConfig,
     Cohere2Config,
+    DogeConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPTNeoConfig,
@@ -37,8 +38,6 @@ from transformers import (
 )
 
 import pearl.models.language_model
-from pearl.checkpoints.preflight import preflight
-from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LIMIT, TokenBuckets
@@ -223,6 +222,9 @@ MASKED: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=1,
         intermediate_size_mlp=96,
     ),
+    "bloom": lambda: BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
+    "falcon-alibi": lambda: FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
+    "doge": lambda: DogeConfig(**SIZES),
     "mpt": lambda: MptConfig(vocab_size=tiny.VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=tiny.LENGTH),
 }
 OVERRIDDEN: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -238,17 +240,13 @@ OVERRIDDEN: dict[str, Callable[[], PreTrainedConfig]] = {
         bos_token_id=0,
         eos_token_id=0,
     ),
-    "bloom": lambda: BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
-    "falcon-alibi": lambda: FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
     "gemma3-bidirectional": lambda: Gemma3TextConfig(**SIZES, head_dim=16, use_bidirectional_attention=True),
 }
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_a_mask_of_the_models_own_is_kept_as_far_as_a_text_may_go(name):
-    config = MASKED[name]()
-    longest = min(longest_sequence(config), 60)
-    model = tiny.random_model(config)
+def test_a_mask_of_the_models_own_is_kept_beyond_its_window(name):
+    model, longest = tiny.random_model(MASKED[name]()), 150
     text = random_prompt(longest)
     with torch.inference_mode():
         wanted = model(torch.tensor([text]), use_cache=False).logits[0]
@@ -262,17 +260,6 @@ def test_a_mask_of_the_models_own_is_kept_as_far_as_a_text_may_go(name):
 def test_a_mask_that_the_cache_would_override_is_refused_in_a_sentence(name):
     with pytest.raises(UsageError, match="choose another model"):
         longest_sequence(OVERRIDDEN[name]())
-
-
-def test_a_text_longer_than_a_models_window_is_refused_in_a_sentence(tmp_path):
-    sizes = SIZES | {"vocab_size": tiny.SHARED}
-    tiny.random_model(MistralConfig(**sizes, sliding_window=WINDOW)).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    checked = preflight(EngineConfig(str(tmp_path), str(tmp_path), dtype="float32"))
-    assert checked.max_length == WINDOW
-    checked.check_prompt([1] * 20, 12)
-    with pytest.raises(UsageError, match=f"20 tokens and max_new_tokens 13 are more than the {WINDOW}.*: shorten one"):
-        checked.check_prompt([1] * 20, 13)
 
 
 # Break the code on purpose: the property has to fail.

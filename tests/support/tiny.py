@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.transformers_interface import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.verifier import VerifierModel
 
 VOCABULARY = 160

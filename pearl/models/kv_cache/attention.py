@@ -13,20 +13,70 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pearl.models.kv_cache.window import Window
+
+
+class LayerCall(NamedTuple):
+    """What a layer asks of its attention beside queries, keys and values."""
+
+    layer: int
+    scaling: float | None = None
+    window: Window | None = None
+    softcap: float | None = None  # scores are squashed to less than this (Gemma 2)
+    sinks: Tensor | None = None  # [heads], scores of a key without a value (gpt-oss)
+
 
 class AttentionMask:
     """What the rows of an attention call may read."""
 
-    def __init__(self, visible: Tensor, last: Tensor | None = None):
-        """visible: bool [B, 1, R, S]. last: int64 [B, R], the last slot of each of consecutive rows; None: no chain."""
+    def __init__(
+        self, visible: Tensor, last: Tensor | None = None, windowed: Mapping[Window, AttentionMask] | None = None
+    ):
+        """visible: bool [B, 1, R, S]. last: int64 [B, R], the last slot of each row, which it sees from the first on;
+        None: no chain. `windowed`: of no chain, what layers with windows see."""
         self.visible, self.last = visible, last
+        self._windowed = dict(windowed or {})
         self._added: dict[torch.device, Tensor] = {}
+
+    @staticmethod
+    def chain(last: Tensor, slots: int) -> AttentionMask:
+        """Rows that see all slots up to `last`, int64 [B, R]."""
+        return AttentionMask((torch.arange(slots, device=last.device) <= last[..., None])[:, None], last)
+
+    @staticmethod
+    def together(masks: Sequence[AttentionMask]) -> AttentionMask:
+        """Those of sequences side by side."""
+        visible = torch.cat([mask.visible for mask in masks])
+        lasts = [mask.last for mask in masks if mask.last is not None]
+        if len(lasts) == len(masks):
+            return AttentionMask(visible, torch.cat(lasts))
+        windows = {window for mask in masks for window in mask._windowed}
+        return AttentionMask(
+            visible, None, {one: AttentionMask.together([mask.within(one) for mask in masks]) for one in windows}
+        )
+
+    def of_rows(self, rows: Tensor) -> AttentionMask:
+        """Those of some rows, int64 [rows]."""
+        windowed = {window: mask.of_rows(rows) for window, mask in self._windowed.items()}
+        return AttentionMask(self.visible[:, :, rows], None if self.last is None else self.last[:, rows], windowed)
+
+    def within(self, window: Window | None) -> AttentionMask:
+        """What the rows of a layer with that window see."""
+        if window is None:
+            return self
+        if window not in self._windowed:
+            assert self.last is not None, "rows of no chain bring what they see in each window"
+            slots = torch.arange(self.visible.shape[-1], device=self.last.device)
+            near = slots >= window.first(self.last)[..., None]
+            self._windowed[window] = AttentionMask(self.visible & near[:, None])
+        return self._windowed[window]
 
     def added(self, groups: int, like: Tensor) -> Tensor:
         """The mask of `groups` heads that share a key, as it is added to scores like these, [B, 1, groups * R, S].
@@ -39,10 +89,10 @@ class AttentionMask:
         return self._added[like.device]
 
 
-Backend = Callable[[Tensor, Tensor, Tensor, AttentionMask, float | None], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, AttentionMask, LayerCall], Tensor]
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scaling: float | None) -> Tensor:
+def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
     """Heads that share a key become rows of it, [B, heads, R, head_dim].
 
     transformers' own attention copies every key and value once a head instead: for six heads a key and 500 tokens that
@@ -51,25 +101,46 @@ def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scali
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
     wide = query.reshape(batch, key.shape[1], groups * rows, width)
-    out = F.scaled_dot_product_attention(wide, key, value, attn_mask=mask.added(groups, query), scale=scaling)
+    added = mask.within(call.window).added(groups, query)
+    if call.softcap or call.sinks is not None:
+        out = _by_hand(wide, key, value, added, call)
+    else:
+        out = F.scaled_dot_product_attention(wide, key, value, attn_mask=added, scale=call.scaling)
     return out.reshape(batch, heads, rows, value.shape[-1])
 
 
-def grouped(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scaling: float | None) -> Tensor:
+def _by_hand(query: Tensor, key: Tensor, value: Tensor, added: Tensor, call: LayerCall) -> Tensor:
+    """Where torch's product has no place for what happens to the scores.  query: [B, kv heads, groups * R, width]"""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+    if call.softcap:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    scores = (scores + added).float()
+    if call.sinks is not None:
+        each = query.shape[2] * query.shape[1] // len(call.sinks)  # rows of a head
+        sinks = call.sinks.float().repeat_interleave(each).view(1, query.shape[1], -1, 1).expand(len(query), -1, -1, -1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
     """torch's own handling of heads that share a key."""
-    visible = mask.visible.to(query.device)
+    if call.softcap or call.sinks is not None:
+        return packed(query, key, value, mask, call)
+    visible = mask.within(call.window).visible.to(query.device)
     shared = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=shared)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=call.scaling, enable_gqa=shared)
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scaling: float | None) -> Tensor:
+def flash(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
     """Without a mask: each chain says how long it is, on the device, so that its length needs no shape of its own.
 
     The kernel is causal from the end: the last of R rows sees all that is used. Rows behind a chain's own, which only
     fill the shape, see slots beyond it; nobody reads them. So `key` and `value` hold R slots more than are read.
     """
-    if mask.last is None:
-        return grouped(query, key, value, mask, scaling)
+    if mask.last is None or call.window or call.softcap or call.sinks is not None:
+        slots = mask.visible.shape[-1]
+        return grouped(query, key[:, :, :slots], value[:, :, :slots], mask, call)
     chains, heads, rows, width = query.shape
     slots, device = key.shape[2], query.device
     used = mask.last[:, 0].to(device) + rows
@@ -81,7 +152,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scalin
         torch.arange(0, (chains + 1) * slots, slots, dtype=torch.int32, device=device),
         rows,
         slots,
-        scale=scaling,
+        scale=call.scaling,
         window_size=(-1, 0),
         enable_gqa=heads != key.shape[1],
         seqused_k=used.to(torch.int32),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.token_buckets import CannotBranch
-from pearl.models.kv_cache.attention import AttentionMask, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 from pearl.models.kv_cache.slot_cache import KeyValue, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache
 
@@ -47,6 +47,7 @@ class BatchCache(ForwardCache):
         assert all(one.cache.buffers is self._buffers for one in slices), "who shares a forward shares buffers"
         self._groups = list(_groups(slices))
         self._gathered: tuple[Tensor, Tensor] | None = None  # see `_gather`
+        self._made: list[tuple[int, Tensor]] = []  # layers, and the keys that each has made in this forward
         written: list[int] = []  # rows of the forward, some of them twice, and where each is written
         batch_slots: list[int] = []
         slots: list[int] = []
@@ -63,17 +64,18 @@ class BatchCache(ForwardCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""
-        self._made = key_states
+        self._made.append((layer_idx, key_states))
         buffers = self._buffers.layer(layer_idx, key_states, value_states)
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
             buffer[self._batch_slots, :, self._slots] = states[0].transpose(0, 1)[self._rows]
         return key_states, value_states
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         """As `SlotCache.attend`; rows that belong to no sequence are zero."""
-        if key is not self._made:
+        owner = next((layer for layer, made in reversed(self._made) if made is key), None)
+        if owner is None:
             raise CannotBranch
-        keys, values = self._buffers.layer(layer, key, value)
+        keys, values = self._buffers.layer(owner, key, value)
         _, heads, rows, width = query.shape
         there, back = self._gather(heads, rows, query.device)
         gathered = query.transpose(1, 2).reshape(rows * heads, width).index_select(0, there)
@@ -82,14 +84,14 @@ class BatchCache(ForwardCache):
             count = group.batch_slots.stop - group.batch_slots.start
             own = gathered[first : first + count * heads * group.queries].view(count, heads, group.queries, width)
             k, v = keys[group.batch_slots, :, : group.seen], values[group.batch_slots, :, : group.seen]
-            results.append(packed(own, k, v, group.mask, scaling).reshape(-1, v.shape[-1]))
+            results.append(packed(own, k, v, group.mask, call).reshape(-1, v.shape[-1]))
             first += len(results[-1])
         out = torch.cat(results).index_select(0, back).view(1, rows, heads, -1).transpose(1, 2)
         for one in self._slices:
             if one.cache.layout.branches:
                 mine = slice(one.rows.start, one.rows.stop)
-                k, v = one.cache.view(layer, key, value)
-                one.cache.attend_branches(query[:, :, mine], k, v, scaling, layer, out[:, :, mine])
+                k, v = one.cache.view(owner, key, value)
+                one.cache.attend_branches(query[:, :, mine], k, v, call, owner, out[:, :, mine])
         return out
 
     def _gather(self, heads: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,6 +131,6 @@ def _can_share_call(a: SequenceSlice, b: SequenceSlice) -> bool:
 
 def _group(slices: Sequence[SequenceSlice]) -> AttentionGroup:
     queries, seen = slices[0].queries, slices[0].cache.layout.seen
-    visible = [one.cache.mask.visible[:, :, torch.arange(queries).clamp_(max=len(one.rows) - 1)] for one in slices]
+    masks = [one.cache.mask.of_rows(torch.arange(queries).clamp_(max=len(one.rows) - 1)) for one in slices]
     batch_slots = slice(slices[0].cache.batch_slot, slices[-1].cache.batch_slot + 1)
-    return AttentionGroup(batch_slots, queries, seen, AttentionMask(torch.cat(visible)))
+    return AttentionGroup(batch_slots, queries, seen, AttentionMask.together(masks))

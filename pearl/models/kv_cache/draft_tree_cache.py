@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.window import Window
+
 _STEP = 16  # slots are read in multiples of this
 
 
@@ -37,7 +40,7 @@ class ForwardChunk:
     positions: Tensor  # [rows]
     slots: Tensor  # [rows]
     seen: int
-    mask: Tensor  # bool [1, 1, rows, seen]
+    mask: AttentionMask  # of [1, 1, rows, seen]
     wanted: Tensor  # the rows whose logits are asked for
 
 
@@ -47,19 +50,31 @@ class ReadPlan:
     order: list[int]  # for each path asked for, its place among the wanted nodes
     wanted: set[int]  # their indices in `nodes`
     high: int  # slots in use lie below
+    places: np.ndarray  # int64 [slots], the position of the token in each
 
-    def chunks(self, rows: int) -> Iterator[ForwardChunk]:
+    def chunks(self, rows: int, windows: Sequence[Window] = ()) -> Iterator[ForwardChunk]:
+        """Forwards of at most so many rows. `windows`: those of the model's layers."""
         seen = -(-self.high // _STEP) * _STEP
         for start in range(0, len(self.nodes), rows):
             part = self.nodes[start : start + rows]
+            positions = np.array([node.position for node in part])
+            visible = np.stack([node.visible[:seen] for node in part])
+            windowed = {
+                window: AttentionMask(_as_mask(visible & (self.places[:seen] >= window.first(positions)[:, None])))
+                for window in windows
+            }
             yield ForwardChunk(
                 tokens=[node.token for node in part],
-                positions=torch.tensor([node.position for node in part]),
+                positions=torch.from_numpy(positions),
                 slots=torch.tensor([node.slot for node in part]),
                 seen=seen,
-                mask=torch.from_numpy(np.stack([node.visible[:seen] for node in part]))[None, None],
+                mask=AttentionMask(_as_mask(visible), windowed=windowed),
                 wanted=torch.tensor([i for i in range(len(part)) if start + i in self.wanted], dtype=torch.int64),
             )
+
+
+def _as_mask(visible: np.ndarray) -> Tensor:
+    return torch.from_numpy(visible)[None, None]
 
 
 class DraftTreeCache:
@@ -69,6 +84,7 @@ class DraftTreeCache:
         self._slots = slots
         self._free = list(range(slots))  # a heap: low slots first, so that few are read
         self._used = np.zeros(slots, dtype=bool)
+        self._places = np.zeros(slots, dtype=np.int64)  # positions
         self._prefix: list[TreeNode] = []
         self._end = TreeNode(-1, -1, -1, np.zeros(slots, dtype=bool))  # the last of the committed prefix
 
@@ -96,7 +112,7 @@ class DraftTreeCache:
             places.append(new.index(at))
         wanted = sorted(set(places))
         high = int(self._used.nonzero()[0][-1]) + 1
-        return ReadPlan(new, [wanted.index(place) for place in places], set(wanted), high)
+        return ReadPlan(new, [wanted.index(place) for place in places], set(wanted), high, self._places)
 
     def _follow(self, text: list[int]) -> None:
         """Moves the committed prefix along the text, up to the token before its last."""
@@ -134,6 +150,7 @@ class DraftTreeCache:
         self._used[slot] = True
         visible = parent.visible.copy()
         visible[slot] = True
+        self._places[slot] = parent.position + 1
         child = parent.children[token] = TreeNode(token, slot, parent.position + 1, visible)
         return child
 

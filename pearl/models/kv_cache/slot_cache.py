@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
-from pearl.models.kv_cache.attention import AttentionMask, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 from pearl.models.kv_cache.transformers_interface import ForwardCache
 
 SCRATCH_SLOTS = 2 * LIMIT  # rows beyond the slots, for those of a pass that lie in none
@@ -117,22 +117,22 @@ class SlotCache(ForwardCache):
         assert first + written <= self.slots, "the cache is too short for this forward"
         assert not branches or count <= SCRATCH_SLOTS, "more side rows than there is room for"
         seen = self.buffers.seen(max([first + written, *(position + 1 for position in positions)]))
-        slots = torch.arange(seen)
         own = torch.arange(first, first + count).clamp_(max=first + written - 1)
+        self.first = first
         calls = []
         for branch in branches:
             sources = torch.tensor([*range(branch.slot - first), *branch.overlay])
             queries = torch.tensor(branch.queries)
             last = torch.tensor([positions[row] for row in branch.queries])
-            mask = AttentionMask((slots <= last[:, None])[None, None])
+            mask = AttentionMask.chain(last[None], seen)
             calls.append(BranchAttention(self.slots + sources, queries, queries[: branch.own], mask))
         self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls))
-        self.mask = AttentionMask((slots <= own[:, None])[None, None])
+        self.mask = AttentionMask.chain(own[None], seen)
 
-    def place_nodes(self, slots: Tensor, visible: Tensor) -> None:
-        """The next forward writes its rows to `slots`, int64 [rows]; visible: bool [1, 1, rows, slots seen]."""
-        self.layout = ForwardLayout(slots, len(slots), visible.shape[-1])
-        self.mask = AttentionMask(visible)
+    def place_nodes(self, slots: Tensor, mask: AttentionMask) -> None:
+        """The next forward writes its rows to `slots`, int64 [rows]; they see what `mask` says."""
+        self.layout = ForwardLayout(slots, len(slots), mask.visible.shape[-1])
+        self.mask, self.first = mask, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""
@@ -170,30 +170,32 @@ class SlotCache(ForwardCache):
             sources = branch.sources.to(buffer.device)
             buffer[:, :, first : first + len(sources)] = buffer.index_select(2, sources)
 
-    def holds(self, keys: Tensor, layer: int) -> bool:
-        """Whether `keys` are a view of what this layer has cached."""
-        return keys.data_ptr() == self._views[layer][0].data_ptr()
+    def owner(self, keys: Tensor) -> int | None:
+        """The layer whose cached keys `keys` are a view of: layers may share keys. None: no layer's."""
+        return next((layer for layer, one in self._views.items() if keys.data_ptr() == one[0].data_ptr()), None)
 
     @property
     def must_attend(self) -> bool:
         return bool(self.layout.branches)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
-        out = packed(query, key, value, self.mask, scaling)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
+        out = packed(query, key, value, self.mask, call)
         if self.layout.branches:
-            if not self.holds(key, layer):
+            owner = self.owner(key)
+            if owner is None:
                 raise CannotBranch
-            self.attend_branches(query, key, value, scaling, layer, out)
+            self.attend_branches(query, key, value, call, owner, out)
         return out
 
     def attend_branches(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int, out: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall, owner: int, out: Tensor
     ) -> None:
-        """Writes the attention of the rows beside the chain to `out`. `key`, `value`: at least the slots seen."""
+        """Writes the attention of the rows beside the chain to `out`. `key`, `value`: at least the slots seen, of the
+        layer `owner`."""
         key, value = key[:, :, : self.layout.seen], value[:, :, : self.layout.seen]
         for branch in self.layout.branches:
-            self.lay_over(branch, layer)
+            self.lay_over(branch, owner)
             queries, own = branch.queries.to(query.device), branch.own.to(query.device)
-            one = packed(query.index_select(2, queries), key, value, branch.mask, scaling)
+            one = packed(query.index_select(2, queries), key, value, branch.mask, call)
             out.index_copy_(2, own, one[:, :, : len(own)])
-        self.move(range(self.layout.written), self.layout.places[0], layer)  # the chain is back where it was
+        self.move(range(self.layout.written), self.layout.places[0], owner)  # the chain is back where it was

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pearl.core.token_buckets import CannotBranch
-from pearl.models.kv_cache.attention import AttentionMask, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 
-GROUPED = "pearl_grouped_sdpa"  # the name of our attention in a model's config
+GROUPED = "pearl_grouped"  # the name of our attention in a model's config
+WINDOW = "pearl_window"  # attribute of an attention module: its `Window`, or None
 
 
 class ForwardCache(Cache):
@@ -33,18 +34,22 @@ class ForwardCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.attended = False  # the attention function of the forward has found this cache
+        self.first = 0  # position of the next forward's first row, if it reads one chain
 
     @property
     def must_attend(self) -> bool:
         """Whether the attention over what `update` returned would be wrong without `attend`."""
         return False
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layer: int) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         """The attention of the rows over what `update` returned, [B, heads, rows, head_dim]."""
-        return packed(query, key, value, self.mask, scaling)
+        return packed(query, key, value, self.mask, call)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are always given
+        return self.first
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.first
 
     def get_mask_sizes(self, query_length: object, layer_idx: int = 0) -> tuple[int, int]:
         return self.mask.visible.shape[-1], 0
@@ -58,15 +63,16 @@ def forward(
     `keep`: see transformers' `logits_to_keep`. Raises `CannotBranch` where the cache must compute the attention and the
     model does not hand it down.
     """
-    arguments: dict[str, Any] = {_cache_argument(type(model).forward): cache}
+    arguments: dict[str, Any] = {_cache_argument(type(model).forward): cache, "use_cache": True}
     if uses_grouped_attention(model):
-        arguments["attention_cache"] = cache
+        arguments |= {"attention_cache": cache, "attention_mask": cache.mask.visible.to(model.device)}
+    else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
+        slots = cache.mask.visible.shape[-1]
+        arguments["attention_mask"] = torch.ones(1, slots, dtype=torch.int64, device=model.device)
     cache.attended = False
     out = model(
         input_ids=tokens.to(model.device),
         position_ids=positions.to(model.device),
-        attention_mask=_as_model_mask(model, cache.mask.visible),
-        use_cache=True,
         logits_to_keep=keep,
         **arguments,
     )
@@ -89,40 +95,31 @@ def grouped_sdpa(
     attention_mask: Tensor,  # bool [1 or B, 1, rows, slots]
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     attention_cache: ForwardCache | None = None,
-    **_: object,
+    **_: object,  # what else there is was looked at (`pearl.models.kv_cache.attention_probe`)
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention as a model's layers call it, [B, rows, heads, head_dim]."""
-    if attention_cache is None:  # a forward that is not ours
-        out = packed(query, key, value, AttentionMask(attention_mask), scaling)
+    """Scaled dot-product attention as a model's layers call it, [B, rows, heads, head_dim], contiguous."""
+    layer: int = module.layer_idx if hasattr(module, "layer_idx") else 0  # type: ignore[assignment]
+    call = LayerCall(layer, scaling, getattr(module, WINDOW, None), softcap, s_aux)
+    if attention_cache is None:  # a forward that is not ours, with masks of the model's own
+        out = packed(query, key, value, AttentionMask(attention_mask), call._replace(window=None))
     else:
         attention_cache.attended = True
-        out = attention_cache.attend(query, key, value, scaling, int(module.layer_idx))  # type: ignore[arg-type]
-    return out.transpose(1, 2), None
+        out = attention_cache.attend(query, key, value, call)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(GROUPED, grouped_sdpa)
 
 
-def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Switches a model that would use sdpa to `grouped_sdpa`. Models that need another attention keep it."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(GROUPED)
-
-
 def use_transformers_attention(model: PreTrainedModel) -> None:
-    """Takes that back."""
+    """Takes our attention out of a model."""
     if uses_grouped_attention(model):
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def uses_grouped_attention(model: PreTrainedModel) -> bool:
     """Whether caches compute this model's attention: side rows and shared forwards need that."""
     return model.config._attn_implementation == GROUPED
-
-
-def _as_model_mask(model: PreTrainedModel, visible: Tensor) -> Tensor:
-    """The mask in the form that the model's attention takes: bool, or added to the scores."""
-    if model.config._attn_implementation != "eager":
-        return visible.to(model.device)
-    return torch.where(visible, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)
