@@ -69,8 +69,8 @@ def writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UsageError(
-            f"{file} can't be written ({error.strerror}). What was finished before is kept: make room, and go on with "
-            "--resume."
+            f"{file} can't be written ({error.strerror}). What was finished before is kept: make room, and go on "
+            "(an evaluation with --resume)."
         ) from error
 
 

@@ -21,7 +21,14 @@ from pearl.evaluation import results, tables
 # What two runs must share if their figures are to be compared, and what else if they have the same benchmark
 ENVIRONMENT = ("commit", "torch", "transformers", "machine", "processor")
 SAMPLING = ("ignore_eos", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "num_samples")
-OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING)
+RULES = {  # which early runs did not have, and so were off
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "min_tokens": 0,
+}
+OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING, *RULES)
 DRIFT = 1.1  # `ar` of one target on one benchmark is the same figure in every run, within a tenth
 
 
@@ -100,7 +107,7 @@ def _differences(runs: Sequence[Run], part: str, keys: Sequence[str]) -> Iterato
     for key in keys:
         values: dict[str, list[str]] = {}
         for run in runs:
-            values.setdefault(str(getattr(run, part).get(key)), []).append(run.name)
+            values.setdefault(str(getattr(run, part).get(key, RULES.get(key))), []).append(run.name)
         if len(values) > 1:
             told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
             yield f"{key} differs: {told}."

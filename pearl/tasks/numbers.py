@@ -62,6 +62,8 @@ _GOES_ON = re.compile(
     r"|[+*/×÷·x]|of\b|times\b|plus\b|minus\b|divided\s+by\b)[\s*([{$]*(?=[A-Z]{0,3}[^\w\s]*\d)"
 )
 _ENDS = re.compile(r"[.!?][\"'”)*_$]*\s+(?=\D)|\n|[。！？।]")
+_ASIDE = re.compile(r"\s\([^()]*\)(?!\s*[-+*/×=])")
+_NOT = re.compile(r"\b(?:not|instead\s+of|rather\s+than)\s+[$€£]?\d[\d.,]*")
 _REASON = re.compile(r"(?<!and )\b(?:because|since|given\s+that|weil|porque|parce\s+que|потому\s+что)\b", re.IGNORECASE)
 _OF_WHAT = re.compile(r"(?:\s+[^\W\d_]+){0,3}?\s+(?:in|for|per|over|after|from|with|by|on|at|during|within)\b[^,;=]*")
 
@@ -167,6 +169,9 @@ def _result(rest: str, first: re.Match[str], style: Style) -> Decimal | None:
 
 def _of_sentence(sentence: str, style: Style) -> Decimal | None:
     """The number that a sentence with numbers comes to: what is bold, or the last before a reason is given."""
+    for aside in (_ASIDE, _NOT):
+        if style.number.search(less := aside.sub("", sentence)):
+            sentence = less
     numbers = list(style.number.finditer(sentence))
     reason = _REASON.search(sentence)
     if reason and ", " not in sentence[reason.end() :]:  # behind a comma goes on what the reason was for

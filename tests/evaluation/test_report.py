@@ -130,6 +130,12 @@ def test_what_differs_between_runs_is_named(tmp_path, second, sentence):
     assert doubts(tmp_path, second) == [sentence]
 
 
+def test_a_run_of_before_penalties_had_none(tmp_path):
+    assert doubts(tmp_path / "off", {"config": {"repetition_penalty": 1.0, "min_tokens": 0}}) == []
+    (sentence,) = doubts(tmp_path / "on", {"config": {"repetition_penalty": 1.1}})
+    assert sentence == "Of gsm8k: repetition_penalty differs: 1.0 in a; 1.1 in b."
+
+
 def test_other_tasks_may_have_other_prompts(tmp_path):
     assert doubts(tmp_path, {"config": {"suite": "mgsm", "prompts": "q"}}) == []
 

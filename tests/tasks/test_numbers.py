@@ -201,6 +201,11 @@ from pearl.tasks.numbers import CONTINENTAL, ENGLISH, final_number
         ("the answer is 12:30", 12),
         ("He gets 5th place with 20 points", 20),
         ("The answer is 20th.", 20),
+        ("So she has 20 apples (10 + 10).", 20),
+        ("So 2 * (5 + 5) = 20 apples.", 20),
+        ("She has 20 apples, not 15.", 20),
+        ("She has 20 apples rather than 15.", 20),
+        ("The answer is twenty (20).", 20),
     ],
 )
 def test_the_final_number_of_an_answer(text, number):
