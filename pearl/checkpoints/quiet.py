@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Iterator
 
 import transformers.modeling_gguf_pytorch_utils as gguf
@@ -16,9 +17,29 @@ from transformers.utils import logging as transformers_logging
 _BITSANDBYTES = logging.getLogger("bitsandbytes")  # warns when it is imported that an optional package is not there
 
 
+_turn, _inside, _off = threading.Lock(), 0, contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """While a model is read. The bar over the conversion of a GGUF file, which asks nobody, is left to terminals."""
+    """While a model is read. Several threads may do so at once: the first turns all that off, the last on again."""
+    global _inside
+    with _turn:
+        if not _inside:
+            _off.enter_context(_silence())
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _turn:
+            _inside -= 1
+            if not _inside:
+                _off.close()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The bar over the conversion of a GGUF file, which asks nobody, is left to terminals."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     level, bar = _BITSANDBYTES.level, gguf.tqdm
     transformers_logging.set_verbosity_error()
