@@ -47,6 +47,7 @@ class Detokenizer:
         self._context: list[int] = []  # settled, and next to the others: a decoder looks at what comes before
         self._before = ""  # what they are decoded to by themselves
         self._waiting: list[int] = []
+        self._run = False  # the last of these are bytes
         self.settled = 0  # characters
 
     @property
@@ -58,8 +59,13 @@ class Detokenizer:
         """The characters that are settled now."""
         self._waiting.append(token)
         if self._is_byte(token):
+            self._run = True
             return ""
         text, count = self._text(), len(self._waiting)
+        if self._run and text == self._decode(self._context + self._waiting[:-1]):
+            # a special token that is not shown: the bytes around it are one run
+            return ""
+        self._run = False
         if text.endswith(_HALF):
             if count < _LONG:
                 return ""

@@ -70,9 +70,9 @@ class Stopper:
 class _Text:
     """One of the texts in which stop strings are looked for."""
 
-    def __init__(self, decode: Decode, decoder: TextDecoder, reach: int):
-        """`reach`: settled characters before a new token that a stop string may begin at."""
-        self._detokenizer, self._reach = Detokenizer(decode, decoder.is_byte), reach
+    def __init__(self, decode: Decode, decoder: TextDecoder, stops: Sequence[str]):
+        self._detokenizer, self._stops = Detokenizer(decode, decoder.is_byte), stops
+        self._reach = max(map(len, stops), default=1) - 1  # settled characters before a token that a stop may begin at
         self._before = self._piece = ""  # settled before the last token, as far back as `reach`, and by it
         self._tail = ""
         self.lengths = [0]  # in characters, after each token
@@ -81,8 +81,9 @@ class _Text:
     def add(self, token: int) -> str:
         self._before = (self._before + self._piece)[-self._reach :] if self._reach else ""
         self._piece = self._detokenizer.add(token)
-        self._tail = self._detokenizer.tail
-        self._note(self._detokenizer.settled + len(self._tail))
+        if self._stops:
+            self._tail = self._detokenizer.tail
+            self._note(self._detokenizer.settled + len(self._tail))
         return self._piece
 
     def _note(self, length: int) -> None:
@@ -100,10 +101,10 @@ class _Text:
         at = window.find(stop, max(0, self.first - len(stop) + 1 - start))
         return at if at < 0 else start + at
 
-    def may_begin(self, stops: Sequence[str]) -> int:
+    def may_begin(self) -> int:
         """From where on the settled text may be the beginning of a stop string."""
         said = self._before + self._piece
-        sizes = (size for stop in stops for size in range(1, len(stop)) if said.endswith(stop[:size]))
+        sizes = (size for stop in self._stops for size in range(1, len(stop)) if said.endswith(stop[:size]))
         return self._detokenizer.settled - max(sizes, default=0)
 
     def place_in(self, other: _Text, place: int) -> int:
@@ -123,10 +124,9 @@ class _StopSearch:
 
     def __init__(self, params: SamplingParams, decoder: TextDecoder):
         self._stops, self._include = params.stop, params.include_stop_str_in_output
-        reach = max(map(len, self._stops), default=1) - 1
-        self._shown = _Text(shown := decoder.shown(params.skip_special_tokens), decoder, reach)
+        self._shown = _Text(shown := decoder.shown(params.skip_special_tokens), decoder, self._stops)
         others = [one for one in (decoder.plain, decoder.whole) if one and one is not shown] if self._stops else []
-        self._texts = [self._shown, *(_Text(one, decoder, reach) for one in others)]
+        self._texts = [self._shown, *(_Text(one, decoder, self._stops) for one in others)]
 
     def add(self, token: int) -> str:
         """The characters shown that are settled now."""
@@ -154,7 +154,7 @@ class _StopSearch:
 
     def certain(self) -> int:
         """Characters shown that are no part of a stop string, whatever follows."""
-        return min(text.place_in(self._shown, text.may_begin(self._stops)) for text in self._texts)
+        return min(text.place_in(self._shown, text.may_begin()) for text in self._texts)
 
 
 class TextStream:

@@ -62,6 +62,16 @@ PARAMS = st.builds(
     method=st.sampled_from(["seeded", "rejection"]),
     stop=st.lists(st.text(min_size=1), max_size=2).map(tuple),
     ignore_eos=st.booleans(),
+    repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    no_repeat_ngram_size=NUMBERS,
+    stop_token_ids=TOKENS,
+    suppress_tokens=TOKENS,
+    bad_words_ids=st.lists(st.lists(NUMBERS, min_size=1, max_size=3), max_size=4),
+    allowed_token_ids=st.one_of(st.none(), TOKENS.filter(len)),
+    logit_bias=st.dictionaries(NUMBERS, st.one_of(st.just(-np.inf), st.floats(-100, 100)), max_size=4),
+    logits_processors=st.sampled_from([(), (print,)]),
 )
 STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS, st.booleans())
 OTHERS = st.one_of(
@@ -102,8 +112,11 @@ def test_a_start_carries_all_that_a_drafter_needs(start: Start):
     there = decode(encode(start))
     assert isinstance(there, Start)
     assert replace(there, params=start.params) == start
-    for name in ("temperature", "top_p", "min_p", "seed", "greedy", "rejection"):
-        assert getattr(there.params, name) == getattr(start.params, name)
+    for field in fields(SamplingParams):
+        if field.name not in ("top_k", "max_new_tokens", "method", "stop", "ignore_eos", "logits_processors"):
+            wanted = getattr(start.params.with_defaults(), field.name)
+            assert getattr(there.params, field.name) == wanted, field.name
+    assert there.params.rejection == start.params.rejection and there.params.logits_processors == ()
     assert there.params.top_k == min(start.params.top_k, (1 << 31) - 1)  # which keeps every token of any vocabulary
     assert (there.params.stop, there.params.ignore_eos) == ((), False)
 
