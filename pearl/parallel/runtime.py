@@ -1,13 +1,12 @@
 """The target's process of an engine: its model, the way to the drafter, and all that has to end with it.
 
-What it changes for the whole process (cores, threads, how often threads take turns) is undone by `close`, also when it
+What it changes for the whole process (cores, threads) is undone by `close`, also when it
 can't be made.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,11 +186,10 @@ def _run_on(cpus: list[int]) -> None:
 
 def _process_wide() -> Callable[[], None]:
     """Makes, when it is called, what is set for the whole process what it is now."""
-    cpus, threads, interval = cores.available(), torch.get_num_threads(), sys.getswitchinterval()
+    cpus, threads = cores.available(), torch.get_num_threads()
 
     def restore() -> None:
         cores.pin(cpus)
         torch.set_num_threads(threads)
-        sys.setswitchinterval(interval)
 
     return restore

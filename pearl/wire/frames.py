@@ -24,7 +24,7 @@ class Lane(NamedTuple):
     words: int  # of a frame
 
 
-MESSAGES, FEATURES = Lane(0, 32), Lane(1, 4096)
+MESSAGES, FEATURES = Lane(0, 16), Lane(1, 4096)
 
 
 def framed(words: Words, lane: Lane = MESSAGES) -> Words:

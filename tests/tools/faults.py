@@ -306,10 +306,10 @@ def _child(spec: WorkerSpec, at_start: str, source: Any, fault: Path) -> None:
         if not made:
             return
         if kind == "garbage":
-            count = rng.choice([32, 32, 32, 5, 80])  # words, in one frame or in several
+            count = rng.choice([16, 16, 16, 5, 40])  # words, in one frame or in several
             words = np.array([rng.randrange(-(1 << 31), 1 << 31) for _ in range(count)], np.int32)
             words[: rng.choice([0, 1])] = rng.randrange(9)
-            words[1 : rng.choice([1, 2])] = rng.choice([count, 3, 40, 1 << 20])
+            words[1 : rng.choice([1, 2])] = rng.choice([count, 3, 20, 1 << 20])
             made[-1]._connection.send(words)
         if kind == "nonsense":
             guess = Guess(rng.randrange(99), rng.randrange(99), rng.choice([-1, 1 << 30]), (), rng.choice([0.0, 5.0]))
