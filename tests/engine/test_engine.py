@@ -76,21 +76,28 @@ def test_every_mode_writes_the_targets_own_text(engine, mode, gamma, params):
     if mode in DRAFTING:
         assert written.stats.drafter and not written.stats.drafter.failed
         assert written.stats.bytes_on_wire > 0
-        paused = any(p.ahead == 0 for p in written.stats.passes)  # the controller found that drafting does not pay here
-        assert written.stats.drafter.forwards > 0 or paused
     else:
         assert written.stats.drafter is None and written.stats.bytes_on_wire == 0
+
+
+@pytest.mark.parametrize("mode", DRAFTING)
+def test_the_drafter_works_in_every_mode(engine, mode):
+    """Though perhaps not in each text: on a busy machine it may come late, or be found not to pay for a while."""
+    texts = (engine.generate(PROMPT, GREEDY, mode=mode, gamma=3) for _ in range(50))
+    assert any(text.stats.drafter.forwards and any(p.accepted for p in text.stats.passes) for text in texts)
 
 
 @PICKING
 @pytest.mark.parametrize("mode", DRAFTING)
 def test_a_perfect_drafter_is_never_contradicted(perfect, mode, params):
-    written = perfect.generate(PROMPT, params, mode=mode, gamma=4)
-    passes = written.stats.passes
-    assert written.tokens == alone(perfect, params)
-    late = mode in ("pearl", "pearl-no-post", "tree")  # with pre-verify guesses may come too late
-    assert late or any(p.tested for p in passes)
-    assert all(p.accepted == p.tested for p in passes)
+    for _ in range(50):  # with pre-verify guesses may come too late
+        written = perfect.generate(PROMPT, params, mode=mode, gamma=4)
+        passes = written.stats.passes
+        assert written.tokens == alone(perfect, params)
+        assert all(p.accepted == p.tested for p in passes)
+        if any(p.tested for p in passes):
+            return
+    pytest.fail("no guess came in time to be tested")
 
 
 def test_the_pair_is_worth_testing_with(engine):
@@ -103,9 +110,15 @@ def test_the_pair_is_worth_testing_with(engine):
 
 
 @pytest.mark.parametrize("mode", ("ar", *DRAFTING))
-def test_rejection_sampling_fills_the_text(engine, mode):
-    params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, method="rejection")
-    assert len(engine.generate(PROMPT, params, mode=mode, gamma=3).tokens) == 20
+def test_rejection_sampling_fills_the_text_as_its_seed_says(engine, mode):
+    """Whether it follows the target's distribution is asked in tests/roles/test_distribution.py."""
+    texts = set()
+    for seed in (1, 2):
+        params = SamplingParams(max_new_tokens=20, ignore_eos=True, temperature=1.0, method="rejection", seed=seed)
+        written = engine.generate(PROMPT, params, mode=mode, gamma=3)
+        assert len(written.tokens) == 20 and (mode == "ar" or not written.stats.drafter.failed)
+        texts.add(tuple(written.tokens))
+    assert len({*texts, tuple(alone(engine, GREEDY)[:20])}) == 3
 
 
 @pytest.mark.parametrize("mode", ["ar", "sd", "pearl"])
@@ -187,6 +200,7 @@ def test_special_tokens_are_no_text(perfect):
         if written.finish_reason == "eos":
             assert written.text == perfect.decode(written.tokens[:-1])
             return
+    pytest.fail("no text came to its end")
 
 
 @pytest.mark.parametrize("mode", ["sd", "pearl"])
