@@ -252,7 +252,7 @@ def test_every_frame_passes_through_torch_distributed_and_a_lane_has_one_size(mo
 
     monkeypatch.setattr(connection, "gloo_group", counted)
     here, there = pair()
-    start = Start(1, Schedule.of("pearl"), SamplingParams(), tuple(range(1000)), DraftPlan())
+    start = Start(1, Schedule.of("pearl"), SamplingParams(seed=3), tuple(range(1000)), DraftPlan())
     verdict = Verdict(1, 5, DraftPlan(), (1, 2), np.ones((3, 5), np.int16))
     said = [start, verdict, Nodes(1, 1, 1, False), End(1)]
     for message in said:
