@@ -11,13 +11,21 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncEngine": "pearl.engine",
     "Engine": "pearl.engine",
     "Generation": "pearl.engine",
+    "GenerationHandle": "pearl.engine",
     "GenerationRequest": "pearl.engine",
     "EngineConfig": "pearl.config.engine_config",
     "SamplingParams": "pearl.core.params",
     "Schedule": "pearl.core.schedule",
+    "DrafterEvent": "pearl.wire.reconnecting_channel",
+    "PearlError": "pearl.errors",
     "UsageError": "pearl.errors",
+    "CheckpointError": "pearl.errors",
+    "WorkerLostError": "pearl.errors",
+    "EngineClosedError": "pearl.errors",
+    "StorageError": "pearl.errors",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -12,7 +12,7 @@ class PearlError(Exception):
         super().__init__(sentence if len(sentence) <= LONGEST else f"{sentence[: LONGEST - 3]}...")
 
 
-class UsageError(PearlError):
+class UsageError(PearlError, ValueError):
     """Input that cannot be carried out: the message is one sentence that says what is wrong and what to do.
 
     Raised before anything is loaded wherever that is possible. Command-line entry points exit with code 2.
@@ -22,6 +22,18 @@ class UsageError(PearlError):
 class WorkerLostError(PearlError, RuntimeError):
     """A process that an engine can't do without is gone: another rank of its target, or the launcher of them all.
     Command-line entry points exit with code 1."""
+
+
+class CheckpointError(PearlError, ValueError):
+    """The files of a model are there, but damaged, or not what they should be."""
+
+
+class EngineClosedError(PearlError, RuntimeError):
+    """The engine is closed: it writes nothing more."""
+
+
+class StorageError(PearlError, OSError):
+    """A file can't be written: the disk is full, or a folder is not for us."""
 
 
 class Unreachable(Exception):

@@ -13,6 +13,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
                 )
             return out[0, len(prompt) :].tolist()
 
-        generate(engine.encode("def f(x):"), 8)
+        engine.exclusively(partial(generate, engine.encode("def f(x):"), 8))
         engine.generate("def f(x):", SamplingParams(max_new_tokens=8).with_defaults(), mode="ar")
         for problem in problems:
             prompt = engine.encode(problem.prompt.strip())
             began = time.perf_counter()
-            theirs = generate(prompt, count)
+            theirs = engine.exclusively(partial(generate, prompt, count))
             middle = time.perf_counter()
             ours = engine.generate(prompt, params, mode="ar").tokens
             ended = time.perf_counter()

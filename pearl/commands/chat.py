@@ -17,7 +17,7 @@ from typing import Any
 
 from pearl.config import cli
 from pearl.core.stopping import Decode, TextStream
-from pearl.errors import UsageError
+from pearl.errors import PearlError, UsageError
 
 DRAFTED, FAINT, END = "\033[32m", "\033[2m", "\033[0m"
 COMMANDS = "/quit ends, /new forgets the talk; Ctrl-C stops an answer"
@@ -27,7 +27,7 @@ def parser() -> cli.Parser:
     examples = ("", "--mode tree --temperature 0.7 --top-p 0.9", "--target TARGET --draft DRAFT --load-in 4bit")
     made = cli.parser("chat", *examples, take=("pair", "machine", "decoding", "sampling"), max_new_tokens=512)
     made.add_argument("--system", metavar="TEXT", help="what the model is told before the talk")
-    made.set_defaults(mode=["pearl"])
+    made.set_defaults(mode=["pearl"], generation_config="auto")
     return made
 
 
@@ -97,13 +97,15 @@ class Talk:
         self.answer = None
         tokens: list[int] = []
         try:
-            for _, said in self._engine.write([request]):
+            for number, (_, said) in enumerate(self._engine.write([request])):
                 if isinstance(said, Generation):
+                    if said.error:
+                        raise said.error
                     self.answer = said
                 else:
                     tokens += said
                     assert request.text, "a text under way"
-                    yield said, request.text.passes[-1].accepted
+                    yield said, request.text.passes[number].accepted
         finally:  # also where the reader has heard enough
             if tokens:
                 self._last = request
@@ -125,7 +127,7 @@ def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
                 drafted, count, passes = drafted + min(accepted, len(tokens)), count + len(tokens), passes + 1
                 if stopped:
                     break
-    except UsageError as error:
+    except PearlError as error:
         print(f"error: {error}" + (" Say /new to begin another talk." if talk.answer is None else ""), file=sys.stderr)
         return
     print(text.rest())

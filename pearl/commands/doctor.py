@@ -25,7 +25,7 @@ from pearl.config import cli
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.config.pairs import Machine, Pair, check, probe
 from pearl.core import theory
-from pearl.errors import UsageError
+from pearl.errors import PearlError
 from pearl.machine import cores
 
 OK, SLOW, NO = "ok", "slow", "no"
@@ -118,7 +118,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
 
     try:
         checked = preflight(config)
-    except UsageError as error:
+    except PearlError as error:
         yield _refused("pair", error)
         return
     same = "no model drafts" if config.draft == NGRAM else f"{len(checked.tokenizer)} tokens that both know"
@@ -130,7 +130,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
             texts = {mode: engine.generate(PROMPT, params, mode=mode) for mode in ("ar", "sd", "pearl")}
             events = engine.events
             bits = report(engine.model.checks)
-    except UsageError as error:
+    except PearlError as error:
         yield _refused("start", error)
         return
     for what, verdict, sentence in bits:
@@ -160,7 +160,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
     yield speed(pass_s, drafted.busy_s / drafted.forwards, accepted / tested, measured)
 
 
-def _refused(what: str, error: UsageError) -> CheckResult:
+def _refused(what: str, error: PearlError) -> CheckResult:
     """A sentence that says what is wrong, and after a colon what to do."""
     found, _, advice = str(error).partition(": ")
     return CheckResult(what, NO, found, advice or "change what this sentence names, and look again")

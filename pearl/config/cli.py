@@ -170,6 +170,8 @@ def parser(
     made.add_argument("--config", metavar="FILE", help="a YAML file with any of these options")
     made.take(one for group in TITLES if group in take for one in SHARED if one.group == group and one.name not in but)
     made.set_defaults(**{name: None for name in (*BY_PAIR, "max_sequences") if name in made.options})
+    if "generation_config" in made.options:
+        made.set_defaults(generation_config="off")  # what is measured is greedy unless the command line says otherwise
     if "max_new_tokens" in made.options:
         made.set_defaults(max_new_tokens=max_new_tokens)
     for action in made._actions:

@@ -51,6 +51,9 @@ class EngineConfig:
     draft_load_in: str | None = setting(None, choice(*LOADS), "the same for the draft", PAIR)
     double_quant: bool = setting(False, FLAG, "quantize the constants of 4-bit weights too", PAIR)
     trust_remote_code: bool = setting(False, FLAG, "run code that comes with a checkpoint", PAIR)
+    generation_config: str = setting(
+        "auto", choice("auto", "off"), "defaults of the checkpoint for what a request does not say", PAIR
+    )
     max_length: int = setting(4096, whole(2), "tokens of a text, prompt included", PAIR)
     max_sequences: int = setting(
         1, whole(1, MAX_SEQUENCES), "texts side by side that there is memory for; default: a batch", PAIR

@@ -50,13 +50,13 @@ class Baselines:
         if name == "hf-prompt-lookup":
             options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP}
         else:
-            assistant: Any = load_draft(self._checked, ahead=1)[0].model
+            assistant: Any = self._engine.exclusively(lambda: load_draft(self._checked, ahead=1)[0].model)
             assistant.generation_config = _plain(assistant, None)
             # one tokenizer with paddings of two sizes would be two to transformers
             assistant.config.get_text_config().vocab_size = self._model.config.get_text_config().vocab_size
             use_transformers_attention(assistant)
             options = {"assistant_model": assistant}
-        return lambda prompt, params, _: self._generate(name, prompt, params, options)
+        return lambda prompt, params, _: self._engine.exclusively(lambda: self._generate(name, prompt, params, options))
 
     def _generate(
         self, name: str, prompt: Sequence[int], params: SamplingParams, options: dict[str, Any]

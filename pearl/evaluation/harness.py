@@ -234,6 +234,7 @@ def _side_by_side(
         request: (talk, []) for request, talk in zip(queue, talks, strict=True)
     }
     left = sum(talk.task.turns for talk in talks)
+    followed: set[GenerationRequest] = set()  # the engine's thread may be further than what it has said
 
     def requests() -> Iterator[GenerationRequest | None]:
         given = 0
@@ -241,15 +242,19 @@ def _side_by_side(
             given += bool(queue)
             yield queue.popleft() if queue else None
 
-    for request, news in write(requests()):
+    jobs = list(queue) if left == len(talks) else requests()  # a list need not wait for anybody
+    for request, news in write(jobs):
         talk, answers = under_way[request]
         if isinstance(news, Generation):
+            if news.error:
+                raise news.error
             line.over(request)
             yield SampleKey(*talk.unit, len(answers)), request.prompt, news.stats  # type: ignore[misc]
             continue
         line.said(request, talk.unit.task, news)
         assert request.text is not None
-        if request.text.stopper.finish and len(answers) + 1 < talk.task.turns:
+        if request.text.stopper.finish and len(answers) + 1 < talk.task.turns and request not in followed:
+            followed.add(request)
             answers = [*answers, request.text.stopper.text]
             try:
                 queue.appendleft(talk.request(answers, after=request))

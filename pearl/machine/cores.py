@@ -7,8 +7,13 @@ together as long as there are several.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from pearl.errors import UsageError
 
@@ -55,6 +60,36 @@ def parse(text: str) -> list[int]:
 def pin(cpus: list[int]) -> None:
     """Keeps the calling thread, and those it starts from now on, to these CPUs."""
     os.sched_setaffinity(0, cpus)
+
+
+@contextmanager
+def running_on(cpus: Sequence[int]) -> Iterator[None]:
+    """The calling thread is kept to these CPUs, and its torch to as many threads; afterwards both are as before. Other
+    threads are as they were."""
+    import torch
+
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(len(cpus))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a thread of its own. The threads that torch keeps for it end with it."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="pearl-load", daemon=True).start()
+    return done.result()
 
 
 def _core(cpu: int) -> tuple[int, int, int]:

@@ -1,17 +1,16 @@
 """The target's process of an engine: its model, the way to the drafter, and all that has to end with it.
 
-What it changes for the whole process (cores, threads) is undone by `close`, also when it
-can't be made.
+Models are loaded in a thread of its own, and the engine runs them in its own: cores and numbers of threads are those
+threads', and the caller's stay as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
@@ -60,8 +59,7 @@ class Runtime:
             timeline.prepare(self._trace_path)
         with contextlib.ExitStack() as opened:
             opened.callback(launcher.leave)
-            opened.callback(_process_wide())
-            self._open(opened)
+            cores.in_a_thread(lambda: self._open(opened))
             self._opened = opened.pop_all()
 
     def _open(self, opened: contextlib.ExitStack) -> None:
@@ -75,11 +73,15 @@ class Runtime:
             self._workers = TensorParallelWorkers(self.config, world, layout.tp_cpus)
             opened.callback(self._workers.close)
             self._workers.gather()
-        _run_on(self.target_cpus)
-        self.model = load_target(self.checked, self._workers)
-        self.model.features_stay = bool(self._peer and direct and not self._workers)
-        self.eos = eos_ids(self.model.model, self.tokenizer)
-        self.target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
+        with self.on_its_cores():
+            self.model = load_target(self.checked, self._workers)
+            self.model.features_stay = bool(self._peer and direct and not self._workers)
+            self.eos = eos_ids(self.model.model, self.tokenizer)
+            self.target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
+
+    def on_its_cores(self) -> AbstractContextManager[None]:
+        """The calling thread is where the target's passes run."""
+        return cores.running_on(self.target_cpus)
 
     def _open_channel(self) -> Channel | None:
         if self._peer:
@@ -100,7 +102,7 @@ class Runtime:
         return here
 
     def close(self) -> None:
-        """Ends the processes that this one started and gives the cores back."""
+        """Ends the processes that this one started."""
         self._opened.close()
         if self._trace_path:
             timeline.merge(self._trace_path)
@@ -131,11 +133,8 @@ class Runtime:
                 self._spread = Target(load_target(replace(self.checked, target_on=Placement(devices))))
             yield self._spread
         else:
-            _run_on(sorted({*self.target_cpus, *self.draft_cpus}))
-            try:
+            with cores.running_on(sorted({*self.target_cpus, *self.draft_cpus})):
                 yield self.target
-            finally:
-                _run_on(self.target_cpus)
 
     # What it says of itself
 
@@ -177,19 +176,3 @@ class Runtime:
             lines[-1] += f" ({started})"
         checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
-
-
-def _run_on(cpus: list[int]) -> None:
-    cores.pin(cpus)
-    torch.set_num_threads(len(cpus))
-
-
-def _process_wide() -> Callable[[], None]:
-    """Makes, when it is called, what is set for the whole process what it is now."""
-    cpus, threads = cores.available(), torch.get_num_threads()
-
-    def restore() -> None:
-        cores.pin(cpus)
-        torch.set_num_threads(threads)
-
-    return restore

@@ -33,7 +33,8 @@ class RunningBatch:
         """Gives a request a slot: that of the sequence which it continues, if nobody else was there since. Returns also
         the number of that sequence, or 0."""
         after = request.after
-        if after and not (after.batch_slot in self._free and self._last_in.get(after.batch_slot) is after):
+        there = after and after.batch_slot in self._free and self._last_in.get(after.batch_slot) is after
+        if after and not (there and after.passes):  # one that was dropped may not have been read
             after = None
         slot = self._free.pop(self._free.index(after.batch_slot) if after else 0)
         self._count += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pearl.core.logits.logprobs import Logprobs
 from pearl.core.logits.processing import LogitsProcessing
@@ -23,7 +24,8 @@ class SequenceRequest:
     params: SamplingParams
     stopper: Stopper
     after: SequenceState | None = None  # which the prompt begins with: what lies there of it still is not read again
-    user_data: object = None
+    user_data: Any = None
+    wanted: Callable[[], bool] = lambda: True  # False, from any thread: nobody wants it any more
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.with_seed())

@@ -45,7 +45,6 @@ from pearl.roles.target_model import TargetModel
 from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, verify
 from pearl.wire.channel import Channel, Clock
 
-IDLE_S = 0.002  # between two looks for a request, while no sequence is under way
 Written = tuple[SequenceState, list[int]]  # tokens that a pass has committed
 _NO_MORE = object()
 
@@ -66,6 +65,11 @@ class Target:
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
+
+    @property
+    def idle(self) -> bool:
+        """No sequence is under way."""
+        return not self._batch.live
 
     @property
     def passes(self) -> list[Pass]:
@@ -108,7 +112,9 @@ class Target:
         """At most `batch_slots` texts side by side. Yields a sequence and what a pass has committed of it; at last the
         sequence and nothing, when it is over and all its statistics are there.
 
-        A request is taken from `requests` when a slot is free for it; None: there is no request yet.
+        A request is taken from `requests` when a slot is free for it; None: there is no request yet. They are asked
+        again between two passes, and at once where nothing is under way: who can wait for a request does so there. A
+        sequence that is not `wanted` any more ends before the next pass.
         """
         assert self.channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._schedule, self._drafter.channel = schedule, self.channel if schedule.drafts else None
@@ -117,6 +123,7 @@ class Target:
         queue, more = iter(requests), True
         try:
             while more or batch.live:
+                self._drop_unwanted()
                 while more and batch.has_room:
                     request = next(queue, _NO_MORE)
                     more = request is not _NO_MORE
@@ -126,7 +133,6 @@ class Target:
                 if batch.live:
                     yield from self._turn()
                 elif more:
-                    time.sleep(IDLE_S)
                     self._drafter.take()
                 yield from ((sequence, []) for sequence in self._drafter.over())
             self._drafter.await_stats()
@@ -151,6 +157,12 @@ class Target:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
             params = sequence.params.for_drafter(sequence.stopper.eos_ids)
             self._send([Start(sequence.sequence, self._schedule, params, tuple(prompt), plan, continues)])
+
+    def _drop_unwanted(self) -> None:
+        unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]
+        for sequence in unwanted:
+            self._batch.end(sequence, self._clock())
+        self._send([End(sequence.sequence) for sequence in unwanted])
 
     def _turn(self) -> Iterator[Written]:
         """A piece of the prompts that are still to be read, and a pass over the sequences that are further."""

@@ -44,9 +44,11 @@ def test_a_turn_goes_on_from_the_ones_before(engine):
     talk = Talk(engine, PARAMS, None)
     said = ["", ""]
     for number, words in enumerate(("first", "second")):
+        answer: list[int] = []
         for tokens, accepted in talk.say(words):
             assert 0 <= accepted <= len(tokens)
-            said[number] += talk.decode(tokens)
+            answer += tokens
+        said[number] = talk.decode(answer)
     whole = [{"role": "user", "content": "first"}, {"role": "assistant", "content": said[0]}]
     if not engine.tokenizer.chat_template:
         whole_text = "first" + said[0] + "second"

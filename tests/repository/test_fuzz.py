@@ -138,7 +138,8 @@ def test_prompts_at_the_edges(pair):
         for prompt in ([7] * 64, [7] * 65, "x" * 100_000):
             with pytest.raises(UsageError, match="are more than the 64 that a text may have"):
                 engine.generate(prompt, one)
-        for prompt in ("", [], [None], [{}], [{"role": "user"}], [10**30], [float("nan")], 5, None, {"a": 1}, [[]]):
+        assert engine.generate([], one) == []
+        for prompt in ("", [None], [{}], [{"role": "user"}], [10**30], [float("nan")], 5, None, {"a": 1}, [[]]):
             with pytest.raises(UsageError):
                 engine.generate(prompt, one)
         assert len(engine.generate("a\x00\ud7ff\ufffd", one).tokens) == 1

@@ -1,0 +1,61 @@
+"""What a checkpoint's generation_config.json asks for: applied to the fields of a request that nobody has set.
+
+As in transformers, a checkpoint that does not sample is greedy whatever its temperature says, and as in vLLM only what
+the file says counts. The ends of a text are no defaults: they hold always (`pearl.checkpoints.targets.eos_ids`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # of a checkpoint with do_sample
+ALWAYS = {
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "suppress_tokens": "suppress_tokens",
+    "bad_words_ids": "bad_words_ids",
+    "min_new_tokens": "min_tokens",
+}
+_OTHER = ("bos", "eos", "pad", "decoder_start", "use_cache", "cache_", "output_", "return_", "transformers_", "_")
+_SHOWN = 60  # characters of a value
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Of one checkpoint."""
+
+    applied: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams`
+    left_out: dict[str, Any] = field(default_factory=dict)  # what changes texts in transformers, but not here
+    wanted: bool = True
+
+    @staticmethod
+    def of(config: Any, wanted: bool = True) -> Defaults:
+        """`config`: transformers' `GenerationConfig`, or None. `wanted`: apply them."""
+        said: Mapping[str, Any] = config.to_diff_dict() if config is not None else {}
+        said = {name: value for name, value in said.items() if value is not None and not name.startswith(_OTHER)}
+        samples = bool(said.get("do_sample"))
+        applied = {ALWAYS[name]: value for name, value in said.items() if name in ALWAYS}
+        if samples:
+            applied |= {"temperature": 1.0} | {name: said[name] for name in SAMPLED if name in said}
+        left_out = {name: said[name] for name in said if name not in (*ALWAYS, *SAMPLED, "do_sample")}
+        if wanted:
+            return Defaults(applied, left_out)
+        return Defaults({}, applied | left_out, wanted=False)
+
+    @property
+    def description(self) -> str:
+        """One line, or nothing where the checkpoint asks for nothing."""
+        parts = []
+        if self.applied:
+            parts.append(f"{_listed(self.applied)} where a request leaves them out")
+        if self.left_out:
+            why = "" if self.wanted else " (generation_config is off)"
+            parts.append(f"{_listed(self.left_out)} not applied{why}")
+        return f"defaults of the checkpoint: {'; '.join(parts)}" if parts else ""
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    texts = (f"{name} {str(value) if len(str(value)) <= _SHOWN else '...'}" for name, value in values.items())
+    return ", ".join(texts)

@@ -1,0 +1,356 @@
+"""An engine writes texts with a target and its drafter, for any number of threads.
+
+with Engine.from_pretrained(target="Qwen/Qwen2.5-7B-Instruct", draft="Qwen/Qwen2.5-0.5B-Instruct") as engine:
+    print(engine.generate("def fib(n):", SamplingParams(max_new_tokens=64)).text)
+
+Everything is made of `submit`: requests go to the engine's thread (`pearl.engine.worker`), and come back as handles.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from queue import SimpleQueue
+from typing import Any, TypeVar, Unpack, overload
+
+from pearl.config.engine_config import DRAFT, EngineConfig
+from pearl.core.params import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.engine.defaults import Defaults
+from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, together
+from pearl.engine.handle import GenerationHandle, Reading, RunKey, Said, Sink
+from pearl.engine.prompts import ChatTemplate, are_several
+from pearl.engine.requests import Params, RequestBuilder, Settings, as_schedule
+from pearl.engine.worker import Worker
+from pearl.errors import EngineClosedError, UsageError
+from pearl.parallel.launch import launch
+from pearl.parallel.runtime import Runtime
+from pearl.wire.reconnecting_channel import DrafterEvent
+
+Result = TypeVar("Result")
+News = SimpleQueue[tuple[GenerationHandle, Said]]
+POLL_S = 0.002  # between two looks at an iterator that has no request yet, while none of its texts is under way
+_NO_MORE = object()
+_log = logging.getLogger("pearl")
+
+
+class Engine:
+    """Make one with `from_pretrained`. Its methods may be called from any thread, several at once."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | None = None,
+        draft: str | None = None,
+        *,
+        mode: str | Schedule = "pearl",
+        gamma: int | str | None = None,
+        processes: int | None = None,
+        **options: object,
+    ) -> Engine:
+        """Loads a target and its drafter and starts the drafter's process if no launcher did.
+
+        `target`, `draft`: hub ids, folders, GGUF files. Without either it is the embedded target and its draft model; a
+        target alone is drafted for by n-grams, and a draft alone drafts for the embedded target.
+        `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
+        keeps everything in this one (modes `ar` and `sd`); by default as many as the mode needs. `options`: the other
+        fields of `EngineConfig`.
+
+        Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
+        program when the target closes. Raises `UsageError`, `CheckpointError`, `WorkerLostError`.
+        """
+        given = {"target": target, "draft": DRAFT if target is None and draft is None else draft}
+        config = EngineConfig(**{k: v for k, v in given.items() if v is not None}, **options)  # type: ignore[arg-type]
+        return cls(launch(config, as_schedule(mode, gamma), processes))
+
+    def __init__(self, runtime: Runtime):
+        """Closes `runtime` when it is closed, or not used any more."""
+        self._runtime, self._requests = runtime, RequestBuilder(runtime)
+        self._worker = Worker(runtime, self._requests.decoder)
+        if self.defaults.description:
+            log = _log.warning if self.defaults.left_out and self.defaults.wanted else _log.info
+            log("%s", self.defaults.description)
+        self._last: GenerationRequest | None = None  # that was begun
+        self._close = weakref.finalize(self, self._worker.close)  # at the end of the program at the latest
+
+    # Whole texts
+
+    @overload  # a str is a sequence of str too
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: Prompt, params: SamplingParams | None = None, **settings: Unpack[Settings]
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], params: Params = None, **settings: Unpack[Settings]
+    ) -> list[Generation]: ...
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], params: Params = None, **settings: Unpack[Settings]
+    ) -> Generation | list[Generation]:
+        """The whole text that follows `prompt`: text, token ids, or chat messages (dicts with "role" and "content").
+        Of a list of prompts all of their texts, in the same order; `params` may then be a list too.
+
+        `settings`: those of `Settings`. Raises `UsageError`, for an empty or too long prompt among others. Of several
+        prompts one that is refused fails alone: its `Generation` has the finish reason "error" and the `error`. Where
+        all are refused, that is raised.
+        """
+        return self._generate(prompt, params, None, settings)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        params: Params = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Any:
+        """The answer to a conversation: a `Generation`, or of a list of conversations a list of them.
+
+        `tools` and the others: see `ChatTemplate`. For a stream, give what `encode` makes of them to `stream_text`.
+        """
+        template = ChatTemplate(
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self._generate(messages, params, template, settings)
+
+    def _generate(
+        self, prompt: Any, params: Params, template: ChatTemplate | None, settings: Settings
+    ) -> Generation | list[Generation]:
+        asked = self.submit_all(prompt, params, template=template, **settings)
+        try:
+            texts = [together([handle.result() for handle in samples]) for samples in asked]
+        finally:  # also where somebody has enough
+            for handle in chain.from_iterable(asked):
+                handle.abort()
+        return texts if are_several(prompt) else texts[0]
+
+    # Streams
+
+    def stream(
+        self, prompt: Prompt | Sequence[Prompt], params: Params = None, **settings: Unpack[Settings]
+    ) -> Iterator[Any]:
+        """The same tokens, one by one, as they are committed. What is yielded is never taken back. Of a list of
+        prompts: (number of the prompt, token).
+
+        The text is written whether anybody reads or not; who closes the stream, or lets go of it, has aborted it. Of
+        several prompts one that is refused is raised at the end of the others.
+        """
+        numbers, reading = self._read(prompt, params, settings)
+        tokens = ((one, token) for one, said in reading if isinstance(said, list) for token in said)
+        if are_several(prompt):
+            return ((numbers[one], token) for one, token in tokens)
+        return (token for _, token in tokens)
+
+    def stream_text(
+        self, prompt: Prompt | Sequence[Prompt], params: Params = None, **settings: Unpack[Settings]
+    ) -> Iterator[Any]:
+        """The same text in pieces, as it is written: whole characters, and nothing that may yet become a stop string.
+        Joined they are the text that `generate` returns. Of a list of prompts: (number of the prompt, piece)."""
+        numbers, reading = self._read(prompt, params, settings)
+        growing = {one: one.new_stream() for one in numbers}
+
+        def pieces() -> Iterator[tuple[GenerationHandle, str]]:
+            for one, said in reading:
+                if piece := growing[one].add(said) if isinstance(said, list) else growing[one].end(said.text):
+                    yield one, piece
+
+        if are_several(prompt):
+            return ((numbers[one], piece) for one, piece in pieces())
+        return (piece for _, piece in pieces())
+
+    def _read(
+        self, prompt: Prompt | Sequence[Prompt], params: Params, settings: Settings
+    ) -> tuple[dict[GenerationHandle, int], Reading]:
+        news: News = SimpleQueue()
+        asked = self.submit_all(prompt, params, sink=news, **settings)
+        handles = [handle for (handle,) in asked]
+        return {handle: number for number, handle in enumerate(handles)}, Reading(handles, news)
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: Prompt | GenerationRequest,
+        params: SamplingParams | None = None,
+        *,
+        mode: str | Schedule | None = None,
+        gamma: int | str | None = None,
+        batch_size: int | None = None,
+        sink: Sink | None = None,
+    ) -> GenerationHandle:
+        """Asks for a text and returns at once: a future of its `Generation`, which also yields its tokens or its text
+        as they come, and can abort it. `prompt` may be a `GenerationRequest`, which has its own params.
+
+        Texts of one mode share passes as far as there are places; others wait until those before them are over.
+        `sink`: see `GenerationHandle`. Raises `UsageError`, `EngineClosedError`.
+        """
+        request = prompt
+        if not isinstance(request, GenerationRequest):
+            request = GenerationRequest(request, params or SamplingParams())
+        elif params is not None:
+            raise UsageError("A GenerationRequest has params of its own: give them there.")
+        handle = self._requests.handle(request, self._requests.run_key(mode, gamma, batch_size), self._wake, sink)
+        if handle.refused:
+            raise handle.refused
+        self._worker.submit(handle)
+        return handle
+
+    def submit_all(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        sink: Sink | None = None,
+        template: ChatTemplate | None = None,
+        **settings: Any,
+    ) -> list[list[GenerationHandle]]:
+        """For each prompt one of each sample; `settings` are those of `Settings`. One whose prompt was refused is over
+        already, with the finish reason "error". Raises what is wrong with all of them."""
+        after = self._last if settings.pop("continues", False) else None
+        asked = self._requests.handles(prompt, params, after, self._wake, sink, template, settings)
+        for handle in chain.from_iterable(asked):
+            if not handle.refused:
+                self._last = handle.request
+                self._worker.submit(handle)
+        return asked
+
+    def abort(self, request: GenerationHandle) -> None:
+        """Ends a text within a pass, and frees its place; see `GenerationHandle.abort`."""
+        request.abort()
+
+    def write(
+        self,
+        jobs: Iterable[GenerationRequest | None],
+        *,
+        mode: str | Schedule | None = None,
+        gamma: int | str | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Written]:
+        """Texts side by side: yields each request with the tokens that a pass has committed of it, and at last with all
+        of it. A list of requests is handed over at once. From any other iterable a request is taken when there is a
+        place for it; it yields None when there is none yet. One that is refused fails alone, as in `generate`."""
+        return self._write(jobs, self._requests.run_key(mode, gamma, batch_size))
+
+    def _write(self, jobs: Iterable[GenerationRequest | None], run: RunKey) -> Iterator[Written]:
+        queue, more, places = iter(jobs), True, run[1]
+        news: News = SimpleQueue()
+        live: set[GenerationHandle] = set()
+        try:
+            while more or live:
+                while more and (isinstance(jobs, list | tuple) or _under_way(live) < places):
+                    job: Any = next(queue, _NO_MORE)
+                    more = job is not _NO_MORE
+                    if not isinstance(job, GenerationRequest):
+                        break
+                    handle = self._requests.handle(job, run, self._wake, news)
+                    live.add(handle)
+                    if not handle.refused:
+                        self._worker.submit(handle)
+                if live:
+                    handle, said = news.get()
+                    if not isinstance(said, list):
+                        live.discard(handle)
+                    if isinstance(said, BaseException):
+                        raise said
+                    yield handle.request, said
+                elif more:
+                    time.sleep(POLL_S)
+        finally:  # also where the caller stops listening
+            for handle in live:
+                handle.abort()
+
+    def _wake(self) -> None:
+        """A handle of a text under way keeps the engine, and with it the models."""
+        self._worker.wake()
+
+    # Tokens
+
+    def encode(self, prompt: Prompt, **template: Unpack[ChatTemplate]) -> list[int]:
+        """The token ids of a prompt, as `generate` reads it; of messages as `chat` does. Raises `UsageError`."""
+        return self._requests.prompts.encode(prompt, **template)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self._requests.decoder.plain(list(tokens))
+
+    def top_two_gap(self, text: Sequence[int]) -> float:
+        """The distance of the two best logits of what follows `text`: how near the target is to another choice. Waits
+        for the texts under way. A conversation that goes on later may have to read its text again."""
+
+        def gap() -> float:
+            slot = self.model.batch_slots - 1
+            self.model.forget(text, slot)
+            best = self.model.read(text, 1, batch_slot=slot)[0].float().topk(2).values
+            return float(best[0] - best[1])
+
+        return self.exclusively(gap)
+
+    # The engine itself
+
+    def exclusively(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns in the engine's thread, on its cores, while no text is under way: there the model may be
+        used for something else."""
+        return self._worker.call(work)
+
+    @property
+    def defaults(self) -> Defaults:
+        """What the checkpoint asks for, and what of it is applied."""
+        return self._requests.defaults
+
+    @property
+    def runtime(self) -> Runtime:
+        """Its processes."""
+        return self._runtime
+
+    @property
+    def model(self) -> Any:
+        """The target. To be used in `exclusively`."""
+        return self._runtime.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._runtime.tokenizer
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._runtime.config
+
+    @property
+    def description(self) -> str:
+        """A few lines for a person: who runs where, how the bits are kept equal, what the checkpoint asks for."""
+        return "\n".join(filter(None, [self._runtime.description, self.defaults.description]))
+
+    @property
+    def events(self) -> list[DrafterEvent]:
+        """What has happened to the drafter's process, and when. While a text is under way, up to its last pass."""
+        try:
+            return self._worker.call(lambda: self._runtime.events, now=True)
+        except EngineClosedError:
+            return self._runtime.events
+
+    def close(self) -> None:
+        """Ends its thread and the drafter's process. Texts that are not over end with an `EngineClosedError`. Closing
+        twice is harmless."""
+        self._close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _under_way(handles: Iterable[GenerationHandle]) -> int:
+    """How many of these texts hold a place, or wait for one. A text gives its place back before its record is whole."""
+    return sum(1 for one in handles if not (one.request.text and one.request.text.stopper.finish))

@@ -1,0 +1,142 @@
+"""Prompts as users have them (texts, ids, arrays, messages of a chat), made token ids; and ids made text again.
+
+Knows: a tokenizer and its chat template. Refuses to know: models. May be used from several threads.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack
+
+from pearl.core.detokenizer import TextDecoder
+from pearl.engine.generation import Prompt
+from pearl.errors import UsageError
+
+
+class ChatTemplate(TypedDict, total=False):
+    """What messages may be written with; see transformers' `apply_chat_template`."""
+
+    tools: Sequence[Any] | None  # functions that the model may call: JSON schemas, or Python functions
+    add_generation_prompt: bool | None  # None: unless the final message is continued
+    continue_final_message: bool  # the last message is the beginning of the answer
+    chat_template: str | None  # in place of the tokenizer's own
+    chat_template_kwargs: Mapping[str, Any] | None  # what else the template takes, such as enable_thinking
+
+
+class PromptEncoder:
+    """One tokenizer, both ways."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._turn = tokenizer, threading.Lock()  # a call of a tokenizer may set its truncation
+
+    def encode(self, prompt: Prompt, **template: Unpack[ChatTemplate]) -> list[int]:
+        """The token ids. Raises `UsageError`."""
+        if isinstance(prompt, str):
+            return self._ids(prompt, special=True)
+        if is_chat(prompt):
+            messages: Any = prompt
+            return self._ids(self._written(messages, **template), special=False)
+        if template:
+            raise UsageError(f"{next(iter(template))} is for the messages of a chat: this prompt holds none.")
+        return token_ids(prompt)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"The prompt holds half a character at {error.start}: it is no text.") from None
+        with self._turn:
+            return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+
+    def _written(
+        self,
+        messages: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Messages as the text that the model knows conversations by."""
+        if not (chat_template or self._tokenizer.chat_template):
+            raise UsageError("This tokenizer has no chat template: give the prompt as text.")
+        turns: Any = [_message(one) for one in messages]
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) if tools else None,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(chat_template_kwargs or {}),
+            )
+        except Exception as error:  # a template is a program, and says in its own way what it does not take
+            raise UsageError(f"The chat template does not take these messages ({error}).") from error
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Without the special tokens of a beginning."""
+        return self._ids(text, special=False)
+
+
+def decoder(tokenizer: Any) -> TextDecoder:
+    """Not of the engine, which a text that is kept would then keep, models and all."""
+
+    def decode(tokens: Sequence[int], skip: bool = True) -> str:
+        return tokenizer.decode(list(tokens), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+    def is_byte(token: int) -> bool:
+        """Whether it stands for one byte, as in tokenizers after SentencePiece."""
+        return re.fullmatch("<0x[0-9A-F]{2}>", str(tokenizer.convert_ids_to_tokens(token))) is not None
+
+    return TextDecoder(decode, lambda tokens: decode(tokens, skip=False), is_byte)
+
+
+def are_several(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether these are prompts; one is a text, or holds numbers or messages. An empty list has none."""
+    return isinstance(prompt, list | tuple) and (
+        not prompt or any(isinstance(one, str | list | tuple) or _is_array(one) for one in prompt)
+    )
+
+
+def is_chat(prompt: Prompt) -> bool:
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def token_ids(prompt: Any) -> list[int]:
+    """Those of a list, or of an array or tensor [L] or [1, L]. Whether they are in the vocabulary, the model knows."""
+    if _is_array(prompt):
+        if "int" not in str(prompt.dtype):
+            raise UsageError(f"A prompt's token ids must be whole numbers, not {prompt.dtype}.")
+        shape = tuple(prompt.shape)
+        if len(shape) == 2 and shape[0] == 1:
+            return list(prompt[0].tolist())
+        if len(shape) != 1:
+            raise UsageError(
+                f"An array of token ids must have the shape [L] or [1, L], not {list(shape)}: of several prompts "
+                "give a list, each without its padding."
+            )
+        return list(prompt.tolist())
+    if not isinstance(prompt, list | tuple):
+        raise UsageError(f"The prompt must be text, token ids or messages, not {type(prompt).__name__}.")
+    return [one.item() if _is_array(one) and not one.shape else one for one in prompt]
+
+
+def _is_array(value: object) -> bool:
+    """A numpy array or a torch tensor, also a single number of one."""
+    return hasattr(value, "dtype") and hasattr(value, "tolist") and hasattr(value, "shape")
+
+
+def _message(message: Any) -> dict[str, Any]:
+    """As templates take it: its content one text, which a client may have given in parts."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "\n".join(str(part.get("text", "")) for part in content)
+    called = content is None and isinstance(message, Mapping) and bool(message.get("tool_calls"))
+    if not (isinstance(content, str) or called):
+        raise UsageError("Every message must be a mapping with the texts role and content.")
+    return {**message, "content": content}

@@ -1,0 +1,140 @@
+"""What a caller asks for, checked and made whole, before the engine's thread hears of it.
+
+Knows: what this engine has processes, places and a vocabulary for, and what its checkpoint asks for. Raises what is
+wrong with a request in the thread of whoever makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from itertools import chain
+from typing import Any, TypedDict
+
+from pearl import options
+from pearl.core.params import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import TextStream
+from pearl.engine.defaults import Defaults
+from pearl.engine.generation import GenerationRequest, Prompt, unwritten
+from pearl.engine.handle import GenerationHandle, RunKey, Sink
+from pearl.engine.prompts import ChatTemplate, PromptEncoder, are_several, decoder
+from pearl.errors import UsageError
+from pearl.parallel.launch import refuse_alone
+from pearl.parallel.runtime import Runtime
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class Settings(TypedDict, total=False):
+    """Of one call."""
+
+    mode: str | Schedule | None  # in place of the engine's own
+    gamma: int | str | None  # the same; may be given without a mode
+    continues: bool  # the prompt begins with the last text, which both models need not read again
+    batch_size: int | None  # texts side by side at most, the others wait; None: as many as the engine has places for
+
+
+class RequestBuilder:
+    """Of one engine."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime, self.prompts, self.decoder = (
+            runtime,
+            PromptEncoder(runtime.tokenizer),
+            decoder(runtime.tokenizer),
+        )
+        said = getattr(runtime.model.model, "generation_config", None)
+        self.defaults = Defaults.of(said, runtime.config.generation_config == "auto")
+
+    def handles(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: Params,
+        after: GenerationRequest | None,
+        wake: Callable[[], None],
+        sink: Sink | None,
+        template: ChatTemplate | None,
+        settings: Mapping[str, Any],
+    ) -> list[list[GenerationHandle]]:
+        """For each prompt one of each sample. Raises what is wrong with all of them."""
+        for name in settings.keys() & {one.name for one in fields(SamplingParams)}:
+            raise UsageError(f"{name} is a field of SamplingParams: give SamplingParams({name}=...) after the prompt.")
+        options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
+        prompts: Any = prompt if are_several(prompt) else [prompt]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise UsageError(f"There are {len(prompts)} prompts and {len(params)} params: give one for each, or one.")
+        if after and len(prompts) > 1:
+            raise UsageError("Only one text can continue the last one: give each a GenerationRequest, and write them.")
+        if sink:
+            _refuse_samples(params)
+        run = self.run_key(**settings)
+        asked = [
+            [self.handle(GenerationRequest(one, sample, after), run, wake, sink, template) for sample in own.samples()]
+            for one, own in zip(prompts, params, strict=True)
+        ]
+        refused = [handle.refused for handle in chain.from_iterable(asked)]
+        if refused and all(refused) and refused[0]:
+            raise refused[0]
+        return asked
+
+    def handle(
+        self,
+        request: GenerationRequest,
+        run: RunKey,
+        wake: Callable[[], None],
+        sink: Sink | None = None,
+        template: ChatTemplate | None = None,
+    ) -> GenerationHandle:
+        """Not yet in the engine's thread. One that can't be written is over."""
+        _refuse_samples([request.params])
+        new_stream = partial(TextStream, self.decoder, params=request.params)
+        handle = GenerationHandle(request, run, wake, new_stream, sink)
+        try:
+            params = request.params.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
+            params.check_vocabulary(self._runtime.checked.vocabulary)
+            handle.params = params.with_seed()
+            handle.prompt = self.prompts.encode(request.prompt, **(template or {}))
+            self._runtime.checked.check_prompt(handle.prompt, params.max_new_tokens)
+        except UsageError as error:
+            handle.refused = error
+            handle.finish(unwritten(run[0].mode, 0, error))
+        return handle
+
+    def run_key(
+        self, mode: str | Schedule | None = None, gamma: int | str | None = None, batch_size: int | None = None
+    ) -> RunKey:
+        """Raises `UsageError` for what this engine has no processes, no drafter or no places for."""
+        made_for, slots = self._runtime.schedule, self._runtime.model.batch_slots
+        schedule = as_schedule(mode or made_for, gamma)
+        self._runtime.config.check_mode(schedule.mode)
+        if schedule.drafts and not self._runtime.target.channel:
+            raise UsageError(
+                f"This engine was made for {made_for.mode} and has no drafter: make one for {schedule.mode}."
+            )
+        if self._runtime.processes == 1:
+            refuse_alone(schedule)
+        places = slots if batch_size is None else batch_size
+        if not (type(places) is int and 1 <= places <= slots):
+            raise UsageError(
+                f"batch_size must be from 1 to the {slots} texts that this engine has places for, not "
+                f"{batch_size!r}: make one with more max_sequences."
+            )
+        return schedule, places
+
+
+def as_schedule(mode: str | Schedule, gamma: int | str | None) -> Schedule:
+    """`gamma` None: the mode's own."""
+    if not isinstance(mode, Schedule):
+        return Schedule.of(mode, gamma)
+    if gamma is None:
+        return mode
+    return Schedule.of(mode.mode, gamma, mode.draft_batch or None, mode.max_verify_tokens, mode.max_draft_tokens)
+
+
+def _refuse_samples(params: Sequence[SamplingParams]) -> None:
+    if any(own.n > 1 for own in params):
+        raise UsageError("A stream, or a request, is one text: ask for n samples with generate, or once for each seed.")

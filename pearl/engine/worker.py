@@ -1,0 +1,213 @@
+"""The engine's thread: it takes requests from all others, and writes their texts in runs of one schedule.
+
+First come, first served. Texts of one schedule and number of places share the passes of a run, which they join and
+leave between two passes. A text of another schedule, or a piece of work that needs the models for itself, waits for
+the end of the run; whoever comes after it waits too, so that nobody is kept waiting for ever. Without work the thread
+sleeps.
+
+Knows: who waits for which text. Refuses to know: prompts and their checks, which are the callers'.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from pearl.core.detokenizer import TextDecoder
+from pearl.core.stopping import Stopper
+from pearl.engine.generation import unwritten, written
+from pearl.engine.handle import GenerationHandle, RunKey
+from pearl.errors import EngineClosedError
+from pearl.machine import memory
+from pearl.parallel.runtime import Runtime
+from pearl.roles.sequence import SequenceRequest, SequenceState
+from pearl.roles.target import Target
+from pearl.wire.channel import Channel
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Call:
+    """Something else to be done in the engine's thread. `now`: between two passes; else when no text is under way."""
+
+    work: Callable[[], Any]
+    now: bool
+    done: Future[Any] = field(default_factory=Future)
+
+    def run(self) -> None:
+        try:
+            self.done.set_result(self.work())
+        except BaseException as error:
+            self.done.set_exception(error)
+
+
+class Worker:
+    """Its methods may be called from any thread, also from its own."""
+
+    def __init__(self, runtime: Runtime, decoder: TextDecoder):
+        self._runtime, self._decoder = runtime, decoder
+        self._inbox: SimpleQueue[GenerationHandle | Call | None] = SimpleQueue()  # None: look at what is wanted
+        self._waiting: deque[GenerationHandle | Call] = deque()
+        self._under_way: dict[GenerationHandle, float] = {}  # with its share of the bytes on the wire
+        self._closed, self._entry = False, threading.Lock()
+        self._ended: Future[None] = Future()
+        self._thread = threading.Thread(target=self._live, name="pearl-engine", daemon=True)
+        self._thread.start()
+
+    # From any thread
+
+    def submit(self, work: GenerationHandle | Call) -> None:
+        """Raises `EngineClosedError`."""
+        with self._entry:  # else it could come after the last look into the inbox
+            if self._closed:
+                raise EngineClosedError("This engine is closed: make another one.")
+            self._inbox.put(work)
+
+    def wake(self) -> None:
+        """Somebody does not want a text any more."""
+        self._inbox.put(None)
+
+    def call(self, work: Callable[[], Result], now: bool = False) -> Result:
+        """What `work` returns in the engine's thread: `now` between two passes, else while no text is under way."""
+        if threading.current_thread() is self._thread:
+            return work()
+        call = Call(work, now)
+        self.submit(call)
+        result: Result = call.done.result()
+        return result
+
+    def close(self) -> None:
+        """Ends the thread after the pass under way, and what belongs to the engine with it; all texts that are not over
+        get an `EngineClosedError`."""
+        with self._entry:
+            self._closed = True
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._ended.result()
+
+    # In the thread
+
+    def _live(self) -> None:
+        error: BaseException = EngineClosedError("This engine was closed before the text was over.")
+        try:
+            with self._runtime.on_its_cores():
+                while not self._closed:
+                    self._take(wait=not self._waiting)
+                    first = self._waiting[0] if self._waiting else None
+                    if isinstance(first, Call):
+                        self._waiting.popleft()
+                        first.run()
+                    elif first and not self._closed:
+                        self._run(first.run)
+                    del first  # a thread that sleeps keeps nobody's text
+        except BaseException as broken:  # nobody may wait for a thread that is gone
+            error = EngineClosedError(f"The engine's thread has failed ({type(broken).__name__}: {broken}).")
+            error.__cause__ = broken
+        with self._entry:
+            self._closed = True
+        self._take(wait=False)
+        for work in (*self._under_way, *self._waiting):
+            _fail(work, error)
+        self._under_way.clear()
+        self._waiting.clear()
+        try:
+            self._runtime.close()
+            self._ended.set_result(None)
+        except BaseException as broken:
+            self._ended.set_exception(broken)
+
+    def _take(self, wait: bool) -> None:
+        """Takes what has come. `wait`: until something does."""
+        while wait or not self._inbox.empty():
+            work, wait = self._inbox.get(), False
+            if isinstance(work, Call) and work.now:
+                work.run()
+            elif work:
+                self._waiting.append(work)
+            else:
+                self._drop_unwanted()
+
+    def _drop_unwanted(self) -> None:
+        """Those that wait; `Target` drops those that are under way."""
+        for work in [one for one in self._waiting if isinstance(one, GenerationHandle) and not one.wanted]:
+            self._waiting.remove(work)
+            work.finish(unwritten(work.run[0].mode, len(work.prompt)))
+
+    def _run(self, key: RunKey) -> None:
+        """Writes texts until none of this schedule is under way, or somebody else's turn has come."""
+        schedule, places = key
+        memory.reset_peak()
+        try:
+            with (
+                self._runtime.target_for(schedule) as target,
+                closing(target.write(self._requests(key, target), schedule, places)) as run,
+            ):
+                self._write(target, run, places)
+        except Exception as error:  # whatever it is, the engine goes on with the next run
+            for handle in self._under_way:
+                handle.fail(error)
+            self._under_way.clear()
+
+    def _write(self, target: Target, run: Iterator[Any], places: int) -> None:
+        before = _bytes(target.channel)
+        for text, committed in run:
+            self._runtime.check()
+            handle = text.request.user_data
+            now = _bytes(target.channel)
+            for one in self._under_way:
+                self._under_way[one] += (now - before) / len(self._under_way)
+            before, handle.request.text = now, text
+            if committed:
+                handle.say(committed)
+            else:
+                self._end(handle, text, places)
+            self._take(wait=False)
+            if self._closed:
+                return
+
+    def _end(self, handle: GenerationHandle, text: SequenceState, places: int) -> None:
+        sent = self._under_way.pop(handle)
+        if text.error:
+            handle.fail(text.error)
+        else:
+            handle.finish(written(text, places, round(sent)))
+
+    def _requests(self, key: RunKey, target: Target) -> Iterator[SequenceRequest | None]:
+        """Those whose turn has come. None: nobody waits, but texts are under way."""
+        while not self._closed:
+            self._take(wait=False)
+            first = self._waiting[0] if self._waiting else None
+            if isinstance(first, GenerationHandle) and first.run == key:
+                self._waiting.popleft()
+                yield self._begin(first)
+            elif first or target.idle:
+                return
+            else:
+                yield None
+
+    def _begin(self, handle: GenerationHandle) -> SequenceRequest:
+        self._under_way[handle] = 0.0
+        request = handle.request
+        after, request.after = request.after, None  # once it is known what may be kept, a talk keeps only its last turn
+        stopper = Stopper(handle.params, self._runtime.eos, self._decoder)
+        return SequenceRequest(
+            handle.prompt, handle.params, stopper, after.text if after else None, handle, lambda: handle.wanted
+        )
+
+
+def _fail(work: GenerationHandle | Call, error: BaseException) -> None:
+    if isinstance(work, Call):
+        work.done.set_exception(error)
+    else:
+        work.fail(error)
+
+
+def _bytes(channel: Channel | None) -> int:
+    return channel.bytes_sent + channel.bytes_received if channel else 0

@@ -1,0 +1,271 @@
+"""Texts of many threads: each is what it would be alone, whoever comes, goes, or lets go beside it."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+
+import pytest
+
+from pearl.core.params import SamplingParams
+from pearl.engine import Engine, GenerationRequest
+from pearl.errors import EngineClosedError, PearlError, UsageError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+ONE_CORE = str(min(os.sched_getaffinity(0)))
+OPTIONS = {"dtype": "float32", "max_length": 300, "mode": "sd", "processes": 1, "target_cores": ONE_CORE}
+PROMPTS = ["def the(thing):\n", "the thing in the", "return thing", "a"]
+LONG = SamplingParams(max_new_tokens=250, ignore_eos=True)
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def engine(pair):
+    with Engine.from_pretrained(*pair, max_sequences=3, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def narrow(pair):
+    """It has one place."""
+    with Engine.from_pretrained(*pair, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def asked(engine):
+    """Prompts and params, and what is written for them alone."""
+    made = []
+    for number in range(12):
+        prompt, params = PROMPTS[number % 4], SamplingParams(5 + 3 * number, 1.0, seed=number, ignore_eos=True)
+        made.append((prompt, params, engine.generate(prompt, params, mode="ar").tokens))
+    return made
+
+
+def test_a_handle_is_a_future_an_iterator_and_a_text(engine, asked):
+    prompt, params, tokens = asked[3]
+    handles = [engine.submit(prompt, params, mode="ar") for _ in range(3)]
+    assert handles[0].result(WAIT_S).tokens == tokens
+    assert list(handles[1]) == tokens and list(handles[1]) == []
+    assert "".join(handles[2].stream_text()) == engine.decode(tokens)
+    assert {one.result().finish_reason for one in as_completed(handles, WAIT_S)} == {"length"}
+    seen: list[object] = []
+    engine.submit(prompt, params).add_done_callback(seen.append)
+    engine.generate(prompt, params)
+    assert seen and seen[0].result().tokens == tokens
+
+
+@pytest.mark.parametrize("name", ["engine", "narrow"])
+def test_streams_read_in_turns_are_whole(request, name, asked):
+    """With one place the second waits for the first, with more they share passes."""
+    engine = request.getfixturevalue(name)
+    streams = [engine.stream(prompt, params) for prompt, params, _ in asked]
+    read: list[list[int]] = [[] for _ in asked]
+    for number in itertools.chain.from_iterable(itertools.repeat(range(len(asked)), 50)):
+        read[number] += itertools.islice(streams[number], 1)
+    assert read == [tokens for *_, tokens in asked]
+
+
+def test_texts_of_other_modes_wait_and_nobody_starves(engine, asked):
+    """Runs of one mode end when somebody of another mode waits: first come, first served."""
+    prompt, params, _ = asked[0]
+    order: list[str] = []
+    handles = []
+    for number, mode in enumerate(["ar", "sd", "ar", "sd:3", "ar"]):
+        handles.append(engine.submit(prompt, replace(params, max_new_tokens=30), mode=mode))
+        handles[-1].add_done_callback(lambda _, number=number: order.append(str(number)))
+    texts = [one.result(WAIT_S) for one in handles]
+    assert "".join(order) == "01234"
+    assert len({tuple(text.tokens) for text in texts}) == 1
+    assert [text.stats.mode for text in texts] == ["ar", "sd", "ar", "sd", "ar"]
+
+
+def test_an_aborted_text_gives_its_place_back_within_a_pass(narrow, asked):
+    prompt, params, tokens = asked[5]
+    for aborts in (lambda one: one.abort(), narrow.abort, lambda one: one.cancel()):
+        long, waiting = narrow.submit("the", LONG), narrow.submit(prompt, params)
+        heard = list(itertools.islice(long, 5))
+        aborts(long)
+        text = long.result(WAIT_S)
+        assert text.finish_reason == "abort" and text.tokens[:5] == heard
+        assert list(long) == text.tokens[5:]
+        assert text.text == narrow.decode(text.tokens) and text.usage.completion_tokens == len(text.tokens)
+        assert waiting.result(WAIT_S).tokens == tokens
+    one, never = narrow.submit("the", LONG), narrow.submit("thing", LONG)
+    never.abort()
+    assert (never.result(WAIT_S).finish_reason, never.result().tokens) == ("abort", [])
+    one.abort()
+    assert one.result(WAIT_S).finish_reason == "abort"
+    done = narrow.submit(prompt, params)
+    assert done.result(WAIT_S).tokens == tokens
+    done.abort()
+    assert done.result().finish_reason == "length" and not done.cancel()
+
+
+@pytest.mark.parametrize("let_go", ["closed", "forgotten", "never begun"])
+def test_a_stream_that_is_let_go_aborts_its_text(narrow, asked, let_go):
+    prompt, params, tokens = asked[4]
+    stream = narrow.stream("the", LONG)
+    if let_go != "never begun":
+        next(stream)
+    if let_go == "closed":
+        stream.close()
+    else:
+        del stream
+        gc.collect()
+    began = threading.active_count()
+    assert narrow.generate(prompt, params).tokens == tokens
+    assert threading.active_count() == began
+    running = narrow.stream(["the"], LONG)
+    next(running)
+    del running
+    assert narrow.generate(prompt, params).tokens == tokens
+
+
+def test_threads_that_ask_abort_and_let_go_at_random_disturb_nobody(engine, asked):
+    """The property: a text that is read to its end is what it is alone, whatever others do."""
+    draws = [random.Random(seed) for seed in range(6)]
+
+    def hammer(draw: random.Random) -> int:
+        whole = 0
+        for _ in range(8):
+            prompt, params, tokens = draw.choice(asked)
+            mode = draw.choice(["ar", "ar", "sd", "sd:2"])
+            match draw.choice(["whole", "stream", "text", "several", "abort", "drop", "write"]):
+                case "whole":
+                    assert engine.generate(prompt, params, mode=mode).tokens == tokens
+                case "stream":
+                    assert list(engine.stream(prompt, params, mode=mode)) == tokens
+                case "text":
+                    assert "".join(engine.stream_text(prompt, params, mode=mode)) == engine.decode(tokens)
+                case "several":
+                    some = draw.sample(asked, 3)
+                    texts = engine.generate([one[0] for one in some], [one[1] for one in some], mode=mode)
+                    assert [text.tokens for text in texts] == [one[2] for one in some]
+                case "abort":
+                    handle = engine.submit(prompt, params, mode=mode)
+                    heard = list(itertools.islice(handle, draw.randrange(4)))
+                    handle.abort()
+                    assert heard == tokens[: len(heard)]
+                    ended = handle.result(WAIT_S)
+                    assert ended.tokens == tokens[: len(ended.tokens)]
+                    continue
+                case "drop":
+                    heard = list(itertools.islice(engine.stream(prompt, params, mode=mode), draw.randrange(4)))
+                    assert heard == tokens[: len(heard)]
+                    continue
+                case "write":
+                    *_, (_, text) = engine.write(iter([GenerationRequest(prompt, params)]), mode=mode)
+                    assert text.tokens == tokens
+            whole += 1
+        return whole
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sum(pool.map(hammer, draws, timeout=300)) > 6
+
+
+def test_an_error_in_a_pass_reaches_all_under_way_and_the_engine_goes_on(narrow, asked, monkeypatch):
+    prompt, params, tokens = asked[2]
+    read = narrow.model.read
+
+    def broken(*args, **more):
+        monkeypatch.setattr(narrow.model, "read", read)
+        raise RuntimeError("a pass that fails")
+
+    monkeypatch.setattr(narrow.model, "read", broken)
+    with pytest.raises(RuntimeError, match="a pass that fails"):
+        list(narrow.stream(prompt, params))
+    assert narrow.generate(prompt, params).tokens == tokens
+
+
+def test_closing_gives_everybody_an_error_and_nobody_waits(pair):
+    engine = Engine.from_pretrained(*pair, **OPTIONS)
+    streams = [engine.stream("the", LONG), engine.stream("thing", LONG)]
+    handle = engine.submit("def", LONG, mode="ar")
+    next(streams[0])
+    engine.close()
+    for waiting in (streams[1], handle):
+        with pytest.raises(EngineClosedError, match="closed before the text was over"):
+            list(waiting)
+    assert isinstance(handle.exception(), RuntimeError) and isinstance(handle.exception(), PearlError)
+    for late in (engine.generate, engine.stream, engine.submit):
+        with pytest.raises(EngineClosedError, match="make another one"):
+            late("the", LONG)
+    engine.close()
+    assert engine.events == []
+
+
+def test_an_engine_that_nobody_has_any_more_closes_itself(pair):
+    before = {thread for thread in threading.enumerate() if thread.name == "pearl-engine"}
+    engine = Engine.from_pretrained(*pair, **OPTIONS)
+    (mine,) = {thread for thread in threading.enumerate() if thread.name == "pearl-engine"} - before
+    stream = engine.stream("the", LONG)
+    del engine
+    gc.collect()
+    assert len(list(stream)) == 250, "a text under way keeps it"
+    del stream
+    gc.collect()
+    mine.join(WAIT_S)
+    assert not mine.is_alive()
+
+
+def test_an_idle_engine_takes_no_time_of_a_core(narrow):
+    narrow.generate("the", LONG)
+    time.sleep(0.2)
+    began, clock = time.process_time(), time.perf_counter()
+    time.sleep(1.0)
+    assert time.process_time() - began < 0.2 * (time.perf_counter() - clock)
+
+
+def test_two_engines_in_two_threads_write_their_own_texts(engine, narrow, asked):
+    def write(mine: Engine) -> list[list[int]]:
+        return [mine.generate(prompt, params).tokens for prompt, params, _ in asked]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(write, [engine, narrow])) == [[tokens for *_, tokens in asked]] * 2
+
+
+def test_an_engine_may_be_made_and_closed_in_any_thread(pair, asked):
+    prompt, params, tokens = asked[1]
+    cores, texts = os.sched_getaffinity(0), []
+
+    def live() -> None:
+        engine = Engine.from_pretrained(*pair, **OPTIONS)
+        texts.append(engine.generate(prompt, params).tokens)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        closing.join(WAIT_S)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    thread.join(WAIT_S)
+    assert texts == [tokens] and os.sched_getaffinity(0) == cores
+
+
+def test_the_gap_of_two_logits_does_not_disturb_a_talk(engine):
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    first = engine.generate("the thing", params)
+    prompt = [*engine.encode("the thing"), *first.tokens]
+    assert engine.top_two_gap(prompt) > 0
+    goes_on = engine.generate(prompt, params, continues=True)
+    assert goes_on.tokens == engine.generate(prompt, params).tokens
+
+
+def test_what_an_engine_is_made_of_can_not_be_replaced(engine):
+    for name in ("model", "tokenizer", "runtime", "config"):
+        with pytest.raises(AttributeError):
+            setattr(engine, name, None)
+
+
+def test_a_requests_own_params_are_not_given_twice(engine, asked):
+    prompt, params, tokens = asked[6]
+    assert engine.submit(GenerationRequest(prompt, params)).result(WAIT_S).tokens == tokens
+    with pytest.raises(UsageError, match="params of its own"):
+        engine.submit(GenerationRequest(prompt, params), params)
