@@ -59,9 +59,7 @@ class RequestBuilder:
         settings: Mapping[str, Any],
     ) -> list[list[GenerationHandle]]:
         """For each prompt one of each sample. Raises what is wrong with all of them."""
-        for name in settings.keys() & {one.name for one in fields(SamplingParams)}:
-            raise UsageError(f"{name} is a field of SamplingParams: give SamplingParams({name}=...) after the prompt.")
-        options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
+        check_names(settings)
         prompts: Any = prompt if are_several(prompt) else [prompt]
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
@@ -124,6 +122,13 @@ class RequestBuilder:
                 f"{batch_size!r}: make one with more max_sequences."
             )
         return schedule, places
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for what is no setting of a call."""
+    for name in settings.keys() & {one.name for one in fields(SamplingParams)}:
+        raise UsageError(f"{name} is a field of SamplingParams: give SamplingParams({name}=...) after the prompt.")
+    options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
 
 
 def as_schedule(mode: str | Schedule, gamma: int | str | None) -> Schedule:
