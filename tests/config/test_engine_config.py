@@ -9,6 +9,7 @@ import pytest
 
 from pearl import Engine, SamplingParams
 from pearl.config.engine_config import EngineConfig
+from pearl.engine.requests import check_names
 from pearl.errors import UsageError
 from pearl.machine import cores
 
@@ -75,9 +76,9 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
     with pytest.raises(UsageError, match=r"SamplingParams: unknown key 'max_tokens'; did you mean max_new_tokens\?"):
         SamplingParams(max_tokens=5)
     with pytest.raises(UsageError, match=r"^max_new_tokens is a field of SamplingParams: give SamplingParams\("):
-        Engine._begin(None, "hi", None, max_new_tokens=8)
+        check_names({"max_new_tokens": 8})
     with pytest.raises(UsageError, match=r"unknown key 'batchsize'; did you mean batch_size\?"):
-        Engine._begin(None, "hi", None, batchsize=8)
+        check_names({"batchsize": 8})
     with pytest.raises(UsageError, match="did you mean max_length"):
         replace(EngineConfig(), max_lenght=5)
 
