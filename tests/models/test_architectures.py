@@ -98,12 +98,14 @@ def test_every_mode_writes_what_ar_writes(architecture: Architecture):
     assert target_model(architecture, "float32").verifies_trees or not architecture.trees
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
 def test_every_mode_writes_what_ar_writes_in_bfloat16(architecture: Architecture):
     assert target_model(architecture, "bfloat16").rows.exact, "on this machine nothing is promised"
     assert_modes_agree(architecture, "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
 def test_in_bfloat16_ar_leaves_generate_only_where_two_tokens_all_but_tie(architecture: Architecture, record_property):
     """Logits of size x are 2^-8 x apart in bfloat16, and a few of these steps are what other sums come to."""
