@@ -93,7 +93,7 @@ def products(model: nn.Module) -> list[Product]:
         else:
             continue
         kind = type(layer), outputs, weight.shape[1], like.dtype, like.device
-        if outputs <= _WIDEST and kind not in found:
+        if outputs <= _WIDEST and kind not in found and like.device.type != "meta":
             found[kind] = Product(compute, _inputs(weight[:_CANCELLING].float().cpu()).to(like))
     return list(found.values())
 

@@ -92,9 +92,6 @@ def test_every_row_and_table_is_one_that_the_commands_understand(name, tmp_path)
     parser = eval_config.parser(gsm8k.BENCHMARK)
     for row in rows:
         words = row[next(i for i, word in enumerate(row) if word.startswith("eval/")) + 1 :]
-        if name == "batch_scaling" and "--batch-size" not in parser.format_help():
-            at = words.index("--batch-size")
-            del words[at : at + 2]
         found = cli.parse(parser, words)
         assert found.resume and found.output and cli.schedules(found, cli.BASELINES)
         assert "ar" in found.mode  # without which nothing is told to be the target's own text
