@@ -70,6 +70,12 @@ class EngineConfig:
         None, WORD, "on CPU, like 0-3; default: half of them, for ngram all but one", MACHINE
     )
     draft_cores: str | None = setting(None, WORD, "on CPU; default: the others", MACHINE)
+    pin_cores: str = setting(
+        "auto",
+        choice("auto", "off"),
+        "on CPU keep each process to its cores, with as many threads; off: leave both as they are",
+        MACHINE,
+    )
     kernel: str = setting("auto", choice("auto", "stock", "packed"), "linear layers of the target on CPU", MACHINE)
     draft_kernel: str = setting(
         "auto",
@@ -127,6 +133,8 @@ class EngineConfig:
         for name in (self.target_cores, self.draft_cores):
             if name is not None:
                 cores.parse(name)
+        if not self.pins and (self.target_cores or self.draft_cores):
+            raise UsageError("target_cores and draft_cores name cores to keep to, which pin_cores off forbids: choose.")
         if self.tensor_parallel_size > 1:
             self._check_ranks()
 
@@ -146,6 +154,10 @@ class EngineConfig:
         """Refuses a mode that a target over several ranks does not have."""
         if self.tensor_parallel_size > 1 and mode in ONE_PROCESS:
             raise UsageError(f"{mode} needs a target of one process: leave it out, or tensor_parallel_size.")
+
+    @property
+    def pins(self) -> bool:
+        return self.pin_cores == "auto"
 
     @property
     def feature_folder(self) -> Path | None:

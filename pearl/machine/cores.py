@@ -65,12 +65,14 @@ def pin(cpus: list[int]) -> None:
 @contextmanager
 def running_on(cpus: Sequence[int]) -> Iterator[None]:
     """The calling thread is kept to these CPUs, and its torch to as many threads; afterwards both are as before. Other
-    threads are as they were."""
+    threads are as they were, also those that begin meanwhile: torch keeps a number for them, which each setting of it
+    changes, so a thread that ends at once puts that back."""
     import torch
 
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, cpus)
     torch.set_num_threads(len(cpus))
+    in_a_thread(lambda: torch.set_num_threads(threads))
     try:
         yield
     finally:

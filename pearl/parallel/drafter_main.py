@@ -45,8 +45,9 @@ def serve(
     """`store`, `host`: where the target is met, and the address to listen at. `number`: of the only connection to make;
     None: one after the other. `make`: the source, with its model loaded. `agent`: the launcher's process, whose end
     ends this loop too; 0: there is none. Raises `TargetGone`."""
-    cores.pin(cpus)
-    torch.set_num_threads(len(cpus))
+    if config.pins:
+        cores.pin(cpus)
+        torch.set_num_threads(len(cpus))
     only, number = number is not None, number or 0
     try:
         source: Any = make()  # one that drafts from features has a device

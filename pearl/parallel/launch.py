@@ -54,7 +54,7 @@ def work(layout: Layout) -> int:
         return guarded("drafter", draft)
     launcher.give_way()
     store, host = meeting(MEETING, world)
-    rank, cpus, gpu = world.tp_rank, layout.target_cpus, world.here.local_rank
+    rank, cpus, gpu = world.tp_rank, layout.target_cpus if config.pins else [], world.here.local_rank
     shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, DEADLINE_S, gpu)
     return guarded(f"rank {rank} of the target", shard)
 

@@ -111,6 +111,8 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
         return replace(config, target_device=f"cuda:{first % gpus}", draft_device=f"cuda:{other % gpus}")
     if world.local_replicas == 1:
         return config
+    if not config.pins:
+        return config
     there = cores.available()
     mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there
     target, draft = cores.split(mine, drafter_works=config.draft != NGRAM)

@@ -81,7 +81,10 @@ class Runtime:
 
     def on_its_cores(self) -> AbstractContextManager[None]:
         """The calling thread is where the target's passes run."""
-        return cores.running_on(self.target_cpus)
+        return self._on(self.target_cpus)
+
+    def _on(self, cpus: list[int]) -> AbstractContextManager[None]:
+        return cores.running_on(cpus) if self.config.pins else contextlib.nullcontext()
 
     def _open_channel(self) -> Channel | None:
         if self._peer:
@@ -133,7 +136,7 @@ class Runtime:
                 self._spread = Target(load_target(replace(self.checked, target_on=Placement(devices))))
             yield self._spread
         else:
-            with cores.running_on(sorted({*self.target_cpus, *self.draft_cpus})):
+            with self._on(sorted({*self.target_cpus, *self.draft_cpus})):
                 yield self.target
 
     # What it says of itself
@@ -164,7 +167,7 @@ class Runtime:
         for role, devices in self.devices.items():
             name, cpus = shares[role]
             where = ", ".join(devices)
-            if devices == ["cpu"]:
+            if devices == ["cpu"] and self.config.pins:
                 where = f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads"
             if role == "target" and self.config.tensor_parallel_size > 1:
                 where += f", as rank 0 of {self.config.tensor_parallel_size}"

@@ -38,12 +38,13 @@ def work(
     gpu: int,
 ) -> None:
     """Loads its shard and makes the calls that rank 0 says, until it ends the run. `check`: makes the preflight.
-    `gpu`: of this rank, where there are some.
+    `cpus`: to keep to; none: it stays where it is. `gpu`: of this rank, where there are some.
 
     Raises `TargetGone` if rank 0 is, or whatever went wrong here, of which rank 0 then knows.
     """
-    cores.pin(list(cpus))
-    torch.set_num_threads(len(cpus))
+    if cpus:
+        cores.pin(list(cpus))
+        torch.set_num_threads(len(cpus))
     groups = None
     try:
         with _told(store, rank):
@@ -86,7 +87,8 @@ def main() -> int:
     def check() -> Preflight:
         return preflight(spec.config, ("target",), ranks, spec.number)
 
-    run = partial(work, check, spec.number, spec.cpus, store, LOCAL, spec.deadline_s, spec.number)
+    cpus = spec.cpus if spec.config.pins else []
+    run = partial(work, check, spec.number, cpus, store, LOCAL, spec.deadline_s, spec.number)
     return guarded(f"rank {spec.number} of the target", run)
 
 

@@ -33,6 +33,8 @@ from pearl.machine import cores
         ({"target_device": 3.5}, "target_device must be"),
         ({"dtype": "bf16"}, "choose from float32, bfloat16, float16; did you mean bfloat16?"),
         ({"dtype": "fp16"}, "choose from float32, bfloat16, float16; did you mean float16?"),
+        ({"pin_cores": "on"}, "pin_cores 'on' is unknown; choose from auto, off"),
+        ({"pin_cores": "off", "target_cores": "0"}, "which pin_cores off forbids"),
         ({"kernel": "fast"}, "kernel 'fast' is unknown; choose from auto, stock, packed"),
         ({"max_length": 1}, "max_length must be a whole number from 2, not 1"),
         ({"max_length": "long"}, "max_length must be a whole number from 2"),

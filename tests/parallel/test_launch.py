@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from pearl.config.engine_config import EngineConfig
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine
 from pearl.errors import UsageError
@@ -83,19 +88,38 @@ def test_what_is_wrong_is_said_by_the_first_rank_alone(pair, monkeypatch):
         launch(config, Schedule.of("sd"), processes=1)
 
 
+def state() -> tuple[object, ...]:
+    """Whatever belongs to the whole process, as its program has it."""
+    own = os.sched_getaffinity(0), torch.get_num_threads(), sys.getswitchinterval(), dict(os.environ)
+    theirs = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    logger = logging.getLogger("pearl")
+    return *own, *theirs, dist.is_initialized(), dist.all_reduce, logger.level, list(logger.handlers)
+
+
 @pytest.mark.slow
 def test_an_engine_that_can_not_be_made_leaves_the_process_as_it_was(pair, tmp_path):
-    def state() -> tuple[object, ...]:
-        return os.sched_getaffinity(0), torch.get_num_threads(), sys.getswitchinterval()
-
     before, broken = state(), shutil.copytree(pair[0], tmp_path / "target")
     (broken / "model.safetensors").unlink()
     core = str(min(os.sched_getaffinity(0)))
     with pytest.raises((UsageError, OSError)):
         Engine.from_pretrained(str(broken), pair[1], dtype="float32", target_cores=core)
     assert state() == before
-    with Engine.from_pretrained(*pair, dtype="float32", max_length=100, target_cores=core):
-        assert state() != before
+    with Engine.from_pretrained(*pair, dtype="float32", max_length=100, target_cores=core) as engine:
+        engine.generate("the", SamplingParams(max_new_tokens=4))
+        assert state() == before and cores.in_a_thread(state) == before
+    assert state() == before
+
+
+@pytest.mark.slow
+def test_a_program_may_forbid_that_its_process_is_kept_to_cores(pair):
+    before = state()
+    with Engine.from_pretrained(*pair, dtype="float32", max_length=100, pin_cores="off") as engine:
+        there = psutil.Process(engine.runtime.drafter_pid).cpu_affinity()
+        for mode in ("pearl", "ar", "ar-all"):
+            engine.generate("the", SamplingParams(max_new_tokens=4), mode=mode)
+            assert state() == before
+        threads = [os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")]
+    assert {*there} == os.sched_getaffinity(0) and all(cpus == os.sched_getaffinity(0) for cpus in threads)
     assert state() == before
 
 
