@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pearl.core.messages import DraftPlan, End, Guess, Nodes, Verdict
 from pearl.wire.channel import LocalChannel
-from pearl.wire.codec import pack
+from pearl.wire.frames import size
 
 
 def test_bytes_are_counted_both_ways():
@@ -12,8 +12,8 @@ def test_bytes_are_counted_both_ways():
     down, up = [Verdict(1, 5, DraftPlan(), tuple(range(40)))], [Nodes(1, 1, 1, False, (Guess(2, 1, 7),)), End(1)]
     here.send(*down)
     there.send(*up)
-    assert here.bytes_sent == there.bytes_received == pack(down).nbytes > 0
-    assert there.bytes_sent == here.bytes_received == pack(up).nbytes > 0
+    assert here.bytes_sent == there.bytes_received == size(*down) > 0
+    assert there.bytes_sent == here.bytes_received == size(*up) > 0
     assert [there.receive()] == down and [here.receive(), here.receive()] == up
 
 
