@@ -16,7 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numerics import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
-from toys import examples
+from toys import examples, falsified
 
 import pearl.models.kv_cache.batch_cache
 from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
@@ -156,18 +156,8 @@ MUTANTS = [
 
 
 def fails(most: int) -> bool:
-    reader, reference = made("llama", "float32")
-
-    @settings(max_examples=most, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
-    @given(PROMPTS, ROUNDS)
-    def the_property(lengths: list[int], rounds: list[list[Step]]) -> None:
-        check(reader, reference, lengths, rounds)
-
-    try:
-        the_property()
-    except (AssertionError, IndexError, RuntimeError):
-        return True
-    return False
+    claim = functools.partial(check, *made("llama", "float32"))
+    return falsified(claim, PROMPTS, ROUNDS, most=most, by=(AssertionError, IndexError, RuntimeError))
 
 
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import tiny
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from toys import examples
+from toys import examples, falsified
 
 import pearl.models.language_model
 from pearl.models.draft_model import DraftModel
@@ -291,11 +291,6 @@ MUTANTS = [
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     mutate(monkeypatch)
-
-    @settings(max_examples=500, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
-    @given(TURNS)
-    def the_property(turns: list[Turn]) -> None:
-        play(Slots(SLOTS), turns, longest=SLOTS - 16)
-
-    with pytest.raises((AssertionError, KeyError)):
-        the_property()
+    assert falsified(
+        lambda turns: play(Slots(SLOTS), turns, SLOTS - 16), TURNS, most=500, by=(AssertionError, KeyError)
+    )

@@ -13,13 +13,14 @@ import pytest
 import torch
 from batch_cases import Asked, Case, cases, check, requests, small
 from cases import DRAFTING
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from toys import (
     ScriptedChannel,
     TableModel,
     Text,
     examples,
+    falsified,
     ticks,
 )
 
@@ -242,11 +243,4 @@ MUTANTS = [give_a_verdict_to_the_wrong_text, hang_guesses_into_the_first_text, s
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     mutate(monkeypatch)
-
-    @settings(max_examples=2000, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
-    @given(cases(modes=DRAFTING))
-    def the_property(case: Case) -> None:
-        check(case)
-
-    with pytest.raises(AssertionError):
-        the_property()
+    assert falsified(check, cases(modes=DRAFTING), most=2000)

@@ -5,31 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cases import all_params, endless, schedules
+from cases import Setting, all_params, prompts, settings_of
 from hypothesis import strategies as st
-from toys import (
-    Crashing,
-    Moody,
-    Move,
-    Noise,
-    Right,
-    ScriptedChannel,
-    Sometimes,
-    TableModel,
-    Text,
-    WatchedTarget,
-    alone,
-    letters,
-    ticks,
-)
+from toys import ScriptedChannel, Text, WatchedTarget, alone, letters, ticks
 
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.core.stopping import Stopper
-from pearl.drafters.draft_source import Chain, DraftSource
-from pearl.drafters.model import ModelSource
-from pearl.drafters.ngram import NgramSource
-from pearl.drafters.tree import TreeSource
+from pearl.drafters.draft_source import DraftSource
 from pearl.roles.sequence import SequenceRequest, SequenceState
 
 
@@ -42,64 +25,17 @@ class Asked:
     late: int  # how often the queue says that there is nothing for now, before it gives this one
 
 
-@dataclass(frozen=True)
-class Case:
-    vocabulary: int
-    order: int
-    table: int
-    eos: frozenset[int]
+@dataclass(frozen=True, kw_only=True)
+class Case(Setting):
     asked: tuple[Asked, ...]
     places: int
-    schedule: Schedule
-    source: str
-    chance: float
-    chunk: int
-    script: tuple[Move, ...]
-
-    @property
-    def model(self) -> TableModel:
-        return TableModel(self.vocabulary, self.order, self.table)
 
     @property
     def alone(self) -> list[Text]:
         return [alone(self.model, one.prompt, one.params, self.eos) for one in self.asked]
 
-    def make_source(self):
-        other = TableModel(self.vocabulary, self.order, self.table + 1)
-        match self.source:
-            case "right":
-                return AnyOf([Right(text, self.chunk) for text in self._endless()])
-            case "sometimes":
-                return AnyOf([Sometimes(t, self.vocabulary, self.chance, self.chunk) for t in self._endless()])
-            case "random":
-                return Noise(self.vocabulary, self.chunk, self.table)
-            case "another model":
-                return ModelSource(other)
-            case "a tree":
-                return TreeSource(other)
-            case "its own tree":
-                return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
-            case "ngram":
-                return NgramSource(shortest=1)
-            case "moody":
-                return Moody(AnyOf([Right(text, self.chunk) for text in self._endless()]), 1 + self.chunk)
-            case "crashing":
-                return Crashing(Noise(self.vocabulary, self.chunk, self.table), 2 * self.chunk)
-        raise AssertionError(self.source)
-
-    def _endless(self) -> Iterator[list[int]]:
-        for one in self.asked:
-            yield [*one.prompt, *alone(self.model, one.prompt, endless(one.params), self.eos).tokens]
-
-
-class AnyOf(DraftSource):
-    """Several sources that know one text each: whichever knows this one."""
-
-    def __init__(self, sources: Sequence[Right]):
-        self.sources = list(sources)
-
-    def propose(self, text: Sequence[int], room: int) -> Chain:
-        return next((said for source in self.sources if (said := source.propose(text, room))), [])
+    def make_source(self) -> DraftSource:
+        return self.drafter([self.endless(one.prompt, one.params) for one in self.asked])
 
 
 SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own tree", "ngram", "moody", "crashing")
@@ -113,22 +49,13 @@ def small(schedule: Schedule) -> Schedule:
 
 @st.composite
 def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
-    vocabulary = draw(st.integers(2, 6))
-    token = st.integers(0, vocabulary - 1)
-    prompts = st.lists(token, min_size=1, max_size=5).map(tuple)
-    asked = st.builds(Asked, prompts, all_params(vocabulary), st.sampled_from([0, 0, 0, 1, 5]))
+    values = draw(settings_of(modes, sources))
+    vocabulary = values["vocabulary"]
+    asked = st.builds(Asked, prompts(vocabulary), all_params(vocabulary), st.sampled_from([0, 0, 0, 1, 5]))
     return Case(
-        vocabulary=vocabulary,
-        order=draw(st.integers(1, 3)),
-        table=draw(st.integers(0, 1000)),
-        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
+        **values | {"schedule": small(values["schedule"])},
         asked=tuple(draw(st.lists(asked, min_size=1, max_size=9))),
         places=draw(st.sampled_from([1, 2, 3, 8])),
-        schedule=small(draw(schedules(modes))),
-        source=draw(st.sampled_from(sources)),
-        chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
-        chunk=draw(st.integers(1, 4)),
-        script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
     )
 
 

@@ -26,6 +26,7 @@ from toys import (
 
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
+from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.drafters.tree import TreeSource
@@ -34,16 +35,24 @@ from pearl.roles.target import Target
 DRAFTING = [mode for mode in MODES if Schedule.of(mode).drafts]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One text under one schedule, with one drafter, over one wire."""
+class AnyOf(DraftSource):
+    """Several sources that know one text each: whichever knows this one."""
+
+    def __init__(self, sources: Sequence[Right]):
+        self.sources = list(sources)
+
+    def propose(self, text: Sequence[int], room: int) -> Chain:
+        return next((said for source in self.sources if (said := source.propose(text, room))), [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A target, a schedule, a drafter of some quality, and a wire."""
 
     vocabulary: int
     order: int
-    scale: float
     table: int
-    prompt: tuple[int, ...]
-    params: SamplingParams
+    scale: float = 1.5
     eos: frozenset[int]
     schedule: Schedule
     source: str
@@ -55,37 +64,53 @@ class Case:
     def model(self) -> TableModel:
         return TableModel(self.vocabulary, self.order, self.table, self.scale)
 
-    @property
-    def endless(self) -> list[int]:
+    def endless(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
         """The prompt and what the target would say if nothing ended it: a drafter does not know where the text ends."""
-        return [*self.prompt, *alone(self.model, self.prompt, endless(self.params), self.eos).tokens]
+        return [*prompt, *alone(self.model, prompt, endless(params), self.eos).tokens]
 
-    def make_source(self):
-        good = Sometimes(self.endless, self.vocabulary, self.chance, self.chunk)
+    def drafter(self, texts: Sequence[Sequence[int]]) -> DraftSource:
+        """The source. `texts`: those that a good one knows."""
+        other = TableModel(self.vocabulary, self.order, self.table + 1, self.scale)
+
+        def right(chance: float) -> DraftSource:
+            known = [Sometimes(text, self.vocabulary, chance, self.chunk) for text in texts]
+            return known[0] if len(known) == 1 else AnyOf(known)
+
         match self.source:
             case "right":
-                return Right(self.endless, self.chunk)
+                return right(1.0)
             case "never right":
-                return Sometimes(self.endless, self.vocabulary, 0.0, self.chunk)
+                return right(0.0)
             case "sometimes":
-                return good
+                return right(self.chance)
             case "random":
                 return Noise(self.vocabulary, self.chunk, self.table)
             case "another model":
-                return ModelSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+                return ModelSource(other)
             case "a tree":
-                return TreeSource(TableModel(self.vocabulary, self.order, self.table + 1, self.scale))
+                return TreeSource(other)
             case "its own tree":
                 return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
             case "ngram":
                 return NgramSource(shortest=1)
             case "moody":
-                return Moody(good, 1 + self.chunk)
+                return Moody(right(self.chance), 1 + self.chunk)
             case "at a loss":
-                return Moody(good, 1)
+                return Moody(right(self.chance), 1)
             case "crashing":
-                return Crashing(good, self.chunk - 1)
+                return Crashing(right(self.chance), len(texts) * self.chunk - 1)
         raise AssertionError(self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case(Setting):
+    """One text."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+    def make_source(self) -> DraftSource:
+        return self.drafter([self.endless(self.prompt, self.params)])
 
 
 SOURCES = (
@@ -163,23 +188,32 @@ def schedules(draw: st.DrawFn, modes: Sequence[str]) -> Schedule:
 
 
 @st.composite
-def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
+def settings_of(draw: st.DrawFn, modes: Sequence[str], sources: Sequence[str]) -> dict[str, Any]:
+    """Values of a `Setting`."""
     vocabulary = draw(st.integers(2, 6))
-    token = st.integers(0, vocabulary - 1)
-    return Case(
+    return dict(
         vocabulary=vocabulary,
         order=draw(st.integers(1, 3)),
-        scale=draw(st.sampled_from([0.5, 1.5, 5.0])),
         table=draw(st.integers(0, 1000)),
-        prompt=tuple(draw(st.lists(token, min_size=1, max_size=5))),
-        params=draw(all_params(vocabulary)),
-        eos=draw(st.frozensets(token, max_size=draw(st.sampled_from([0, 0, 1])))),
+        scale=draw(st.sampled_from([0.5, 1.5, 5.0])),
+        eos=draw(st.frozensets(st.integers(0, vocabulary - 1), max_size=draw(st.sampled_from([0, 0, 1])))),
         schedule=draw(schedules(modes)),
         source=draw(st.sampled_from(sources)),
         chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
         chunk=draw(st.integers(1, 4)),
         script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
     )
+
+
+def prompts(vocabulary: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=5).map(tuple)
+
+
+@st.composite
+def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
+    values = draw(settings_of(modes, sources))
+    vocabulary = values["vocabulary"]
+    return Case(**values, prompt=draw(prompts(vocabulary)), params=draw(all_params(vocabulary)))
 
 
 def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedChannel]:
@@ -197,7 +231,6 @@ def plain_case(mode: str, gamma: int | str, source: str, script: Sequence[Move] 
     return Case(
         vocabulary=5,
         order=3,
-        scale=1.5,
         table=7,
         prompt=(1, 2, 3),
         params=SamplingParams(max_new_tokens=tokens),

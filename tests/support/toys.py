@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from plain_processors import plainly
 from torch import Tensor
 
@@ -37,6 +39,21 @@ from pearl.wire.codec import pack, unpack
 def examples(count: int) -> settings:
     """So many examples in an ordinary run, and fifty times as many with `--hypothesis-profile=search`."""
     return settings(max_examples=max(1, count * settings().max_examples // 100))
+
+
+def falsified(claim: Callable[..., object], *strategies: st.SearchStrategy, most: int, by=(AssertionError,)) -> bool:
+    """Whether a property fails in one of `most` examples: it has to, where the code was broken on purpose."""
+
+    @settings(max_examples=most, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
+    @given(st.tuples(*strategies))
+    def the_property(drawn: tuple[Any, ...]) -> None:
+        claim(*drawn)
+
+    try:
+        the_property()
+    except (*by, Flaky):  # broken code may remember an example before
+        return True
+    return False
 
 
 class TableModel:
