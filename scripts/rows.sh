@@ -29,13 +29,13 @@ data_of() {
 
 # needs TASK...: ends at once, with a sentence, where a later row would find no problems
 needs() {
-  local task
-  for task in "$@"; do
-    [[ -n ${DRY_RUN:-} ]] || python -c "import sys
+  local task words=()
+  for task in "$@"; do words+=("${task//_/-}" "$(data_of "$task")"); done
+  [[ -n ${DRY_RUN:-} ]] || python -c "import sys
 from pearl.commands.eval import benchmark
 from pearl.config.cli import guarded
-sys.exit(guarded(lambda words: not benchmark(words[0]).load(words[1] or None))(sys.argv[1:]))" "${task//_/-}" "$(data_of "$task")"
-  done
+tasks = zip(sys.argv[1::2], sys.argv[2::2])
+sys.exit(guarded(lambda _: not all(benchmark(name).load(file or None) for name, file in tasks))())" "${words[@]}"
 }
 
 # row NAME TASK OPTIONS...: a run of every pair, in RESULTS/PAIR/NAME

@@ -20,7 +20,7 @@ cat > "$folder/distill.yaml" <<YAML
 {target: $folder/target, data: $folder/data, output: $folder/small, vocabulary: 100, layers: [0, 5], epochs: 3, batch: 4}
 YAML
 accelerate launch --num_processes 1 -m pearl train --config "$folder/feature.yaml"
-accelerate launch --num_processes 1 -m pearl distill --config "$folder/distill.yaml"
+python -m pearl distill --config "$folder/distill.yaml"
 python -m pearl diagnose --drafter "$folder/feature" --target "$folder/target" --data "$folder/data"
 
 for draft in "feature:$folder/feature" "$folder/small"; do

@@ -187,7 +187,7 @@ def small(tmp_path_factory, launcher) -> dict[str, str]:
         "PAIR": str(folder / "tiny.yaml"),
         "DATA": str(folder),
         "LIMIT": "1",
-        "TOKENS": "6",
+        "TOKENS": "12",
         "READY": "1",
         "LAUNCH": launcher,
         "OPTIONS": "--max-length 500 --no-score",
@@ -199,46 +199,42 @@ def small(tmp_path_factory, launcher) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_script_run_twice_does_nothing_twice(small):
-    done = bash("scripts/ablation.sh", **small)
+def test_every_script_runs_and_run_twice_does_nothing_twice(small):
+    """Every mode writes what the target alone writes, every table is made, and one page shows them all."""
+    results_at = Path(small["RESULTS"])
+    done = bash("scripts/all.sh", timeout=1200, **small)
     assert done.returncode == 0, done.stderr
-    tables_at = Path(small["RESULTS"]) / "tables" / "ablation"
-    assert {file.name for file in tables_at.iterdir()} == {"table.md", "table.csv", "speedup.png"}
-    rows = (tables_at / "table.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 4
-    column = rows[0].split(",").index("identical_to_ar")
-    assert {row.split(",")[column] for row in rows[1:]} == {"1.0"}
-    samples = sorted(Path(small["RESULTS"]).glob("*/*/samples.jsonl"))
-    before = [(file, file.stat().st_mtime_ns) for file in samples]
-    again = bash("scripts/ablation.sh", **small)
-    assert again.returncode == 0 and len(before) == 2
-    assert [(file, file.stat().st_mtime_ns) for file in samples] == before
-    assert (tables_at / "table.md").read_text() in again.stdout
-
-
-@pytest.mark.slow
-def test_a_timeline_is_drawn_of_a_traced_run(small):
-    done = bash("scripts/timeline.sh", **small | {"TOKENS": "24"})
-    assert done.returncode == 0, done.stderr
-    assert (Path(small["RESULTS"]) / "tables" / "timeline" / "timeline.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_every_script_runs_on_the_default_pair(small, tmp_path):
-    """As a user starts the first, the others by a quicker launcher; every mode writes what the target alone writes."""
-    kept = ("DATA", "READY", "PATH")
-    settings = {name: small[name] for name in kept} | {"LIMIT": "1", "TOKENS": "12", "RESULTS": str(tmp_path)}
-    for script, launch in (("acceptance_by_depth", {}), ("all", {"LAUNCH": small["LAUNCH"]})):
-        done = bash(f"scripts/{script}.sh", timeout=1200, **settings, **launch)
-        assert done.returncode == 0, done.stderr
-    made = {file.parent.name for file in tmp_path.glob("tables/*/table.csv")}
+    made = {file.parent.name for file in results_at.glob("tables/*/table.csv")}
     assert made == set(IN_ALL) - {"batch_scaling"}
-    rows = [words for words in commands("scripts/all.sh", **settings) if "--resume" in words]
-    page = (tmp_path / "report.html").read_text()
-    for folder in {Path(values(row, "--output")[0]) for row in rows}:
+    page = (results_at / "report.html").read_text()
+    for folder in {
+        Path(values(row, "--output")[0]) for row in commands("scripts/all.sh", **small) if "--resume" in row
+    }:
         modes = json.loads((folder / results.SUMMARY).read_text())["modes"]
         assert {figures["identical_to_ar"] for figures in modes.values()} == {1.0}, folder
         assert folder.name in page
+    assert (results_at / "tables" / "timeline" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+    ablation = results_at / "tables" / "ablation"
+    assert {file.name for file in ablation.iterdir()} == {"table.md", "table.csv", "speedup.png"}
+    assert len((ablation / "table.csv").read_text().splitlines()) == 1 + 2 * 4
+    before = [(file, file.stat().st_mtime_ns) for file in sorted(results_at.glob("*/*/samples.jsonl"))]
+    again = bash("scripts/ablation.sh", **small)
+    assert again.returncode == 0 and (ablation / "table.md").read_text() in again.stdout
+    assert [(file, file.stat().st_mtime_ns) for file in sorted(results_at.glob("*/*/samples.jsonl"))] == before
+
+
+@pytest.mark.slow
+def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
+    """The model that is cut out of it, the feature drafter, n-grams. The first script is started as by a user."""
+    settings = {name: small[name] for name in ("READY", "PATH")} | {"LIMIT": "1", "TOKENS": "12"}
+    for script, launch in (("timeline", {}), ("draft_sources", {"LAUNCH": small["LAUNCH"]})):
+        done = bash(f"scripts/{script}.sh", timeout=1200, RESULTS=str(tmp_path), **settings, **launch)
+        assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "tables" / "draft_sources" / "table.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 + 2 + 2 + 2, "modes of the model, n-grams, a chain and a tree from features"
+    column = rows[0].split(",").index("identical_to_ar")
+    assert {row.split(",")[column] for row in rows[1:]} == {"1.0"}
 
 
 # Slurm
