@@ -101,7 +101,8 @@ def plain(mode: str, source: str = "sometimes", texts: int = 6, places: int = 3,
     asked = tuple(
         Asked((1 + i % 4, 2, i % 3), SamplingParams(max_new_tokens=tokens + 7 * (i % 3)), 0) for i in range(texts)
     )
-    return Case(5, 3, 7, frozenset(), asked, places, Schedule.of(mode, "auto"), source, 0.7, 1, ((9, 9, 9),))
+    values = dict(vocabulary=5, order=3, table=7, eos=frozenset(), chance=0.7, chunk=1, script=((9, 9, 9),))
+    return Case(**values, asked=asked, places=places, schedule=Schedule.of(mode, "auto"), source=source)
 
 
 @pytest.mark.parametrize("mode", MODES)
