@@ -10,7 +10,7 @@ be what somebody wants to stop at.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from pearl.core.detokenizer import Decode, Detokenizer, TextDecoder
 from pearl.core.params import SamplingParams
@@ -164,16 +164,9 @@ class TextStream:
     pieces joined are the text that `Stopper` has of the same tokens.
     """
 
-    def __init__(
-        self,
-        decode: Decode | TextDecoder,
-        stop: Sequence[str] = (),
-        is_byte: Callable[[int], bool] = lambda token: False,
-        params: SamplingParams | None = None,
-    ):
-        self._params = params or SamplingParams(stop=tuple(stop))
-        decoder = decode if isinstance(decode, TextDecoder) else TextDecoder(decode, None, is_byte)
-        self._search = _StopSearch(self._params, decoder)
+    def __init__(self, decode: Decode | TextDecoder, params: SamplingParams | None = None):
+        self._params = params or SamplingParams()
+        self._search = _StopSearch(self._params, TextDecoder.of(decode))
         self._hidden = frozenset() if self._params.include_stop_str_in_output else {*self._params.stop_token_ids}
         self._held = ""  # settled, but it may begin a stop string
         self._count = 0  # characters yielded

@@ -126,7 +126,7 @@ def verify(
     if sequence.params.logprobs is not None:
         read = logits[[rows[node] for node in passed]]
         sequence.logprobs += logprobs(read, committed, sequence.params.logprobs)
-    sequence.hit = sequence.trie.commit(committed)
+    sequence.hit = sequence.trie.commit(committed) and bool(committed)
     return PassWalk(root.position, committed, outcomes, passed)
 
 

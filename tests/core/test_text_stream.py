@@ -100,7 +100,7 @@ def test_pieces_of_any_text_that_ends_anywhere_are_its_beginning(kind, data, tex
     words = kind(text, lambda most: data.draw(st.integers(1, most)))
     most = data.draw(st.integers(1, len(words.words)))
     stopper = Stopper(SamplingParams(max_new_tokens=most, stop=tuple(stop)), (), words.decode)
-    stream, said = TextStream(words.decode, stop, words.is_byte), ""
+    stream, said = TextStream(TextDecoder(words.decode, None, words.is_byte), SamplingParams(stop=stop)), ""
     for token in range(most):
         if stopper.finish is None:
             said += stream.add(stopper.take([token]))
@@ -126,7 +126,7 @@ def test_a_text_with_special_tokens_ends_and_is_shown_as_by_looking_at_all_of_it
         skip_special_tokens=data.draw(st.booleans()),
         min_tokens=data.draw(st.integers(0, min(3, most))),
     )
-    stopper, stream, said = Stopper(params, (), words.decoder), TextStream(words.decoder, params=params), ""
+    stopper, stream, said = Stopper(params, (), words.decoder), TextStream(words.decoder, params), ""
     for token in range(most):
         if stopper.finish is None:
             said += stream.add(stopper.take([token]))
@@ -188,7 +188,7 @@ def test_a_token_costs_the_same_however_long_the_text_is():
             sizes.append(len(tokens))
             return bytes(letters[token % len(letters)] for token in tokens).decode(errors="replace")
 
-        stream = TextStream(decode, (), is_byte)
+        stream = TextStream(TextDecoder(decode, None, is_byte))
         for token in range(2000):
             stream.add([token])
         assert sum(sizes) < 2000 * 60
@@ -196,12 +196,12 @@ def test_a_token_costs_the_same_however_long_the_text_is():
 
 def test_a_character_comes_with_its_last_byte_and_a_stop_string_never():
     words = ByteLevel("\u8868ab", lambda _: 1)
-    stream = TextStream(words.decode, ["ax", "b"])
+    stream = TextStream(words.decode, SamplingParams(stop=["ax", "b"]))
     assert [stream.add([token]) for token in range(5)] == ["", "", "\u8868", "", "a"]
     assert stream.end("\u8868a") == ""
 
 
 def test_a_run_of_bytes_is_certain_only_when_it_is_over():
     words = Fallback("\u8868\u60c5a", lambda _: 1)
-    stream = TextStream(words.decode, (), words.is_byte)
+    stream = TextStream(TextDecoder(words.decode, None, words.is_byte))
     assert [stream.add([token]) for token in range(7)] == [""] * 6 + ["\u8868\u60c5a"]

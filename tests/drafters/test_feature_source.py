@@ -28,12 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_target
 from pearl.config.engine_config import EngineConfig
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Verdict
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node, Trie
-from pearl.drafters.draft_source import MIN_PATH_LOGP
+from pearl.drafters.draft_source import MIN_PATH_LOGP, ChainQuery, TreeQuery
 from pearl.drafters.feature import source as source_module
 from pearl.drafters.feature.forward_rows import PathsQuery
 from pearl.drafters.feature.mask import SlotMask
@@ -97,6 +98,25 @@ def paths_of(trie: Trie) -> dict[tuple[int, ...], float]:
 
     visit(trie.root, (), 0.0)
     return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_its_guesses_are_what_the_targets_bans_leave(temperature: float):
+    params = SamplingParams(temperature=temperature, seed=3)
+    source = FeatureSource(network((), 3))
+    source.begin(0, params)
+    first = [token for (token, _, _), *_ in source.guess([1, 2, 3], [[]])[0]]
+    params = replace(params, bad_words_ids=[[3, first[0]]], suppress_tokens=first[1:])
+    processing, trie = LogitsProcessing.of(params, 1), Trie([1, 2, 3])
+    source.begin(0, params)
+    grown = source.extend([TreeQuery(0, trie, 4, 9, processing=processing)])[0]
+    assert grown and first[0] not in trie.root.children
+    assert not {node.token for _, node in grown} & set(first[1:])
+    chain = source.propose_batch([ChainQuery(0, [1, 2, 3], (), 3, processing)])[0]
+    assert len(chain) == 3 and chain[0][0] != first[0] and not {token for token, _ in chain} & set(first[1:])
+    source.begin(0, params)
+    plain = source.propose_batch([ChainQuery(0, [1, 2, 3], (), 3)])[0]
+    assert [token for token, _ in plain] == first, "the query says what is done"
 
 
 def test_a_small_tree_by_hand():

@@ -235,7 +235,8 @@ def test_the_targets_own_model_as_its_drafter_is_never_contradicted(case: Case):
 @given(cases(sources=["never right"]))
 def test_a_drafter_that_is_never_right_is_never_accepted(case: Case):
     target, _ = check(case)
-    assert [(p.accepted, p.committed, p.hit) for p in target.passes] == [(0, 1, False)] * len(target.passes)
+    passes = [p for p in target.passes if p.committed]  # the last has none where everything is forbidden
+    assert [(p.accepted, p.committed, p.hit) for p in passes] == [(0, 1, False)] * len(passes)
 
 
 @pytest.mark.parametrize("gamma", range(1, 6))
