@@ -58,12 +58,15 @@ _AFTER = (
 
 # What goes on after a number: a sum and its result, or the other end of a range
 _GOES_ON = re.compile(
-    r"(?:\s+[^\W\d_]+|%|\s?/\s?[^\W\d_]+){0,3}?[\s)\]}$*]*(?:(?P<result>=|≈|equals\b|is\s+equal\s+to\b)|(?P<range>[-−–—]|to\b)"
-    r"|[+*/×÷·x]|of\b|times\b|plus\b|minus\b|divided\s+by\b)[\s*([{$]*(?=[A-Z]{0,3}[^\w\s]*\d)"
+    r"(?:\^\{?\d+\}?)?(?:\s+[^\W\d_]+|%|\s?/\s?[^\W\d_]+){0,3}?[\s)\]}$*]*(?:(?P<result>=|≈|equals\b|is\s+equal\s+to\b)|(?P<range>[-−–—]|to\b)"
+    r"|\*\*|[+*/×÷·x]|of\b|times\b|plus\b|minus\b|divided\s+by\b)[\s*([{$]*(?=[A-Z]{0,3}[^\w\s]*\d)"
 )
 _ENDS = re.compile(r"[.!?][\"'”)*_$]*\s+(?=\D)|\n|[。！？।]")
 _ASIDE = re.compile(r"\s\([^()]*\)(?!\s*[-+*/×=])")
-_NOT = re.compile(r"\b(?:not|instead\s+of|rather\s+than)\s+[$€£]?\d[\d.,]*")
+_NOT = re.compile(
+    r"\b(?:not|instead\s+of|rather\s+than)\s+[$€£]?\d[\d.,]*"
+    r"|[$€£]?\b\d[\d.,]*(?:\s+[^\W\d_]+){0,2}?\s+(?:is|are|was|were|would\s+be)\s+(?:too\s|not\s+enough\b|wrong\b)"
+)
 _REASON = re.compile(r"(?<!and )\b(?:because|since|given\s+that|weil|porque|parce\s+que|потому\s+что)\b", re.IGNORECASE)
 _OF_WHAT = re.compile(r"(?:\s+[^\W\d_]+){0,3}?\s+(?:in|for|per|over|after|from|with|by|on|at|during|within)\b[^,;=]*")
 
@@ -159,12 +162,15 @@ def final_number(text: str, style: Style = ENGLISH) -> Decimal | None:
 
 
 def _result(rest: str, first: re.Match[str], style: Style) -> Decimal | None:
-    """What a sum comes to that begins with the number `first`: The answer is 5 + 3 = 8."""
-    found, last, is_range = first, first, False
+    """What a sum comes to that begins with the number `first`: The answer is 5 + 3 = 8. The answer is 8 = 5 + 3."""
+    rest = rest[: first.end()] + _NOT.sub("", rest[first.end() :])
+    last, found, alone, is_range, equal = first, first, True, False, False
     while (sign := _GOES_ON.match(rest, last.end())) and (after := style.number.match(rest, sign.end())):
-        is_range = is_range or bool(sign["range"])
-        last, found = after, after if sign["result"] else found
-    return None if is_range and found is first else style.value(found)
+        found = last if sign["result"] and alone else found
+        is_range, equal = is_range or bool(sign["range"]), equal or bool(sign["result"])
+        last, alone = after, bool(sign["result"]) and not rest.startswith("^", after.end())
+    found = last if alone else found
+    return None if is_range and not equal else style.value(found)
 
 
 def _of_sentence(sentence: str, style: Style) -> Decimal | None:
