@@ -172,15 +172,15 @@ class Tight(TableModel):
         return super().read_together(wanted)
 
 
-def test_where_memory_runs_out_passes_hold_fewer_texts_and_nothing_is_lost(monkeypatch, capsys):
+def test_where_memory_runs_out_passes_hold_fewer_texts_and_nothing_is_lost(monkeypatch, caplog):
     monkeypatch.setattr(Case, "model", property(lambda self: Tight(self.vocabulary, self.order, self.table)))
     for mode in ("ar", "pearl", "tree"):
         _, texts = check(plain(mode, places=6))
         assert max(p.texts for text in texts for p in text.passes) > 2
-    assert "out of memory; a pass is for at most 2 texts from now on" in capsys.readouterr().err
+    assert "out of memory; a pass is for at most 2 texts from now on" in caplog.text
 
 
-def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
+def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(caplog):
     class TightDraft(TableModel):
         def read_leaves_together(self, wanted):
             if len(wanted) > 2:
@@ -194,7 +194,7 @@ def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(capsys):
         texts = [text for text, committed in target.write(requests(case), small(case.schedule), 4) if not committed]
         assert all(text.draft_stats.drafted > 8 and not text.draft_stats.failed for text in texts)
         assert [sorted(text.stopper.tokens for text in texts)] == [sorted(one.tokens for one in case.alone)]
-        assert "a draft is for at most 2 texts from now on" in capsys.readouterr().err
+        assert "a draft is for at most 2 texts from now on" in caplog.text
 
 
 # Break the code on purpose: the property has to fail.
