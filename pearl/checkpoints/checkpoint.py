@@ -22,7 +22,7 @@ from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
 from pearl.config.inputs import brief
 from pearl.config.pairs import known_numbers
 from pearl.core.token_buckets import LEAST_CONTEXT
-from pearl.errors import UsageError
+from pearl.errors import CheckpointError, UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
 
@@ -115,7 +115,7 @@ class Checkpoint:
         ranks: int = 1,
     ) -> Any:
         """The model with its weights. `architecture`: a config to load by, instead of the checkpoint's own. `ranks`:
-        this is one of them, with a shard. Raises `UsageError`."""
+        this is one of them, with a shard. Raises `CheckpointError`."""
         where = {"device_map": placed.device_map()} if ranks == 1 else tensor_parallel.sharding(ranks)
         arguments = {**self.arguments(config), "dtype": getattr(torch, dtype), **where}
         if architecture is not None:
@@ -132,14 +132,14 @@ class Checkpoint:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # a file that is missing, cut short, of other shapes, or a pickle: each in its way
-            raise UsageError(
+            raise CheckpointError(
                 f"The weights of {self.name} can't be loaded: they must be whole, of the shapes that its config.json "
                 f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(error, 300)})."
             ) from error
         model, found = loaded
         if found["missing_keys"] and not self.gguf_file and shared_embeddings.read(self.name) is None:
             some = ", ".join(sorted(found["missing_keys"])[:3])
-            raise UsageError(
+            raise CheckpointError(
                 f"The weights of {self.name} lack {len(found['missing_keys'])} tensors (such as {some}), which would "
                 "be random numbers: get the whole checkpoint again."
             )

@@ -33,13 +33,13 @@ class PromptEncoder:
 
     def encode(self, prompt: Prompt, **template: Unpack[ChatTemplate]) -> list[int]:
         """The token ids. Raises `UsageError`."""
-        if isinstance(prompt, str):
-            return self._ids(prompt, special=True)
         if is_chat(prompt):
             messages: Any = prompt
             return self._ids(self._written(messages, **template), special=False)
         if template:
             raise UsageError(f"{next(iter(template))} is for the messages of a chat: this prompt holds none.")
+        if isinstance(prompt, str):
+            return self._ids(prompt, special=True)
         return token_ids(prompt)
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -98,9 +98,9 @@ def decoder(tokenizer: Any) -> TextDecoder:
 
 def are_several(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Whether these are prompts; one is a text, or holds numbers or messages. An empty list has none."""
-    return isinstance(prompt, list | tuple) and (
-        not prompt or any(isinstance(one, str | list | tuple) or _is_array(one) for one in prompt)
-    )
+    if not isinstance(prompt, list | tuple) or is_chat(prompt):
+        return False
+    return not prompt or any(isinstance(one, str | list | tuple) or (_is_array(one) and one.shape) for one in prompt)
 
 
 def is_chat(prompt: Prompt) -> bool:

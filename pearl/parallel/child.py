@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import psutil
 
 from pearl.config.engine_config import EngineConfig
-from pearl.errors import UsageError
+from pearl.errors import CheckpointError, UsageError
 from pearl.machine import logs
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def guarded(role: str, run: Callable[[], None]) -> int:
     except TargetGone as gone:
         _log.warning("the %s has lost %s and ends.", role, gone)
         return 1
-    except UsageError:
+    except (UsageError, CheckpointError):
         return 2
     return 0
 

@@ -23,7 +23,7 @@ from pearl.config.inputs import brief
 from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.ngram import NgramSource
-from pearl.errors import UsageError
+from pearl.errors import PearlError
 from pearl.machine import cores
 from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
@@ -55,7 +55,7 @@ def serve(
         store.set(f"{DRAFTER}/{number}", f"{GONE}it has too little memory: {brief(error)}")
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, PearlError) else f"{type(error).__name__}: {error}"
         store.set(f"{DRAFTER}/{number}", f"The drafter could not start: {reason}")
         raise
     while True:

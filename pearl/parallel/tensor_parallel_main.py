@@ -18,7 +18,7 @@ from pearl.checkpoints.preflight import Preflight, preflight
 from pearl.checkpoints.targets import load_shard
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import CannotBranch
-from pearl.errors import UsageError
+from pearl.errors import PearlError
 from pearl.machine import cores
 from pearl.models.tensor_parallel import ordered_sum
 from pearl.models.tensor_parallel.commands import Shutdown, TokenDeltas, decode
@@ -73,7 +73,7 @@ def _told(store: dist.Store, rank: int) -> Iterator[None]:
     except Exception as error:
         if is_lost(error):
             raise TargetGone(f"another one ({brief(error)})") from None
-        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, PearlError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):
             store.set(FAILED, f"Rank {rank} of the target failed, and the run is over: {brief(reason, 500)}")
         raise

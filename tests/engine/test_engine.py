@@ -18,7 +18,7 @@ from programs import start, torchrun
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.engine import Engine
-from pearl.errors import EngineClosedError, UsageError
+from pearl.errors import CheckpointError, EngineClosedError, UsageError
 from pearl.roles import guess_waiter
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -412,7 +412,7 @@ def test_a_target_that_can_not_be_loaded_leaves_no_process(pair, tmp_path):
     before = children()
     broken = shutil.copytree(pair[0], tmp_path / "target")
     (broken / "model.safetensors").unlink()
-    with pytest.raises((UsageError, OSError)):
+    with pytest.raises(CheckpointError, match="can't be loaded"):
         Engine.from_pretrained(str(broken), pair[1])
     assert children() == before
 

@@ -15,7 +15,7 @@ import torch
 from pearl.config.inputs import parse_json, parse_yaml, read_text
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
-from pearl.errors import LONGEST, UsageError
+from pearl.errors import LONGEST, CheckpointError, UsageError
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(pair, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(pair[0], tmp_path / "target")
     damage(folder)
-    with pytest.raises(UsageError, match="target"):
+    with pytest.raises(CheckpointError, match="target"):
         Engine.from_pretrained(str(folder), mode="ar", dtype="float32", max_length=300)
     assert not (tmp_path / "pickle-was-run").exists()
 

@@ -1,0 +1,192 @@
+"""Prompts in every form that users have, what a checkpoint asks for, and the errors of the interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import pearl
+from pearl import Engine, SamplingParams
+from pearl.engine.defaults import Defaults
+from pearl.errors import PearlError, UsageError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PROMPT = "def the(thing):\n"
+PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
+OPTIONS = {"dtype": "float32", "max_length": 300, "processes": 1, "target_cores": str(min(os.sched_getaffinity(0)))}
+MESSAGES = [{"role": "system", "content": "the"}, {"role": "user", "content": "thing"}]
+
+
+@pytest.fixture(scope="module")
+def engine(pair):
+    with Engine.from_pretrained(*pair, mode="sd", max_sequences=3, **OPTIONS) as engine:
+        yield engine
+
+
+def test_ids_may_be_lists_arrays_and_tensors(engine):
+    ids = engine.encode(PROMPT)
+    wanted = engine.generate(PROMPT, PARAMS).tokens
+    forms = [
+        ids,
+        tuple(ids),
+        np.array(ids),
+        torch.tensor(ids),
+        np.array([ids]),
+        torch.tensor([ids]),
+        list(np.array(ids)),
+    ]
+    for form in forms:
+        assert engine.encode(form) == ids
+        assert engine.generate(form, PARAMS).tokens == wanted
+    assert [text.tokens for text in engine.generate([np.array(ids), PROMPT, ids], PARAMS)] == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    "prompt, sentence",
+    [
+        (np.array([1.0, 2.0]), "whole numbers, not float64"),
+        (torch.tensor([True]), "whole numbers, not torch.bool"),
+        (torch.ones(2, 3, dtype=torch.long), r"must have the shape \[L\] or \[1, L\], not \[2, 3\]"),
+        ([5, True], "whole numbers from 0"),
+        ([5, 2.0], "whole numbers from 0"),
+        (np.array([], dtype=int), "The prompt is empty"),
+        ({5, 6}, "must be text, token ids or messages, not set"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "Every message must be a mapping"),
+        ([{"role": "user", "content": "a"}, "b"], "Every message must be a mapping|at least one token|whole numbers"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_in_a_sentence(engine, prompt, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        engine.generate(prompt, PARAMS)
+    assert isinstance(caught.value, UsageError) and isinstance(caught.value, PearlError)
+
+
+def test_no_prompts_are_no_texts(engine):
+    assert engine.generate([], PARAMS) == engine.generate((), PARAMS) == engine.chat([], PARAMS) == []
+    assert list(engine.stream([], PARAMS)) == list(engine.stream_text([], PARAMS)) == list(engine.write([])) == []
+
+
+def test_a_bad_prompt_in_a_batch_fails_alone(engine):
+    good = engine.generate(PROMPT, PARAMS)
+    texts = engine.generate([PROMPT, "", [5, 2.5], PROMPT, None], PARAMS)
+    assert [text.finish_reason for text in texts] == ["length", "error", "error", "length", "error"]
+    assert texts[0].tokens == texts[3].tokens == good.tokens
+    assert isinstance(texts[1].error, UsageError) and "empty" in str(texts[1].error)
+    assert (texts[1].tokens, texts[1].text, texts[1].usage.completion_tokens) == ([], "", 0)
+    read = []
+    with pytest.raises(UsageError, match="empty"):
+        for number, token in engine.stream(["", PROMPT], PARAMS):
+            read.append((number, token))
+    assert read == [(1, token) for token in good.tokens]
+    with pytest.raises(UsageError, match="empty"):
+        engine.generate(["", ""], PARAMS)
+    requests = [pearl.GenerationRequest("", PARAMS), pearl.GenerationRequest(PROMPT, PARAMS)]
+    done = {request: said for request, said in engine.write(requests) if isinstance(said, pearl.Generation)}
+    assert done[requests[0]].error and done[requests[1]].tokens == good.tokens
+
+
+def test_chats_take_what_their_template_takes(engine, monkeypatch):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if tools %}[{{ tools | length }}]{% endif %}{% if mood %}({{ mood }}){% endif %}"
+        "{% if add_generation_prompt %}:{% endif %}"
+    )
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+
+    def spelt(**more: object) -> list[int]:
+        return engine.encode(MESSAGES, **more)
+
+    assert spelt() == engine.encode("<system>the<user>thing:")
+    assert spelt(add_generation_prompt=False) == engine.encode("<system>the<user>thing")
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    assert spelt(tools=[tool], chat_template_kwargs={"mood": "glad"}) == engine.encode(
+        "<system>the<user>thing[1](glad):"
+    )
+    parts = [MESSAGES[0], {"role": "user", "content": [{"type": "text", "text": "thing"}]}]
+    assert engine.encode(parts) == spelt()
+    assert engine.chat(MESSAGES, PARAMS, tools=[tool]).tokens == engine.generate(spelt(tools=[tool]), PARAMS).tokens
+    begun = [*MESSAGES, {"role": "assistant", "content": "a th"}]
+    assert engine.encode(begun, continue_final_message=True) == engine.encode("<system>the<user>thing<assistant>a th")
+    both = engine.chat([MESSAGES, parts, [{"role": "user"}]], PARAMS)
+    assert both[0].tokens == both[1].tokens and both[2].finish_reason == "error"
+    with pytest.raises(UsageError, match="for the messages of a chat"):
+        engine.chat("the thing", PARAMS, tools=[tool])
+
+
+def test_gamma_alone_counts_in_every_way_to_ask(engine):
+    ways = [
+        engine.generate(PROMPT, PARAMS, gamma=2),
+        engine.submit(PROMPT, PARAMS, gamma=2).result(60),
+        list(engine.write([pearl.GenerationRequest(PROMPT, PARAMS)], gamma=2))[-1][1],
+    ]
+    assert all({one.block for one in text.stats.passes} == {2} for text in ways)
+    for stream in (engine.stream, engine.stream_text):
+        with pytest.raises(UsageError, match="gamma must be"):
+            stream(PROMPT, PARAMS, gamma="many")
+
+
+def test_a_generation_reads_well(engine):
+    text = engine.generate(PROMPT, PARAMS)
+    assert str(text) == text.text and repr(text) == f"Generation(text={text.text!r}, finish_reason='length')"
+    assert text.usage == (len(engine.encode(PROMPT)), 12) and text.usage.total_tokens == sum(text.usage)
+
+
+def test_samples_have_seeds_of_their_own_and_come_with_the_first(engine):
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, n=3, ignore_eos=True)
+    text = engine.generate(PROMPT, params)
+    assert len(text.outputs) == 3 and text.outputs[0] is text and len({one.seed for one in text.outputs}) == 3
+    for one in text.outputs:
+        again = SamplingParams(max_new_tokens=12, temperature=1.0, seed=one.seed, ignore_eos=True)
+        assert engine.generate(PROMPT, again, mode="ar").tokens == one.tokens
+    assert [len(one.outputs) for one in engine.generate([PROMPT, "the"], params)] == [3, 3]
+    for way in (engine.stream, engine.submit):
+        with pytest.raises(UsageError, match="is one text"):
+            way(PROMPT, params)
+
+
+def test_all_names_of_the_package_are_there():
+    for name in pearl.__all__:
+        assert getattr(pearl, name)
+    for error in (pearl.CheckpointError, pearl.WorkerLostError, pearl.EngineClosedError, pearl.StorageError):
+        assert issubclass(error, pearl.PearlError) and not issubclass(error, pearl.UsageError)
+
+
+# What a checkpoint asks for
+
+
+def test_a_checkpoint_that_does_not_sample_is_greedy_whatever_its_temperature_says():
+    asked = Defaults.of(GenerationConfig(temperature=0.7, top_k=20, repetition_penalty=1.1))
+    assert asked.applied == {"repetition_penalty": 1.1} and not asked.left_out
+    asked = Defaults.of(GenerationConfig(do_sample=True, temperature=0.7, top_k=20, typical_p=0.9))
+    assert asked.applied == {"temperature": 0.7, "top_k": 20} and asked.left_out == {"typical_p": 0.9}
+    assert "temperature 0.7, top_k 20 where a request" in asked.description
+    assert "typical_p 0.9 not applied" in asked.description
+    off = Defaults.of(GenerationConfig(do_sample=True, temperature=0.7), wanted=False)
+    assert not off.applied and "temperature 0.7 not applied (generation_config is off)" in off.description
+    assert Defaults.of(None).description == Defaults.of(GenerationConfig(eos_token_id=[0, 3])).description == ""
+
+
+def test_what_a_checkpoint_asks_for_fills_what_a_request_leaves_out(engine, pair, tmp_path, caplog):
+    folder = shutil.copytree(pair[0], tmp_path / "asking")
+    said = {"do_sample": True, "temperature": 0.9, "repetition_penalty": 1.3, "eos_token_id": [0, 5], "typical_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    with Engine.from_pretrained(str(folder), mode="ar", **OPTIONS) as asking:
+        seeded = SamplingParams(max_new_tokens=12, seed=4)
+        full = SamplingParams(
+            12, 0.9, repetition_penalty=1.3, seed=4, stop_token_ids=(5,), include_stop_str_in_output=True
+        )
+        assert asking.generate(PROMPT, seeded).tokens == engine.generate(PROMPT, full, mode="ar").tokens
+        greedy = SamplingParams(max_new_tokens=12, temperature=0, repetition_penalty=1.0, ignore_eos=True)
+        assert asking.generate(PROMPT, greedy).tokens == engine.generate(PROMPT, PARAMS, mode="ar").tokens
+        assert "repetition_penalty 1.3" in asking.description
+    assert "typical_p" in caplog.text
+    with Engine.from_pretrained(str(folder), mode="ar", generation_config="off", **OPTIONS) as plain:
+        assert plain.generate(PROMPT, PARAMS).tokens == engine.generate(PROMPT, PARAMS, mode="ar").tokens
+        assert "generation_config is off" in plain.description
