@@ -124,6 +124,15 @@ class Parser(argparse.ArgumentParser):
             logs.set_level(level)
         return found
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """A type's own sentence; argparse has one of its own in place of a `UsageError`, as that is a ValueError."""
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, UsageError):
+                raise error.__context__ from None
+            raise
+
     def _refuse(self, word: str) -> NoReturn:
         known = [name for action in self._actions for name in action.option_strings if action.help != argparse.SUPPRESS]
         before = {f"--{_dashed(old)}": f"--{_dashed(new)}" for old, new in options.renamed(SHARED).items()}
