@@ -35,6 +35,7 @@ from transformers import (
     MistralConfig,
     MptConfig,
     PreTrainedConfig,
+    StableLmConfig,
 )
 
 import pearl.models.language_model
@@ -225,6 +226,7 @@ MASKED: dict[str, Callable[[], PreTrainedConfig]] = {
     "bloom": lambda: BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=64, n_layer=2, n_head=4),
     "falcon-alibi": lambda: FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
     "doge": lambda: DogeConfig(**SIZES),
+    "stablelm": lambda: StableLmConfig(**SIZES),
     "mpt": lambda: MptConfig(vocab_size=tiny.VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=tiny.LENGTH),
 }
 OVERRIDDEN: dict[str, Callable[[], PreTrainedConfig]] = {

@@ -67,8 +67,9 @@ def forward(
     if uses_grouped_attention(model):
         arguments |= {"attention_cache": cache, "attention_mask": cache.mask.visible.to(model.device)}
     else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
-        slots = cache.mask.visible.shape[-1]
-        arguments["attention_mask"] = torch.ones(1, slots, dtype=torch.int64, device=model.device)
+        # slots behind the last row are padding: with none, transformers gives a single row no mask at all
+        used = torch.arange(cache.mask.visible.shape[-1], device=model.device) < cache.first + tokens.shape[1]
+        arguments["attention_mask"] = used.long()[None]
     cache.attended = False
     out = model(
         input_ids=tokens.to(model.device),
