@@ -21,6 +21,7 @@ from pearl.checkpoints.preflight import Preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.token_buckets import BatchedTokenBuckets, TokenBuckets
 from pearl.drafters.tree import profile_batches
+from pearl.errors import UsageError
 from pearl.machine.files import atomic_write, cache_folder
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import (
@@ -28,12 +29,14 @@ from pearl.models.batch_invariance import (
     branches_agree,
     find_invariant_batches,
     find_invariant_counts,
+    position_border,
     products,
     profile_leaves,
     profile_path,
 )
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
+from pearl.models.kv_cache.attention_probe import attention_checks
 from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
@@ -96,7 +99,16 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         numerics_check.apply(reader, numerics_check.NumericsReport.of(found), capture)
     else:
         reader.rows = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
-        reader.checks = (numerics_check.rows_check(reader.rows),)
+        reader.checks = (numerics_check.rows_check(reader.rows), *attention_checks(reader.model))
+    if isinstance(reader, VerifierModel):
+        border = measured_once(
+            {"what": "positions", "longest": reader.max_length, **key}, lambda: {"border": position_border(reader)}
+        )["border"]
+        if border is not None:
+            raise UsageError(
+                f"In a text of more than {border} tokens {checked.target.name} changes what its first ones say (its "
+                f"rotary embedding looks at the whole text): give a max_length of at most {border}."
+            )
     if reader.batch_slots > 1:
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
         found = measured_once({"what": "batches", "texts": reader.batch_slots, **key}, measure_batches)["joint"]

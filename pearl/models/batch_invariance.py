@@ -243,6 +243,32 @@ def joint_candidates(rows: TokenBuckets, texts: int) -> list[int]:
     return [count for count in steps if count <= widest]
 
 
+def position_border(reader: Any) -> int | None:
+    """The longest text in which the first tokens say what they say in a shorter one; None: any, up to the longest.
+
+    Some rotary embeddings look at the last position of a forward and turn all rows by other angles beyond some border.
+    So a row that only fills a forward is moved further and further away. `reader` is a `verifier.VerifierModel`.
+    """
+    tokens = torch.randint(reader.vocabulary, (_PREFIX,), generator=torch.Generator().manual_seed(4)).tolist()
+
+    def said(far: int) -> Tensor:
+        return reader.with_a_row_at(tokens, far)
+
+    near = said(0)
+    noise = (said(_PREFIX) - near).abs().max()  # of experts, say, that get other rows
+
+    def changes(far: int) -> bool:
+        return bool((said(far) - near).abs().max() > 4 * noise + 0.05 * near.float().std())
+
+    low, high = _PREFIX, reader.max_length - 1
+    if high <= low or not changes(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if changes(middle) else (middle, high)
+    return high
+
+
 def profile_leaves(reader: Any, vocabulary: int) -> tuple[float, ...]:
     """Seconds of a drafter's forward of 1, 2, ... `LEAVES` leaves."""
     generator = torch.Generator().manual_seed(2)

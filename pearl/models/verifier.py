@@ -68,6 +68,13 @@ class VerifierModel(LanguageModel):
         return SharedForwardTrial(self)
 
     @torch.inference_mode()
+    def with_a_row_at(self, tokens: Sequence[int], position: int) -> Tensor:
+        """Logits [len(tokens), V] of a text read from its beginning, beside a row at `position` that nobody sees."""
+        self.forget()
+        laid = self.lay_out(list(tokens), 0, pads=1)
+        return self.run(laid.tokens, [*laid.positions[:-1], position], laid.cache)[:-1, : self.vocabulary]
+
+    @torch.inference_mode()
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         """As `read`, for several sequences in one forward, each with the bits that it has alone."""
         if len(queries) == 1 or self.joint is None:

@@ -19,11 +19,14 @@ from toys import ScriptedChannel, scrambled, ticks, together
 
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import BatchedTokenBuckets
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree
 from pearl.models.verifier import VerifierModel
+from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
 NEW = 40
@@ -96,6 +99,25 @@ def test_ar_writes_what_transformers_generate_writes(architecture: Architecture)
 def test_every_mode_writes_what_ar_writes(architecture: Architecture):
     assert_modes_agree(architecture, "float32")
     assert target_model(architecture, "float32").verifies_trees or not architecture.trees
+
+
+@pytest.mark.parametrize("architecture", parameters())
+def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architecture):
+    """Three in one batch, with a drafter, in forwards that they share where the model's bits allow it."""
+    model, draft = architecture.model(), architecture.model(drift=0.02)
+    longest = architecture.longest
+    reader = tiny.verifier(model, max_length=longest, batch_slots=3)
+    reader.rows = target_model(architecture, "float32").rows
+    if reader.verifies_trees:
+        reader.joint = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
+    source = ModelSource(tiny.draft_model(draft, max_length=longest + 16, batch_slots=3))
+    target = Target(reader, ScriptedChannel(source, [(3, 3, 3)]), ticks())
+    texts = prompts(longest, NEW)
+    requests = [SequenceRequest(prompt, PARAMS, Stopper(PARAMS, (), str)) for prompt in texts]
+    written: dict[int, list[int]] = {}
+    for sequence, tokens in target.write(requests, Schedule.of("sd", 4), len(texts)):
+        written.setdefault(sequence.sequence, []).extend(tokens)
+    assert [tokens[:NEW] for _, tokens in sorted(written.items())] == alone(architecture, "float32")
 
 
 @pytest.mark.slow

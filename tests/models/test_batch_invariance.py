@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import VOCABULARY, fake, measured
+from transformers import Phi3Config
 
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
 from pearl.models import batch_invariance, linear
-from pearl.models.batch_invariance import find_invariant_counts, products, profile_leaves, profile_path
+from pearl.models.batch_invariance import find_invariant_counts, position_border, products, profile_leaves, profile_path
 from pearl.models.verifier import VerifierModel
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -191,3 +192,17 @@ def test_the_cost_of_each_number_of_leaves_is_measured_on_as_many_different_leav
     timed = [paths for paths in reader.asked if paths != [()]]
     assert {len(paths) for paths in timed} == set(range(1, LEAVES + 1))
     assert all(len(set(paths)) == len(paths) for paths in timed)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_rows_that_ask_no_other_rows_position_have_no_border(name):
+    assert position_border(tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()))) is None
+
+
+@pytest.mark.parametrize("border", [100, 200])
+def test_a_rotary_embedding_that_looks_at_the_whole_forward_is_found_out(border):
+    factors = dict(long_factor=[4.0] * 8, short_factor=[1.0] * 8, rope_theta=1e4)
+    rope = dict(rope_type="longrope", original_max_position_embeddings=border, **factors)
+    config = Phi3Config(**tiny.SIZES, original_max_position_embeddings=border, rope_parameters=rope)
+    assert position_border(tiny.verifier(tiny.random_model(config))) == border
+    assert position_border(tiny.verifier(tiny.random_model(config), max_length=border)) is None

@@ -20,8 +20,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES = tiny.SIZES
 NO_IDS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+MPT_SIZES = dict(vocab_size=tiny.VOCABULARY, d_model=64, n_layers=2, n_heads=4, max_seq_len=tiny.LENGTH, **NO_IDS)
 GPT2_SIZES = dict(vocab_size=tiny.VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=tiny.LENGTH, **NO_IDS)
 FULL = ["full_attention", "full_attention"]
+MIXED = ["sliding_attention", "full_attention"]
+WINDOW = {"sliding_window": 24}  # tokens, of texts of up to 256
+MIXED_WINDOW = WINDOW | {"layer_types": MIXED}
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16
+)  # multi-head latent attention
+SHARED_KEYS = dict(  # the last two layers read the keys of earlier ones
+    head_dim=16,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=tiny.VOCABULARY,
+    num_hidden_layers=4,
+    num_kv_shared_layers=2,
+    sliding_window=24,
+    layer_types=MIXED * 2,
+)
 EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 
 
@@ -64,21 +80,19 @@ TABLE: tuple[Architecture, ...] = (
     _as_llama("llama", "LlamaConfig", quick=True),
     _as_llama("llama tied", "LlamaConfig", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     _as_llama("qwen2", "Qwen2Config", quick=True),
+    _as_llama("qwen2 windows", "Qwen2Config", WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
     _as_llama("qwen3", "Qwen3Config", {"head_dim": 16}, quick=True),
-    _as_llama("mistral", "MistralConfig", {"sliding_window": None}, quick=True),
+    _as_llama("mistral", "MistralConfig", WINDOW, quick=True),
+    _as_llama("ministral", "MinistralConfig", MIXED_WINDOW | {"head_dim": 16}),
     _as_llama("ministral3", "Ministral3Config", {"head_dim": 16}),
-    _as_llama("phi3", "Phi3Config", quick=True),
+    _as_llama("phi3", "Phi3Config", WINDOW, quick=True),
     _as_llama("phi", "PhiConfig"),
     _as_llama("gemma", "GemmaConfig", {"head_dim": 16}, quick=True),
-    _as_llama(
-        "gemma2", "Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256}, trees=False
-    ),
-    _as_llama(
-        "gemma3",
-        "Gemma3TextConfig",
-        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 256},
-        quick=True,
-    ),
+    _as_llama("gemma2", "Gemma2Config", WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16}, quick=True),
+    _as_llama("gemma3", "Gemma3TextConfig", MIXED_WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16}, quick=True),
+    _as_llama("gemma3n", "Gemma3nTextConfig", SHARED_KEYS | {"laurel_rank": 4, "altup_num_inputs": 2}, quick=True),
+    _as_llama("gemma4", "Gemma4TextConfig", SHARED_KEYS | {"global_head_dim": 16}),
+    _as_llama("vaultgemma", "VaultGemmaConfig", MIXED_WINDOW | {"head_dim": 16, "query_pre_attn_scalar": 16}),
     Architecture("gpt2", "GPT2Config", GPT2_SIZES, quick=True),
     Architecture("gpt-bigcode", "GPTBigCodeConfig", GPT2_SIZES),
     Architecture("gptj", "GPTJConfig", GPT2_SIZES | {"rotary_dim": 8}),
@@ -102,15 +116,16 @@ TABLE: tuple[Architecture, ...] = (
         "falcon", "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}, trees=False
     ),
     _as_llama("stablelm", "StableLmConfig", trees=False),
-    _as_llama("starcoder2", "Starcoder2Config"),
+    _as_llama("starcoder2", "Starcoder2Config", WINDOW),
     _as_llama("persimmon", "PersimmonConfig"),
     _as_llama("cohere", "CohereConfig", quick=True),
-    _as_llama("cohere2", "Cohere2Config", {"sliding_window": 256}),
+    _as_llama("cohere2", "Cohere2Config", MIXED_WINDOW),
     _as_llama("olmo", "OlmoConfig"),
     _as_llama("olmo2", "Olmo2Config", quick=True),
-    _as_llama("olmo3", "Olmo3Config", {"layer_types": FULL}),
+    _as_llama("olmo3", "Olmo3Config", MIXED_WINDOW),
     _as_llama("granite", "GraniteConfig", quick=True),
     _as_llama("smollm3", "SmolLM3Config", quick=True),
+    _as_llama("smollm3 windows", "SmolLM3Config", MIXED_WINDOW | {"use_sliding_window": True}),
     _as_llama("helium", "HeliumConfig", {"head_dim": 16}),
     _as_llama("glm", "GlmConfig", {"head_dim": 16}),
     _as_llama("glm4", "Glm4Config", {"head_dim": 16}),
@@ -120,10 +135,16 @@ TABLE: tuple[Architecture, ...] = (
     _as_llama("ernie4.5", "Ernie4_5Config", {"head_dim": 16}),
     _as_llama("hunyuan", "HunYuanDenseV1Config", {"head_dim": 16}),
     _as_llama("seed-oss", "SeedOssConfig", {"head_dim": 16}),
-    _as_llama("exaone4", "Exaone4Config", {"layer_types": FULL, "sliding_window": None}),
+    _as_llama("exaone", "ExaoneConfig"),
+    _as_llama("exaone4", "Exaone4Config", MIXED_WINDOW),
     _as_llama("nanochat", "NanoChatConfig"),
     _as_llama("bitnet", "BitNetConfig"),
-    _of_experts("mixtral", "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}, quick=True),
+    _as_llama("internlm3", "InternLM3Config"),
+    _as_llama("jais2", "Jais2Config", {"head_dim": 16}),
+    _as_llama("doge", "DogeConfig", trees=False, quick=True),
+    Architecture("mpt", "MptConfig", MPT_SIZES, trees=False),
+    _as_llama("falcon alibi", "FalconConfig", {"alibi": True, "new_decoder_architecture": False}, trees=False),
+    _of_experts("mixtral", "MixtralConfig", WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2}, quick=True),
     _of_experts("qwen2-moe", "Qwen2MoeConfig", EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32}),
     _of_experts("qwen3-moe", "Qwen3MoeConfig", EXPERTS | {"num_experts": 4, "head_dim": 16}, quick=True),
     _of_experts("olmoe", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
@@ -132,41 +153,25 @@ TABLE: tuple[Architecture, ...] = (
     _as_llama(
         "gpt-oss",
         "GptOssConfig",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": FULL, "rope_scaling": None},
+        MIXED_WINDOW | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_scaling": None},
         trees=False,
+        quick=True,
     ),
-    _as_llama(
-        "deepseek-v3",
-        "DeepseekV3Config",
-        dict(
-            num_key_value_heads=4,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-            first_k_dense_replace=2,
-        ),
-        trees=False,
-    ),
-    _as_llama(
-        "deepseek-v2",
-        "DeepseekV2Config",
-        dict(
-            num_key_value_heads=4,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=16,
-            v_head_dim=16,
-            first_k_dense_replace=2,
-        ),
-        trees=False,
+    _as_llama("deepseek-v3", "DeepseekV3Config", LATENT | {"first_k_dense_replace": 2}, trees=False, quick=True),
+    _as_llama("deepseek-v2", "DeepseekV2Config", LATENT | {"first_k_dense_replace": 2}, trees=False),
+    _as_llama("youtu", "YoutuConfig", LATENT, trees=False),
+    _of_experts("flex-olmo", "FlexOlmoConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    _of_experts(
+        "afmoe",
+        "AfmoeConfig",
+        MIXED_WINDOW | EXPERTS | {"head_dim": 16, "num_experts": 4, "num_dense_layers": 1},
     ),
     _of_experts(
         "llama4",
         "Llama4TextConfig",
-        dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96, layer_types=FULL),
+        dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96)
+        | {"attention_chunk_size": 24, "layer_types": ["chunked_attention", "full_attention"]},
+        quick=True,
     ),
     _of_experts(
         "dots1",

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from pearl.config.inputs import brief
+from pearl.core.token_buckets import Check
 from pearl.models.kv_cache.transformers_interface import (
     GROUPED,
     WINDOW,
@@ -163,3 +164,13 @@ def _probed(model: PreTrainedModel) -> ModelAttention:
     if not cache.asked >= set(cache.keys) or not cache.asked:
         return ModelAttention("its layers hand no cache down to it")
     return ModelAttention(cache.why_not, cache.owns_keys, cache.slices_rows, tuple(cache.windows))
+
+
+def attention_checks(model: PreTrainedModel) -> tuple[Check, ...]:
+    """What a person should know of a model's attention."""
+    found = attention_of(model)
+    if found.why_not:
+        return (Check("attention", False, f"the model's own, as {found.why_not}; passes are chains"),)
+    if not found.owns_keys:
+        return (Check("attention", True, "it reads keys that are made of what is cached; passes are chains"),)
+    return ()
