@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from pearl.checkpoints import embedded, hub, quantized, shared_embeddings
+from pearl.checkpoints import embedded, hub, quantized, shared_embeddings, text_part
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
@@ -75,6 +75,7 @@ class Checkpoint:
                 f"The {role} {self.name} can't be read: give a hub id that this machine can reach, a folder or a GGUF "
                 f"file ({type(error).__name__}: {brief(error, 300)})."
             ) from error
+        found = text_part.config_of(self.name, found)
         longest_sequence(found)
         context = getattr(found.get_text_config(), "max_position_embeddings", None) or LEAST_CONTEXT
         if role == "target" and context < LEAST_CONTEXT:
@@ -118,6 +119,10 @@ class Checkpoint:
         this is one of them, with a shard. Raises `CheckpointError`."""
         where = {"device_map": placed.device_map()} if ranks == 1 else tensor_parallel.sharding(ranks)
         arguments = {**self.arguments(config), "dtype": getattr(torch, dtype), **where}
+        if not self.gguf_file:
+            whole = AutoConfig.from_pretrained(self.name, **self.arguments(config))
+            if (part := text_part.config_of(self.name, whole)) is not whole:
+                arguments |= {"config": part, "key_mapping": text_part.NAMES}
         if architecture is not None:
             arguments["config"] = architecture
         if memory := placed.max_memory():
@@ -151,11 +156,10 @@ class Checkpoint:
 
     def load_embeddings_and_head(self, config: EngineConfig, dtype: str, placed: Placement) -> Any:
         """The model without its layers: embedding, final norm and head."""
-        bare = AutoConfig.from_pretrained(self.name, **self.arguments(config))
-        text = bare.get_text_config()
-        text.num_hidden_layers = 0
-        if getattr(text, "layer_types", None):
-            text.layer_types = []
+        bare = text_part.config_of(self.name, AutoConfig.from_pretrained(self.name, **self.arguments(config)))
+        bare.num_hidden_layers = 0
+        if getattr(bare, "layer_types", None):
+            bare.layer_types = []
         return self.load(config, dtype, None, placed, bare)
 
 
