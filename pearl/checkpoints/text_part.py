@@ -51,4 +51,5 @@ def _same(text: PreTrainedConfig) -> PreTrainedConfig | None:
     facts = text.to_dict()
     facts.pop("model_type")
     rope = {key: value for key, value in facts.pop("rope_parameters").items() if not key.startswith("mrope")}
-    return CONFIG_MAPPING[_THE_SAME[text.model_type]](**facts, rope_parameters=rope)
+    made: Any = CONFIG_MAPPING[_THE_SAME[text.model_type]]
+    return made(**facts, rope_parameters=rope)

@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(fits)
         return 0
     (fit,) = fits
-    print("\n".join(filter(None, (fit.verdict, fit.pair.note))))
+    pair = fit.pair
+    licence = pair.licence and f"Licence: {pair.licence.removesuffix('.')}."
+    print("\n".join(filter(None, (fit.verdict, licence, pair.note))))
     return 0 if fit.fits else 1
 
 

@@ -41,6 +41,7 @@ class Pair:
     ``target`` and ``draft`` are hub ids, the name of a built-in model, or ``ngram`` for the draft source without
     weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
     quantization given; None where a file of your own does not say. ``prompt`` None: chat if the model has a template.
+    ``licence``: of the weights, by name; whoever loads them reads it.
     """
 
     name: str = _fact("", TEXT)
@@ -52,6 +53,7 @@ class Pair:
     prompt: str | None = _fact(None, choice("completion", "chat"))
     target_gb: float | None = _fact(None, _GB)
     draft_gb: float | None = _fact(None, _GB)
+    licence: str = _fact("", _LINES)
     note: str = _fact("", _LINES)
     source: str = _fact("", _LINES)
 

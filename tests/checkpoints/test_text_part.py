@@ -83,7 +83,7 @@ def generated(name: str, prompt: list[int], new: int) -> list[int]:
 def test_the_language_model_of_a_whole_is_target_and_draft_and_no_tower_is_loaded(checkpoint):
     name, folder = checkpoint
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert any("vision" in key or "visual" in key for key in file.keys())  # noqa: SIM118: no mapping
+        assert any("vision" in key or "visual" in key for key in file.keys())  # noqa: SIM118
     with Engine.from_pretrained(
         str(folder), str(folder), mode="sd", processes=1, max_length=1024, dtype="float32"
     ) as engine:

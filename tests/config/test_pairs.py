@@ -1,6 +1,7 @@
 """The registry says only what it can keep, and refuses the rest in a sentence."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from pearl.commands.pairs import main
 from pearl.config import pairs
 from pearl.config.engine_config import SHIPPED
-from pearl.config.pairs import Machine, Pair, all_pairs, check, load_pair, needed_gb
+from pearl.config.pairs import BYTES, Machine, Pair, all_pairs, check, load_pair, needed_gb
 from pearl.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -33,6 +34,33 @@ def test_every_file_of_the_registry_is_the_pair_it_is_named_after(name):
     assert pair.name == name
     assert pair.note and pair.source
     assert 0 <= pair.draft_gb < pair.target_gb
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_names_a_licence_and_claims_no_run_of_ours_that_was_not(name):
+    pair = load_pair(name)
+    assert pair.licence and pair.note.startswith("Not run on our machines.") is not name.startswith("smollm2-135m")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gigabytes_of_a_file_are_its_parameters_times_their_width(name):
+    pair = load_pair(name)
+    for role, gb, kind in (
+        ("target", pair.target_gb, pair.load_in or pair.dtype),
+        ("draft", pair.draft_gb, pair.draft_load_in or pair.dtype),
+    ):
+        stated = re.search(rf"{role} ([\d.]+) billion", pair.source)
+        if stated:
+            assert gb == pytest.approx(float(stated[1]) * BYTES[kind], rel=0.03, abs=0.01)
+        assert stated or gb == 0 or "Parameters" not in pair.source
+
+
+def test_a_model_has_one_size_in_all_files():
+    sizes: dict[tuple[str, str], set[float]] = {}
+    for pair in all_pairs():
+        sizes.setdefault((pair.target, pair.load_in or pair.dtype), set()).add(pair.target_gb)
+        sizes.setdefault((pair.draft, pair.draft_load_in or pair.dtype), set()).add(pair.draft_gb)
+    assert {model: found for model, found in sizes.items() if max(found) > 1.01 * min(found)} == {}
 
 
 def test_the_registry_is_listed_whole_and_smallest_first():
