@@ -169,7 +169,8 @@ class Runtime:
             name, cpus = shares[role]
             where = ", ".join(devices)
             if devices == ["cpu"] and self.config.pins:
-                where = f"cpus {','.join(map(str, cpus))}, {len(cpus)} threads"
+                several = "s" * (len(cpus) > 1)
+                where = f"cpu{several} {','.join(map(str, cpus))} with {len(cpus)} thread{several}"
             if role == "target" and self.config.tensor_parallel_size > 1:
                 where += f", as rank 0 of {self.config.tensor_parallel_size}"
             who = "no model, n-grams of the text draft," if role == "drafter" and name == NGRAM else name
