@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pearl.config.engine_config import EngineConfig
+from pearl.config.inputs import brief
 from pearl.errors import Unreachable, UsageError, WorkerLostError
 from pearl.machine import launcher
 from pearl.parallel.child import WorkerSpec, end, is_stopped, start
@@ -81,7 +82,7 @@ class DrafterProcess:
             self._store.set(f"{FEATURES}/{number}", self._features_from)
             said = self._await_word(number)
         except (RuntimeError, WorkerLostError) as error:  # the launcher is gone
-            raise Unreachable(str(error)[:200]) from None
+            raise Unreachable(brief(error)) from None
         if said != READY and (number or said.startswith(GONE)):  # it could start once, so it may again
             raise Unreachable(said.removeprefix(GONE))
         if said != READY:
@@ -89,7 +90,7 @@ class DrafterProcess:
         try:
             return connect(self._store, number, 0, self._features_from, self._host, self._config)
         except RuntimeError as error:
-            raise Unreachable(f"it was ready, but did not connect: {str(error)[:200]}") from None
+            raise Unreachable(f"it was ready, but did not connect: {brief(error)}") from None
 
     def give_up(self) -> None:
         """Ends what is left of a drafter that is ours and will not be started again; a launcher's is let go."""

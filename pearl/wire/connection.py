@@ -33,8 +33,6 @@ CONNECT_S = 20.0  # that both sides, who know that the other is there, may take 
 _AHEAD = 64  # receives that are posted: so many frames arrive while the reader does something else
 _HURRY = 1 << 15  # bytes that may stay after they have left; more are let go of at once
 _MOST_WAITING = 1 << 30  # bytes that may wait for a rank that takes none
-
-
 _NEVER = Lane(2, 1)  # on which nobody sends
 
 

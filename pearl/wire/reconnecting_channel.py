@@ -11,7 +11,7 @@ on alone. Lost is what does not answer now, for whatever reason:
 A drafter that begins anew is told the texts under way (`replay_log`), and its node ids are made unique
 (`drafter_messages`).
 
-Knows: which connection serves, and when it is lost. Refuses to know: processes, sockets, models.
+Knows: which connection serves, and when it is lost. Refuses to know: processes, groups, models.
 """
 
 from __future__ import annotations
