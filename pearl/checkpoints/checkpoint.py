@@ -150,7 +150,7 @@ class Checkpoint:
             )
         model.eval()
         quantized.make_rows_independent(model)
-        if load_in == "4bit" and placed.on_cpu:
+        if placed.on_cpu:
             quantized.keep_odd_shapes(model)
         return embedded.plain_weights(model) if self.gguf_file else model
 

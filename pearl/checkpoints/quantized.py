@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers.quantizers import AutoHfQuantizer
 
+from pearl.checkpoints.quiet import quiet
+from pearl.config.inputs import brief
 from pearl.errors import UsageError
 from pearl.models import linear
 
@@ -17,6 +21,7 @@ NEEDS = {  # by `quant_method`: the packages that transformers asks for
     "bitsandbytes": ("bitsandbytes",),
     "compressed-tensors": ("compressed_tensors",),
     "hqq": ("hqq",),
+    "torchao": ("torchao",),
 }
 _TALL = 32  # rows of a tile of that layout
 
@@ -26,13 +31,15 @@ def check(
 ) -> str | None:
     """How the weights of a checkpoint are quantized; None if they are not.
 
-    `config`: the checkpoint's. Raises `UsageError` where a package is missing, or `load_in` would quantize them again.
+    `config`: the checkpoint's. Raises `UsageError` where transformers can't read them here, and where `load_in` would
+    quantize them again.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    method = str(getattr(method, "value", method))
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method")
+    method = str(getattr(method, "value", method or "quantized"))
     if load_in:
         raise UsageError(f"The {role} {name} holds {method} weights already: leave out load_in {load_in}.")
     missing = [package for package in NEEDS.get(method, ()) if there(package) is None]
@@ -41,7 +48,24 @@ def check(
             f"The {role} {name} holds {method} weights, which need {' and '.join(missing)}: run "
             f"`pip install {' '.join(missing)}`, or choose a checkpoint that is not quantized."
         )
+    if why := _refused(settings):
+        raise UsageError(
+            f"The {role} {name} holds {method} weights, which can't be read here ({why}): choose a checkpoint that is "
+            "not quantized, or quantized otherwise."
+        )
     return method
+
+
+def _refused(settings: dict[str, Any]) -> str | None:
+    """Why transformers would not read weights that are quantized so, asked before any are there."""
+    try:
+        with quiet():
+            if not AutoHfQuantizer.supports_quant_method(settings):
+                return "transformers does not know them"
+            AutoHfQuantizer.from_config(copy.deepcopy(settings)).validate_environment(device_map=None)
+    except Exception as error:  # each method has its own kinds
+        return brief(error).rstrip(".")
+    return None
 
 
 def need_bitsandbytes() -> None:
