@@ -6,9 +6,12 @@ the file says counts. The ends of a text are no defaults: they hold always (`pea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from pearl.core.params import SamplingParams
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # of a checkpoint with do_sample
 ALWAYS = {
@@ -44,18 +47,25 @@ class Defaults:
             return Defaults(applied, left_out)
         return Defaults({}, applied | left_out, wanted=False)
 
+    def not_applied(self, params: SamplingParams) -> dict[str, Any]:
+        """What the checkpoint asks for and these params, of a request, do not, as JSON holds it."""
+        said = self.applied | self.left_out
+        ours = {name: getattr(params, name, None) for name in said}
+        asked, has = (json.loads(json.dumps(one, default=str)) for one in (said, ours))
+        return {name: value for name, value in asked.items() if has[name] != value}
+
     @property
     def description(self) -> str:
         """One line, or nothing where the checkpoint asks for nothing."""
         parts = []
         if self.applied:
-            parts.append(f"{_listed(self.applied)} where a request leaves them out")
+            parts.append(f"{listed(self.applied)} where a request leaves them out")
         if self.left_out:
             why = "" if self.wanted else " (generation_config is off)"
-            parts.append(f"{_listed(self.left_out)} not applied{why}")
+            parts.append(f"{listed(self.left_out)} not applied{why}")
         return f"defaults of the checkpoint: {'; '.join(parts)}" if parts else ""
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def listed(values: Mapping[str, Any]) -> str:
     texts = (f"{name} {str(value) if len(str(value)) <= _SHOWN else '...'}" for name, value in values.items())
     return ", ".join(texts)

@@ -284,6 +284,7 @@ def summary(
     return {
         "config": config,
         "sampling": asdict(plan.params),
+        "not_applied": engine.defaults.not_applied(plan.params),
         "environment": environment(engine),
         "events": events,
         "skipped_too_long": len({line["task_id"] for line in skipped}),

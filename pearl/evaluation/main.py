@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config import cli
-from pearl.core.params import SamplingParams
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
@@ -46,6 +45,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     """The summary, in the first replica, and whether something is missing because a replica failed."""
     from pearl.checkpoints.preflight import preflight  # slow imports: everything that can be refused has been
     from pearl.engine import Engine
+    from pearl.engine.defaults import listed
     from pearl.evaluation import harness
     from pearl.parallel.launch import count_processes, launch
     from pearl.parallel.replicas import ReplicaGroup, place
@@ -68,9 +68,9 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         group = ReplicaGroup(world)
         if group.first:
-            print(engine.description)
-            if own := _not_applied(checked.target, params):
-                print(f"not applied, as an evaluation takes what its command line says: the checkpoint's {own}")
+            print(engine.runtime.description)
+            if own := engine.defaults.not_applied(params):
+                print(f"not applied, as an evaluation takes what its command line says: the checkpoint's {listed(own)}")
             print(f"writing to {config.folder}", flush=True)
         modes = harness.decoders(engine, config.schedules)
         if config.baselines:
@@ -107,18 +107,6 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
                 summary = harness.summary(engine, plan, asked, results.read(config.folder)[0], left_out)
         group.leave()
     return summary, bool(failures)
-
-
-def _not_applied(target: Any, params: SamplingParams) -> str:
-    """What the checkpoint's generation config would change a greedy text by, and the params do not."""
-    from transformers import GenerationConfig
-
-    try:
-        own = GenerationConfig.from_pretrained(target.name, local_files_only=target.only_downloaded)
-    except (OSError, ValueError):  # it has none
-        return ""
-    said = {name: getattr(own, name, None) for name in ("repetition_penalty", "no_repeat_ngram_size")}
-    return " and ".join(f"{name} {value:g}" for name, value in said.items() if value and value != getattr(params, name))
 
 
 def _format(config: EvalConfig, tokenizer: Any) -> str:

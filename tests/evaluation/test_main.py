@@ -233,18 +233,20 @@ def test_a_summary_tells_how_texts_were_sampled_and_by_what(finished):
 
 def test_a_checkpoints_own_penalty_is_not_applied_unless_asked_and_the_run_says_so(pair, tmp_path, capsys):
     target = shutil.copytree(pair[0], tmp_path / "target")
-    defaults = {"repetition_penalty": 1.3, "temperature": 0.7, "do_sample": True}
-    (target / "generation_config.json").write_text(json.dumps(defaults))
+    own = {"repetition_penalty": 1.3, "temperature": 0.7}
+    (target / "generation_config.json").write_text(json.dumps(own | {"do_sample": True}))
     data = written(tmp_path, "gsm8k")
     for name, where in (("plain", pair[0]), ("penalty", str(target))):
         assert run("gsm8k", *options((where, pair[1]), data, tmp_path / name)) == 0
-        told = "the checkpoint's repetition_penalty 1.3" in capsys.readouterr().out
+        told = capsys.readouterr().out.count("not applied")
         assert told == (name == "penalty")
+        assert summary(tmp_path / name)["not_applied"] == (own if told else {})
     assert said(tmp_path / "penalty") == said(tmp_path / "plain")
     sampling = summary(tmp_path / "penalty")["sampling"]
     assert (sampling["temperature"], sampling["repetition_penalty"], sampling["seed"]) == (0.0, 1.0, 0)
     asked = options((str(target), pair[1]), data, tmp_path / "asked", "--repetition-penalty", "1.3")
-    assert run("gsm8k", *asked) == 0 and "not applied" not in capsys.readouterr().out
+    assert run("gsm8k", *asked) == 0 and "checkpoint's temperature 0.7\n" in capsys.readouterr().out
+    assert summary(tmp_path / "asked")["not_applied"] == {"temperature": 0.7}
     assert said(tmp_path / "asked") != said(tmp_path / "plain")
     assert summary(tmp_path / "asked")["modes"]["sd:3"]["identical_to_ar"] == 1.0
 
