@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config.inputs import brief
-from pearl.errors import UsageError
+from pearl.errors import StorageError, UsageError
 
 
 def folder(name: str | Path) -> Path:
@@ -46,12 +46,12 @@ def file(name: str) -> Path:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """With the folders above it. Raises `UsageError` where the system refuses after all."""
+    """With the folders above it. Raises `StorageError` where the system refuses after all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}.") from None
+        raise StorageError(f"{path} can't be written: {error.strerror}.") from None
 
 
 def write_json(path: Path, value: Any) -> None:

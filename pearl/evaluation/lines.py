@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config.inputs import sound
-from pearl.errors import UsageError
+from pearl.errors import StorageError
 from pearl.machine.files import atomic_write
 
 Line = dict[str, Any]
@@ -64,11 +64,11 @@ def write_json(file: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def writing(file: Path) -> Iterator[None]:
-    """Raises `UsageError` where the system refuses."""
+    """Raises `StorageError` where the system refuses."""
     try:
         yield
     except OSError as error:
-        raise UsageError(
+        raise StorageError(
             f"{file} can't be written ({error.strerror}). What was finished before is kept: make room, and go on "
             "(an evaluation with --resume)."
         ) from error

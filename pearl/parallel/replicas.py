@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pearl import errors
 from pearl.config.engine_config import NGRAM, EngineConfig
-from pearl.errors import UsageError, WorkerLostError
+from pearl.errors import PearlError, UsageError, WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.world import World, await_key
@@ -60,18 +61,19 @@ class ReplicaGroup:
         return failures
 
     def _prepare(self, find: Callable[[], Sequence[Any]]) -> list[Any]:
-        """What the first replica finds, in all of them. A `UsageError` there is one here too."""
+        """What the first replica finds, in all of them. A `PearlError` there is one here too."""
         if self._store is None:
             return list(find())
         if self.first:
             try:
                 self._store.set("prepared", json.dumps({"made": find()}))
-            except UsageError as error:
-                self._store.set("prepared", json.dumps({"refused": str(error)}))
+            except PearlError as error:  # nobody waits for what will not come
+                self._store.set("prepared", json.dumps({"refused": [type(error).__name__, str(error)]}))
                 raise
         said = json.loads(self._wait("prepared"))
         if "refused" in said:
-            raise UsageError(said["refused"])
+            name, sentence = said["refused"]
+            raise getattr(errors, name)(sentence)
         return said["made"]
 
     def leave(self) -> None:

@@ -65,7 +65,7 @@ class TensorParallelWorkers:
         return [child.pid for child in self._children]
 
     def gather(self) -> None:
-        """Waits until all ranks are there and connected. Raises `UsageError` with its reason if one could not come."""
+        """Waits until all ranks are there and connected. Raises `WorkerLostError`, with the reason if one could not."""
         self._await("here")
         self._store.set(MET, "")
         try:
@@ -75,7 +75,7 @@ class TensorParallelWorkers:
         threading.Thread(target=self._keep_awake, name="pearl-ranks", daemon=True).start()
 
     def settle(self) -> None:
-        """Waits until all ranks have loaded their shards. Raises `UsageError` with its reason if one could not."""
+        """Waits until all ranks have loaded their shards. Raises `WorkerLostError` with its reason if one could not."""
         self._await("loaded")
 
     def say(self, command: Command) -> None:
@@ -124,9 +124,11 @@ class TensorParallelWorkers:
 
         def check() -> None:
             if reason := self._reason():
-                raise UsageError(reason)
+                raise WorkerLostError(reason)
             if time.monotonic() > deadline:
-                raise UsageError(f"Not all ranks of the target were {what} within {START_S:g} s: see their messages.")
+                raise WorkerLostError(
+                    f"Not all ranks of the target were {what} within {START_S:g} s: see their messages."
+                )
 
         for rank in range(1, self.size):
             await_key(self._store, f"{what}-{rank}", check)

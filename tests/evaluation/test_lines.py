@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pearl.errors import UsageError
+from pearl.errors import StorageError
 from pearl.evaluation import lines
 
 opened = open
@@ -40,9 +40,9 @@ def test_a_full_disk_keeps_what_was_written_and_says_so(tmp_path, monkeypatch, r
     before = file.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(lines, "open", lambda *a, **k: Full(opened(*a, **k), room), raising=False)
-        with pytest.raises(UsageError, match=r"No space left.*--resume"):
+        with pytest.raises(StorageError, match=r"No space left.*--resume"):
             lines.append(file, [{"line": 2, "long": "x" * 99}])
-        with pytest.raises(UsageError, match="No space left"):
+        with pytest.raises(StorageError, match="No space left"):
             lines.write_json(tmp_path / "summary.json", {"a": "x" * 99})
     assert file.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.jsonl"]

@@ -44,7 +44,7 @@ def said_in_the_end(engine) -> str:
     """What a text ends with now; there is no other after it."""
     with pytest.raises(WorkerLostError) as raised:
         engine.generate(PROMPT, GREEDY)
-    with pytest.raises(UsageError, match="ranks are out of step: make another one"):
+    with pytest.raises(WorkerLostError, match="ranks are out of step: make another one"):
         engine.generate(PROMPT, GREEDY)
     return str(raised.value)
 
@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_is_waited_for_until_the_deadline_and_ends_when_it_wak
 
 def test_a_rank_that_can_not_start_is_a_sentence(pair, monkeypatch):
     monkeypatch.setattr(child.sys, "executable", "false")
-    with pytest.raises(UsageError, match="Rank 1 of the target ended with code 1, and the run is over"):
+    with pytest.raises(WorkerLostError, match="Rank 1 of the target ended with code 1, and the run is over"):
         Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS)
 
 

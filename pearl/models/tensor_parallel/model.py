@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from pearl.core.messages import Features
 from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, Check, TokenBuckets
-from pearl.errors import UsageError
+from pearl.errors import UsageError, WorkerLostError
 from pearl.models.language_model import SideRow
 from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import Command, SlotTokens
@@ -108,7 +108,7 @@ class TensorParallelModel:
     def call(self, command: Command) -> Any:
         """Makes a call on all ranks, and returns what the first one's shard says."""
         if not self._whole:
-            raise UsageError(
+            raise WorkerLostError(
                 "A forward of this engine was broken off, and its ranks are out of step: make another one."
             )
         self._whole = False
