@@ -452,16 +452,6 @@ def test_a_program_may_end_in_the_middle_of_a_text(engine, pair, tmp_path):
     assert (program.returncode, printed) == (0, f"{alone(engine, GREEDY)[0]}\n"), errors
 
 
-def test_a_launcher_of_three_is_refused(pair, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match=r"started 3 processes.*use --num_processes 2"):
-        Engine.from_pretrained(*pair)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="processes is 1: use plain python"):
-        Engine.from_pretrained(*pair, mode="sd", processes=1)
-
-
 # The default model
 
 

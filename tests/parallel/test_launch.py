@@ -51,11 +51,19 @@ def test_the_last_rank_is_the_drafter_wherever_the_ranks_are(rank, local, here, 
     assert world.roles == (("draft",) if here == 1 else ("target",) if world.two_hosts else ("target", "draft"))
 
 
-@pytest.mark.parametrize("size, tensor, says", [(2, 2, "are 3: use --num_processes 3"), (6, 2, "has no replicas")])
-def test_a_launcher_of_another_number_is_refused(size, tensor, says, pair, monkeypatch):
+@pytest.mark.parametrize(
+    "size, options, says",
+    [
+        (2, {"tensor_parallel_size": 2}, "are 3: use --num_processes 3"),
+        (6, {"tensor_parallel_size": 2}, "has no replicas"),
+        (3, {}, "started 3 processes.*use --num_processes 2"),
+        (2, {"mode": "sd", "processes": 1}, "processes is 1: use plain python"),
+    ],
+)
+def test_a_launcher_of_another_number_is_refused(size, options, says, pair, monkeypatch):
     launched(monkeypatch, 0, size, 0, size)
     with pytest.raises(UsageError, match=says):
-        Engine.from_pretrained(*pair, tensor_parallel_size=tensor)
+        Engine.from_pretrained(*pair, **options)
 
 
 def test_cores_are_dealt_to_the_ranks():
