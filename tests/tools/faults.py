@@ -103,7 +103,7 @@ class Forked:
 
 
 class Nursery:
-    """`start` stands in for `pearl.parallel.child.start`. All it has forked is in `pids`."""
+    """`start` stands in for `pearl.parallel.child.start`, for any thread. All it has forked is in `pids`."""
 
     def __init__(self, pair: tuple[str, str], folder: Path, dtype: str = "float32"):
         self.fault = folder / "fault"
@@ -117,16 +117,22 @@ class Nursery:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
         self.pids: list[int] = []
-        self.next: str = ""  # what is to happen to the next one while it starts
+        self.first = self.next = ""  # what is to happen to an engine's first one, or a later one, while it starts
+        self._turn = threading.Lock()  # an engine that was closed may still be starting a drafter beside a new engine
         assert self._process.stdout and self._process.stdout.readline() == "ready\n"
 
     def start(self, _: str, spec: WorkerSpec) -> Forked:
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps({"spec": spec.to_json(), "fault": self.next}) + "\n")
-        self._process.stdin.flush()
-        self.next = ""
-        self.pids.append(int(self._process.stdout.readline()))
-        return Forked(self.pids[-1])
+        with self._turn:
+            if spec.number:
+                fault, self.next = self.next, ""
+            else:
+                fault, self.first = self.first, ""
+            self._process.stdin.write(json.dumps({"spec": spec.to_json(), "fault": fault}) + "\n")
+            self._process.stdin.flush()
+            pid = int(self._process.stdout.readline())
+            self.pids.append(pid)
+        return Forked(pid)
 
     def strike(self, pid: int, kind: str) -> None:
         with contextlib.suppress(ProcessLookupError):
