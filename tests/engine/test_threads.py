@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import random
 import threading
@@ -11,7 +12,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
+import psutil
 import pytest
+from programs import start, torchrun
 
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine, GenerationRequest
@@ -230,6 +233,59 @@ def test_two_engines_in_two_threads_write_their_own_texts(engine, narrow, asked)
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(write, [engine, narrow])) == [[tokens for *_, tokens in asked]] * 2
+
+
+@pytest.mark.slow
+def test_two_engines_in_two_threads_have_a_drafter_each(pair, asked):
+    """Both are made, used and closed at the same time, with a process of their own."""
+
+    def live(_: int) -> tuple[list[list[int]], int | None, int]:
+        with Engine.from_pretrained(*pair, dtype="float32", max_length=300, max_sequences=2) as mine:
+            texts = mine.generate([prompt for prompt, *_ in asked], [params for _, params, _ in asked], mode="pearl")
+            texts += [mine.generate("the", LONG, mode="pearl") for _ in range(3)]
+            drafted = sum(one.accepted for text in texts for one in text.stats.passes)
+            return [text.tokens for text in texts], mine.runtime.drafter_pid, drafted
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, first, drafted), (other, second, too) = pool.map(live, range(2))
+    assert one == other and one[: len(asked)] == [tokens for *_, tokens in asked]
+    assert first and second and first != second and drafted and too
+    assert not psutil.pid_exists(first) and not psutil.pid_exists(second)
+
+
+LAUNCHED = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+from pearl import Engine, SamplingParams
+
+options = dict(dtype="float32", max_length=300, max_sequences=3)
+with Engine.from_pretrained(*sys.argv[1:3], **options) as engine, ThreadPoolExecutor(6) as pool:
+    def write(number, prompt, tokens, seed):
+        params = SamplingParams(tokens, 1.0, seed=seed, ignore_eos=True)
+        if number % 3 == 0:
+            return list(engine.stream(prompt, params))
+        if number % 3 == 1:
+            engine.submit("the", SamplingParams(200, ignore_eos=True)).abort()
+            return engine.submit(prompt, params).result().tokens
+        made = "".join(engine.stream_text(prompt, params))
+        text = engine.generate(prompt, params)
+        assert made == text.text
+        return text.tokens
+
+    texts = list(pool.map(lambda one: write(*one), json.loads(sys.argv[3])))
+    print(json.dumps([texts, engine.runtime.drafter_pid, [event.kind for event in engine.events]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_launched_engine_takes_requests_of_many_threads(pair, asked, tmp_path):
+    wanted = [(n, prompt, params.max_new_tokens, params.seed) for n, (prompt, params, _) in enumerate(asked)]
+    program = start(tmp_path, LAUNCHED, *pair, json.dumps(wanted), launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
+    printed, errors = program.communicate(timeout=200)
+    assert program.returncode == 0, errors
+    texts, started, events = json.loads(printed)
+    assert texts == [tokens for *_, tokens in asked]
+    assert started is None and not {"lost", "alone", "failed"} & set(events)
 
 
 def test_an_engine_may_be_made_and_closed_in_any_thread(pair, asked):
