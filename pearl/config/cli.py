@@ -20,7 +20,7 @@ from pearl.config.pairs import Pair, load_pair
 from pearl.core import schedule
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
-from pearl.errors import CheckpointError, PearlError, UsageError
+from pearl.errors import CheckpointError, PearlError, StorageError, UsageError
 from pearl.machine import launcher, logs
 from pearl.options import TEXT, WORD, Option, whole
 
@@ -280,8 +280,8 @@ def at_least_one(word: str) -> int:
 
 
 def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
-    """A `main` whose `UsageError` or `CheckpointError` becomes a line on standard error and exit code 2, any other
-    `PearlError` one and 1, and Ctrl-C one and 130. All ranks meet it; one says it."""
+    """A `main` whose `UsageError`, `CheckpointError` or `StorageError` becomes a line on standard error and exit code
+    2, any other `PearlError` one and 1, and Ctrl-C one and 130. All ranks meet it; one says it."""
 
     def say(line: str) -> None:
         if launcher.speaks():
@@ -293,7 +293,7 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
             return main(argv)
         except PearlError as error:
             say(f"error: {error}")
-            return 2 if isinstance(error, UsageError | CheckpointError) else 1
+            return 2 if isinstance(error, UsageError | CheckpointError | StorageError) else 1
         except KeyboardInterrupt as stop:
             say(str(stop) or "interrupted: what was finished is written. The same command goes on from there.")
             return 130

@@ -12,18 +12,19 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore
 from transformers.utils import logging as transformers_logging
 
 from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.engine import Engine
-from pearl.errors import UsageError
+from pearl.errors import CheckpointError, StorageError, UsageError
 from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
 from pearl.parallel.launch import arrange, deal, launch
-from pearl.parallel.replicas import place
+from pearl.parallel.replicas import ReplicaGroup, place
 from pearl.parallel.world import World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -109,7 +110,7 @@ def test_an_engine_that_can_not_be_made_leaves_the_process_as_it_was(pair, tmp_p
     before, broken = state(), shutil.copytree(pair[0], tmp_path / "target")
     (broken / "model.safetensors").unlink()
     core = str(min(os.sched_getaffinity(0)))
-    with pytest.raises((UsageError, OSError)):
+    with pytest.raises(CheckpointError):
         Engine.from_pretrained(str(broken), pair[1], dtype="float32", target_cores=core)
     assert state() == before
     with Engine.from_pretrained(*pair, dtype="float32", max_length=100, target_cores=core) as engine:
@@ -176,3 +177,15 @@ def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
     assert devices(World.of(Processes(0, 2, 0, 2, device="cpu"))) == ("cpu", "cpu")  # accelerate launch --cpu
     with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
         place(config, World(0, 2, 0, 3, 0, 3))
+
+
+def test_what_the_first_replica_can_not_begin_is_raised_in_all(monkeypatch):
+    store = HashStore()
+    monkeypatch.setattr(launcher, "store", lambda: store)
+
+    def full() -> list[int]:
+        raise StorageError("config.json can't be written.")
+
+    for replica in (0, 1):
+        with pytest.raises(StorageError, match=r"config\.json can't be written"):
+            ReplicaGroup(World(0, 2, replica, 2)).complete(full, lambda units, name: None)
