@@ -164,8 +164,9 @@ class Checkpoint:
 
 
 def _numbers_in(file: Path) -> int:
-    """safetensors: eight bytes of header length, then JSON with the shape of every tensor."""
+    """safetensors: eight bytes of header length, then JSON with the shape of every tensor. Towers' don't count."""
     with open(file, "rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size)) if size < 1 << 28 else {}
-    return sum(int(torch.Size(t["shape"]).numel()) for name, t in header.items() if name != "__metadata__")
+    header.pop("__metadata__", None)
+    return sum(int(torch.Size(t["shape"]).numel()) for name, t in header.items() if not text_part.TOWERS.search(name))

@@ -6,6 +6,7 @@ disk. Knows: which config the part has and how the checkpoint names its weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
@@ -18,21 +19,30 @@ NAMES = {
     r"^(model\.)?(language_model|text_model)\.(?!lm_head|model\.)": "model.",
     r"^(model\.)?(language_model|text_model)\.": "",
 }
+# Names of weights that no part has.
+TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio|connector|image_newline)")
 # Parts without a class of their own, and the one that computes the same: where there is no picture, the three numbers
 # of a rotary position in Qwen's are one.
 _THE_SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_SEE_AHEAD = ("paligemma", "colpali")  # rows of a prompt see what follows them
+_TRIED = re.compile(  # wholes whose logits on text are those of their part
+    r"gemma[34]|idefics[23]|internvl|llama4|llava(_next|_onevision)?|mistral3|qwen(2|2_5|3)_vl|smolvlm"
+)
 
 
 def config_of(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the language model; `config` itself, a checkpoint's, if there is nothing else in it.
+    """The config of the language model; `config` itself, a checkpoint's, if there is nothing else in it, or if
+    transformers reads the whole as a language model in a way that is not known to be the part's.
 
-    Raises `UsageError` where transformers has no class for the part.
+    Raises `UsageError` where it does not: some parts' prompts see ahead (PaliGemma), or their logits have another scale
+    (Aya Vision).
     """
     text = config.get_text_config()
-    if text is config or type(config).__module__.startswith("transformers_modules."):  # its own code knows
+    own_code = type(config).__module__.startswith("transformers_modules.")
+    if text is config or own_code:
         return config
-    if config.model_type in _SEE_AHEAD or not (type(text) in MODEL_FOR_CAUSAL_LM_MAPPING or _same(text)):
+    if not _TRIED.fullmatch(config.model_type):
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return config
         raise UsageError(
             f"{name} is a {config.model_type}, whose language model can't be read apart from the rest: choose a "
             "decoder-only transformer."

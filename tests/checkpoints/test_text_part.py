@@ -14,6 +14,9 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from pearl.checkpoints import text_part
+from pearl.checkpoints.checkpoint import Checkpoint
+from pearl.checkpoints.placement import Placement
+from pearl.config.engine_config import EngineConfig
 from pearl.core.sampling import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
@@ -44,11 +47,28 @@ WHOLE = {  # the class of the whole's config, the text part's arguments, the tow
         {"tie_word_embeddings": False},
     ),
 }
+CLIP = TOWER | {"model_type": "clip_vision_model", "patch_size": 14}
+IDS = {"image_token_id": 150, "video_token_id": 151, "image_token_index": 150, "video_token_index": 151}
+GEMMA4 = dict(head_dim=16, global_head_dim=16, sliding_window=64, vocab_size_per_layer_input=tiny.SHARED)
+GEMMA4 |= dict(hidden_size_per_layer_input=8, num_kv_shared_layers=0, pad_token_id=0, final_logit_softcapping=30.0)
+GEMMA4["layer_types"] = ["sliding_attention", "full_attention"]
+INTERNVL = TOWER | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [14, 14]}
+PERCEIVER = dict(hidden_size=64, n_latents=4, depth=1, num_heads=2, resampler_n_heads=2, num_key_value_heads=1)
+OTHERS = {
+    "gemma4": ("Gemma4Config", GEMMA4, TOWER | {"patch_size": 14}, IDS),
+    "llava": ("LlavaConfig", {"model_type": "llama"}, CLIP, IDS),
+    "llava_next": ("LlavaNextConfig", {"model_type": "llama"}, CLIP, IDS),
+    "llava_onevision": ("LlavaOnevisionConfig", {"model_type": "qwen2"}, CLIP, IDS),
+    "internvl": ("InternVLConfig", {"model_type": "qwen2"}, INTERNVL, IDS),
+    "idefics2": ("Idefics2Config", {"model_type": "mistral"}, TOWER, IDS | {"perceiver_config": PERCEIVER}),
+    "idefics3": ("Idefics3Config", {"model_type": "llama"}, TOWER, IDS),
+    "smolvlm": ("SmolVLMConfig", {"model_type": "llama"}, TOWER, IDS),
+}
 TEXT = "def add(first, second):\n    return first + second\n" * 8
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    config_class, text, tower, more = WHOLE[name]
+    config_class, text, tower, more = (WHOLE | OTHERS)[name]
     made: PreTrainedConfig = getattr(transformers, config_class)(text_config=SIZES | text, vision_config=tower, **more)
     return made
 
@@ -88,6 +108,7 @@ def test_the_language_model_of_a_whole_is_target_and_draft_and_no_tower_is_loade
         str(folder), str(folder), mode="sd", processes=1, max_length=1024, dtype="float32"
     ) as engine:
         names = [key for key, _ in engine.model.model.named_parameters()]
+        assert Checkpoint(str(folder)).numbers() == sum(map(torch.numel, engine.model.model.parameters()))
         assert all(key.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")) for key in names)
         params = SamplingParams(max_new_tokens=40, ignore_eos=True)
         prompt = engine.tokenizer(TEXT)["input_ids"]
@@ -99,8 +120,19 @@ def test_the_language_model_of_a_whole_is_target_and_draft_and_no_tower_is_loade
         assert len(made.stats.passes) < (41 if mode == "ar" else 30)  # of 40 tokens: the draft is the target
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_part_has_the_logits_of_the_whole(name, tmp_path):
+    whole(name).save_pretrained(tmp_path)
+    part = Checkpoint(str(tmp_path)).load(EngineConfig(), "float32", None, Placement(("cpu",)))
+    ids = torch.arange(100)[None] % 149
+    with torch.inference_mode():
+        assert torch.equal(part(ids).logits, whole(name)(ids).logits)
+    stated = Checkpoint(str(tmp_path)).numbers()
+    assert stated == pytest.approx(sum(map(torch.numel, part.parameters())), rel=1e-4)  # buffers are stored too
+
+
 def test_a_part_that_sees_ahead_or_has_no_class_is_refused_in_a_sentence():
-    for config_class in ("PaliGemmaConfig", "Glm4vConfig"):
+    for config_class in ("PaliGemmaConfig", "AyaVisionConfig", "Glm4vConfig"):
         config = getattr(transformers, config_class)()
         with pytest.raises(UsageError, match=f"is a {config.model_type}, whose language model can't be read apart"):
             text_part.config_of("x", config)
