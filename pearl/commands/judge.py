@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.errors import UsageError
 from pearl.evaluation import judging, lines
 from pearl.tasks import mt_bench
@@ -34,7 +33,12 @@ def parser() -> cli.Parser:
     add("--prompts", metavar="FILE", help="FastChat's judge_prompts.jsonl; default: fetched once")
     add("--endpoint", default=ENDPOINT, help="OpenAI-compatible, ends in /v1; OPENAI_BASE_URL and OPENAI_API_KEY count")
     add("--model", help="the judge")
-    add("--output", metavar="FILE", help="where judgments are kept, one a line; a second run asks for what is missing")
+    add(
+        "--output",
+        metavar="FILE",
+        type=outputs.file,
+        help="where judgments are kept, one a line; a second run asks for what is missing",
+    )
     made.set_defaults(endpoint=os.environ.get("OPENAI_BASE_URL", ENDPOINT))
     return made
 
@@ -53,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts, questions = judging.PROMPTS.load(found.prompts), mt_bench.DATA.load(found.data)
     references = judging.ANSWERS.load(found.reference) if found.reference else []
     wanted = list(judging.matches(found.kind, found.model, prompts, questions, models, references))
-    done, file = judging.judged(Path(found.output)), Path(found.output)
+    done = judging.judged(found.output)
     with judging.player(found.model, found.endpoint) as play:
         for match in wanted:
             if judging.key(match) not in done:
                 line = done[judging.key(match)] = play(match)
-                lines.append(file, [line])
+                lines.append(found.output, [line])
     print((judging.ratings if found.kind == "single" else judging.wins)(wanted, done))
     return 0

@@ -229,6 +229,12 @@ def test_an_endpoint_that_refuses_is_named_and_judgments_are_kept(files, endpoin
     assert len(Path(files["output"]).read_text().splitlines()) == 1  # the first turn, before the second was refused
 
 
+def test_nobody_is_asked_whose_judgment_could_not_be_kept(files, endpoint, tmp_path, capsys):
+    nowhere = str(tmp_path)  # a folder, no file
+    assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1", "--output", nowhere) == 2
+    assert "is a folder: name a file" in capsys.readouterr().err and not endpoint.asked
+
+
 def test_an_endpoint_that_is_busy_is_asked_again(files, endpoint):
     endpoint.fails = [429, 500, 503, 408]
     assert run("single", files, "--endpoint", endpoint.url, "--model", "judge-1") == 0
