@@ -23,12 +23,13 @@ from pearl.config.inputs import brief
 from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.ngram import NgramSource
-from pearl.errors import PearlError
+from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
 from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
 from pearl.parallel.world import LOCAL
 from pearl.roles.drafter import Drafter
+from pearl.wire.process_channel import ProcessChannel
 
 _log = logging.getLogger(__name__)
 
@@ -60,15 +61,15 @@ def serve(
         raise
     while True:
         try:
-            store.set(f"{DRAFTER}/{number}", READY)
-            key = f"{FEATURES}/{number}"
-            store.wait([key], timedelta(seconds=config.start_timeout_s))  # the target may still be loading
-            features_from = store.get(key).decode()
-            if features_from == OVER:
-                return
-            channel = connect(store, number, 1, features_from and source.device, host, config)
-        except RuntimeError as error:
-            raise TargetGone(f"its target ({brief(error)})") from None
+            channel = _meet(source, config, store, host, number)
+        except Unreachable as error:
+            if only:
+                raise TargetGone(f"its target ({error})") from None
+            _log.warning("the target did not connect (%s), and the connection is made anew", error)
+            number += 1  # as the target counts
+            continue
+        if channel is None:
+            return
         unwatch = when_orphaned(agent, partial(channel.abort, "the launcher has ended")) if agent else None
         try:
             Drafter(source, channel, trace=trace(config, "drafter")).run()
@@ -86,6 +87,24 @@ def serve(
         if only:
             raise TargetGone(f"its target ({channel.reason})")
         number += 1
+
+
+def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None, number: int) -> ProcessChannel | None:
+    """Connection `number`; None: the target wants none any more. Raises `Unreachable` where it is there and does not
+    connect, `TargetGone` where it is not."""
+    try:
+        store.set(f"{DRAFTER}/{number}", READY)
+        key = f"{FEATURES}/{number}"
+        store.wait([key], timedelta(seconds=config.start_timeout_s))  # the target may still be loading
+        features_from = store.get(key).decode()
+    except RuntimeError as error:
+        raise TargetGone(f"its target ({brief(error)})") from None
+    if features_from == OVER:
+        return None
+    try:
+        return connect(store, number, 1, features_from and source.device, host, config)
+    except RuntimeError as error:
+        raise Unreachable(brief(error)) from None
 
 
 def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:

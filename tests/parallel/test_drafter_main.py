@@ -1,0 +1,40 @@
+"""The drafter's process as it meets its target, connection by connection; no process is started."""
+
+import pytest
+from torch.distributed import HashStore
+
+from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.drafters.ngram import NgramSource
+from pearl.parallel import drafter_main
+from pearl.parallel.child import TargetGone
+from pearl.parallel.drafter_process import DRAFTER, FEATURES, OVER, READY
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
+    """In which the target is ready for connection 0, which fails, and wants no further one."""
+
+    def nobody_comes(*_: object) -> None:
+        raise RuntimeError("timed out")
+
+    monkeypatch.setattr(drafter_main, "connect", nobody_comes)
+    made = HashStore()
+    made.set(f"{FEATURES}/0", "")
+    made.set(f"{FEATURES}/1", OVER)
+    return made
+
+
+def serve(store: HashStore, number: int | None) -> None:
+    config = EngineConfig(draft=NGRAM, pin_cores="off")
+    drafter_main.serve(config, [], store, None, NgramSource, number)
+
+
+def test_a_launched_drafter_outlives_a_connection_that_does_not_come_about(store: HashStore):
+    serve(store, None)  # ending badly, it would take the target with it
+    assert store.get(f"{DRAFTER}/1").decode() == READY
+
+
+def test_one_that_its_target_has_started_ends_with_its_only_connection(store: HashStore):
+    with pytest.raises(TargetGone, match="timed out"):
+        serve(store, 0)
+    assert not store.check([f"{DRAFTER}/1"])
