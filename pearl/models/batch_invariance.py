@@ -3,7 +3,7 @@
 "Lossless" means the same tokens, and two near-equal logits are told apart by their last bits. Matrix kernels round
 differently for different row counts. So at start the model reads one text in passes of every width up to `LIMIT` and
 compares: a *safe* count gives every row, at every offset, the bits that most other counts give it. A pass is padded up
-to the next safe count; the autoregressive baseline as well. The result is kept by model, machine and versions.
+to the next safe count; the autoregressive baseline as well. The result is kept (`pearl.checkpoints.calibration`).
 
 Two orders of a sum differ in the last bits of a float32 number, and once that is rounded to bfloat16 only one number in
 ten thousand tells. The passes over a text of a model of some size hold millions of numbers; those of a tiny one so few

@@ -5,7 +5,7 @@ same for every row count, wherever in the pass it stands, and beside the chain a
 its code does. So at start they are tried on the user's own model, device and dtype, on one text, bit for bit. Where a
 fact does not hold, the runtime picks what makes it hold: other row counts, a single fixed width, another backend of
 the attention (`pearl.models.kv_cache.attention`), chains instead of trees, code instead of graphs; and says so. What
-was found is kept by model, device and versions (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
+was found is kept (`pearl.checkpoints.calibration`). `pearl.commands.selfcheck` shows it.
 """
 
 from __future__ import annotations
