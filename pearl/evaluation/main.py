@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config import cli
+from pearl.core.params import SamplingParams
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
@@ -72,23 +73,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
             if own := engine.defaults.not_applied(params):
                 print(f"not applied, as an evaluation takes what its command line says: the checkpoint's {listed(own)}")
             print(f"writing to {config.folder}", flush=True)
-        modes = harness.decoders(engine, config.schedules)
-        if config.baselines:
-            from pearl.evaluation.baselines import Baselines
-
-            modes |= Baselines(engine, checked).decoders(config.baselines)
-        size = min(found.batch_size, engine.model.batch_slots)
-        plan = harness.Plan(
-            tuple(tasks),
-            {mode: modes[mode] for mode in found.mode},
-            params,
-            found.num_samples,
-            found.repeats,
-            harness.writers(engine, config.schedules, size),
-            size,
-            checked.max_length,
-            found.skip_too_long,
-        )
+        plan = _plan(config, engine, checked, tasks, params)
         asked = config.asked | {"prompt_format": format, "prompts": plan.digest}
 
         def missing() -> list[results.WorkUnit]:
@@ -107,6 +92,29 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
                 summary = harness.summary(engine, plan, asked, results.read(config.folder)[0], left_out)
         group.leave()
     return summary, bool(failures)
+
+
+def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], params: SamplingParams) -> Any:
+    """What is decoded: these tasks in all modes."""
+    from pearl.evaluation import harness
+
+    modes, found = harness.decoders(engine, config.schedules), config.found
+    if config.baselines:
+        from pearl.evaluation.baselines import Baselines
+
+        modes |= Baselines(engine, checked).decoders(config.baselines)
+    size = min(found.batch_size, engine.model.batch_slots)
+    return harness.Plan(
+        tuple(tasks),
+        {mode: modes[mode] for mode in found.mode},
+        params,
+        found.num_samples,
+        found.repeats,
+        harness.writers(engine, config.schedules, size),
+        size,
+        checked.max_length,
+        found.skip_too_long,
+    )
 
 
 def _format(config: EvalConfig, tokenizer: Any) -> str:
