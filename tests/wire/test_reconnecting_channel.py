@@ -186,8 +186,21 @@ def test_texts_side_by_side_are_the_targets_own_whatever_happens_to_their_drafte
 @pytest.mark.parametrize("mode, kind", [("sd", "garbled"), ("pearl", "killed"), ("pearl-no-post", "cut")])
 def test_every_text_under_way_is_told_to_the_next_drafter(mode: str, kind: str):
     """Those that are over are not; and in each that is not, guesses are accepted again."""
-    asked = [batch_cases.Asked((place, 1), SamplingParams(max_new_tokens=30 + 9 * place), 0) for place in range(3)]
-    case = batch_cases.Case(4, 2, 5, frozenset(), tuple(asked), 3, Schedule.of(mode, 3), "right", 1.0, 2, tuple(EAGER))
+    params = [SamplingParams(max_new_tokens=30 + 9 * place, seed=0) for place in range(3)]
+    asked = [batch_cases.Asked((place, 1), one, 0) for place, one in enumerate(params)]
+    case = batch_cases.Case(
+        vocabulary=4,
+        order=2,
+        table=5,
+        eos=frozenset(),
+        asked=tuple(asked),
+        places=3,
+        schedule=Schedule.of(mode, 3),
+        source="right",
+        chance=1.0,
+        chunk=2,
+        script=tuple(EAGER),
+    )
     replayed = 0
     for moves in range(6, 70, 9):
         fate = Fate(case, EAGER, [(kind, moves)])
@@ -239,7 +252,7 @@ def test_features_are_told_again_in_their_order():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     features = [np.full((count, 3), count, np.int16) for count in (2, 1, 4)]
-    start = Start(7, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan())
+    start = Start(7, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan())
     channel.send(start)
     for place, one in enumerate(features):
         channel.send(Verdict(7, 2 + place, DraftPlan(ahead=place), (place,), one))
@@ -255,7 +268,7 @@ def test_features_are_told_again_in_their_order():
 def test_names_of_two_drafters_are_never_the_same():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan()))
     said = Nodes(1, 0, 1, False, (Guess(1, 0, 3),))
     fate.made[0].inbox.append(said)
     first = channel.receive()
@@ -272,7 +285,7 @@ def test_names_of_two_drafters_are_never_the_same():
 def test_what_no_drafter_says_ends_the_connection(message):
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0), ("absent", 0)])
     channel = fate.lifeline(restarts=1)
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan()))
     fate.made[0].inbox += [message, Nodes(1, 0, 1, False)]
     assert channel.receive() is None and channel.lost
     assert [event.kind for event in channel.history()] == ["lost", "lost", "alone"]
@@ -282,7 +295,7 @@ def test_a_drafter_is_late_once_and_heard_once():
     fate = Fate(plain_case("sd", 1, "right"), [(0, 0, 0)], [("stopped", 0)])
     channel = fate.lifeline()
     for round in range(3):
-        channel.send(Start(round, Schedule.of("sd"), SamplingParams(), (1, 2), DraftPlan()))
+        channel.send(Start(round, Schedule.of("sd"), SamplingParams(seed=0), (1, 2), DraftPlan()))
         before = fate.time.now
         channel.wait()
         assert DEADLINE_S <= fate.time.now - before < DEADLINE_S + 0.1
@@ -306,7 +319,7 @@ def test_a_short_wait_makes_nobody_late():
 def test_the_report_of_an_ended_text_is_waited_for_as_long_as_its_longest_pass_took():
     fate = Fate(plain_case("pearl", 1, "right"), [(0, 0, 0)], [("stopped", 0)])
     channel = fate.lifeline()
-    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+    channel.send(Start(1, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan()))
     for seconds in (5.0, 0.1, 0.1, 0.1):
         fate.time.now += seconds
         channel.send(Verdict(1, 2, DraftPlan(), (1,)))
@@ -323,7 +336,7 @@ def test_a_report_that_a_lost_drafter_owed_is_asked_of_the_next_one():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     for sequence in (1, 2):
-        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan()))
     channel.send(End(1), Verdict(2, 2, DraftPlan(), (1,)))
     fate.made[0].gone = True
     said = [channel.receive() for _ in range(200)]
@@ -335,7 +348,7 @@ def test_messages_that_travel_together_are_of_one_pass():
     fate = Fate(plain_case("pearl", 1, "right"), EAGER, [("well", 0)])
     channel = fate.lifeline()
     for sequence in range(8):
-        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(), (1, 2), DraftPlan()))
+        channel.send(Start(sequence, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan()))
     for place in range(3):
         fate.time.now += 2.0
         channel.send(*(Verdict(sequence, 2 + place, DraftPlan(), (1,)) for sequence in range(8)))
