@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from itertools import chain
 from typing import Any, Unpack
 
 from pearl.core.params import SamplingParams
 from pearl.engine.engine import Engine
-from pearl.engine.generation import Generation, GenerationRequest, Prompt, together
+from pearl.engine.generation import Generation, GenerationRequest, Prompt, gathered
 from pearl.engine.handle import GenerationHandle, Said
 from pearl.engine.prompts import ChatTemplate, are_several
 from pearl.engine.requests import Params, Settings
@@ -47,7 +47,7 @@ class AsyncEngine:
     async def _generate(self, prompt: Any, params: Params, template: ChatTemplate | None, settings: Any) -> Any:
         asked = self.engine.submit_all(prompt, params, template=template, **settings)
         try:
-            texts = [together([await asyncio.wrap_future(handle) for handle in samples]) for samples in asked]
+            texts = gathered([[await _ended(handle) for handle in samples] for samples in asked])
         finally:  # also where the task is cancelled
             for handle in chain.from_iterable(asked):
                 handle.abort()
@@ -85,6 +85,8 @@ class AsyncEngine:
                     raise said
                 yield handle, said
                 if isinstance(said, Generation):
+                    if said.error:
+                        raise said.error
                     return
         finally:
             handle.abort()
@@ -100,6 +102,12 @@ class AsyncEngine:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def _ended(handle: GenerationHandle) -> Generation:
+    with suppress(Exception):  # it is the handle's
+        await asyncio.wrap_future(handle)
+    return handle.ended()
 
 
 class _LoopSink:

@@ -20,7 +20,7 @@ from pearl.config.engine_config import DRAFT, EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.engine.defaults import Defaults
-from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, together
+from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, gathered
 from pearl.engine.handle import GenerationHandle, Reading, RunKey, Said, Sink
 from pearl.engine.prompts import ChatTemplate, are_several
 from pearl.engine.requests import Params, RequestBuilder, Settings, as_schedule
@@ -94,8 +94,8 @@ class Engine:
         Of a list of prompts all of their texts, in the same order; `params` may then be a list too.
 
         `settings`: those of `Settings`. Raises `UsageError`, for an empty or too long prompt among others. Of several
-        prompts one that is refused fails alone: its `Generation` has the finish reason "error" and the `error`. Where
-        all are refused, that is raised.
+        prompts one that is refused, or whose own logits processor fails, fails alone: its `Generation` has the finish
+        reason "error" and the `error`. Where all fail, that is raised.
         """
         return self._generate(prompt, params, None, settings)
 
@@ -129,7 +129,7 @@ class Engine:
     ) -> Generation | list[Generation]:
         asked = self.submit_all(prompt, params, template=template, **settings)
         try:
-            texts = [together([handle.result() for handle in samples]) for samples in asked]
+            texts = gathered([[handle.ended() for handle in samples] for samples in asked])
         finally:  # also where somebody has enough
             for handle in chain.from_iterable(asked):
                 handle.abort()
@@ -144,7 +144,7 @@ class Engine:
         prompts: (number of the prompt, token).
 
         The text is written whether anybody reads or not; who closes the stream, or lets go of it, has aborted it. Of
-        several prompts one that is refused is raised at the end of the others.
+        several prompts one that fails alone is raised at the end of the others.
         """
         numbers, reading = self._read(prompt, params, settings)
         tokens = ((one, token) for one, said in reading if isinstance(said, list) for token in said)

@@ -47,14 +47,14 @@ class Generation:
 
     tokens: list[int] = field(repr=False)
     text: str
-    finish_reason: str  # "eos", "stop" or "length"; "abort"; "error" of a prompt that was refused
+    finish_reason: str  # "eos", "stop" or "length"; "abort"; "error" of one that failed alone
     stats: records.GenerationStats = field(repr=False)
     stop_reason: str | int | None = field(default=None, repr=False)  # the stop string or stop token that ended it
     seed: int | None = field(default=None, repr=False)  # of its sample, also where nobody has chosen one
     logprobs: Sequence[Logprobs] | None = field(default=None, repr=False)  # of each token, if they were asked for
     prompt_logprobs: Sequence[Logprobs | None] | None = field(default=None, repr=False)  # the first token has none
     others: tuple[Generation, ...] = field(default=(), repr=False)  # the other samples, of params with n above 1
-    error: Exception | None = field(default=None, repr=False)  # why it was refused
+    error: Exception | None = field(default=None, repr=False)  # why it was refused, or ended
 
     def __str__(self) -> str:
         return self.text
@@ -119,6 +119,9 @@ def unwritten(mode: str, prompt_tokens: int = 0, error: Exception | None = None)
     return Generation([], "", finish, stats, error=error)
 
 
-def together(samples: Sequence[Generation]) -> Generation:
-    """The first of them, with the others."""
-    return replace(samples[0], others=tuple(samples[1:])) if len(samples) > 1 else samples[0]
+def gathered(texts: Sequence[Sequence[Generation]]) -> list[Generation]:
+    """Of each prompt's samples the first, with the others. Raises what the first has met if all have failed."""
+    errors = [one.error for samples in texts for one in samples]
+    if errors and all(errors) and errors[0]:
+        raise errors[0]
+    return [replace(first, others=tuple(others)) if others else first for first, *others in texts]

@@ -43,6 +43,7 @@ class GenerationHandle(Future[Generation]):
         self.prompt: Sequence[int] = ()  # its token ids
         self.params = request.params  # with no field left to defaults
         self.refused: PearlError | None = None
+        self.failed: Generation | None = None  # what was written until this text, and no other, met an error
         self.wanted = True
         self._wake = wake
         self._own: SimpleQueue[tuple[GenerationHandle, Said]] = SimpleQueue()
@@ -62,6 +63,11 @@ class GenerationHandle(Future[Generation]):
         was_wanted = self.wanted and not self.done()
         self.abort()
         return was_wanted
+
+    def ended(self) -> Generation:
+        """What was written, also where an error ended it that is this text's alone. Raises any other error."""
+        self.exception()  # waits
+        return self.failed or self.result()
 
     def __iter__(self) -> Iterator[int]:
         for tokens in self.passes():
@@ -94,10 +100,11 @@ class GenerationHandle(Future[Generation]):
         self.set_result(generation)
         self._sink.put((self, generation))
 
-    def fail(self, error: BaseException) -> None:
-        self._wake = _nothing
+    def fail(self, error: BaseException, failed: Generation | None = None) -> None:
+        """`failed`: what was written, where the error is this text's alone."""
+        self._wake, self.failed = _nothing, failed
         self.set_exception(error)
-        self._sink.put((self, error))
+        self._sink.put((self, failed or error))
 
 
 def _nothing() -> None:
@@ -106,26 +113,28 @@ def _nothing() -> None:
 
 class Reading:
     """An iterator of what is said of several texts, in the order in which it comes. Who lets go of it before they are
-    over has aborted them. One that was refused is raised at the end of the others."""
+    over has aborted them. What one alone has met is raised at the end of the others."""
 
     def __init__(self, handles: Collection[GenerationHandle], news: SimpleQueue[tuple[GenerationHandle, Said]]):
         """`news`: the sink of these texts."""
         self._open, self._news = set(handles), news
-        self._refused = next((handle.refused for handle in handles if handle.refused), None)
+        self._met: BaseException | None = None
 
     def __iter__(self) -> Reading:
         return self
 
     def __next__(self) -> tuple[GenerationHandle, list[int] | Generation]:
         if not self._open:
-            refused, self._refused = self._refused, None
-            raise refused or StopIteration
+            met, self._met = self._met, None
+            raise met or StopIteration
         handle, said = self._news.get()
         if not isinstance(said, list):
             self._open.discard(handle)
         if isinstance(said, BaseException):
             self.close()
             raise said
+        if isinstance(said, Generation):
+            self._met = self._met or said.error
         return handle, said
 
     def close(self) -> None:

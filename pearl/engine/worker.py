@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -175,7 +175,7 @@ class Worker:
     def _end(self, handle: GenerationHandle, text: SequenceState, places: int) -> None:
         sent = self._under_way.pop(handle)
         if text.error:
-            handle.fail(text.error)
+            handle.fail(text.error, replace(written(text, places, round(sent)), error=text.error))
         else:
             handle.finish(written(text, places, round(sent)))
 

@@ -53,6 +53,24 @@ def test_texts_and_streams_of_many_tasks_are_whole(opened, alone):
     asyncio.run(main())
 
 
+def test_a_text_that_fails_in_a_batch_fails_alone(opened, alone):
+    none = replace(PARAMS, allowed_token_ids=(5,), no_repeat_ngram_size=2)
+
+    async def main() -> None:
+        first, failed, last = await opened.generate(PROMPTS, [PARAMS, none, PARAMS])
+        assert [first.tokens, last.tokens] == [alone[0].tokens, alone[2].tokens]
+        assert failed.finish_reason == "error" and isinstance(failed.error, UsageError) and set(failed.tokens) == {5}
+        heard = []
+        with pytest.raises(UsageError, match="forbid every token"):
+            async for token in opened.stream(PROMPTS[0], none):
+                heard.append(token)
+        assert heard == failed.tokens
+        with pytest.raises(UsageError, match="forbid every token"):
+            await opened.generate(PROMPTS[0], none)
+
+    asyncio.run(main())
+
+
 def test_a_task_that_is_cancelled_and_a_stream_that_is_left_abort_their_texts(opened, alone):
     async def main() -> None:
         waiting = asyncio.create_task(opened.generate("the", LONG))

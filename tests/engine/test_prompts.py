@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,38 @@ def test_a_bad_prompt_in_a_batch_fails_alone(engine):
     requests = [pearl.GenerationRequest("", PARAMS), pearl.GenerationRequest(PROMPT, PARAMS)]
     done = {request: said for request, said in engine.write(requests) if isinstance(said, pearl.Generation)}
     assert done[requests[0]].error and done[requests[1]].tokens == good.tokens
+
+
+def test_a_text_that_fails_in_a_batch_fails_alone(engine):
+    """Its processor raises, or its rules leave no token; the others do not hear of it."""
+
+    def broken(tokens, logits):
+        if len(tokens) > 3:
+            raise ZeroDivisionError("a processor that fails")
+        return logits
+
+    good = engine.generate(PROMPT, PARAMS)
+    params = [PARAMS, replace(PARAMS, logits_processors=(broken,)), PARAMS]
+    params.append(replace(PARAMS, allowed_token_ids=(5,), no_repeat_ngram_size=2))
+    texts = engine.generate([PROMPT] * 4, params)
+    assert [text.finish_reason for text in texts] == ["length", "error", "length", "error"]
+    assert texts[0].tokens == texts[2].tokens == good.tokens
+    assert "processor" in str(texts[1].error) and texts[1].tokens == good.tokens[: len(texts[1].tokens)]
+    assert isinstance(texts[3].error, UsageError) and set(texts[3].tokens) == {5}
+    read, written = [], {}
+    with pytest.raises(type(texts[1].error), match="processor"):
+        for number, token in engine.stream([PROMPT] * 3, params[:3]):
+            read.append((number, token))
+    assert [token for number, token in read if number == 2] == good.tokens
+    requests = [pearl.GenerationRequest(PROMPT, one) for one in params]
+    for request, said in engine.write(requests):
+        if isinstance(said, pearl.Generation):
+            written[request] = said
+    assert [written[one].tokens for one in requests] == [text.tokens for text in texts]
+    with pytest.raises(type(texts[1].error), match="processor"):
+        engine.generate(PROMPT, params[1])
+    with pytest.raises(UsageError, match="forbid every token"):
+        engine.submit(PROMPT, params[3]).result()
 
 
 def test_chats_take_what_their_template_takes(engine, monkeypatch):
