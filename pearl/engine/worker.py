@@ -10,6 +10,7 @@ Knows: who waits for which text. Refuses to know: prompts and their checks, whic
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -60,6 +61,7 @@ class Worker:
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="pearl-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # while its drafter can still be told
 
     # From any thread
 
@@ -89,8 +91,10 @@ class Worker:
         with self._entry:
             self._closed = True
         self.wake()
-        if threading.current_thread() is not self._thread:
+        alive = self._thread.is_alive()  # it is not in a process that was forked off
+        if threading.current_thread() is not self._thread and (alive or self._ended.done()):
             self._ended.result()
+        atexit.unregister(self.close)
 
     # In the thread
 

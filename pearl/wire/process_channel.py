@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -32,6 +34,17 @@ from pearl.wire.frames import FEATURES, MESSAGES, bits_of, count_words, frame_by
 
 _BEATS = 5  # in the time of a silence
 _GOODBYE_S = 2.0  # that an answer to a goodbye is waited for
+_open: weakref.WeakSet[ProcessChannel] = weakref.WeakSet()
+
+
+@atexit.register  # at import, so that it comes after those who close their channels at the end of the program
+def _end_open_channels() -> None:
+    """No thread may be in gloo's hands when the interpreter ends: it could not come back."""
+    for channel in list(_open):
+        channel._end_threads()
+
+
+os.register_at_fork(after_in_child=_open.clear)  # they are the parent's, and so is what gloo knows of them
 
 
 class ProcessChannel:
@@ -63,7 +76,7 @@ class ProcessChannel:
         self._receiver.start()
         self._heartbeat = threading.Thread(target=self._send_beats, name="pearl-heartbeat", daemon=True)
         self._heartbeat.start()
-        atexit.register(self._end_threads)
+        _open.add(self)
 
     @property
     def lost(self) -> bool:
@@ -100,11 +113,10 @@ class ProcessChannel:
                     self._connection.release(deadline - time.perf_counter())
         self._lose("closed here")
         self._end_threads()
-        atexit.unregister(self._end_threads)
+        _open.discard(self)
         self._connection.close()
 
     def _end_threads(self) -> None:
-        """No thread may be in gloo's hands when the interpreter ends: it could not come back."""
         self._lose("the program ends")
         for thread in (self._receiver, self._heartbeat):
             thread.join(_GOODBYE_S)

@@ -192,3 +192,27 @@ def _with_input(folder: Path, script: str, pair, launcher: tuple[str, ...] = (),
         stderr=pipe,
         text=True,
     )
+
+
+@pytest.mark.parametrize("last", ["", "sys.exit(3)"], ids=["to its end", "with a code"])
+def test_a_program_may_end_in_the_middle_of_a_stream(pair, tmp_path, last):
+    """Nobody has closed anything: it ends with its own code, in silence, and its drafter with it."""
+    script = f"""
+import os, sys, warnings
+from pearl import Engine, SamplingParams
+
+warnings.simplefilter("ignore")  # of forks beside threads
+engine = Engine.from_pretrained(*sys.argv[1:3], dtype="float32", max_length=500)
+stream = engine.stream("the", SamplingParams(max_new_tokens=450, ignore_eos=True))
+next(stream)
+if not (child := os.fork()):
+    sys.exit(0)  # what ends here has no part in the engine
+os.waitpid(child, 0)
+next(stream)
+print(engine.runtime.drafter_pid, flush=True)
+{last}
+"""
+    program = start(tmp_path, script, *pair, XDG_CACHE_HOME=str(tmp_path))
+    printed, errors = program.communicate(timeout=200)
+    assert (program.returncode, errors) == (3 if last else 0, "")
+    assert not psutil.pid_exists(int(printed))
