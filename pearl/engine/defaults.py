@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pearl.core.params import SamplingParams
+from pearl.errors import UsageError
 
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # of a checkpoint with do_sample
 ALWAYS = {
@@ -22,6 +23,9 @@ ALWAYS = {
     "min_new_tokens": "min_tokens",
 }
 _OTHER = ("bos", "eos", "pad", "decoder_start", "use_cache", "cache_", "output_", "return_", "transformers_", "_")
+_NEUTRAL: dict[str, Any] = dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty"), 1)
+_NEUTRAL |= dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale"), 1) | {"top_h": 1}
+_NO_TEXT = ("renormalize_logits", "remove_invalid_values", "low_memory", "is_assistant", "disable_compile")
 _SHOWN = 60  # characters of a value
 
 
@@ -34,15 +38,18 @@ class Defaults:
     wanted: bool = True
 
     @staticmethod
-    def of(config: Any, wanted: bool = True) -> Defaults:
-        """`config`: transformers' `GenerationConfig`, or None. `wanted`: apply them."""
+    def of(config: Any, wanted: bool = True, vocabulary: int | None = None) -> Defaults:
+        """`config`: transformers' `GenerationConfig`, or None. `wanted`: apply them. `vocabulary`: tokens of the
+        target. What can't be meant here is left out, lest every request be refused."""
         said: Mapping[str, Any] = config.to_diff_dict() if config is not None else {}
-        said = {name: value for name, value in said.items() if value is not None and not name.startswith(_OTHER)}
+        said = {name: value for name, value in said.items() if name in vars(type(config)()) and _counts(name, value)}
         samples = bool(said.get("do_sample"))
         applied = {ALWAYS[name]: value for name, value in said.items() if name in ALWAYS}
         if samples:
             applied |= {"temperature": 1.0} | {name: said[name] for name in SAMPLED if name in said}
-        left_out = {name: said[name] for name in said if name not in (*ALWAYS, *SAMPLED, "do_sample")}
+        refused = {name: value for name, value in applied.items() if not _is_good(name, value, vocabulary)}
+        applied = {name: value for name, value in applied.items() if name not in refused}
+        left_out = {name: said[name] for name in said if name not in (*ALWAYS, *SAMPLED, "do_sample")} | refused
         if wanted:
             return Defaults(applied, left_out)
         return Defaults({}, applied | left_out, wanted=False)
@@ -64,6 +71,24 @@ class Defaults:
             why = "" if self.wanted else " (generation_config is off)"
             parts.append(f"{listed(self.left_out)} not applied{why}")
         return f"defaults of the checkpoint: {'; '.join(parts)}" if parts else ""
+
+
+def _counts(name: str, value: Any) -> bool:
+    """Whether it may change a text."""
+    if value is None or name.startswith(_OTHER) or name in _NO_TEXT:
+        return False
+    return name in (*ALWAYS, *SAMPLED) or (bool(value) and value != _NEUTRAL.get(name))
+
+
+def _is_good(name: str, value: Any, vocabulary: int | None) -> bool:
+    """Whether a request may have it."""
+    try:
+        params = SamplingParams(**{name: value, "max_new_tokens": value if name == "min_tokens" and value else 1})
+        if vocabulary is not None:
+            params.check_vocabulary(vocabulary)
+    except UsageError:
+        return False
+    return True
 
 
 def listed(values: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ class RequestBuilder:
             decoder(runtime.tokenizer),
         )
         said = getattr(runtime.model.model, "generation_config", None)
-        self.defaults = Defaults.of(said, runtime.config.generation_config == "auto")
+        self.defaults = Defaults.of(said, runtime.config.generation_config == "auto", runtime.checked.vocabulary)
 
     def handles(
         self,

@@ -206,6 +206,17 @@ def test_a_checkpoint_that_does_not_sample_is_greedy_whatever_its_temperature_sa
     assert Defaults.of(None).description == Defaults.of(GenerationConfig(eos_token_id=[0, 3])).description == ""
 
 
+def test_what_a_checkpoint_asks_for_in_vain_is_said_and_what_changes_no_text_is_not():
+    asked = Defaults.of(GenerationConfig(suppress_tokens=[-1], repetition_penalty=1.2, num_beams=4), vocabulary=288)
+    assert asked.applied == {"repetition_penalty": 1.2}
+    assert asked.left_out == {"num_beams": 4, "suppress_tokens": [-1]}
+    for tokens, applied in (([287], {"suppress_tokens": [287]}), ([288], {})):
+        assert Defaults.of(GenerationConfig(suppress_tokens=tokens), vocabulary=288).applied == applied
+    vain = GenerationConfig(num_beams=1, length_penalty=1.0, num_return_sequences=1, typical_p=1.0)
+    vain.chat_format = "chatml"
+    assert Defaults.of(vain).description == ""
+
+
 def test_what_a_checkpoint_asks_for_fills_what_a_request_leaves_out(engine, pair, tmp_path, caplog):
     folder = shutil.copytree(pair[0], tmp_path / "asking")
     said = {"do_sample": True, "temperature": 0.9, "repetition_penalty": 1.3, "eos_token_id": [0, 5], "typical_p": 0.9}
