@@ -80,12 +80,12 @@ class _Coming:
         if self._picks is None:
             self._copied.synchronize()  # the one place where the host waits for the device
             self._picks = self._here.tolist()
-            if NOT_FINITE in self._picks:
-                raise NonFiniteLogits(self._dtype)
         return self._picks
 
     def pick(self, row: int, node: Node) -> int:
         token = self.wait()[row]
+        if token == NOT_FINITE:
+            raise NonFiniteLogits(self._dtype)
         if token == _FORBIDDEN:
             raise nothing_left(self._positions[row] + 1)
         return token

@@ -145,13 +145,15 @@ class Picker:
     def __init__(self, params: SamplingParams, logits: Tensor, positions: Sequence[int]):
         """logits: [R, V]; positions: of each row's own token, so the pick of row r is for positions[r] + 1."""
         self.params, self.logits, self.positions = params, logits, positions
-        self._argmax: list[int] = argmax(logits) if params.greedy else []
+        self._best: list[int] = best_tokens(logits).tolist() if params.greedy else []
 
     def pick(self, row: int, node: Node) -> int:
         """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
-        if self.params.greedy:
-            return self._argmax[row]
-        return self._sample(self.logits[row], row, node)
+        if not self.params.greedy:
+            return self._sample(self.logits[row], row, node)
+        if self._best[row] == NOT_FINITE:  # of a row that nobody comes to it is of no account
+            raise NonFiniteLogits(self.logits.dtype)
+        return self._best[row]
 
     def _sample(self, logits: Tensor, row: int, node: Node) -> int:
         """logits: [V]"""

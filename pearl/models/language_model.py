@@ -127,7 +127,9 @@ class LanguageModel:
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
         state, but = self._slots[batch_slot], list(but)
-        self._slots[batch_slot] = SlotState(state.cache, but[: state.known(but, len(but))])
+        known = state.known(but, len(but))
+        state.cache.clear(known)
+        self._slots[batch_slot] = SlotState(state.cache, but[:known])
         if self._head:
             self._head.forget(batch_slot)
 
@@ -206,6 +208,8 @@ class LanguageModel:
         assert positions[-1] < self.buffers.slots, "the cache is too short for this forward"
         for parent, _ in side_rows:
             positions.append(positions[parent] + 1)
+        cache = self._slots[batch_slot].cache
+        cache.high = max(cache.high, max(positions) + 1)
         branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.rows)
         tokens = [*tokens, *(token for _, token in side_rows)]
         return ForwardRows(tokens, positions, range(first, first + chain), first, branches, least=least)

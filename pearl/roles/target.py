@@ -21,6 +21,7 @@ import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -210,7 +211,7 @@ class Target:
             read = self._clock()
         # walk and commit
         walks = [
-            verify(one, rows.nodes, found, controller, logits)
+            verify(one, rows.nodes, found, controller, logits, partial(self._read_root, one))
             for one, rows, found, logits in zip(sequences, chosen, coming, p, strict=True)
         ]
         if not first:
@@ -238,6 +239,13 @@ class Target:
             return [self._model.read(one.tokens, one.keep, one.side_rows, one.batch_slot)]
 
         return self._limit.run(queries, forward)
+
+    def _read_root(self, sequence: SequenceState) -> Tensor:
+        """Its logits [1, V] by a cache in which nothing is but the text before it."""
+        text = sequence.trie.tokens
+        kept = sequence.trie.root.position if sequence.passes else sequence.cached
+        self._model.forget(text[:kept], sequence.batch_slot)
+        return self._model.read(text, 1, batch_slot=sequence.batch_slot)
 
     def _verdict(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, plan: DraftPlan) -> Message:
         """What the drafter is told of a pass. A sequence that is over gives its slot back."""

@@ -6,7 +6,7 @@ Knows: tries and what a row of a pass is. Refuses to know: models, channels, clo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from pearl.core.picks import Picks
 from pearl.core.records import GuessOutcome
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.core.trie import Likely, Node, path_numbers, walk
+from pearl.errors import NonFiniteLogits
 from pearl.models.language_model import SideRow
 from pearl.models.verifier import SequenceQuery
 from pearl.roles.sequence import SequenceState
@@ -106,16 +107,27 @@ def begin_picks(sequence: SequenceState, rows: PassRows, logits: Tensor) -> Pick
 
 
 def verify(
-    sequence: SequenceState, nodes: Sequence[Node], found: Picks, controller: Controller, logits: Tensor
+    sequence: SequenceState,
+    nodes: Sequence[Node],
+    found: Picks,
+    controller: Controller,
+    logits: Tensor,
+    read_root: Callable[[], Tensor],
 ) -> PassWalk:
     """Walks the trie by the picks of a pass and commits; the controller learns what the guesses were worth. A sequence
     whose picks fail (a callable of the user's raises, or nothing may be said) ends there; the others go on.
 
-    logits: [R, V], the target's own.
+    So does one whose logits are not finite. But a root's logits may be so because of rows that it must not see: nought
+    times NaN is NaN. So it is read once more without any, as mode `ar` reads it.
+
+    logits: [R, V], the target's own. `read_root`: the root's logits [1, V], of nothing but the text.
     """
     root = sequence.trie.root
     rows = {node: row for row, node in enumerate(nodes)}
     walked, failed = _walked(root, rows, found)
+    if isinstance(failed, NonFiniteLogits) and not walked:
+        logits, rows = read_root(), {root: 0}
+        walked, failed = _walked(root, rows, begin_picks(sequence, PassRows.of(root, []), logits))
     outcomes = _outcomes(root, walked, controller)
     committed, passed, node = sequence.stopper.take(walked), [], root
     if failed and sequence.stopper.finish is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ from transformers import GenerationConfig
 
 import pearl
 from pearl import Engine, SamplingParams
+from pearl.engine.async_engine import AsyncEngine
 from pearl.engine.defaults import Defaults
-from pearl.errors import PearlError, UsageError
+from pearl.errors import NonFiniteLogits, PearlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -123,6 +125,45 @@ def test_a_text_that_fails_in_a_batch_fails_alone(engine):
         engine.generate(PROMPT, params[1])
     with pytest.raises(UsageError, match="forbid every token"):
         engine.submit(PROMPT, params[3]).result()
+
+
+def test_a_text_with_bad_numbers_in_a_batch_fails_alone(engine):
+    """What was written of it until then is there; the error says what is wrong. So with whatever ends one text."""
+    prompts = [PROMPT, "thing thing", "the"]
+    bad, *good = engine.generate(prompts, PARAMS)
+    token = next(
+        one for one in bad.tokens[3:] if one not in good[0].tokens + good[1].tokens + engine.encode(PROMPT * 2)
+    )
+    whole = bad.tokens[: bad.tokens.index(token) + 1]
+    embeddings = engine.model.model.get_input_embeddings().weight
+    before = embeddings.data[token].clone()
+    embeddings.data[token] = float("nan")
+    try:
+        texts = engine.generate(prompts, PARAMS)
+        assert [text.finish_reason for text in texts] == ["error", "length", "length"]
+        assert texts[0].tokens == whole and isinstance(texts[0].error, NonFiniteLogits)
+        assert texts[0].text == engine.decode(whole) and sum(texts[0].stats.committed) == len(whole)
+        assert [text.tokens for text in texts[1:]] == [text.tokens for text in good]
+        for ask in (engine.generate, lambda prompt, params: engine.submit(prompt, params).result()):
+            with pytest.raises(NonFiniteLogits, match=r"not finite.*float32"):
+                ask(PROMPT, PARAMS)
+        with pytest.raises(NonFiniteLogits):
+            engine.generate([PROMPT, PROMPT], PARAMS)
+        read: dict[int, list[int]] = {0: [], 1: []}
+        with pytest.raises(NonFiniteLogits):
+            for number, one in engine.stream(prompts[:2], PARAMS):
+                read[number].append(one)
+        assert read == {0: whole, 1: good[0].tokens}
+        requests = [pearl.GenerationRequest(prompt, PARAMS) for prompt in prompts]
+        done = {request: said for request, said in engine.write(requests) if isinstance(said, pearl.Generation)}
+        assert done[requests[0]].error and done[requests[2]].tokens == good[1].tokens
+        gathered = asyncio.run(AsyncEngine(engine).generate(prompts, PARAMS))
+        assert [text.finish_reason for text in gathered] == ["error", "length", "length"]
+        with pytest.raises(NonFiniteLogits):
+            asyncio.run(AsyncEngine(engine).generate(PROMPT, PARAMS))
+    finally:
+        embeddings.data[token] = before
+    assert engine.generate(PROMPT, PARAMS).tokens == bad.tokens
 
 
 def test_chats_take_what_their_template_takes(engine, monkeypatch):

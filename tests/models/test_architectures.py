@@ -29,7 +29,7 @@ from pearl.models.verifier import VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
-NEW = 40
+NEW = 32
 PARAMS = SamplingParams(max_new_tokens=NEW)
 BFLOAT16 = (
     "llama",
@@ -62,6 +62,7 @@ def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
     return reader
 
 
+@functools.cache
 def alone(architecture: Architecture, dtype: str) -> list[list[int]]:
     """What `ar` writes after each of the prompts."""
     target = Target(target_model(architecture, dtype))
@@ -74,7 +75,7 @@ def alone(architecture: Architecture, dtype: str) -> list[list[int]]:
 def assert_modes_agree(architecture: Architecture, dtype: str) -> None:
     """All of them with a drafter that is often right, and messages that come when they come."""
     wanted, reader = alone(architecture, dtype), target_model(architecture, dtype)
-    draft = tiny.draft_model(architecture.model(dtype, drift=0.02), max_length=architecture.longest + 16)
+    draft = tiny.draft_model(architecture.model(dtype, drift=0.015), max_length=architecture.longest + 16)
     for mode in ("sd", "pearl", "tree"):
         source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
         schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 4)

@@ -12,7 +12,7 @@ bits nobody compares, writes its nodes wherever there is room and lets a mask pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,9 @@ class KVBuffers:
             self._layers[number] = (self._empty(keys), self._empty(values))
         return self._layers[number]
 
+    def all_layers(self) -> Iterable[KeyValue]:
+        return self._layers.values()
+
     def copy_first(self, slots: int) -> None:
         """Gives all batch slots what the first has in so many slots."""
         for buffers in self._layers.values():
@@ -104,6 +107,7 @@ class SlotCache(ForwardCache):
         super().__init__()
         self.buffers, self.slots, self.batch_slot = buffers, buffers.slots, batch_slot
         self.layout = ForwardLayout(slice(0, 0), 0, GRAIN)
+        self.high = 0  # slots from here on have never held a row, or not since `clear`
         self._views: dict[int, KeyValue] = {}  # its part of the buffers, by layer, [1, kv heads, slots, head_dim]
 
     def place_chain(
@@ -132,7 +136,16 @@ class SlotCache(ForwardCache):
     def place_nodes(self, slots: Tensor, mask: AttentionMask) -> None:
         """The next forward writes its rows to `slots`, int64 [rows]; they see what `mask` says."""
         self.layout = ForwardLayout(slots, len(slots), mask.visible.shape[-1])
-        self.mask, self.first = mask, 0
+        self.mask, self.first, self.high = mask, 0, max(self.high, int(slots.max()) + 1)
+
+    def clear(self, first: int) -> None:
+        """Makes the slots from `first` on nought. A row that must not see them counts them nought times; but nought
+        times NaN is NaN, so a text with such keys or values would spoil the next."""
+        for buffers in self.buffers.all_layers():
+            for buffer in buffers:
+                buffer[self.batch_slot, :, first : self.high] = 0
+                buffer[self.batch_slot, :, self.slots :] = 0
+        self.high = min(self.high, first)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""

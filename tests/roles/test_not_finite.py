@@ -1,0 +1,70 @@
+"""A text whose logits are not finite ends there, in every mode, and alone: nobody else's tokens change.
+
+The models are real, since keys and values that are no numbers spoil every row that counts them nought times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tiny import CONFIGS, draft_model, random_model, verifier
+from toys import EAGER, ScriptedChannel, scrambled, ticks
+
+from pearl.core.params import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.drafters.draft_source import Chain, DraftSource
+from pearl.drafters.model import ModelSource
+from pearl.drafters.tree import TreeSource
+from pearl.errors import NonFiniteLogits
+from pearl.roles.sequence import SequenceRequest, SequenceState
+from pearl.roles.target import Target
+
+NEW = 24
+PROMPTS = [[5, 6, 7, 8], [90, 14, 3], [33, 34]]
+WAYS = {"greedy": {}, "seeded": {"temperature": 0.9, "seed": 3}}
+
+
+class AlwaysGuesses(DraftSource):
+    def __init__(self, token: int):
+        self.token = token
+
+    def propose(self, text: Sequence[int], room: int) -> Chain:
+        return [(self.token, ())] * min(room, 3)
+
+
+def written(
+    reader: object, mode: str, params: SamplingParams, source: DraftSource | None, together: int
+) -> list[SequenceState]:
+    schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3 if mode != "ar" else None)
+    channel = ScriptedChannel(source, scrambled(1) if together > 1 else EAGER) if source else None
+    requests = [SequenceRequest(prompt, params, Stopper(params, (), str)) for prompt in PROMPTS]
+    run = Target(reader, channel, ticks()).write(requests, schedule, together)
+    return sorted((text for text, tokens in run if not tokens), key=lambda text: text.sequence)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("mode", ["ar", "sd", "pearl", "tree"])
+def test_a_text_ends_where_its_logits_are_not_finite_and_the_others_go_on(mode: str, together: int, way: str):
+    params = SamplingParams(max_new_tokens=NEW, **WAYS[way])
+    model, healthy = random_model(CONFIGS["llama"]()), random_model(CONFIGS["llama"]())
+    drafts = draft_model(healthy, batch_slots=3)
+    sound = [text.stopper.tokens for text in written(verifier(healthy, batch_slots=3), "ar", params, None, 1)]
+    others = set(PROMPTS[1] + PROMPTS[2] + sound[1] + sound[2])
+    token = next(token for token in sound[0][6:] if token not in others)
+    ends = sound[0].index(token) + 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan
+    reader = verifier(model, batch_slots=3)
+    sources = [None] if mode == "ar" else [TreeSource(drafts) if mode == "tree" else ModelSource(drafts)]
+    for source in sources if mode == "ar" else [*sources, AlwaysGuesses(token)]:
+        for _ in range(2):  # who comes after it in its place is not harmed
+            broken, *whole = written(reader, mode, params, source, together)
+            assert broken.stopper.tokens == sound[0][:ends]
+            assert broken.stopper.finish == "error" and isinstance(broken.error, NonFiniteLogits)
+            assert "not finite" in str(broken.error) and "float32" in str(broken.error)
+            assert [(text.error, text.stopper.tokens) for text in whole] == [(None, sound[1]), (None, sound[2])]
