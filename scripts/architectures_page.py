@@ -32,6 +32,7 @@ write the same; and that a batch of three does.
   that are made by hand often don't.
 - Together: texts side by side share forwards. Otherwise each has its own.
 - Tensor parallel: transformers has a plan for it. Few of them are tried.
+- Not here: [models with states instead of keys](../explanations/hybrids.md), which are refused.
 
 | architecture | config | windows | trees | together | tensor parallel | |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -36,7 +36,10 @@ def longest_sequence(config: PretrainedConfig) -> int:
     other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if other or not hasattr(config, "num_attention_heads"):
         what = ", ".join(sorted(other)) or config.model_type
-        raise UsageError(f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer.")
+        raise UsageError(
+            f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer"
+            " (docs/explanations/hybrids.md says why)."
+        )
     if own := next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None):
         raise UsageError(f"{config.model_type} makes {own}: choose another model.")
     limits = [getattr(config, "max_position_embeddings", None), rope_border(config)]
