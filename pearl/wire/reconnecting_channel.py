@@ -16,9 +16,11 @@ Knows: which connection serves, and when it is lost. Refuses to know: processes,
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from pearl.wire.replay_log import ReplayLog
 _log = logging.getLogger(__name__)
 BACK_OFF_S = 0.25  # before the first new connection; four times as long before each further one, up to 16 s
 _REMEMBERED = 1000  # events
+_LAST_ATTEMPT_S = 30.0  # that an attempt which nobody wants any more may take to notice: all its waits are shorter
 
 
 Reach = Callable[[int], Channel]  # makes connection number n, from 0 on. Raises `Unreachable`, or `UsageError` for good
@@ -269,5 +272,17 @@ class ReconnectingChannel:
         self._settled.set()
 
 
+_attempts: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
 def _beside(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="pearl-reach", daemon=True).start()
+    thread = threading.Thread(target=work, name="pearl-reach", daemon=True)
+    _attempts.add(thread)
+    thread.start()
+
+
+@atexit.register  # at import, so that it comes after those who close their channels at the end of the program
+def _await_attempts() -> None:
+    """A thread that is in a process group's hands when the interpreter ends would abort the program."""
+    for thread in list(_attempts):
+        thread.join(_LAST_ATTEMPT_S)

@@ -296,6 +296,32 @@ class Nothing(DraftSource):
         return []
 
 
+REACHING = """
+import time
+from torch import distributed as dist
+from pearl.errors import Unreachable
+from pearl.wire import connection, process_channel
+from pearl.wire.reconnecting_channel import ReconnectingChannel
+connection.CONNECT_S = 2.0
+store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+
+def reach(number):
+    try:
+        return process_channel.ProcessChannel(store, 0, "127.0.0.1")  # nobody comes
+    except RuntimeError as error:
+        raise Unreachable(str(error))
+
+channel = ReconnectingChannel(reach, 10, restarts=0)
+time.sleep(0.5)
+channel.close()
+"""
+
+
+def test_a_program_that_ends_while_it_reaches_for_a_drafter_ends_well():
+    done = subprocess.run([sys.executable, "-c", REACHING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.fixture
 def waiting(monkeypatch) -> Iterator[tuple[object, list[str]]]:
     """The store of a drafter that is ready before its target is, and how the drafter has ended."""
