@@ -203,10 +203,10 @@ def test_where_a_drafters_memory_runs_out_it_reads_fewer_texts_at_once(caplog):
 def give_a_verdict_to_the_wrong_text(patch: pytest.MonkeyPatch) -> None:
     verify = pearl.roles.target.verify
 
-    def wrong(text, nodes, picks, controller, logits, seen=[]):  # noqa: B006
+    def wrong(text, nodes, picks, controller, logits, read_root, seen=[]):  # noqa: B006
         seen.append((len(nodes), picks))
         previous = seen[-2][1] if len(seen) > 1 and seen[-2][0] == len(nodes) else picks
-        return verify(text, nodes, previous, controller, logits)
+        return verify(text, nodes, previous, controller, logits, read_root)
 
     patch.setattr(pearl.roles.target, "verify", wrong)
 
