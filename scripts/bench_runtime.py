@@ -35,9 +35,11 @@ class Sleeper:
     def __init__(self, vocabulary: int, seconds: float, right: float):
         import torch
 
+        from pearl.models.kv_cache.attention_probe import FOUND, ModelAttention
         from pearl.models.kv_cache.transformers_interface import GROUPED
 
         self.config = SimpleNamespace(_attn_implementation=GROUPED)
+        setattr(self, FOUND, ModelAttention(owns_keys=True))  # it has no layers that could be asked
         self.device, self.dtype = torch.device("cpu"), torch.bfloat16
         self.slept = self.calls = 0.0
         self._vocabulary, self._seconds, self._right = vocabulary, seconds, right

@@ -242,6 +242,18 @@ def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
     assert (tmp_path / "tables" / "draft_sources" / "table.csv").exists()
 
 
+@pytest.mark.slow
+def test_what_a_pass_costs_beside_the_model_is_measured():
+    small = ["--passes", "3", "--pass-ms", "2", "--vocabulary", "2000"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/bench_runtime.py", *small], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" |")[0] for line in done.stdout.splitlines() if "T=" in line] == [
+        f"| {mode} T={temperature}" for temperature in (0, 1) for mode in ("ar", "pearl", "tree")
+    ]
+
+
 # Slurm
 
 

@@ -30,7 +30,7 @@ from pearl.models.kv_cache.transformers_interface import (
 from pearl.models.kv_cache.window import Window, window_of
 
 _PROBE = "pearl_probe"
-_FOUND = "pearl_attention"  # attribute of a model
+FOUND = "pearl_attention"  # attribute of a model
 _UNKNOWN = 1 << 60  # in place of a window's code
 _KNOWN = {"softcap", "s_aux"}  # arguments that our attention carries out
 _HARMLESS = {  # arguments that say nothing which masks or positions do not say
@@ -132,10 +132,10 @@ def use_grouped_attention(model: PreTrainedModel) -> ModelAttention:
 
 def attention_of(model: PreTrainedModel) -> ModelAttention:
     """What was found of a model, the first time that it is asked for."""
-    found: ModelAttention | None = getattr(model, _FOUND, None)
+    found: ModelAttention | None = getattr(model, FOUND, None)
     if found is None:
         found = _probed(model)
-        setattr(model, _FOUND, found)
+        setattr(model, FOUND, found)
     return found
 
 
