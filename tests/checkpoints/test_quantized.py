@@ -150,9 +150,7 @@ def test_a_quantized_checkpoint_is_read_on_the_cpu_and_writes_what_generate_writ
             assert texts[0] == texts[1]
     if kind != "8bit":  # whose rows are independent here, and in transformers not
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        ids = torch.tensor([prompt])
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-        assert texts[0] == written[0, len(prompt) :].tolist()
+        assert texts[0] == tiny.generated(model, prompt, 24)
 
 
 def test_what_is_not_quantized_or_has_its_package_goes_on():

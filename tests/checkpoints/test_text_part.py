@@ -95,9 +95,7 @@ def generated(name: str, prompt: list[int], new: int) -> list[int]:
     model = whole(name)
     if name == "llama4":  # the whole's forward fails in transformers 5.24 where there is no picture
         model = model.language_model
-    ids = torch.tensor([prompt])
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    return written[0, len(prompt) :].tolist()
+    return tiny.generated(model, prompt, new)
 
 
 def test_the_language_model_of_a_whole_is_target_and_draft_and_no_tower_is_loaded(checkpoint):

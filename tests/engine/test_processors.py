@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from tiny import generated
 from transformers import AutoModelForCausalLM
 
 from pearl import Engine, SamplingParams
@@ -30,19 +31,11 @@ WAYS = [
 
 def test_processed_texts_and_logprobs_of_the_default_target_are_transformers_own():
     with Engine.from_pretrained(dtype="float32", max_length=128, mode="tree") as engine:
-        ids = torch.tensor([engine.encode(PROMPT)])
+        prompt = engine.encode(PROMPT)
         model = AutoModelForCausalLM.from_pretrained(embedded.folder(), dtype=torch.float32).eval()
         seen = set()
         for ours, theirs in WAYS:
-            with torch.inference_mode():
-                made = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=TOKENS,
-                    do_sample=False,
-                    pad_token_id=0,
-                    **theirs,
-                )[0, ids.shape[1] :].tolist()
+            made = generated(model, prompt, TOKENS, **theirs)
             seen.add(tuple(made))
             for mode in ("sd", "tree"):
                 written = engine.generate(PROMPT, SamplingParams(max_new_tokens=TOKENS, **ours), mode=mode)
@@ -50,7 +43,7 @@ def test_processed_texts_and_logprobs_of_the_default_target_are_transformers_own
         assert len(seen) >= 3, "most settings change the text"
         asked = SamplingParams(max_new_tokens=TOKENS, logprobs=2, prompt_logprobs=0, repetition_penalty=1.2)
         written = engine.generate(PROMPT, asked)
-        text = ids[0].tolist() + written.tokens
+        text = prompt + written.tokens
         with torch.inference_mode():
             expected = model(torch.tensor([text])).logits[0].log_softmax(-1)
         rows = [*written.prompt_logprobs[1:], *written.logprobs]

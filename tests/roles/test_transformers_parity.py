@@ -3,12 +3,11 @@ every mode, alone and side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, VOCABULARY, draft_model, random_model, verifier
+from tiny import CONFIGS, VOCABULARY, draft_model, generated, random_model, verifier
 from toys import EAGER, ScriptedChannel, letters, ticks
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -42,21 +41,6 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def by_transformers(name: str, prompt: list[int], settings: Mapping[str, Any]) -> list[int]:
-    model, ids = random_model(CONFIGS[name]()), torch.tensor([prompt])
-    with torch.inference_mode():
-        made = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            eos_token_id=EOS,
-            pad_token_id=0,
-            **settings,
-        )
-    return made[0, len(prompt) :].tolist()
-
-
 def written(name: str, mode: str, params: SamplingParams) -> list[SequenceState]:
     """The texts of all prompts, side by side. The drafter is the target itself in half the cases, else another."""
     slots = 1 if mode == "sd" else len(PROMPTS)
@@ -76,7 +60,8 @@ def test_greedy_texts_are_transformers_own(name: str):
     different, ways = set(), WAYS if name == "llama" else WAYS[3::2]
     for ours, theirs in ways:
         params = SamplingParams(max_new_tokens=TOKENS, **ours)
-        expected = [by_transformers(name, prompt, theirs) for prompt in PROMPTS]
+        model = random_model(CONFIGS[name]())
+        expected = [generated(model, prompt, TOKENS, eos_token_id=EOS, **theirs) for prompt in PROMPTS]
         different.add(str(expected))
         for mode in ("ar", "sd", "tree"):
             assert [text.stopper.tokens for text in written(name, mode, params)] == expected, (mode, ours)

@@ -220,18 +220,8 @@ def prompts(longest: int, new: int) -> list[list[int]]:
     return made
 
 
-def generated(model: PreTrainedModel, prompt: Sequence[int], new: int) -> list[int]:
-    """What transformers' `generate` says, greedily."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-    return text[0, len(prompt) :].tolist()
-
-
 @functools.cache
 def reference(architecture: Architecture, dtype: str, new: int) -> list[list[int]]:
-    """`generated` for each of `prompts`, by a model that none of our code has touched."""
+    """`tiny.generated` for each of `prompts`, by a model that none of our code has touched."""
     model = architecture.model(dtype)
-    return [generated(model, prompt, new) for prompt in prompts(architecture.longest, new)]
+    return [tiny.generated(model, prompt, new) for prompt in prompts(architecture.longest, new)]

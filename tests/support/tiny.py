@@ -6,8 +6,9 @@ that mixed up its slots would pass unnoticed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -138,3 +139,13 @@ def save_pair(folder: Path) -> tuple[str, str]:
         model.save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     return str(folder / "target"), str(folder / "draft")
+
+
+def generated(model: PreTrainedModel, prompt: Sequence[int], new: int, **settings: Any) -> list[int]:
+    """What transformers' `generate` says, greedily. `settings`: of its own names."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, **settings
+        )
+    return text[0, len(prompt) :].tolist()
