@@ -78,7 +78,7 @@ def ranked(
         pairs = [zip(row, qs, strict=False) for row, qs in zip(tokens.tolist(), logp, strict=True)]
         # of equal logits, which half precision often has, the first token comes first, as argmax has it
         return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
-    if not best[:, 0].isfinite().all():
+    if not all(map(math.isfinite, best[:, 0].tolist())):
         raise NonFiniteLogits(logits.dtype)
     rows = zip(logits, best, tokens, positions, strict=True)
     if params.rejection:
@@ -127,13 +127,24 @@ def best_tokens(scores: Tensor) -> Tensor:
 
     One that is not a number beats all others, and so does infinity: the best tells of them all.
     """
-    tokens = scores.argmax(-1)
-    return tokens.masked_fill(~scores.gather(-1, tokens[:, None])[:, 0].isfinite(), NOT_FINITE)
+    best, tokens = scores.max(-1)  # of equal ones the first, as `argmax`, which takes half-precision scores much longer
+    return tokens.masked_fill(~best.isfinite(), NOT_FINITE)
+
+
+def best_on_host(scores: Tensor) -> list[int]:
+    """The same as a list, by one copy from a GPU. On the host a number is looked at sooner than by a tensor's kernels,
+    which are cold after a forward."""
+    if scores.is_cuda:
+        found: list[int] = best_tokens(scores).tolist()
+        return found
+    best, tokens = scores.max(-1)
+    pairs = zip(best.tolist(), tokens.tolist(), strict=True)
+    return [token if math.isfinite(highest) else NOT_FINITE for highest, token in pairs]
 
 
 def argmax(logits: Tensor) -> list[int]:
-    """The best token of each row, by one copy to the host.  logits: [R, V].  Raises `NonFiniteLogits`."""
-    tokens: list[int] = best_tokens(logits).tolist()
+    """The best token of each row.  logits: [R, V].  Raises `NonFiniteLogits`."""
+    tokens = best_on_host(logits)
     if NOT_FINITE in tokens:
         raise NonFiniteLogits(logits.dtype)
     return tokens
@@ -145,7 +156,7 @@ class Picker:
     def __init__(self, params: SamplingParams, logits: Tensor, positions: Sequence[int]):
         """logits: [R, V]; positions: of each row's own token, so the pick of row r is for positions[r] + 1."""
         self.params, self.logits, self.positions = params, logits, positions
-        self._best: list[int] = best_tokens(logits).tolist() if params.greedy else []
+        self._best = best_on_host(logits) if params.greedy else []
 
     def pick(self, row: int, node: Node) -> int:
         """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
