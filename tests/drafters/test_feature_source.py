@@ -36,10 +36,10 @@ from pearl.core.stopping import Stopper
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import MIN_PATH_LOGP, ChainQuery, TreeQuery
 from pearl.drafters.feature import source as source_module
-from pearl.drafters.feature.forward_rows import PathsQuery
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import CONFIG, WEIGHTS, FeatureDrafter, load
 from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
@@ -82,7 +82,7 @@ class Told(FeatureSource):
         ]
         self.asked.clear()
 
-    def _read_on(self, asked):
+    def read_on(self, asked):
         self.asked += [[tuple(path) for path in one.paths] for one in asked]
         return [[(self.tables[:1] * len(path), self.tables) for path in one.paths] for one in asked]
 
@@ -262,7 +262,7 @@ def as_trained(text: Sequence[int], confirmed: int, features: tuple[int, ...]) -
 
 def assert_as_trained(source: Raw, trunk: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
     for path, (way, logits) in zip(
-        paths, source._read_on([PathsQuery(source._sequences[0], trunk, paths)])[0], strict=True
+        paths, source.read_on([PathsQuery(source._sequences[0], trunk, paths)])[0], strict=True
     ):
         expected = as_trained([*trunk, *path], len(trunk) - 1, features)
         torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
@@ -374,7 +374,7 @@ class Scattered(FeatureSource):
         super().__init__(network((0, 1)))
         self.text = list(text)
 
-    def _read_on(self, asked):
+    def read_on(self, asked):
         return [[self._told(len(one.trunk), len(one.trunk) + len(path)) for path in one.paths] for one in asked]
 
     def _told(self, first: int, last: int):

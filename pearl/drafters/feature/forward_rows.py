@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
-from pearl.core.params import SamplingParams
 from pearl.drafters.feature.network import FeatureDrafter, KeyValue
+from pearl.drafters.one_pass import DraftedText, PathsQuery
 
 _GROW = 256  # slots by which the cache grows
 
@@ -51,15 +50,13 @@ def _written(old: Tensor, rows: Tensor, first: int) -> Tensor:
 
 
 @dataclass
-class FeatureSequence:
+class FeatureSequence(DraftedText):
     """What is known of one sequence."""
 
-    params: SamplingParams
     cache: FeatureCache
     read: list[int] = field(default_factory=list)  # confirmed tokens in the cache
     features: list[Features] = field(default_factory=list)  # one piece after the other
     known: int = 0  # positions that they are of
-    guessed: int = 0  # length of the sequence when the tree was last extended
 
     def between(self, first: int, last: int) -> Tensor:
         """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
@@ -75,34 +72,6 @@ class FeatureSequence:
 
 def _rows(piece: Features) -> Tensor:
     return torch.tensor(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
-
-
-@dataclass(frozen=True)
-class PathsQuery:
-    """Asks a forward about one sequence: what follows `trunk`, whose features are there, and each path.
-
-    `text`: the tokens that the target has committed; `processing`: what it does to its logits."""
-
-    state: FeatureSequence
-    trunk: Sequence[int]
-    paths: Sequence[Sequence[int]]
-    text: Sequence[int] = ()
-    processing: LogitsProcessing | None = None
-
-    def processed(self, logits: Tensor, depths: int) -> Tensor:
-        """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
-
-        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and `depths - 1` slots.
-        """
-        if not self.processing:
-            return logits
-        said = [
-            [*self.trunk, *path[:end]]
-            for path in self.paths
-            for end in range(len(path) + 1)
-            for _ in range(depths if end == len(path) else 1)
-        ]
-        return self.processing.of_guesses(logits, self.text, [one[len(self.text) :] for one in said])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,250 @@
+"""A source whose one forward gives the distributions of the next K tokens: which leaves it reads, what grows of them.
+
+The K distributions are marginals: none knows which token was picked before it. A beam takes the likeliest paths by the
+product of their tokens' chances. Where the text has grown since the last time, the way to a leaf is guessed again.
+
+Knows: tries, chains, paths. Refuses to know: networks and how they are read (`read_on` of who goes on from here).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pearl.core.logits.processing import LogitsProcessing
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import ranked
+from pearl.core.trie import Node, Trie
+from pearl.drafters.draft_source import (
+    MAX_CHILDREN,
+    MIN_PATH_LOGP,
+    Chain,
+    ChainQuery,
+    DraftSource,
+    Grown,
+    Proposal,
+    TreeQuery,
+)
+
+TOP_K = 8  # paths that survive a depth
+
+Guesses = list[list[tuple[int, float, Proposal]]]  # by depth, likeliest first: (token, log q, proposal)
+Leaf = tuple[tuple[int, ...], Node, float]  # path, node, joint log-probability
+
+
+@dataclass
+class DraftedText:
+    """What is known of one sequence."""
+
+    params: SamplingParams
+    guessed: int = field(default=0, kw_only=True)  # length of the sequence when the tree was last extended
+
+
+@dataclass(frozen=True)
+class PathsQuery:
+    """Asks a forward about one sequence: what follows `trunk`, which is known for certain, and each path.
+
+    `state`: a `DraftedText`; `text`: the committed tokens; `processing`: what the target does to its logits."""
+
+    state: Any
+    trunk: Sequence[int]
+    paths: Sequence[Sequence[int]]
+    text: Sequence[int] = ()
+    processing: LogitsProcessing | None = None
+
+    def processed(self, logits: Tensor, depths: int) -> Tensor:
+        """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
+
+        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and `depths - 1` slots.
+        """
+        if not self.processing:
+            return logits
+        said = [
+            [*self.trunk, *path[:end]]
+            for path in self.paths
+            for end in range(len(path) + 1)
+            for _ in range(depths if end == len(path) else 1)
+        ]
+        return self.processing.of_guesses(logits, self.text, [one[len(self.text) :] for one in said])
+
+
+class OnePassSource(DraftSource):
+    """Chains and trees of one forward. A path less likely than `MIN_PATH_LOGP` is not gone on from."""
+
+    grows_trees = makes_trees_alone = True
+    max_open_leaves = 128  # with more it rests until the root moves
+    max_leaves = 4  # extended by one forward
+
+    def __init__(self, depths: int, top_k: int = 0, longest: int = 1 << 20):
+        """`depths`: K, guesses that follow one another in one forward. `top_k`: paths kept at each depth, 0: `TOP_K`; 1
+        makes chains. `longest`: tokens of a sequence."""
+        self.depths, self._top_k, self._longest = depths, top_k or TOP_K, longest
+        self._vocabulary: Tensor | None = None  # int64 [D], the target's ids of what can be drafted; None: all
+        self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
+
+    def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
+        """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
+        and guesses of K depths after its end."""
+        raise NotImplementedError
+
+    def tables(self, queries: Sequence[PathsQuery], logits: Tensor) -> list[list[tuple[Guesses, Guesses]]]:
+        """What `read_on` returns, of logits as `PathsQuery.processed` takes them, one query after the other.
+
+        logits: [R, D], float32, over the draft vocabulary."""
+        logits = self._processed(queries, logits)
+        found: list[list[tuple[Guesses, Guesses]]] = []
+        first = 0
+        for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
+            some = list(group)
+            positions = [
+                len(one.trunk) + row for one in some for path in one.paths for row in range(len(path) + self.depths)
+            ]
+            guesses = self._ranked(logits[first : first + len(positions)], positions, own)
+            first += len(positions)
+            at = 0
+            for one in some:
+                found.append([])
+                for path in one.paths:
+                    end = at + len(path)
+                    found[-1].append((guesses[at:end], guesses[end : end + self.depths]))
+                    at = end + self.depths
+        return found
+
+    def _processed(self, queries: Sequence[PathsQuery], logits: Tensor) -> Tensor:
+        """With what the target does to its own; over the target's vocabulary, if there is anything.  logits: [R, D]"""
+        if not any(one.processing for one in queries):
+            return logits
+        rows = [sum(len(path) + self.depths for path in one.paths) for one in queries]
+        parts = self._of_target(logits).split(rows)
+        return torch.cat([one.processed(part, self.depths) for one, part in zip(queries, parts, strict=True)])
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, D]"""
+        if self._vocabulary is None or logits.shape[1] == (size := int(self._vocabulary.max()) + 1):
+            return logits
+        return logits.new_full((len(logits), size), -torch.inf).index_copy_(1, self._vocabulary, logits)
+
+    def _ranked(self, logits: Tensor, positions: Sequence[int], params: SamplingParams) -> Guesses:
+        """logits: [R, D] over the draft vocabulary or the target's; positions: of the token that each row guesses."""
+        vocabulary = self._vocabulary
+        if vocabulary is not None and params.greedy and logits.shape[1] == len(vocabulary):
+            found = ranked(logits, params, positions, MAX_CHILDREN)
+            return [[(int(vocabulary[at]), q, proposal) for at, q, proposal in guesses] for guesses in found]
+        # noise and filters are functions of the target's own token ids
+        return ranked(self._of_target(logits), params, positions, MAX_CHILDREN)
+
+    def known(self, state: Any, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are the trunk; what is beyond counts as a path."""
+        return len(tokens)
+
+    def ready(self, state: Any, trunk: Sequence[int]) -> bool:
+        """Whether all is there that a forward after this trunk reads."""
+        return True
+
+    def propose(self, tokens: Sequence[int], room: int) -> Chain:
+        """The best guess of every depth, one after the other."""
+        return self.propose_batch([ChainQuery(0, tokens, (), room)])[0]
+
+    def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
+        """The same after several sequences, in one forward."""
+        wanted: dict[int, PathsQuery] = {}
+        for one in queries:
+            state, tokens = self._sequences[one.batch_slot], [*one.tokens, *one.path]
+            trunk = self.known(state, tokens)
+            if self.ready(state, tokens[:trunk]) and len(tokens) + self.depths <= self._longest:
+                query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing)
+                wanted[one.batch_slot] = query
+        found = dict(zip(wanted, self.read_on(list(wanted.values())), strict=True))
+        return [
+            [(depth[0][0], depth[0][2]) for depth in found[one.batch_slot][0][1][: one.room]]
+            if one.batch_slot in found
+            else []
+            for one in queries
+        ]
+
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        """Grows the tries below their likeliest leaves.
+
+        Where the text has grown since the last time, the way to these leaves is gone again: the target has said more,
+        so what follows each node on the way is known better than when it was first guessed.
+        """
+        leaves = {one.batch_slot: self._leaves(one) for one in queries}
+        reading = [one for one in queries if leaves[one.batch_slot]]
+        wanted = [
+            PathsQuery(
+                self._sequences[one.batch_slot],
+                one.trie.tokens,
+                [list(path) for path, _, _ in leaves[one.batch_slot]],
+                one.trie.tokens,
+                one.processing,
+            )
+            for one in reading
+        ]
+        found = dict(zip((one.batch_slot for one in reading), self.read_on(wanted), strict=True))
+        return [
+            self._hang(one, leaves[one.batch_slot], found[one.batch_slot]) if one.batch_slot in found else []
+            for one in queries
+        ]
+
+    def _leaves(self, query: TreeQuery) -> list[Leaf]:
+        """Those of a trie that are to be extended."""
+        leaves = query.trie.leaves(self._deepest(query) - 1)
+        if len(leaves) > self.max_open_leaves:
+            return []
+        if not self.ready(self._sequences[query.batch_slot], query.trie.tokens):
+            return []
+        return [leaf for leaf in leaves[: min(query.max_rows, self.max_leaves)] if leaf[2] >= MIN_PATH_LOGP]
+
+    def _deepest(self, query: TreeQuery) -> int:
+        return min(query.max_depth, self._longest - len(query.trie.tokens) - self.depths)
+
+    def _hang(self, query: TreeQuery, leaves: Sequence[Leaf], read: Sequence[tuple[Guesses, Guesses]]) -> Grown:
+        """Grows a trie by what was read of its leaves."""
+        state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
+        anew = state.guessed != len(trie.tokens)
+        state.guessed = len(trie.tokens)
+        new: Grown = []
+        gone: set[int] = set()
+        for (path, leaf, logp), (way, table) in zip(leaves, read, strict=True):
+            node, joint = trie.root, 0.0
+            for token, guesses in zip(path, way if anew else (), strict=False):
+                if id(node) not in gone:
+                    gone.add(id(node))
+                    new += grow_beam(trie, node, joint, [guesses], self._top_k)
+                node = node.children[token]
+                joint += node.logp
+            new += grow_beam(trie, leaf, joint if anew else logp, table[: deepest - len(path)], self._top_k)
+        return new
+
+
+def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int) -> Grown:
+    """A beam of highest joint probability: every surviving parent meets every candidate of its depth."""
+    beam = [(logp, leaf)]
+    new: Grown = []
+    for guesses in table:
+        paths = [
+            (joint + q, rank, parent, token, proposal, q)
+            for joint, parent in beam
+            for rank, (token, q, proposal) in enumerate(guesses)
+        ]
+        first = paths[0] if paths else None
+        paths = sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]
+        beam = []
+        for path in paths:
+            joint, _, parent, token, proposal, q = path
+            if joint < MIN_PATH_LOGP and path is not first:
+                continue
+            there = token in parent.children
+            child = trie.grow(parent, token, proposal, q)
+            assert child is not None, "a source extends the tree that it was given"
+            if not there:
+                new.append((parent, child))
+            beam.append((joint, child))
+        if not beam:
+            break
+    return new
