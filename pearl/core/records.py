@@ -40,8 +40,8 @@ class Pass:
     offered: int  # guesses among them
     sides: int  # of those: beside the chain,
     paths: int  # on so many paths
-    tested: int  # guesses compared with a pick, one of which may have arrived during the pass (pre-verify)
-    accepted: int  # of those
+    tested: int  # places of the walk at which there were guesses; the last may have come during the pass (pre-verify)
+    accepted: int  # of those: where one was right
     committed: int
     hit: bool  # the new root was among the guesses that had arrived
     judged: tuple[GuessOutcome, ...]  # place by place along the walk, up to the first without guesses
@@ -54,6 +54,8 @@ class Pass:
     seconds: float  # all of it, with waiting, picking, walking and messages
     texts: int = 1  # that were read in the same forward
     others_s: float = 0.0  # of `seconds`: spent on the prompts and passes of other texts alone
+    verified: int = 0  # places of the walk at which the pass had read a guess; 0: it is no verification
+    accepted_rows: int = 0  # of those: where one was right, so that the walk went through its row
 
     @property
     def share_s(self) -> float:

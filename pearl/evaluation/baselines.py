@@ -180,6 +180,8 @@ def _passes(watch: _Watch, stopper: Stopper, prompt: int) -> Iterator[Pass]:
             waited_s=began - before,
             forward_s=ended - began,
             seconds=at - before,
+            verified=min(accepted + 1, offered),
+            accepted_rows=accepted,
         )
         position, before = position + len(committed), at
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from pearl.core import theory
 from pearl.core.records import GenerationStats, Pass, SampleKey
+from pearl.evaluation.measures import acceptance, intervals
 
 Runs = dict[SampleKey, GenerationStats]
 Figures = dict[str, Any]
 GAP_S = 0.5  # without any text on the target: another batch
-DRAWS = 1000  # of the bootstrap
 BY_CATEGORY = (
     "sequences",
     "tokens",
@@ -27,6 +27,8 @@ BY_CATEGORY = (
     "speedup_interval_95",
     "identical_to_ar",
     "tokens_per_pass",
+    "acceptance_length",
+    "acceptance_length_interval_95",
     "acceptance",
 )
 
@@ -65,7 +67,7 @@ def _figures(runs: Runs, ar: Runs) -> Figures:
         **_latency(texts),
         "score": None,
     }
-    return figures | _beside_ar(runs, ar, figures)
+    return figures | _beside_ar(runs, ar, figures) | _intervals(runs, ar)
 
 
 def _speed(texts: Sequence[GenerationStats]) -> Figures:
@@ -87,7 +89,7 @@ def _verification(texts: Sequence[GenerationStats]) -> Figures:
         "tokens_per_pass": tokens / len(passes),
         "tokens_per_rejection": _ratio(tokens, sum(p.accepted < p.tested for p in passes)),
         "acceptance": _ratio(sum(p.accepted for p in passes), sum(p.tested for p in passes)),
-        "acceptance_by_depth": _by_depth(passes),
+        **acceptance.counted(passes),
         "pauses": sum(p.ahead == 0 for p in decoding),
         "texts_per_pass": sum(p.texts for p in decoding) / len(decoding) if decoding else None,
         "occupancy": occupancy(texts),
@@ -151,7 +153,6 @@ def _beside_ar(runs: Runs, ar: Runs, figures: Figures) -> Figures:
     mine, theirs = _shared(runs, ar)
     return {
         "speedup_vs_ar": _speedup(mine, theirs),
-        "speedup_interval_95": _interval(runs, ar),
         "decode_speedup_vs_ar": _speedup(mine, theirs, first_pass=1),
         "identical_to_ar": sum(m.tokens == t.tokens for m, t in zip(mine, theirs, strict=True)) / len(mine)
         if mine
@@ -239,40 +240,28 @@ def _speedup(mine: Sequence[GenerationStats], theirs: Sequence[GenerationStats],
     return above / below if above and below else None
 
 
-def _interval(runs: Runs, ar: Runs) -> list[float] | None:
-    """95 % interval of the speed-up: percentiles of a bootstrap over problems, each with all its samples, repeats and
-    turns, which are no independent draws (Efron and Tibshirani 1993, chapter 13); None of fewer than three."""
-    problems: dict[str, np.ndarray] = {}  # tokens and seconds of mine, and of theirs
-    for key in runs:
-        if key in ar:
-            facts = [fact for text in (runs[key], ar[key]) for fact in (sum(text.committed), text.seconds)]
-            problems[key.task] = problems.get(key.task, 0) + np.array(facts)
-    if len(problems) < 3:
-        return None
-    from scipy.stats import bootstrap  # takes a second to load
-
-    def speedup(tokens: Any, seconds: Any, their_tokens: Any, their_seconds: Any, axis: int = -1) -> Any:
-        return (tokens.sum(axis) / seconds.sum(axis)) / (their_tokens.sum(axis) / their_seconds.sum(axis))
-
-    drawn = bootstrap(
-        tuple(np.stack([*problems.values()], axis=1)),
-        speedup,
-        paired=True,
-        vectorized=True,
-        n_resamples=DRAWS,
-        method="percentile",
-        rng=np.random.default_rng(0),
+def _intervals(runs: Runs, ar: Runs) -> Figures:
+    """Of the figures that are compared most."""
+    alone = intervals.gathered(
+        (key.task, [len(text.tokens), text.seconds, *_verified(text)]) for key, text in runs.items()
     )
-    return [float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)]
+    beside = intervals.gathered(
+        (key.task, [fact for text in (runs[key], ar[key]) for fact in (sum(text.committed), text.seconds)])
+        for key in runs
+        if key in ar
+    )
+    return {
+        "speedup_interval_95": intervals.interval(beside, lambda n, s, their_n, their_s: (n / s) / (their_n / their_s)),
+        "tokens_per_second_interval_95": intervals.interval(alone, lambda n, s, *_: n / s),
+        "acceptance_length_interval_95": intervals.interval(alone, lambda n, s, a, v: 1 + a / v)
+        if any(figures[-1] for figures in alone.values())
+        else None,
+    }
 
 
-def _by_depth(passes: Sequence[Pass]) -> list[float]:
-    """At each depth below the root, the share of guesses accepted among those whose parents were."""
-    deepest = max((p.tested for p in passes), default=0)
-    return [
-        sum(p.accepted >= depth for p in passes) / sum(p.tested >= depth for p in passes)
-        for depth in range(1, deepest + 1)
-    ]
+def _verified(text: GenerationStats) -> list[int]:
+    """Guesses accepted, and passes that verified any."""
+    return [sum(p.accepted_rows for p in text.passes), sum(p.verified > 0 for p in text.passes)]
 
 
 def _first_difference(a: GenerationStats, b: GenerationStats) -> int:

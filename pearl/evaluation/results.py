@@ -33,6 +33,7 @@ from pearl.core.records import GenerationStats, GuessOutcome, Pass, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import lines
 from pearl.evaluation.lines import REMEDY, Line
+from pearl.evaluation.measures.acceptance import of_early_line
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
 PROBLEMS, SKIPPED = "problems.jsonl", "skipped.jsonl"
@@ -259,8 +260,12 @@ def _draft_stats(line: Line) -> DraftStats:
 
 
 def _pass(line: Line) -> Pass:
-    """Early lines know no paths."""
-    facts = {"paths": 0} | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
+    """Early lines know no paths, and do not say what of the guesses a pass had read."""
+    facts = (
+        {"paths": 0}
+        | ({} if "verified" in line else of_early_line(line))
+        | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
+    )
     return Pass(**facts | {"judged": tuple(GuessOutcome(one["rank"], tuple(one["q"])) for one in line["judged"])})
 
 

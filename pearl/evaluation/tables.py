@@ -27,6 +27,8 @@ class Column:
         """`value`, a number or a list of them (an interval, a row of depths), as a person reads it."""
         if value is None or value == []:
             return "-"
+        if isinstance(value, list | tuple) and isinstance(value[0], list | tuple):
+            return " ".join("/".join(map(self.cell, one)) for one in value)
         if isinstance(value, list | tuple):
             return " to ".join(map(self.cell, value)) if len(value) == 2 else " ".join(map(self.cell, value))
         return self.form.format(value)
@@ -42,8 +44,11 @@ COLUMNS: dict[str, Column] = {
     "identical_to_ar": Column("same", "{:.0%}", "texts equal to ar's"),
     "tokens_per_pass": Column("tok/pass", "{:.2f}", "tokens a target forward"),
     "tokens_per_rejection": Column("tok/miss", "{:.2f}", "tokens to the next wrong guess"),
-    "acceptance": Column("accept", "{:.2f}", "share of tested guesses that were right"),
-    "acceptance_by_depth": Column("accept by depth", "{:.2f}", "the same, guess by guess"),
+    "acceptance_length": Column("AL", "{:.2f}", "acceptance length, tokens a verification"),
+    "acceptance": Column("acc", "{:.2f}", "share of tested guesses that were right"),
+    "draft_acceptance_rate": Column("acc of drafted", "{:.2f}", "share of verified rows that were right"),
+    "acceptance_by_depth": Column("acc by depth", "{:.2f}", "conditional acceptance, guess by guess"),
+    "counts_by_depth": Column("counts by depth", "{:.0f}", "accepted of verified, guess by guess"),
     "misses_prepared": Column("ready", "{:.0%}", "misses with another guess ready"),
     "target_busy": Column("target", "{:.0%}", "of the time in its forwards"),
     "drafter_busy": Column("drafter", "{:.0%}", "of the time drafting"),
@@ -56,7 +61,15 @@ COLUMNS: dict[str, Column] = {
     "score": Column("score", "{:.2f}", "share of right answers"),
 }
 # Of a run: these fit 80 letters beside the longest name of a mode; the others with --wide
-NARROW = ("tokens_per_second", "speedup_vs_ar", "identical_to_ar", "tokens_per_pass", "acceptance", "score")
+NARROW = (
+    "tokens_per_second",
+    "speedup_vs_ar",
+    "identical_to_ar",
+    "tokens_per_pass",
+    "acceptance_length",
+    "acceptance",
+    "score",
+)
 OF_A_RUN = (
     *NARROW[:-1],
     "misses_prepared",

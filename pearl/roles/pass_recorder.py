@@ -50,6 +50,8 @@ def record(
             seconds=times.ended - times.began,
             texts=sequences,
             others_s=times.ended - times.began - (times.ended - times.since + reading_s),
+            verified=walked.verified,
+            accepted_rows=walked.accepted_rows,
         )
     )
 

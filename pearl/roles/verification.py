@@ -71,6 +71,8 @@ class PassWalk:
     committed: list[int]
     outcomes: tuple[GuessOutcome, ...]
     nodes: list[Node]  # that the walk went through
+    verified: int  # as in `records.Pass`
+    accepted_rows: int
 
 
 def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool) -> list[Likely]:
@@ -129,6 +131,7 @@ def verify(
         logits, rows = read_root(), {root: 0}
         walked, failed = _walked(root, rows, begin_picks(sequence, PassRows.of(root, []), logits))
     outcomes = _outcomes(root, walked, controller)
+    verified, accepted = _verified(root, walked, rows)
     committed, passed, node = sequence.stopper.take(walked), [], root
     if failed and sequence.stopper.finish is None:
         sequence.fail(failed)
@@ -139,7 +142,7 @@ def verify(
         read = logits[[rows[node] for node in passed]]
         sequence.logprobs += logprobs(read, committed, sequence.params.logprobs)
     sequence.hit = sequence.trie.commit(committed) and bool(committed)
-    return PassWalk(root.position, committed, outcomes, passed)
+    return PassWalk(root.position, committed, outcomes, passed, verified, accepted)
 
 
 def _walked(root: Node, rows: dict[Node, int], found: Picks) -> tuple[list[int], Exception | None]:
@@ -170,6 +173,19 @@ def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tupl
         outcomes.append(GuessOutcome(guesses.index(token) if token in guesses else None, q))
         node = node.children.get(token)
     return tuple(outcomes)
+
+
+def _verified(root: Node, walked: Sequence[int], rows: dict[Node, int]) -> tuple[int, int]:
+    """At how many places of the walk a row of the pass was a guess, and at how many of those one was right."""
+    verified = accepted = 0
+    node: Node | None = root
+    for token in walked:
+        if node is None or not any(child in rows for child in node.children.values()):
+            break
+        node = node.children.get(token)
+        verified += 1
+        accepted += node in rows
+    return verified, accepted
 
 
 def _chain(likely: Sequence[Likely]) -> list[Likely]:

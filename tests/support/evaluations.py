@@ -75,7 +75,7 @@ def said(folder: Path) -> list[tuple]:
 
 
 OUTCOMES = (GuessOutcome(0, (0.25, 0.125)), GuessOutcome(None, ()))
-ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, OUTCOMES, 1, 1, 1, 0.0, 0.5, 1.0, 2.0)
+ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, OUTCOMES, 1, 1, 1, 0.0, 0.5, 1.0, 2.0, verified=1, accepted_rows=1)
 
 
 def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) -> GenerationStats:
