@@ -1,6 +1,6 @@
 """What became of the guesses, by the conventions of the field (docs/reference/figures.md has a worked example).
 
-A *verification* is a pass that read at least one guess. Its *draft tokens* are the guesses it read, *accepted* are those
+A *verification* is a pass that read a guess. The guesses that it read are its *draft tokens*; *accepted* are those
 that the walk went through. These are vLLM's counters `num_drafts`, `num_draft_tokens` and `num_accepted_tokens`. As
 there, an acceptance length has the token in it that the target adds itself, and counts what the end of a text then cuts
 off. Passes that read no guess count in tokens a pass alone.
