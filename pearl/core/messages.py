@@ -63,6 +63,7 @@ class Start:
     prompt: tuple[int, ...]
     plan: DraftPlan
     continues: int = 0  # a sequence that has ended: what was read of it need not be read again
+    timed: bool = False  # somebody watches: the drafter also says when it was at work
 
 
 class DeviceTensor(Protocol):
@@ -129,6 +130,8 @@ class Nodes:
     position: int
     exhausted: bool
     guesses: tuple[Guess, ...] = ()
+    # of a timed sequence, in seconds: when the drafter's work since its last `Nodes` began and ended, in turn
+    spans: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pearl.engine.worker import Worker
 from pearl.errors import EngineClosedError, UsageError
 from pearl.parallel.launch import launch
 from pearl.parallel.runtime import Runtime
+from pearl.roles.watcher import Watcher
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 Result = TypeVar("Result")
@@ -338,6 +339,10 @@ class Engine:
             return self._worker.call(lambda: self._runtime.events, now=True)
         except EngineClosedError:
             return self._runtime.events
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """`watcher` is told of every pass from now on, in the engine's thread; None: nobody is."""
+        self._runtime.target.watch(watcher)
 
     def close(self) -> None:
         """Ends its thread and the drafter's process. Texts that are not over end with an `EngineClosedError`. Closing

@@ -72,11 +72,12 @@ class Generation:
 @dataclass(eq=False)
 class GenerationRequest:
     """A text to be written, one of several. `after`: one that the prompt begins with, so that what was read of its text
-    need not be read again."""
+    need not be read again. `label`: by which somebody who watches the engine knows it."""
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     after: GenerationRequest | None = None
+    label: str = ""
     text: SequenceState | None = field(default=None, repr=False)  # what became of it
 
 

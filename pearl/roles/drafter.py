@@ -101,6 +101,9 @@ class Drafter:
         proposals |= self._trees(trees) | self._chains(chains)
         said = [nodes for one, proposal in proposals.items() if (nodes := self._nodes(one, *proposal))]
         if said:
+            if self._guarded.spans:
+                said[0] = replace(said[0], spans=tuple(self._guarded.spans))
+                self._guarded.spans.clear()
             self._channel.send(*said)
         return bool(said)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -27,6 +28,7 @@ class GuardedSource:
         self.source, self._clock, self._trace = source, clock, trace
         self._limit = BatchLimit("draft")
         self._reasons: set[str] = set()  # of failures
+        self.spans: deque[float] = deque(maxlen=2 * 64)  # of a sequence that is timed: see `Nodes`
 
     def begin(self, sequence: DraftedSequence, continues: bool) -> None:
         try:
@@ -73,6 +75,8 @@ class GuardedSource:
         names = "forwards", "rows", "lookahead_rows", "lookahead_hits"
         more = {name: now - then for name, now, then in zip(names, after, before, strict=True)}
         sequences[0].count(**more)
+        if sequences[0].start.timed:
+            self.spans += began, ended
         for sequence in sequences:
             sequence.count(busy_s=(ended - began) / len(sequences))
             at = {"sequence": sequence.start.sequence, "position": sequence.trie.root.position}

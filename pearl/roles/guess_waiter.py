@@ -10,6 +10,7 @@ from pearl.core.schedule import Schedule
 from pearl.core.timeline import Trace, flow_id
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceState
+from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
 
 STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after a sequence; it may be in a forward
@@ -23,6 +24,7 @@ class GuessWaiter:
     ):
         self._batch, self._take_costs, self._clock, self._trace = batch, take_costs, clock, trace
         self.channel: Channel | None = None
+        self.watcher: Watcher | None = None
 
     def take(self) -> None:
         """Takes what has arrived. What is about a sequence that has ended falls away, but for its statistics."""
@@ -35,6 +37,8 @@ class GuessWaiter:
                         first = flow_id(message.sequence, message.guesses[0].id)
                         self._trace.flow("nodes", first, self._clock(), sent=False)
                     self._batch.live[message.sequence].hang(message)
+                    if watcher := self.watcher:  # another thread may take it away
+                        watcher.drafted(message, self._clock())
                 case DraftStats():
                     self._batch.take_stats(message)
 

@@ -44,6 +44,7 @@ from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target_model import TargetModel
 from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, verify
+from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
 
 Written = tuple[SequenceState, list[int]]  # tokens that a pass has committed
@@ -66,6 +67,10 @@ class Target:
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """It is told of everything from now on; None: nobody is. May be called from any thread."""
+        self._drafter.watcher = watcher
 
     @property
     def idle(self) -> bool:
@@ -154,10 +159,13 @@ class Target:
             sequence.prompt_logprobs = self._prompts.logprobs(prompt, wanted, sequence.batch_slot)
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
+        if watcher := self._drafter.watcher:
+            watcher.began(sequence)
         if self._drafter.channel:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
             params = sequence.params.for_drafter(sequence.stopper.eos_ids)
-            self._send([Start(sequence.sequence, self._schedule, params, tuple(prompt), plan, continues)])
+            told = sequence.sequence, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
+            self._send([Start(*told)])
 
     def _drop_unwanted(self) -> None:
         unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]
@@ -227,6 +235,8 @@ class Target:
         for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
             pass_recorder.record(sequence, rows_of_one, walked, plan, times, len(sequences))
             pass_recorder.draw(sequence, times, self._trace, drafts=self._drafter.channel is not None)
+            if watcher := self._drafter.watcher:
+                watcher.passed(sequence, rows_of_one, walked, times)
         yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True) if walked.committed)
 
     def _forward(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:

@@ -194,6 +194,15 @@ def _read_features(of: _Reader) -> SentSeparately | None:
     return SentSeparately((rows, width), bool(direct))
 
 
+def _write_spans(to: _Writer, spans: tuple[float, ...]) -> None:
+    """The last part, so that it costs nothing where nobody watches."""
+    to.put("d", *spans)
+
+
+def _read_spans(of: _Reader) -> tuple[float, ...]:
+    return of.get("d", of.left // _SIZES["d"])
+
+
 def _write_guess(to: _Writer, guess: Guess) -> None:
     to.put("i", guess.id, guess.parent, guess.token, len(guess.proposal), *(token for token, _ in guess.proposal))
     to.put("f", *(q for _, q in guess.proposal), guess.logp)
@@ -221,6 +230,7 @@ _LAYOUTS: dict[type, _Part] = {
     Start: _record(
         Start,
         "sequence continues",
+        timed=_FLAG,
         schedule=_Part(_write_schedule, _read_schedule),
         params=_Part(_write_params, _read_params),
         plan=_PLAN,
@@ -235,7 +245,13 @@ _LAYOUTS: dict[type, _Part] = {
     ),
     End: _record(End, "sequence"),
     Costs: _record(Costs, "sequence", seconds=_row("f")),
-    Nodes: _record(Nodes, "sequence root position", exhausted=_FLAG, guesses=_several(_GUESS)),
+    Nodes: _record(
+        Nodes,
+        "sequence root position",
+        exhausted=_FLAG,
+        guesses=_several(_GUESS),
+        spans=_Part(_write_spans, _read_spans),
+    ),
     DraftStats: _record(
         DraftStats,
         "sequence",

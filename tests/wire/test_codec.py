@@ -73,7 +73,7 @@ PARAMS = st.builds(
     logit_bias=st.dictionaries(NUMBERS, st.one_of(st.just(-np.inf), st.floats(-100, 100)), max_size=4),
     logits_processors=st.sampled_from([(), (print,)]),
 )
-STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS, st.booleans())
+STARTS = st.builds(Start, NUMBERS, SCHEDULES, PARAMS, TOKENS, PLANS, st.booleans(), st.booleans())
 OTHERS = st.one_of(
     st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS),
     st.builds(Costs, NUMBERS, st.lists(st.floats(0, 100, width=32), max_size=20).map(tuple)),
@@ -98,6 +98,12 @@ def test_features_come_another_way_and_the_verdict_says_how_many(verdict: Verdic
     assert there == verdict and isinstance(there, Verdict) and there.features == SentSeparately((rows, width))
     direct = SentSeparately((rows, width), direct=True)
     assert decode(encode(replace(verdict, features=direct))).features == direct
+
+
+@given(st.lists(SECONDS, max_size=9).map(tuple))
+def test_the_times_of_a_drafter_arrive_bit_for_bit(spans: tuple[float, ...]):
+    there = decode(encode(Nodes(1, 2, 3, True, (Guess(4, 5, 6),), spans)))
+    assert isinstance(there, Nodes) and there.spans == spans
 
 
 @given(st.builds(Verdict, NUMBERS, NUMBERS, PLANS, TOKENS))
