@@ -1,20 +1,43 @@
 #!/usr/bin/env bash
 # The drafters of the default target that come with this repository, from nothing: questions, the target's own answers,
-# the feature drafter, the small draft model. On two CPU cores it takes hours; a run that was cut off goes on where it was.
+# the feature drafter, the small draft model. On two CPU cores it takes a night. A run that was cut off goes on where it
+# was; a stage can be named, and a recording ends with the shard at hand after so many seconds:
 #
-#   GSM8K=path/to/gsm8k/train.jsonl bash scripts/train_smollm2.sh
+#   DATA=folder bash scripts/train_smollm2.sh                    all of it
+#   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages: questions answers feature draft diagnose
+#   DATA=folder SECONDS_AT_MOST=9000 bash scripts/train_smollm2.sh answers
 #
-# The questions have nothing to do with HumanEval, MT-bench, Spec-Bench, MGSM or the test set of GSM8K.
+# DATA holds gsm8k/train.jsonl (https://github.com/openai/grade-school-math). What lies there for the evaluations,
+# gsm8k/test.jsonl, mgsm/*.jsonl, mt_bench/question.jsonl and spec_bench/question.jsonl, is compared with the questions:
+# one that has 13 words in a row in common with them, or with HumanEval, is left out.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-questions=data/questions
-mkdir -p "$questions"
-python scripts/python_prompts.py 2200 > "$questions/python.jsonl"
-python scripts/general_prompts.py 1600 > "$questions/general.jsonl"
-head -n 1500 "${GSM8K:?set GSM8K to the training set, https://github.com/openai/grade-school-math}" > "$questions/gsm8k.jsonl"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
+questions=data/questions texts=data/smollm2-135m
+: "${DATA:?set DATA to the folder that holds gsm8k/train.jsonl}"
 
-python -m pearl extract --prompts "$questions"/{python,gsm8k,general}.jsonl --self-written 500 \
-  --max-new-tokens 256 --shard 96 --output data/smollm2-135m
-accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml
-accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml
-python -m pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
+questions() {
+  mkdir -p "$questions"
+  python scripts/python_prompts.py 2600 > "$questions/python.jsonl"
+  python scripts/general_prompts.py 2400 > "$questions/general.jsonl"
+  python scripts/prose_prompts.py 7000 > "$questions/prose.jsonl"
+  head -n 2400 "$DATA/gsm8k/train.jsonl" > "$questions/gsm8k.jsonl"
+  shopt -s nullglob
+  python scripts/overlap.py "$questions"/*.jsonl --drop \
+    --against "$DATA"/gsm8k/test.jsonl "$DATA"/mgsm/*.jsonl "$DATA"/{mt_bench,spec_bench}/question.jsonl
+}
+
+answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature 1
+  local ended=0
+  timeout --signal=INT "${SECONDS_AT_MOST:-0}" \
+    pearl extract --prompts "$questions"/{python,general,prose,gsm8k}.jsonl --self-written 3500 \
+    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --shard 96 --output "$texts" || ended=$?
+  [[ $ended == 0 || $ended == 124 ]]  # 124: the time was over
+}
+
+feature() { accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml; }
+draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml; }
+diagnose() { pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"; }
+
+for stage in "${@:-questions answers feature draft diagnose}"; do
+  for one in $stage; do "$one"; done
+done

@@ -28,8 +28,8 @@ from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
 from pearl.training import prompts, shards
-from pearl.training.answers import AnswerRequest, Writer
-from pearl.training.prompts import Chat
+from pearl.training.answers import AnswerRequest, RecordedAnswer, Writer
+from pearl.training.prompts import Chat, Conversation
 
 INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
 CALM = 0.7  # the temperature at which it does so
@@ -43,7 +43,7 @@ class ExtractionJob:
     config: EngineConfig
     folder: Path
     layers: tuple[int, ...]
-    questions: tuple[str | None, ...]  # None: the target writes it itself
+    questions: tuple[Conversation | None, ...]  # None: the target writes it itself
     threads: int
 
 
@@ -53,7 +53,7 @@ def run(options: Any) -> None:
     devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
     workers = options.workers or (gpus or len(os.sched_getaffinity(0)))
     dtype = options.dtype or ("bfloat16" if gpus else "float32")
-    questions: list[str | None] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
+    questions: list[Conversation | None] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
     random.Random(options.seed).shuffle(questions)
     config = EngineConfig(target=options.target, dtype=dtype)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
@@ -85,13 +85,13 @@ def run(options: Any) -> None:
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
 
 
-def _plan(options: Any, config: EngineConfig, questions: tuple[str | None, ...], threads: int):
+def _plan(options: Any, config: EngineConfig, questions: tuple[Conversation | None, ...], threads: int):
     """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
     model = load_plain(preflight(config), "cpu")
     text = model.config.get_text_config()
     layers = tuple(options.layers or default_layers(text.num_hidden_layers))
     HiddenStateHooks(model, layers).remove()
-    asked = "\n".join(question or "" for question in questions)
+    asked = "\n".join("\n".join(question or ("",)) for question in questions)
     names = ("self_written", "max_new_tokens", "max_length", "seed", "shard", "batch")
     settings = {
         "questions": len(questions),
@@ -132,18 +132,34 @@ class _Worker:
         asked = job.questions[first : first + options.shard]
         seed = options.seed * 1_000_003 + number
         own = self._instructions(asked.count(None), seed)
-        questions = [next(own) if question is None else question for question in asked]
-        requests = []
-        for place, question in enumerate(questions):
-            prompt = self.chat.prompt(question) if question else ()
-            if prompt and len(prompt) + options.max_new_tokens <= options.max_length:
-                temperature = options.temperature[(first + place) % len(options.temperature)]
-                requests.append(AnswerRequest(prompt, options.max_new_tokens, self.ends, temperature))
+        talks = [[next(own)] if question is None else list(question) for question in asked]
         taps = HiddenStateHooks(self.model, job.layers)
         writer = Writer(self.model, options.batch, options.max_length, taps, options.top_k, seed)
-        answers = sorted(writer.answers(requests), key=lambda entry: entry[0])
+        answers: list[RecordedAnswer] = []
+        for turn in range(max(map(len, talks))):
+            answers += self._turn(writer, talks, turn, first)
         taps.remove()
-        return shards.write(job.folder, number, [answer for _, answer in answers])
+        return shards.write(job.folder, number, answers)
+
+    def _turn(self, writer: Writer, talks: list[list[str]], turn: int, first: int) -> list[RecordedAnswer]:
+        """Answers to this turn of every conversation that has it. An answer is put after its question; a conversation
+        that grew too long ends."""
+        options, asked, requests = self.job.options, [], []
+        for place, talk in enumerate(talks):
+            said = talk[: 2 * turn + 1]
+            if len(said) == 2 * turn + 1 and said[-1]:
+                prompt = self.chat.prompt(said)
+                if len(prompt) + options.max_new_tokens <= options.max_length:
+                    temperature = options.temperature[(first + place) % len(options.temperature)]
+                    requests.append(AnswerRequest(prompt, options.max_new_tokens, self.ends, temperature))
+                    asked.append(talk)
+                    continue
+            del talk[2 * turn :]
+        found = [answer for _, answer in sorted(writer.answers(requests), key=lambda entry: entry[0])]
+        for talk, answer in zip(asked, found, strict=True):
+            words = str(self.chat.tokenizer.decode(answer.response, skip_special_tokens=True)).strip()
+            talk.insert(2 * turn + 1, words)
+        return found
 
     def _instructions(self, count: int, seed: int) -> Iterator[str]:
         if not count:

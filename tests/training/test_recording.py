@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from trained import TOP, WORDS, random_answer, save_recorded, save_toy_target, small_target
+from transformers import AutoTokenizer
 
 from pearl.commands.training import extract as command
 from pearl.errors import UsageError
@@ -197,7 +198,8 @@ def test_questions_are_found_where_data_sets_keep_them(tmp_path):
         {"prompt": "one"},
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
-    assert prompts.read([str(tmp_path / "q.jsonl")], ()) == ["one", "two", "three", "four", "five"]
+    found = prompts.read([str(tmp_path / "q.jsonl")], ())
+    assert found == [("one",), ("two",), ("three",), ("four", "and then?"), ("five",)]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +208,8 @@ def test_questions_are_found_where_data_sets_keep_them(tmp_path):
         ('{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
         ('{"prompt": "a"}\n\n{"text": "b"}', "line 3 holds no question: give it a text under prompt, question"),
         ('{"prompt": "  "}', "line 1 holds no question"),
+        ('{"turns": ["a", ""]}', "line 1 holds no question"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "line 1 holds no question"),
         ("[1]", "line 1 holds no question"),
         ("\n", "holds no prompt"),
     ],
@@ -224,11 +228,11 @@ def test_a_prompt_is_the_one_that_a_chat_would_have():
     shown = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi the"}], add_generation_prompt=True, tokenize=False
     )
-    assert tokenizer.decode(chat.prompt("hi the")) == shown == "<|user|>hi the\n<|assistant|>"
+    assert tokenizer.decode(chat.prompt(["hi the"])) == shown == "<|user|>hi the\n<|assistant|>"
     opening, ends = chat.opening()
     assert tokenizer.decode(opening) == "<|user|>" and tokenizer.decode(ends) == "\n"
     tokenizer.chat_template = None
-    assert tokenizer.decode(Chat(tokenizer).prompt("hi")) == "hi"
+    assert tokenizer.decode(Chat(tokenizer).prompt(["hi"])) == "hi"
     with pytest.raises(UsageError, match="no chat template, so the target can't write its own instructions"):
         Chat(tokenizer).opening()
 
@@ -318,6 +322,19 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(extracting, tmp_pat
     (tmp_path / "parts" / shards.shard_name(0)).unlink()
     assert extracting("parts") == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_second_turn_follows_the_targets_own_answer(extracting, tmp_path, toy):
+    talk, alone = tmp_path / "talk.jsonl", tmp_path / "alone.jsonl"
+    talk.write_text(json.dumps({"turns": ["hi the", "and then"]}))
+    alone.write_text(json.dumps({"prompt": "hi the"}))
+    for name in ("talk", "alone"):
+        assert extracting(name, "--prompts", tmp_path / f"{name}.jsonl", "--self-written", 0) == 0
+    chat = Chat(AutoTokenizer.from_pretrained(toy))
+    (first, second), (only,) = Recorded(tmp_path / "talk"), Recorded(tmp_path / "alone")
+    assert first.tokens.tolist() == only.tokens.tolist(), "the first turn knows nothing of the second"
+    answer = chat.tokenizer.decode(first.tokens[first.prompt :], skip_special_tokens=True).strip()
+    assert second.tokens[: second.prompt].tolist() == list(chat.prompt(["hi the", answer, "and then"]))
 
 
 def test_a_folder_takes_no_run_with_other_settings(extracting, tmp_path, capsys):
