@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
+from pearl.checkpoints.drafts.kinds import CAUSAL_LM
 from pearl.checkpoints.placement import Placement
-from pearl.checkpoints.preflight import Preflight
+from pearl.checkpoints.preflight import AHEAD, Preflight
 from pearl.checkpoints.targets import prepare
+from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.drafters.feature.shape import OURS
+from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.tree import TreeSource
+from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.architecture import longest_sequence
 from pearl.models.draft_model import DraftModel, read_unknown_tokens
 from pearl.models.reduced_head import reduce_vocab
+
+
+def load_source(checked: Preflight) -> DraftSource:
+    """What drafts, with its weights: by its kind (`pearl.checkpoints.drafts.kinds.KINDS`). Raises `UsageError`,
+    `CheckpointError`."""
+    assert checked.drafting, "the draft source is a checkpoint"
+    if checked.drafting.kind not in SOURCES:
+        raise UsageError(f"{checked.config.draft} is a {checked.drafting.line}: this version can't draft with it yet.")
+    return SOURCES[checked.drafting.kind](checked)
+
+
+def _draft_model_source(checked: Preflight) -> DraftSource:
+    model, costs = load_draft(checked, AHEAD)
+    return TreeSource(model, costs.seconds, several=costs.several)
+
+
+def _feature_source(checked: Preflight) -> DraftSource:
+    return FeatureSource(load_feature_drafter(checked), checked.config.tree_top_k)
 
 
 def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
@@ -45,9 +71,9 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
 def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     """The feature drafter with its target's embedding, norm and head, ready to draft."""
     config, placed = checked.config, checked.draft_on
-    assert config.feature_folder, "the draft source is a feature drafter"
+    assert checked.drafting and checked.drafting.files.folder, "the draft source is a feature drafter"
     target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
-    drafter = network.load(config.feature_folder).attach(target)
+    drafter = network.load(checked.drafting.files.folder).attach(target)
     packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
     if packed:
@@ -56,3 +82,6 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
         linear.pack(head, int8=config.draft_kernel == "int8")
         drafter.replace_head(head[0])
     return drafter
+
+
+SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {CAUSAL_LM: _draft_model_source, OURS: _feature_source}

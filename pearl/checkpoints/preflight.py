@@ -5,20 +5,23 @@ What costs least is looked at first, so that what is wrong is said before a hub 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from pearl.checkpoints import quantized, shared_embeddings
 from pearl.checkpoints.checkpoint import Checkpoint
+from pearl.checkpoints.drafts import kinds as draft_kinds
+from pearl.checkpoints.drafts.files import DraftFiles
+from pearl.checkpoints.drafts.kinds import DraftDescription, TargetFacts
 from pearl.checkpoints.placement import Load, Placement, check_memory, place
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import NGRAM, ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
 from pearl.core.schedule import MAX_GAMMA
-from pearl.drafters.feature import network
 from pearl.errors import UsageError
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
 from pearl.models.language_model import TREE_SLOTS
@@ -33,7 +36,7 @@ class Preflight:
 
     config: EngineConfig
     target: Checkpoint
-    draft: Checkpoint | None
+    draft: Checkpoint | None  # if it is a language model
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int  # tokens that the target knows; a draft that knows fewer is cut
     max_length: int
@@ -41,11 +44,12 @@ class Preflight:
     draft_on: Placement
     texts: int = 1  # side by side
     rope_border: int | None = None  # see `architecture.rope_border`
+    drafting: DraftDescription | None = None  # what the draft checkpoint is; None: nothing is loaded to draft
 
     @property
-    def feature_drafter(self) -> network.DrafterShape | None:
-        """Of the feature drafter, if that is the draft source."""
-        return feature_drafter(self.config)
+    def features(self) -> tuple[int, ...]:
+        """The layers of the target whose outputs the drafter reads."""
+        return self.drafting.features if self.drafting else ()
 
     def check_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> None:
         """Raises `UsageError` for a prompt that the models can't read or that leaves too little room."""
@@ -65,10 +69,10 @@ class Preflight:
     def features_from(self, apart: bool) -> str:
         """The device from which features go to the drafter beside the channel; empty: through the host. `apart`: target
         and drafter are on two machines."""
-        shape, wanted = self.feature_drafter, self.config.feature_transport
+        wanted = self.config.feature_transport
         here, there = self.target_on, self.draft_on
         between_gpus = len(here.devices) == 1 and not here.on_cpu and not there.on_cpu and (apart or here != there)
-        if not shape or not shape.features or wanted == "off" or (wanted == "auto" and not between_gpus):
+        if not self.features or wanted == "off" or (wanted == "auto" and not between_gpus):
             return ""
         return here.devices[0]
 
@@ -84,26 +88,24 @@ def preflight(
         return _preflight(config, roles, config.tensor_parallel_size if ranks is None else ranks, gpu)
 
 
-def feature_drafter(config: EngineConfig) -> network.DrafterShape | None:
-    """What the folder of a feature drafter says, if that is the draft source."""
-    return network.read_shape(config.feature_folder) if config.feature_folder else None
-
-
 def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: int) -> Preflight:
     placed = place(config, ranks, gpu)
     if config.load_in or config.draft_load_in:
         quantized.need_bitsandbytes()
-    shape, drafts = feature_drafter(config), not config.feature_folder and config.draft != NGRAM
     kinds = {"target": config.load_in or config.dtype}
-    if drafts:
+    if config.draft != NGRAM and draft_kinds.is_causal_lm(config.draft):
         kinds["draft"] = config.draft_load_in or config.draft_dtype or config.dtype
     here = ranks if placed["target"].on_cpu else 1  # a GPU holds one rank, main memory all that are here
     parts = {"target": here / config.tensor_parallel_size, "draft": 1.0}
-    held = [role for role in kinds if role in roles]
+    held = [role for role in kinds if role in roles]  # so far as it is known before a hub is asked
     names = {"target": config.target, "draft": config.draft}
     check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
 
-    draft = Checkpoint.of(config.draft).found("draft") if drafts else None
+    files = DraftFiles.of(config.draft) if config.draft != NGRAM else None
+    kind = draft_kinds.kind_of(files) if files else None
+    draft = None
+    if files and kind and kind.is_causal_lm:
+        draft = replace(Checkpoint.of(config.draft), only_downloaded=files.only_downloaded)
     target = Checkpoint.of(config.target).found("target")
     target_config, tokenizer = target.describe("target", config)
     assert tokenizer is not None, "a target has its own"
@@ -121,11 +123,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
             f"out, or give at most {longest}."
         )
     max_length = min(config.max_length, longest)
-    if shape and (shape.hidden != text.hidden_size or vocabulary <= shape.vocabulary):
-        raise UsageError(
-            f"The feature drafter {config.feature_folder} was trained for {shape.target}, whose hidden states have "
-            f"{shape.hidden} numbers, not for {config.target}: name its target, or train one for this target."
-        )
+    drafting = kind.describe(files, TargetFacts.of(config.target, target_config)) if kind and files else None
     sizes = {
         "target": bytes_of_a_sequence(target_config, max_length + TREE_SLOTS, _width(config.dtype))
         / config.tensor_parallel_size
@@ -140,15 +138,19 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
             compare_vocabularies(tokenizer, draft_tokenizer)
         width = _width(config.draft_dtype or config.dtype)
         sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
+    elif files:
+        kinds["draft"] = "float32" if placed["draft"].on_cpu else "bfloat16"
+        numbers["draft"] = sum(map(math.prod, files.shapes.values())) or None
+        sizes["draft"] = 0.0
     texts = _texts(config, sizes["target"], max_length)
     caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
     caches["target"] *= here
+    held = [role for role in kinds if role in roles]
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
     check_memory(loads, texts)
     border = rope_border(target_config)
-    return Preflight(
-        config, target, draft, tokenizer, vocabulary, max_length, placed["target"], placed["draft"], texts, border
-    )
+    on = placed["target"], placed["draft"]
+    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, *on, texts, border, drafting)
 
 
 def _known(name: str) -> float | None:

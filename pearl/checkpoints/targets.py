@@ -26,13 +26,12 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
     """`others`: the other ranks, of a target that is spread over several."""
     model = _load(checked)
     prepare(model, "stock" if others else checked.config.kernel, checked.target_on)
-    shape = checked.feature_drafter
     reader: VerifierModel | TensorParallelModel
     reader = VerifierModel(
         model,
         checked.vocabulary,
         max(checked.max_length, LEAST_CONTEXT),
-        hooks=HiddenStateHooks(model, shape.features) if shape and shape.features else None,
+        hooks=HiddenStateHooks(model, checked.features) if checked.features else None,
         batch_slots=checked.texts,
         coarse=not (checked.target_on.on_cpu or others),
     )
@@ -75,6 +74,7 @@ def _load(checked: Preflight) -> Any:
     model = checked.target.load(
         config, config.dtype, config.load_in, checked.target_on, ranks=config.tensor_parallel_size
     )
-    if (shape := checked.feature_drafter) and model_fingerprint(model) != shape.fingerprint:
-        raise UsageError(wrong_target_message(shape.target))
+    drafting = checked.drafting
+    if drafting and (mark := getattr(drafting.shape, "fingerprint", "")) and model_fingerprint(model) != mark:
+        raise UsageError(wrong_target_message(drafting.target))
     return model

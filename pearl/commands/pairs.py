@@ -1,26 +1,36 @@
-"""`pearl pairs`: every pair of the registry, smallest first, or whether one fits on this machine.
+"""`pearl pairs`: every pair of the registry, smallest first; whether one fits on this machine; what a checkpoint is.
 
-Exit code of one pair: 0: it fits, 1: it does not, 2: there is no such pair.
+Exit code of one pair: 0: it fits, 1: it does not, 2: there is no such pair. Of a draft checkpoint: 0, or 2 where pearl
+does not read it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 
 from pearl.config import cli, pairs
+from pearl.config.engine_config import FEATURE, model_path
 from pearl.config.pairs import Fit
 
 
 def parser() -> cli.Parser:
-    made = cli.Parser("pairs", "", "qwen2.5-coder-0.5b-7b", "my-pair.yaml")
-    made.add_argument("pair", nargs="?", help="a name of the list, or a path to a YAML file (default: list them all)")
+    made = cli.Parser("pairs", "", "qwen2.5-coder-0.5b-7b", "my-pair.yaml", "RedHatAI/Qwen3-8B-speculator.eagle3")
+    made.add_argument(
+        "pair",
+        nargs="?",
+        help="a name of the list, a path to a YAML file, or a draft checkpoint to describe: a folder or a hub id "
+        "(default: list them all)",
+    )
     return made
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     name = parser().parse_args(argv).pair
+    if name is not None and _is_checkpoint(name):
+        return describe(name)
     chosen = pairs.all_pairs() if name is None else [pairs.load_pair(name)]
     machine = pairs.probe()
     fits = [pairs.check(pair, machine) for pair in chosen]
@@ -32,6 +42,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     licence = pair.licence and f"Licence: {pair.licence.removesuffix('.')}."
     print("\n".join(filter(None, (fit.verdict, licence, pair.note))))
     return 0 if fit.fits else 1
+
+
+def _is_checkpoint(name: str) -> bool:
+    """A folder, a GGUF file, a drafter that comes with pearl or what looks like a hub id."""
+    name = name.removeprefix(FEATURE)
+    if name in {pair.name for pair in pairs.all_pairs()}:
+        return False
+    path = model_path(name)
+    if path.exists():
+        return path.is_dir() or path.suffix == ".gguf"
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith((".yaml", ".yml"))
+
+
+def describe(name: str) -> int:
+    """What a draft checkpoint is, by its config and the shapes of its tensors."""
+    from pearl.checkpoints.drafts import kinds
+
+    found = kinds.describe(name)
+    numbers = sum(math.prod(shape) for shape in found.files.shapes.values())
+    size = f"{numbers / 1e6:,.1f} million weights" if numbers else ""
+    verifier = found.target and f"Target: {found.target}."
+    print("\n".join(filter(None, (f"{found.line}.", verifier, size and f"Size: {size}."))))
+    return 0
 
 
 def show(fits: Iterable[Fit]) -> None:

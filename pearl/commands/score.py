@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from pearl.checkpoints.drafts import kinds as draft_kinds
 from pearl.config import cli, outputs
 from pearl.config.engine_config import NGRAM, EngineConfig
 from pearl.errors import UsageError
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for draft in found.draft
     }
-    for draft, config in configs.items():
-        if config.feature_folder:
+    for draft in configs:
+        if draft != NGRAM and not draft_kinds.is_causal_lm(draft):
             raise UsageError(f"{draft} drafts from features: look at it with pearl diagnose.")
 
     from pearl.checkpoints.drafters import load_draft

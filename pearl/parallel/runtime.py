@@ -7,6 +7,7 @@ threads', and the caller's stay as they are.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from pearl.roles.target import Target
 from pearl.wire.channel import Channel, LocalChannel
 from pearl.wire.reconnecting_channel import DrafterEvent, ReconnectingChannel
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,6 +54,8 @@ class Runtime:
         self.layout, self.schedule, self.processes = layout, layout.schedule, layout.processes
         self.checked, self.config, self.tokenizer = layout.checked, layout.checked.config, layout.checked.tokenizer
         self.target_cpus, self.draft_cpus = layout.target_cpus, layout.draft_cpus
+        for warning in self.checked.drafting.warnings if self.checked.drafting else ():
+            _log.warning("%s", warning)
         self._peer: DrafterProcess | None = None
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
@@ -180,5 +185,7 @@ class Runtime:
         if self.drafter_pid:
             started = f"no launcher started two processes, so the drafter was started as process {self.drafter_pid}"
             lines[-1] += f" ({started})"
+        if self.checked.drafting and self.layout.schedule.drafts:
+            lines.append(f"draft: {self.checked.drafting.line}")
         checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])

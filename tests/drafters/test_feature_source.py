@@ -557,7 +557,7 @@ def changed(folder: Path, to: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     "values, sentence",
     [
-        ({"hidden": 32}, "whose hidden states have 32 numbers, not for"),
+        ({"hidden": 32}, "hidden states of 32 numbers, and .* has 64: name its target"),
         ({"vocabulary": 10_000}, "name its target, or train one for this target"),
         ({"format": 9}, "has format 9, this version reads 1"),
         ({"depths": None}, r"drafter\.json is not a feature drafter's"),
@@ -573,8 +573,10 @@ def test_a_note_that_does_not_fit_is_refused(toy, drafter_folder, tmp_path, valu
 
 def test_layers_that_the_target_does_not_have_are_refused(toy, drafter_folder, tmp_path):
     folder = changed(drafter_folder, tmp_path / "changed", features=[1, 77])
-    with pytest.raises(UsageError, match=r"features of \[1, 77\] can't be taken"):
-        load_target(preflight(EngineConfig(toy, f"feature:{folder}", dtype="float32")))
+    with pytest.raises(
+        UsageError, match=r"reads the outputs of the layers 1, 77, and .* has 6 layers: name its target"
+    ):
+        preflight(EngineConfig(toy, f"feature:{folder}", dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -599,7 +601,7 @@ def test_weights_that_are_not_whole_are_refused(toy, drafter_folder, tmp_path, h
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"draft": "feature:/not/there"}, "/not/there holds no drafter.json: give the folder that"),
+        ({"draft": "feature:/not/there"}, "The draft /not/there does not exist: give a hub id, a folder"),
         ({"tree_top_k": -1}, "tree_top_k must be a number of paths up to 64, or 0 for auto, not -1"),
         ({"tree_top_k": 65}, "tree_top_k must be"),
         ({"tree_top_k": 1.5}, "tree_top_k must be"),
@@ -612,7 +614,7 @@ def test_settings_that_mean_nothing_are_refused(options, sentence):
 
 
 def test_a_folder_of_anything_else_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no drafter\.json"):
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
         EngineConfig(draft=f"feature:{tmp_path}")
 
 

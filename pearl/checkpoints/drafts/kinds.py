@@ -1,0 +1,163 @@
+"""What a draft checkpoint is, told by its files before any weight is loaded: the table of kinds.
+
+    causal-lm   a smaller language model                      config of a causal LM
+    eagle3      one forward, one token, over 3 features       flat files, or the envelope of `speculators`
+    peagle      the same network, K tokens a forward
+    eagle       EAGLE-1 and 2: over the last hidden state
+    feature     what pearl trained before it wrote the above
+
+A kind is a row: how it is known, and what is said of it. The first row that knows a checkpoint has it; what none knows
+is a causal language model, and transformers says what is wrong with it. Knows: names, configs, shapes of tensors.
+Refuses to know: networks, and how one drafts (`pearl.checkpoints.drafters`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pearl.checkpoints.drafts import feature_formats
+from pearl.checkpoints.drafts.files import DraftFiles
+from pearl.config.engine_config import FEATURE, model_path
+from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
+from pearl.errors import UsageError
+
+CAUSAL_LM = "causal-lm"
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a drafter has to fit, of a target's config."""
+
+    name: str
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    @staticmethod
+    def of(name: str, config: Any) -> TargetFacts:
+        """`config`: transformers'."""
+        text = config.get_text_config()
+        return TargetFacts(name, text.hidden_size, text.num_hidden_layers, text.vocab_size)
+
+
+@dataclass(frozen=True)
+class DraftDescription:
+    """A draft checkpoint, before any weight is loaded."""
+
+    kind: str
+    files: DraftFiles
+    line: str  # what it is, said at start
+    features: tuple[int, ...] = ()  # layers of the target whose outputs it reads, from 0
+    feature_width: int = 0  # numbers of all of them together, of one position
+    shape: Any = None  # what its own kind knows of it
+    target: str = ""  # that it names
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DraftKind:
+    """A row of the table. `describe` raises `UsageError` where the checkpoint can't be used, or not with this target
+    (None: it is not known yet)."""
+
+    name: str
+    matches: Callable[[DraftFiles], bool]
+    describe: Callable[[DraftFiles, TargetFacts | None], DraftDescription]
+    is_causal_lm: bool = False  # transformers loads it as a language model, with a tokenizer
+
+
+def describe(name: str, target: TargetFacts | None = None) -> DraftDescription:
+    """What the checkpoint of that name is: a folder, a GGUF file or a hub id. Raises `UsageError`."""
+    files = DraftFiles.of(name)
+    return kind_of(files).describe(files, target)
+
+
+def is_causal_lm(name: str) -> bool:
+    """Whether a draft is a language model. One on a hub is taken for one: nobody is asked yet."""
+    path = model_path(name.removeprefix(FEATURE))
+    return not path.exists() or kind_of(DraftFiles(name, path)).is_causal_lm
+
+
+def kind_of(files: DraftFiles) -> DraftKind:
+    refuse(files)
+    return next(kind for kind in KINDS if kind.matches(files))
+
+
+def refuse(files: DraftFiles) -> None:
+    """What is a drafter, but none that pearl reads. Raises `UsageError`."""
+    config = files.config
+    names = " ".join([*map(str, config.get("architectures") or ()), str(config.get("model_type", ""))]).lower()
+    for what, found in (
+        ("Medusa", "medusa_num_heads" in config or "medusa" in names),
+        ("Hydra", any(key.startswith("hydra_") for key in config) or "hydra" in names),
+        ("MLPSpeculator", "mlp_speculator" in names or "mlpspeculator" in names),
+    ):
+        if found:
+            raise UsageError(
+                f"The draft {files.name} is a {what} drafter, whose heads guess without reading: choose an EAGLE-3, "
+                "P-EAGLE, PARD or DFlash drafter, or a small model of the target's family."
+            )
+    envelope = config.get("speculators_model_type")
+    if envelope is not None and envelope not in ENVELOPES:
+        raise UsageError(
+            f"The draft {files.name} is of the speculators type {str(envelope)[:40]!r}, which pearl does not read: it "
+            f"reads {', '.join(ENVELOPES)}."
+        )
+
+
+def _describe_causal_lm(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
+    kind = str(files.config.get("model_type", "")) or ("GGUF" if files.folder and files.folder.is_file() else "")
+    layers = files.config.get("num_hidden_layers")
+    parts = [f"{kind} language model".strip(), f"{layers} layers" if layers else ""]
+    return DraftDescription(CAUSAL_LM, files, ", ".join(filter(None, parts)))
+
+
+def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
+    read = feature_formats.read(files, target.layers if target else None)
+    shape, warnings = read.shape, list(read.warnings)
+    if target is not None:
+        _fit(files.name, shape, target)
+        verifier = shape.target
+        if shape.kind != OURS and verifier and _last(verifier) != _last(target.name):
+            warnings.append(f"the draft {files.name} names {verifier} as its target, not {target.name}")
+    layers = target.layers if target else None
+    line = feature_formats.line(shape, layers, read.numbering)
+    return DraftDescription(
+        shape.kind, files, line, shape.features, shape.feature_row, shape, shape.target, tuple(warnings)
+    )
+
+
+def _fit(name: str, shape: DrafterShape, target: TargetFacts) -> None:
+    """Raises `UsageError` where a network can't read what this target says."""
+    theirs = f"trained for {shape.target}, " if shape.target else ""
+    if shape.features and shape.width != target.hidden:
+        raise UsageError(
+            f"The draft {name} was {theirs}for hidden states of {shape.width} numbers, and {target.name} has "
+            f"{target.hidden}: name its target, or train one for this target."
+        )
+    if shape.vocabulary > target.vocabulary or (shape.kind == OURS and shape.vocabulary == target.vocabulary):
+        raise UsageError(
+            f"The draft {name} drafts {shape.vocabulary} tokens, and {target.name} knows {target.vocabulary}: name its "
+            "target, or train one for this target."
+        )
+    if any(not -1 <= layer <= target.layers for layer in shape.features):
+        listed = ", ".join(map(str, shape.features))
+        raise UsageError(
+            f"The draft {name} reads the outputs of the layers {listed}, and {target.name} has {target.layers} layers: "
+            "name its target."
+        )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+ENVELOPES = ("eagle3", "peagle")
+KINDS = (
+    DraftKind(OURS, lambda files: files.is_ours, _describe_features),
+    DraftKind(PEAGLE, feature_formats.is_peagle, _describe_features),
+    DraftKind(EAGLE3, feature_formats.is_eagle3, _describe_features),
+    DraftKind(EAGLE, feature_formats.is_eagle, _describe_features),
+    DraftKind(CAUSAL_LM, lambda files: True, _describe_causal_lm, is_causal_lm=True),
+)

@@ -1,0 +1,183 @@
+"""What a draft checkpoint is, its files say: kind, layers and vocabulary, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pearl.checkpoints.drafts.feature_formats import IDS, layer_ids
+from pearl.checkpoints.drafts.kinds import TargetFacts, describe
+from pearl.commands import pairs
+from pearl.config.engine_config import EngineConfig
+from pearl.errors import PearlError
+
+HIDDEN, WORDS, DRAFTED, LAYERS = 16, 50, 20, 28
+FLAT: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": WORDS,
+    "draft_vocab_size": DRAFTED,
+    "rms_norm_eps": 1e-5,
+}
+ENVELOPE: dict[str, Any] = {
+    "architectures": ["Eagle3Speculator"],
+    "speculators_model_type": "eagle3",
+    "transformer_layer_config": {k: v for k, v in FLAT.items() if k not in ("architectures", "draft_vocab_size")},
+    "draft_vocab_size": DRAFTED,
+    "norm_before_residual": False,
+    "speculators_config": {"verifier": {"name_or_path": "org/its-target"}},
+}
+TARGET = TargetFacts("org/its-target", HIDDEN, LAYERS, WORDS)
+
+
+def tensors(first: str = "midlayer.", features: int = 3) -> dict[str, torch.Tensor]:
+    """Those of an EAGLE-3 head."""
+    shapes = {
+        "fc.weight": (HIDDEN, features * HIDDEN),
+        f"{first}self_attn.q_proj.weight": (16, 2 * HIDDEN),
+        f"{first}self_attn.k_proj.weight": (8, 2 * HIDDEN),
+        f"{first}self_attn.v_proj.weight": (8, 2 * HIDDEN),
+        f"{first}self_attn.o_proj.weight": (HIDDEN, 16),
+        f"{first}mlp.gate_proj.weight": (24, HIDDEN),
+        "norm.weight": (HIDDEN,),
+        "lm_head.weight": (DRAFTED, HIDDEN),
+        "d2t": (DRAFTED,),
+    }
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def checkpoint(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], pickled: bool = False) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("first", ["midlayer.", "layers.0.", "model.layers.0.", "draft_model.midlayer."])
+def test_a_flat_eagle3_head_is_known_by_its_tensors(tmp_path: Path, first: str, pickled: bool):
+    found = describe(checkpoint(tmp_path, FLAT, tensors(first), pickled), TARGET)
+    expected = "EAGLE-3 head, 1 layer, 20 draft tokens, features after layers 1, 13 and 24 of 28"
+    assert found.kind == "eagle3" and found.line.startswith(expected) and "by default" in found.line
+    assert found.features == (1, 13, 24) and found.feature_width == 3 * HIDDEN
+
+
+def test_an_envelope_is_known_by_its_type_and_a_p_eagle_head_by_its_mask(tmp_path: Path):
+    found = describe(checkpoint(tmp_path / "a", ENVELOPE, tensors("layers.0.")), TARGET)
+    assert found.kind == "eagle3" and found.target == "org/its-target" and not found.warnings
+    masked = tensors() | {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)}
+    parallel = ENVELOPE | {"speculators_model_type": "peagle", "mask_token_id": 7}
+    for config in (parallel, FLAT | {"ptd_token_id": 7}):
+        found = describe(checkpoint(tmp_path / "b", config, masked), TARGET)
+        assert found.kind == "peagle" and found.shape.mask_token == 7 and "tokens a forward" in found.line
+
+
+def test_an_eagle1_head_is_known_by_the_shape_of_its_fc(tmp_path: Path):
+    weights = {"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN), "fc.bias": torch.zeros(HIDDEN)}
+    for name, shape in {"q_proj": (16, HIDDEN), "k_proj": (8, HIDDEN)}.items():
+        weights[f"layers.0.self_attn.{name}.weight"] = torch.zeros(shape)
+    weights["layers.0.mlp.gate_proj.weight"] = torch.zeros(24, HIDDEN)
+    config = {name: value for name, value in FLAT.items() if name != "draft_vocab_size"}
+    found = describe(checkpoint(tmp_path, config, weights), TARGET)
+    assert found.kind == "eagle" and found.features == (LAYERS,) and found.shape.vocabulary == WORDS
+
+
+def test_a_language_model_is_one(tmp_path: Path):
+    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": HIDDEN}
+    found = describe(checkpoint(tmp_path, config, {"model.norm.weight": torch.zeros(HIDDEN)}))
+    assert found.kind == "causal-lm" and found.line == "llama language model, 4 layers"
+    assert describe("smollm2-135m-draft").kind == "causal-lm"
+    assert describe("smollm2-135m-feature").kind == describe("feature:smollm2-135m-feature").kind == "feature"
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({}, (1, 13, 24)),
+        ({IDS: [2, 14, 25]}, (1, 13, 24)),
+        ({"eagle_config": {IDS: [1, 13, 24]}}, (1, 13, 24)),
+        ({IDS: [1, 13, 24]}, (1, 13, 24)),  # moved to the top as it was
+        ({"eagle_config": {IDS: [2, 14, 25]}}, (1, 13, 24)),
+        ({IDS: [3, 9, 20]}, (2, 8, 19)),
+        ({"eagle_config": {IDS: [3, 9, 20]}}, (3, 9, 20)),
+        ({"speculators_model_type": "eagle3", IDS: None}, (1, 13, 24)),
+        ({"speculators_model_type": "eagle3", IDS: [1, 13, 24]}, (0, 12, 23)),  # its one meaning, whatever the numbers
+    ],
+)
+def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected: tuple[int, ...]):
+    assert layer_ids(config, LAYERS)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"medusa_num_heads": 5}, "is a Medusa drafter"),
+        ({"hydra_num_heads": 5}, "is a Hydra drafter"),
+        ({"speculators_model_type": "hass"}, "speculators type 'hass'"),
+        ({"head_dim": 8}, "by which layers.0.self_attn.q_proj.weight has the shape"),
+        ({IDS: [2, 14]}, "names 2 layers, and its fc.weight reads 3 hidden states"),
+        ({"target_hidden_size": 24}, "its fc.weight reads 2 hidden states of 24|hidden states of 24 numbers"),
+        ({"hidden_size": None}, "lacks a value that it needs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, change: dict, sentence: str):
+    with pytest.raises(PearlError, match=sentence):
+        describe(checkpoint(tmp_path, FLAT | {"architectures": ["LlamaForCausalLMEagle3"]} | change, tensors()), TARGET)
+
+
+def test_an_envelope_has_to_say_what_engines_guess_differently(tmp_path: Path):
+    config = {name: value for name, value in ENVELOPE.items() if name != "norm_before_residual"}
+    with pytest.raises(PearlError, match="does not say norm_before_residual"):
+        describe(checkpoint(tmp_path, config, tensors()), TARGET)
+
+
+def test_a_drafter_of_another_target_is_refused_and_one_of_another_name_warned_of(tmp_path: Path):
+    name = checkpoint(tmp_path, ENVELOPE, tensors())
+    with pytest.raises(PearlError, match="hidden states of 16 numbers, and other has 32"):
+        describe(name, TargetFacts("other", 32, LAYERS, WORDS))
+    with pytest.raises(PearlError, match="drafts 20 tokens, and other knows 10"):
+        describe(name, TargetFacts("other", HIDDEN, LAYERS, 10))
+    with pytest.raises(PearlError, match="and other has 20 layers"):
+        describe(
+            checkpoint(tmp_path, ENVELOPE | {IDS: [2, 14, 25]}, tensors()), TargetFacts("other", HIDDEN, 20, WORDS)
+        )
+    found = describe(name, TargetFacts("org/a-fine-tune", HIDDEN, LAYERS, WORDS))
+    assert "names org/its-target as its target, not org/a-fine-tune" in found.warnings[0]
+
+
+class _Runs:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    name = checkpoint(tmp_path / "a", FLAT, {}, pickled=True)
+    (tmp_path / "a" / "pytorch_model.bin").write_bytes(pickle.dumps({"fc.weight": _Runs()}))
+    with pytest.raises(PearlError, match="is not a file of tensors alone"):
+        describe(name, TARGET)
+    assert not Path("ran").exists()
+
+
+def test_pairs_describes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    name = checkpoint(tmp_path / "head", ENVELOPE, tensors())
+    assert pairs.main([name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("EAGLE-3 head, 1 layer, 20 draft tokens, features after layers 1, L / 2 - 1 and L - 4 of L")
+    assert "Target: org/its-target." in said and "million weights" in said
+    assert pairs.main([checkpoint(tmp_path / "medusa", {"medusa_num_heads": 2}, {})]) == 2
+    EngineConfig(draft=name)
