@@ -1,25 +1,36 @@
-"""`pearl chat`: a talk in the terminal, in which one sees which tokens were drafted.
+"""`pearl chat`: a talk in the terminal, in which one sees which tokens were guessed, and by whom.
 
-On a terminal, green is what the drafter had guessed and the target accepted; the rest are the target's own tokens. The
-text is the same without a drafter. Lines that are piped in are turns, and the answers come out as plain text.
+On a terminal what a source had guessed and the target accepted has that source's colour; the rest are the target's own
+tokens. The text is the same without a drafter. Lines that are piped in are turns, and the answers come out as plain
+text.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from pearl.config import cli
 from pearl.core.stopping import Decode, TextStream
+from pearl.core.trie import DRAFT, OWN
 from pearl.errors import PearlError, UsageError
 
-DRAFTED, FAINT, END = "\033[32m", "\033[2m", "\033[0m"
+FAINT, END = "\033[2m", "\033[0m"
+COLOURS = {  # by origin; one that is not here has the drafter's
+    DRAFT: ("green", "\033[32m"),
+    "mtp": ("magenta", "\033[35m"),
+    "feature": ("magenta", "\033[35m"),
+    "suffix": ("yellow", "\033[33m"),
+    "recycled": ("blue", "\033[34m"),
+}
 COMMANDS = "/quit ends, /new forgets the talk; Ctrl-C stops an answer"
 
 
@@ -45,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with Engine.from_pretrained(**asdict(config), mode=schedule, processes=found.processes) as engine:
         if person:
-            drafts = f"{config.draft} drafts; {DRAFTED}what it guessed right is green{END}" if colours else config.draft
+            drafts = f"{config.draft} drafts; what was guessed right is in colour" if colours else config.draft
             print(f"{config.target}, {drafts if schedule.drafts else 'alone'}. {COMMANDS}.", file=sys.stderr)
         talk = Talk(engine, params, found.system)
         for line in lines(person):
@@ -87,9 +98,9 @@ class Talk:
         self._text = "" if self._chat else system or ""
         self.answer: Any = None  # the last one, once it is there
 
-    def say(self, words: str) -> Iterator[tuple[list[int], int]]:
-        """The answer pass by pass: the tokens committed, and how many of them were drafted. What both models have read
-        of the talk is not read again. Raises `UsageError` where the talk has become too long."""
+    def say(self, words: str) -> Iterator[tuple[list[int], tuple[str, ...]]]:
+        """The answer pass by pass: the tokens committed, and the origin of each. What both models have read of the talk
+        is not read again. Raises `UsageError` where the talk has become too long."""
         from pearl.engine import Generation, GenerationRequest
 
         asked = [*self._messages, {"role": "user", "content": words}]
@@ -105,7 +116,7 @@ class Talk:
                 else:
                     tokens += said
                     assert request.text, "a text under way"
-                    yield said, request.text.passes[number].accepted
+                    yield said, request.text.passes[number].origins
         finally:  # also where the reader has heard enough
             if tokens:
                 self._last = request
@@ -118,13 +129,13 @@ class Talk:
 
 
 def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
-    began, drafted, count, passes = time.perf_counter(), 0, 0, 0
+    began, guessed, count, passes = time.perf_counter(), Counter[str](), 0, 0
     text = Painted(talk.decode, colours)
     try:
         with stoppable() as stopped:
-            for tokens, accepted in talk.say(line):
-                print(text.add(tokens, accepted), end="", flush=True)
-                drafted, count, passes = drafted + min(accepted, len(tokens)), count + len(tokens), passes + 1
+            for tokens, origins in talk.say(line):
+                print(text.add(tokens, origins), end="", flush=True)
+                guessed, count, passes = guessed + Counter(origins), count + len(tokens), passes + 1
                 if stopped:
                     break
     except PearlError as error:
@@ -133,28 +144,40 @@ def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
     print(text.rest())
     if person and count:
         rate = count / (time.perf_counter() - began)
-        told = f"{count} tokens in {passes} passes, {drafted} of them drafted, {rate:.1f} tokens/s"
+        told = f"{count} tokens in {passes} passes, {said_of(guessed, colours)}, {rate:.1f} tokens/s"
         print(f"{FAINT}{told}{END}" if colours else told, file=sys.stderr)
 
 
+def said_of(guessed: Counter[str], colours: bool) -> str:
+    """How many tokens each origin has guessed."""
+    found = {origin: count for origin, count in guessed.items() if origin != OWN}
+    if not found:
+        return "none of them guessed"
+    names = {origin: f"{origin} ({COLOURS.get(origin, COLOURS[DRAFT])[0]})" if colours else origin for origin in found}
+    return ", ".join(f"{count} by {names[origin]}" for origin, count in found.items())
+
+
 class Painted:
-    """A text as it grows, in whole characters, what was drafted in another colour."""
+    """A text as it grows, in whole characters, what was guessed in the colour of who guessed it."""
 
     def __init__(self, decode: Decode, colours: bool):
         self._stream, self._decode, self._colours = TextStream(decode), decode, colours
         self._tokens: list[int] = []
 
-    def add(self, tokens: Sequence[int], drafted: int) -> str:
-        """What these tokens of a pass add: the first `drafted` were guessed, the others are the target's own."""
+    def add(self, tokens: Sequence[int], origins: Sequence[str]) -> str:
+        """What these tokens of a pass add, by the origin of each."""
         self._tokens += tokens
-        return self._piece(tokens[:drafted], DRAFTED) + self._piece(tokens[drafted:], "")
+        runs = itertools.groupby(zip(tokens, origins, strict=True), key=lambda one: one[1])
+        return "".join(self._piece([token for token, _ in run], origin) for origin, run in runs)
 
     def rest(self) -> str:
         return self._stream.end(self._decode(self._tokens))
 
-    def _piece(self, tokens: Sequence[int], colour: str) -> str:
-        piece = self._stream.add(tokens) if tokens else ""
-        return f"{colour}{piece}{END}" if piece and colour and self._colours else piece
+    def _piece(self, tokens: Sequence[int], origin: str) -> str:
+        piece = self._stream.add(tokens)
+        if not piece or origin == OWN or not self._colours:
+            return piece
+        return f"{COLOURS.get(origin, COLOURS[DRAFT])[1]}{piece}{END}"
 
 
 @contextlib.contextmanager

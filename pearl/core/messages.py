@@ -6,7 +6,8 @@
                                   comes another way
                          End      the sequence is over
     drafter -> target    Costs    once: the seconds of a forward by its rows
-                         Nodes    guesses: (id, parent id, token, score) each, and q where rejection sampling needs it
+                         Nodes    guesses: (id, parent id, token, score, origin) each, and q where rejection sampling
+                                  needs it
                          DraftStats what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
                          Beat     nothing to say, but alive
@@ -27,6 +28,7 @@ import numpy as np
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
+from pearl.core.trie import DRAFT
 
 MOST = 1 << 28  # words of a message: the features of a long prompt are the longest
 
@@ -44,6 +46,7 @@ class Guess:
     token: int
     proposal: tuple[tuple[int, float], ...] = ()
     logp: float = 0.0  # see trie.Node
+    origin: str = DRAFT
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pearl.core.messages import DraftStats
+from pearl.core.trie import OWN
 
 
 class SampleKey(NamedTuple):
@@ -28,7 +29,13 @@ class GuessOutcome:
     """One place of the text where there were guesses when the target picked."""
 
     rank: int | None  # of the pick among them, 0 the first; None: it was not there
-    q: tuple[float, ...]  # their probabilities, as the drafter saw them; 1: it had none
+    q: tuple[float, ...]  # their probabilities, as their sources saw them; 1: it had none
+    origins: tuple[str, ...] = ()  # and who these were, see pearl.core.trie
+
+    @property
+    def origin(self) -> str:
+        """Who guessed the pick; `OWN` if nobody did."""
+        return OWN if self.rank is None else self.origins[self.rank]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,13 @@ class Pass:
     others_s: float = 0.0  # of `seconds`: spent on the prompts and passes of other texts alone
     verified: int = 0  # places of the walk at which the pass had read a guess; 0: it is no verification
     accepted_rows: int = 0  # of those: where one was right, so that the walk went through its row
+    rows_by: Mapping[str, int] = field(default_factory=dict)  # of `offered`: by origin
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Of each committed token who guessed it, or `OWN`."""
+        found = [one.origin for one in self.judged][: self.committed]
+        return (*found, *[OWN] * (self.committed - len(found)))
 
     @property
     def share_s(self) -> float:

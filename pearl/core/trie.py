@@ -19,6 +19,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+DRAFT = "draft"
+# Where a node came from: the kind of source that guessed it. Where two guess the same, the one further up is believed,
+# as it has read more of the text.
+ORIGINS = (
+    DRAFT,  # a smaller model
+    "mtp",  # heads that came with the target
+    "feature",  # a drafter that reads the target's hidden states
+    "suffix",  # what followed such tokens before
+    "recycled",  # what the target itself would have said after such a token
+    "synthetic",  # made up, for measurements
+)
+OWN = ""  # in place of an origin: a token of the target's own, which nobody had guessed
+ORIGIN_NUMBER = {origin: number for number, origin in enumerate(ORIGINS)}
+
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -30,7 +44,8 @@ class Node:
     proposal: tuple[
         tuple[int, float], ...
     ] = ()  # (token, q) where `token` was sampled from; empty: proposed for certain
-    logp: float = 0.0  # log of the chance, as the drafter sees it, that the walk goes here once it is at the parent
+    logp: float = 0.0  # log of the chance, as its source sees it, that the walk goes here once it is at the parent
+    origin: str = DRAFT  # of that source, one of `ORIGINS`
     dead: bool = False  # the text went another way
 
 
@@ -52,11 +67,17 @@ class Trie:
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
 
     def grow(
-        self, parent: Node, token: int, proposal: tuple[tuple[int, float], ...] = (), logp: float = 0.0
+        self,
+        parent: Node,
+        token: int,
+        proposal: tuple[tuple[int, float], ...] = (),
+        logp: float = 0.0,
+        origin: str = DRAFT,
     ) -> Node | None:
         """The node "`token` follows `parent`", or None where the text has already decided otherwise.
 
-        A node that is there already keeps its place and its proposal; `logp` replaces what was thought of it before.
+        A node that is there already keeps its place and its proposal; `logp` replaces what was thought of it before,
+        unless that came from a source that knows more.
         """
         if parent.dead:
             return None
@@ -69,8 +90,9 @@ class Trie:
             parent = self.root  # the same token at the same place, whatever object names it
         node = parent.children.get(token)
         if node is None:
-            node = parent.children[token] = Node(token, parent.position + 1, proposal=proposal)
-        node.logp = logp
+            node = parent.children[token] = Node(token, parent.position + 1, {}, proposal, logp, origin)
+        elif ORIGIN_NUMBER[origin] <= ORIGIN_NUMBER[node.origin]:
+            node.logp, node.origin = logp, origin
         return node
 
     def commit(self, tokens: Sequence[int]) -> bool:

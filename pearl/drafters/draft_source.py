@@ -18,7 +18,7 @@ from torch import Tensor
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.trie import Node, Trie
+from pearl.core.trie import DRAFT, Node, Trie
 
 MAX_CHILDREN = 6  # guesses after a node at most
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
@@ -71,6 +71,7 @@ class TreeQuery:
 class DraftSource:
     """What a source can do, and the defaults of one that can do no more than `propose`."""
 
+    origin: str = DRAFT  # of its nodes, one of `pearl.core.trie`
     grows_trees: bool = False  # it has `extend`
     makes_trees_alone: bool = (
         False  # one forward makes a tree by itself; else a chain, unless it extends several leaves

@@ -10,6 +10,8 @@ from pearl.drafters.draft_source import Chain, DraftSource
 class NgramSource(DraftSource):
     """Prompt lookup (Saxena 2023): what followed the last few tokens the last time they occurred. No weights."""
 
+    origin = "suffix"
+
     def __init__(self, longest: int = 4, shortest: int = 2, most: int = 8):
         """Matches at most `longest` of the last tokens, at least `shortest`; proposes at most `most` at a time."""
         self._longest, self._shortest, self._most = longest, shortest, most

@@ -215,14 +215,16 @@ class OnePassSource(DraftSource):
             for token, guesses in zip(path, way if anew else (), strict=False):
                 if id(node) not in gone:
                     gone.add(id(node))
-                    new += grow_beam(trie, node, joint, [guesses], self._top_k)
+                    new += grow_beam(trie, node, joint, [guesses], self._top_k, self.origin)
                 node = node.children[token]
                 joint += node.logp
-            new += grow_beam(trie, leaf, joint if anew else logp, table[: deepest - len(path)], self._top_k)
+            new += grow_beam(
+                trie, leaf, joint if anew else logp, table[: deepest - len(path)], self._top_k, self.origin
+            )
         return new
 
 
-def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int) -> Grown:
+def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int, origin: str) -> Grown:
     """A beam of highest joint probability: every surviving parent meets every candidate of its depth."""
     beam = [(logp, leaf)]
     new: Grown = []
@@ -240,7 +242,7 @@ def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int) -
             if joint < MIN_PATH_LOGP and path is not first:
                 continue
             there = token in parent.children
-            child = trie.grow(parent, token, proposal, q)
+            child = trie.grow(parent, token, proposal, q, origin)
             assert child is not None, "a source extends the tree that it was given"
             if not there:
                 new.append((parent, child))

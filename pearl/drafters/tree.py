@@ -95,7 +95,7 @@ class TreeSource(ModelSource):
             for rank, (token, logp, proposal) in enumerate(after):
                 if rank and joint + logp < MIN_PATH_LOGP:
                     break
-                child = trie.grow(node, token, proposal, logp)
+                child = trie.grow(node, token, proposal, logp, self.origin)
                 assert child is not None, "a source extends the tree that it was given"
                 new.append((node, child))
         return new

@@ -7,6 +7,7 @@ records. Only committed tokens count.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from pearl.core import theory
 from pearl.core.records import GenerationStats, Pass, SampleKey
+from pearl.core.trie import ORIGINS
 from pearl.evaluation.measures import acceptance, intervals
 
 Runs = dict[SampleKey, GenerationStats]
@@ -90,6 +92,7 @@ def _verification(texts: Sequence[GenerationStats]) -> Figures:
         "tokens_per_rejection": _ratio(tokens, sum(p.accepted < p.tested for p in passes)),
         "acceptance": _ratio(sum(p.accepted for p in passes), sum(p.tested for p in passes)),
         **acceptance.counted(passes),
+        "by_origin": by_origin(passes),
         "pauses": sum(p.ahead == 0 for p in decoding),
         "texts_per_pass": sum(p.texts for p in decoding) / len(decoding) if decoding else None,
         "occupancy": occupancy(texts),
@@ -159,6 +162,19 @@ def _beside_ar(runs: Runs, ar: Runs, figures: Figures) -> Figures:
         else None,
         "first_divergence_gaps": None,  # who has the model says
         "predicted_speedup": _predicted(next(iter(runs.values())).mode, figures, ar) if mine else None,
+    }
+
+
+def by_origin(passes: Sequence[Pass]) -> dict[str, dict[str, int]]:
+    """What each kind of source was worth: its guesses that stood where the target picked, those that it picked, and
+    the rows of passes that its guesses took. A guess that came during the pass was judged without a row."""
+    offered = Counter(origin for p in passes for one in p.judged for origin in one.origins)
+    accepted = Counter(one.origin for p in passes for one in p.judged)
+    rows: Counter[str] = sum((Counter(p.rows_by) for p in passes), Counter())
+    return {
+        origin: {"offered": offered[origin], "accepted": accepted[origin], "rows": rows[origin]}
+        for origin in ORIGINS
+        if offered[origin] or rows[origin]
     }
 
 

@@ -30,6 +30,7 @@ from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.core.messages import DraftStats
 from pearl.core.records import GenerationStats, GuessOutcome, Pass, SampleKey
+from pearl.core.trie import DRAFT
 from pearl.errors import UsageError
 from pearl.evaluation import lines
 from pearl.evaluation.lines import REMEDY, Line
@@ -260,13 +261,17 @@ def _draft_stats(line: Line) -> DraftStats:
 
 
 def _pass(line: Line) -> Pass:
-    """Early lines know no paths, and do not say what of the guesses a pass had read."""
+    """Early lines know no paths and no origins, and do not say what of the guesses a pass had read."""
     facts = (
         {"paths": 0}
         | ({} if "verified" in line else of_early_line(line))
         | {name: value for name, value in line.items() if name in Pass.__dataclass_fields__}
     )
-    return Pass(**facts | {"judged": tuple(GuessOutcome(one["rank"], tuple(one["q"])) for one in line["judged"])})
+    judged = tuple(
+        GuessOutcome(one["rank"], tuple(one["q"]), tuple(one.get("origins", [DRAFT] * len(one["q"]))))
+        for one in line["judged"]
+    )
+    return Pass(**facts | {"judged": judged})
 
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Verify:
     rows: int
     committed: int
     outcome: str  # hit, prepared (a hit, but not of the first guess) or miss
+    origins: tuple[str, ...] = ()  # of each token that it commits, see pearl.core.trie
 
     @property
     def reached(self) -> int:
@@ -124,7 +125,8 @@ def passes(events: Sequence[Event]) -> list[Verify]:
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"A verify span of the trace lacks a fact ({error}); trace the run again.") from None
         outcome = "miss" if not hit else "prepared" if which in prepared else "hit"
-        made.append(Verify(sequence, span.began, span.ended, position, rows, committed, outcome))
+        origins = tuple(map(str, span.facts.get("origins", ())))
+        made.append(Verify(sequence, span.began, span.ended, position, rows, committed, outcome, origins))
     return made
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pearl.core.timeline import ROLES
+from pearl.core.trie import ORIGINS, OWN
 from pearl.evaluation.trace import Event, Panel, Verify, Window
 
 WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.2  # inches; head and lanes are a panel's
@@ -27,6 +28,8 @@ FILL = {
     "plain": "#56B4E9",
     "draft": "#5DBB9D",
 }
+BY = {"draft": "#5DBB9D", "mtp": "#CC79A7", "feature": "#CC79A7", "suffix": "#F0E442", "recycled": "#8C6BB1"}
+BY_OTHERS, STRIP = "#5DBB9D", 0.14  # an origin without a colour of its own; lanes that the committed tokens take
 INK, PALE, BUBBLE = "#333333", "#B0B0B0", "#F5EDBE"
 WAIT: dict[str, Any] = dict(facecolor="white", edgecolor=PALE, hatch="////", linewidth=0)
 LEGEND = {
@@ -38,7 +41,9 @@ LEGEND = {
     "draft": "draft",
     "wait": "wait",
 }
-CAPTION = "A bar is as high as its forward has rows. The number is how many tokens the pass commits."
+CAPTION = (
+    "A bar is as high as its forward has rows. The number is how many tokens the pass commits; above, who guessed them."
+)
 
 
 def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window) -> bytes:
@@ -61,7 +66,9 @@ def draw(events: Sequence[Event], shown: Sequence[Panel], window: Window) -> byt
         axes.tick_params(labelbottom=place == len(shown))
     axes.set_xlabel(window.zero, color=INK)
     kinds = {_kind(event, panel) for panel, found in inside.items() for event in found}
-    _draw_legend(figure, kinds, any(panel.bubbles() for panel in shown), height)
+    there = {origin for span in spans for origin in span.facts.get("origins", ())}
+    origins = [origin for origin in ORIGINS if origin in there]
+    _draw_legend(figure, kinds, origins, any(panel.bubbles() for panel in shown), height)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
@@ -115,11 +122,21 @@ def _draw_spans(axes: Any, panel: Panel, window: Window, spans: Sequence[Event],
         look = WAIT if kind == "wait" else dict(facecolor=FILL[kind], edgecolor="white", linewidth=0.6)
         axes.broken_barh([(began, ended - began)], (up * HALF_GAP, up * high), zorder=2, **look)
         if span.name == "verify":
+            _draw_tokens(axes, began, ended, HALF_GAP + high, span.facts.get("origins", ()))
             left, right, text = max(began, window.low), min(ended, window.high), str(span.facts["committed"])
             if (right - left) * _points_per_ms(window) > 6 * len(text) + 3:
                 colour = INK if kind in ("prepared", "plain") else "white"
                 middle = ((left + right) / 2, HALF_GAP + high / 2)
                 axes.text(*middle, text, ha="center", va="center", color=colour, fontsize=9, fontweight="bold")
+
+
+def _draw_tokens(axes: Any, began: float, ended: float, floor: float, origins: Sequence[str]) -> None:
+    """The tokens that a pass commits, on top of its bar: each in the colour of who guessed it, white if nobody."""
+    width = (ended - began) / max(1, len(origins))
+    for place, origin in enumerate(origins):
+        colour = "white" if origin == OWN else BY.get(origin, BY_OTHERS)
+        spot = [(began + place * width, width)], (floor, STRIP)
+        axes.broken_barh(*spot, zorder=2, facecolor=colour, edgecolor=PALE, linewidth=0.5)
 
 
 def _draw_bubbles(axes: Any, panel: Panel, window: Window) -> None:
@@ -147,12 +164,13 @@ def _points_per_ms(window: Window) -> float:
     return 72 * (WIDTH - LEFT - RIGHT) / (window.high - window.low)
 
 
-def _draw_legend(figure: Any, kinds: set[str], bubbles: bool, height: float) -> None:
+def _draw_legend(figure: Any, kinds: set[str], origins: Sequence[str], bubbles: bool, height: float) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     looks: dict[str, dict[str, Any]] = {**{kind: dict(facecolor=fill) for kind, fill in FILL.items()}, "wait": WAIT}
     handles: list[Any] = [Patch(label=LEGEND[kind], **looks[kind]) for kind in LEGEND if kind in kinds]
+    handles += [Patch(facecolor=BY.get(origin, BY_OTHERS), label=f"by {origin}") for origin in origins]
     if bubbles:
         handles.append(Patch(facecolor=BUBBLE, label="root alone: no guess to verify"))
     if "verdict" in kinds:

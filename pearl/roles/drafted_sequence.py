@@ -60,7 +60,8 @@ class DraftedSequence:
         if exhausted:
             self.exhausted_at = root.position
         guesses = tuple(
-            Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp) for parent, node in grown
+            Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp, node.origin)
+            for parent, node in grown
         )
         return Nodes(self.start.sequence, self.name(root), root.position, exhausted, guesses)
 

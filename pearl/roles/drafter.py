@@ -134,7 +134,7 @@ class Drafter:
             chain = sequence.trie.chain()
             leaf, grown = chain[-1] if chain else sequence.trie.root, []
             for token, proposal in guesses or []:
-                node = sequence.trie.grow(leaf, token, proposal)
+                node = sequence.trie.grow(leaf, token, proposal, origin=self._source.origin)
                 assert node is not None, "the drafter's own root is up to date with its own text"
                 grown.append((leaf, node))
                 leaf = node

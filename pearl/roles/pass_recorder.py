@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from pearl.core.messages import DraftPlan
 from pearl.core.records import Pass
@@ -49,6 +51,7 @@ def record(
             forward_s=times.read - times.ready + reading_s,
             seconds=times.ended - times.began,
             texts=sequences,
+            rows_by=dict(Counter(node.origin for node in rows.nodes[1:])),
             others_s=times.ended - times.began - (times.ended - times.since + reading_s),
             verified=walked.verified,
             accepted_rows=walked.accepted_rows,
@@ -64,7 +67,13 @@ def draw(sequence: SequenceState, times: PassTimes, trace: Trace, drafts: bool) 
     at = {"sequence": sequence.sequence, "position": one.position}
     if one.waited_s > 1e-4:
         trace.span("wait", times.since, times.ready, **at)
-    facts = {"rows": one.offered + 1, "offered": one.offered, "committed": one.committed, "hit": one.hit}
+    facts: dict[str, Any] = {
+        "rows": one.offered + 1,
+        "offered": one.offered,
+        "committed": one.committed,
+        "hit": one.hit,
+    }
+    facts["origins"] = one.origins
     trace.span("prefill" if len(sequence.passes) == 1 else "verify", times.ready, times.ended, **at, **facts)
     prepared = bool(one.judged) and one.judged[-1].rank not in (0, None)
     trace.instant("hit" if one.hit else "miss", times.read, **at, prepared=prepared)

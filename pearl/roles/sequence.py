@@ -82,7 +82,7 @@ class SequenceState:
         self._nodes.setdefault(message.root, Node(self.trie.tokens[at], at))
         for guess in message.guesses:
             parent = self._nodes.get(guess.parent)
-            node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp)
+            node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp, guess.origin)
             if node:
                 self._nodes[guess.id] = node
         if message.exhausted:

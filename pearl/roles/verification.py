@@ -170,7 +170,8 @@ def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tupl
             controller.record_guess(child.logp, child.token == token, first=place == 0)
         guesses = list(node.children)
         q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
-        outcomes.append(GuessOutcome(guesses.index(token) if token in guesses else None, q))
+        origins = tuple(child.origin for child in node.children.values())
+        outcomes.append(GuessOutcome(guesses.index(token) if token in guesses else None, q, origins))
         node = node.children.get(token)
     return tuple(outcomes)
 

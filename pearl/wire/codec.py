@@ -38,6 +38,7 @@ from pearl.core.messages import (
 )
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
+from pearl.core.trie import ORIGIN_NUMBER, ORIGINS
 from pearl.errors import UsageError
 
 _AUTO = -1  # on the wire
@@ -47,6 +48,7 @@ _SETTINGS = (
     "max_verify_tokens",
     "max_draft_tokens",
 )  # a number each, None: auto
+_ORIGIN_SHIFT = 16  # bits of a guess's origin above the size of its proposal, in one word
 _LARGEST = 2**31 - 1  # no vocabulary is larger
 
 Words = np.ndarray  # int32 [n]
@@ -204,15 +206,19 @@ def _read_spans(of: _Reader) -> tuple[float, ...]:
 
 
 def _write_guess(to: _Writer, guess: Guess) -> None:
-    to.put("i", guess.id, guess.parent, guess.token, len(guess.proposal), *(token for token, _ in guess.proposal))
+    counts = len(guess.proposal) | ORIGIN_NUMBER[guess.origin] << _ORIGIN_SHIFT
+    to.put("i", guess.id, guess.parent, guess.token, counts, *(token for token, _ in guess.proposal))
     to.put("f", *(q for _, q in guess.proposal), guess.logp)
 
 
 def _read_guess(of: _Reader) -> Guess:
-    id, parent, token, support = of.get("i", 4)
+    id, parent, token, counts = of.get("i", 4)
+    origin, support = counts >> _ORIGIN_SHIFT, counts & (1 << _ORIGIN_SHIFT) - 1
+    if not 0 <= origin < len(ORIGINS):
+        raise Garbage(f"there is no origin {origin}")
     tokens = of.get("i", support)
     *q, logp = of.get("f", support + 1)
-    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp)
+    return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp, ORIGINS[origin])
 
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -12,9 +12,10 @@ import tiny
 
 from pearl import Engine
 from pearl.commands import chat
-from pearl.commands.chat import DRAFTED, END, Painted, Talk, turn
+from pearl.commands.chat import COLOURS, END, Painted, Talk, turn
 from pearl.core.params import SamplingParams
 
+DRAFTED, RECYCLED = COLOURS["draft"][1], COLOURS["recycled"][1]
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
 
@@ -24,20 +25,21 @@ def engine(pair, own_cache):
         yield made
 
 
-def test_what_was_drafted_is_in_colour_and_the_rest_is_not():
+def test_what_was_guessed_has_the_colour_of_its_origin_and_the_rest_none():
     text = Painted(lambda tokens: "".join(map(chr, tokens)), colours=True)
-    assert text.add([97, 98, 99], 2) == f"{DRAFTED}ab{END}c"
-    assert text.add([100], 0) == "d" and text.rest() == ""
+    assert text.add([97, 98, 99], ("draft", "draft", "")) == f"{DRAFTED}ab{END}c"
+    assert text.add([97, 98, 99], ("recycled", "draft", "")) == f"{RECYCLED}a{END}{DRAFTED}b{END}c"
+    assert text.add([100], ("",)) == "d" and text.rest() == ""
     plain = Painted(lambda tokens: "".join(map(chr, tokens)), colours=False)
-    assert plain.add([97, 98], 1) == "ab"
+    assert plain.add([97, 98], ("draft", "")) == "ab"
 
 
 def test_half_a_character_waits_for_the_other_half():
     text = Painted(lambda tokens: bytes(tokens).decode("utf-8", "replace"), colours=True)
     first, second = "é".encode()
-    assert text.add([97, first], 1) == f"{DRAFTED}a{END}"
-    assert text.add([second], 1) == f"{DRAFTED}é{END}"
-    assert text.add([first], 0) == "" and text.rest() == "\N{REPLACEMENT CHARACTER}"
+    assert text.add([97, first], ("draft", "")) == f"{DRAFTED}a{END}"
+    assert text.add([second], ("draft",)) == f"{DRAFTED}é{END}"
+    assert text.add([first], ("",)) == "" and text.rest() == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_turn_goes_on_from_the_ones_before(engine):
@@ -45,8 +47,8 @@ def test_a_turn_goes_on_from_the_ones_before(engine):
     said = ["", ""]
     for number, words in enumerate(("first", "second")):
         answer: list[int] = []
-        for tokens, accepted in talk.say(words):
-            assert 0 <= accepted <= len(tokens)
+        for tokens, origins in talk.say(words):
+            assert len(origins) == len(tokens) and set(origins) <= {"", "draft"}
             answer += tokens
         said[number] = talk.decode(answer)
     whole = [{"role": "user", "content": "first"}, {"role": "assistant", "content": said[0]}]

@@ -118,6 +118,14 @@ def test_the_same_guess_twice_is_one_node_and_keeps_what_it_was_drawn_from():
     assert first is again and again.proposal == ((1, 0.5), (2, 0.5))
 
 
+def test_of_two_sources_that_guess_the_same_the_one_that_has_read_more_is_believed():
+    for origins in (("recycled", "draft"), ("draft", "recycled")):
+        trie = Trie([0])
+        for origin in origins:
+            node = trie.grow(trie.root, 1, logp=-float(len(origin)), origin=origin)
+        assert (node.origin, node.logp) == ("draft", -5.0) and len(trie.root.children) == 1
+
+
 def test_the_subtree_below_a_hit_is_kept_and_its_siblings_die():
     trie = Trie([0])
     right, wrong = trie.grow(trie.root, 1), trie.grow(trie.root, 2)

@@ -8,7 +8,7 @@ import pytest
 from evaluations import text
 
 from pearl.core.messages import DraftStats
-from pearl.core.records import GenerationStats, SampleKey
+from pearl.core.records import GenerationStats, GuessOutcome, SampleKey
 from pearl.evaluation import metrics
 
 
@@ -50,6 +50,17 @@ def test_equal_devices_are_compared_too():
     figures = summary(**modes)
     assert [figures[mode]["speedup_vs_ar_all"] for mode in modes] == pytest.approx([4 / 6, 1.0, 2.0])
     assert summary(ar=modes["ar"])["ar"]["speedup_vs_ar_all"] is None
+
+
+def test_an_origin_is_told_by_what_was_compared_what_was_picked_and_what_was_read():
+    guess = GuessOutcome(1, (0.6, 0.2), ("draft", "recycled"))
+    nobody = GuessOutcome(None, (0.9,), ("draft",))
+    one = replace(text("tree", (1,)).passes[0], judged=(guess, nobody), committed=2, rows_by={"draft": 3})
+    assert one.origins == ("recycled", "")
+    assert metrics.by_origin([one, one]) == {
+        "draft": {"offered": 4, "accepted": 0, "rows": 6},
+        "recycled": {"offered": 2, "accepted": 2, "rows": 0},
+    }
 
 
 def test_a_drafter_is_busy_all_the_time_at_most():

@@ -103,6 +103,8 @@ def test_the_picture_shows_the_bubble_after_a_miss_and_shows_it_gone(path: Path)
         assert holds(pearl, colour) and holds(tree, colour)
     for colour in (trace_picture.BUBBLE, trace_picture.FILL["miss"]):
         assert holds(pearl, colour) and not holds(tree, colour)
+    by = trace_picture.BY["recycled"]
+    assert holds(image, by) and not holds(pearl, by), "and who has guessed the token that was prepared"
     assert holds(tree, trace_picture.FILL["prepared"]) and not holds(pearl, trace_picture.FILL["prepared"])
 
 

@@ -74,7 +74,7 @@ def said(folder: Path) -> list[tuple]:
     return [(x["task_id"], x["sample"], x["repeat"], x["turn"], x["mode"], x["tokens"]) for x in map(json.loads, lines)]
 
 
-OUTCOMES = (GuessOutcome(0, (0.25, 0.125)), GuessOutcome(None, ()))
+OUTCOMES = (GuessOutcome(0, (0.25, 0.125), ("draft", "suffix")), GuessOutcome(None, ()))
 ONE = Pass(3, 2, 1, 0, 0, 1, 1, 2, True, OUTCOMES, 1, 1, 1, 0.0, 0.5, 1.0, 2.0, verified=1, accepted_rows=1)
 
 

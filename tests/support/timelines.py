@@ -24,6 +24,7 @@ def live(target: Trace, drafter: Trace, mode: str, sequence: int, at: float, pas
     for which, rows in enumerate(ROWS[mode][:passes]):
         message, ended, missed = 100 * sequence + which, at + 0.98 * PASS_S, mode != "ar" and which == MISS
         facts = dict(position=position, rows=rows, offered=rows - 1, committed=(rows + 1) // 2)
+        facts["origins"] = ["draft"] * (facts["committed"] - 1) + ["recycled" if mode == "tree" and missed else ""]
         hit = mode == "tree" or not missed
         target.span("verify", at, ended, sequence=sequence, hit=hit, **facts)
         position += facts["committed"]

@@ -29,6 +29,7 @@ from pearl.core.params import MIN_TEMPERATURE, SamplingParams
 from pearl.core.sampling import SUPPORT
 from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
 from pearl.core.token_buckets import LIMIT
+from pearl.core.trie import ORIGINS
 from pearl.drafters.model import ModelSource
 from pearl.drafters.ngram import NgramSource
 from pearl.roles.target import Target
@@ -39,7 +40,7 @@ NUMBERS = st.integers(0, (1 << 31) - 1)
 LONG = st.integers(0, (1 << 63) - 1)
 SECONDS = st.floats(0, 1e9)
 PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
-GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32))
+GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32), st.sampled_from(ORIGINS))
 PLANS = st.builds(DraftPlan, NUMBERS, NUMBERS, NUMBERS)
 COUNTS = [field.name for field in fields(DraftStats) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
 TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
@@ -132,6 +133,13 @@ def test_a_start_carries_all_that_a_drafter_needs(start: Start):
 def test_the_second_word_tells_how_many_there_are(message):
     words = encode(message)
     assert words.dtype == np.int32 and length(words[:2]) == len(words)
+
+
+def test_a_guess_of_an_origin_that_is_none_is_garbage():
+    words = encode(Nodes(1, 2, 3, False, (Guess(1, 0, 5),))).copy()
+    words[words == 0] += len(ORIGINS) << 16  # the word with the origin is one of those that hold nothing
+    with pytest.raises(Garbage, match="origin"):
+        decode(words)
 
 
 def test_a_message_that_ends_early_is_garbage():

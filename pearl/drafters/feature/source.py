@@ -40,6 +40,8 @@ _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
 class FeatureSource(OnePassSource):
     """Chains and trees of the feature drafter."""
 
+    origin = "feature"
+
     def __init__(self, drafter: FeatureDrafter, top_k: int = 0, longest: int = 1 << 20):
         """`drafter` has its target attached. `top_k`: paths kept at each depth, 0: `TOP_K`; 1 makes chains.
         `longest`: tokens of a sequence."""
