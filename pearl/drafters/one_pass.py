@@ -49,13 +49,19 @@ class DraftedText:
 class PathsQuery:
     """Asks a forward about one sequence: what follows `trunk`, which is known for certain, and each path.
 
-    `state`: a `DraftedText`; `text`: the committed tokens; `processing`: what the target does to its logits."""
+    `state`: a `DraftedText`; `text`: the committed tokens; `processing`: what the target does to its logits; `way`: ask
+    also what follows the trunk and each node on the way to the end of a path."""
 
     state: Any
     trunk: Sequence[int]
     paths: Sequence[Sequence[int]]
     text: Sequence[int] = ()
     processing: LogitsProcessing | None = None
+    way: bool = True
+
+    def rows(self, path: Sequence[int], depths: int) -> int:
+        """Rows of logits after a path of one of `paths`."""
+        return (len(path) if self.way else 0) + depths
 
     def processed(self, logits: Tensor, depths: int) -> Tensor:
         """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
@@ -67,7 +73,7 @@ class PathsQuery:
         said = [
             [*self.trunk, *path[:end]]
             for path in self.paths
-            for end in range(len(path) + 1)
+            for end in range(0 if self.way else len(path), len(path) + 1)
             for _ in range(depths if end == len(path) else 1)
         ]
         return self.processing.of_guesses(logits, self.text, [one[len(self.text) :] for one in said])
@@ -102,7 +108,10 @@ class OnePassSource(DraftSource):
         for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
             some = list(group)
             positions = [
-                len(one.trunk) + row for one in some for path in one.paths for row in range(len(path) + self.depths)
+                len(one.trunk) + len(path) + self.depths - left
+                for one in some
+                for path in one.paths
+                for left in range(one.rows(path, self.depths), 0, -1)
             ]
             guesses = self._ranked(logits[first : first + len(positions)], positions, own)
             first += len(positions)
@@ -110,16 +119,16 @@ class OnePassSource(DraftSource):
             for one in some:
                 found.append([])
                 for path in one.paths:
-                    end = at + len(path)
-                    found[-1].append((guesses[at:end], guesses[end : end + self.depths]))
-                    at = end + self.depths
+                    last = at + one.rows(path, self.depths)
+                    found[-1].append((guesses[at : last - self.depths], guesses[last - self.depths : last]))
+                    at = last
         return found
 
     def _processed(self, queries: Sequence[PathsQuery], logits: Tensor) -> Tensor:
         """With what the target does to its own; over the target's vocabulary, if there is anything.  logits: [R, D]"""
         if not any(one.processing for one in queries):
             return logits
-        rows = [sum(len(path) + self.depths for path in one.paths) for one in queries]
+        rows = [sum(one.rows(path, self.depths) for path in one.paths) for one in queries]
         parts = self._of_target(logits).split(rows)
         return torch.cat([one.processed(part, self.depths) for one, part in zip(queries, parts, strict=True)])
 
@@ -157,7 +166,7 @@ class OnePassSource(DraftSource):
             state, tokens = self._sequences[one.batch_slot], [*one.tokens, *one.path]
             trunk = self.known(state, tokens)
             if self.ready(state, tokens[:trunk]) and len(tokens) + self.depths <= self._longest:
-                query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing)
+                query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing, way=False)
                 wanted[one.batch_slot] = query
         found = dict(zip(wanted, self.read_on(list(wanted.values())), strict=True))
         return [
@@ -182,6 +191,7 @@ class OnePassSource(DraftSource):
                 [list(path) for path, _, _ in leaves[one.batch_slot]],
                 one.trie.tokens,
                 one.processing,
+                way=self._anew(one),
             )
             for one in reading
         ]
@@ -203,10 +213,14 @@ class OnePassSource(DraftSource):
     def _deepest(self, query: TreeQuery) -> int:
         return min(query.max_depth, self._longest - len(query.trie.tokens) - self.depths)
 
+    def _anew(self, query: TreeQuery) -> bool:
+        """Whether the text has grown since the trie was last extended."""
+        return self._sequences[query.batch_slot].guessed != len(query.trie.tokens)
+
     def _hang(self, query: TreeQuery, leaves: Sequence[Leaf], read: Sequence[tuple[Guesses, Guesses]]) -> Grown:
         """Grows a trie by what was read of its leaves."""
         state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
-        anew = state.guessed != len(trie.tokens)
+        anew = self._anew(query)
         state.guessed = len(trie.tokens)
         new: Grown = []
         gone: set[int] = set()

@@ -32,6 +32,7 @@ class LeavesQuery:
     batch_slot: int
     tokens: Sequence[int]
     paths: Sequence[tuple[int, ...]]
+    passing: int = -1  # a token whose rows below the text are given back after the forward; -1: none is
 
 
 class DraftModel(LanguageModel):
@@ -56,7 +57,7 @@ class DraftModel(LanguageModel):
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         """As `read_leaves`, for several sequences in one forward, where their attention is ours."""
         if not uses_grouped_attention(self.model):
-            return [torch.cat([self._read_leaf(one, path) for path in one.paths]) for one in queries]
+            return [self._read_chains(one) for one in queries]
         found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
         parts, wanted, plans, trees = [], [], [], []
         for one in queries:
@@ -79,16 +80,25 @@ class DraftModel(LanguageModel):
             for part, rows in zip(parts, wanted, strict=True):
                 found[part.batch_slot].append(logits[places[part.batch_slot]][rows])
         for one, tree in zip(queries, trees, strict=True):
+            if one.passing >= 0:
+                tree.give_back(one.passing)
             self._slots[one.batch_slot].tree = tree
         return [
             torch.cat(found[one.batch_slot])[plan.order, : self.vocabulary]
             for one, plan in zip(queries, plans, strict=True)
         ]
 
-    def _read_leaf(self, query: LeavesQuery, path: tuple[int, ...]) -> Tensor:
-        """By a chain of its own: a model that makes its masks itself reads no others. It is timed on longer texts than
-        it may have to read."""
-        return self.read([*query.tokens, *path][: self.max_length], 1, batch_slot=query.batch_slot)
+    def _read_chains(self, query: LeavesQuery) -> Tensor:
+        """By chains, each with all paths that are a beginning of the next: a model that makes its masks itself reads
+        no others. It is timed on longer texts than it may have to read."""
+        found, some = [], list[tuple[int, ...]]()
+        for path, after in zip(query.paths, [*query.paths[1:], None], strict=True):
+            some.append(path)
+            if after is None or len(after) != len(path) + 1 or after[: len(path)] != path:
+                chain = [*query.tokens, *path][: self.max_length]
+                found.append(self.read(chain, min(len(some), len(chain)), batch_slot=query.batch_slot))
+                some = []
+        return torch.cat(found)
 
     def _lay_out_chunk(self, chunk: ForwardChunk, batch_slot: int) -> SequenceRows:
         cache = self._slots[batch_slot].cache

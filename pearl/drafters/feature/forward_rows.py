@@ -132,7 +132,7 @@ def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tens
         count = len(path) + slots
         positions += range(len(trunk), len(trunk) + count)
         groups.append((rows, count))
-        wanted += [fresh - 1, *range(rows, rows + count)]
+        wanted += [fresh - 1, *range(rows, rows + count)][-query.rows(path, slots + 1) :]
         rows += count
     return torch.cat(inputs), positions, RowBlock(kept, fresh, tuple(groups)), wanted
 

@@ -10,6 +10,7 @@ grows along a path that is there, its nodes join the prefix and what hung beside
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pearl.core.trie import shared_prefix
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.kv_cache.window import Window
 
@@ -77,6 +79,13 @@ def _as_mask(visible: np.ndarray) -> Tensor:
     return torch.from_numpy(visible)[None, None]
 
 
+def _nodes(paths: Sequence[tuple[int, ...]]) -> int:
+    """Of the tree that holds them: of each path in order what it does not share with the one before."""
+    ordered = sorted(paths)
+    shared = (shared_prefix(a, b) for a, b in itertools.pairwise(ordered))
+    return sum(map(len, ordered)) - sum(shared)
+
+
 class DraftTreeCache:
     """The slots of a cache, and which path lies where."""
 
@@ -92,7 +101,8 @@ class DraftTreeCache:
         """What to read so that `text` and each path after it has been; the last token of each path is read anew."""
         self._follow(text)
         missing = text[len(self._prefix) :]
-        if len(self._free) < len(missing) + sum(map(len, paths)):  # all that is not asked for makes room
+        free = len(self._free) - len(missing)
+        if free < sum(map(len, paths)) and free < _nodes(paths):  # all that is not asked for makes room
             self._release(list(self._end.children.values()))
             self._end.children = {}
         new: list[TreeNode] = []
@@ -113,6 +123,15 @@ class DraftTreeCache:
         wanted = sorted(set(places))
         high = int(self._used.nonzero()[0][-1]) + 1
         return ReadPlan(new, [wanted.index(place) for place in places], set(wanted), high, self._places)
+
+    def give_back(self, token: int) -> None:
+        """Frees the nodes of a token below the committed prefix, and what hangs on them."""
+        stack = [self._end]
+        while stack:
+            node = stack.pop()
+            if token in node.children:
+                self._release([node.children.pop(token)])
+            stack += node.children.values()
 
     def _follow(self, text: list[int]) -> None:
         """Moves the committed prefix along the text, up to the token before its last."""

@@ -1,0 +1,78 @@
+"""PARD: an ordinary causal language model that guesses K tokens in one forward (An et al. 2025, arXiv 2504.18583).
+
+After the text stand K - 1 *mask rows*, all of one token that the checkpoint names (`config.pard_token`), at the next
+positions; row j guesses token j + 1 without having seen the ones between. To the model they are rows as any others, so
+one causal forward over text, path and mask rows is all there is. K: as many as it was trained for (`para_num`), or
+asked for.
+
+    text, path     read once, kept in the cache of the draft tree
+    mask rows      read anew after every leaf, and given back after every forward
+
+Knows: how a leaf is asked about. Refuses to know: the beam (`pearl.drafters.one_pass`), the cache, the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from pearl.core.params import SamplingParams
+from pearl.drafters.model import LeafReader
+from pearl.drafters.one_pass import DraftedText, Guesses, OnePassSource, PathsQuery
+from pearl.models.draft_model import LeavesQuery
+from pearl.models.timing import best_of
+
+DEPTHS = 8  # of a checkpoint that does not say
+_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+
+
+class PardSource(OnePassSource):
+    """Chains and trees of a PARD model."""
+
+    origin = "pard"
+
+    def __init__(self, model: LeafReader, mask_token: int, depths: int = DEPTHS, top_k: int = 0):
+        """`mask_token`: of the mask rows. `depths`, `top_k`: see `OnePassSource`."""
+        super().__init__(depths, top_k, model.max_length)
+        self._model, self._mask_token = model, mask_token
+        self.begin(0, SamplingParams())
+        self.costs = self._time()
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        self._sequences[batch_slot] = DraftedText(params)
+        if not continues:
+            self._model.forget(batch_slot=batch_slot)
+
+    def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
+        if not queries:
+            return []
+        asked = [LeavesQuery(self._slot(one), one.trunk, self._paths(one), self._mask_token) for one in queries]
+        found = self._model.read_leaves_together(asked)
+        self.forwards += 1
+        self.rows += sum(map(len, found))
+        return self.tables(queries, torch.cat(found))
+
+    def _slot(self, query: PathsQuery) -> int:
+        return next(slot for slot, state in self._sequences.items() if state is query.state)
+
+    def _paths(self, query: PathsQuery) -> list[tuple[int, ...]]:
+        """The rows whose logits are wanted, each by the path that ends with it."""
+        wanted = []
+        for path in map(tuple, query.paths):
+            wanted += [path[:end] for end in range(0 if query.way else len(path), len(path) + 1)]
+            wanted += [path + (self._mask_token,) * more for more in range(1, self.depths)]
+        return wanted
+
+    def _time(self) -> tuple[float, ...]:
+        """Seconds of a forward of 1, 2, ... leaves."""
+        length, rounds = _TIMED
+        text, state = [0] * min(length, self._longest - self.depths - 1), self._sequences[0]
+        asked = [
+            PathsQuery(state, text, [(leaf,) for leaf in range(n)], way=False) for n in range(1, self.max_leaves + 1)
+        ]
+        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in asked)
+        self.begin(0, SamplingParams())
+        self.forwards = self.rows = 0
+        return costs
