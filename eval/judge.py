@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands.judge import main
+from pearl.commands.results.judge import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands.report import main
+from pearl.commands.results.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

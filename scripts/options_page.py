@@ -11,8 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from pearl import options
 from pearl.config import cli
 from pearl.config.commands import COMMANDS
+from pearl.config.server_config import ServerConfig
 from pearl.evaluation.eval_config import TASK
 from pearl.options import Option
 
@@ -43,19 +45,20 @@ They are refused, with the new name in the sentence.
 | --- | --- |
 """
 TAKEN_BY = {
-    cli.PAIR: "`chat`, `eval`, `doctor`; `selfcheck` those of the target",
-    cli.MACHINE: "`chat`, `eval`, `doctor`; `selfcheck` those of the target",
-    cli.DECODING: "`chat`, `eval`",
+    cli.PAIR: "`chat`, `serve`, `eval`, `doctor`; `selfcheck` those of the target",
+    cli.MACHINE: "`chat`, `serve`, `eval`, `doctor`; `selfcheck` those of the target",
+    cli.DECODING: "`chat`, `serve`, `eval`",
     "sampling": "`chat`, `eval`",
     cli.PROBLEMS: "`eval`",
     "task": "`eval`",
+    cli.SERVER: "`serve`",
 }
 
 
 def page() -> str:
     text = HEAD + "".join(f"| `pearl {name}` | {about} |\n" for name, (_, about) in COMMANDS.items())
     for group, title in cli.TITLES.items():
-        some = [one for one in (*cli.SHARED, *TASK) if one.group == group and not one.hidden]
+        some = [one for one in (*cli.SHARED, *TASK, *options.of(ServerConfig)) if one.group == group and not one.hidden]
         text += f"\n## {title[0].upper()}{title[1:]}\n\nTaken by {TAKEN_BY[group]}.\n\n{table(some)}"
     text += f"\n## For finding faults\n\nNot in `--help`.\n\n{table(one for one in cli.SHARED if one.hidden)}"
     text += OLD

@@ -17,6 +17,7 @@ from pearl.config.commands import COMMANDS
 from pearl.config.engine_config import EMBEDDED, EngineConfig
 from pearl.config.inputs import brief, parse_yaml, read_text
 from pearl.config.pairs import Pair, load_pair
+from pearl.config.server_config import SERVER
 from pearl.core import schedule
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
@@ -60,6 +61,7 @@ TITLES = {
     "sampling": "sampling",
     PROBLEMS: "the run",
     "task": "the task",
+    SERVER: "the server",
 }
 
 

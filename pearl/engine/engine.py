@@ -277,9 +277,10 @@ class Engine:
 
     # Tokens
 
-    def encode(self, prompt: Prompt, **template: Unpack[ChatTemplate]) -> list[int]:
-        """The token ids of a prompt, as `generate` reads it; of messages as `chat` does. Raises `UsageError`."""
-        return self._requests.prompts.encode(prompt, **template)
+    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True, **template: Unpack[ChatTemplate]) -> list[int]:
+        """The token ids of a prompt, as `generate` reads it; of messages as `chat` does. `add_special_tokens`: of a
+        text, those that the tokenizer puts around it. Raises `UsageError`."""
+        return self._requests.prompts.encode(prompt, add_special_tokens, **template)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -343,6 +344,16 @@ class Engine:
     def watch(self, watcher: Watcher | None) -> None:
         """`watcher` is told of every pass from now on, in the engine's thread; None: nobody is."""
         self._runtime.target.watch(watcher)
+
+    @property
+    def closed(self) -> bool:
+        """It writes nothing more: somebody has closed it, or its thread has failed."""
+        return self._worker.closed
+
+    @property
+    def running(self) -> int:
+        """Texts that were begun and are not over; others wait for a place."""
+        return self._worker.running
 
     def close(self) -> None:
         """Ends its thread and the drafter's process. Texts that are not over end with an `EngineClosedError`. Closing

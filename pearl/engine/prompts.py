@@ -31,15 +31,15 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any):
         self._tokenizer, self._turn = tokenizer, threading.Lock()  # a call of a tokenizer may set its truncation
 
-    def encode(self, prompt: Prompt, **template: Unpack[ChatTemplate]) -> list[int]:
-        """The token ids. Raises `UsageError`."""
+    def encode(self, prompt: Prompt, special: bool = True, **template: Unpack[ChatTemplate]) -> list[int]:
+        """The token ids. `special`: with those that the tokenizer puts around a text. Raises `UsageError`."""
         if is_chat(prompt):
             messages: Any = prompt
             return self._ids(self._written(messages, **template), special=False)
         if template:
             raise UsageError(f"{next(iter(template))} is for the messages of a chat: this prompt holds none.")
         if isinstance(prompt, str):
-            return self._ids(prompt, special=True)
+            return self._ids(prompt, special)
         return token_ids(prompt)
 
     def _ids(self, text: str, special: bool) -> list[int]:

@@ -76,6 +76,16 @@ class Worker:
         """Somebody does not want a text any more."""
         self._inbox.put(None)
 
+    @property
+    def closed(self) -> bool:
+        """It writes nothing more."""
+        return self._closed
+
+    @property
+    def running(self) -> int:
+        """Texts that were begun and are not over."""
+        return len(self._under_way)
+
     def call(self, work: Callable[[], Result], now: bool = False) -> Result:
         """What `work` returns in the engine's thread: `now` between two passes, else while no text is under way."""
         if threading.current_thread() is self._thread:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from timelines import MISS, PASS_S, PROMPT, ROWS, lived
 
-from pearl.commands.trace import main
+from pearl.commands.results.trace import main
 from pearl.core.timeline import Trace, merge
 from pearl.evaluation import trace_picture
 from pearl.evaluation.trace import frame, panels, read

@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "roles": ["core", "models", "drafters", "wire"],
     "parallel": ["roles", "checkpoints", "wire"],
     "engine": ["parallel"],
+    "server": ["engine", "config"],
     "training": ["checkpoints", "drafters"],
     "tasks": ["engine"],
     "evaluation": ["engine", "tasks"],
     "predict": ["roles", "evaluation"],
-    "commands": ["engine", "evaluation", "predict", "training"],
+    "commands": ["engine", "server", "evaluation", "predict", "training"],
     "__main__": ["commands"],
 }

@@ -1,0 +1,68 @@
+"""Log-probabilities as the two endpoints shape them: of the target's own logits, before temperature and processors."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from pearl.core.logits.logprobs import Logprobs
+from pearl.server.api.token_names import TokenNames
+
+LEAST = -9999.0  # what stands for minus infinity, which JSON has no word for
+
+
+class Offset:
+    """Characters of a growing text. What is half a character counts with the bytes that complete it."""
+
+    def __init__(self) -> None:
+        self._decoder, self._count = codecs.getincrementaldecoder("utf-8")("replace"), 0
+
+    def after(self, spelt: bytes) -> int:
+        """Those before these bytes, which are added."""
+        before = self._count
+        self._count += len(self._decoder.decode(spelt))
+        return before
+
+
+def chat_logprobs(
+    tokens: Sequence[int], found: Sequence[Logprobs], most: int, names: TokenNames, as_ids: bool = False
+) -> dict[str, Any]:
+    """`most`: alternatives shown for each token; the token itself is among them only if it is one of the likeliest."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        shown = names.key(token, as_ids)
+        return {"token": shown, "logprob": max(logprob, LEAST), "bytes": list(names.bytes_of(token))}
+
+    content = []
+    for token, row in zip(tokens, found, strict=True):
+        best = sorted(row.items(), key=lambda one: -one[1])[:most]
+        content.append(entry(token, row[token]) | {"top_logprobs": [entry(*one) for one in best]})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokens: Sequence[int],
+    found: Sequence[Logprobs | None],
+    names: TokenNames,
+    as_ids: bool = False,
+    offset: Offset | None = None,
+) -> dict[str, Any]:
+    """One entry for each token; a prompt's first token follows nothing and has none. The float of a token is the same
+    in both lists. `offset`: where the first token begins, moved on to the end."""
+    offset = offset or Offset()
+    return {
+        "tokens": [names.key(token, as_ids) for token in tokens],
+        "token_logprobs": [row and max(row[token], LEAST) for token, row in zip(tokens, found, strict=True)],
+        "top_logprobs": [row and _by_text(row, names, as_ids) for row in found],
+        "text_offset": [offset.after(names.bytes_of(token)) for token in tokens],
+    }
+
+
+def _by_text(row: Logprobs, names: TokenNames, as_ids: bool) -> dict[str, float]:
+    """Two tokens may have one text: the second is named by its number."""
+    made: dict[str, float] = {}
+    for token, value in row.items():
+        name = names.key(token, as_ids)
+        made[f"token_id:{token}" if name in made else name] = max(value, LEAST)
+    return made

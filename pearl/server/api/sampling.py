@@ -1,0 +1,118 @@
+"""What a request asks for, as the engine takes it; or the error that says why it can't be had.
+
+A field is honoured, or refused where leaving it out would change the text, or ignored where it changes none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pearl.core.params import SamplingParams
+from pearl.server.api.schemas import ChatRequest, CompletionRequest, Sampled
+from pearl.server.errors import bad
+
+COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
+_SAME = (  # names and meanings are the engine's
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "suppress_tokens",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+_REFUSED = (  # fields that would change the text, and that nothing here carries out
+    "tools",
+    "functions",
+    "suffix",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "structural_tag",
+    "chat_template",
+    "documents",
+    "audio",
+    "web_search_options",
+    "use_beam_search",
+    "length_penalty",
+    "typical_p",
+    "truncate_prompt_tokens",
+    "logits_processors",
+    "prompt_embeds",
+    "kv_transfer_params",
+    "vllm_xargs",
+)
+_NEUTRAL = {"length_penalty": 1, "typical_p": 1}
+FIELDS = frozenset((*_SAME, "stop", "seed", "n", "logprobs", "mode", "gamma", "max_tokens"))
+
+
+def refuse(request: Sampled) -> None:
+    """Raises for what would change the text and can't be had."""
+    extra: dict[str, Any] = request.model_extra or {}
+    for name in _REFUSED:
+        value = extra.get(name)
+        if value not in (None, False, "", [], {}) and value != _NEUTRAL.get(name):
+            raise bad(f"{name} is not supported by this server: leave it out.", name)
+    if (modalities := extra.get("modalities")) not in (None, ["text"], []):
+        raise bad(f"modalities must be text, not {str(modalities)[:100]}.", "modalities")
+    wanted = getattr(request, "response_format", None)
+    if wanted and wanted.type != "text":
+        raise bad("response_format must be text: this server does not force a shape on texts.", "response_format")
+
+
+def sampling(request: ChatRequest | CompletionRequest, room: int) -> SamplingParams:
+    """`room`: tokens that the context has behind the prompt. Raises `UsageError` and `APIError`."""
+    values = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+    values["stop"] = tuple(one for one in _listed(request.stop) if one)
+    if request.seed is not None:
+        values["seed"] = request.seed & (1 << 63) - 1
+    limit = _limit(request)
+    if "min_tokens" in values and limit is not None and values["min_tokens"] > max(limit, 1):
+        raise bad(f"min_tokens must be at most max_tokens, which is {limit}.", "min_tokens")
+    most, shown = _logprobs(request)
+    if shown and isinstance(request, CompletionRequest) and request.echo:
+        values["prompt_logprobs"] = most
+    return SamplingParams(
+        **values,
+        n=request.n or 1,
+        max_new_tokens=max(1, room if limit is None else limit),
+        logprobs=most if shown else None,
+    )
+
+
+def _limit(request: ChatRequest | CompletionRequest) -> int | None:
+    """Tokens of an answer at most; None: what the context has room for."""
+    if isinstance(request, ChatRequest):
+        return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    return COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+
+
+def needs(request: ChatRequest | CompletionRequest) -> int:
+    """Tokens of the context that must be free behind the prompt."""
+    return max(1, _limit(request) or 1)
+
+
+def _logprobs(request: ChatRequest | CompletionRequest) -> tuple[int, bool]:
+    """How many of the likeliest tokens, and whether log-probabilities are wanted at all."""
+    if isinstance(request, CompletionRequest):
+        return request.logprobs or 0, request.logprobs is not None
+    if request.top_logprobs and not request.logprobs:
+        raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
+    return request.top_logprobs or 0, bool(request.logprobs)
+
+
+def _listed(stop: str | list[str] | None) -> list[str]:
+    return [stop] if isinstance(stop, str) else stop or []

@@ -1,0 +1,140 @@
+"""The bodies of requests, with the types and limits that a client may rely on; what they mean is in `sampling`.
+
+Unknown fields are let through, as clients send many that say nothing of the text. Null is everywhere the same as
+nothing. `None` in a field that the engine has a default for leaves it to the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_LOGPROBS, MOST_CHOICES, MOST_PROMPTS = 20, 128, 2048
+_TOKEN = Annotated[int, Field(ge=0, lt=1 << 31)]
+_COUNT = Annotated[int, Field(ge=0, lt=1 << 31)]
+_PENALTY = Annotated[float, Field(ge=-2, le=2)]
+_INT64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+
+class Body(BaseModel):
+    """Numbers are numbers: "3" is none, and neither is true."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class TextPart(Body):
+    type: str
+    text: str | None = None
+
+
+class Message(Body):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+
+
+class Prediction(Body):
+    """What the text will be for the most part: it is drafted from, and changes no token."""
+
+    type: str | None = None
+    content: str | list[TextPart]
+
+
+class Sampled(Body):
+    """What both endpoints take."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: _INT64 | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[_TOKEN] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: _COUNT | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: _PENALTY | None = None
+    frequency_penalty: _PENALTY | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
+    no_repeat_ngram_size: _COUNT | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[_TOKEN] | None = None
+    suppress_tokens: list[_TOKEN] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prediction: Prediction | None = None
+    mode: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="how it is decoded: ar, sd, pearl, tree, ...; the text is the same"
+    )
+    gamma: Annotated[int, Field(ge=1, le=1024)] | str | None = None
+    spec_decode_metrics: Literal["off", "summary", "detailed"] | None = Field(
+        None, description="tell what was drafted and accepted, in vLLM's shape"
+    )
+    user: str | None = None
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionRequest(Sampled):
+    prompt: str | list[_TOKEN] | list[str] | list[list[_TOKEN]]
+    max_tokens: _COUNT | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+
+
+class TokenizeRequest(Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[_TOKEN]
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: ErrorFacts

@@ -1,0 +1,56 @@
+"""Tokens as texts and bytes, one by one, as log-probabilities and /tokenize show them.
+
+A token that is no whole character has no text: OpenAI writes `bytes:\\xe2\\x80`. All others joined are the text, spaces
+included, which a tokenizer's `decode` of a single token may drop.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
+class TokenNames:
+    """Of one tokenizer."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._added = set(tokenizer.get_added_vocab().values())
+        inside = getattr(tokenizer, "backend_tokenizer", None)
+        self._bytes = _alphabet() if inside is not None and "ByteLevel" in str(inside.decoder) else None
+        self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
+        self.text_of = functools.lru_cache(1 << 16)(self._text_of)
+
+    def _bytes_of(self, token: int) -> bytes:
+        """Empty for a row of the vocabulary that the tokenizer knows nothing of."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if self._bytes and all(character in self._bytes for character in piece):
+            return bytes(self._bytes[character] for character in piece)
+        if found := _BYTE.fullmatch(piece):
+            return bytes.fromhex(found[1])
+        return piece.replace("\u2581", " ").encode()
+
+    def _text_of(self, token: int) -> str:
+        spelt: bytes = self.bytes_of(token)
+        try:
+            return spelt.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{one:02x}" for one in spelt)
+
+    def key(self, token: int, as_id: bool) -> str:
+        return f"token_id:{token}" if as_id else self.text_of(token)
+
+
+def _alphabet() -> dict[str, int]:
+    """The byte of each letter that byte-level tokenizers write it with: printable ones are themselves, the others
+    follow one another from 256 on (Radford et al. 2019, GPT-2's encoder)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -1,0 +1,137 @@
+"""One process that listens: its socket, its signals, and what it says of itself.
+
+It listens before the models are there, so that whoever asks meets 503 and no closed door. SIGTERM, or Ctrl-C, lets
+running texts finish; a second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import prometheus_client
+import uvicorn
+
+from pearl.config.server_config import KEY, ServerConfig
+from pearl.engine import Engine
+from pearl.errors import UsageError
+from pearl.server.app import make_app
+from pearl.server.life import Service
+
+CLOSE_S = 5  # for connections to end after the last text
+STUCK_S = 300  # a client that takes nothing for so long is gone
+BACKLOG = 2048
+_log = logging.getLogger("pearl.server")
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Raises `UsageError` where nobody can listen."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_S * 1000)
+        sock.bind((config.host, config.port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UsageError(
+            f"Nobody can listen at {config.host} port {config.port} ({why}): choose another --host or --port."
+        ) from None
+    return sock
+
+
+class Server(uvicorn.Server):
+    """Drains before it ends."""
+
+    def __init__(self, service: Service):
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_S,
+            )
+        )
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining or not self.started:
+            super().handle_exit(sig, frame)
+            self.force_exit = True
+            return
+        _log.info("no new texts; %d are under way and finished", len(self._service.open))
+        asyncio.get_running_loop().call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Lets running texts finish, and ends then. To be called in the loop."""
+        if not self._draining:
+            self._draining = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+
+
+def serve(config: ServerConfig, model: str, make: Callable[[], Engine], sock: socket.socket) -> None:
+    """Until it is told to end. Raises what has kept the engine from being made."""
+    prometheus_client.disable_created_metrics()
+    service = Service(make, config, model)
+    server = Server(service)
+    where = f"http://{_shown(config.host)}:{sock.getsockname()[1]}"
+
+    async def run() -> None:
+        telling = asyncio.create_task(_tell(server, service, where))
+        try:
+            await server.serve(sockets=[sock])
+        finally:
+            telling.cancel()
+
+    asyncio.run(run())
+    if service.failure:
+        raise service.failure
+
+
+async def _tell(server: Server, service: Service, where: str) -> None:
+    await service.settled.wait()
+    if service.failure:
+        server.should_exit = True
+        return
+    print(f"{service.engine.description}\n\n{lines(service, where)}", flush=True)
+
+
+def lines(service: Service, where: str) -> str:
+    """What works as it is: a line for a shell, and one for Python."""
+    key = " -H 'Authorization: Bearer $" + KEY + "'" if service.config.key else ""
+    key = key.replace("'", '"')
+    body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
+    path = "chat/completions"
+    ask = 'chat.completions.create(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=64, '
+    shown = ".choices[0].message.content"
+    if not service.engine.tokenizer.chat_template:
+        body, path = '{"prompt": "The sky is", "max_tokens": 64}', "completions"
+        ask, shown = 'completions.create(prompt="The sky is", max_tokens=64, ', ".choices[0].text"
+    secret = f'__import__("os").environ["{KEY}"]' if service.config.key else '"none"'
+    code = f'import openai; c = openai.OpenAI(base_url="{where}/v1", api_key={secret}); '
+    code += f'print(c.{ask}model="{service.model}"){shown})'
+    return (
+        f"{service.model} is served at {where}\n\n"
+        f"  curl {where}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n\n"
+        f"  python -c '{code}'\n"
+    )
+
+
+def _shown(host: str) -> str:
+    """An address that a client can ask."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
