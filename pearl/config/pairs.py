@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pearl import options
-from pearl.config.engine_config import DTYPES, FEATURE, LOADS, NGRAM, model_path
+from pearl.config.engine_config import ALIASES, DTYPES, FEATURE, LOADS, SUFFIX, model_path
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
 from pearl.options import TEXT, Kind, choice, number, setting
@@ -38,7 +38,7 @@ def _fact(default: Any, kind: Kind) -> Any:
 class Pair:
     """A target and its drafter, as a registry file states them.
 
-    ``target`` and ``draft`` are hub ids, the name of a built-in model or drafter, or ``ngram`` for the draft source
+    ``target`` and ``draft`` are hub ids, the name of a built-in model or drafter, or ``suffix`` for the draft source
     without weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
     quantization given; None where a file of your own does not say. ``prompt`` None: chat if the model has a template.
     ``licence``: of the weights, by name; whoever loads them reads it.
@@ -171,7 +171,7 @@ def check(pair: Pair, machine: Machine) -> Fit:
 
 def _weights_gb(model: str, kind: str) -> float | None:
     """What the weights of a model take, as they lie on this machine, or by the registry; None if neither says so."""
-    if model == NGRAM:
+    if ALIASES.get(model, model) == SUFFIX:
         return 0.0
     place = model_path(model.removeprefix(FEATURE))
     files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf"), *place.glob("*.bin")]

@@ -2,7 +2,7 @@
 
 A source proposes a chain, or grows a tree, of tokens that may follow a text. Whether a guess is right is the target's
 business alone, so a source may be anything: a smaller model, a search in the text so far, a constant. The simplest one
-remembers nothing and says what follows a text (`propose`); `pearl.drafters.ngram` is the example to copy. One that can
+remembers nothing and says what follows a text (`propose`); `pearl.drafters.suffix` is one without weights. One that can
 do more declares it by the attributes of `DraftSource`.
 """
 
@@ -24,7 +24,8 @@ MAX_CHILDREN = 6  # guesses after a node at most
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
 
 Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
-Chain = list[tuple[int, Proposal]]  # guesses, each after the one before it
+# guesses, each after the one before it; a source that knows how likely each is says so last (see `trie.Node.logp`)
+Chain = Sequence[tuple[int, Proposal] | tuple[int, Proposal, float]]
 Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
 
 
@@ -45,7 +46,7 @@ class ChainQuery:
     def allowed(self, chain: Chain) -> Chain:
         """Of guesses that were made without logits those before the first that can't be right."""
         path = list(self.path)
-        for place, (token, _) in enumerate(chain if self.processing else ()):
+        for place, (token, *_) in enumerate(chain if self.processing else ()):
             if self.processing and self.processing.forbids(self.tokens, path, token):
                 return chain[:place]
             path.append(token)

@@ -1,13 +1,13 @@
-"""A model that drafts a tree: one forward extends several leaves, and looks ahead by n-gram guesses.
+"""A model that drafts a tree: one forward extends several leaves, and looks ahead by guesses from the text.
 
-    leaves of the trie, likeliest first           the end of the chain, and corrections where it is uncertain
-    after each leaf, an n-gram guess or more      where the model's own pick agrees, its row has been read already
+    leaves of the trie, likeliest first             the end of the chain, and corrections where it is uncertain
+    after each leaf, a guess from the text or more  where the model's own pick agrees, its row has been read already
     one forward over as many of them as pay
-    the next tokens of each row, ranked           become nodes
+    the next tokens of each row, ranked             become nodes
 
 All rows compete for the same forward by one currency: the chance that the target's walk will pass through the row. For
-a leaf that is the joint probability of its path under q; for an n-gram guess it is its leaf's, times how often guesses
-like it have come true. A row is taken while it adds more to what the forward yields per second than it costs
+a leaf that is the joint probability of its path under q; for a guess from the text it is its leaf's, times how often
+guesses like it have come true. A row is taken while it adds more to what the forward yields per second than it costs
 (`pearl.models.batch_invariance.profile_leaves`).
 """
 
@@ -22,28 +22,30 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pearl.core.params import SamplingParams
 from pearl.core.sampling import ranked
 from pearl.core.token_buckets import LEAVES, extended
-from pearl.core.trie import Node, Trie
+from pearl.core.trie import Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Grown, TreeQuery
 from pearl.drafters.model import LeafReader, ModelSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import LENGTHS, Spot, SuffixIndex, length_class
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.timing import best_of
 
-LONGEST_MATCH = 4  # of n-grams, in tokens
+FIRST_HIT_RATE = 0.3, 0.4, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8  # until something is known, see `LENGTHS`
 _TIMED, _LEAVES_TIMED = 160, 3  # tokens of the sequences, and rows of each, at which a forward of several is timed
 
 
 @dataclass(frozen=True)
 class _DraftRow:
-    """One row of a forward. `node` is None for an n-gram guess, which the pick after its parent has yet to confirm."""
+    """One row of a forward. `node` is None for a guess from the text, which the pick after its parent has yet to
+    confirm."""
 
     path: tuple[int, ...]
     logp: float  # of the chance that the walk passes through it
     node: Node | None = None
-    guesses: tuple[int, ...] = ()  # n-gram guesses that may follow
-    match: int = 0  # length of the n-gram match
+    spot: Spot | None = None  # of a guess: where it ends in the text
+    match: int = 0  # of how many tokens before it
 
 
 class TreeSource(ModelSource):
@@ -56,15 +58,21 @@ class TreeSource(ModelSource):
         self,
         model: LeafReader,
         costs: Sequence[float] = (),
-        lookahead: NgramSource | None = None,
+        lookahead: SuffixIndex | None = None,
         several: tuple[float, float] = (0.0, 0.0),
     ):
         """`costs[n - 1]`: seconds of a forward of n rows; empty: they are all the same. `lookahead` makes the guesses
         that a forward carries along. `several`: see `profile_batches`."""
         super().__init__(model)
         self.costs, self._several = tuple(costs), several
-        self._lookahead = lookahead or NgramSource(LONGEST_MATCH, 1)
-        self._hit_rate = [0.01, 0.2, 0.4, 0.6, 0.7]  # of first n-gram guesses, by the length of their match
+        self._lookahead = lookahead or SuffixIndex()
+        self._hit_rate = list(FIRST_HIT_RATE)  # of guesses from the text, by the length of their match
+        assert len(self._hit_rate) == len(LENGTHS), "a rate for each class of lengths"
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        super().begin(batch_slot, params, continues)
+        if not continues:
+            self._lookahead.begin(batch_slot)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
         """One forward over the rows that pay, of all tries; none is `max_depth` below its root or deeper."""
@@ -101,14 +109,15 @@ class TreeSource(ModelSource):
         return new
 
     def _confirm(self, row: _DraftRow, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:
-        """The node of an n-gram guess, now that the model's pick there is known; None if it was wrong."""
+        """The node of a guess from the text, now that the model's pick there is known; None if it was wrong."""
         if parent is None:
             return None
         above, joint = parent
         node = above.children.get(row.path[-1])
         first = node is not None and node is next(iter(above.children.values()))
         self.lookahead_hits += first
-        self._hit_rate[row.match] = max(0.01, 0.96 * self._hit_rate[row.match] + 0.04 * first)
+        rates, length = self._hit_rate, length_class(row.match)
+        rates[length] = max(0.01, 0.96 * rates[length] + 0.04 * first)
         return None if node is None else (node, joint + node.logp)
 
     def _choose(self, queries: Sequence[TreeQuery]) -> list[list[_DraftRow]]:
@@ -134,19 +143,20 @@ class TreeSource(ModelSource):
                 break
             mine.append(row)
             rows, sequences, gain = rows + 1, begun, gain + use
-            if (guess := self._look_ahead(one.trie, row, deepest[number])) is not None:
+            if (guess := self._look_ahead(one, row, deepest[number])) is not None:
                 heapq.heappush(heap, (-guess.logp, next(order), number, guess))
         return chosen
 
-    def _look_ahead(self, trie: Trie, row: _DraftRow, deepest: int) -> _DraftRow | None:
-        """The n-gram guess of what follows a row."""
-        guesses, match = row.guesses, row.match
-        if row.node:
-            match, guesses = self._lookahead.look_up([*trie.tokens, *row.path])
-        if not guesses or len(row.path) + 1 >= deepest:
+    def _look_ahead(self, query: TreeQuery, row: _DraftRow, deepest: int) -> _DraftRow | None:
+        """The guess from the text of what follows a row."""
+        if len(row.path) + 1 >= deepest:
             return None
-        logp = row.logp + math.log(self._hit_rate[match])
-        return _DraftRow((*row.path, guesses[0]), logp, None, guesses[1:], match)
+        spot = row.spot or self._lookahead.place(query.batch_slot, query.trie.tokens, row.path)
+        if (found := self._lookahead.next(spot)) is None:
+            return None
+        token, match, spot = found
+        logp = row.logp + math.log(self._hit_rate[length_class(match)])
+        return _DraftRow((*row.path, token), logp, None, spot, match)
 
     def _cost(self, rows: int, sequences: int) -> float:
         """Of a forward of so many rows, of so many sequences."""

@@ -55,7 +55,7 @@ class Engine:
         """Loads a target and its drafter and starts the drafter's process if no launcher did.
 
         `target`, `draft`: hub ids, folders, GGUF files. Without either it is the embedded target and its draft model; a
-        target alone is drafted for by n-grams, and a draft alone drafts for the embedded target.
+        target alone is drafted for by the text itself, and a draft alone drafts for the embedded target.
         `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
         keeps everything in this one (modes `ar` and `sd`); by default as many as the mode needs. `options`: the other
         fields of `EngineConfig`.

@@ -15,7 +15,7 @@ from typing import Any
 
 from pearl.checkpoints.drafts import kinds as draft_kinds
 from pearl.config import cli
-from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.config.pairs import Pair
 from pearl.core.params import NEUTRAL, SamplingParams
 from pearl.core.schedule import Schedule
@@ -103,7 +103,7 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         raise UsageError(
             f"{baselines[0]} is measured without penalties and other rules: leave them out, or leave it out."
         )
-    if "hf-assisted" in baselines and (config.draft == NGRAM or not draft_kinds.is_causal_lm(config.draft)):
+    if "hf-assisted" in baselines and (config.draft == SUFFIX or not draft_kinds.is_causal_lm(config.draft)):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     for mode in found.mode:
         config.check_mode(mode)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pearl.config.engine_config import NGRAM, EngineConfig
+from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.config.inputs import brief
 from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixSource
 from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
 from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
@@ -109,9 +109,9 @@ def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None
 
 def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
     """The source that a config names, with its model loaded. `checked`: the config's preflight, if it was made."""
-    if config.draft == NGRAM:
-        return NgramSource()
-    # transformers takes seconds to import, and n-grams don't need it
+    if config.draft == SUFFIX:
+        return SuffixSource()
+    # transformers takes seconds to import, and the suffix source does not need it
     from pearl.checkpoints.drafters import load_source
     from pearl.checkpoints.preflight import preflight
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids, load_target
-from pearl.config.engine_config import NGRAM
+from pearl.config.engine_config import SUFFIX
 from pearl.core import timeline
 from pearl.core.schedule import Schedule
 from pearl.errors import WorkerLostError
@@ -178,7 +178,7 @@ class Runtime:
                 where = f"cpu{several} {','.join(map(str, cpus))} with {len(cpus)} thread{several}"
             if role == "target" and self.config.tensor_parallel_size > 1:
                 where += f", as rank 0 of {self.config.tensor_parallel_size}"
-            who = "no model, n-grams of the text draft," if role == "drafter" and name == NGRAM else name
+            who = "no model, the text itself drafts," if role == "drafter" and name == SUFFIX else name
             lines.append(f"{role}: {who} on {where}")
         if self._workers and self._workers.pids:
             lines[0] += f" (the others were started as processes {', '.join(map(str, self._workers.pids))})"

@@ -14,6 +14,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
 from pearl.drafters.draft_source import Chain, DraftSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixIndex
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
@@ -297,17 +298,23 @@ class _Lookup(DraftSource):
             yield token(position, place.choice(0))
 
 
-class _Own(NgramSource):
+class _Own(SuffixIndex):
     """The drafter's own guesses: right, in its model's opinion, as often as the script has it."""
 
     def __init__(self, stage: _Stage):
         super().__init__()
         self._stage = stage
 
-    def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        if not self._stage.own:
-            return 0, ()
-        return MATCH, tuple(self._guess(position) for position in range(len(text), len(text) + MATCH))
+    def begin(self, batch_slot: int, prediction: Sequence[int] = ()) -> None:
+        pass
+
+    def place(self, batch_slot: int, tokens: Sequence[int], path: Sequence[int] = ()) -> Any:
+        """The position, and how many guesses may follow."""
+        return len(tokens) + len(path), MATCH if self._stage.own else 0
+
+    def next(self, spot: Any) -> tuple[int, int, Any] | None:
+        position, left = spot
+        return (self._guess(position), MATCH, (position + 1, left - 1)) if left else None
 
     def _guess(self, position: int) -> int:
         index = self._stage.index(position)

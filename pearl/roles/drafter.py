@@ -133,8 +133,9 @@ class Drafter:
         for sequence, guesses in found.items():
             chain = sequence.trie.chain()
             leaf, grown = chain[-1] if chain else sequence.trie.root, []
-            for token, proposal in guesses or []:
-                node = sequence.trie.grow(leaf, token, proposal, origin=self._source.origin)
+            for token, proposal, *known in guesses or []:
+                logp = known[0] if known else 0.0
+                node = sequence.trie.grow(leaf, token, proposal, logp, self._source.origin)
                 assert node is not None, "the drafter's own root is up to date with its own text"
                 grown.append((leaf, node))
                 leaf = node

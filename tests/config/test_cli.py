@@ -106,7 +106,7 @@ def test_the_pair_gives_way_to_the_command_line():
     config, pair = cli.engine_config(found)
     assert pair and (config.target, config.draft_load_in, config.dtype) == (pair.target, "8bit", pair.dtype)
     alone, none = cli.engine_config(cli.parse(cli.parser("chat"), ["--target", "t"]))
-    assert none is None and (alone.target, alone.draft) == ("t", "ngram")
+    assert none is None and (alone.target, alone.draft) == ("t", "suffix")
 
 
 def test_the_settings_of_a_schedule_reach_it():

@@ -73,7 +73,7 @@ def test_the_registry_is_listed_whole_and_smallest_first():
 def test_the_default_pair_and_its_variants_need_no_download():
     names = ("smollm2-135m", "smollm2-135m-feature", "smollm2-135m-ngram")
     drafts = [load_pair(name).draft for name in names]
-    assert drafts == ["smollm2-135m-draft", "feature:smollm2-135m-feature", "ngram"]
+    assert drafts == ["smollm2-135m-draft", "feature:smollm2-135m-feature", "suffix"]
     assert {load_pair(name).target for name in names} == {"smollm2-135m"}
     for name in ("smollm2-135m-draft", "smollm2-135m-feature"):
         assert (SHIPPED / name).is_dir()

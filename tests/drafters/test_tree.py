@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import distribution
 import pytest
@@ -21,7 +22,7 @@ from pearl.core.token_buckets import ANY
 from pearl.core.trie import Node, Trie
 from pearl.drafters import tree
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixIndex
 from pearl.drafters.tree import TreeSource
 from pearl.predict.script import Times
 
@@ -30,26 +31,30 @@ V = 8
 FLAT = [1.0] * 8
 
 
-class Silent(NgramSource):
+class Silent(SuffixIndex):
     """No guesses of its own."""
 
-    def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        return 0, ()
+    def next(self, spot: Any) -> None:
+        return None
 
 
-class Knowing(NgramSource):
+class Knowing(SuffixIndex):
     """Knows what a model says after each text, and guesses so far ahead; wrongly with `wrong`, where it is certain."""
 
     def __init__(self, model: TableModel, ahead: int = 5, wrong: bool = False, match: int = 4):
         super().__init__()
         self.model, self.ahead, self.wrong, self.match = model, ahead, wrong, match
 
-    def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-        said = list(text)
-        for _ in range(self.ahead):
-            logits = self.model.after(said)
-            said.append(int(logits.argmin() if self.wrong else logits.argmax()))
-        return self.match, tuple(said[len(text) :])
+    def place(self, batch_slot: int, tokens: Sequence[int], path: Sequence[int] = ()) -> Any:
+        return (*tokens, *path), self.ahead
+
+    def next(self, spot: Any) -> tuple[int, int, Any] | None:
+        text, left = spot
+        if not left:
+            return None
+        logits = self.model.after(list(text))
+        token = int(logits.argmin() if self.wrong else logits.argmax())
+        return token, self.match, ((*text, token), left - 1)
 
 
 class Watched(TableModel):
@@ -105,8 +110,8 @@ MODELS = st.builds(Watched, st.just(V), st.integers(1, 3), st.integers(0, 99), s
 
 
 @st.composite
-def owns(draw: st.DrawFn) -> NgramSource | None:
-    kind = draw(st.sampled_from(["silent", "n-grams", "knowing", "wrong"]))
+def owns(draw: st.DrawFn) -> SuffixIndex | None:
+    kind = draw(st.sampled_from(["silent", "its text", "knowing", "wrong"]))
     if kind in ("knowing", "wrong"):
         return Knowing(TableModel(V, 2, draw(st.integers(0, 3)), 2.0), draw(st.integers(1, 6)), kind == "wrong")
     return Silent() if kind == "silent" else None
@@ -197,8 +202,8 @@ def extend_one(source: TreeSource, trie: Trie, path: Path) -> None:
 @given(MODELS, TEXTS, st.integers(2, 6))
 def test_guesses_that_are_not_confirmed_leave_no_trace(model: Watched, text, most: int):
     class Wrong(Knowing):
-        def look_up(self, text: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-            return 4, (V, V, V, V, V)  # not a token of the model
+        def next(self, spot: Any) -> tuple[int, int, Any]:
+            return V, 4, spot  # not a token of the model
 
     wrong, trie = started(model, costs=FLAT, lookahead=Wrong(model)), Trie(text)
     extend(wrong, trie, most, 99)

@@ -13,7 +13,7 @@ from pearl.commands import score as command
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixSource
 from pearl.errors import UsageError
 from pearl.evaluation import lines, results
 from pearl.evaluation.score import Read, Scored, batches, figures, load, score_model, score_source
@@ -81,7 +81,7 @@ def test_batches_keep_the_order_and_the_bounds():
 
 
 def test_a_search_in_the_text_is_scored_token_by_token():
-    (mine,) = score_source(NgramSource(), [Read((1, 2, 3, 4, 1, 2, 3, 4, 1), 2)])
+    (mine,) = score_source(SuffixSource(), [Read((1, 2, 3, 4, 1, 2, 3, 4, 1), 2)])
     assert mine.ranks == (8, 8, 8, 8, 0, 0, 0)
 
 

@@ -3,8 +3,8 @@
 import pytest
 from torch.distributed import HashStore
 
-from pearl.config.engine_config import NGRAM, EngineConfig
-from pearl.drafters.ngram import NgramSource
+from pearl.config.engine_config import SUFFIX, EngineConfig
+from pearl.drafters.suffix import SuffixSource
 from pearl.parallel import drafter_main
 from pearl.parallel.child import TargetGone
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, OVER, READY
@@ -25,8 +25,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
 
 
 def serve(store: HashStore, number: int | None) -> None:
-    config = EngineConfig(draft=NGRAM, pin_cores="off")
-    drafter_main.serve(config, [], store, None, NgramSource, number)
+    config = EngineConfig(draft=SUFFIX, pin_cores="off")
+    drafter_main.serve(config, [], store, None, SuffixSource, number)
 
 
 def test_a_launched_drafter_outlives_a_connection_that_does_not_come_about(store: HashStore):

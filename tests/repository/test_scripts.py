@@ -226,7 +226,7 @@ def test_every_script_runs_and_run_twice_does_nothing_twice(small):
 
 @pytest.mark.slow
 def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
-    """The model that is cut out of it, the feature drafter, n-grams. The first script is started as by a user."""
+    """The model that is cut out of it, the feature drafter, the text itself. The first script starts as by a user."""
     settings = {name: small[name] for name in ("READY", "PATH")} | {"LIMIT": "1", "TOKENS": "12"}
     for script, launch in (("timeline", {}), ("draft_sources", {"LAUNCH": small["LAUNCH"]})):
         done = bash(f"scripts/{script}.sh", timeout=1200, RESULTS=str(tmp_path), **settings, **launch)
@@ -234,7 +234,7 @@ def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
     runs = {file.parent.name: json.loads(file.read_text())["modes"] for file in tmp_path.glob(f"*/*/{results.SUMMARY}")}
     assert {name: set(modes) for name, modes in runs.items() if name != "humaneval-timeline"} == {
         "humaneval-model": {"ar", "pearl", "tree"},
-        "humaneval-ngram": {"ar", "pearl"},
+        "humaneval-suffix": {"ar", "pearl"},
         "humaneval-feature-chain": {"ar", "pearl"},
         "humaneval-feature-tree": {"ar", "tree"},
     }

@@ -38,7 +38,7 @@ from pearl.core.trie import Node
 from pearl.drafters import model
 from pearl.drafters.draft_source import Chain, DraftSource, Proposal
 from pearl.drafters.model import ModelSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixSource
 from pearl.roles.target import Target
 
 pytestmark = pytest.mark.slow
@@ -52,8 +52,8 @@ class Certain(DraftSource):
         return [(first, ()), ((3 * first + 1) % VOCABULARY, ())][:room]
 
 
-def ngram_source() -> DraftSource:
-    return NgramSource(shortest=1, most=3)
+def suffix_source() -> DraftSource:
+    return SuffixSource(most=3)
 
 
 CUTS: dict[str, dict[str, float]] = {
@@ -127,7 +127,7 @@ def test_what_is_cut_is_never_said_and_the_rest_keeps_its_share(cut: str):
     assert p_value(replace(REJECTION, **CUTS[cut]), "pearl", "auto", "at any time") > ALPHA
 
 
-@pytest.mark.parametrize("source", [Certain, ngram_source])
+@pytest.mark.parametrize("source", [Certain, suffix_source])
 def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource]):
     drawn = sample(source(), Schedule.of("pearl", "auto"), REJECTION, SCRIPTS["at any time"])
     assert chance_of(drawn.counts, exact(REJECTION)) > ALPHA

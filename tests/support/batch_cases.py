@@ -38,7 +38,7 @@ class Case(Setting):
         return self.drafter([self.endless(one.prompt, one.params) for one in self.asked])
 
 
-SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own tree", "ngram", "moody", "crashing")
+SOURCES = ("right", "sometimes", "random", "another model", "a tree", "its own tree", "suffix", "moody", "crashing")
 
 
 def small(schedule: Schedule) -> Schedule:

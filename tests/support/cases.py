@@ -28,7 +28,7 @@ from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.model import ModelSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixSource
 from pearl.drafters.tree import TreeSource
 from pearl.roles.target import Target
 
@@ -91,8 +91,8 @@ class Setting:
                 return TreeSource(other)
             case "its own tree":
                 return TreeSource(self.model, costs=[1, 1.1, 1.2, 2.0])
-            case "ngram":
-                return NgramSource(shortest=1)
+            case "suffix":
+                return SuffixSource()
             case "moody":
                 return Moody(right(self.chance), 1 + self.chunk)
             case "at a loss":
@@ -124,7 +124,7 @@ SOURCES = (
     "a tree",
     "a tree",
     "its own tree",
-    "ngram",
+    "suffix",
     "moody",
     "at a loss",
     "crashing",

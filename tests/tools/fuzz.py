@@ -65,7 +65,7 @@ PAIR = dict(name="x", target="a", draft="b", dtype="bfloat16", prompt="chat", ta
 WORDS = ("", " ", "auto", "ar", "pearl", "tree", "sd:3", "sd:-1", "0", "-1", "1e400", "nan", "inf", "0-3", "3-0", "9-")
 WORDS += (
     "smollm2-135m",
-    "ngram",
+    "suffix",
     "feature:",
     "feature:x",
     "cuda:0",

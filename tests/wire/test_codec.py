@@ -31,7 +31,7 @@ from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
 from pearl.core.token_buckets import LIMIT
 from pearl.core.trie import ORIGINS
 from pearl.drafters.model import ModelSource
-from pearl.drafters.ngram import NgramSource
+from pearl.drafters.suffix import SuffixSource
 from pearl.roles.target import Target
 from pearl.wire.codec import decode, encode, length
 from pearl.wire.frames import MESSAGES, size
@@ -164,7 +164,7 @@ def test_a_guess_with_its_distribution_is_far_below_a_kilobyte(proposal: tuple, 
 @pytest.mark.parametrize("method", ["seeded", "rejection"])
 def test_no_step_of_a_text_says_more_than_a_kilobyte(mode: str, method: str):
     model, params = TableModel(64), SamplingParams(max_new_tokens=40, temperature=1.0, seed=0, method=method)
-    for source in (ModelSource(TableModel(64, scale=1.4)), NgramSource(shortest=1)):
+    for source in (ModelSource(TableModel(64, scale=1.4)), SuffixSource()):
         for script in (EAGER, scrambled(0)):
             channel = ScriptedChannel(source, script)
             together(Target(model, channel, ticks()), [1, 2, 3], Schedule.of(mode), params)
