@@ -151,9 +151,9 @@ def test_chances_are_learned_from_the_text():
     loop, drawing, draw = SuffixSource(), SuffixSource(), random.Random(0)
     drawn = [token for _ in range(400) for token in (7, 8, 1000 + draw.randrange(30_000))]
     for source, text in ((loop, [1, 2, 3, 4] * 200), (drawing, drawn)):
-        for start in range(0, len(text), 60):  # texts of their own
+        for start in range(0, len(text), 12):  # texts of their own
             source.begin(0, SamplingParams())
-            for end in range(start + 8, min(len(text), start + 60)):
+            for end in range(start + 4, min(len(text), start + 12) + 1):
                 source.propose(text[start:end], 1)
     text = [5, 6, 9, 1, 5, 6]
     chances = []
