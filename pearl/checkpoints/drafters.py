@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
-from pearl.checkpoints.drafts.kinds import CAUSAL_LM
+from pearl.checkpoints.drafts.kinds import CAUSAL_LM, PARD
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import AHEAD, Preflight
 from pearl.checkpoints.targets import prepare
@@ -18,6 +19,7 @@ from pearl.drafters.feature import network
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import OURS
 from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.pard import PardSource
 from pearl.drafters.tree import TreeSource
 from pearl.errors import UsageError
 from pearl.models import linear
@@ -38,6 +40,13 @@ def load_source(checked: Preflight) -> DraftSource:
 def _draft_model_source(checked: Preflight) -> DraftSource:
     model, costs = load_draft(checked, AHEAD)
     return TreeSource(model, costs.seconds, several=costs.several)
+
+
+def _pard_source(checked: Preflight) -> DraftSource:
+    assert checked.drafting
+    model, _ = load_draft(checked, AHEAD)
+    shape = checked.drafting.shape
+    return PardSource(model, shape.mask_token, shape.depths, checked.config.tree_top_k)
 
 
 def _feature_source(checked: Preflight) -> DraftSource:
@@ -74,6 +83,7 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     assert checked.drafting and checked.drafting.files.folder, "the draft source is a feature drafter"
     target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
     drafter = network.load(checked.drafting.files.folder).attach(target)
+    drafter.shape = replace(drafter.shape, depths=checked.drafting.shape.depths)
     packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
     if packed:
@@ -84,4 +94,8 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     return drafter
 
 
-SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {CAUSAL_LM: _draft_model_source, OURS: _feature_source}
+SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {
+    CAUSAL_LM: _draft_model_source,
+    PARD: _pard_source,
+    OURS: _feature_source,
+}

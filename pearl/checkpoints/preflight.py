@@ -124,6 +124,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         )
     max_length = min(config.max_length, longest)
     drafting = kind.describe(files, TargetFacts.of(config.target, target_config)) if kind and files else None
+    drafting = draft_kinds.with_depths(drafting, config.draft_depths) if drafting else None
     sizes = {
         "target": bytes_of_a_sequence(target_config, max_length + TREE_SLOTS, _width(config.dtype))
         / config.tensor_parallel_size

@@ -85,7 +85,13 @@ class EngineConfig:
         MACHINE,
     )
     tree_top_k: int = setting(
-        0, _PATHS, "paths a feature drafter keeps at each depth; 1: a chain, 0: auto", MACHINE, was=("draft_beam",)
+        0, _PATHS, "paths a one-pass drafter keeps at each depth; 1: a chain, 0: auto", MACHINE, was=("draft_beam",)
+    )
+    draft_depths: int = setting(
+        0,
+        whole(0, 64, words="a number of tokens up to 64, or 0 for as many as it was trained for"),
+        "tokens that a one-pass drafter (PARD, P-EAGLE, DFlash) guesses in one forward; 0: as it was trained",
+        MACHINE,
     )
     cuda_graphs: str = setting(
         "auto",

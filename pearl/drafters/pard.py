@@ -19,21 +19,20 @@ from collections.abc import Sequence
 import torch
 
 from pearl.core.params import SamplingParams
+from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.model import LeafReader
-from pearl.drafters.one_pass import DraftedText, Guesses, OnePassSource, PathsQuery
+from pearl.drafters.one_pass import DraftedText, Guesses, Leaf, OnePassSource, PathsQuery
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.language_model import TREE_SLOTS
 from pearl.models.timing import best_of
 
-DEPTHS = 8  # of a checkpoint that does not say
 _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
 
 
 class PardSource(OnePassSource):
     """Chains and trees of a PARD model."""
 
-    origin = "pard"
-
-    def __init__(self, model: LeafReader, mask_token: int, depths: int = DEPTHS, top_k: int = 0):
+    def __init__(self, model: LeafReader, mask_token: int, depths: int, top_k: int = 0):
         """`mask_token`: of the mask rows. `depths`, `top_k`: see `OnePassSource`."""
         super().__init__(depths, top_k, model.max_length)
         self._model, self._mask_token = model, mask_token
@@ -53,6 +52,15 @@ class PardSource(OnePassSource):
         self.forwards += 1
         self.rows += sum(map(len, found))
         return self.tables(queries, torch.cat(found))
+
+    def _leaves(self, query: TreeQuery) -> list[Leaf]:
+        """As many as there are slots for: each takes its path and the mask rows."""
+        kept, room = [], TREE_SLOTS
+        for leaf in super()._leaves(query):
+            room -= len(leaf[0]) + self.depths
+            if room >= 0:
+                kept.append(leaf)
+        return kept
 
     def _slot(self, query: PathsQuery) -> int:
         return next(slot for slot, state in self._sequences.items() if state is query.state)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from pearl.checkpoints.drafts.feature_formats import IDS, layer_ids
-from pearl.checkpoints.drafts.kinds import TargetFacts, describe
+from pearl.checkpoints.drafts.kinds import TargetFacts, describe, with_depths
 from pearl.commands import pairs
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import PearlError
@@ -102,6 +102,46 @@ def test_a_language_model_is_one(tmp_path: Path):
     assert found.kind == "causal-lm" and found.line == "llama language model, 4 layers"
     assert describe("smollm2-135m-draft").kind == "causal-lm"
     assert describe("smollm2-135m-feature").kind == describe("feature:smollm2-135m-feature").kind == "feature"
+
+
+PARD = {"model_type": "qwen2", "num_hidden_layers": 24, "vocab_size": WORDS, "pard_token": 49}
+
+
+def test_a_pard_model_is_known_by_the_token_of_its_mask_rows(tmp_path: Path):
+    found = describe(checkpoint(tmp_path, PARD, {}))
+    assert found.kind == "pard" and found.line == "PARD qwen2 language model, 24 layers, 8 tokens a forward"
+    assert (found.shape.mask_token, found.shape.depths) == (49, 8)
+    named = {name: value for name, value in PARD.items() if name != "pard_token"} | {"ptd_token_id": 0}
+    found = describe(checkpoint(tmp_path, named | {"para_num": 12, "spd_type": "pard2"}, {}))
+    assert (found.shape.mask_token, found.shape.depths) == (0, 12)
+    assert found.line == ("PARD-2 qwen2 language model, 24 layers, 12 tokens a forward, without features of the target")
+
+
+def test_how_many_tokens_a_forward_guesses_may_be_asked_for(tmp_path: Path):
+    found = describe(checkpoint(tmp_path / "pard", PARD, {}))
+    fewer, more = with_depths(found, 4), with_depths(found, 12)
+    assert fewer.shape.depths == 4 and not fewer.warnings and fewer.line.endswith("4 tokens a forward")
+    assert (
+        more.shape.depths == 12
+        and "was trained for 8 tokens a forward, and draft_depths asks for 12" in (more.warnings[0])
+    )
+    assert with_depths(found, 0) is found
+    with pytest.raises(PearlError, match="guesses one at a time: leave it out"):
+        with_depths(describe("smollm2-135m-draft"), 4)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"pard_token": 50}, "pard_token of the draft .* is 50, which is none of the 50 tokens"),
+        ({"pard_token": "<mask>"}, "pard_token of the draft .* is '<mask>'"),
+        ({"pard_token": None, "spd_type": "pard2"}, "does not name pard_token"),
+        ({"para_num": "many"}, "para_num of the draft .* is 'many'"),
+    ],
+)
+def test_a_pard_config_that_does_not_say_what_it_needs_is_refused(tmp_path: Path, change: dict, sentence: str):
+    with pytest.raises(PearlError, match=sentence):
+        describe(checkpoint(tmp_path, PARD | change, {}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,12 @@ The models are random: what decides a text must not depend on them.
 from __future__ import annotations
 
 import functools
+import json
+import os
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +30,12 @@ from pearl.drafters import pard
 from pearl.drafters.draft_source import MAX_CHILDREN, ChainQuery, TreeQuery
 from pearl.drafters.one_pass import PathsQuery
 from pearl.drafters.pard import PardSource
+from pearl.engine import Engine
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.roles.target import Target
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 MASK, DEPTHS = 159, 4
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -240,3 +248,54 @@ def test_an_untrained_drafter_changes_no_text(family: str, mode: str, which: str
     writer = Target(target(family), ScriptedChannel(source, EAGER if seed == 1 else scrambled(3)), ticks())
     assert together(writer, PROMPT, Schedule.of(mode), PARAMS[which], decode=str) == alone(family, which)
     assert source.forwards and writer.draft_stats and not writer.draft_stats.failed
+
+
+# A checkpoint
+
+
+@pytest.fixture(scope="module")
+def folders(pair, tmp_path_factory) -> tuple[str, Path]:
+    """The tiny target, and its draft model as a PARD checkpoint: its mask rows are of a token that nobody writes."""
+    folder = tmp_path_factory.mktemp("pard") / "draft"
+    shutil.copytree(pair[1], folder)
+    _say(folder, pard_token=270)
+    return pair[0], folder
+
+
+def _say(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
+    return folder
+
+
+def _opened(target: str, folder: Path, **options: Any) -> Engine:
+    core = {"target_cores": str(min(os.sched_getaffinity(0)))} if options.get("processes") == 1 else {}
+    return Engine.from_pretrained(target, str(folder), **{"dtype": "float32", "max_length": 200, **core, **options})
+
+
+def test_in_one_process_the_text_is_the_targets_own_and_the_drafter_is_said_at_start(folders):
+    with _opened(*folders, mode="sd", processes=1, draft_depths=3) as engine:
+        assert "draft: PARD llama language model, 1 layer, 3 tokens a forward" in engine.description
+        for params in PARAMS.values():
+            written = engine.generate("def f(x):", params)
+            assert written.tokens == engine.generate("def f(x):", params, mode="ar").tokens
+            assert written.stats.drafter and written.stats.drafter.forwards > 0 and not written.stats.drafter.failed
+        assert max(one.offered - one.sides for one in written.stats.passes) > 1, "one forward gave several tokens"
+
+
+@pytest.mark.slow
+def test_in_two_processes_the_text_is_the_targets_own_in_every_mode(folders):
+    rejection = replace(SEEDED, method="rejection")
+    with _opened(*folders, max_sequences=3) as engine:
+        for params in PARAMS.values():
+            own = engine.generate("def f(x):", params, mode="ar").tokens
+            for mode in ("sd", "pearl", "tree"):
+                written = engine.generate("def f(x):", params, mode=mode)
+                assert written.tokens == own and written.stats.drafter and not written.stats.drafter.failed
+        texts = ["def f(x):", "the", "in the"]
+        own = [engine.generate(text, SEEDED, mode="ar").tokens for text in texts]
+        for mode in ("pearl", "tree"):
+            assert [one.tokens for one in engine.generate(texts, SEEDED, mode=mode)] == own
+            assert len(engine.generate("def f(x):", rejection, mode=mode).tokens) == 9

@@ -1,6 +1,7 @@
 """What a draft checkpoint is, told by its files before any weight is loaded: the table of kinds.
 
     causal-lm   a smaller language model                      config of a causal LM
+    pard        one that guesses K tokens a forward           the same, with a token of mask rows
     eagle3      one forward, one token, over 3 features       flat files, or the envelope of `speculators`
     peagle      the same network, K tokens a forward
     eagle       EAGLE-1 and 2: over the last hidden state
@@ -14,16 +15,16 @@ Refuses to know: networks, and how one drafts (`pearl.checkpoints.drafters`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pearl.checkpoints.drafts import feature_formats
+from pearl.checkpoints.drafts import feature_formats, pard_format
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.config.engine_config import FEATURE, model_path
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import UsageError
 
-CAUSAL_LM = "causal-lm"
+CAUSAL_LM, PARD = "causal-lm", "pard"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ def describe(name: str, target: TargetFacts | None = None) -> DraftDescription:
     return kind_of(files).describe(files, target)
 
 
+def with_depths(found: DraftDescription, depths: int) -> DraftDescription:
+    """The same, to guess so many tokens in a forward; 0: as many as it was trained for. Raises `UsageError` for one
+    that guesses one at a time."""
+    if not depths:
+        return found
+    trained = getattr(found.shape, "depths", 1)
+    if trained == 1:
+        raise UsageError(
+            f"draft_depths is for a drafter that guesses several tokens in one forward, and {found.files.name} "
+            f"({found.line}) guesses one at a time: leave it out."
+        )
+    warnings = found.warnings
+    if depths > trained:
+        told = f"the draft {found.files.name} was trained for {trained} tokens a forward, and draft_depths asks for"
+        warnings += (f"{told} {depths}: the guesses beyond are poorer ones",)
+    line = found.line.replace(f"{trained} tokens a forward", f"{depths} tokens a forward")
+    return replace(found, line=line, shape=replace(found.shape, depths=depths), warnings=warnings)
+
+
 def is_causal_lm(name: str) -> bool:
     """Whether a draft is a language model. One on a hub is taken for one: nobody is asked yet."""
     path = model_path(name.removeprefix(FEATURE))
@@ -111,6 +131,11 @@ def _describe_causal_lm(files: DraftFiles, target: TargetFacts | None) -> DraftD
     layers = files.config.get("num_hidden_layers")
     parts = [f"{kind} language model".strip(), f"{layers} layers" if layers else ""]
     return DraftDescription(CAUSAL_LM, files, ", ".join(filter(None, parts)))
+
+
+def _describe_pard(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
+    shape = pard_format.read(files)
+    return DraftDescription(PARD, files, pard_format.line(files, shape), shape=shape)
 
 
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
@@ -159,5 +184,6 @@ KINDS = (
     DraftKind(PEAGLE, feature_formats.is_peagle, _describe_features),
     DraftKind(EAGLE3, feature_formats.is_eagle3, _describe_features),
     DraftKind(EAGLE, feature_formats.is_eagle, _describe_features),
+    DraftKind(PARD, pard_format.is_pard, _describe_pard, is_causal_lm=True),
     DraftKind(CAUSAL_LM, lambda files: True, _describe_causal_lm, is_causal_lm=True),
 )
