@@ -134,6 +134,7 @@ def setting(default: Any, kind: Kind, help: str, group: str, **facts: Any) -> An
     return field(default=default, metadata={"option": (kind, help, group, facts)})
 
 
+@functools.cache
 def of(kind: type) -> tuple[Option, ...]:
     """The options that are fields of a dataclass."""
     found = []

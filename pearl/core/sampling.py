@@ -114,11 +114,12 @@ def noisy_argmax(scores: Tensor, seed: int, position: int, purpose: int, dtype: 
     if not math.isfinite(highest):
         raise NonFiniteLogits(dtype or scores.dtype)
     likely = (scores >= highest - TOP_MARGIN).nonzero().squeeze(1)
-    best = float((scores[likely].double() + noise.gumbel(seed, position, purpose, likely)).max())
+    noisy = scores[likely].double() + noise.gumbel(seed, position, purpose, likely)
+    best = float(noisy.max())
     others = (scores >= best - noise.MAX_GUMBEL).nonzero().squeeze(1)
     others = noise.candidates_above(seed, position, purpose, others, best - (highest - TOP_MARGIN))
-    tokens = torch.cat([likely, others])
-    noisy = scores[tokens].double() + noise.gumbel(seed, position, purpose, tokens)
+    more = scores[others].double() + noise.gumbel(seed, position, purpose, others)
+    noisy, tokens = torch.cat([noisy, more]), torch.cat([likely, others])
     return int(tokens[noisy == noisy.max()].min())
 
 

@@ -79,8 +79,9 @@ def sample_alone(model: TableModel, params: SamplingParams) -> Counter[tuple[int
     target = Target(model)
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(TEXTS):
-        stopper = Stopper(replace(params, seed=seed), (), letters)
-        list(target.decode(PROMPT, Schedule.of("ar"), replace(params, seed=seed), stopper))
+        own = replace(params, seed=seed)
+        stopper = Stopper(own, (), letters)
+        list(target.decode(PROMPT, Schedule.of("ar"), own, stopper))
         counts[tuple(stopper.tokens[1:])] += 1
     return counts
 

@@ -65,8 +65,9 @@ def sample(
     counts: Counter[tuple[int, ...]] = Counter()
     passes: list[Pass] = []
     for seed in range(texts):
-        stopper = Stopper(replace(params, seed=seed), (), letters)
-        for _ in target.decode(PROMPT, schedule, replace(params, seed=seed), stopper):
+        own = replace(params, seed=seed)
+        stopper = Stopper(own, (), letters)
+        for _ in target.decode(PROMPT, schedule, own, stopper):
             pass
         counts[tuple(stopper.tokens[1:])] += 1
         passes += target.passes
