@@ -9,12 +9,14 @@ import signal
 # Two tests run side by side: threads that wait by spinning would stop the other
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+import forks
 import pytest
 import tiny
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+forks.plant()  # while there is one thread
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
 settings.register_profile("pearl", deadline=None, derandomize=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 import yaml
@@ -152,15 +151,9 @@ def test_all_of_them_end_on_one_page():
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory) -> Iterator[str]:
     """The command of a launcher that starts both ranks at once (tests/support/forks.py)."""
-    at = tmp_path_factory.mktemp("launcher") / "socket"
-    forks = [sys.executable, str(ROOT / "tests" / "support" / "forks.py")]
-    server = subprocess.Popen([*forks, "--serve", str(at)], start_new_session=True)
-    until = time.monotonic() + 120
-    while not at.exists() and server.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    yield shlex.join([*forks, str(at)])
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    door = forks.Door(tmp_path_factory.mktemp("launcher") / "socket")
+    yield shlex.join(door.command(2))
+    door.close()
 
 
 @pytest.mark.parametrize("name", ["main_results", "all", "full_width", "ablation", "equal_devices", "mean_accepted"])
