@@ -134,9 +134,14 @@ def setting(default: Any, kind: Kind, help: str, group: str, **facts: Any) -> An
     return field(default=default, metadata={"option": (kind, help, group, facts)})
 
 
-@functools.cache
 def of(kind: type) -> tuple[Option, ...]:
     """The options that are fields of a dataclass."""
+    found: tuple[Option, ...] = _of(kind)
+    return found
+
+
+@functools.cache  # params are made for every text
+def _of(kind: Any) -> tuple[Option, ...]:
     found = []
     for one in fields(kind):
         if "option" in one.metadata:
