@@ -19,7 +19,7 @@ from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.checkpoints.drafts.kinds import DraftDescription, TargetFacts
 from pearl.checkpoints.placement import Load, Placement, check_memory, place
 from pearl.checkpoints.quiet import quiet
-from pearl.config.engine_config import ROLES, SUFFIX, EngineConfig, model_path
+from pearl.config.engine_config import ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
 from pearl.core.schedule import MAX_GAMMA
 from pearl.errors import UsageError
@@ -93,7 +93,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     if config.load_in or config.draft_load_in:
         quantized.need_bitsandbytes()
     kinds = {"target": config.load_in or config.dtype}
-    if config.draft != SUFFIX and draft_kinds.is_causal_lm(config.draft):
+    if config.draft_has_files and draft_kinds.is_causal_lm(config.draft):
         kinds["draft"] = config.draft_load_in or config.draft_dtype or config.dtype
     here = ranks if placed["target"].on_cpu else 1  # a GPU holds one rank, main memory all that are here
     parts = {"target": here / config.tensor_parallel_size, "draft": 1.0}
@@ -101,7 +101,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     names = {"target": config.target, "draft": config.draft}
     check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
 
-    files = DraftFiles.of(config.draft) if config.draft != SUFFIX else None
+    files = DraftFiles.of(config.draft) if config.draft_has_files else None
     kind = draft_kinds.kind_of(files) if files else None
     draft = None
     if files and kind and kind.is_causal_lm:

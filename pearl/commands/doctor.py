@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 from pearl.config import cli
-from pearl.config.engine_config import SUFFIX, EngineConfig
+from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Machine, Pair, check, probe
 from pearl.core import theory
 from pearl.errors import PearlError
@@ -121,7 +121,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
     except PearlError as error:
         yield _refused("pair", error)
         return
-    same = "no model drafts" if config.draft == SUFFIX else f"{len(checked.tokenizer)} tokens that both know"
+    same = "no model drafts" if not config.draft_has_files else f"{len(checked.tokenizer)} tokens that both know"
     yield CheckResult("pair", OK, f"{config.target} and {config.draft}: one tokenizer, {same}")
     params = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True).with_defaults()
     try:

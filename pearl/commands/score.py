@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for draft in found.draft
     }
     for draft, config in configs.items():
-        if config.draft != SUFFIX and not draft_kinds.is_causal_lm(draft):
+        if config.synthetic:
+            raise UsageError(f"{draft} is told how often it is right: there is nothing to score.")
+        if config.draft_has_files and not draft_kinds.is_causal_lm(draft):
             raise UsageError(f"{draft} drafts from features: look at it with pearl diagnose.")
 
     from pearl.checkpoints.drafters import load_draft

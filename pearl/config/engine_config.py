@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pearl import options
+from pearl.config.synthetic import SYNTHETIC, SyntheticDraft
 from pearl.errors import UsageError
 from pearl.machine import cores
 from pearl.options import FLAG, WORD, Kind, choice, number, setting, whole
@@ -31,7 +32,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that c
 PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
-_DRAFT = Kind(f"{_MODEL.wanted}, or {SUFFIX}", _MODEL.good)
+_DRAFT = Kind(f"{_MODEL.wanted}, {SUFFIX}, or {SYNTHETIC}:CHANCE", _MODEL.good)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -45,7 +46,9 @@ class EngineConfig:
     its files say (`pearl.checkpoints.drafts.kinds`)."""
 
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
-    draft: str = setting(SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, or suffix", PAIR)
+    draft: str = setting(
+        SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, suffix, or synthetic:CHANCE", PAIR
+    )
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
     load_in: str | None = setting(None, choice(*LOADS), "quantize the target through bitsandbytes (4bit: nf4)", PAIR)
@@ -134,7 +137,7 @@ class EngineConfig:
         if self.draft in ALIASES:
             object.__setattr__(self, "draft", ALIASES[self.draft])
         check_model("target", self.target)
-        if self.draft != SUFFIX:
+        if self.draft_has_files:
             check_model("draft", self.draft)
         options.check(self)
         for name in (self.target_cores, self.draft_cores):
@@ -165,6 +168,16 @@ class EngineConfig:
     @property
     def pins(self) -> bool:
         return self.pin_cores == "auto"
+
+    @property
+    def synthetic(self) -> SyntheticDraft | None:
+        """What the draft is to be like, if it is a synthetic one."""
+        return SyntheticDraft.of(self.draft)
+
+    @property
+    def draft_has_files(self) -> bool:
+        """The draft source is loaded from a checkpoint."""
+        return self.draft != SUFFIX and not self.synthetic
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -67,6 +67,7 @@ class Start:
     plan: DraftPlan
     continues: int = 0  # a sequence that has ended: what was read of it need not be read again
     timed: bool = False  # somebody watches: the drafter also says when it was at work
+    reference: tuple[int, ...] = ()  # what the target alone writes, for a source that has to know it
 
 
 class DeviceTensor(Protocol):

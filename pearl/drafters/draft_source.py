@@ -90,6 +90,9 @@ class DraftSource:
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """A new sequence takes a slot. Nothing of the last one there may be used unless it continues that."""
 
+    def expect(self, batch_slot: int, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+        """What the target alone writes after `prompt`: for an instrument that has to know it."""
+
     def end(self, batch_slot: int) -> None:
         """The sequence there is over."""
 

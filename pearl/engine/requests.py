@@ -95,6 +95,8 @@ class RequestBuilder:
             params = request.params.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
             params.check_vocabulary(self._runtime.checked.vocabulary)
             handle.params = params.with_seed()
+            if params.rejection and run[0].drafts and self._runtime.config.synthetic:
+                raise UsageError("A synthetic draft knows the text of a seed: leave sampling=rejection out.")
             handle.prompt = self.prompts.encode(request.prompt, **(template or {}))
             self._runtime.checked.check_prompt(handle.prompt, params.max_new_tokens)
         except UsageError as error:

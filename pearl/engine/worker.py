@@ -21,9 +21,11 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from pearl.core.detokenizer import TextDecoder
+from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.engine.generation import unwritten, written
 from pearl.engine.handle import GenerationHandle, RunKey
+from pearl.engine.references import References
 from pearl.errors import EngineClosedError
 from pearl.machine import memory
 from pearl.parallel.runtime import Runtime
@@ -54,6 +56,7 @@ class Worker:
 
     def __init__(self, runtime: Runtime, decoder: TextDecoder):
         self._runtime, self._decoder = runtime, decoder
+        self._references = References(runtime.config.synthetic is not None)
         self._inbox: SimpleQueue[GenerationHandle | Call | None] = SimpleQueue()  # None: look at what is wanted
         self._waiting: deque[GenerationHandle | Call] = deque()
         self._under_way: dict[GenerationHandle, float] = {}  # with its share of the bytes on the wire
@@ -119,7 +122,10 @@ class Worker:
                         self._waiting.popleft()
                         first.run()
                     elif first and not self._closed:
-                        self._run(first.run)
+                        if self._references.missing(first):
+                            self._write_references(first.run[1])
+                        else:
+                            self._run(first.run)
                     del first  # a thread that sleeps keeps nobody's text
         except BaseException as broken:  # nobody may wait for a thread that is gone
             error = EngineClosedError(f"The engine's thread has failed ({type(broken).__name__}: {broken}).")
@@ -153,6 +159,21 @@ class Worker:
         for work in [one for one in self._waiting if isinstance(one, GenerationHandle) and not one.wanted]:
             self._waiting.remove(work)
             work.finish(unwritten(work.run[0].mode, len(work.prompt)))
+
+    def _write_references(self, places: int) -> None:
+        """What the target alone writes of all that wait, if their drafter has to know it."""
+        missing = [one for one in self._waiting if isinstance(one, GenerationHandle) and self._references.missing(one)]
+        alone = Schedule.of("ar")
+        requests = [self._asked(one, None) for one in missing]
+        try:
+            with self._runtime.target_for(alone) as target, closing(target.write(requests, alone, places)) as run:
+                for text, committed in run:
+                    if not committed and text.stopper.finish:
+                        self._references.learn(text.request.user_data, text.stopper.tokens)
+        except Exception as error:
+            for handle in missing:
+                self._waiting.remove(handle)
+                handle.fail(error)
 
     def _run(self, key: RunKey) -> None:
         """Writes texts until none of this schedule is under way, or somebody else's turn has come."""
@@ -188,6 +209,8 @@ class Worker:
 
     def _end(self, handle: GenerationHandle, text: SequenceState, places: int) -> None:
         sent = self._under_way.pop(handle)
+        if not handle.run[0].drafts and text.stopper.finish:
+            self._references.learn(handle, text.stopper.tokens)
         if text.error:
             handle.fail(text.error, replace(written(text, places, round(sent)), error=text.error))
         else:
@@ -198,7 +221,7 @@ class Worker:
         while not self._closed:
             self._take(wait=False)
             first = self._waiting[0] if self._waiting else None
-            if isinstance(first, GenerationHandle) and first.run == key:
+            if isinstance(first, GenerationHandle) and first.run == key and not self._references.missing(first):
                 self._waiting.popleft()
                 yield self._begin(first)
             elif first or target.idle:
@@ -210,10 +233,12 @@ class Worker:
         self._under_way[handle] = 0.0
         request = handle.request
         after, request.after = request.after, None  # once it is known what may be kept, a talk keeps only its last turn
+        return self._asked(handle, after.text if after else None)
+
+    def _asked(self, handle: GenerationHandle, after: SequenceState | None) -> SequenceRequest:
         stopper = Stopper(handle.params, self._runtime.eos, self._decoder)
-        return SequenceRequest(
-            handle.prompt, handle.params, stopper, after.text if after else None, handle, lambda: handle.wanted
-        )
+        reference = self._references.of(handle)
+        return SequenceRequest(handle.prompt, handle.params, stopper, after, handle, lambda: handle.wanted, reference)
 
 
 def _fail(work: GenerationHandle | Call, error: BaseException) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pearl.checkpoints.drafts import kinds as draft_kinds
 from pearl.config import cli
-from pearl.config.engine_config import SUFFIX, EngineConfig
+from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Pair
 from pearl.core.params import NEUTRAL, SamplingParams
 from pearl.core.schedule import Schedule
@@ -62,7 +62,8 @@ class EvalConfig:
         """Of the table. `skipped`: problems that were too long."""
         count, engine = len(self.problems) - skipped, self.engine
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
-        return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}"
+        label = ", SYNTHETIC acceptance" if engine.synthetic else ""
+        return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}{label}"
 
     @property
     def to_go_on(self) -> str:
@@ -103,7 +104,7 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         raise UsageError(
             f"{baselines[0]} is measured without penalties and other rules: leave them out, or leave it out."
         )
-    if "hf-assisted" in baselines and (config.draft == SUFFIX or not draft_kinds.is_causal_lm(config.draft)):
+    if "hf-assisted" in baselines and not (config.draft_has_files and draft_kinds.is_causal_lm(config.draft)):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     for mode in found.mode:
         config.check_mode(mode)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config.inputs import parse_json, read_text, sound
+from pearl.config.synthetic import SYNTHETIC
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
@@ -29,6 +30,7 @@ RULES = {  # which early runs did not have, and so were off
     "min_tokens": 0,
 }
 OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING, *RULES)
+OF_OTHERS = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "acceptance")
 DRIFT = 1.1  # `ar` of one target on one benchmark is the same figure in every run, within a tenth
 
 
@@ -45,6 +47,11 @@ class Run:
     @cached_property
     def texts(self) -> dict[str, dict[SampleKey, GenerationStats]]:
         return results.read(self.folder)[0]
+
+    @property
+    def synthetic(self) -> bool:
+        """Its drafter was told how often to be right: no figure of it is one of a drafter."""
+        return str(self.config.get("resolved", {}).get("draft", "")).startswith(SYNTHETIC)
 
     @property
     def command(self) -> str:
@@ -74,13 +81,24 @@ def load(places: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def all_of_a_kind(runs: Sequence[Run]) -> None:
+    """Raises `UsageError` where synthetic runs would stand beside real ones."""
+    synthetic = [run.name for run in runs if run.synthetic]
+    if synthetic and len(synthetic) < len(runs):
+        raise UsageError(
+            f"{', '.join(synthetic)}: runs with a synthetic draft, which don't stand in a table with real ones: give "
+            "them one of their own."
+        )
+
+
 def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
-    """(run, mode), or (run, category, mode), and the figures of it."""
+    """(run, mode), or (run, category, mode), and the figures of it. A run with a synthetic draft says so."""
+    named = [(f"{run.name} (synthetic)" if run.synthetic else run.name, run) for run in runs]
     if not categories:
-        return [((run.name, mode), figures) for run in runs for mode, figures in run.modes.items()]
+        return [((name, mode), figures) for name, run in named for mode, figures in run.modes.items()]
     return [
-        ((run.name, category, mode), of_category)
-        for run in runs
+        ((name, category, mode), of_category)
+        for name, run in named
         for mode, figures in run.modes.items()
         for category, of_category in (figures.get("by_category") or {}).items()
     ]
@@ -134,18 +152,38 @@ def _shared_parent(folders: Sequence[Path]) -> Path:
     return next(parent for parent in paths[0].parents if all(path.is_relative_to(parent) for path in paths))
 
 
-def page(title: str, runs: Sequence[Run], columns: Sequence[str], pictures: Mapping[str, bytes]) -> str:
-    """An HTML page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made."""
+def page(
+    title: str,
+    runs: Sequence[Run],
+    columns: Sequence[str],
+    pictures: Mapping[str, bytes],
+    beside: tuple[Sequence[tables.Row], Sequence[str]] = ((), ()),
+) -> str:
+    """An HTML page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made.
+
+    Runs with a synthetic draft have tables of their own. `beside`: the rows of a table with other engines, and why they
+    should not be compared.
+    """
     from jinja2 import Environment, FileSystemLoader
 
-    by_category = rows(runs, categories=True)
-    kept = [name for name in columns if any(name in figures for _, figures in by_category)]
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    kinds = [[run for run in runs if run.synthetic == synthetic] for synthetic in (False, True)]
     return pages.get_template("report.html").render(
         title=title,
-        doubts=doubts(runs),
-        figures=tables.cells(("run", "mode"), columns, rows(runs)),
-        by_category=tables.cells(("run", "category", "mode"), kept, by_category) if by_category else None,
+        sections=[_section(some, columns) for some in kinds if some],
+        others=tables.cells(("engine", "what"), OF_OTHERS, beside[0]) if beside[0] else None,
+        other_doubts=beside[1],
         pictures=[(name, base64.b64encode(png).decode()) for name, png in pictures.items()],
         made=[(run, json.dumps({"config": run.config, "environment": run.environment}, indent=2)) for run in runs],
     )
+
+
+def _section(runs: Sequence[Run], columns: Sequence[str]) -> dict[str, Any]:
+    by_category = rows(runs, categories=True)
+    kept = [name for name in columns if any(name in figures for _, figures in by_category)]
+    return {
+        "synthetic": runs[0].synthetic,
+        "doubts": doubts(runs),
+        "figures": tables.cells(("run", "mode"), columns, rows(runs)),
+        "by_category": tables.cells(("run", "category", "mode"), kept, by_category) if by_category else None,
+    }

@@ -111,6 +111,10 @@ def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
     """The source that a config names, with its model loaded. `checked`: the config's preflight, if it was made."""
     if config.draft == SUFFIX:
         return SuffixSource()
+    if config.synthetic:
+        from pearl.drafters.synthetic import SyntheticSource
+
+        return SyntheticSource(config.synthetic)
     # transformers takes seconds to import, and the suffix source does not need it
     from pearl.checkpoints.drafters import load_source
     from pearl.checkpoints.preflight import preflight

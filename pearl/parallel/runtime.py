@@ -178,6 +178,8 @@ class Runtime:
                 where = f"cpu{several} {','.join(map(str, cpus))} with {len(cpus)} thread{several}"
             if role == "target" and self.config.tensor_parallel_size > 1:
                 where += f", as rank 0 of {self.config.tensor_parallel_size}"
+            if role == "drafter" and self.config.synthetic:
+                name = f"{name}, a stand-in that is told what the target writes: all figures are synthetic,"
             who = "no model, the text itself drafts," if role == "drafter" and name == SUFFIX else name
             lines.append(f"{role}: {who} on {where}")
         if self._workers and self._workers.pids:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pearl.config.synthetic import SyntheticDraft
 from pearl.core import records
 from pearl.core.messages import Message
 from pearl.core.sampling import SamplingParams
@@ -27,6 +28,7 @@ from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
 from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.suffix import SuffixIndex
+from pearl.drafters.synthetic import SyntheticSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
@@ -48,15 +50,21 @@ def simulate(
     own: float = 0.0,
     seed: int = 0,
     traces: tuple[Trace, Trace] = (OFF, OFF),
+    synthetic: SyntheticDraft | None = None,
 ) -> list[records.GenerationStats]:
     """The records of a run over `scripts`, one after the other, by one target and one drafter.
 
     `own`: how often the drafter's own guesses, which its forwards carry along, are what its model says then; 0: it
-    makes none. `traces`: of the target and of the drafter, in virtual seconds.
+    makes none. `traces`: of the target and of the drafter, in virtual seconds. `synthetic`: drafts in place of what the
+    scripts say of the drafter.
     """
     stage = _Stage(times, own, seed)
     wire = _TargetEnd(stage)
-    source = TreeSource(_DraftReader(stage), times.draft_costs, _Own(stage)) if times.draft_s else _Lookup(stage)
+    source: DraftSource = _Lookup(stage)
+    if synthetic:
+        source = SyntheticSource(synthetic, seed, stage.draft)
+    elif times.draft_s:
+        source = TreeSource(_DraftReader(stage), times.draft_costs, _Own(stage))
     wire.drafter = Drafter(source, wire.peer, wire.peer.clock, traces[1])
     target = Target(_TargetReader(stage, wire), wire, wire.clock, traces[0])
     return [_text(target, wire, stage, schedule, script) for script in scripts]
@@ -69,7 +77,8 @@ def _text(
     stopper = Stopper(params, (), lambda tokens: "")
     stage.begin(script)
     before = wire.bytes_sent + wire.peer.bytes_sent
-    for _ in target.decode([token(position) for position in range(script.prompt)], schedule, params, stopper):
+    prompt = [token(position) for position in range(script.prompt)]
+    for _ in target.decode(prompt, schedule, params, stopper, reference=tuple(script.tokens)):
         pass
     assert stopper.tokens == script.tokens, "a simulated text is the scripted one"
     assert not (target.draft_stats and target.draft_stats.failed), "a simulated source does not fail"
@@ -98,6 +107,10 @@ class _Stage:
     def begin(self, script: Script) -> None:
         self.script = script
         self.own_right = [self._random.random() < self.own for _ in script.places]
+
+    def draft(self, seconds: float, crowding: float = 0.0) -> None:
+        """Passes so many seconds of the drafter's own work. `crowding`: 0: as in `Times`."""
+        self.drafter.now += seconds * ((crowding or self.times.crowding) if self.target_works else 1.0)
 
     def index(self, position: int) -> int:
         """The number of the place at a position of the text; beyond its end the last, as nothing is committed there."""
@@ -275,9 +288,10 @@ class _DraftReader:
 
     def _work(self, rows: int, fresh: bool) -> None:
         stage, times = self._stage, self._stage.times
-        seconds = stage.script.draft_prefill_s if fresh else times.draft(rows)
-        crowding = times.prompt_crowding if fresh else times.crowding
-        stage.drafter.now += seconds * (crowding if stage.target_works else 1.0)
+        if fresh:
+            stage.draft(stage.script.draft_prefill_s, times.prompt_crowding)
+        else:
+            stage.draft(times.draft(rows))
 
 
 class _Lookup(DraftSource):

@@ -32,7 +32,10 @@ class GuardedSource:
 
     def begin(self, sequence: DraftedSequence, continues: bool) -> None:
         try:
-            self.source.begin(sequence.batch_slot, sequence.start.params, continues)
+            start = sequence.start
+            self.source.begin(sequence.batch_slot, start.params, continues)
+            if start.reference:
+                self.source.expect(sequence.batch_slot, start.prompt, start.reference)
         except Exception:
             self._fail([sequence])
 

@@ -26,6 +26,7 @@ class SequenceRequest:
     after: SequenceState | None = None  # which the prompt begins with: what lies there of it still is not read again
     user_data: Any = None
     wanted: Callable[[], bool] = lambda: True  # False, from any thread: nobody wants it any more
+    reference: tuple[int, ...] = ()  # as in `messages.Start`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.with_seed())

@@ -99,6 +99,7 @@ class Target:
         params: SamplingParams,
         stopper: Stopper,
         continues: bool = False,
+        reference: tuple[int, ...] = (),
     ) -> Iterator[list[int]]:
         """One text. Yields the tokens of each pass as they are committed, until the stopper has finished.
 
@@ -106,7 +107,8 @@ class Target:
         token is: only some modes have read it, as a guess, and the first pass is to have the same rows in every mode.
         """
         after = self._batch.last if continues and self.passes else None
-        writing = self.write([SequenceRequest(prompt, params, stopper, after)], schedule)
+        request = SequenceRequest(prompt, params, stopper, after, reference=reference)
+        writing = self.write([request], schedule)
         with contextlib.closing(writing):
             for _, committed in writing:
                 if committed:
@@ -165,7 +167,7 @@ class Target:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
             params = sequence.params.for_drafter(sequence.stopper.eos_ids)
             told = sequence.sequence, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
-            self._send([Start(*told)])
+            self._send([Start(*told, request.reference)])
 
     def _drop_unwanted(self) -> None:
         unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]

@@ -241,6 +241,7 @@ _LAYOUTS: dict[type, _Part] = {
         params=_Part(_write_params, _read_params),
         plan=_PLAN,
         prompt=_row("i"),
+        reference=_row("i"),
     ),
     Verdict: _record(
         Verdict,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pearl.config import cli, outputs
 from pearl.evaluation import plots, report, tables
+from pearl.evaluation.pages import others
 
 
 def parser() -> cli.Parser:
@@ -19,6 +20,7 @@ def parser() -> cli.Parser:
     add("--title", default="pearl: results", help="of the page")
     add("--columns", default=",".join(tables.OF_A_RUN), help=f"of {', '.join(tables.COLUMNS)}")
     add("--plots", nargs="*", default=list(plots.PLOTS), help=f"of {', '.join(plots.PLOTS)}")
+    add("--others", nargs="*", default=[], metavar="FILE", help="results of other engines, as JSON")
     add("--output", metavar="FILE", type=outputs.file, default="report.html", help="the page")
     return made
 
@@ -27,7 +29,12 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
-    pictures = plots.of(runs, found.plots)
-    outputs.write(found.output, report.page(found.title, runs, columns, pictures))
+    real = [run for run in runs if not run.synthetic]
+    pictures = plots.of(real or runs, found.plots)
+    if not real:
+        pictures = {f"{name} (synthetic)": png for name, png in pictures.items()}
+    engines = others.load(found.others)
+    beside = others.rows(engines, real) if engines else [], list(others.doubts(engines, real))
+    outputs.write(found.output, report.page(found.title, runs, columns, pictures, beside))
     print(f"written to {found.output}")
     return 0

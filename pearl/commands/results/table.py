@@ -31,6 +31,7 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
+    report.all_of_a_kind(runs)
     pictures = plots.of(runs, found.plots)
     for doubt in report.doubts(runs):
         print(f"not comparable: {doubt}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What is shown beside a run's own figures: other engines, sweeps. Knows kept results, and measures nothing."""

@@ -1,0 +1,127 @@
+"""Results of other engines beside ours, and what keeps the two from being compared.
+
+A file holds one object or a list of them. `name`, `version`, `command`, `tokens` and `seconds` must be there;
+`acceptance_length` and `acceptance` (accepted over drafted) where the engine speculates. The more of `COMPARED` it
+says, the less the page has to doubt (docs/guides/evaluate.md has an example).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pearl.config.inputs import parse_json, read_text
+from pearl.errors import UsageError
+from pearl.evaluation import tables
+from pearl.evaluation.report import Run
+
+MUST: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "version": str,
+    "command": str,
+    "tokens": int,
+    "seconds": (int, float),
+}
+MAY: dict[str, type | tuple[type, ...]] = {"acceptance_length": (int, float), "acceptance": (int, float), "note": str}
+# what two measurements must share, by the name that a file gives it, and where our run has it
+COMPARED = {
+    "benchmark": ("config", "suite"),
+    "prompts": ("config", "prompts"),
+    "prompt_format": ("config", "prompt_format"),
+    "target": ("resolved", "target"),
+    "draft": ("resolved", "draft"),
+    "dtype": ("resolved", "dtype"),
+    "max_new_tokens": ("config", "max_new_tokens"),
+    "temperature": ("config", "temperature"),
+    "batch_size": ("config", "batch_size"),
+    "processor": ("environment", "processor"),
+}
+_WORDS = {"prompts": "digest of the prompts", "processor": "processor", "batch_size": "texts side by side"}
+
+
+@dataclass(frozen=True)
+class Other:
+    """A result of another engine."""
+
+    facts: Mapping[str, Any]
+    file: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.facts['name']} {self.facts['version']}"
+
+    @property
+    def figures(self) -> tables.Figures:
+        facts = self.facts
+        return {
+            "tokens_per_second": facts["tokens"] / facts["seconds"],
+            "acceptance_length": facts.get("acceptance_length"),
+            "acceptance": facts.get("acceptance"),
+        }
+
+
+def load(files: Sequence[str]) -> list[Other]:
+    """Raises `UsageError` for a file that is none."""
+    found = []
+    for file in files:
+        values = parse_json(read_text(file, "The results of another engine in"), file)
+        for one in values if isinstance(values, list) else [values]:
+            found.append(Other(_checked(one, file), file))
+    return found
+
+
+def _checked(one: Any, file: str) -> Mapping[str, Any]:
+    if not isinstance(one, dict):
+        raise UsageError(f"{file} must hold an object, or a list of them, with {', '.join(MUST)}.")
+    for name, kind in (MUST | MAY).items():
+        value = one.get(name)
+        if value is None and name not in MUST:
+            continue
+        number = kind is not str
+        wrong: Any = value
+        if not isinstance(value, kind) or isinstance(value, bool) or (number and name in MUST and not wrong > 0):
+            raise UsageError(f"{file}: {name} must be {'a number above 0' if number else 'a text'}, not {value!r}.")
+    if unknown := [name for name in one if name not in MUST and name not in MAY and name not in COMPARED]:
+        raise UsageError(f"{file}: unknown key {unknown[0]!r}; known keys are {', '.join((*MUST, *MAY, *COMPARED))}.")
+    return one
+
+
+def rows(others: Sequence[Other], runs: Sequence[Run]) -> list[tables.Row]:
+    """(who, mode or command) of all of them, ours below."""
+    theirs: list[tables.Row] = [
+        ((one.label, one.facts.get("note") or one.facts["command"]), one.figures) for one in others
+    ]
+    return theirs + [((f"pearl, {run.name}", mode), figures) for run in runs for mode, figures in run.modes.items()]
+
+
+def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
+    """Why a result should not be compared with ours, a sentence each."""
+    for one in others:
+        untold = [_word(name) for name in COMPARED if one.facts.get(name) is None]
+        if untold:
+            yield f"{one.label} does not say: {', '.join(untold)}."
+        for name, (part, key) in COMPARED.items():
+            said = one.facts.get(name)
+            ours = {str(_of(run, part, key)) for run in runs}
+            if said is not None and ours != {str(said)}:
+                yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(sorted(ours))} in ours."
+        for name in ("acceptance_length", "acceptance"):
+            if one.facts.get(name) is None and any(figures.get(name) for run in runs for figures in run.modes.values()):
+                yield f"{one.label} does not say its {name.replace('_', ' ')}."
+                break
+    if others and runs:
+        yield (
+            "The engines did not take turns problem by problem: a machine that was slower for one of them shows as a "
+            "difference between engines. Compare each with its own baseline."
+        )
+
+
+def _word(name: str) -> str:
+    return _WORDS.get(name, name.replace("_", " "))
+
+
+def _of(run: Run, part: str, key: str) -> Any:
+    if part == "environment":
+        return run.environment.get(key)
+    return (run.config.get("resolved", {}) if part == "resolved" else run.config).get(key)

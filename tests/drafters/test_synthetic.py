@@ -1,0 +1,165 @@
+"""A synthetic drafter is right as often as it is told to be, and what the runtime makes of that is what theory says."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import pytest
+import tiny
+from toys import TableModel, letters
+
+from pearl import Engine, SamplingParams
+from pearl.config.engine_config import EngineConfig
+from pearl.config.synthetic import SyntheticDraft
+from pearl.core import theory
+from pearl.core.records import Pass
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import TokenBuckets
+from pearl.drafters.draft_source import ChainQuery, TreeQuery
+from pearl.drafters.synthetic import SyntheticSource
+from pearl.errors import UsageError
+from pearl.predict.script import DraftedToken, Script, Times
+from pearl.predict.simulation import simulate
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.channel import LocalChannel
+
+CHANCES = (0.5, 0.7, 0.9)
+FLAT = TokenBuckets(tuple(range(1, 65)), (1.0,) * 64)  # rows cost nothing
+C = 2.6  # drafter forwards in the time of a pass; so few that waiting for one does not pay
+
+
+def within(expected: float, values: Sequence[float], sigmas: float = 3.0) -> bool:
+    """Whether the mean of the values has it in its interval."""
+    return abs(statistics.fmean(values) - expected) <= sigmas * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def share_within(expected: float, passes: Sequence[Pass]) -> bool:
+    """Whether the acceptance of all judged places has it in its interval."""
+    tested, right = sum(one.tested for one in passes), sum(one.accepted for one in passes)
+    return abs(right / tested - expected) <= 3.3 * math.sqrt(expected * (1 - expected) / tested)
+
+
+def simulated(mode: str, draft: SyntheticDraft, tokens: int = 1200) -> list[Pass]:
+    times = Times(FLAT, (1.0,) * 64, (), (), 0.0)
+    script = Script(
+        1, tuple(DraftedToken(0, ()) for _ in range(tokens)), 1.37, 0.0
+    )  # so that the two clocks do not strike together
+    (text,) = simulate(Schedule.of(mode), [script], times, synthetic=draft)
+    return list(text.passes)[1:-1]
+
+
+@pytest.mark.parametrize("a", CHANCES)
+def test_blocks_commit_what_leviathan_says(a: float):
+    passes = simulated("sd:4", SyntheticDraft((a,)))
+    assert within(theory.tokens_per_pass_sd(a, 4), [one.committed for one in passes])
+
+
+@pytest.mark.parametrize("a", CHANCES)
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_a_free_running_drafter_is_worth_what_theory_says(mode: str, a: float):
+    """Without corrections a tree is a chain."""
+    passes = simulated(mode, SyntheticDraft((a,), 1 / C))
+    runs = [passes[first : first + 10] for first in range(0, len(passes) - 9, 10)]  # passes of one run hang together
+    assert within(theory.speedup_pearl(a, C), [statistics.fmean(one.committed for one in run) for run in runs])
+    assert share_within(a, passes)
+
+
+@pytest.mark.parametrize("a", CHANCES)
+def test_prepared_corrections_raise_the_acceptance_of_a_tree(a: float):
+    passes = simulated("tree", SyntheticDraft((a,), 1 / C, 0.5), tokens=600)
+    better = a + (1 - a) / 2
+    assert share_within(better, passes)
+    mean = statistics.fmean(one.committed for one in passes)
+    assert theory.speedup_pearl(a, C) < mean < theory.tokens_per_pass_ceiling(better)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("mode", ["sd:3", "pearl", "tree"])
+def test_the_text_is_the_targets_own_by_one_seed_the_same_guesses(mode: str, temperature: float):
+    params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3)
+
+    def write(schedule: Schedule, reference: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
+        here, there = LocalChannel.pair()
+        here.peer_step = Drafter(SyntheticSource(SyntheticDraft((0.6,), 0.0, 0.5)), there).step
+        target = Target(TableModel(vocabulary=9), here)
+        passes = target.decode([0, 1], schedule, params, Stopper(params, (), letters), reference=reference)
+        text = [token for committed in passes for token in committed]
+        return text, [(one.tested, one.accepted) for one in target.passes]
+
+    alone, _ = write(Schedule.of("ar"), ())
+    once, again = (write(Schedule.of(mode), tuple(alone)) for _ in range(2))
+    assert once == again and once[0] == alone and sum(right for _, right in once[1]) > 5
+    unknown, judged = write(Schedule.of(mode), ())  # without a reference it has no guess
+    assert unknown == alone and not any(tested for tested, _ in judged)
+
+
+def test_chances_may_depend_on_the_depth():
+    source = SyntheticSource(SyntheticDraft((1.0, 0.0)))
+    source.begin(0, SamplingParams())
+    source.expect(0, [5], [7, 8, 9])
+    ((first, _),), ((second, _),) = source.propose_batch([ChainQuery(0, [5], path, 4) for path in ((), (7,))])
+    assert first == 7 and second != 8
+    assert source.propose([5, 7, 8, 9], 4) == []  # nothing is known of what comes after
+    source.begin(0, SamplingParams())
+    assert source.propose([5], 4) == [], "a new sequence has another text"
+
+
+def test_a_forward_takes_its_time_and_extends_several_leaves():
+    slept: list[float] = []
+    source = SyntheticSource(SyntheticDraft((0.5,), 0.005, 0.5), sleep=slept.append)
+    from pearl.core.trie import Trie
+
+    trie = Trie([1, 2])
+    source.expect(0, [1, 2], [3, 4, 5, 6])
+    grown = [source.extend([TreeQuery(0, trie, 4, 8)])[0] for _ in range(2)]
+    assert [len(some) for some in grown] == [2, 4] and slept == [0.005] * 2
+    assert (source.forwards, source.rows, source.costs) == (2, 3, (0.005,))
+    assert all(len(node.children) == 2 for node in (trie.root, *trie.root.children.values()))
+
+
+@pytest.mark.parametrize(
+    "word", ["synthetic", "synthetic:", "synthetic:1.2", "synthetic:a", "synthetic:0.5@5", "synthetic:0.5/2"]
+)
+def test_one_that_cant_be_meant_is_refused_with_what_can(word: str):
+    with pytest.raises(UsageError, match=r"must be like synthetic:0\.8"):
+        EngineConfig(draft=word)
+
+
+def test_what_it_is_asked_to_be():
+    assert SyntheticDraft.of("synthetic:0.9,0.8/0.25@5ms") == SyntheticDraft((0.9, 0.8), 0.005, 0.25)
+    assert SyntheticDraft.of("ngram") is None and SyntheticDraft.of("synthetic-model") is None
+    assert [SyntheticDraft((0.9, 0.8)).chance(depth) for depth in (1, 2, 9)] == [0.9, 0.8, 0.8]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    return tiny.save_pair(tmp_path_factory.mktemp("pair"))[0]
+
+
+@pytest.mark.parametrize("a", CHANCES)
+def test_on_a_real_target_too(target: str, a: float):
+    params = SamplingParams(max_new_tokens=300, temperature=1.0, seed=1, ignore_eos=True)
+    with Engine.from_pretrained(
+        target, f"synthetic:{a}", mode="sd", processes=1, dtype="float32", pin_cores="off"
+    ) as one:
+        text, alone = (one.generate([5, 6, 7], params, mode=mode) for mode in ("sd:4", "ar"))
+        with pytest.raises(UsageError, match="synthetic"):
+            one.generate([5], SamplingParams(temperature=1.0, method="rejection"))
+    assert text.tokens == alone.tokens
+    assert within(theory.tokens_per_pass_sd(a, 4), [p.committed for p in text.stats.passes[1:-1] if p.offered == 4])
+
+
+@pytest.mark.slow
+def test_on_a_real_target_in_two_processes(target: str):
+    a, params = 0.7, SamplingParams(max_new_tokens=300, temperature=1.0, seed=1, ignore_eos=True)
+    with Engine.from_pretrained(target, f"synthetic:{a}", mode="tree", dtype="float32") as one:
+        assert "synthetic" in one.description
+        alone, *texts = (one.generate([5, 6, 7], params, mode=mode) for mode in ("ar", "pearl", "tree"))
+    for text in texts:
+        passes = text.stats.passes
+        assert text.tokens == alone.tokens and share_within(a, passes)
+        assert 1.0 < len(text.tokens) / len(passes) < theory.tokens_per_pass_ceiling(a)

@@ -1,0 +1,89 @@
+"""Results of other engines stand beside ours, with all that keeps them from being compared; synthetic ones never do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluations import script
+
+from pearl.commands.results import report as command
+from pearl.errors import UsageError
+from pearl.evaluation import lines, report, results
+from pearl.evaluation.pages import others
+
+THEIRS = {
+    "name": "vLLM",
+    "version": "0.11.0",
+    "command": "vllm bench serve --speculative-config ...",
+    "tokens": 1200,
+    "seconds": 10.0,
+    "acceptance_length": 2.5,
+    "benchmark": "gsm8k",
+    "temperature": 0.0,
+    "target": "t",
+    "processor": "another",
+}
+
+
+def kept(folder: Path, draft: str = "d") -> Path:
+    figures = {"tokens_per_second": 20.0, "speedup_vs_ar": 2.0, "acceptance_length": 2.2, "acceptance": 0.6}
+    config = {"suite": "gsm8k", "temperature": 0.0, "batch_size": 1, "resolved": {"target": "t", "draft": draft}}
+    folder.mkdir(parents=True)
+    made = {"config": config, "environment": {"processor": "ours", "command": []}, "modes": {"tree": figures}}
+    lines.write_json(folder / results.SUMMARY, made)
+    return folder
+
+
+def written(file: Path, facts: object) -> str:
+    file.write_text(json.dumps(facts))
+    return str(file)
+
+
+def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path):
+    runs = report.load([kept(tmp_path / "a" / "run")])
+    found = others.load([written(tmp_path / "theirs.json", [THEIRS])])
+    (theirs, ours) = others.rows(found, runs)
+    assert theirs[0][0] == "vLLM 0.11.0" and theirs[1]["tokens_per_second"] == 120.0
+    assert ours[0] == ("pearl, run", "tree")
+    told = list(others.doubts(found, runs))
+    assert "processor differs: another in vLLM 0.11.0; ours in ours." in told
+    assert told[0].startswith("vLLM 0.11.0 does not say: digest of the prompts, prompt format, draft")
+    assert not any("temperature differs" in one or "target differs" in one for one in told)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"tokens": 0}, "tokens must be a number above 0, not 0"),
+        ({"seconds": "ten"}, "seconds must be a number above 0, not 'ten'"),
+        ({"version": None}, "version must be a text, not None"),
+        ({"speed": 3}, "unknown key 'speed'; known keys are name, version"),
+    ],
+)
+def test_a_file_that_is_none_is_refused_with_what_is_wrong(change, sentence, tmp_path):
+    with pytest.raises(UsageError, match=sentence):
+        others.load([written(tmp_path / "theirs.json", THEIRS | change)])
+
+
+def test_the_page_has_a_table_of_them(tmp_path, capsys):
+    runs, file = kept(tmp_path / "a" / "run"), tmp_path / "page.html"
+    theirs = written(tmp_path / "theirs.json", THEIRS)
+    assert script("report").main([str(runs), "--others", theirs, "--output", str(file)]) == 0
+    page = file.read_text()
+    assert "Other engines" in page and "vLLM 0.11.0" in page and "Compare each with its own baseline" in page
+    assert command.main([str(runs), "--others", str(tmp_path / "none.json"), "--output", str(file)]) == 2
+
+
+def test_synthetic_runs_are_named_so_and_have_a_table_of_their_own(tmp_path, capsys):
+    real, synthetic = kept(tmp_path / "results" / "real"), kept(tmp_path / "results" / "told", "synthetic:0.8")
+    runs = report.load([tmp_path / "results"])
+    assert [labels for labels, _ in report.rows(runs)] == [("real", "tree"), ("told (synthetic)", "tree")]
+    page = report.page("all", runs, ["acceptance"], {})
+    before, after = page.split("<h2>Synthetic</h2>")
+    assert "told" not in before and "real" not in after.split("How each run was made")[0]
+    assert script("table").main([str(real), str(synthetic)]) == 2
+    assert "told: runs with a synthetic draft" in capsys.readouterr().err
+    assert script("table").main([str(synthetic), "--output", str(tmp_path / "table")]) == 0
+    assert "told (synthetic)" in (tmp_path / "table" / "table.md").read_text()
