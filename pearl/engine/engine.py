@@ -18,7 +18,7 @@ from typing import Any, TypeVar, Unpack, overload
 
 from pearl.config.engine_config import DRAFT, EngineConfig
 from pearl.core.params import SamplingParams
-from pearl.core.schedule import Schedule
+from pearl.core.schedule import MODES, Schedule
 from pearl.engine.defaults import Defaults
 from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, gathered
 from pearl.engine.handle import GenerationHandle, Reading, RunKey, Said, Sink
@@ -314,6 +314,11 @@ class Engine:
     def runtime(self) -> Runtime:
         """Its processes."""
         return self._runtime
+
+    @property
+    def modes(self) -> list[str]:
+        """Those that it has the processes and the drafter for."""
+        return [mode for mode in MODES if self._requests.has(mode)]
 
     @property
     def model(self) -> Any:

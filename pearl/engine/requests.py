@@ -125,6 +125,13 @@ class RequestBuilder:
             )
         return schedule, places
 
+    def has(self, mode: str) -> bool:
+        try:
+            self.run_key(mode)
+        except UsageError:
+            return False
+        return True
+
 
 def check_names(settings: Mapping[str, Any]) -> None:
     """Raises `UsageError` for what is no setting of a call."""

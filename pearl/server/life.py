@@ -20,7 +20,7 @@ from typing import Any
 
 from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
-from pearl.engine import Engine, Generation
+from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.engine.handle import Said
 from pearl.errors import EngineClosedError
 from pearl.server.errors import APIError
@@ -160,8 +160,10 @@ class Service:
         gamma: int | str | None = None,
         prediction: list[int] | None = None,
         arrived: float | None = None,
+        label: str = "",
     ) -> Feed:
-        """Asks for a text of each prompt with its params. Raises `APIError`, and `UsageError`."""
+        """Asks for a text of each prompt with its params; those who watch know them by `label`. Raises `APIError`, and
+        `UsageError`."""
         self.check_open()
         self.check_room(len(asked))
         engine, more = self.engine, {}
@@ -170,7 +172,8 @@ class Service:
         feed = Feed(self._hear, self.config.request_timeout_s)
         try:
             for index, (prompt, params) in enumerate(asked):
-                handle = engine.submit(prompt, params, mode=mode, gamma=gamma, sink=feed, **more)  # type: ignore[arg-type]
+                request = GenerationRequest(prompt, params, label=label)
+                handle = engine.submit(request, mode=mode, gamma=gamma, sink=feed, **more)  # type: ignore[arg-type]
                 text = Text(index, handle, arrived or time.perf_counter())
                 feed.add(text)
                 self.open.add(text)

@@ -28,6 +28,7 @@ from pearl.server.api.token_names import TokenNames
 from pearl.server.errors import bad, from_engine
 from pearl.server.life import Service
 
+LABEL = "X-Pearl-Label"  # by which a page that watches knows its texts again
 _MEANINGS = {
     400: "A value that can't be carried out.",
     401: "The API key is missing or wrong.",
@@ -121,9 +122,8 @@ class Writer:
         sampling.refuse(body)
         try:
             answer = await make(body)
-            feed = service.submit(
-                answer.asked.texts, body.mode, body.gamma, await self._prediction(body.prediction), arrived
-            )
+            prediction, label = await self._prediction(body.prediction), request.headers.get(LABEL, "")[:64]
+            feed = service.submit(answer.asked.texts, body.mode, body.gamma, prediction, arrived, label)
         except PearlError as error:
             raise from_engine(error, sampling.FIELDS) from None
         if body.stream:

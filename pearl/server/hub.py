@@ -1,0 +1,171 @@
+"""Those who watch an engine over HTTP: a page has one stream of events, of which it may miss some.
+
+The engine is watched only while there is somebody. It never waits: what it says goes into a row of limited length, and
+from there into one of each reader; where a row is full, the event is dropped and counted, and the reader is told how
+many. A reader learns the words of its own texts alone, those with its key in their label; of all others it learns when
+passes were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from pearl.core.messages import Nodes
+from pearl.engine import Engine
+from pearl.roles.pass_recorder import PassTimes
+from pearl.roles.sequence import SequenceState
+from pearl.roles.verification import PassRows, PassWalk
+from pearl.server import seen
+from pearl.server.seen import Event, Seen, Teller
+
+RAW, READER = 2000, 500  # events that may wait for the loop, and for a reader
+LOOK_S, ALIVE_S = 0.3, 10.0  # between two looks at the drafter; of silence, until a reader is told that all is well
+_log = logging.getLogger(__name__)
+
+
+class Served(Protocol):
+    """What is asked of the service."""
+
+    stopping: asyncio.Event
+
+    @property
+    def engine(self) -> Engine: ...
+
+
+class Reader:
+    """One stream of events."""
+
+    def __init__(self, key: str):
+        self._key = f"{key}/" if key else ""
+        self.waiting: deque[Event] = deque()
+        self.news = asyncio.Event()
+        self.dropped = 0
+
+    def owns(self, label: str) -> bool:
+        return bool(self._key) and label.startswith(self._key)
+
+    def put(self, event: Event) -> None:
+        if len(self.waiting) >= READER:
+            self.dropped += 1
+            return
+        if self.dropped:
+            self.waiting.append({"e": "dropped", "n": self.dropped})
+            self.dropped = 0
+        self.waiting.append(event)
+        self.news.set()
+
+
+class Hub:
+    """A `Watcher` of one service's engine. To be made and used in the event loop, but for what a watcher is told."""
+
+    def __init__(self, service: Served):
+        self._service = service
+        self._readers: set[Reader] = set()
+        self._raw: deque[Seen] = deque()
+        self._lost = 0  # that found the row full
+        self._teller: Teller | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self.zero = time.perf_counter()
+        self.told = 0  # events
+
+    async def stream(self, key: str) -> AsyncIterator[bytes]:
+        """Server-sent events, until the reader goes or the server stops. `key`: that its texts have in their labels."""
+        reader = Reader(key)
+        self._enter(reader)
+        try:
+            yield b": welcome\n\n"
+            while not self._service.stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.news.wait(), ALIVE_S)
+                reader.news.clear()
+                if not reader.waiting:
+                    yield b": well\n\n"
+                while reader.waiting:
+                    yield b"data: " + json.dumps(reader.waiting.popleft(), separators=(",", ":")).encode() + b"\n\n"
+        finally:
+            self._leave(reader)
+
+    def now(self) -> float:
+        """Milliseconds."""
+        return round((time.perf_counter() - self.zero) * 1e3, 2)
+
+    def _enter(self, reader: Reader) -> None:
+        self._readers.add(reader)
+        if len(self._readers) == 1:
+            engine = self._service.engine
+            self._loop = asyncio.get_running_loop()
+            self._teller = self._teller or Teller(self.zero, lambda ids: engine.tokenizer.decode(ids))
+            engine.watch(self)
+            self._looking = asyncio.create_task(self._look(engine))
+
+    def _leave(self, reader: Reader) -> None:
+        self._readers.discard(reader)
+        if not self._readers:
+            with contextlib.suppress(Exception):  # the engine may be gone
+                self._service.engine.watch(None)
+            if self._looking:
+                self._looking.cancel()
+            if self._teller:
+                self._teller.forget()
+            self._raw.clear()
+
+    async def _look(self, engine: Engine) -> None:
+        """Tells what becomes of the drafter, also while no text is under way; wakes the readers when all is over."""
+        known, stopping = len(await asyncio.to_thread(lambda: engine.events)), self._service.stopping
+        while not stopping.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), LOOK_S)
+            events = await asyncio.to_thread(lambda: engine.events)
+            for one in events[known:]:
+                self._spread("", told := {"e": "drafter", "kind": one.kind, "what": one.what, "t": self.now()}, told)
+            known = len(events)
+        for reader in self._readers:
+            reader.news.set()
+
+    def _spread(self, label: str, mine: Event, others: Event) -> None:
+        for reader in self._readers:
+            reader.put(mine if reader.owns(label) else others)
+        self.told += 1
+
+    def _drain(self) -> None:
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            for reader in self._readers:
+                reader.dropped += lost
+        while self._raw and self._teller:
+            try:
+                self._spread(*self._teller.tell(self._raw.popleft()))
+            except Exception:  # what is shown of a text must not end anything
+                _log.exception("an event could not be told")
+
+    # As the engine's thread sees it
+
+    def began(self, sequence: SequenceState) -> None:
+        self._note(seen.began, sequence)
+
+    def passed(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, times: PassTimes) -> None:
+        self._note(seen.passed, sequence, rows, walked, times)
+
+    def drafted(self, nodes: Nodes, at: float) -> None:
+        self._note(seen.drafted, nodes, at)
+
+    def _note(self, copy: Any, *facts: Any) -> None:
+        if len(self._raw) >= RAW:
+            self._lost += 1
+            return
+        try:
+            self._raw.append(copy(*facts))
+            if len(self._raw) == 1 and self._loop:
+                self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:  # the loop is closed
+            return
+        except Exception:
+            _log.exception("what a pass did could not be noted")

@@ -1,0 +1,239 @@
+"""The page in a real browser: a talk, a race, a drafter that is killed, and a run that needs no server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from itertools import pairwise
+
+import pytest
+from browser import Visit, chromium
+from servers import Served
+
+from pearl.core.params import SamplingParams
+from pearl.core.stopping import TextStream
+from pearl.engine import Engine, Generation
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+WORDS = "the thing and the other"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def server(browser, pair):
+    cpu = str(min(os.sched_getaffinity(0)))
+    options = {"dtype": "float32", "max_length": 500, "max_sequences": 2, "target_cores": cpu, "draft_cores": cpu}
+    one = Served(Engine.from_pretrained(*pair, mode="tree", **options))
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def visit(browser, server):
+    one = Visit(browser, accept_downloads=True)
+    one.page.goto(server.url)
+    one.page.wait_for_selector("#status[data-is=ready]")
+    yield one
+    assert not one.errors
+    assert all(url.startswith((server.url, "data:", "blob:")) for url in one.asked), "it asks its own server alone"
+    one.close()
+
+
+@pytest.fixture
+def written(server):
+    """The texts as the engine has recorded them."""
+    texts: list[Generation] = []
+
+    def listener(_, said):
+        if isinstance(said, Generation):
+            texts.append(said)
+
+    server.service.listeners.append(listener)
+    yield texts
+    server.service.listeners.remove(listener)
+
+
+def ask(visit: Visit, words: str = WORDS, tokens: int = 60, mode: str = "tree", temperature: str = "0") -> None:
+    page = visit.page
+    page.fill("#prompt", words)
+    page.fill("#tokens", str(tokens))
+    page.fill("#temperature", temperature)
+    page.select_option("#mode", mode)
+    page.keyboard.press("Tab")
+    page.click("#send")
+
+
+def settled(visit: Visit) -> None:
+    """The last text is over, and all its passes have been shown."""
+    visit.page.wait_for_selector("#send:enabled")
+    visit.until("[...document.querySelectorAll('.told')].at(-1).textContent.includes('tokens/s')")
+    visit.page.wait_for_timeout(300)
+
+
+def kinds(server: Served, text: Generation) -> list[tuple[str, str, int]]:
+    """Words, kind and pass of each token, by the records of its passes."""
+    stream, found = TextStream(server.engine._requests.decoder), []
+    tokens = iter(text.tokens)
+    for number, one in enumerate(text.stats.passes):
+        for place in range(one.committed):
+            rank = one.judged[place].rank if place < len(one.judged) else None
+            kind = "target" if rank is None else "prepared" if rank else "draft"
+            words = stream.add([next(tokens)])
+            found.append([words, kind, number])
+    found[-1][0] += stream.end(text.text)
+    return [tuple(one) for one in found if one[0]]
+
+
+@pytest.mark.parametrize(("mode", "temperature"), [("sd", "0"), ("sd", "0.8"), ("tree", "0")])
+def test_the_colours_of_a_talk_are_those_of_the_records(server, visit, written, mode, temperature):
+    ask(visit, WORDS, 60, mode, temperature)
+    visit.page.wait_for_selector("#talk .tok")
+    settled(visit)
+    (text,) = written
+    shown = visit.tokens()
+    assert "".join(words for words, _, _ in shown) == text.text == visit.page.text_content("#talk .text")
+    assert shown == kinds(server, text)
+    if mode == "sd":  # in the others a drafter may be late
+        assert {kind for _, kind, _ in shown} == {"draft", "target"}, "a pair that shows nothing tests nothing"
+
+
+def test_a_token_says_its_pass_depth_and_probability_to_mouse_and_keyboard(visit):
+    ask(visit, mode="sd")
+    settled(visit)
+    page = visit.page
+    page.locator("#talk .tok[data-kind=draft]").first.hover()
+    told = page.inner_text("#tip")
+    assert re.search(r"pass \d+, depth \d+ of \d+, \d+ rows read", told) and "probability" in told
+    page.locator("#talk .text").focus()
+    said = set()
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+        said.add(page.inner_text("#tip"))
+        assert page.locator(".tok.here").count() == 1
+    assert len(said) > 1
+    page.keyboard.press("Enter")
+    assert page.locator("#tree .node.on").count() >= 1
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+    page.locator("#tab-chat").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#race").is_visible() and page.locator("#chat").is_hidden()
+
+
+def test_the_tree_of_each_pass_has_its_rows_and_its_way(visit, written):
+    ask(visit)
+    settled(visit)
+    page, (text,) = visit.page, written
+    for number in (len(text.stats.passes) - 1, len(text.stats.passes) // 2):
+        page.evaluate(f"""() => {{ const at = document.querySelector('#passes');
+            at.value = {number}; at.dispatchEvent(new Event('input')); }}""")
+        visit.until(f"document.querySelector('#passname').textContent.startsWith('pass {number} ')")
+        one = text.stats.passes[number]
+        walked = page.locator("#tree .node.on").count()
+        assert walked == one.committed + 1, "the root and what was committed"
+        assert page.locator("#tree .node").count() in (one.offered + 1, one.offered + 2), "the rows, and the last pick"
+    drawn = page.evaluate("""() => { const pen = document.querySelector('#lanes').getContext('2d');
+        return new Set(pen.getImageData(0, 0, 900, 150).data).size; }""")
+    assert drawn > 4, "the lanes are drawn"
+    assert page.locator("#depths .row").count() >= 1 and page.locator("#origins .row").count() >= 2
+
+
+def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, written):
+    page = visit.page
+    page.click("#tab-race")
+    page.fill("#raceprompt", WORDS)
+    page.fill("#racetokens", "40")
+    page.click("#go")
+    page.wait_for_selector("#verdict b")
+    assert "The same text, 40 tokens." in page.inner_text("#verdict")
+    page.wait_for_selector("#lane-a .flag:not([hidden])")
+    times = [float(page.inner_text(f"#lane-{side} .flag").split()[0]) for side in "ab"]
+    ratio = float(page.inner_text("#verdict b").rstrip("×"))
+    assert ratio == pytest.approx(times[0] / times[1], rel=0.02 + 0.01 / min(times))
+    one, other = written
+    assert (one.stats.mode, other.stats.mode) == ("ar", "tree") and one.tokens == other.tokens
+    assert page.inner_text("#lane-a .text") == page.inner_text("#lane-b .text")
+    page.click("#again")  # both at once, from their records
+    visit.until("document.querySelector('#lane-a .clock').textContent.includes('record')")
+    page.wait_for_selector("#lane-b .flag:not([hidden])")
+    assert page.inner_text("#lane-a .text") == page.inner_text("#lane-b .text")
+
+
+def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written):
+    page, before = visit.page, server.engine.runtime.drafter_pid
+    words, tokens = longest(server)
+    ask(visit, words, 400)
+    page.wait_for_selector("#talk .tok")
+    page.click("#kill")
+    page.wait_for_selector("#notes li[data-kind=lost]")
+    settled(visit)
+    assert [text.tokens for text in written] == [tokens] and len(tokens) > 100
+    page.wait_for_selector("#notes li[data-kind=back]", timeout=60_000)
+    page.wait_for_selector("#status[data-is=ready]")
+    assert server.engine.runtime.drafter_pid != before
+
+
+def longest(server: Served) -> tuple[str, list[int]]:
+    """Some words with a long answer, and that answer."""
+    some = [f"{WORDS} {number}" for number in range(12)]
+    prompts = [server.engine.encode([{"role": "user", "content": words}]) for words in some]
+    texts = server.engine.generate(prompts, SamplingParams(max_new_tokens=400), mode="ar")
+    return max(((words, text.tokens) for words, text in zip(some, texts, strict=True)), key=lambda one: len(one[1]))
+
+
+def test_a_saved_run_is_shown_again_without_a_server(browser, visit, tmp_path):
+    ask(visit, tokens=40)
+    settled(visit)
+    page, wanted = visit.page, visit.tokens()
+    for button, name in (("#save", "run.json"), ("#savepage", "run.html")):
+        with page.expect_download() as coming:
+            page.click(button)
+        coming.value.save_as(tmp_path / name)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["pearl_run"] == 1 and "pearl-key" not in json.dumps(run)
+
+    alone = Visit(browser, offline=True)
+    alone.page.goto((tmp_path / "run.html").as_uri())
+    replayed(alone, wanted)
+    assert alone.asked == [(tmp_path / "run.html").as_uri()] + [url for url in alone.asked if url.startswith("data:")]
+    alone.page.set_input_files("#file", tmp_path / "run.json")  # it opens other runs too
+    replayed(alone, wanted)
+    assert not alone.errors
+    alone.close()
+
+    page.set_input_files("#file", tmp_path / "run.json")
+    replayed(visit, wanted)
+    page.click("#closereplay")
+    assert page.locator("#ask").is_visible() and visit.tokens() == wanted
+
+
+def replayed(visit: Visit, wanted: list[tuple[str, str, int]]) -> None:
+    page = visit.page
+    page.wait_for_selector("#replaybar:not([hidden])")
+    counts = []
+    for moment in (0, 400, 700, 1000):
+        page.evaluate(f"""() => {{ const at = document.querySelector('#moment');
+            at.value = {moment}; at.dispatchEvent(new Event('input')); }}""")
+        page.wait_for_timeout(100)
+        counts.append(len(visit.tokens()))
+    assert counts[0] == 0 and all(one <= other for one, other in pairwise(counts)) and counts[1] < counts[3]
+    assert visit.tokens() == wanted
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_light_or_dark_as_the_system_is_and_as_one_says(browser, server, scheme):
+    one = Visit(browser, color_scheme=scheme)
+    one.page.goto(server.url)
+    one.page.wait_for_selector("#status[data-is=ready]")
+    lightness = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
+    assert (one.page.evaluate(lightness) < 64) is (scheme == "dark")
+    one.page.click("#theme")
+    assert (one.page.evaluate(lightness) < 64) is (scheme == "light")
+    assert not one.errors
+    one.close()
