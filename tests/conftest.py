@@ -24,6 +24,28 @@ settings.register_profile("quick", deadline=None, derandomize=True, max_examples
 settings.register_profile("search", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("pearl")
 
+LONG = (  # files with the longest tests: they come first, so that no worker of two ends with one
+    "training/test_toy_pipeline.py",
+    "repository/test_scripts.py",
+    "engine/test_engine.py",
+    "evaluation/test_main.py",
+    "engine/test_processors.py",
+    "engine/test_side_by_side.py",
+    "parallel/test_ways_to_start.py",
+    "parallel/test_tensor_parallel.py",
+    "parallel/test_tensor_parallel_lost.py",
+    "roles/test_distribution.py",
+    "models/test_architectures.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        file = "/".join(item.path.parts[-2:])
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):

@@ -88,7 +88,7 @@ def assert_modes_agree(architecture: Architecture, dtype: str) -> None:
         assert passes < 2 * NEW / 1.5, f"{mode}: few guesses were accepted: then little was shown"
 
 
-@pytest.mark.parametrize("architecture", parameters())
+@pytest.mark.parametrize("architecture", parameters(), scope="module")
 def test_ar_writes_what_transformers_generate_writes(architecture: Architecture):
     wanted = reference(architecture, "float32", NEW)
     assert len(wanted) > 1 and all(len(text) == NEW for text in wanted)
@@ -96,13 +96,13 @@ def test_ar_writes_what_transformers_generate_writes(architecture: Architecture)
     assert alone(architecture, "float32") == wanted
 
 
-@pytest.mark.parametrize("architecture", parameters())
+@pytest.mark.parametrize("architecture", parameters(), scope="module")
 def test_every_mode_writes_what_ar_writes(architecture: Architecture):
     assert_modes_agree(architecture, "float32")
     assert target_model(architecture, "float32").verifies_trees or not architecture.trees
 
 
-@pytest.mark.parametrize("architecture", parameters())
+@pytest.mark.parametrize("architecture", parameters(), scope="module")
 def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architecture):
     """Three in one batch, with a drafter, in forwards that they share where the model's bits allow it."""
     model, draft = architecture.model(), architecture.model(drift=0.02)
@@ -122,14 +122,14 @@ def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architect
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
+@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE), scope="module")
 def test_every_mode_writes_what_ar_writes_in_bfloat16(architecture: Architecture):
     assert target_model(architecture, "bfloat16").rows.exact, "on this machine nothing is promised"
     assert_modes_agree(architecture, "bfloat16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE))
+@pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE), scope="module")
 def test_in_bfloat16_ar_leaves_generate_only_where_two_tokens_all_but_tie(architecture: Architecture, record_property):
     """Logits of size x are 2^-8 x apart in bfloat16, and a few of these steps are what other sums come to."""
     model = architecture.model("bfloat16")

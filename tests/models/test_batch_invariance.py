@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import VOCABULARY, fake, measured
+from tiers import tiered
 from transformers import Phi3Config
 
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
@@ -82,7 +83,7 @@ class OtherOrder(torch.nn.Linear):
         return functools.reduce(torch.add, sums)[None].to(x.dtype)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", tiered(range(10), lambda seed: seed < 3))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_of_another_order_is_found_out_though_no_text_shows_it(dtype, seed, monkeypatch):
     """One sum in ten thousand is rounded to another bfloat16 number, and the texts of this model hold none."""

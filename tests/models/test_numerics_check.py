@@ -57,7 +57,15 @@ from pearl.roles.target import Target
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma2", "gemma3")
 CHAINS = ("deepseek",)  # its attention can't lay a branch over the chain
 MODELS = [
-    pytest.param(name, dtype, kernel, marks=[pytest.mark.skipif(kernel == "packed" and not FBGEMM, reason="no fbgemm")])
+    pytest.param(
+        name,
+        dtype,
+        kernel,
+        marks=[
+            pytest.mark.skipif(kernel == "packed" and not FBGEMM, reason="no fbgemm"),
+            *([] if name in ("llama", "gemma3") else [pytest.mark.slow]),
+        ],
+    )
     for name in (*NAMES, *CHAINS)
     for dtype in ("float32", "bfloat16")
     for kernel in ("packed", "stock")
