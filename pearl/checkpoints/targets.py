@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from pearl.checkpoints.calibration import calibrate_target
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
+from pearl.config.pairs import probe
 from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import UsageError
 from pearl.models import linear
@@ -20,6 +22,8 @@ from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
 from pearl.models.verifier import VerifierModel
+
+MOST_PREFIX_GB = 2.0  # of prompts, where nobody says how much
 
 
 def load_target(checked: Preflight, others: Others | None = None) -> VerifierModel | TensorParallelModel:
@@ -39,7 +43,24 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
         others.settle()
         reader = TensorParallelModel(reader, others)
     calibrate_target(reader, checked)
+    if mb := prefix_cache_mb(checked):
+        reader.keep_prefixes(mb)
     return reader
+
+
+def prefix_cache_mb(checked: Preflight) -> int:
+    """What a rank may keep of prompts. Where nobody has said it: of memory that is plentiful, a little; over several
+    ranks nothing, as they would have to agree."""
+    gb, ranks = checked.config.prefix_cache_gb, checked.config.tensor_parallel_size
+    if ranks > 1 and checked.features:
+        return 0  # the first rank keeps hidden states too, so the ranks would drop at different times
+    if gb is None:
+        machine, placed = probe(), checked.target_on
+        free = (
+            [machine.ram_gb] if placed.on_cpu else [machine.gpus_gb[torch.device(d).index or 0] for d in placed.devices]
+        )
+        gb = min(MOST_PREFIX_GB, min(free) / 16) if ranks == 1 else 0.0
+    return int(1000 * gb / ranks)
 
 
 def load_shard(checked: Preflight) -> VerifierModel:

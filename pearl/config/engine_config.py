@@ -65,6 +65,13 @@ class EngineConfig:
     cache_gb: float = setting(
         0.0, number(0, 1e6, "a number of gigabytes, or 0"), "of their keys and values at most; 0: no limit", PAIR
     )
+    prefix_cache_gb: float | None = setting(
+        None,
+        number(0, 1e6, "a number of gigabytes, or 0"),
+        "of the keys and values of prompts that are kept over texts; 0: none; default: a sixteenth of what is free",
+        PAIR,
+        word="prefix_cache",
+    )
     target_device: str = setting("auto", WORD, "cpu, cuda:0, or several: cuda:0,cuda:1", MACHINE)
     tensor_parallel_size: int = setting(
         1, _RANKS, "spread every matrix of the target over so many ranks", MACHINE, was=("target_tp",)

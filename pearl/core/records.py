@@ -90,6 +90,7 @@ class GenerationStats:
     drafter: DraftStats | None
     bytes_on_wire: int  # both ways, verdicts and nodes
     peak_memory: int  # bytes, both processes
+    cached_tokens: int = 0  # of the prompt, that needed no reading: earlier texts had them
     places: int = 1  # texts that may be under way at once
     began_s: float = 0.0  # on the target's clock: when it took a place,
     ended_s: float = 0.0  # and when it gave that back

@@ -47,8 +47,8 @@ _LEARNING = 0.02
 Spot = tuple[SuffixAutomaton, Place]  # in the text of a batch slot
 # for a node: minus its joint log-probability, a number, parent, token, log-probability, and of the parent: place, path
 _Candidate = tuple[float, int, Node, int, float, Place, tuple[int, ...]]
-# chances before anything was learned, by length, of a match that occurred once; of more frequent ones they are larger
-_FIRST = 0.2, 0.35, 0.5, 0.6, 0.7, 0.75, 0.85, 0.93
+# chances before anything was learned, by length, of a match that occurred once: as in answers of the embedded target
+_FIRST = 0.2, 0.4, 0.55, 0.65, 0.7, 0.8, 0.88, 0.93
 
 
 class Chances:
@@ -56,7 +56,9 @@ class Chances:
 
     def __init__(self) -> None:
         # [longest match or a shorter one][length][times]
-        self.seen = [[[1 - (1 - once) / time**0.5 for time in TIMES] for once in _FIRST] for _ in range(2)]
+        self.seen = [
+            [[share * (1 - (1 - once) / time**0.2) for time in TIMES] for once in _FIRST] for share in (1.0, 0.5)
+        ]
 
     def of(self, automaton: SuffixAutomaton, place: Place) -> list[tuple[int, float]]:
         """The tokens that may follow, likeliest first, and the chance of each."""

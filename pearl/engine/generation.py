@@ -97,6 +97,7 @@ def written(text: SequenceState, places: int, sent: int) -> Generation:
         drafter=drafter,
         bytes_on_wire=sent,
         peak_memory=memory.peak() + (drafter.memory if drafter else 0),
+        cached_tokens=text.cached,
         places=places,
         began_s=text.placed,
         ended_s=text.ended,

@@ -106,6 +106,10 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         )
     if "hf-assisted" in baselines and not (config.draft_has_files and draft_kinds.is_causal_lm(config.draft)):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
+    if baselines:  # they read every prompt afresh
+        if config.prefix_cache_gb:
+            raise UsageError(f"{baselines[0]} has no cache of prompts: leave --prefix-cache out, or {baselines[0]}.")
+        config = replace(config, prefix_cache_gb=0.0)
     for mode in found.mode:
         config.check_mode(mode)
     if found.resume and not found.output:

@@ -66,6 +66,8 @@ class Plan:
     writers: Mapping[str, Writer] = field(default_factory=dict)  # of modes that write several texts side by side
     batch_size: int = 1
     limit: int = sys.maxsize  # tokens that a text may have, with its prompt
+    # what is read of prompts from now on is found from the next call on, so that no mode reads for another
+    begin_round: Callable[[], object] = lambda: None
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
 
     @property
@@ -147,6 +149,7 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
             written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
             skipped: dict[WorkUnit, TooLong] = {}
             turn = plan.units.index(block[0]) // size % len(modes)
+            plan.begin_round()
             try:
                 for mode in (*modes[turn:], *modes[:turn]):
                     progress.show(f"{block[0].task} {mode}")

@@ -144,8 +144,18 @@ def _latency(texts: Sequence[GenerationStats]) -> Figures:
     """A pass is spread evenly over what it has committed."""
     decoding = [p for p in _decoding(texts) if p.committed]
     each, weights = [1e3 * p.seconds / p.committed for p in decoding], [p.committed for p in decoding]
+    first_ms = {
+        kind: [1e3 * text.passes[0].seconds for text in texts if (text.cached_tokens > 0) == kind]
+        for kind in (False, True)
+    }
     return {
-        "ttft_ms": _percentile([1e3 * text.passes[0].seconds for text in texts]),
+        "ttft_ms": _percentile([*first_ms[False], *first_ms[True]]),
+        # of those texts that began with what earlier ones had read, and of the others; None: there were none
+        "ttft_ms_cached": _percentile(first_ms[True]) if first_ms[True] else None,
+        "ttft_ms_uncached": _percentile(first_ms[False]) if first_ms[False] else None,
+        "cached_prompt_share": _ratio(
+            sum(text.cached_tokens for text in texts), sum(text.prompt_tokens for text in texts)
+        ),
         **{f"tpot_ms_p{percent}": _percentile(each, percent, weights) for percent in (50, 95, 99)},
         "pass_ms": _percentile([1e3 * p.forward_s for p in _decoding(texts)]),
     }

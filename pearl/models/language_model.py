@@ -25,6 +25,7 @@ from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import attention_of
 from pearl.models.kv_cache.batch_cache import BatchCache, SequenceSlice
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
+from pearl.models.kv_cache.prefix_cache import EMPTY, Digest, Piece, PrefixCache, digest
 from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
 from pearl.models.kv_cache.window import Window
@@ -46,6 +47,7 @@ class SlotState:
     first: int = 0  # position of the first row of the last forward
     sides: dict[tuple[int, int], int] = field(default_factory=dict)  # (a row of it, token) -> the side row after it
     tree: DraftTreeCache | None = None  # what is where, if leaves were read last
+    pieces: list[Digest] = field(default_factory=list)  # of its beginning that were read as such, one after the other
     states: list[Tensor] = field(default_factory=list)  # of the hooked layers, [rows, F] of each forward of a read
     before: int = 0  # rows of it before the first whose logits were asked for
 
@@ -53,6 +55,7 @@ class SlotState:
         """How many of `tokens` need no reading. If what follows fails, no more is known."""
         known = self.known(tokens, len(tokens) - keep)
         self.cached, self.sides, self.tree = tokens[:known], {}, None
+        del self.pieces[known // PREFILL_CHUNK :]
         self.states, self.before = [], len(tokens) - keep - known
         return known
 
@@ -108,6 +111,7 @@ class LanguageModel:
         states are kept. `head`: the model's, if it is cut to a draft vocabulary."""
         self.model, self.vocabulary, self.max_length = model, vocabulary, max_length
         self.static: StaticShapeRunner | None = None
+        self.prefix_cache: PrefixCache | None = None  # over texts
         self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
         self._hooks, self._head = hooks, head
         self._attention = attention_of(model)
@@ -129,7 +133,7 @@ class LanguageModel:
         state, but = self._slots[batch_slot], list(but)
         known = state.known(but, len(but))
         state.cache.clear(known)
-        self._slots[batch_slot] = SlotState(state.cache, but[:known])
+        self._slots[batch_slot] = SlotState(state.cache, but[:known], pieces=state.pieces[: known // PREFILL_CHUNK])
         if self._head:
             self._head.forget(batch_slot)
 
@@ -145,6 +149,49 @@ class LanguageModel:
         logits = self.forward(new, len(tokens) - len(new), keep + len(sides) + pads, sides, pads, batch_slot)
         self._slots[batch_slot].done(tokens, len(new), sides)
         return logits[: keep + len(sides), : self.vocabulary]
+
+    @torch.inference_mode()
+    def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
+        """Puts pieces of a text that were read before into the cache, after those that are there. Returns how many
+        tokens these are. A `LanguageModel.read` of them would have left the same bits."""
+        state, store = self._slots[batch_slot], self.prefix_cache
+        first = len(state.pieces) * PREFILL_CHUNK
+        if store is None or len(state.cached) != first or shared_prefix(state.cached, tokens) < first:
+            return 0
+        key, keys = state.pieces[-1] if state.pieces else EMPTY, []
+        for at in range(first, len(tokens) - PREFILL_CHUNK + 1, PREFILL_CHUNK):
+            key = digest(key, tokens[at : at + PREFILL_CHUNK])
+            if key not in store:
+                break
+            keys.append(key)
+        pieces = store.find(keys)
+        for place, piece in enumerate(pieces):
+            state.cache.put(piece.layers, first + place * PREFILL_CHUNK)
+        count = len(pieces) * PREFILL_CHUNK
+        state.pieces += keys[: len(pieces)]
+        state.cached = list(tokens[: first + count])
+        state.sides, state.before = {}, count - 1
+        state.states = [one.states for one in pieces if one.states is not None]
+        return count
+
+    def keep_prefixes(self, mb: int) -> None:
+        """From here on pieces of prompts are kept over texts, in at most so many MB."""
+        self.prefix_cache = PrefixCache(mb * 1_000_000) if mb else None
+
+    def begin_round(self) -> None:
+        """See `PrefixCache.begin_round`."""
+        if self.prefix_cache:
+            self.prefix_cache.begin_round()
+
+    def _remember(self, tokens: list[int], first: int, batch_slot: int, states: Tensor | None) -> None:
+        """Keeps a piece that has just been read, if it is one, after those before it."""
+        state, store = self._slots[batch_slot], self.prefix_cache
+        if store is None or len(tokens) != PREFILL_CHUNK or first != len(state.pieces) * PREFILL_CHUNK:
+            return
+        key = digest(state.pieces[-1] if state.pieces else EMPTY, tokens)
+        if key not in store:
+            store.add(key, Piece(state.cache.take(first, PREFILL_CHUNK), states), state.pieces)
+        state.pieces.append(key)
 
     def observe(self, tokens: Sequence[int], batch_slot: int) -> None:
         """Tells a head that is cut to a draft vocabulary what the sequence is that is read next."""
@@ -188,6 +235,8 @@ class LanguageModel:
             states = self._hooks.states()[0] if self._hooks else None
         if states is not None:
             self._slots[batch_slot].states.append(states)
+        if not side_rows and not pads:
+            self._remember(tokens, first, batch_slot, states)
         return logits
 
     def lay_out(

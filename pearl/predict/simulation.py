@@ -218,6 +218,9 @@ class _TargetReader:
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         self._fresh = True
 
+    def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
+        return 0
+
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         stage, times = self._stage, self._stage.times
         rows = keep + len(side_rows)

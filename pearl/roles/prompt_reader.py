@@ -20,6 +20,17 @@ class PromptReader:
     def __init__(self, model: TargetModel, clock: Clock):
         self._model, self._clock = model, clock
 
+    def restore(self, sequence: SequenceState) -> bool:
+        """Goes on in a prompt by what was read of it in earlier texts; its end is read in any case. False: nothing
+        was."""
+        began = self._clock()
+        if count := self._model.restore(sequence.trie.tokens[:-1], sequence.batch_slot):
+            self._gather(sequence, range(1 - count, 1))
+            sequence.read += count
+            sequence.cached += count
+            sequence.reading_s += self._clock() - began
+        return count > 0
+
     def read_on(self, sequence: SequenceState) -> bool:
         """Reads a piece of a prompt, while other sequences wait. True: but the last, which is for the first pass."""
         end, prompt = sequence.read + PREFILL_CHUNK, sequence.trie.tokens

@@ -183,8 +183,10 @@ class Target:
         since, room = began, PREFILL_CHUNK
         for sequence in reading:
             if room > 0:
-                room -= len(sequence.trie.tokens) - sequence.read
                 sequence.began = sequence.began or since
+                if self._prompts.restore(sequence):
+                    since = self._clock()
+                room -= len(sequence.trie.tokens) - sequence.read
                 if len(live) == 1 or self._prompts.read_on(sequence):
                     yield from self._pass([sequence], sequence.began, since)
                 since = self._clock()

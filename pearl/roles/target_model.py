@@ -45,5 +45,9 @@ class TargetModel(Protocol):
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
 
+    def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
+        """Goes on with what is cached of `tokens`, without reading: by so many tokens, which were read in earlier
+        texts. With the bits, and the features, that reading them would have."""
+
     def features(self, rows: Sequence[int], batch_slot: int = 0) -> Features | None:
         """Hidden states [rows, F] at rows of the last read; None without `gives_features`."""

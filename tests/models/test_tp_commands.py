@@ -7,14 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pearl.models.tensor_parallel.commands import (
+    BeginRound,
     Command,
     CopyFirst,
     Forget,
     Forward,
     KeepAlive,
+    KeepPrefixes,
     ReadSequence,
     ReadTogether,
     ReadTrial,
+    Restore,
     SetBuckets,
     Shutdown,
     SlotTokens,
@@ -40,6 +43,9 @@ COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Forward, tokens, small, small),
     st.builds(ReadTrial, tokens, small, counts, small),
     st.builds(Forget, st.builds(SlotTokens, st.integers(0, 3), tokens)),
+    st.builds(Restore, st.builds(SlotTokens, st.integers(0, 3), tokens)),
+    st.builds(KeepPrefixes, small),
+    st.builds(BeginRound),
     st.builds(SetBuckets, counts, st.booleans(), counts),
     st.builds(CopyFirst, small),
     st.builds(KeepAlive),

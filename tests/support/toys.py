@@ -92,6 +92,9 @@ class TableModel:
     def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
         return None
 
+    def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
+        return 0
+
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         return [self.read_leaves(one.tokens, one.paths) for one in queries]
 

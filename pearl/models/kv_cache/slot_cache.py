@@ -12,7 +12,7 @@ bits nobody compares, writes its nodes wherever there is room and lets a mask pi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,9 @@ class KVBuffers:
     def all_layers(self) -> Iterable[KeyValue]:
         return self._layers.values()
 
+    def by_layer(self) -> Mapping[int, KeyValue]:
+        return self._layers
+
     def copy_first(self, slots: int) -> None:
         """Gives all batch slots what the first has in so many slots."""
         for buffers in self._layers.values():
@@ -146,6 +149,18 @@ class SlotCache(ForwardCache):
                 buffer[self.batch_slot, :, first : self.high] = 0
                 buffer[self.batch_slot, :, self.slots :] = 0
         self.high = min(self.high, first)
+
+    def take(self, first: int, count: int) -> dict[int, KeyValue]:
+        """A copy of so many slots from `first` on, by layer, [kv heads, slots, head_dim]."""
+        own = self.batch_slot, slice(None), slice(first, first + count)
+        return {layer: (k[own].clone(), v[own].clone()) for layer, (k, v) in self.buffers.by_layer().items()}
+
+    def put(self, layers: Mapping[int, KeyValue], first: int) -> None:
+        """Puts such a copy to the slots from `first` on."""
+        for layer, pair in layers.items():
+            for buffer, states in zip(self.buffers.by_layer()[layer], pair, strict=True):
+                buffer[self.batch_slot, :, first : first + states.shape[1]] = states
+                self.high = max(self.high, first + states.shape[1])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""

@@ -108,6 +108,32 @@ class Forget(Command):
 
 
 @dataclass(frozen=True)
+class Restore(Command):
+    text: SlotTokens
+
+    def run(self, shard: VerifierModel) -> object:
+        return shard.restore(self.text.tokens, self.text.batch_slot)
+
+
+@dataclass(frozen=True)
+class KeepPrefixes(Command):
+    """All ranks keep and drop the same pieces, as their parts are equally large."""
+
+    mb: int
+
+    def run(self, shard: VerifierModel) -> object:
+        shard.keep_prefixes(self.mb)
+        return None
+
+
+@dataclass(frozen=True)
+class BeginRound(Command):
+    def run(self, shard: VerifierModel) -> object:
+        shard.begin_round()
+        return None
+
+
+@dataclass(frozen=True)
 class SetBuckets(Command):
     """`rows` and `joint` are these from now on. What a row count costs is only the first rank's business."""
 

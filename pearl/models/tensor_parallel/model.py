@@ -85,6 +85,15 @@ class TensorParallelModel:
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         self.call(commands.Forget(SlotTokens(batch_slot, tuple(but))))
 
+    def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
+        return self.call(commands.Restore(SlotTokens(batch_slot, tuple(tokens)))) if self._shard.prefix_cache else 0
+
+    def keep_prefixes(self, mb: int) -> None:
+        self.call(commands.KeepPrefixes(mb))
+
+    def begin_round(self) -> None:
+        self.call(commands.BeginRound())
+
     @property
     def trial(self) -> TensorParallelTrial:
         return TensorParallelTrial(self)
