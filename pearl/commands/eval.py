@@ -19,6 +19,7 @@ BENCHMARKS = {
     "mgsm": "pearl.tasks.mgsm",
     "mt-bench": "pearl.tasks.mt_bench",
     "spec-bench": "pearl.tasks.spec_bench",
+    "speed-bench": "pearl.tasks.speed_bench.benchmark",
 }
 
 

@@ -154,12 +154,16 @@ def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
         if benchmark.score and not config.found.no_score:
             first = [(key.task, one) for key, one in completions[mode].items() if key.repeat == key.turn == 0]
             figures |= benchmark.score(problems, first)
+        talks: dict[str, list[list[Any]]] = {}
+        for key, text in texts[mode].items():
+            if key.repeat == 0:
+                samples = talks.setdefault(key.task, [])
+                samples.append([text]) if key.turn == 0 else samples[-1].append(text)
+        if benchmark.files:
+            for file, value in benchmark.files(problems, talks, mode).items():
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                lines.write_json(folder / file, value)
         if benchmark.export:
-            talks: dict[str, list[list[Any]]] = {}
-            for key, text in texts[mode].items():
-                if key.repeat == 0:
-                    samples = talks.setdefault(key.task, [])
-                    samples.append([text]) if key.turn == 0 else samples[-1].append(text)
             name = f"{Path(config.engine.target).name}-{mode.replace(':', '-')}"
             (folder / "model_answer").mkdir(exist_ok=True)
             lines.settle(folder / "model_answer" / f"{name}.jsonl", benchmark.export(problems, talks, name))

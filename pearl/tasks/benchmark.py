@@ -47,5 +47,7 @@ class Benchmark(Generic[Problem]):
     score: Callable[[Sequence[Problem], Sequence[Answer]], dict[str, Any]] | None = None
     # a mode's conversations as other tools read them: lines of model_answer/MODEL.jsonl
     export: Callable[[Sequence[Problem], Conversations, str], list[dict[str, Any]]] | None = None
+    # files of a mode in the form of another tool: by name, what they hold as JSON
+    files: Callable[[Sequence[Problem], Conversations, str], dict[str, Any]] | None = None
     # the problems as another scorer reads them, which must have those of this run only
     problem_lines: Callable[[Sequence[Problem]], list[dict[str, Any]]] | None = None

@@ -32,6 +32,28 @@ SAMPLES = {
         {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
         {"question_id": 101, "category": "math", "turns": ["1 + 1?", "And twice that?"], "reference": ["2", "4"]},
     ],
+    "speed_bench": [
+        {
+            "question_id": "a" * 32,
+            "category": "writing",
+            "sub_category": "letters",
+            "turns": ["Write a line.", "Now in capitals."],
+            "source": "own",
+            "src_id": "1",
+            "difficulty": "",
+            "multiturn": True,
+        },
+        {
+            "question_id": "b" * 32,
+            "category": "low_entropy",
+            "sub_category": "coding",
+            "turns": ["def f(x):"],
+            "source": "own",
+            "src_id": "2",
+            "difficulty": "easy",
+            "multiturn": False,
+        },
+    ],
     "spec_bench": [
         {"question_id": 81, "category": "writing", "turns": ["Write a line.", "Now in capitals."]},
         {"question_id": 241, "category": "qa", "turns": ["Who played Anna?"]},

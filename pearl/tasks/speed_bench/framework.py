@@ -1,0 +1,123 @@
+"""Results as SPEED-Bench's own framework writes them (NVIDIA/Model-Optimizer, examples/specdec_bench, metrics/).
+
+    speed_bench/MODE/specbench_results.json    acceptance lengths: of each request, each category, all
+    speed_bench/MODE/timing.json               tokens a second, of all and of a request
+    speed_bench/MODE/by_group.json             ours: both by category, sub-category and entropy tier, with counts
+
+There a step is a decode step of a text, with or without a draft; of each turn the last is left out, and the first if it
+is one token (it read the prompt). A request's acceptance length is the mean over its steps; a category's the mean over
+its requests. So these differ from the `acceptance_length` of summary.json, which is of verifications, totals over
+totals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from statistics import fmean, pstdev
+from typing import Any, Protocol
+
+import numpy as np
+
+from pearl.tasks.benchmark import Conversations, Turn
+
+
+class Asked(Protocol):
+    @property
+    def task_id(self) -> str: ...
+    @property
+    def category(self) -> str: ...
+    @property
+    def sub_category(self) -> str: ...
+    @property
+    def tier(self) -> str | None: ...
+
+
+def files(problems: Sequence[Asked], talks: Conversations, mode: str) -> dict[str, Any]:
+    """The content of each file, by its name. Of several samples the first counts."""
+    asked = [one for one in problems if talks.get(one.task_id)]
+    turns = {one.task_id: talks[one.task_id][0] for one in asked}
+    steps = {name: [trimmed(turn.committed) for turn in some] for name, some in turns.items()}
+    lengths = {name: fmean(chain.from_iterable(some)) for name, some in steps.items()}
+    folder = f"speed_bench/{mode.replace(':', '-')}"
+    return {
+        f"{folder}/specbench_results.json": acceptance(asked, steps, lengths),
+        f"{folder}/timing.json": timing(list(turns.values())),
+        f"{folder}/by_group.json": by_group(asked, turns, lengths),
+    }
+
+
+def trimmed(committed: Sequence[int]) -> list[int]:
+    """The steps of a turn that count."""
+    return list(committed[1 if committed and committed[0] == 1 else 0 : len(committed) - 1]) or [1]
+
+
+def acceptance(
+    asked: Sequence[Asked], steps: Mapping[str, Sequence[Sequence[int]]], lengths: Mapping[str, float]
+) -> dict[str, Any]:
+    counted = Counter(chain.from_iterable(chain.from_iterable(steps.values())))
+    histogram = {length: counted[length] for length in sorted(counted)}
+    left = total = sum(histogram.values())
+    conditional, joint, before = {}, {}, 1.0
+    for length, count in histogram.items():
+        reached = left / total
+        conditional[length], joint[length] = reached / before, reached
+        before, left = reached, left - count
+    return {
+        "Request_AL": dict(lengths),
+        "Category_AL": {name: fmean(some) for name, some in sorted(_grouped(asked, lengths, "category").items())},
+        "Average_AL": fmean(lengths.values()),
+        "Acceptance_Length_Histogram": histogram,
+        "Conditional_Acceptance_Rate": conditional,
+        "Joint_Acceptance_Rate": joint,
+    }
+
+
+def timing(requests: Sequence[Sequence[Turn]]) -> dict[str, Any]:
+    """Of requests one after the other, which take the target's time alone."""
+    tokens = [sum(len(turn.tokens) for turn in turns) for turns in requests]
+    seconds = [sum(turn.seconds for turn in turns) for turns in requests]
+    return {
+        "Output TPS": sum(tokens) / sum(seconds),
+        "E2E Request Time": _statistics(seconds),
+        "Request Tokens Per Second": _statistics([n / s for n, s in zip(tokens, seconds, strict=True)]),
+        "Number of Output Tokens": _statistics(tokens),
+    }
+
+
+def by_group(
+    asked: Sequence[Asked], turns: Mapping[str, Sequence[Turn]], lengths: Mapping[str, float]
+) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for kind in ("category", "sub_category", "tier"):
+        speed = {name: timing([turns[name]])["Output TPS"] for name in lengths}
+        groups, speeds = _grouped(asked, lengths, kind), _grouped(asked, speed, kind)
+        members = defaultdict(list)
+        for one in asked:
+            members[getattr(one, kind)].append(turns[one.task_id])
+        told[kind] = {
+            name: {
+                "requests": len(some),
+                "AL": fmean(some),
+                "Output TPS": timing(members[name])["Output TPS"],
+                "Request Tokens Per Second": fmean(speeds[name]),
+            }
+            for name, some in sorted(groups.items())
+        }
+    return told
+
+
+def _grouped(asked: Sequence[Asked], values: Mapping[str, float], kind: str) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for one in asked:
+        if getattr(one, kind):
+            groups[getattr(one, kind)].append(values[one.task_id])
+    return groups
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    """With the framework's four digits."""
+    told: dict[str, Any] = {"min": min(values), "max": max(values), "mean": fmean(values), "std": pstdev(values)}
+    quantiles = {f"{q}": f"{np.percentile(values, 100 * q):.4f}" for q in (0.25, 0.5, 0.75)}
+    return {name: f"{value:.4f}" for name, value in told.items()} | {"quantiles": quantiles}

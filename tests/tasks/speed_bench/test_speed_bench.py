@@ -1,0 +1,130 @@
+"""SPEED-Bench is read in all forms that it has, asked turn by turn, and told as its own framework tells it.
+
+The prompts here were written for these tests: nothing of the data set is in this repository.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+from evaluations import SAMPLES, options, run, summary, written
+
+from pearl.errors import UsageError
+from pearl.tasks.speed_bench import framework
+from pearl.tasks.speed_bench.benchmark import BENCHMARK, CONFIGS, DATA, PLACEHOLDER
+
+RECORDS = SAMPLES["speed_bench"]
+
+
+def parquet(file, records):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.Table.from_pylist(records), file)
+    return str(file)
+
+
+def test_it_is_read_from_lines_parquet_a_folder_and_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        return RECORDS
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    lines = DATA.load(written(tmp_path, "speed_bench"))
+    file = parquet(tmp_path / "speed" / "test.parquet", RECORDS)
+    assert lines == DATA.load(file) == DATA.load(str(tmp_path / "speed"))
+    assert lines == DATA.load(None) == DATA.load("throughput_32k")
+    assert asked == [(("nvidia/SPEED-Bench", name), {"split": "test"}) for name in ("qualitative", "throughput_32k")]
+    assert len(CONFIGS) == 6 and [one.tier for one in lines] == [None, "low_entropy"]
+    assert [BENCHMARK.turns(one) for one in lines] == [2, 1]
+
+
+def test_prepared_files_with_messages_are_read_too(tmp_path):
+    messages = [{"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}]
+    (one,) = DATA.load(written(tmp_path, "own", [{"question_id": "c", "category": "qa", "messages": messages}]))
+    assert one.turns == ("One?", "Two?")
+
+
+def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, caplog):
+    named = RECORDS[0] | {"turns": [f"{PLACEHOLDER} USING SPECDEC_BENCH"]}
+    with caplog.at_level(logging.WARNING, "pearl"):
+        (kept,) = DATA.load(written(tmp_path, "some", [named, RECORDS[1]]))
+    assert kept.question_id == "b" * 32 and "1 of 2 prompts" in caplog.text and "prepare_data.py" in caplog.text
+    with pytest.raises(UsageError, match=r"1 of 1 prompts of .*prepare_data"):
+        DATA.load(written(tmp_path, "none", [named]))
+
+
+@pytest.mark.parametrize(
+    "records, told",
+    [
+        ([RECORDS[0], {"question_id": "x"}], "line 2 is not a SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": []}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS[0]] * 2, "more than once"),
+    ],
+)
+def test_what_is_no_prompt_is_named(tmp_path, records, told):
+    with pytest.raises(UsageError, match=told):
+        DATA.load(written(tmp_path, "broken", records))
+
+
+def test_files_that_cant_be_read_are_told_so(tmp_path):
+    (tmp_path / "test.parquet").write_text("no parquet")
+    with pytest.raises(UsageError, match="cannot be read as parquet"):
+        DATA.load(str(tmp_path / "test.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no parquet file"):
+        DATA.load(str(tmp_path / "empty"))
+
+
+@dataclass(frozen=True)
+class Said:
+    committed: tuple[int, ...]
+    seconds: float
+    text: str = ""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (0,) * sum(self.committed)
+
+
+def test_its_own_figures_are_computed_as_its_framework_does(tmp_path):
+    """By hand. Steps of a turn without its last, and without a first of one token; means over requests."""
+    problems = DATA.load(written(tmp_path, "speed_bench"))
+    talks = {"a" * 32: [[Said((1, 3, 2, 1), 2.0), Said((2, 2, 9), 1.0)]], "b" * 32: [[Said((1, 4, 4), 2.0)]]}
+    told = framework.files(problems, talks, "sd:3")
+    assert set(told) == {f"speed_bench/sd-3/{name}.json" for name in ("specbench_results", "timing", "by_group")}
+    found = told["speed_bench/sd-3/specbench_results.json"]
+    assert found["Request_AL"] == {"a" * 32: 9 / 4, "b" * 32: 4.0}
+    assert found["Category_AL"] == {"low_entropy": 4.0, "writing": 9 / 4} and found["Average_AL"] == 25 / 8
+    assert found["Acceptance_Length_Histogram"] == {2: 3, 3: 1, 4: 1}
+    assert found["Conditional_Acceptance_Rate"] == pytest.approx({2: 1.0, 3: 2 / 5, 4: 1 / 2})
+    assert found["Joint_Acceptance_Rate"] == pytest.approx({2: 1.0, 3: 2 / 5, 4: 1 / 5})
+    assert told["speed_bench/sd-3/timing.json"]["Output TPS"] == (7 + 13 + 9) / 5
+    groups = told["speed_bench/sd-3/by_group.json"]
+    assert groups["tier"] == {
+        "low_entropy": {"requests": 1, "AL": 4.0, "Output TPS": 4.5, "Request Tokens Per Second": 4.5}
+    }
+    assert set(groups["sub_category"]) == {"coding", "letters"}
+
+
+def test_a_text_of_one_step_counts_as_one_token():
+    assert framework.trimmed([1]) == framework.trimmed([5]) == framework.trimmed([]) == [1]
+
+
+def test_it_runs_end_to_end_on_the_tiny_pair(pair, tmp_path):
+    folder = tmp_path / "run"
+    assert run("speed_bench", *options(pair, written(tmp_path, "speed_bench"), folder)) == 0
+    modes = summary(folder)["modes"]
+    assert {figures["identical_to_ar"] for figures in modes.values()} == {1.0}
+    assert set(modes["sd:3"]["by_category"]) == {"writing", "low_entropy"}
+    assert modes["sd:3"]["sequences"] == 3
+    told = json.loads((folder / "speed_bench" / "sd-3" / "specbench_results.json").read_text())
+    assert set(told["Category_AL"]) == {"writing", "low_entropy"} and told["Average_AL"] >= 1
