@@ -29,10 +29,12 @@ from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.errors import UsageError
 from pearl.evaluation import metrics, results
 from pearl.evaluation.lines import Line
+from pearl.evaluation.measures import repeats
 from pearl.evaluation.results import WorkUnit
 from pearl.machine.display import Progress
 
 WARM_UP_TOKENS = 8
+SAME = "identical_to_ar"
 NAMED = 3  # texts of a batch in the line of progress
 BLOCK = 4  # times the batch size: the work units that a mode writes before the next mode has its turn
 
@@ -52,6 +54,7 @@ class Task:
     completion: Callable[[str], str] = str
     turns: int = 1
     category: str | None = None
+    repeats: Callable[[str], tuple[int, int]] | None = None  # where an answer repeats its prompt, in characters
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,10 @@ def summary(
                 engine.top_two_gap([*tasks[key.task].prompt(_before(ar, key)), *ar[key].tokens[:index]])
                 for key, index in metrics.divergences(runs[mode], ar)
             ]
+    if any(task.repeats for task in plan.tasks):
+        cut = {mode: repeats.left_out(texts, _repeats(tasks), engine.decode) for mode, texts in runs.items()}
+        for mode, figures in metrics.summarise({mode: texts for mode, texts in cut.items() if texts}).items():
+            modes[mode]["without_repeats"] = {name: figures[name] for name in metrics.BY_CATEGORY if name != SAME}
     events = [asdict(event) for event in engine.events]
     return {
         "config": config,
@@ -319,6 +326,14 @@ class ProgressLine:
         longest = sorted(self._under_way.values(), key=lambda text: -text[1])[:NAMED]
         names = ", ".join(f"{name} {tokens}" for name, tokens in longest)
         return f"{self._mode} {rate:.0f} tok/s, {len(self._under_way)} texts: {names}"
+
+
+def _repeats(tasks: Mapping[str, Task]) -> Callable[[SampleKey, str], tuple[int, int]]:
+    def span(key: SampleKey, text: str) -> tuple[int, int]:
+        found = tasks[key.task].repeats
+        return found(text) if found else (0, 0)
+
+    return span
 
 
 def _before(runs: metrics.Runs, key: SampleKey) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> An
         lambda text: benchmark.completion(problem, text, format),
         benchmark.turns(problem),
         benchmark.category(problem),
+        partial(benchmark.repeats, problem) if benchmark.repeats and format == "chat" else None,
     )
 
 
@@ -175,6 +177,8 @@ def _show(config: EvalConfig, summary: dict[str, Any]) -> None:
 
     folder = config.folder
     tables.show(config.title(summary.get("skipped_too_long", 0)), summary["modes"], config.found.wide)
+    if rest := {mode: some for mode, figures in summary["modes"].items() if (some := figures.get("without_repeats"))}:
+        tables.show("The same without the part of each answer that repeats its prompt", rest, config.found.wide)
     print(f"written to {folder}")
     if (problems := folder / results.PROBLEMS).exists():
         command = f"evaluate_functional_correctness {folder / results.SAMPLES} --problem_file={problems}"

@@ -95,7 +95,13 @@ def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
     """(run, mode), or (run, category, mode), and the figures of it. A run with a synthetic draft says so."""
     named = [(f"{run.name} (synthetic)" if run.synthetic else run.name, run) for run in runs]
     if not categories:
-        return [((name, mode), figures) for name, run in named for mode, figures in run.modes.items()]
+        return [
+            ((f"{name}{what}", mode), some)
+            for name, run in named
+            for what, key in (("", None), (", without the repeated prompt", "without_repeats"))
+            for mode, figures in run.modes.items()
+            if (some := figures.get(key) if key else figures)
+        ]
     return [
         ((name, category, mode), of_category)
         for name, run in named

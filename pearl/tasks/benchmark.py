@@ -43,6 +43,8 @@ class Benchmark(Generic[Problem]):
     turns: Callable[[Problem], int] = lambda _: 1
     stop: tuple[str, ...] = ()  # what ends a text in the format `completion`
     completion: Callable[[Problem, str, Format], str] = lambda problem, text, format: text
+    # where a chat answer repeats its prompt, in characters: (begin, end)
+    repeats: Callable[[Problem, str], tuple[int, int]] | None = None
     # the figures of a mode's answers; its headline is "score", from 0 to 1
     score: Callable[[Sequence[Problem], Sequence[Answer]], dict[str, Any]] | None = None
     # a mode's conversations as other tools read them: lines of model_answer/MODEL.jsonl

@@ -93,6 +93,21 @@ def completion_of(problem: Problem, text: str, format: Format) -> str:
     )
 
 
+def repeated(problem: Problem, text: str) -> tuple[int, int]:
+    """Where a chat answer writes its prompt again, in characters: the lines around `def` that the prompt has too."""
+    known = {line.strip() for line in problem.prompt.splitlines()} | {""}
+    lines = text.splitlines(keepends=True)
+    heads = [i for i, line in enumerate(lines) if line.strip() in known and f"def {problem.entry_point}(" in line]
+    if not heads:
+        return 0, 0
+    first = last = heads[0]
+    while first and lines[first - 1].strip() in known:
+        first -= 1
+    while last + 1 < len(lines) and lines[last + 1].strip() in known:
+        last += 1
+    return sum(map(len, lines[:first])), sum(map(len, lines[: last + 1]))
+
+
 def _until_stop_word(text: str) -> str:
     cuts = (text.find(word) for word in STOP_WORDS)
     return text[: min((cut for cut in cuts if cut >= 0), default=len(text))]
@@ -190,6 +205,7 @@ BENCHMARK = Benchmark(
     prompt=_prompt,
     stop=STOP_WORDS,
     completion=completion_of,
+    repeats=repeated,
     score=figures,
     problem_lines=lambda problems: [asdict(problem) for problem in problems],
 )
