@@ -14,11 +14,13 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pearl.commands import chat_client
 from pearl.config import cli
+from pearl.core.schedule import MODES
 from pearl.core.stopping import Decode, TextStream
 from pearl.core.trie import DRAFT, OWN
 from pearl.errors import PearlError, UsageError
@@ -31,26 +33,46 @@ COLOURS = {  # by origin; one that is not here has the drafter's
     "suffix": ("yellow", "\033[33m"),
     "recycled": ("blue", "\033[34m"),
 }
+MODE = "pearl"
+ASKED = {  # of a server: what a request may say
+    *("mode", "gamma", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size"),
+}
 COMMANDS = "/quit ends, /new forgets the talk; Ctrl-C stops an answer"
 
 
 def parser() -> cli.Parser:
-    examples = ("", "--mode tree --temperature 0.7 --top-p 0.9", "--target TARGET --draft DRAFT --load-in 4bit")
+    examples = (
+        "",
+        "--mode tree --temperature 0.7 --top-p 0.9",
+        "--target TARGET --draft DRAFT --load-in 4bit",
+        "--url http://127.0.0.1:8000",
+    )
     made = cli.parser("chat", *examples, take=("pair", "machine", "decoding", "sampling"), max_new_tokens=512)
     made.add_argument("--system", metavar="TEXT", help="what the model is told before the talk")
-    made.set_defaults(mode=["pearl"], generation_config="auto")
+    made.add_argument("--url", metavar="URL", help="of a server to talk to; default: an engine of this program")
+    made.add_argument("--api-key", metavar="KEY", help=f"of that server; default: what {chat_client.KEY} says")
+    made.set_defaults(mode=[], generation_config="auto")
+    mode = next(action for action in made._actions if action.dest == "mode")
+    mode.help = f"one of {', '.join(MODES)}; sd:3 is sd with gamma 3 (default: pearl, or the server's)"
     return made
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = cli.parse(parser(), argv)
+    person, colours = sys.stdin.isatty(), sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if found.url:
+        talk_to(found, person, colours)
+        return 0
+    if found.api_key:
+        raise UsageError("--api-key is for a server: give its --url too.")
+    found.mode = found.mode or [MODE]
     config, _ = cli.engine_config(found)
     params, schedules = cli.sampling(found), cli.schedules(found)
     if len(schedules) != 1:
         raise UsageError(f"A talk has one mode: name one of {', '.join(schedules)} with --mode.")
     (schedule,) = schedules.values()
-    person, colours = sys.stdin.isatty(), sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     from pearl.engine import Engine
 
@@ -58,17 +80,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         if person:
             drafts = f"{config.draft} drafts; what was guessed right is in colour" if colours else config.draft
             print(f"{config.target}, {drafts if schedule.drafts else 'alone'}. {COMMANDS}.", file=sys.stderr)
-        talk = Talk(engine, params, found.system)
-        for line in lines(person):
-            if line == "/quit":
-                break
-            if line == "/new":
-                talk = Talk(engine, params, found.system)
-            elif line.startswith("/"):
-                print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
-            else:
-                turn(talk, line, person, colours)
+        hold(lambda: Talk(engine, params, found.system), turn, person, colours)
     return 0
+
+
+def talk_to(found: Any, person: bool, colours: bool) -> None:
+    """The same with a server. Raises `UsageError` for an option that is the server's to say."""
+    made = parser()  # a config changes the defaults of the one that has read it
+    changed = [one for one in made.options.values() if getattr(found, one.dest) != made.get_default(one.dest)]
+    if theirs := [one.flag for one in changed if one.name not in ASKED]:
+        raise UsageError(f"{theirs[0]} is for the server to say, not for its client: leave it out, or --url.")
+    if len(found.mode) > 1:
+        raise UsageError(f"A talk has one mode: name one of {', '.join(found.mode)} with --mode.")
+    server = chat_client.Server(found.url, found.api_key)
+    fields = {one.name: getattr(found, one.dest) for one in changed}
+    fields |= {"mode": found.mode[0] if found.mode else None, "max_tokens": found.max_new_tokens}
+    fields.pop("max_new_tokens", None)
+    if person:
+        own = "; what was guessed right is in colour" if server.own and colours else ""
+        print(f"{server.model} at {server.url}{own}. {COMMANDS}.", file=sys.stderr)
+    hold(lambda: chat_client.RemoteTalk(server, fields, found.system), remote_turn, person, colours)
+
+
+def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], None], person: bool, colours: bool) -> None:
+    """Turn by turn, to the end of what is said."""
+    talk = begin()
+    for line in lines(person):
+        if line == "/quit":
+            break
+        if line == "/new":
+            talk = begin()
+        elif line.startswith("/"):
+            print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
+        else:
+            turn(talk, line, person, colours)
 
 
 def lines(person: bool) -> Iterator[str]:
@@ -144,8 +189,36 @@ def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
     print(text.rest())
     if person and count:
         rate = count / (time.perf_counter() - began)
-        told = f"{count} tokens in {passes} passes, {said_of(guessed, colours)}, {rate:.1f} tokens/s"
-        print(f"{FAINT}{told}{END}" if colours else told, file=sys.stderr)
+        tell(f"{count} tokens in {passes} passes, {said_of(guessed, colours)}, {rate:.1f} tokens/s", colours)
+
+
+def remote_turn(talk: chat_client.RemoteTalk, line: str, person: bool, colours: bool) -> None:
+    began = time.perf_counter()
+    try:
+        with stoppable() as stopped, contextlib.closing(talk.say(line)) as answer:
+            for words, origin in answer:
+                print(painted(words, origin, colours), end="", flush=True)
+                if stopped:
+                    break
+    except PearlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    print()
+    if person and talk.tokens:
+        rate = talk.tokens / (time.perf_counter() - began)
+        passes = f" in {talk.passes} passes, {said_of(talk.guessed, colours)}" if talk.passes else ""
+        tell(f"{talk.tokens} tokens{passes}, {rate:.1f} tokens/s", colours)
+
+
+def tell(words: str, colours: bool) -> None:
+    print(f"{FAINT}{words}{END}" if colours else words, file=sys.stderr)
+
+
+def painted(words: str, origin: str, colours: bool) -> str:
+    """In the colour of who had guessed them."""
+    if not words or origin == OWN or not colours:
+        return words
+    return f"{COLOURS.get(origin, COLOURS[DRAFT])[1]}{words}{END}"
 
 
 def said_of(guessed: Counter[str], colours: bool) -> str:
@@ -174,10 +247,7 @@ class Painted:
         return self._stream.end(self._decode(self._tokens))
 
     def _piece(self, tokens: Sequence[int], origin: str) -> str:
-        piece = self._stream.add(tokens)
-        if not piece or origin == OWN or not self._colours:
-            return piece
-        return f"{COLOURS.get(origin, COLOURS[DRAFT])[1]}{piece}{END}"
+        return painted(self._stream.add(tokens), origin, self._colours)
 
 
 @contextlib.contextmanager
