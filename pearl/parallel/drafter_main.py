@@ -7,8 +7,10 @@ its connection breaks it makes another one, as nobody starts it again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -32,6 +34,7 @@ from pearl.roles.drafter import Drafter
 from pearl.wire.process_channel import ProcessChannel
 
 _log = logging.getLogger(__name__)
+_LOOK_S = 10.0  # after which one that waits looks whether the target is still there
 
 
 def serve(
@@ -94,9 +97,8 @@ def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None
     connect, `TargetGone` where it is not."""
     try:
         store.set(f"{DRAFTER}/{number}", READY)
-        key = f"{FEATURES}/{number}"
-        store.wait([key], timedelta(seconds=config.start_timeout_s))  # the target may still be loading
-        features_from = store.get(key).decode()
+        # at first the target may still be loading; later it has no text, and comes when it has one
+        features_from = _await(store, f"{FEATURES}/{number}", math.inf if number else config.start_timeout_s)
     except RuntimeError as error:
         raise TargetGone(f"its target ({brief(error)})") from None
     if features_from == OVER:
@@ -105,6 +107,19 @@ def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None
         return connect(store, number, 1, features_from and source.device, host, config)
     except RuntimeError as error:
         raise Unreachable(brief(error)) from None
+
+
+def _await(store: dist.Store, key: str, limit_s: float) -> str:
+    """What the target sets. Raises `RuntimeError` if it does not within `limit_s`, or is gone."""
+    until = time.perf_counter() + limit_s
+    while True:
+        try:
+            store.wait([key], timedelta(seconds=max(min(_LOOK_S, until - time.perf_counter()), 0.001)))
+            return store.get(key).decode()
+        except RuntimeError:
+            store.check([key])  # raises where the store is gone
+            if time.perf_counter() >= until:
+                raise
 
 
 def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:

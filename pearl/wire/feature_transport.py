@@ -17,9 +17,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from pearl.core.features import DeviceFeatures
 from pearl.wire.groups import gloo_group, nccl_group
 
 _log = logging.getLogger(__name__)
+_Made = TypeVar("_Made")
 OPEN_S = 20.0  # that both sides, who know that the other is there, may take
 _TRIED = 64  # numbers of the known row
 _TAG = 0
@@ -53,11 +55,8 @@ class FeatureTransport:
         known = torch.arange(_TRIED).to(torch.bfloat16)[None]
         transport, whole, why = None, False, "the row that was sent came changed"
         try:
-            transport = cls(store, rank, device, host)
-            if rank == 0:
-                transport.send(known.to(device))
-            else:
-                whole = transport._arrives(transport.receive(1, _TRIED), known)
+            transport, coming = _within(OPEN_S, lambda: cls._tried(store, rank, device, host, known))
+            whole = coming is not None and transport._arrives(coming, known)
         except RuntimeError as error:
             why = brief(error)
         if rank == 0:
@@ -71,6 +70,17 @@ class FeatureTransport:
         if rank == 0:
             _log.warning("features go through the host, no transport to the drafter works (%s).", why)
         return None
+
+    @classmethod
+    def _tried(
+        cls, store: dist.Store, rank: int, device: torch.device, host: str | None, known: Tensor
+    ) -> tuple[FeatureTransport, DeviceFeatures | None]:
+        """A transport over which `known` is on its way; at the drafter's end also where it arrives."""
+        transport = cls(store, rank, device, host)
+        if rank == 0:
+            transport.send(known.to(device))
+            return transport, None
+        return transport, transport.receive(1, _TRIED)
 
     def send(self, rows: Tensor) -> None:
         """bfloat16 [positions, F]. Raises `RuntimeError` if it is closed or the other side is known to be gone."""
@@ -121,6 +131,24 @@ class FeatureTransport:
                 return False
             time.sleep(0.001)
         return torch.equal(coming.rows.cpu(), known)
+
+
+def _within(limit_s: float, make: Callable[[], _Made]) -> _Made:
+    """What `make` returns or raises; `RuntimeError` if that takes longer. Then its thread is left alone: nccl makes a
+    group with the first row, and waits for a side that has ended meanwhile without a limit of its own."""
+    made: Future[_Made] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except Exception as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="pearl-features", daemon=True).start()
+    try:
+        return made.result(limit_s)
+    except TimeoutError:
+        raise RuntimeError(f"it was not there after {limit_s:g} s") from None
 
 
 def _answer(store: dist.Store) -> bytes:

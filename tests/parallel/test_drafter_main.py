@@ -1,5 +1,7 @@
 """The drafter's process as it meets its target, connection by connection; no process is started."""
 
+import threading
+
 import pytest
 from torch.distributed import HashStore
 
@@ -24,14 +26,31 @@ def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
     return made
 
 
-def serve(store: HashStore, number: int | None) -> None:
-    config = EngineConfig(draft=SUFFIX, pin_cores="off")
+def serve(store: HashStore, number: int | None, start_timeout_s: float = 60.0) -> None:
+    config = EngineConfig(draft=SUFFIX, pin_cores="off", start_timeout_s=start_timeout_s)
     drafter_main.serve(config, [], store, None, SuffixSource, number)
 
 
 def test_a_launched_drafter_outlives_a_connection_that_does_not_come_about(store: HashStore):
     serve(store, None)  # ending badly, it would take the target with it
     assert store.get(f"{DRAFTER}/1").decode() == READY
+
+
+def test_one_whose_target_has_no_text_waits_until_it_has_one(store: HashStore, monkeypatch: pytest.MonkeyPatch):
+    """However long that is: ending, it would take the target with it. At first the target has so long to load."""
+    monkeypatch.setattr(drafter_main, "_LOOK_S", 0.02)
+    store.delete_key(f"{FEATURES}/1")
+    drafter = threading.Thread(target=serve, args=[store, None, 0.1])
+    drafter.start()
+    drafter.join(1.0)
+    assert drafter.is_alive()
+    store.set(f"{FEATURES}/1", OVER)
+    drafter.join(10.0)
+    assert not drafter.is_alive()
+
+    store.delete_key(f"{FEATURES}/0")
+    with pytest.raises(TargetGone):
+        serve(store, None, 0.1)
 
 
 def test_one_that_its_target_has_started_ends_with_its_only_connection(store: HashStore):

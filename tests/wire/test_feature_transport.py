@@ -128,6 +128,18 @@ def test_nobody_waits_for_a_side_that_never_comes(monkeypatch):
     assert time.perf_counter() - began < 10
 
 
+def test_nobody_waits_for_a_group_that_is_never_made(monkeypatch):
+    """nccl has no limit of its own."""
+    over = threading.Event()
+    monkeypatch.setattr(lanes, "OPEN_S", 0.2)
+    monkeypatch.setattr(lanes, "gloo_group", lambda *_: over.wait(60))
+    began = time.perf_counter()
+    for rank in (0, 1):
+        assert FeatureTransport.open(HashStore(), rank, CPU, LOCAL) is None
+    assert time.perf_counter() - began < 10
+    over.set()
+
+
 def test_a_closed_lane_takes_nothing_and_gives_nothing():
     for end in opened():
         end.close()
