@@ -87,6 +87,14 @@ def test_the_drafter_works_in_every_mode(engine, mode):
     assert any(text.stats.drafter.forwards and any(p.accepted for p in text.stats.passes) for text in texts)
 
 
+@pytest.mark.parametrize("mode", ["pearl", "pearl-no-post", "sd"])
+def test_a_pass_says_less_than_a_kilobyte(engine, mode):
+    """Over the real link, both ways, in whole frames, the prompt and the greeting of its text included."""
+    stats = engine.generate(PROMPT, replace(SEEDED, max_new_tokens=100), mode=mode).stats
+    assert len(stats.passes) > 10
+    assert 0 < stats.bytes_on_wire / len(stats.passes) < 1024
+
+
 @PICKING
 @pytest.mark.parametrize("mode", DRAFTING)
 def test_a_perfect_drafter_is_never_contradicted(perfect, mode, params):

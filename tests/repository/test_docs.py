@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import figures
 
+from pearl.engine import Engine
 from pearl.evaluation import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +24,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 MODULES = [file.relative_to(ROOT) for file in (ROOT / "pearl").rglob("*.py")]
 CODE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
 HISTORY = {"log.md", "CHANGELOG.md", "results/README.md"}  # which keep the names of their day
+EXAMPLES = [page for page in (ROOT / "docs").rglob("*.md") if "```python" in page.read_text(encoding="utf-8")]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -140,6 +143,19 @@ def test_the_examples_of_contributing_run(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]):
     run_examples(ROOT / "README.md")
     assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_the_examples_of_the_docs_run_as_they_stand(page: Path, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    """With tiny models where the default pair would be loaded."""
+    load = Engine.from_pretrained
+
+    def tiny(target: str | None = None, draft: str | None = None, **options: Any) -> Engine:
+        assert target is None and draft is None
+        return load(*pair, **{"dtype": "float32", "max_length": 512, "processes": 1, "mode": "sd"} | options)
+
+    monkeypatch.setattr(Engine, "from_pretrained", tiny)
+    run_examples(page)
 
 
 def test_the_pages_that_code_names_are_there():
