@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +127,29 @@ def test_with_a_drafter_the_text_follows_the_targets_distribution(
 @pytest.mark.parametrize("cut", ["top-k", "top-p", "all of them"])
 def test_what_is_cut_is_never_said_and_the_rest_keeps_its_share(cut: str):
     assert p_value(replace(REJECTION, **CUTS[cut]), "pearl", "auto", "at any time") > ALPHA
+
+
+def favours_the_third(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    return logits + torch.tensor([0.0, 0.0, 0.7 * (tokens[-1] % 2), 0.0])
+
+
+@pytest.mark.parametrize(
+    "processors",
+    [
+        {"repetition_penalty": 1.6, "presence_penalty": 0.8, "logit_bias": {1: 0.9}},
+        {"suppress_tokens": [2], "no_repeat_ngram_size": 2, "frequency_penalty": 0.5},
+        {"logits_processors": [favours_the_third], "repetition_penalty": 1.4, "top_k": 3},
+    ],
+    ids=lambda processors: next(iter(processors)),
+)
+def test_rejection_draws_from_the_distribution_that_processors_leave(processors: dict[str, Any]):
+    """Whether the drafter, whose guesses are processed too, knows all of them, or, of callables, none."""
+    params = replace(REJECTION, **processors)
+    drawn = sample(ModelSource(DRAFT), Schedule.of("pearl", "auto"), params, SCRIPTS["at any time"])
+    assert any(p.tested > p.accepted > 0 for p in drawn.passes)
+    assert chance_of(drawn.counts, exact(params)) > ALPHA
+    plain = exact(REJECTION)
+    assert all(plain[text] for text in drawn.counts) and chance_of(drawn.counts, plain) < ALPHA, "they matter"
 
 
 @pytest.mark.parametrize("source", [Certain, suffix_source])

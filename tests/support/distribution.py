@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from plain_processors import plainly
 from scipy.stats import chisquare
 from toys import IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ticks
 
@@ -40,18 +42,17 @@ class Sample:
 
 def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[int, ...], float]:
     """The probability of each text of `LENGTH` tokens after one token that is not looked at."""
-    steps: dict[tuple[int, ...], torch.Tensor] = {}
 
+    @functools.cache
     def after(text: tuple[int, ...]) -> torch.Tensor:
-        if text not in steps:
-            steps[text] = warp(TARGET.after(text), params).double().softmax(-1)
-        return steps[text]
+        logits = plainly(params, len(prompt), (), list(text), TARGET.after(text))
+        return warp(logits, params).double().softmax(-1)
 
     chances: Counter[tuple[int, ...]] = Counter()
     for text in itertools.product(range(VOCABULARY), repeat=1 + LENGTH):
         chance = 1.0
         for i, token in enumerate(text):
-            chance *= float(after((*prompt, *text[:i])[-TARGET.order :])[token])
+            chance *= float(after((*prompt, *text[:i]))[token])
         chances[text[1:]] += chance
     assert abs(sum(chances.values()) - 1) < 1e-9
     return chances
