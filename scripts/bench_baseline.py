@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM
 
     from pearl.checkpoints.checkpoint import Checkpoint
-    from pearl.core.sampling import SamplingParams
+    from pearl.core.params import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
     from pearl.parallel.launch import launch

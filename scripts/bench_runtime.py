@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from pearl.core.sampling import SamplingParams
+    from pearl.core.params import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.core.stopping import Stopper
     from pearl.models.verifier import VerifierModel

@@ -111,7 +111,7 @@ def models(config: EngineConfig) -> Iterator[CheckResult]:
     """Whether the two fit each other, and what they are worth together here."""
     from pearl.checkpoints.preflight import preflight
     from pearl.commands.selfcheck import report
-    from pearl.core.sampling import SamplingParams
+    from pearl.core.params import SamplingParams
     from pearl.core.schedule import Schedule
     from pearl.engine import Engine
     from pearl.parallel.launch import launch

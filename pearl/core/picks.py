@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from pearl.core import noise
-from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, SamplingParams, best_tokens, nothing_left
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
 

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids
+from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, Pass
-from pearl.core.sampling import SamplingParams
 from pearl.core.stopping import Stopper
 from pearl.engine import Engine
 from pearl.evaluation.harness import Decoder

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from pearl.config.pairs import probe
 from pearl.core.messages import Message
 from pearl.core.noise import uniform
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets

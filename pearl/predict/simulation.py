@@ -22,7 +22,7 @@ from torch import Tensor
 from pearl.config.synthetic import SyntheticDraft
 from pearl.core import records
 from pearl.core.messages import Message
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace

@@ -19,7 +19,7 @@ import torch
 from pearl.checkpoints.drafters import load_feature_drafter
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import FEATURE, EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.drafters.feature.network import read_shape
 from pearl.drafters.feature.source import FeatureSource
 from pearl.errors import UsageError

@@ -36,7 +36,7 @@ from pearl.core.messages import (
     Start,
     Verdict,
 )
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.core.trie import ORIGIN_NUMBER, ORIGINS
 from pearl.errors import UsageError

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 from pearl.checkpoints import quantized
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
 

@@ -12,7 +12,7 @@ from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.token_buckets import LEAVES
 from pearl.engine import Engine
 from pearl.errors import UsageError

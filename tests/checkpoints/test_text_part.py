@@ -17,7 +17,7 @@ from pearl.checkpoints import text_part
 from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.placement import Placement
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
 

@@ -16,7 +16,7 @@ from pearl.checkpoints.placement import Placement
 from pearl.commands import selfcheck
 from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY, LIMIT, TokenBuckets
 from pearl.drafters.model import ModelSource

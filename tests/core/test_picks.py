@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pearl.core import noise, picks
-from pearl.core.sampling import NOT_FINITE, Picker, SamplingParams
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import NOT_FINITE, Picker
 from pearl.core.trie import Trie
 
 NODE = Trie([1, 2, 3]).root

@@ -16,16 +16,8 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from pearl.core import noise, sampling
 from pearl.core.messages import Guess, Nodes
-from pearl.core.sampling import (
-    Picker,
-    SamplingParams,
-    accept_or_resample,
-    noisy_argmax,
-    propose,
-    ranked,
-    residual,
-    warp,
-)
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import Picker, accept_or_resample, noisy_argmax, propose, ranked, residual, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.wire.codec import decode, encode

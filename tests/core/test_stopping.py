@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from toys import examples, letters
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.stopping import Stopper
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=40)

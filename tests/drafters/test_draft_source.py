@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import TableModel, alone
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.drafters.draft_source import ChainQuery
 from pearl.drafters.model import ModelSource
 

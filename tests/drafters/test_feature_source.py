@@ -30,7 +30,7 @@ from pearl.checkpoints.targets import load_target
 from pearl.config.engine_config import EngineConfig
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Verdict
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node, Trie

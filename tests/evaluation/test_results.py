@@ -18,8 +18,8 @@ import pytest
 from evaluations import text
 
 from pearl.config import outputs
+from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, SampleKey
-from pearl.core.sampling import SamplingParams
 from pearl.errors import UsageError
 from pearl.evaluation import harness, results
 from pearl.evaluation.harness import Conversation, Plan, Task

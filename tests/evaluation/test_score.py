@@ -10,8 +10,8 @@ import torch
 from toys import together
 
 from pearl.commands import score as command
+from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, SampleKey
-from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.suffix import SuffixSource
 from pearl.errors import UsageError

@@ -17,7 +17,7 @@ from architectures import TABLE, Architecture, parameters, prompts, reference
 from numerics import FBGEMM, measured
 from toys import ScriptedChannel, scrambled, ticks, together
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import BatchedTokenBuckets

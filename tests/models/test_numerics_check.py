@@ -39,7 +39,7 @@ from transformers import (
 )
 
 import pearl.models.language_model
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY, GRAIN, LEAST, LIMIT, TokenBuckets
 from pearl.drafters.model import ModelSource

@@ -5,7 +5,7 @@ import torch
 from tiny import CONFIGS, VOCABULARY, draft_model, random_model, verifier
 from toys import EAGER, ScriptedChannel, ticks, together
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import DraftModel

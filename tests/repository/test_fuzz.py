@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from pearl.config.inputs import parse_json, parse_yaml, read_text
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import LONGEST, CheckpointError, UsageError
 

@@ -27,7 +27,7 @@ from toys import (
 import pearl.roles.drafter
 import pearl.roles.target
 from pearl.core.messages import Nodes, Verdict
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource

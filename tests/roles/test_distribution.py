@@ -32,7 +32,7 @@ from scipy.stats import chisquare
 from toys import EAGER, TableModel, letters
 
 from pearl.core import noise, sampling
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node

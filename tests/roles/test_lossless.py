@@ -36,7 +36,8 @@ import pearl.roles.guess_waiter
 import pearl.roles.verification
 from pearl.core.logits.penalties import Penalties
 from pearl.core.messages import Nodes, Verdict
-from pearl.core.sampling import Picker, SamplingParams
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import Picker
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import GRAIN

@@ -8,7 +8,7 @@ import pytest
 from toys import TableModel, alone, letters
 
 from pearl.core.messages import Nodes
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource

@@ -9,7 +9,7 @@ from cases import Setting, all_params, prompts, settings_of
 from hypothesis import strategies as st
 from toys import ScriptedChannel, Text, WatchedTarget, alone, letters, ticks
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource

@@ -24,7 +24,7 @@ from toys import (
     together,
 )
 
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.model import ModelSource

@@ -13,8 +13,9 @@ from plain_processors import plainly
 from scipy.stats import chisquare
 from toys import IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ticks
 
+from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
-from pearl.core.sampling import SamplingParams, warp
+from pearl.core.sampling import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource

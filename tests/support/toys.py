@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pearl.core import noise
 from pearl.core.messages import Message, Verdict
-from pearl.core.sampling import SamplingParams, warp
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets

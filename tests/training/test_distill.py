@@ -19,7 +19,7 @@ from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import preflight
 from pearl.commands.training import distill as command
 from pearl.config.engine_config import EngineConfig
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint

@@ -17,7 +17,7 @@ from toys import EAGER, ScriptedChannel, examples, ticks, together
 from trained import TOP, WORDS, drafter_for, save_recorded, save_toy_target, small_target
 
 from pearl.commands.training import train as command
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.feature import network
 from pearl.drafters.feature.source import FeatureSource

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import DraftPlan, End, SentSeparately, Verdict, joined
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
 from pearl.errors import UsageError

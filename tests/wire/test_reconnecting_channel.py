@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from toys import EAGER, Move, ScriptedChannel, WatchedTarget, alone, examples, together
 
 from pearl.core.messages import Close, Costs, DraftPlan, DraftStats, End, Guess, Message, Nodes, Start, Verdict
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import Unreachable, UsageError
 from pearl.roles.target import Target

@@ -10,8 +10,8 @@ import pytest
 from evaluations import ONE
 from toys import TableModel, letters
 
+from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
-from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource
