@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The drafters of the default target that come with this repository, from nothing: questions, the target's own answers,
-# the feature drafter, the small draft model. On two CPU cores it takes a night. A run that was cut off goes on where it
+# the feature drafter, the small draft model, and that one trained on to guess five tokens a forward. On two CPU cores it takes a night. A run that was cut off goes on where it
 # was; a stage can be named, and a recording ends with the shard at hand after so many seconds:
 #
 #   DATA=folder bash scripts/train_smollm2.sh                    all of it
@@ -36,8 +36,9 @@ answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature
 
 feature() { accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml; }
 draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml; }
+pard() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-pard.yaml; }
 diagnose() { pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"; }
 
-for stage in "${@:-questions answers feature draft diagnose}"; do
+for stage in "${@:-questions answers feature draft pard diagnose}"; do
   for one in $stage; do "$one"; done
 done

@@ -62,6 +62,8 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     count: int | Tensor = config.draft_vocabulary
     if needs := shared_embeddings.read(checkpoint.name):
         shared_embeddings.complete(model, checked.target.load_embeddings_and_head(config, dtype, placed), needs)
+        if (mask := shared_embeddings.mask_embedding(checkpoint.name)) is not None:
+            shared_embeddings.place_mask(model, mask)
         count = count or shared_embeddings.vocabulary(checkpoint.name)
         if kernel == "auto" and linear.wanted(kernel):
             kernel = "int8"  # so small a model spends its time on reading its weights

@@ -4,7 +4,8 @@ A draft model made from a target (`pearl.training.distill`) keeps the target's e
 most of the bytes. Its folder is an ordinary transformers folder without them, and beside it
 
     borrowed.json            whose embeddings they are, and that target's fingerprint
-    vocabulary.safetensors   the ids of the tokens that it drafts from, int32 [V]
+    vocabulary.safetensors   the ids of the tokens that it drafts from, int32 [V]; of one that guesses several tokens in
+                             one forward (`config.pard_token`) also the embedding of its mask rows, `mask` [H]
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 
 REFERENCE, VOCABULARY = "borrowed.json", "vocabulary.safetensors"
-_EMBEDDINGS = ("embed_tokens.", "lm_head.", "wte.", "embed_in.", "embed_out.")
+_EMBEDDINGS = ("embed_tokens.", "lm_head.", "wte.", "embed_in.", "embed_out.", "mask_embedding.")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class EmbeddingRef:
     fingerprint: str
 
 
-def save(model: Any, folder: Path, target: str, mark: str, vocabulary: Tensor) -> None:
+def save(
+    model: Any, folder: Path, target: str, mark: str, vocabulary: Tensor, mask_embedding: Tensor | None = None
+) -> None:
     """Writes `model` in bfloat16 without its embeddings, which are those of `target` with the fingerprint `mark`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
@@ -47,7 +50,10 @@ def save(model: Any, folder: Path, target: str, mark: str, vocabulary: Tensor) -
         if not any(part in f"{name}." for part in _EMBEDDINGS)
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file({"ids": vocabulary.int().cpu()}, folder / VOCABULARY)
+    words = {"ids": vocabulary.int().cpu()}
+    if mask_embedding is not None:
+        words["mask"] = mask_embedding.to("cpu", torch.bfloat16)
+    save_file(words, folder / VOCABULARY)
     (folder / REFERENCE).write_text(json.dumps(asdict(EmbeddingRef(target, mark)), indent=1) + "\n", encoding="utf-8")
 
 
@@ -69,6 +75,23 @@ def vocabulary(folder: str | Path) -> Tensor:
         return load_file(path)["ids"].long()
     except (OSError, SafetensorError, KeyError) as error:
         raise UsageError(f"{path} can't be read ({error}).") from None
+
+
+def mask_embedding(folder: str | Path) -> Tensor | None:
+    """That of the mask rows of the folder's model, float32 [H]; None if it has none."""
+    path = Path(folder) / VOCABULARY
+    try:
+        found = load_file(path).get("mask") if path.exists() else None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} can't be read ({error}).") from None
+    return None if found is None else found.float()
+
+
+@torch.no_grad()
+def place_mask(model: Any, embedding: Tensor) -> None:
+    """Writes the embedding of the mask rows into the row of `pard_token`."""
+    rows = model.get_input_embeddings().weight
+    rows[model.config.pard_token] = embedding.to(rows)
 
 
 def complete(model: Any, target: Any, needs: EmbeddingRef) -> Any:

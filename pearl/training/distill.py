@@ -1,6 +1,7 @@
 """A small draft model out of a target: some of its own layers, its embeddings, and its own texts to learn from.
 
     pearl distill --config configs/distill/smollm2-135m.yaml
+    pearl distill --config configs/distill/smollm2-135m-pard.yaml      one that guesses several tokens in one forward
 
 The student is an ordinary transformers model. What is saved leaves out the embeddings, which are the target's, and adds
 what brings them back (`pearl.checkpoints.shared_embeddings`); `--draft PATH` then loads it like any other model, and
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_plain
-from pearl.config.engine_config import EngineConfig
+from pearl.config.engine_config import EngineConfig, model_path
 from pearl.errors import UsageError
 from pearl.models import fingerprint
 from pearl.models.fingerprint import model_fingerprint
@@ -61,7 +62,7 @@ def student_of(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 def go_on_from(student: PreTrainedModel, folder: str) -> None:
     """Gives the student the weights that an earlier run saved. Raises `UsageError` if it had other layers."""
-    path = Path(folder) / "model.safetensors"
+    path = model_path(folder) / "model.safetensors"
     try:
         saved = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -101,6 +102,9 @@ class Student:
 
     def save(self, folder: Path) -> None:
         shared_embeddings.save(self.module, folder, self._recipe.target, self._mark, self._vocabulary)
+
+    def complete(self) -> None:
+        """Makes of the student a model that needs nothing of ours, once it is trained."""
 
     def _judge(self, texts: Sequence[int]) -> tuple[Tensor, Figures]:
         some = [self._data[text] for text in texts]
@@ -164,9 +168,16 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     if recipe.start:
         go_on_from(student, recipe.start)
     del target
-    learner = Student(student, data, vocabulary, recipe, mark)
+    if recipe.one_pass > 1:
+        from pearl.training.one_pass import OnePassStudent, mask_token  # which goes on from `Student`
+
+        token = mask_token(checked.tokenizer, student.config.get_text_config().vocab_size)
+        learner: Student = OnePassStudent(student, data, vocabulary, recipe, mark, token)
+    else:
+        learner = Student(student, data, vocabulary, recipe, mark)
     loop.train(learner, recipe, train, held_out, accelerator)
     if accelerator.is_main_process and whole:
+        learner.complete()
         student.bfloat16().save_pretrained(whole)
         checked.tokenizer.save_pretrained(whole)
         print(f"the whole model is in {whole}")

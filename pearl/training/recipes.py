@@ -83,6 +83,12 @@ class DistillRecipe(Recipe):
         (), whole(-1), "layers of the student, one for each layer whose features were recorded; -1: none", several=True
     )
 
+    one_pass: int = _value(1, whole(1, 32), "K, tokens that one forward guesses (PARD); 1: one at a time")
+    keep_rows: float = _value(0.7, _SHARE, "of PARD: share of a depth's rows that the next depth keeps")
+    keep_least: float = _value(0.2, _SHARE, "of PARD: share of the rows of every depth at least")
+    depth_decay: float = _value(0.8, _AMOUNT, "of PARD: weight of a depth's loss against the one before")
+    segments: int = _value(2, whole(1), "of PARD: pieces in which a text's further rows are read, which saves memory")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.layers:

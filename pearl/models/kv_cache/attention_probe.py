@@ -24,7 +24,7 @@ from pearl.models.kv_cache.transformers_interface import (
     GROUPED,
     WINDOW,
     ForwardCache,
-    _cache_argument,
+    cache_argument,
     uses_grouped_attention,
 )
 from pearl.models.kv_cache.window import Window, window_of
@@ -155,7 +155,7 @@ def _probed(model: PreTrainedModel) -> ModelAttention:
             use_cache=True,
             logits_to_keep=1,
             attention_cache=cache,
-            **{_cache_argument(type(model).forward): cache},
+            **{cache_argument(type(model).forward): cache},
         )
     except Exception as error:  # of a model that does not take this
         return ModelAttention(f"it can't be tried: {type(error).__name__}, {brief(error, 100)}")

@@ -63,7 +63,7 @@ def forward(
     `keep`: see transformers' `logits_to_keep`. Raises `CannotBranch` where the cache must compute the attention and the
     model does not hand it down.
     """
-    arguments: dict[str, Any] = {_cache_argument(type(model).forward): cache, "use_cache": True}
+    arguments: dict[str, Any] = {cache_argument(type(model).forward): cache, "use_cache": True}
     if uses_grouped_attention(model):
         arguments |= {"attention_cache": cache, "attention_mask": cache.mask.visible.to(model.device)}
     else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
@@ -83,7 +83,7 @@ def forward(
 
 
 @functools.cache
-def _cache_argument(forward: Callable[..., Any]) -> str:
+def cache_argument(forward: Callable[..., Any]) -> str:
     """What a forward calls its cache: newer versions of transformers say `cache`, older ones `past_key_values`."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
