@@ -24,10 +24,10 @@ from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import decoder_layers
-from pearl.training import distill, loop
-from pearl.training.distill import Student, student_of
+from pearl.training import loop
 from pearl.training.recipes import DistillRecipe, read_recipe
 from pearl.training.shards import Recorded
+from pearl.training.students.student import Student, go_on_from, student_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -286,11 +286,11 @@ def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):
         student(recipe(data, tmp_path / "first", layers=layers)) for layers in ((0, 2), (0, 1), (0,))
     )
     first.save(tmp_path / "first")
-    distill.go_on_from(second.module, str(tmp_path / "first"))
+    go_on_from(second.module, str(tmp_path / "first"))
     for mine, its in zip(decoder_layers(second.module), decoder_layers(first.module), strict=True):
         for name, weight in its.state_dict().items():
             assert torch.equal(mine.state_dict()[name], weight.bfloat16().float()), name
     with pytest.raises(UsageError, match="not a student of these layers"):
-        distill.go_on_from(third.module, str(tmp_path / "first"))
+        go_on_from(third.module, str(tmp_path / "first"))
     with pytest.raises(UsageError, match=r"start .* can't be read"):
-        distill.go_on_from(third.module, str(tmp_path / "nowhere"))
+        go_on_from(third.module, str(tmp_path / "nowhere"))

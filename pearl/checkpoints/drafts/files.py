@@ -112,7 +112,7 @@ class DraftFiles:
     def _weights(self) -> list[Path]:
         """safetensors if there are any, else pickles."""
         assert self.folder is not None, "files are in a folder"
-        found = sorted(self.folder.glob("*.safetensors"))
+        found = sorted(path for path in self.folder.glob("*.safetensors") if path.name != "vocabulary.safetensors")
         return found or sorted(path for path in self.folder.glob("*.bin") if path.name != "training_args.bin")
 
 

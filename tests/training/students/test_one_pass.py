@@ -23,11 +23,11 @@ from pearl.commands.training import distill as command
 from pearl.config.engine_config import EngineConfig
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop
-from pearl.training.distill import student_of
 from pearl.training.objective import NOTHING, Objective
-from pearl.training.one_pass import MASK, OnePassStudent, drop_rows, mask_token
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded, stacked
+from pearl.training.students.one_pass import MASK, OnePassStudent, drop_rows, mask_token
+from pearl.training.students.student import student_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

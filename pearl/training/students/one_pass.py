@@ -28,11 +28,11 @@ from transformers import DynamicCache, PreTrainedModel
 from pearl.checkpoints import shared_embeddings
 from pearl.config.engine_config import model_path
 from pearl.models.kv_cache.transformers_interface import cache_argument
-from pearl.training.distill import Student
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded, stacked
+from pearl.training.students.student import Student
 
 MASK = "mask_embedding"  # a parameter of the student
 
