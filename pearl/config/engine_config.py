@@ -72,6 +72,12 @@ class EngineConfig:
         PAIR,
         word="prefix_cache",
     )
+    prefill_tokens: int = setting(
+        256,
+        whole(1, 1 << 20),
+        "of new prompts, read between two passes of running texts; more: they begin sooner, the others wait longer",
+        MACHINE,
+    )
     target_device: str = setting("auto", WORD, "cpu, cuda:0, or several: cuda:0,cuda:1", MACHINE)
     tensor_parallel_size: int = setting(
         1, _RANKS, "spread every matrix of the target over so many ranks", MACHINE, was=("target_tp",)

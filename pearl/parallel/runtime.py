@@ -83,7 +83,10 @@ class Runtime:
             self.model = load_target(self.checked, self._workers)
             self.model.features_stay = bool(self._peer and direct and not self._workers)
             self.eos = eos_ids(self.model.model, self.tokenizer)
-            self.target = Target(self.model, self._open_channel(), trace=trace(self.config, "target"))
+            made = trace(self.config, "target")
+            self.target = Target(
+                self.model, self._open_channel(), trace=made, prefill_tokens=self.config.prefill_tokens
+            )
 
     def on_its_cores(self) -> AbstractContextManager[None]:
         """The calling thread is where the target's passes run."""

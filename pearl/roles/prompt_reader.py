@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from pearl.core.logits.logprobs import Logprobs, logprobs
+from pearl.core.logits.logprobs import logprobs
 from pearl.core.messages import Features, joined
 from pearl.core.trie import Node
 from pearl.models.language_model import PREFILL_CHUNK
@@ -13,16 +13,36 @@ from pearl.roles.target_model import TargetModel
 from pearl.roles.verification import PassWalk
 from pearl.wire.channel import Clock
 
+PREFILL_TOKENS = PREFILL_CHUNK  # of prompts, between two passes of other sequences
+
 
 class PromptReader:
-    """Works between the passes of the other sequences."""
+    """Works between the passes of the other sequences. A prompt is read in pieces of `PREFILL_CHUNK` tokens whatever
+    the budget is, as its bits depend on where they end; the budget says how many there are a turn."""
 
-    def __init__(self, model: TargetModel, clock: Clock):
-        self._model, self._clock = model, clock
+    def __init__(self, model: TargetModel, clock: Clock, budget: int = PREFILL_TOKENS):
+        """`budget`: tokens that may be read between two passes of texts that are further, on the average."""
+        self._model, self._clock, self._budget = model, clock, budget
+        self._left = 0  # of it; below 0: later turns read nothing until it is earned
+
+    def turns(self, reading: Sequence[SequenceState], alone: bool) -> Iterator[SequenceState]:
+        """Whose piece is read next, in one turn of the loop: who has read least, so that nobody waits for the whole of
+        a long prompt. `alone`: no other text waits for its pass. Then it is one piece, and who has come meanwhile may
+        have the next."""
+        left = list(reading)
+        self._left = min(self._left, 0) + self._budget if left and not alone else 0
+        while left and (self._left > 0 or alone):
+            one = min(left, key=_read)
+            before = _read(one)
+            yield one
+            self._left -= _read(one) - before or len(one.request.prompt) - one.read  # its rest, in its first pass
+            left = [one for one in left if not (one.passes or alone)]
 
     def restore(self, sequence: SequenceState) -> bool:
         """Goes on in a prompt by what was read of it in earlier texts; its end is read in any case. False: nothing
-        was."""
+        was, or all of it is to be read for its log-probabilities first."""
+        if _to_score(sequence):
+            return False
         began = self._clock()
         if count := self._model.restore(sequence.trie.tokens[:-1], sequence.batch_slot):
             self._gather(sequence, range(1 - count, 1))
@@ -33,6 +53,9 @@ class PromptReader:
 
     def read_on(self, sequence: SequenceState) -> bool:
         """Reads a piece of a prompt, while other sequences wait. True: but the last, which is for the first pass."""
+        if _to_score(sequence):
+            self._score(sequence)
+            return False
         end, prompt = sequence.read + PREFILL_CHUNK, sequence.trie.tokens
         if end >= len(prompt):
             return True
@@ -43,17 +66,19 @@ class PromptReader:
         sequence.reading_s += self._clock() - began
         return False
 
-    def logprobs(self, prompt: Sequence[int], most: int, batch_slot: int) -> list[Logprobs | None]:
-        """Of each token of a prompt, the first of which follows nothing. A reading of its own, of which nothing is
-        kept: more rows of a head would change the bits of the one that the text begins with."""
-        found: list[Logprobs | None] = [None]
-        self._model.forget(batch_slot=batch_slot)
-        for first in range(0, len(prompt) - 1, PREFILL_CHUNK):
-            after = prompt[first + 1 : first + 1 + PREFILL_CHUNK]
-            logits = self._model.read(prompt[: first + len(after)], len(after), batch_slot=batch_slot)
-            found += logprobs(logits, after, most)
-        self._model.forget(batch_slot=batch_slot)
-        return found
+    def _score(self, sequence: SequenceState) -> None:
+        """The log-probabilities of a piece of a prompt, the first token of which follows nothing. A reading of its own,
+        of which nothing is kept: more rows of a head would change the bits of the one that the text begins with."""
+        found, most = sequence.prompt_logprobs, sequence.params.prompt_logprobs
+        assert found is not None and most is not None, "one whose log-probabilities are asked for"
+        prompt, slot, first = sequence.request.prompt, sequence.batch_slot, len(found) - 1
+        after = prompt[first + 1 : first + 1 + PREFILL_CHUNK]
+        began = self._clock()
+        logits = self._model.read(prompt[: first + len(after)], len(after), batch_slot=slot)
+        found += logprobs(logits, after, most)
+        sequence.reading_s += self._clock() - began
+        if len(found) == len(prompt):
+            self._model.forget(batch_slot=slot)
 
     def features(self, sequence: SequenceState, nodes: Sequence[Node], walked: PassWalk) -> Features | None:
         """What the drafter is told of the tokens that a pass has read for good: the root and every committed token but
@@ -73,3 +98,13 @@ class PromptReader:
         if features is not None:
             sequence.features.append(features)
         return features
+
+
+def _read(sequence: SequenceState) -> int:
+    """Tokens that were read of its prompt, as often as they were."""
+    return sequence.read - sequence.cached + len(sequence.prompt_logprobs or ())
+
+
+def _to_score(sequence: SequenceState) -> bool:
+    """Whether log-probabilities of its prompt are still to be found."""
+    return sequence.prompt_logprobs is not None and len(sequence.prompt_logprobs) < len(sequence.request.prompt)

@@ -32,14 +32,13 @@ from pearl.core.records import Pass
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
-from pearl.models.language_model import PREFILL_CHUNK
 from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.controllers import Controllers
 from pearl.roles.guess_waiter import GuessWaiter
 from pearl.roles.pass_recorder import PassTimes
-from pearl.roles.prompt_reader import PromptReader
+from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target_model import TargetModel
@@ -60,12 +59,14 @@ class Target:
         channel: Channel | None = None,
         clock: Clock = time.perf_counter,
         trace: Trace = OFF,
+        prefill_tokens: int = PREFILL_TOKENS,
     ):
-        """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds."""
+        """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds.
+        `prefill_tokens`: of prompts that are read between two passes of the texts that are further."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
         self._schedule = Schedule.of("ar")
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
-        self._prompts = PromptReader(model, clock)
+        self._prompts = PromptReader(model, clock, prefill_tokens)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
@@ -158,7 +159,7 @@ class Target:
         sequence, continues = self._batch.admit(request, self._schedule, self._clock())
         prompt = request.prompt
         if wanted is not None:
-            sequence.prompt_logprobs = self._prompts.logprobs(prompt, wanted, sequence.batch_slot)
+            sequence.prompt_logprobs = [None]
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
         if watcher := self._drafter.watcher:
@@ -176,20 +177,18 @@ class Target:
         self._send([End(sequence.sequence) for sequence in unwanted])
 
     def _turn(self) -> Iterator[Written]:
-        """A piece of the prompts that are still to be read, and a pass over the sequences that are further."""
+        """Pieces of the prompts that are still to be read, and a pass over the sequences that are further."""
         began, live = self._clock(), list(self._batch.live.values())
         writing = [sequence for sequence in live if sequence.passes]
         reading = [sequence for sequence in live if not sequence.passes]
-        since, room = began, PREFILL_CHUNK
-        for sequence in reading:
-            if room > 0:
-                sequence.began = sequence.began or since
-                if self._prompts.restore(sequence):
-                    since = self._clock()
-                room -= len(sequence.trie.tokens) - sequence.read
-                if len(live) == 1 or self._prompts.read_on(sequence):
-                    yield from self._pass([sequence], sequence.began, since)
+        since = began
+        for sequence in self._prompts.turns(reading, alone=not writing):
+            sequence.began = sequence.began or since
+            if self._prompts.restore(sequence):
                 since = self._clock()
+            if self._prompts.read_on(sequence):
+                yield from self._pass([sequence], sequence.began, since)
+            since = self._clock()
         if writing and (ready := self._await_guesses(writing, patient=not reading)):
             yield from self._pass(ready, began, since)
 

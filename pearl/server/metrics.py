@@ -6,6 +6,7 @@ Every figure is derived from the records of passes and texts as they are heard. 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from pearl.server.texts import Text
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+TARGET = "target"  # the origin of a token that nobody had guessed
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -67,7 +69,7 @@ class Metrics:
         self.prepared = self._counter("pearl_misses_prepared", "corrections that were another guess of the drafter")
         self._busy = self._counts("pearl_busy_seconds", "of forwards", "role")
         self._waiting = self._counts("pearl_waiting_seconds", "of waiting for the other side", "role")
-        self._origins = self._counts("pearl_tokens", "tokens written, by who had them first", "origin")
+        self._origins = self._counts("pearl_tokens", "tokens written, by who had guessed them", "origin")
         self._refused = self._counts("pearl_requests_refused", "answers other than 2xx", "status")
 
     def _gauges(self, service: Running) -> None:
@@ -118,9 +120,8 @@ class Metrics:
         if not text.passes:
             return
         one = text.passes[-1]
-        drafted = min(one.accepted, len(tokens))
-        self._of(self._origins, origin="draft").inc(drafted)
-        self._of(self._origins, origin="target").inc(len(tokens) - drafted)
+        for origin, count in collections.Counter(one.origins).items():
+            self._of(self._origins, origin=origin or TARGET).inc(count)
         self._of(self._busy, role="target").inc(one.forward_s / one.texts)
         self._of(self._waiting, role="target").inc(one.waited_s / one.texts)
         if guesses := drafted_in(one):

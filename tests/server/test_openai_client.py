@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
+import servers
 from servers import Served
 
 from pearl.core.params import SamplingParams
-from pearl.engine import Engine
 
 openai = pytest.importorskip("openai", reason="the client is not installed: pip install 'pearl[eval]'")
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -18,11 +17,8 @@ MESSAGES = [{"role": "user", "content": "the thing"}]
 
 @pytest.fixture(scope="module")
 def server(pair):
-    options = {"dtype": "float32", "max_length": 300, "mode": "sd", "processes": 1, "max_sequences": 4}
-    engine = Engine.from_pretrained(*pair, target_cores=str(min(os.sched_getaffinity(0))), **options)
-    one = Served(engine)
-    yield one
-    one.close()
+    with servers.engine(*pair, max_sequences=4) as engine, servers.served(engine) as one:
+        yield one
 
 
 @pytest.fixture
@@ -33,7 +29,7 @@ def client(server):
 
 def alone(server: Served, prompt: object, **params: object) -> str:
     """The text that the engine writes of a request by itself."""
-    one = server.engine
+    one = server.service.engine
     ids = one.encode(prompt)  # type: ignore[arg-type]
     return one.generate(ids, SamplingParams(**params), mode="ar").text
 
