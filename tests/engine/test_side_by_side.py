@@ -231,7 +231,7 @@ def test_occupancy_of_a_worked_example():
     """Two places: one is free for a second of the four until the last text begins; what comes after does not count."""
 
     def text(began: float, ended: float) -> GenerationStats:
-        return GenerationStats("ar", 1, (), "", "length", (), None, 0, 0, 2, began, ended)
+        return GenerationStats("ar", 1, (), "", "length", (), None, 0, 0, places=2, began_s=began, ended_s=ended)
 
     batch = [text(10, 13), text(10, 12), text(13, 14), text(14, 20)]
     assert occupancy(batch) == pytest.approx((3 + 2 + 1) / 8)
