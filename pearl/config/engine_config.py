@@ -23,6 +23,8 @@ MAX_RANKS = 64
 ONE_PROCESS = ("ar-all", "hf-assisted", "hf-prompt-lookup")  # modes of a target that is whole in its process
 ROLES = ("target", "draft")
 SUFFIX = "suffix"  # the draft source without weights
+RECYCLING = "recycling"  # another one, for the target's process
+BESIDE_TARGET = (SUFFIX, RECYCLING)
 ALIASES = {"ngram": SUFFIX}  # earlier names of draft sources
 FEATURE = "feature:"  # may stand before the folder of a feature drafter, which is known by its files
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
@@ -33,6 +35,7 @@ PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
 _DRAFT = Kind(f"{_MODEL.wanted}, {SUFFIX}, or {SYNTHETIC}:CHANCE", _MODEL.good)
+_TARGET_DRAFT = Kind(f"auto, none, or some of {', '.join(BESIDE_TARGET)} with commas between", _MODEL.good)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -48,6 +51,9 @@ class EngineConfig:
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
     draft: str = setting(
         SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, suffix, or synthetic:CHANCE", PAIR
+    )
+    target_draft: str = setting(
+        "auto", _TARGET_DRAFT, "what guesses in the target's process: auto (what pays), none, suffix, recycling", PAIR
     )
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
@@ -153,6 +159,8 @@ class EngineConfig:
         if self.draft_has_files:
             check_model("draft", self.draft)
         options.check(self)
+        if not set(self.sources_beside_target) <= set(BESIDE_TARGET):
+            options.refuse("target_draft", self.target_draft, _TARGET_DRAFT)
         for name in (self.target_cores, self.draft_cores):
             if name is not None:
                 cores.parse(name)
@@ -177,6 +185,15 @@ class EngineConfig:
         """Refuses a mode that a target over several ranks does not have."""
         if self.tensor_parallel_size > 1 and mode in ONE_PROCESS:
             raise UsageError(f"{mode} needs a target of one process: leave it out, or tensor_parallel_size.")
+
+    @property
+    def sources_beside_target(self) -> tuple[str, ...]:
+        """Their names. With `auto` all that need no weights: one that does not pay rests. Beside a synthetic drafter
+        there are none then, as what is measured is to be that drafter's."""
+        if self.target_draft in ("auto", "none"):
+            synthetic = bool(self.synthetic)
+            return () if synthetic or self.target_draft == "none" else BESIDE_TARGET
+        return tuple(dict.fromkeys(ALIASES.get(name.strip(), name.strip()) for name in self.target_draft.split(",")))
 
     @property
     def pins(self) -> bool:

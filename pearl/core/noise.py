@@ -61,6 +61,13 @@ def gumbel(seed: int, position: int, purpose: int, tokens: Tensor) -> Tensor:
     return _gumbel(_words(seed, position, purpose, tokens))
 
 
+def gumbel_of(seed: int, position: int, purpose: int, tokens: Sequence[int]) -> list[float]:
+    """The same of a few tokens, without a tensor."""
+    stream = _stream(seed, position, purpose)
+    words = (_mix((stream + (token + 1) * _GOLDEN) & _MASK) >> (64 - _BITS) for token in tokens)
+    return [-math.log(-math.log((word + 0.5) / (1 << _BITS))) for word in words]
+
+
 def gumbel_rows(seed: int, positions: Sequence[int], purpose: int, tokens: int, device: torch.device) -> Tensor:
     """The noise of tokens 0, 1, ... at each of several positions.  float64 [positions, tokens]"""
     streams = torch.tensor([_signed(_stream(seed, position, purpose)) for position in positions], device=device)

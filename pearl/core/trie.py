@@ -118,10 +118,13 @@ class Trie:
             nodes.append(node)
         return nodes
 
-    def best(self, limit: int, deepest: int = 1 << 30) -> list[Likely]:
+    def best(
+        self, limit: int, deepest: int = 1 << 30, logp: Callable[[Node, int], float] = lambda node, depth: node.logp
+    ) -> list[Likely]:
         """At most `limit` nodes below the root, likeliest first, none more than `deepest` below it.
 
-        A node is never likelier than its parent, so parents come first: the set is closed under prefixes.
+        A node is never likelier than its parent, so parents come first: the set is closed under prefixes. `logp(node,
+        depth)`: the log of the chance of a node, once the walk is at its parent.
         """
         found: list[Likely] = []
         order = itertools.count()  # among equals the one that was seen first
@@ -131,7 +134,7 @@ class Trie:
             found.append(at)
             if at.depth < deepest:
                 for child in at.node.children.values():
-                    likely = Likely(child, len(found) - 2, at.logp + child.logp, at.depth + 1)
+                    likely = Likely(child, len(found) - 2, at.logp + logp(child, at.depth + 1), at.depth + 1)
                     heapq.heappush(heap, (-likely.logp, next(order), likely))
         return found[1:]
 

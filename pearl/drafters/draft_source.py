@@ -69,6 +69,14 @@ class TreeQuery:
         return self.processing.of_guesses(logits, self.trie.tokens, paths) if self.processing else logits
 
 
+@dataclass(frozen=True)
+class RowsRead:
+    """What a pass of the target has said of one sequence: rows of guesses that turned out wrong are among them."""
+
+    contexts: Sequence[tuple[int, int]]  # of each row: the token before it, -1 if there is none, and its own
+    logits: Tensor  # [R, V], of what follows each
+
+
 class DraftSource:
     """What a source can do, and the defaults of one that can do no more than `propose`."""
 
@@ -79,6 +87,7 @@ class DraftSource:
     )
     layers: tuple[int, ...] = ()  # of the target, whose hidden states it wants in `observe`
     costs: tuple[float, ...] = ()  # seconds of a forward by its rows; empty: not known, or there is no model
+    reads_rows: bool = False  # it wants to know what the target's rows say, in `read_rows`
     device: Any = None  # on which it wants hidden states, a torch.device
 
     # so far
@@ -114,3 +123,6 @@ class DraftSource:
 
     def observe(self, features: Features, batch_slot: int) -> None:
         """Hidden states of the positions that follow the ones seen so far, [positions, F]."""
+
+    def read_rows(self, batch_slot: int, read: RowsRead) -> None:
+        """What the last pass of the target has said. Only asked of a source in the target's process."""

@@ -24,6 +24,7 @@ from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.config.inputs import brief
 from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
+from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
@@ -135,6 +136,11 @@ def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
     from pearl.checkpoints.preflight import preflight
 
     return load_source(checked or preflight(config))
+
+
+def sources_beside_target(config: EngineConfig) -> list[DraftSource]:
+    """Those that a config names for the target's own process."""
+    return [SuffixSource() if name == SUFFIX else RecyclingSource() for name in config.sources_beside_target]
 
 
 def trace(config: EngineConfig, role: str) -> timeline.Trace:

@@ -22,7 +22,7 @@ from pearl.core.schedule import Schedule
 from pearl.errors import WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.models.numerics_check import rows_check
-from pearl.parallel.drafter_main import draft_source, trace
+from pearl.parallel.drafter_main import draft_source, sources_beside_target, trace
 from pearl.parallel.drafter_process import DrafterProcess
 from pearl.parallel.tensor_parallel import TensorParallelWorkers
 from pearl.parallel.world import World
@@ -83,9 +83,12 @@ class Runtime:
             self.model = load_target(self.checked, self._workers)
             self.model.features_stay = bool(self._peer and direct and not self._workers)
             self.eos = eos_ids(self.model.model, self.tokenizer)
-            made = trace(self.config, "target")
             self.target = Target(
-                self.model, self._open_channel(), trace=made, prefill_tokens=self.config.prefill_tokens
+                self.model,
+                self._open_channel(),
+                trace=trace(self.config, "target"),
+                prefill_tokens=self.config.prefill_tokens,
+                sources=sources_beside_target(self.config),
             )
 
     def on_its_cores(self) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from pearl.core.timeline import OFF, Trace, flow_id
 from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery
 from pearl.machine import memory
 from pearl.roles.drafted_sequence import DraftedSequence
-from pearl.roles.guarded_source import GuardedSource
+from pearl.roles.sources.guarded_source import GuardedSource
 from pearl.wire.channel import Channel, Clock
 
 Proposals = dict[DraftedSequence, tuple[Grown, bool]]  # new nodes, and whether no more will come until the root moves

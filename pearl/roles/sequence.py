@@ -55,6 +55,7 @@ class SequenceState:
         self.read, self.reading_s = 0, 0.0  # tokens of the prompt that are read by now, and for how long
         self.features: list[Features] = []  # of all tokens but the last, if the model tells them
         self._nodes: dict[int, Node] = {}  # by the drafter's id
+        self._arrived: set[Node] = set()  # those that the drafter knows
         self._exhausted_at = -1
 
     def fail(self, error: Exception) -> None:
@@ -74,7 +75,14 @@ class SequenceState:
 
     def depth(self) -> int:
         """Guesses that have arrived, one after the other."""
-        return len(self.trie.chain())
+        depth, node = 0, self.trie.root
+        while (first := self.first_arrived(node)) is not None:
+            depth, node = depth + 1, first
+        return depth
+
+    def first_arrived(self, node: Node) -> Node | None:
+        """The drafter's first guess after a node; others may have been made here."""
+        return next((child for child in node.children.values() if child in self._arrived), None)
 
     def hang(self, message: Nodes) -> None:
         """Hangs the nodes that have arrived into the trie; those of a dead branch fall away."""
@@ -86,5 +94,6 @@ class SequenceState:
             node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp, guess.origin)
             if node:
                 self._nodes[guess.id] = node
+                self._arrived.add(node)
         if message.exhausted:
             self._exhausted_at = at

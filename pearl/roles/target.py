@@ -26,12 +26,13 @@ from functools import partial
 from torch import Tensor
 
 from pearl.core import picks
-from pearl.core.messages import DraftPlan, DraftStats, End, Message, Start, Verdict
+from pearl.core.messages import DraftPlan, DraftStats, End, Features, Message, Start, Verdict
 from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.timeline import OFF, Trace
+from pearl.drafters.draft_source import DraftSource, RowsRead
 from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit
@@ -41,8 +42,9 @@ from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
+from pearl.roles.sources.target_sources import TargetSources
 from pearl.roles.target_model import TargetModel
-from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, verify
+from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, deepest, verify
 from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
 
@@ -60,13 +62,16 @@ class Target:
         clock: Clock = time.perf_counter,
         trace: Trace = OFF,
         prefill_tokens: int = PREFILL_TOKENS,
+        sources: Sequence[DraftSource] = (),
+        sends_features: bool = True,
     ):
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds.
-        `prefill_tokens`: of prompts that are read between two passes of the texts that are further."""
+        `prefill_tokens`: of prompts that are read between two passes of the texts that are further. `sources`: that
+        guess in this process. `sends_features`: the drafter wants them, if the model gives any."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
-        self._schedule = Schedule.of("ar")
+        self._schedule, self._sends_features = Schedule.of("ar"), sends_features
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
-        self._prompts = PromptReader(model, clock, prefill_tokens)
+        self._prompts, self._beside = PromptReader(model, clock, prefill_tokens), TargetSources(sources, clock)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
@@ -161,6 +166,8 @@ class Target:
         if wanted is not None:
             sequence.prompt_logprobs = [None]
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
+        if self._beside:
+            self._beside.begin(sequence, bool(continues))
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
         if watcher := self._drafter.watcher:
             watcher.began(sequence)
@@ -208,8 +215,11 @@ class Target:
         controller = self._controllers.choose(self._schedule, sequences)
         ready = self._clock()
 
-        # choose
-        likely = [candidates(one, self._model.rows, self._model.verifies_trees) for one in sequences]
+        # guess, and choose
+        buckets, beside = self._model.rows, bool(self._beside) and controller.free and self._schedule.pre_verify
+        if beside and not first:
+            self._beside.grow(sequences, buckets.most - 1, lambda one: deepest(one, buckets))
+        likely = [candidates(one, buckets, self._model.verifies_trees, controller) for one in sequences]
         chosen = [
             PassRows.of(one.trie.root, nodes) for one, nodes in zip(sequences, controller.choose(likely), strict=True)
         ]
@@ -220,6 +230,7 @@ class Target:
         self._drafter.take()  # what arrived meanwhile may already tell hit from miss
         if picks.wait(coming):  # a GPU was still at work
             read = self._clock()
+        contexts = [rows.contexts(one.trie.tokens) for one, rows in zip(sequences, chosen, strict=True)]
         # walk and commit
         walks = [
             verify(one, rows.nodes, found, controller, logits, partial(self._read_root, one))
@@ -230,9 +241,17 @@ class Target:
             committed = sum(len(one.committed) for one in walks)
             controller.record_pass(rows, committed, read - ready, self._clock() - since, paths, len(sequences))
         plan = controller.plan
-        self._send(
-            [self._verdict(one, rows, walked, plan) for one, rows, walked in zip(sequences, chosen, walks, strict=True)]
-        )
+        told = [
+            None if one.error else self._prompts.features(one, rows.nodes, walked)
+            for one, rows, walked in zip(sequences, chosen, walks, strict=True)
+        ]
+        self._send([self._verdict(*one, plan) for one in zip(sequences, walks, told, strict=True)])
+        if beside:  # the drafter is at work again
+            read_rows = map(RowsRead, contexts, p)
+            for one, mine, walked, read_of, features in zip(sequences, chosen, walks, read_rows, told, strict=True):
+                self._beside.hear(one, read_of, features)
+                if not first:
+                    self._beside.judge(one, mine, walked, controller)
 
         times = PassTimes(began, since, ready, read, self._clock())
         for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
@@ -260,12 +279,14 @@ class Target:
         self._model.forget(text[:kept], sequence.batch_slot)
         return self._model.read(text, 1, batch_slot=sequence.batch_slot)
 
-    def _verdict(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, plan: DraftPlan) -> Message:
+    def _verdict(
+        self, sequence: SequenceState, walked: PassWalk, features: Features | None, plan: DraftPlan
+    ) -> Message:
         """What the drafter is told of a pass. A sequence that is over gives its slot back."""
-        features = None if sequence.error else self._prompts.features(sequence, rows.nodes, walked)
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
-            return Verdict(sequence.sequence, position, plan, tuple(walked.committed), features)
+            said = features if self._sends_features else None
+            return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
         return End(sequence.sequence)
 

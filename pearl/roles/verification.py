@@ -57,6 +57,14 @@ class PassRows:
             found.append([*found[parent], token])
         return found
 
+    def contexts(self, text: Sequence[int]) -> list[tuple[int, int]]:
+        """For each row the token before it, -1 if there is none, and its own. `text`: up to the root."""
+        chain = [node.token for node in self.nodes[: len(self.nodes) - len(self.sides)]]
+        found = list(zip([text[-2] if len(text) > 1 else -1, *chain], chain, strict=False))
+        for parent, token in self.sides:
+            found.append((found[parent][1], token))
+        return found
+
     def query(self, sequence: SequenceState) -> SequenceQuery:
         keep = len(self.nodes) - len(self.sides)
         chain = [node.token for node in self.nodes[1:keep]]
@@ -75,18 +83,22 @@ class PassWalk:
     accepted_rows: int
 
 
-def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool) -> list[Likely]:
-    """The guesses that the next pass may read, likeliest first. None lies beyond the end of the text, or of the cache's
-    grain. `trees`: they may branch.
+def deepest(sequence: SequenceState, buckets: TokenBuckets) -> int:
+    """How far below the root a pass may read: not beyond the end of the text, or of the cache's grain."""
+    left = sequence.params.max_new_tokens - len(sequence.stopper.tokens)
+    return min(left, buckets.up_to(sequence.trie.root.position)) - 1
+
+
+def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool, controller: Controller) -> list[Likely]:
+    """The guesses that the next pass may read, likeliest first by what the controller makes of their chances. `trees`:
+    they may branch.
 
     The pass that reads the end of a prompt has no guesses, though some may have come while other sequences had their
     turn: so many rows round in their own way, and what they leave in the cache is to be the same in every mode.
     """
     if not sequence.passes:
         return []
-    left = sequence.params.max_new_tokens - len(sequence.stopper.tokens)
-    deepest = min(left, buckets.up_to(sequence.trie.root.position)) - 1
-    likely = sequence.trie.best(LIMIT - 1, deepest)
+    likely = sequence.trie.best(LIMIT - 1, deepest(sequence, buckets), controller.log_chance)
     return likely if trees else _chain(likely)
 
 
@@ -130,7 +142,7 @@ def verify(
     if isinstance(failed, NonFiniteLogits) and not walked:
         logits, rows = read_root(), {root: 0}
         walked, failed = _walked(root, rows, begin_picks(sequence, PassRows.of(root, []), logits))
-    outcomes = _outcomes(root, walked, controller)
+    outcomes = _outcomes(sequence, walked, controller)
     verified, accepted = _verified(root, walked, rows)
     committed, passed, node = sequence.stopper.take(walked), [], root
     if failed and sequence.stopper.finish is None:
@@ -159,15 +171,16 @@ def _walked(root: Node, rows: dict[Node, int], found: Picks) -> tuple[list[int],
         return picked, error
 
 
-def _outcomes(root: Node, walked: Sequence[int], controller: Controller) -> tuple[GuessOutcome, ...]:
+def _outcomes(sequence: SequenceState, walked: Sequence[int], controller: Controller) -> tuple[GuessOutcome, ...]:
     """What the guesses along the walk were worth, up to where there were none."""
     outcomes: list[GuessOutcome] = []
-    node: Node | None = root
-    for token in walked:
+    node: Node | None = sequence.trie.root
+    for depth, token in enumerate(walked, 1):
         if node is None or not node.children:
             break
-        for place, child in enumerate(node.children.values()):
-            controller.record_guess(child.logp, child.token == token, first=place == 0)
+        first = sequence.first_arrived(node)
+        for child in node.children.values():
+            controller.record_guess(child.logp, child.token == token, child is first, depth, child.origin)
         guesses = list(node.children)
         q = tuple(round(math.exp(child.logp), 4) for child in node.children.values())
         origins = tuple(child.origin for child in node.children.values())

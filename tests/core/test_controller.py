@@ -135,7 +135,7 @@ def test_no_other_choice_of_paths_would_gain_more(trie: Trie, plan: TokenBuckets
     controller, nodes = Controller(TREE, plan), trie.best(15)
     numbers, reached = path_numbers(nodes), [1.0]
     for node in nodes:
-        reached.append(reached[node.parent + 1] * controller.rates[node.node.logp])
+        reached.append(reached[node.parent + 1] * controller.rates.of(node.node.logp, node.depth))
 
     def gain(places: list[int]) -> float:
         paths = max((numbers[place] for place in places), default=0)
@@ -177,7 +177,7 @@ def brute_force(plan: TokenBuckets, chances: list[float]) -> float:
 def test_no_other_width_would_gain_more(plan: TokenBuckets, chances: list[float]):
     controller, nodes = Controller(TREE, plan), chain(*chances)
     width = taken_by(controller, nodes)
-    believed = [controller.rates[node.node.logp] for node in nodes]
+    believed = [controller.rates.of(node.node.logp, node.depth) for node in nodes]
     taken = sum(math.prod(believed[:depth]) for depth in range(width + 1))
     cost = plan.cost_s[plan.pad(width + 1) - 1] / plan.cost_s[plan.pad(1) - 1]
     assert taken - cost == pytest.approx(brute_force(plan, believed))
@@ -234,19 +234,19 @@ def test_a_machine_that_has_become_slower_changes_no_width():
 
 def test_at_first_the_drafter_is_believed():
     chances = AcceptanceRates()
-    for q in (0.05, 0.35, 0.75, 0.95):
-        assert chances[math.log(q)] == pytest.approx(q)
-    assert 0.5 < chances[0.0] < 1, "a guess without a probability is not certain"
+    for q in (0.005, 0.035, 0.075, 0.35, 0.75, 0.95):
+        assert chances.of(math.log(q)) == pytest.approx(q)
+    assert 0.5 < chances.of(0.0) < 1, "a guess without a probability is not certain"
 
 
 @pytest.mark.parametrize("q, true", [(0.95, 0.5), (0.15, 0.75), (1.0, 0.25), (0.55, 0.0), (0.05, 1.0)])
 def test_guesses_are_worth_what_they_have_been_worth(q: float, true: float):
     chances, others = AcceptanceRates(), AcceptanceRates()
-    before = {p: others[math.log(p)] for p in (0.25, 0.65, 0.85)}
+    before = {p: others.of(math.log(p)) for p in (0.25, 0.65, 0.85)}
     for i in range(400):
         chances.learn(math.log(q), accepted=i % 4 < 4 * true)
-    assert chances[math.log(q)] == pytest.approx(true, abs=0.05)
-    assert {p: chances[math.log(p)] for p in before} == before, "and say nothing about others"
+    assert chances.of(math.log(q)) == pytest.approx(true, abs=0.05)
+    assert {p: chances.of(math.log(p)) for p in before} == before, "and say nothing about others"
 
 
 def test_a_drafter_that_promises_too_much_gets_narrower_passes():

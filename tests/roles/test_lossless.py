@@ -54,13 +54,13 @@ from pearl.wire.channel import LocalChannel
 
 
 @examples(400)
-@given(cases())
+@given(cases(beside=True))
 def test_the_text_is_the_targets_own(case: Case):
     check(case)
 
 
 @examples(150)
-@given(cases(modes=DRAFTING), st.integers(0, 40))
+@given(cases(modes=DRAFTING, beside=True), st.integers(0, 40))
 def test_a_lost_drafter_ends_no_text(case: Case, moves: int):
     target, channel = check(case, lost_after=moves)
     assert case.schedule.drafts == (

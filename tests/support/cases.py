@@ -26,8 +26,9 @@ from toys import (
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
-from pearl.drafters.draft_source import Chain, DraftSource
+from pearl.drafters.draft_source import Chain, DraftSource, Grown, TreeQuery
 from pearl.drafters.model import ModelSource
+from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.drafters.tree import TreeSource
 from pearl.roles.target import Target
@@ -45,6 +46,21 @@ class AnyOf(DraftSource):
         return next((said for source in self.sources if (said := source.propose(text, room))), [])
 
 
+class CrashingTree(TreeSource):
+    """Raises after it has grown a tree so many times, also in the middle of its work."""
+
+    def __init__(self, model: TableModel, calls: int):
+        super().__init__(model)
+        self.calls = calls
+
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        grown = super().extend(queries)
+        self.calls -= 1
+        if self.calls <= 0:
+            raise RuntimeError("this source was made to crash")
+        return grown
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A target, a schedule, a drafter of some quality, and a wire."""
@@ -59,6 +75,7 @@ class Setting:
     chance: float  # that a guess of `sometimes` is right
     chunk: int  # guesses a turn
     script: tuple[Move, ...]
+    beside: tuple[str, ...] = ()  # sources in the target's process
 
     @property
     def model(self) -> TableModel:
@@ -70,13 +87,23 @@ class Setting:
 
     def drafter(self, texts: Sequence[Sequence[int]]) -> DraftSource:
         """The source. `texts`: those that a good one knows."""
+        return self._source(self.source, texts)
+
+    def sources_beside(self, texts: Sequence[Sequence[int]]) -> list[DraftSource]:
+        return [self._source(name, texts) for name in self.beside]
+
+    def _source(self, name: str, texts: Sequence[Sequence[int]]) -> DraftSource:
         other = TableModel(self.vocabulary, self.order, self.table + 1, self.scale)
 
         def right(chance: float) -> DraftSource:
             known = [Sometimes(text, self.vocabulary, chance, self.chunk) for text in texts]
             return known[0] if len(known) == 1 else AnyOf(known)
 
-        match self.source:
+        match name:
+            case "recycling":
+                return RecyclingSource()
+            case "crashing tree":
+                return CrashingTree(other, self.chunk)
             case "right":
                 return right(1.0)
             case "never right":
@@ -99,7 +126,7 @@ class Setting:
                 return Moody(right(self.chance), 1)
             case "crashing":
                 return Crashing(right(self.chance), len(texts) * self.chunk - 1)
-        raise AssertionError(self.source)
+        raise AssertionError(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +138,9 @@ class Case(Setting):
 
     def make_source(self) -> DraftSource:
         return self.drafter([self.endless(self.prompt, self.params)])
+
+    def make_sources_beside(self) -> list[DraftSource]:
+        return self.sources_beside([self.endless(self.prompt, self.params)]) if self.beside else []
 
 
 SOURCES = (
@@ -128,6 +158,19 @@ SOURCES = (
     "moody",
     "at a loss",
     "crashing",
+)
+
+
+BESIDE = (
+    "recycling",
+    "recycling",
+    "sometimes",
+    "random",
+    "a tree",
+    "its own tree",
+    "suffix",
+    "crashing",
+    "crashing tree",
 )
 
 
@@ -188,8 +231,8 @@ def schedules(draw: st.DrawFn, modes: Sequence[str]) -> Schedule:
 
 
 @st.composite
-def settings_of(draw: st.DrawFn, modes: Sequence[str], sources: Sequence[str]) -> dict[str, Any]:
-    """Values of a `Setting`."""
+def settings_of(draw: st.DrawFn, modes: Sequence[str], sources: Sequence[str], beside: bool = False) -> dict[str, Any]:
+    """Values of a `Setting`. `beside`: with sources in the target's process, as often as not."""
     vocabulary = draw(st.integers(2, 6))
     return dict(
         vocabulary=vocabulary,
@@ -201,6 +244,7 @@ def settings_of(draw: st.DrawFn, modes: Sequence[str], sources: Sequence[str]) -
         source=draw(st.sampled_from(sources)),
         chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
         chunk=draw(st.integers(1, 4)),
+        beside=tuple(draw(st.lists(st.sampled_from(BESIDE), max_size=draw(st.sampled_from([0, 3]))))) if beside else (),
         script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
     )
 
@@ -210,8 +254,10 @@ def prompts(vocabulary: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES) -> Case:
-    values = draw(settings_of(modes, sources))
+def cases(
+    draw: st.DrawFn, modes: Sequence[str] = MODES, sources: Sequence[str] = SOURCES, beside: bool = False
+) -> Case:
+    values = draw(settings_of(modes, sources, beside))
     vocabulary = values["vocabulary"]
     return Case(**values, prompt=draw(prompts(vocabulary)), params=draw(all_params(vocabulary)))
 
@@ -220,7 +266,7 @@ def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedCh
     """Decodes the case. The one claim of this file is made here."""
     model = case.model
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
-    target = Target(model, channel, ticks())
+    target = Target(model, channel, ticks(), sources=case.make_sources_beside())
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
     return target, channel

@@ -21,7 +21,7 @@ from pearl.core.messages import DraftPlan
 from pearl.core.schedule import MAX_AHEAD, Schedule
 from pearl.core.theory import best_gamma, tokens_per_pass_sd
 from pearl.core.token_buckets import LEAVES, BatchedTokenBuckets, TokenBuckets
-from pearl.core.trie import Likely, path_numbers
+from pearl.core.trie import DRAFT, Likely, Node, path_numbers
 
 RATE_DECAY = 0.95  # of the moving sums of tokens and seconds, from one pass to the next
 LONGEST_BLOCK = 8  # of `auto` where several sequences share a pass
@@ -56,9 +56,11 @@ class Controller:
             self._wait.expect(seconds[min(1, len(seconds) - 1)])
         self._draft_s = tuple(seconds)
 
-    def record_guess(self, logp: float, accepted: bool, first: bool = True) -> None:
+    def record_guess(
+        self, logp: float, accepted: bool, first: bool = True, depth: int = 1, origin: str = DRAFT
+    ) -> None:
         """A guess of that log-probability was compared with the target's pick; `first`: the drafter's best there."""
-        self.rates.learn(logp, accepted)
+        self.rates.learn(logp, accepted, depth, origin)
         if first:
             self.rates.learn_first(accepted)
 
@@ -93,6 +95,17 @@ class Controller:
     def acceptance(self) -> float:
         """Of the drafter's first guesses, over the last ones."""
         return self.rates.first
+
+    def chance(self, node: Node, depth: int) -> float:
+        """That the walk goes to a node, so deep below the root, once it is at its parent."""
+        return self.rates.of(node.logp, depth, node.origin)
+
+    def log_chance(self, node: Node, depth: int) -> float:
+        return math.log(self.chance(node, depth))
+
+    def seconds_of_rows(self, some: int, rows: int) -> float:
+        """What `some` of the `rows` of a pass have added to its time."""
+        return self._cost(rows) - self._cost(max(1, rows - some))
 
     @property
     def free(self) -> bool:
@@ -197,7 +210,7 @@ class Controller:
         """The chance that the walk comes to each node, by its place; -1 is the root."""
         reached = {-1: 1.0}
         for place, node in enumerate(nodes):
-            reached[place] = reached[node.parent] * self.rates[node.node.logp]
+            reached[place] = reached[node.parent] * self.chance(node.node, node.depth)
         return reached
 
     def _ahead(self) -> int:

@@ -20,7 +20,8 @@ class DraftTrial:
     """`paused`: the target goes on alone for now."""
 
     def __init__(self) -> None:
-        self._alone_s = 0.0  # of a pass without a drafter, a sequence
+        # of passes without a drafter, moving sums: sources beside the target may go on guessing then
+        self._alone_tokens = self._alone_seconds = 0.0
         self._tokens, self._seconds, self._passes = 0, 0.0, 0  # since drafting was last judged
         self._length = TRIAL  # of this trial, in passes
         self._next_pause, self._left = FIRST_PAUSE, 0  # and passes that are left of this one
@@ -34,8 +35,8 @@ class DraftTrial:
         """A pass of so many sequences is over. `expected_s`: what one without guesses was measured to take."""
         if self._left:
             if self._drafter_idle:
-                each = seconds / sequences
-                self._alone_s = self._alone_s + 0.1 * (each - self._alone_s) if self._alone_s else each
+                self._alone_tokens = 0.9 * self._alone_tokens + committed
+                self._alone_seconds = 0.9 * self._alone_seconds + seconds
             self._left, self._drafter_idle = self._left - 1, True
             if not self._left and self._passes:  # the probe is over
                 self._judge()
@@ -43,13 +44,14 @@ class DraftTrial:
         self._tokens, self._seconds, self._passes = self._tokens + committed, self._seconds + seconds, self._passes + 1
         if self._passes < self._length:
             return
-        if not self._alone_s and self._tokens / self._seconds <= CLEAR_SPEEDUP * sequences / expected_s:
+        if not self._alone_seconds and self._tokens / self._seconds <= CLEAR_SPEEDUP * sequences / expected_s:
             self._pause(PROBE)  # and then this trial is judged
         else:
             self._judge()
 
     def _judge(self) -> None:
-        if not self._alone_s or self._tokens / self._seconds > MIN_SPEEDUP / self._alone_s:
+        alone, drafted = self._alone_tokens * self._seconds, self._tokens * self._alone_seconds
+        if not self._alone_seconds or drafted > MIN_SPEEDUP * alone:
             self._next_pause, self._length = FIRST_PAUSE, min(2 * self._length, LONGEST_TRIAL)
         else:
             self._pause(self._next_pause)

@@ -1,0 +1,186 @@
+"""Token recycling: what the target itself would have said after such a token, as it last did (Luo et al., ACL 2025).
+
+Every row that the target reads has a whole distribution, and all but one of its tokens are thrown away, of a rejected
+guess even that one. Here the best few of each row are kept, by the token that was read and by the last two:
+
+    read     "... b c"        kept      (b, c): d 0.6, e 0.3, ...        c: d 0.6, e 0.3, ...
+    later    "... b c"        guesses   d, e, ... and below each what is kept after it
+
+How much such a memory is worth is learned from every row, before it is overwritten: how often the best token was among
+those kept, by what their probabilities were then.
+
+The table has places by a hash of its key, and the newest takes the place: so its size is fixed, and so is the time of a
+look-up. Knows: tokens, and logits of the target's rows. Refuses to know: which of these rows were right.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.core import noise
+from pearl.core.params import SamplingParams
+from pearl.core.trie import Node
+from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
+
+KEPT = 8  # tokens of a row
+PLACES = 1 << 16  # rows that are kept: with KEPT tokens each 3.7 MB
+PAIR, ALONE = 0, 1  # the key: the last two tokens, or the last one
+_BINS = 12  # of the probabilities that were kept, each half the one before
+_BELIEF = 8.0  # what a probability says of itself counts as much as so many rows
+_TRUST = 0.75, 0.45  # and how far it is believed at first, by the key
+_FORGET = 0.998  # of what was counted, from pass to pass
+_UNKNOWN = math.log(0.7)  # of a guess whose source had no probability
+_BLOCK = 64  # logits of which the best is found first
+_FACTOR = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class RecyclingSource(DraftSource):
+    """Grows trees from what was kept; its table serves all sequences, and all texts after them."""
+
+    origin = "recycled"
+    grows_trees = True
+    reads_rows = True
+
+    def __init__(self) -> None:
+        self._keys = np.zeros(PLACES, np.int64)
+        self._tokens = np.full((PLACES, KEPT), -1, np.int32)  # a small vocabulary does not fill a row
+        self._bins = np.zeros((PLACES, KEPT), np.uint8)  # of the probabilities
+        centres = 0.75 * 0.5 ** np.arange(_BINS)
+        self._judged = np.full((2, _BINS), _BELIEF)
+        self._right = _BELIEF * np.outer(_TRUST, centres)
+        self._params: dict[int, SamplingParams] = {}
+        self._logp: list[list[float]] = []
+        self._count(np.zeros(0, np.int64), np.zeros(0), ALONE)
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        self._params[batch_slot] = params
+
+    def read_rows(self, batch_slot: int, read: RowsRead) -> None:
+        """Keeps the best tokens of each row, and learns from what was kept of it before."""
+        best, tokens = best_few(read.logits, KEPT)
+        logp = best.float().log_softmax(-1)  # of those that are kept alone: the whole vocabulary takes as long again
+        if not bool(logp[:, 0].isfinite().all()):
+            return
+        bins = (logp.clamp(-_BINS * math.log(2), 0) / -math.log(2)).to(torch.uint8).clamp(max=_BINS - 1).cpu().numpy()
+        kept, width = tokens.to(torch.int32).cpu().numpy(), tokens.shape[1]
+        for level in (PAIR, ALONE):
+            keys = np.fromiter((_key(*context, level) for context in read.contexts), np.int64, len(kept))
+            places = keys & (PLACES - 1)
+            known = np.flatnonzero(self._keys[places] == keys)
+            if len(known):
+                right = self._tokens[places[known], :width] == kept[known, :1]
+                self._count(self._bins[places[known], :width].ravel(), right.ravel(), level)
+            self._keys[places] = keys
+            self._tokens[places, :width], self._bins[places, :width] = kept, bins
+
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        return [self._extend(query) for query in queries]
+
+    def _extend(self, query: TreeQuery) -> Grown:
+        """The likeliest nodes, whoever made those above them: a tree of `max_rows` nodes in all."""
+        trie, params = query.trie, self._params[query.batch_slot]
+        order = itertools.count()
+        grown: Grown = []
+        heap: list[tuple[float, int, Node, int, float, int, tuple[int, ...]]] = []
+
+        def push(parent: Node, before: int, joint: float, path: tuple[int, ...]) -> None:
+            """What may follow a node; what others guess there has its part of the chance already."""
+            if len(path) >= query.max_depth:
+                return
+            others = {
+                token: child.logp or _UNKNOWN for token, child in parent.children.items() if child.origin != self.origin
+            }
+            left = 1.0 - sum(map(math.exp, others.values()))
+            guesses = self._after(before, parent, params, math.log(left)) if left > 0 else {}
+            for token, logp in (guesses | others).items():
+                if joint + logp >= MIN_PATH_LOGP:
+                    heapq.heappush(heap, (-joint - logp, next(order), parent, token, logp, parent.token, path))
+
+        push(trie.root, trie.tokens[-2] if len(trie.tokens) > 1 else -1, 0.0, ())
+        for _ in range(query.max_rows):
+            if not heap:
+                break
+            joint, _, parent, token, logp, before, path = heapq.heappop(heap)
+            node = parent.children.get(token)
+            if node is None or node.origin == self.origin:
+                if query.processing and query.processing.forbids(trie.tokens, list(path), token):
+                    continue
+                there = node is not None
+                node = trie.grow(parent, token, (), logp, self.origin)
+                assert node is not None, "a source extends the tree that it was given"
+                if not there:
+                    grown.append((parent, node))
+            push(node, before, -joint, (*path, token))
+        return grown
+
+    def _after(self, before: int, node: Node, params: SamplingParams, left: float) -> dict[int, float]:
+        """The tokens that may follow `node`, and the logarithms of their chances, which share `left`."""
+        for level in (PAIR, ALONE):
+            key = _key(before, node.token, level)
+            place = key & (PLACES - 1)
+            if self._keys[place] == key:
+                break
+        else:
+            return {}
+        logp = self._logp[level]
+        found = {
+            token: left + logp[at]
+            for token, at in zip(self._tokens[place].tolist(), self._bins[place].tolist(), strict=True)
+            if token >= 0
+        }
+        if params.greedy:
+            return dict(itertools.islice(found.items(), MAX_CHILDREN))
+        return _sampled(found, params, node.position + 1)
+
+    def _count(self, bins: np.ndarray, right: np.ndarray, level: int) -> None:
+        """Probabilities that were kept, by their bins, and whether each was that of the best token now."""
+        judged, rights = self._judged[level], self._right[level]
+        judged *= _FORGET
+        rights *= _FORGET
+        judged += np.bincount(bins, minlength=_BINS)
+        rights += np.bincount(bins, weights=right, minlength=_BINS)
+        self._logp = np.log(np.clip(self._right / self._judged, 1e-6, 0.98)).tolist()
+
+
+def best_few(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(count)`, [R, count] each, several times as fast: the best lie in the blocks with the highest maxima,
+    so only these are sorted.  logits: [R, V]"""
+    rows, size = logits.shape
+    blocks = size // _BLOCK
+    if blocks <= 4 * count:
+        return logits.topk(min(count, size))
+    whole = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    chosen = whole.amax(-1).topk(count).indices  # [R, count]
+    tokens = (chosen[..., None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    if blocks * _BLOCK < size:
+        rest = torch.arange(blocks * _BLOCK, size, device=logits.device).expand(rows, -1)
+        tokens = torch.cat([tokens, rest], 1)
+    best, at = logits.gather(1, tokens).topk(count)
+    return best, tokens.gather(1, at)
+
+
+def _key(before: int, token: int, level: int) -> int:
+    """Not nought, which stands for an empty place; its low bits are those of a hash."""
+    mixed = ((token + 1) * _FACTOR + (before + 2) * _FACTOR * (level == PAIR) * 3 + level) & _MASK
+    mixed ^= mixed >> 29
+    return (mixed * _FACTOR & _MASK) >> 2 | 1 << 62
+
+
+def _sampled(found: dict[int, float], params: SamplingParams, position: int) -> dict[int, float]:
+    """Chances that a seeded sample is each of these tokens: the noise that the target will add is known."""
+    assert params.temperature and params.seed is not None, "a sequence has a seed before it begins"
+    added = noise.gumbel_of(params.seed, position, noise.PICK, list(found))
+    scores = {token: logp / params.temperature + more for (token, logp), more in zip(found.items(), added, strict=True)}
+    highest = max(scores.values())
+    total = highest + math.log(sum(math.exp(score - highest) for score in scores.values()))
+    share = math.log(min(1.0, sum(map(math.exp, found.values()))))
+    best = heapq.nlargest(MAX_CHILDREN, scores.items(), key=lambda one: one[1])
+    return {token: share + score - total for token, score in best}

@@ -1,0 +1,119 @@
+"""Sources beside the target fill its passes, cost no token, and rest where they bring nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from cases import plain_case
+from toys import EAGER, IDLE, Crashing, Noise, Right, ScriptedChannel, Sometimes, alone, ticks, together
+
+from pearl.core.control.source_trial import FIRST_REST, FIRST_TRIAL, LONGEST_REST, TRIAL, SourceTrial
+from pearl.core.params import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.drafters.recycling import RecyclingSource
+from pearl.roles.target import Target
+
+
+def written(mode, source, beside, script=EAGER, tokens=60, lost_after=None, params=None):
+    """The passes of a text that the target writes with a drafter and sources beside it."""
+    case = replace(plain_case(mode, None, source, script, tokens))
+    case = replace(case, params=params or case.params)
+    make = {"right": Right, "recycling": lambda text: RecyclingSource(), "noise": lambda text: Noise(5)}
+    text = case.endless(case.prompt, case.params)
+    sources = [make[name](text) if isinstance(name, str) else name for name in beside]
+    channel = ScriptedChannel(case.make_source(), case.script, lost_after)
+    target = Target(case.model, channel, ticks(), sources=sources)
+    said = together(target, case.prompt, case.schedule, case.params, case.eos)
+    assert said == alone(case.model, case.prompt, case.params, case.eos)
+    return target.passes
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_a_lost_drafter_leaves_self_speculation(mode: str):
+    passes = written(mode, "right", ["right"], lost_after=5)
+    assert len(passes) < 40 and all(one.offered for one in passes[1:-1])
+    assert {name for one in passes[5:] for name in one.rows_by} == {"draft"}  # what this source calls itself
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_what_the_target_has_said_is_recycled_where_the_drafter_is_late(mode: str):
+    """The model is a table of the last three tokens, of which there are few here: it says the same again and again."""
+    with_, without = (written(mode, "at a loss", beside, IDLE, 200) for beside in (["recycling"], []))
+    assert len(with_) < 0.8 * len(without)
+    assert sum(one.rows_by.get("recycled", 0) for one in with_) > 0
+    assert {name for one in with_ for outcome in one.judged for name in outcome.origins} == {"recycled"}
+
+
+@pytest.mark.parametrize("mode", ["sd", "pearl-no-pre", "pearl-no-post", "pearl:3", "ar"])
+def test_the_modes_of_the_papers_stay_as_they_are(mode: str):
+    schedule = Schedule.of(mode)
+    case = replace(plain_case("sd", 3, "sometimes"), schedule=schedule)
+    target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks(), sources=[RecyclingSource()])
+    together(target, case.prompt, schedule, case.params)
+    assert not any("recycled" in one.rows_by for one in target.passes)
+
+
+def test_the_drafters_acceptance_is_its_own():
+    """Guesses of others that stood there first are not taken for the drafter's first guess."""
+    params = SamplingParams(max_new_tokens=60)
+    case = replace(plain_case("pearl", None, "right", EAGER), params=params)
+    text = case.endless(case.prompt, params)
+    wrong = Sometimes(text, case.vocabulary, 0.0)
+    channel = ScriptedChannel(case.make_source(), case.script)
+    target = Target(case.model, channel, ticks(), sources=[wrong])
+    together(target, case.prompt, case.schedule, params)
+    (controller,) = target._controllers._made.values()
+    assert controller.acceptance > 0.9
+
+
+def test_a_source_that_crashes_is_left_out_and_the_others_go_on():
+    text = plain_case("tree", None, "right").endless((1, 2, 3), SamplingParams(max_new_tokens=60))
+    passes = written("tree", "at a loss", [Crashing(Right(text), 2), "right"])
+    assert sum(one.committed for one in passes) / len(passes) > 1.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rejection_sampling_has_none(temperature: float):
+    params = SamplingParams(max_new_tokens=30, temperature=temperature, seed=1, method="rejection")
+    case = replace(plain_case("tree", None, "at a loss"), params=params)
+    target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks(), sources=[RecyclingSource()])
+    together(target, case.prompt, case.schedule, params)
+    assert any(one.rows_by for one in target.passes) == (not params.rejection)
+
+
+# whether a source is worth its time
+
+
+def passes_asked(trial: SourceTrial, passes: int, right: float, seconds: float, rate: float = 10.0) -> list[bool]:
+    asked = []
+    for _ in range(passes):
+        asked.append(not trial.resting)
+        if not trial.resting:
+            trial.spent(seconds)
+        trial.passed(right if not trial.resting else 0, 0.0, rate)
+    return asked
+
+
+def test_a_source_that_brings_more_than_it_costs_is_always_asked():
+    assert all(passes_asked(SourceTrial(), 400, right=1, seconds=0.09))
+
+
+def test_a_source_that_brings_less_rests_ever_longer():
+    asked = passes_asked(SourceTrial(), 4000, right=0, seconds=0.01)
+    assert asked[:FIRST_TRIAL] == [True] * FIRST_TRIAL and asked[FIRST_TRIAL : FIRST_TRIAL + FIRST_REST] == [False] * 16
+    assert sum(asked) < FIRST_TRIAL + 8 * TRIAL + 4000 * TRIAL / LONGEST_REST
+
+
+def test_rows_count_too():
+    trial = SourceTrial()
+    for _ in range(FIRST_TRIAL):
+        trial.passed(1, row_s=0.2, rate=10.0)
+    assert trial.resting
+
+
+def test_it_is_tried_again_and_stays_once_it_pays():
+    trial = SourceTrial()
+    passes_asked(trial, FIRST_TRIAL, right=0, seconds=0.01)
+    asked = passes_asked(trial, 300, right=1, seconds=0.01)
+    assert not any(asked[:FIRST_REST]) and all(asked[FIRST_REST:])
