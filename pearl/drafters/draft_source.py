@@ -102,8 +102,14 @@ class DraftSource:
     def expect(self, batch_slot: int, prompt: Sequence[int], tokens: Sequence[int]) -> None:
         """What the target alone writes after `prompt`: for an instrument that has to know it."""
 
+    def predict(self, batch_slot: int, tokens: Sequence[int]) -> None:
+        """Tokens that are likely to occur in the sequence that has just begun there: an earlier version of it, say."""
+
     def end(self, batch_slot: int) -> None:
         """The sequence there is over."""
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        """The text of a sequence that is over: others may be like it."""
 
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
         """Up to `room` guesses, the first following `tokens`, for the sequence in slot 0.

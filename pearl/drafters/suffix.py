@@ -10,6 +10,9 @@ a path of guesses is followed by walking its states. Chances are those of predic
 Witten 1984): the counts of the longest match share the chance that what follows was seen there, shorter matches share
 the rest. How large that chance is, by the length of a match and by how often it occurred, is learned from the text as
 it is committed. So guesses reach far after a long match and hardly at all after a short one.
+
+With a memory of earlier texts (`pearl.drafters.text_memory`) the one that is most like the end of this text says what
+follows, for as long as it is right.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
@@ -34,8 +38,10 @@ from pearl.drafters.draft_source import (
     TreeQuery,
 )
 from pearl.drafters.suffix_automaton import SEPARATOR, Place, SuffixAutomaton
+from pearl.drafters.text_memory import MATCHED, WINDOWS, Match, TextMemory
 
 LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16)  # the shortest matches of each class
+RECALLED = (1, 8, 16, 32, MATCHED)  # the same of matches in earlier texts
 TIMES = (1, 2, 3, 6)  # that a match occurred: the fewest of each class
 MIN_CHAIN_LOGP = math.log(0.02)  # a chain goes no further than where it is likelier than that to be right
 MAX_NODES = 32  # of a tree
@@ -44,9 +50,8 @@ _BROAD = 64  # different tokens after a match: it says nothing
 _LEAST_LEFT = 0.02  # of the chance: no shorter match is asked
 _TAIL = 16  # tokens that are compared before a text is taken to go on
 _LEARNING = 0.02
-Spot = tuple[SuffixAutomaton, Place]  # in the text of a batch slot
-# for a node: minus its joint log-probability, a number, parent, token, log-probability, and of the parent: place, path
-_Candidate = tuple[float, int, Node, int, float, Place, tuple[int, ...]]
+# for a node: minus its joint log-probability, a number, parent, token, log-probability, and of the parent: spot, path
+_Candidate = tuple[float, int, Node, int, float, "Spot", tuple[int, ...]]
 # chances before anything was learned, by length, of a match that occurred once: as in answers of the embedded target
 _FIRST = 0.2, 0.4, 0.55, 0.65, 0.7, 0.8, 0.88, 0.93
 
@@ -59,6 +64,8 @@ class Chances:
         self.seen = [
             [[share * (1 - (1 - once) / time**0.2) for time in TIMES] for once in _FIRST] for share in (1.0, 0.5)
         ]
+
+        self._recalled = [0.5, 0.65, 0.8, 0.9, 0.96]
 
     def of(self, automaton: SuffixAutomaton, place: Place) -> list[tuple[int, float]]:
         """The tokens that may follow, likeliest first, and the chance of each."""
@@ -77,6 +84,14 @@ class Chances:
             left *= 1 - chance
         found.pop(SEPARATOR, None)
         return sorted(found.items(), key=lambda one: -one[1])
+
+    def recalled(self, length: int) -> float:
+        """That of the token which followed a match of that length in an earlier text."""
+        return self._recalled[_class(RECALLED, length)]
+
+    def learn_recalled(self, length: int, right: bool) -> None:
+        at = _class(RECALLED, length)
+        self._recalled[at] += _LEARNING * (right - self._recalled[at])
 
     def learn(self, automaton: SuffixAutomaton, token: int) -> None:
         """`token` is what follows the text."""
@@ -103,21 +118,50 @@ def _class(least: Sequence[int], number: int) -> int:
     return bisect.bisect_right(least, number) - 1
 
 
+class Spot(NamedTuple):
+    """A place in the text of a batch slot, and that in an earlier text which it is like."""
+
+    automaton: SuffixAutomaton
+    place: Place
+    recalled: Match | None = None
+
+
 @dataclass
 class _Text:
     """One sequence."""
 
     automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
     tokens: list[int] = field(default_factory=list)  # that the automaton has
+    recalled: Match | None = None  # of them, in an earlier text
+    moves: int = 0  # of the memory, when that was found
 
-    def follow(self, tokens: Sequence[int], chances: Chances) -> None:
+    def follow(self, tokens: Sequence[int], chances: Chances, memory: TextMemory | None) -> None:
         """Adds what is new of a text. The tokens after the prompt, which is added first, are learned from."""
         known, learns = len(self.tokens), bool(self.tokens)
-        for token in tokens[known:]:
+        new = tokens[known:]
+        for token in new:
             if learns:
                 chances.learn(self.automaton, token)
             self.automaton.add(token)
-        self.tokens += tokens[known:]
+        self.tokens += new
+        if memory and (new or not known):
+            self._recall(new if learns else (), chances, memory)
+
+    def _recall(self, new: Sequence[int], chances: Chances, memory: TextMemory) -> None:
+        """Goes on in the earlier text, or looks for one that is more like this."""
+        if self.moves != memory.moves:
+            self.recalled, self.moves = None, memory.moves
+        for token in new:
+            if self.recalled is None:
+                break
+            place, length = self.recalled
+            right = memory.token(place) == token
+            chances.learn_recalled(length, right)
+            self.recalled = Match(place + 1, length + 1) if right else None
+        if self.recalled is None or self.recalled.length < WINDOWS[0]:
+            self.recalled = memory.find(self.tokens)
+        if self.recalled:
+            memory.touch(self.recalled.place)
 
     def goes_on_in(self, tokens: Sequence[int]) -> bool:
         known = len(self.tokens)
@@ -125,10 +169,10 @@ class _Text:
 
 
 class SuffixIndex:
-    """The texts of all batch slots."""
+    """The texts of all batch slots, and perhaps earlier ones."""
 
-    def __init__(self) -> None:
-        self.chances = Chances()
+    def __init__(self, memory: TextMemory | None = None) -> None:
+        self.chances, self.memory = Chances(), memory
         self._texts: dict[int, _Text] = {}
 
     def begin(self, batch_slot: int, prediction: Sequence[int] = ()) -> None:
@@ -142,24 +186,43 @@ class SuffixIndex:
         text = self._texts.get(batch_slot)
         if text is None or not text.goes_on_in(tokens):
             text = self._texts[batch_slot] = _Text()
-        text.follow(tokens, self.chances)
+        text.follow(tokens, self.chances, self.memory)
         return text
 
     def place(self, batch_slot: int, tokens: Sequence[int], path: Sequence[int] = ()) -> Spot:
         """Where a path after the committed `tokens` ends."""
-        automaton = self.text(batch_slot, tokens).automaton
-        place = automaton.end
+        text = self.text(batch_slot, tokens)
+        spot = Spot(text.automaton, text.automaton.end, text.recalled)
         for token in path:
-            place = automaton.after(place, token)
-        return automaton, place
+            spot = self.after(spot, token)
+        return spot
+
+    def after(self, spot: Spot, token: int) -> Spot:
+        """Where a token more ends."""
+        automaton, place, recalled = spot
+        if recalled and self.memory:
+            same = self.memory.token(recalled.place) == token
+            recalled = Match(recalled.place + 1, recalled.length + 1) if same else None
+        return Spot(automaton, automaton.after(place, token), recalled)
+
+    def likely(self, spot: Spot) -> list[tuple[int, float]]:
+        """What may follow there, likeliest first, and the chance of each. What an earlier text recalls has its chance,
+        and the text itself shares the rest."""
+        found = self.chances.of(spot.automaton, spot.place)
+        if not spot.recalled or not self.memory or (token := self.memory.token(spot.recalled.place)) < 0:
+            return found
+        chance = self.chances.recalled(spot.recalled.length)
+        shares = {token: chance} | {other: (1 - chance) * share for other, share in found if other != token}
+        shares[token] += (1 - chance) * dict(found).get(token, 0.0)
+        return sorted(shares.items(), key=lambda one: -one[1])
 
     def next(self, spot: Spot) -> tuple[int, int, Spot] | None:
         """The one guess of what follows there, the length of the match that it rests on, and where it ends."""
-        automaton, place = spot
-        for match, follow in automaton.suffixes(place):
+        automaton = spot.automaton
+        for match, follow in automaton.suffixes(spot.place):
             # the newest of those that occurred most
             token = max(reversed(follow), key=lambda one: automaton.count(follow[one]))
-            return None if token == SEPARATOR else (token, match, (automaton, automaton.after(place, token)))
+            return None if token == SEPARATOR else (token, match, self.after(spot, token))
         return None
 
 
@@ -169,13 +232,20 @@ class SuffixSource(DraftSource):
     origin = "suffix"
     grows_trees = True
 
-    def __init__(self, most: int = MAX_NODES):
-        """`most`: guesses of a chain, nodes of a tree."""
-        self._index, self._most = SuffixIndex(), most
+    def __init__(self, most: int = MAX_NODES, memory: TextMemory | None = None):
+        """`most`: guesses of a chain, nodes of a tree. `memory`: of earlier texts; those that are over go there."""
+        self._index, self._most = SuffixIndex(memory), most
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         if not continues:
             self._index.begin(batch_slot)
+
+    def predict(self, batch_slot: int, tokens: Sequence[int]) -> None:
+        self._index.begin(batch_slot, tokens)
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        if self._index.memory:
+            self._index.memory.add(tokens)
 
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
         return self._propose(ChainQuery(0, tokens, (), room))
@@ -185,19 +255,20 @@ class SuffixSource(DraftSource):
 
     def _propose(self, query: ChainQuery) -> Chain:
         """The likeliest way on, as far as all of it from the text on is likely enough."""
-        automaton, place = self._index.place(query.batch_slot, query.tokens)
+        index = self._index
+        spot = index.place(query.batch_slot, query.tokens)
         joint = 0.0
         for token in query.path:
-            chance = dict(self._index.chances.of(automaton, place)).get(token, 0.0)
-            joint, place = joint + _log(chance), automaton.after(place, token)
+            joint += _log(dict(index.likely(spot)).get(token, 0.0))
+            spot = index.after(spot, token)
         chain: list[tuple[int, Proposal, float]] = []
-        while len(chain) < min(query.room, self._most) and (likely := self._index.chances.of(automaton, place)):
+        while len(chain) < min(query.room, self._most) and (likely := index.likely(spot)):
             token, chance = likely[0]
             joint += _log(chance)
             if joint < MIN_CHAIN_LOGP:
                 break
             chain.append((token, (), _log(chance)))
-            place = automaton.after(place, token)
+            spot = index.after(spot, token)
         return query.allowed(chain)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
@@ -205,26 +276,26 @@ class SuffixSource(DraftSource):
 
     def _extend(self, query: TreeQuery) -> Grown:
         """The likeliest nodes, whoever made those above them."""
-        automaton, place = self._index.place(query.batch_slot, query.trie.tokens)
+        index = self._index
         grown: Grown = []
         order = itertools.count()
         heap: list[_Candidate] = []
 
-        def push(parent: Node, place: Place, joint: float, path: tuple[int, ...]) -> None:
+        def push(parent: Node, spot: Spot, joint: float, path: tuple[int, ...]) -> None:
             """What may follow a node, the nodes there are among it."""
             if len(path) == query.max_depth:
                 return
-            guesses = {token: _log(chance) for token, chance in self._index.chances.of(automaton, place)[:MAX_CHILDREN]}
+            guesses = {token: _log(chance) for token, chance in index.likely(spot)[:MAX_CHILDREN]}
             guesses |= {token: node.logp for token, node in parent.children.items()}
             for token, logp in guesses.items():
                 if joint + logp >= MIN_PATH_LOGP:
-                    heapq.heappush(heap, (-(joint + logp), next(order), parent, token, logp, place, path))
+                    heapq.heappush(heap, (-(joint + logp), next(order), parent, token, logp, spot, path))
 
-        push(query.trie.root, place, 0.0, ())
+        push(query.trie.root, index.place(query.batch_slot, query.trie.tokens), 0.0, ())
         for _ in range(self._most):
             if not heap:
                 break
-            joint, _, parent, token, logp, place, path = heapq.heappop(heap)
+            joint, _, parent, token, logp, spot, path = heapq.heappop(heap)
             node = parent.children.get(token)
             if node is None:
                 if query.processing and query.processing.forbids(query.trie.tokens, path, token):
@@ -232,7 +303,7 @@ class SuffixSource(DraftSource):
                 node = query.trie.grow(parent, token, (), logp, self.origin)
                 assert node is not None, "a source extends the tree that it was given"
                 grown.append((parent, node))
-            push(node, automaton.after(place, token), -joint, (*path, token))
+            push(node, index.after(spot, token), -joint, (*path, token))
         return grown
 
 

@@ -172,7 +172,7 @@ def test_a_prediction_is_guessed_from_and_no_guess_runs_beyond_its_end():
         token, _, spot = found
         said.append(token)
     assert said == [7, 8]
-    assert SEPARATOR not in [token for token, _ in index.chances.of(*index.place(0, [1, 2, 5, 6], (7, 8)))]
+    assert SEPARATOR not in [token for token, _ in index.likely(index.place(0, [1, 2, 5, 6], (7, 8)))]
 
 
 def test_a_slot_is_its_own_text_and_a_new_text_knows_nothing_of_the_last():
