@@ -157,7 +157,9 @@ def test_texts_are_the_same_and_each_says_what_it_did_not_read(slots: int):
             torch.cat([torch.as_tensor(part) for part in plain.features]),
         )
         assert plain.cached == 0 and text.passes[0].rows == len(PROMPTS[number]) - text.cached
-    assert [written[kept][number].cached for number in range(5)] == [0, 2 * P, 0, 0, 2 * P]
+    first, second, *others = [written[kept][number].cached for number in range(5)]
+    assert first + second == 2 * P and others == [0, 0, 2 * P], "two that are read by turns help one another"
+    assert first == 0 or slots > 1
 
 
 def test_log_probabilities_of_a_prompt_are_read_and_what_follows_them_is_not_read_again():
