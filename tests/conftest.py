@@ -5,6 +5,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 # Two tests run side by side: threads that wait by spinning would stop the other
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -45,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(file) if file in LONG else len(LONG)
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="session")
+def door(tmp_path_factory) -> Iterator[forks.Door]:
+    """Where commands are forked that would import torch and transformers otherwise."""
+    door = forks.Door(tmp_path_factory.mktemp("door") / "socket")
+    yield door
+    door.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,13 @@ from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
 from pearl.config.inputs import brief
-from pearl.config.pairs import known_numbers
+from pearl.config.pairs import BYTES, known_numbers
 from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import CheckpointError, UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
+
+_PACKED = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}  # bytes of what holds several numbers, or a small one
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,16 @@ class Checkpoint:
         quantized.check(role, self.name, found, config.load_in if role == "target" else config.draft_load_in)
         return found, tokenizer
 
-    def numbers(self) -> float | None:
-        """How many numbers the weights are: from the headers of local files, or as the registry of pairs knows."""
+    def numbers(self, kind: str = "bfloat16") -> float | None:
+        """As how many numbers of a kind the weights count: from the headers of local files, or as the registry of pairs
+        knows. Packed ones (GPTQ, AWQ) stay as they are; those of four bits in blocks (MXFP4) may be unpacked."""
         if self.gguf_file:
             from gguf import GGUFReader
 
             tensors = GGUFReader(os.path.join(self.name, self.gguf_file)).tensors
             return sum(int(tensor.n_elements) for tensor in tensors)
         if Path(self.name).is_dir():
-            return sum(map(_numbers_in, Path(self.name).glob("model*.safetensors"))) or None
+            return sum(_numbers_in(file, kind) for file in Path(self.name).glob("model*.safetensors")) or None
         return known_numbers(self.name)
 
     def files(self) -> list[Path]:
@@ -163,10 +166,20 @@ class Checkpoint:
         return self.load(config, dtype, None, placed, bare)
 
 
-def _numbers_in(file: Path) -> int:
+def _numbers_in(file: Path, kind: str) -> float:
     """safetensors: eight bytes of header length, then JSON with the shape of every tensor. Towers' don't count."""
     with open(file, "rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size)) if size < 1 << 28 else {}
     header.pop("__metadata__", None)
-    return sum(int(torch.Size(t["shape"]).numel()) for name, t in header.items() if not text_part.TOWERS.search(name))
+    found = 0.0
+    for name, tensor in header.items():
+        if text_part.TOWERS.search(name):
+            continue
+        count: float = int(torch.Size(tensor["shape"]).numel())
+        if name.endswith("_blocks"):
+            count *= 2
+        elif width := _PACKED.get(tensor["dtype"]):
+            count = count * width / BYTES[kind]
+        found += count
+    return found

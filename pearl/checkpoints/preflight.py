@@ -130,9 +130,9 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         / config.tensor_parallel_size
         / 1e9
     }
-    numbers = {"target": target.numbers()}
+    numbers = {"target": target.numbers(kinds["target"])}
     if draft:
-        numbers["draft"] = draft.numbers()
+        numbers["draft"] = draft.numbers(kinds["draft"])
         own = shared_embeddings.read(draft.name) is None
         draft_config, draft_tokenizer = draft.describe("draft", config, own_tokenizer=own)
         if draft_tokenizer is not None:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.drafters import load_draft
@@ -68,3 +69,15 @@ def test_the_header_of_a_checkpoint_tells_its_size(pair):
     model = load_target(preflight(EngineConfig(pair[0], dtype="float32", kernel="stock"))).model
     assert counted == sum(weight.numel() for weight in model.parameters())
     assert json.dumps(counted)  # a plain number
+
+
+@pytest.mark.parametrize("kind, each", [("bfloat16", 2.0), ("float32", 4.0)])
+def test_packed_weights_take_the_memory_of_what_holds_them(tmp_path, kind, each):
+    tensors = {
+        "layer.qweight": torch.zeros(16, 64, dtype=torch.int32),  # eight of four bits in each
+        "layer.scales": torch.zeros(2, 64, dtype=torch.float16),
+        "experts.gate_up_proj_blocks": torch.zeros(4, 8, dtype=torch.uint8),  # two of four bits, unpacked on a CPU
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    wanted = 16 * 64 * 4 + 2 * 64 * each + 2 * 4 * 8 * each
+    assert Checkpoint(str(tmp_path)).numbers(kind) * each == wanted

@@ -361,7 +361,7 @@ def test_ctrl_c_keeps_every_problem_that_all_modes_have_finished(
 
 
 @pytest.mark.slow
-def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pair, tmp_path):
+def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pair, tmp_path, door):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
     data, name = written(tmp_path, "gsm8k", records), str(ROOT / "eval" / "gsm8k.py")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -377,9 +377,8 @@ def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pa
     assert before and not (tmp_path / "run" / results.SUMMARY).exists()
     begun = json.loads((tmp_path / "run" / results.CONFIG).read_text())
     (tmp_path / "run" / results.CONFIG).write_text(json.dumps(begun | {"repeats": 1}))  # enough to see it go on
-    child = launch(tmp_path, arguments, *two, name)
-    printed, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, printed
+    forked = subprocess.run([*door.command(2), name, *arguments], cwd=tmp_path, check=False)
+    assert forked.returncode == 0
     assert [line for line in said(tmp_path / "run") if line in before] == [line for line in before if line[2] == 0]
     assert summary(tmp_path / "run")["modes"]["pearl"]["identical_to_ar"] == 1.0
 
@@ -412,7 +411,7 @@ sys.exit(evaluation.main(gsm8k.BENCHMARK, sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path):
+def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path, door):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
     data = written(tmp_path, "gsm8k", records)
     arguments = options(pair, data, tmp_path / "shared", "--resume")
@@ -424,9 +423,8 @@ def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pai
     done = {line[0] for line in said(tmp_path / "shared")}
     assert done == {"GSM8K/0", "GSM8K/2", "GSM8K/4", "GSM8K/1"}
 
-    child = launch(tmp_path, arguments, *TWO_REPLICAS, str(ROOT / "eval" / "gsm8k.py"))
-    printed, _ = child.communicate(timeout=300)
-    assert child.returncode == 0, printed
+    forked = subprocess.run([*door.command(4), str(ROOT / "eval" / "gsm8k.py"), *arguments], cwd=tmp_path, check=False)
+    assert forked.returncode == 0
     assert summary(tmp_path / "shared")["modes"]["sd:3"]["identical_to_ar"] == 1.0
     assert not list((tmp_path / "shared").glob("replica-*"))
     alone = tmp_path / "alone"

@@ -7,10 +7,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import forks
 import pytest
 import tiny
 import yaml
@@ -148,14 +146,6 @@ def test_all_of_them_end_on_one_page():
     assert every[-1] == ["python", "eval/report.py", "results", "--output", "results/report.html"]
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory) -> Iterator[str]:
-    """The command of a launcher that starts both ranks at once (tests/support/forks.py)."""
-    door = forks.Door(tmp_path_factory.mktemp("launcher") / "socket")
-    yield shlex.join(door.command(2))
-    door.close()
-
-
 @pytest.mark.parametrize("name", ["main_results", "all", "full_width", "ablation", "equal_devices", "mean_accepted"])
 def test_data_that_is_not_there_is_missed_before_anything_is_decoded(name, tmp_path):
     settings = {"READY": "1", "DATA": str(tmp_path), "RESULTS": str(tmp_path / "results"), "LAUNCH": "touch started"}
@@ -166,7 +156,7 @@ def test_data_that_is_not_there_is_missed_before_anything_is_decoded(name, tmp_p
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, launcher) -> dict[str, str]:
+def small(tmp_path_factory, door) -> dict[str, str]:
     """The environment in which a script takes seconds: two tiny models, one problem, a few tokens."""
     folder = tmp_path_factory.mktemp("small")
     target, draft = tiny.save_pair(folder)
@@ -182,7 +172,7 @@ def small(tmp_path_factory, launcher) -> dict[str, str]:
         "LIMIT": "1",
         "TOKENS": "12",
         "READY": "1",
-        "LAUNCH": launcher,
+        "LAUNCH": shlex.join(door.command(2)),  # both ranks at once
         "OPTIONS": "--max-length 500 --no-score",
         "RESULTS": str(folder / "results"),
         "XDG_CACHE_HOME": str(folder / "cache"),
