@@ -10,7 +10,7 @@ import torch
 from tiers import tiered
 from tiny import CONFIGS, VOCABULARY, draft_model, generated, random_model, verifier
 from toys import EAGER, ScriptedChannel, letters, ticks
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
@@ -21,6 +21,7 @@ from pearl.roles.target import Target
 
 PROMPTS = [[5, 6, 7, 5, 6, 80], [11, 12, 13, 14, 11, 12, 13], [150, 3, 3, 3]]
 TOKENS, EOS = 24, [17, 90, 40]
+SEQUENCES = {(80, 21): 30.0, (13, 21): 30.0, (80, 21, 22): 30.0, (13, 21, 23): 30.0, (3,): -2.0}
 BAD = [[21], [7, 5], [60, 61, 62], [17]]
 WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -39,6 +40,7 @@ WAYS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"logits_processors": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)]), "min_tokens": 5},
         {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.2)]), "min_new_tokens": 5},
     ),
+    ({"logits_processors": [SequenceBiasLogitsProcessor(SEQUENCES)]}, {"sequence_bias": SEQUENCES}),
 ]
 
 
