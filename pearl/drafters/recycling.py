@@ -39,17 +39,21 @@ _FORGET = 0.998  # of what was counted, from pass to pass
 _UNKNOWN = math.log(0.7)  # of a guess whose source had no probability
 _BLOCK = 64  # logits of which the best is found first
 _FACTOR = 0x9E3779B97F4A7C15
+_OTHER_FACTOR = 0xD1B54A32D192ED03
 _MASK = (1 << 64) - 1
 
 
 class RecyclingSource(DraftSource):
-    """Grows trees from what was kept; its table serves all sequences, and all texts after them."""
+    """Grows trees from what was kept of the same text, in one table for all that are under way."""
 
     origin = "recycled"
     grows_trees = True
     reads_rows = True
 
-    def __init__(self) -> None:
+    def __init__(self, over_texts: bool = False):
+        """`over_texts`: what was kept serves the texts that follow too."""
+        self._over_texts, self._texts = over_texts, 0
+        self._text: dict[int, int] = {}  # by batch slot: the number of the text there, a part of its keys
         self._keys = np.zeros(PLACES, np.int64)
         self._tokens = np.full((PLACES, KEPT), -1, np.int32)  # a small vocabulary does not fill a row
         self._bins = np.zeros((PLACES, KEPT), np.uint8)  # of the probabilities
@@ -62,17 +66,24 @@ class RecyclingSource(DraftSource):
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         self._params[batch_slot] = params
+        if not (continues and batch_slot in self._text):
+            self._texts += not self._over_texts
+            self._text[batch_slot] = self._texts
 
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
         """Keeps the best tokens of each row, and learns from what was kept of it before."""
-        best, tokens = best_few(read.logits, KEPT)
-        logp = best.float().log_softmax(-1)  # of those that are kept alone: the whole vocabulary takes as long again
-        if not bool(logp[:, 0].isfinite().all()):
+        values, tokens = best_few(read.logits, KEPT)
+        best, kept = values.float().cpu().numpy(), tokens.to(torch.int32).cpu().numpy()
+        width = best.shape[1]
+        if not np.isfinite(best[:, 0]).all():
             return
-        bins = (logp.clamp(-_BINS * math.log(2), 0) / -math.log(2)).to(torch.uint8).clamp(max=_BINS - 1).cpu().numpy()
-        kept, width = tokens.to(torch.int32).cpu().numpy(), tokens.shape[1]
+        # of those that are kept alone: the whole vocabulary takes as long again
+        shares = np.exp2((best - best[:, :1]) / math.log(2))
+        shares /= shares.sum(1, keepdims=True)
+        bins = np.minimum(-np.log2(np.maximum(shares, 1e-9)), _BINS - 1).astype(np.uint8)
+        text = self._text[batch_slot]
         for level in (PAIR, ALONE):
-            keys = np.fromiter((_key(*context, level) for context in read.contexts), np.int64, len(kept))
+            keys = np.fromiter((_key(text, *context, level) for context in read.contexts), np.int64, len(kept))
             places = keys & (PLACES - 1)
             known = np.flatnonzero(self._keys[places] == keys)
             if len(known):
@@ -86,7 +97,7 @@ class RecyclingSource(DraftSource):
 
     def _extend(self, query: TreeQuery) -> Grown:
         """The likeliest nodes, whoever made those above them: a tree of `max_rows` nodes in all."""
-        trie, params = query.trie, self._params[query.batch_slot]
+        trie = query.trie
         order = itertools.count()
         grown: Grown = []
         heap: list[tuple[float, int, Node, int, float, int, tuple[int, ...]]] = []
@@ -99,7 +110,7 @@ class RecyclingSource(DraftSource):
                 token: child.logp or _UNKNOWN for token, child in parent.children.items() if child.origin != self.origin
             }
             left = 1.0 - sum(map(math.exp, others.values()))
-            guesses = self._after(before, parent, params, math.log(left)) if left > 0 else {}
+            guesses = self._after(query.batch_slot, before, parent, math.log(left)) if left > 0 else {}
             for token, logp in (guesses | others).items():
                 if joint + logp >= MIN_PATH_LOGP:
                     heapq.heappush(heap, (-joint - logp, next(order), parent, token, logp, parent.token, path))
@@ -121,10 +132,11 @@ class RecyclingSource(DraftSource):
             push(node, before, -joint, (*path, token))
         return grown
 
-    def _after(self, before: int, node: Node, params: SamplingParams, left: float) -> dict[int, float]:
+    def _after(self, batch_slot: int, before: int, node: Node, left: float) -> dict[int, float]:
         """The tokens that may follow `node`, and the logarithms of their chances, which share `left`."""
+        text, params = self._text[batch_slot], self._params[batch_slot]
         for level in (PAIR, ALONE):
-            key = _key(before, node.token, level)
+            key = _key(text, before, node.token, level)
             place = key & (PLACES - 1)
             if self._keys[place] == key:
                 break
@@ -157,9 +169,10 @@ def best_few(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     blocks = size // _BLOCK
     if blocks <= 4 * count:
         return logits.topk(min(count, size))
-    whole = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
-    chosen = whole.amax(-1).topk(count).indices  # [R, count]
-    tokens = (chosen[..., None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(1)
+    # a block has every so many-th token, so that the maxima are those of rows that lie one after the other
+    whole = logits[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks))
+    chosen = whole.amax(1).topk(count).indices  # [R, count]
+    tokens = (chosen[..., None] + torch.arange(0, blocks * _BLOCK, blocks, device=logits.device)).flatten(1)
     if blocks * _BLOCK < size:
         rest = torch.arange(blocks * _BLOCK, size, device=logits.device).expand(rows, -1)
         tokens = torch.cat([tokens, rest], 1)
@@ -167,9 +180,10 @@ def best_few(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, tokens.gather(1, at)
 
 
-def _key(before: int, token: int, level: int) -> int:
+def _key(text: int, before: int, token: int, level: int) -> int:
     """Not nought, which stands for an empty place; its low bits are those of a hash."""
-    mixed = ((token + 1) * _FACTOR + (before + 2) * _FACTOR * (level == PAIR) * 3 + level) & _MASK
+    pair = (before + 2) << 32 if level == PAIR else level
+    mixed = ((token + 1 + pair) * _FACTOR + text * _OTHER_FACTOR) & _MASK
     mixed ^= mixed >> 29
     return (mixed * _FACTOR & _MASK) >> 2 | 1 << 62
 

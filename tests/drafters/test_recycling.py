@@ -109,9 +109,24 @@ def test_where_the_target_samples_the_noise_that_it_will_add_is_known(seed: int)
     for _ in range(40):  # it has learned that its memory is right
         one.read_rows(0, said)
     found = grown(one, Trie([1, 2]))
-    chances = one._after(1, Trie([1, 2]).root, SamplingParams(), 0.0)
+    one.begin(0, SamplingParams(), continues=True)
+    chances = one._after(0, 1, Trie([1, 2]).root, 0.0)
     noisy = {t: chances[t] + float(noise.gumbel(seed, 2, noise.PICK, torch.tensor([t]))) for t in chances}
     assert max(found, key=found.__getitem__) == (max(noisy, key=noisy.__getitem__),)
+
+
+def test_nothing_of_a_text_is_known_in_the_next_unless_that_is_asked_for():
+    for over_texts in (False, True):
+        one = RecyclingSource(over_texts)
+        for slot in (0, 1):
+            one.begin(slot, SamplingParams())
+        one.read_rows(0, rows({(1, 2): [5]}))
+        queries = [TreeQuery(slot, Trie([1, 2]), 9, 9) for slot in (0, 1)]
+        assert [bool(new) for new in one.extend(queries)] == [True, over_texts], "beside another text"
+        one.begin(0, SamplingParams(), continues=True)
+        assert one.extend([TreeQuery(0, Trie([1, 2]), 9, 9)])[0], "a talk goes on"
+        one.begin(0, SamplingParams())
+        assert bool(one.extend([TreeQuery(0, Trie([1, 2]), 9, 9)])[0]) == over_texts, "after another text"
 
 
 def test_its_memory_has_a_fixed_size():
