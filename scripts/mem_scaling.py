@@ -38,23 +38,23 @@ def drafter(depths: int) -> FeatureDrafter:
     )
     recipe = FeatureRecipe(data="none", output="none", depths=depths, layers=2, vocabulary=VOCABULARY)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return new_drafter(target, recipe, LAYERS, torch.arange(VOCABULARY)).place(device, torch.float32)
+    return new_drafter(target, recipe, LAYERS, torch.arange(VOCABULARY), mask_token=0).place(device, torch.float32)
 
 
 def main() -> int:
     segments, count, depths = map(int, sys.argv[1:4])
     model = drafter(depths)
-    device = model.mask_embedding.device
+    device = model.device
     mask = SlotMask(count, depths, device)
     objective = Objective(model.vocabulary, VOCABULARY, Recipe.kl)
     tokens = torch.randint(VOCABULARY, (1, count), device=device)
     features = torch.randn(1, count, len(LAYERS) * HIDDEN, device=device)
     ids = torch.randint(VOCABULARY, (count, 1), device=device)
 
-    def loss(hidden, part):
-        rows = hidden[0]
-        labels = ids if part is None else ids[part].repeat_interleave(depths - 1, 0)
-        return objective.judge(model.head(rows), labels, torch.zeros_like(labels, dtype=torch.float32)).loss.mean()
+    def loss(hidden, ahead, anchors):
+        rows = (hidden if ahead is None else ahead)[0]
+        labels = ids if anchors is None else ids[anchors].repeat_interleave(depths - 1, 0)
+        return objective.judge(model.logits(rows), labels, torch.zeros_like(labels, dtype=torch.float32)).loss.mean()
 
     memory.reset_peak()
     before = memory.peak()

@@ -23,7 +23,7 @@ accelerate launch --num_processes 1 -m pearl train --config "$folder/feature.yam
 python -m pearl distill --config "$folder/distill.yaml"
 python -m pearl diagnose --drafter "$folder/feature" --target "$folder/target" --data "$folder/data"
 
-for draft in "feature:$folder/feature" "$folder/small"; do
+for draft in "$folder/feature" "$folder/small"; do
   python eval/humaneval.py --target "$folder/target" --draft "$draft" --mode ar sd pearl tree --limit 1 \
     --max-new-tokens 16 --max-length 2048 --no-score --output "$folder/run-$(basename "$draft")" --resume
 done

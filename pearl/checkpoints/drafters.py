@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
+from pearl.checkpoints.drafts import feature_weights
 from pearl.checkpoints.drafts.kinds import CAUSAL_LM, PARD
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import AHEAD, Preflight
 from pearl.checkpoints.targets import prepare
 from pearl.drafters.draft_source import DraftSource
-from pearl.drafters.feature import network
+from pearl.drafters.feature.head_reader import HeadReader
+from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.network import FeatureDrafter
-from pearl.drafters.feature.shape import OURS
+from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.pard import PardSource
 from pearl.drafters.tree import TreeSource
-from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.architecture import longest_sequence
 from pearl.models.draft_model import DraftModel, read_unknown_tokens
@@ -32,8 +33,6 @@ def load_source(checked: Preflight) -> DraftSource:
     """What drafts, with its weights: by its kind (`pearl.checkpoints.drafts.kinds.KINDS`). Raises `UsageError`,
     `CheckpointError`."""
     assert checked.drafting, "the draft source is a checkpoint"
-    if checked.drafting.kind not in SOURCES:
-        raise UsageError(f"{checked.config.draft} is a {checked.drafting.line}: this version can't draft with it yet.")
     return SOURCES[checked.drafting.kind](checked)
 
 
@@ -51,6 +50,10 @@ def _pard_source(checked: Preflight) -> DraftSource:
 
 def _feature_source(checked: Preflight) -> DraftSource:
     return FeatureSource(load_feature_drafter(checked), checked.config.tree_top_k)
+
+
+def _head_source(checked: Preflight) -> DraftSource:
+    return HeadSource(HeadReader(load_feature_drafter(checked), checked.max_length + AHEAD, checked.texts))
 
 
 def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
@@ -82,17 +85,19 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
 def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     """The feature drafter with its target's embedding, norm and head, ready to draft."""
     config, placed = checked.config, checked.draft_on
-    assert checked.drafting and checked.drafting.files.folder, "the draft source is a feature drafter"
-    target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
-    drafter = network.load(checked.drafting.files.folder).attach(target)
+    assert checked.drafting, "the draft source is a feature drafter"
+    drafter = feature_weights.load(checked.drafting)
     drafter.shape = replace(drafter.shape, depths=checked.drafting.shape.depths)
+    dtype = "float32" if placed.on_cpu else "bfloat16"
+    drafter.attach(checked.target.load_embeddings_and_head(config, dtype, Placement(("cpu",))))
     packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
     if packed:
-        head = nn.ModuleList([drafter.head])
+        if not drafter.shape.own_head:
+            head = nn.ModuleList([drafter.head])
+            linear.pack(head, int8=config.draft_kernel == "int8")
+            drafter.replace_head(head[0])
         linear.pack(drafter, int8=config.draft_kernel == "int8")
-        linear.pack(head, int8=config.draft_kernel == "int8")
-        drafter.replace_head(head[0])
     return drafter
 
 
@@ -100,4 +105,7 @@ SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {
     CAUSAL_LM: _draft_model_source,
     PARD: _pard_source,
     OURS: _feature_source,
+    PEAGLE: _feature_source,
+    EAGLE: _head_source,
+    EAGLE3: _head_source,
 }

@@ -53,6 +53,7 @@ class TreeSource(ModelSource):
 
     grows_trees = True
     max_open_leaves = 192  # with more it rests until the root moves
+    least_leaf_logp = -math.inf  # of a leaf that it goes on from
 
     def __init__(
         self,
@@ -128,7 +129,8 @@ class TreeSource(ModelSource):
         for number, one in enumerate(queries):
             leaves = one.trie.leaves(deepest[number] - 1)
             if len(leaves) <= self.max_open_leaves:
-                heap += [(-logp, next(order), number, _DraftRow(path, logp, node)) for path, node, logp in leaves]
+                likely = [leaf for leaf in leaves if leaf[2] >= self.least_leaf_logp]
+                heap += [(-logp, next(order), number, _DraftRow(path, logp, node)) for path, node, logp in likely]
         heapq.heapify(heap)
         chosen: list[list[_DraftRow]] = [[] for _ in queries]
         rows, sequences, gain = 0, 0, 0.0  # gain: how many of the rows the walks are expected to pass through

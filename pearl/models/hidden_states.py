@@ -1,4 +1,4 @@
-"""Hidden states of a few layers of a target, taken while it reads: an early, a middle and a late one.
+"""Hidden states of a few layers of a target, taken while it reads: an early, a middle and a late one, or any other.
 
 Knows where a transformers model keeps its decoder layers, and nothing of what the states are for.
 """
@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pearl.errors import UsageError
+from pearl.models.fingerprint import final_norm
 
 
 def default_layers(count: int) -> tuple[int, ...]:
@@ -23,13 +25,14 @@ class HiddenStateHooks:
     """Keeps what each of `layers` put out in the last forward: `states()` is [batch, rows, len(layers) * hidden]."""
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
-        """`layers`: numbers of decoder layers, from 0. Raises `UsageError` if the model has no such layer."""
+        """`layers`: numbers of decoder layers, from 0; -1: the embeddings, that is what layer 0 reads; as many as there
+        are: what the final norm puts out. Raises `UsageError` if the model has no such layer."""
         stack = decoder_layers(model)
-        if not all(0 <= layer < len(stack) for layer in layers):
+        if not all(-1 <= layer <= len(stack) for layer in layers):
             raise UsageError(f"The target has layers 0 to {len(stack) - 1}: features of {list(layers)} can't be taken.")
         self._layers = tuple(layers)
         self._last: dict[int, Tensor] = {}
-        self._hooks = [stack[layer].register_forward_hook(self._keep(layer)) for layer in self._layers]
+        self._hooks = [self._hook(model, stack, layer) for layer in self._layers]
 
     def states(self) -> Tensor:
         """Of the last forward, [batch, rows, len(layers) * hidden]."""
@@ -39,6 +42,16 @@ class HiddenStateHooks:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def _hook(self, model: PreTrainedModel, stack: nn.ModuleList, layer: int) -> RemovableHandle:
+        if layer == len(stack):
+            return final_norm(model).register_forward_hook(self._keep(layer))
+        if layer == -1:
+            return stack[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        return stack[layer].register_forward_hook(self._keep(layer))
+
+    def _keep_input(self, _module: nn.Module, inputs: tuple, named: dict) -> None:
+        self._last[-1] = inputs[0] if inputs else named["hidden_states"]
 
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:

@@ -1,33 +1,49 @@
-"""Where a feature drafter stands, and where it loses against its target.
+"""Where a drafter over hidden states stands, where it loses against its target, and whether it is read as it was meant.
 
     pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
 
 Drafts along recorded texts as the runtime would: the target has read so far, the drafter `ahead` tokens more, whose
-features it has to do without. Compares each depth's guesses with the target's own choices.
+features it has to do without. Compares each depth's guesses with the target's own choices. Beside that
+
+    calibration   the length that a tree is expected to be worth by its own probabilities, against what came true
+    taps          the same first guesses from features of one layer earlier, and one later: the layers' numbers are the
+                  one thing in these formats that can be wrong in silence
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pearl.checkpoints.drafters import load_feature_drafter
-from pearl.checkpoints.preflight import preflight
-from pearl.config.engine_config import FEATURE, EngineConfig
+from pearl.checkpoints.drafters import load_source
+from pearl.checkpoints.preflight import Preflight, preflight
+from pearl.checkpoints.targets import load_plain
+from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
-from pearl.drafters.feature.network import read_shape
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import TreeQuery
+from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.errors import UsageError
+from pearl.models.fingerprint import model_fingerprint
+from pearl.models.hidden_states import HiddenStateHooks
 from pearl.training.shards import Recorded, RecordedText
 
 EVERY = 5  # tokens between two places that are looked at
 AHEAD = (0, 1, 2, 4)  # tokens without features
 CONFIDENCE = (0.0, 0.3, 0.6, 0.9)  # lower ends of the classes of the target's own certainty
+LENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0)  # lower ends of the classes of a tree's expected length
+TAP_TEXTS = 16  # on which other taps are tried
+BETTER = 0.02  # by which another tap's share of right first guesses has to be higher
+PERFECT, PLACES = 0.97, 100  # a share of right first guesses that no drafter has, and how many places it takes to say
+
+Source = FeatureSource | HeadSource
 
 
 @dataclass(frozen=True)
@@ -47,20 +63,20 @@ class DraftOutcome:
         return next((depth for depth, right in enumerate(self.first) if not right), len(self.first))
 
 
-def outcomes(
-    source: FeatureSource, texts: Sequence[RecordedText], ahead: int, vocabulary: set[int]
-) -> Iterator[DraftOutcome]:
+@dataclass(frozen=True)
+class TreeOutcome:
+    """One place of a text: what a tree is worth there by its own probabilities, and in truth, in guesses."""
+
+    expected: float
+    accepted: int
+
+
+def outcomes(source: Source, texts: Sequence[RecordedText], ahead: int, vocabulary: set[int]) -> Iterator[DraftOutcome]:
     """Drafts at every `EVERY`-th token of the answers."""
     depths = source.depths
     for text in texts:
         tokens = text.tokens.tolist()
-        bits = text.features.view(torch.int16).numpy() if text.features.numel() else None
-        source.begin(0, SamplingParams())
-        told = 0
-        for root in range(text.prompt, len(tokens) - ahead - depths, EVERY):
-            if bits is not None:
-                source.observe(bits[told:root])
-                told = root
+        for root in _roots(source, text, ahead):
             (guesses,) = source.guess(tokens[: root + 1], [tokens[root + 1 : root + 1 + ahead]])
             at = root + ahead
             choices = text.top_ids[at : at + depths, 0].tolist()
@@ -72,6 +88,36 @@ def outcomes(
                 choices[0] in tokens[: at + 1],
                 float(text.top_logp[at, 0].float().exp()),
             )
+
+
+def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome]:
+    """The tree of one forward of a network that drafts in parallel; of another, of as many as it has depths."""
+    forwards = 1 if isinstance(source, FeatureSource) else source.depths
+    for text in texts:
+        tokens = text.tokens.tolist()
+        for root in _roots(source, text, 0):
+            trie = Trie(tokens[: root + 1])
+            for _ in range(forwards):
+                source.extend([TreeQuery(0, trie, 4, source.depths, take_all=True)])
+            expected = sum(math.exp(one.logp) for one in trie.best(1 << 20))
+            node, accepted = trie.root, 0
+            for choice in text.top_ids[root : root + source.depths, 0].tolist():
+                if (found := node.children.get(choice)) is None:
+                    break
+                node, accepted = found, accepted + 1
+            yield TreeOutcome(expected, accepted)
+
+
+def _roots(source: Source, text: RecordedText, ahead: int) -> Iterator[int]:
+    """Places of an answer; the source knows the features up to each."""
+    bits = text.features.view(torch.int16).numpy() if text.features.numel() else None
+    source.begin(0, SamplingParams())
+    told = 0
+    for root in range(max(1, text.prompt), len(text.tokens) - ahead - source.depths, EVERY):
+        if bits is not None:
+            source.observe(bits[told:root])
+            told = root
+        yield root
 
 
 def summary(found: Sequence[DraftOutcome]) -> dict[str, object]:
@@ -100,26 +146,101 @@ def summary(found: Sequence[DraftOutcome]) -> dict[str, object]:
     return figures
 
 
+def calibration(found: Sequence[TreeOutcome]) -> dict[str, dict[str, float]]:
+    """By the expected length of a tree, and over all: how many places, what was expected, what was accepted."""
+    classes: dict[str, list[TreeOutcome]] = defaultdict(list)
+    for place in found:
+        classes[f"expected from {max(low for low in LENGTHS if place.expected >= low):.0f}"].append(place)
+    return {
+        name: {
+            "places": len(some),
+            "expected": sum(place.expected for place in some) / len(some),
+            "accepted": sum(place.accepted for place in some) / len(some),
+        }
+        for name, some in [*sorted(classes.items()), ("all", list(found))]
+    }
+
+
+def warnings(figures: dict[str, Any]) -> list[str]:
+    """What looks wrong, a sentence each."""
+    said = []
+    own, places = figures["ahead 0"]["top 1"][0], figures["ahead 0"]["places"]
+    if places >= PLACES and own > PERFECT:
+        said.append(
+            f"{own:.1%} of all first guesses are right, which no drafter comes to: it may see what it has to guess, "
+            "or the texts are those that it was trained on."
+        )
+    taps = figures.get("taps", {})
+    best = max(taps, key=lambda name: taps[name], default=None)
+    if best is not None and taps[best] > taps["as read"] + BETTER:
+        said.append(
+            f"From features of {best} {taps[best]:.1%} of all first guesses are right, and {taps['as read']:.1%} as "
+            "the checkpoint is read: its layers are probably numbered in another way, so look at "
+            "eagle_aux_hidden_state_layer_ids."
+        )
+    return said
+
+
 def _share(rights) -> float:
     rights = list(rights)
     return sum(rights) / len(rights)
 
 
+class _Features:
+    """Of any layers, read by the target itself."""
+
+    def __init__(self, checked: Preflight):
+        self._device = checked.target_on.devices[0]
+        self._model: Any = load_plain(checked, self._device)
+
+    def of(self, text: RecordedText, layers: Sequence[int]) -> RecordedText:
+        hooks = HiddenStateHooks(self._model, layers)
+        with torch.inference_mode():
+            self._model.base_model(text.tokens[None].long().to(self._device), use_cache=False)
+        states = hooks.states()[0].bfloat16().cpu()
+        hooks.remove()
+        return replace(text, features=states)
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self._model)
+
+
 def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str, Any]:
-    """The figures of the drafter in `folder` along the last `count` texts recorded. Raises `UsageError`."""
-    shape = read_shape(Path(folder))
-    data = Recorded(Path(recorded), features=bool(shape.features))
-    data.must_be_of(shape.fingerprint, shape.target)
-    if shape.features and tuple(data.manifest.layers) != shape.features:
-        raise UsageError(
-            f"The texts have features of layers {data.manifest.layers}, the drafter wants {list(shape.features)}: "
-            "extract texts with --layers."
-        )
-    config = EngineConfig(target=target or shape.target, draft=FEATURE + folder)
-    drafter = load_feature_drafter(preflight(config))
-    source, vocabulary = FeatureSource(drafter), set(drafter.vocabulary.tolist())
+    """The figures of the drafter `folder` along the last `count` texts recorded. Raises `UsageError`."""
+    data = Recorded(Path(recorded))
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    config = EngineConfig(target=target or data.manifest.target, draft=folder, dtype=dtype)
+    checked = preflight(config)
+    source = load_source(checked)
+    if not isinstance(source, FeatureSource | HeadSource):
+        raise UsageError(f"{folder} does not draft from features: look at it with pearl score.")
+    reads = _Features(checked)
+    data.must_be_of(reads.fingerprint, config.target)
     texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
+    if list(source.layers) != data.manifest.layers:
+        texts = [reads.of(text, source.layers) for text in texts]
+    vocabulary = set(source.vocabulary.tolist())
     seen = [place for ahead in AHEAD for place in outcomes(source, texts, ahead, vocabulary)]
     if not seen:
         raise UsageError("The recorded answers are shorter than the drafter's depths: extract longer ones.")
-    return summary(seen)
+    figures = summary(seen)
+    figures["calibration"] = calibration(list(trees(source, texts)))
+    if source.layers:
+        figures["taps"] = taps(source, texts[-TAP_TEXTS:], reads, checked)
+    figures["warnings"] = warnings(figures)
+    return figures
+
+
+def taps(source: Source, texts: Sequence[RecordedText], reads: Any, checked: Preflight) -> dict[str, float]:
+    """The share of right first guesses, from the layers as they are read, and from those one up and one down."""
+    assert checked.drafting and checked.drafting.fits, "it was described for its target"
+    most = checked.drafting.fits.layers
+    found: dict[str, float] = {}
+    for name, shift in (("as read", 0), ("one layer earlier", -1), ("one layer later", 1)):
+        layers = [layer + shift for layer in source.layers]
+        if min(layers) < 0 or max(layers) >= most + (shift == 0):
+            continue
+        shown = [reads.of(text, layers) for text in texts]
+        found[name] = _share(place.first[0] for place in outcomes(source, shown, 0, set()))
+    return found

@@ -1,22 +1,24 @@
-"""The weights that a feature drafter begins with: layers of its target, or what an earlier training saved."""
+"""The weights that a network over hidden states begins with: layers of its target, or what an earlier run saved."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pearl.drafters.feature import network
+from pearl.checkpoints.drafts import feature_weights, kinds
+from pearl.checkpoints.drafts.kinds import TargetFacts
 from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
 from pearl.errors import UsageError
-from pearl.models.fingerprint import model_fingerprint
+from pearl.models.fingerprint import final_norm, model_fingerprint
 from pearl.models.hidden_states import decoder_layers
 from pearl.training.recipes import FeatureRecipe
+
+_NORM = "input_layernorm.weight"
 
 
 def new_drafter(
@@ -25,45 +27,70 @@ def new_drafter(
     layers: Sequence[int],
     vocabulary: Tensor,
     sample: Tensor | None = None,
+    mask_token: int | None = None,
 ) -> FeatureDrafter:
-    """An untrained drafter for a loaded target, which starts from layers of it; `layers`: whose features it reads.
+    """An untrained network for a loaded target, which starts from layers of it; `layers`: whose features it reads.
 
     sample: features of some tokens, [tokens, F]. Their dimensions differ in size by orders of magnitude, and what a
     dimension can teach in a step grows with its size. So the norms begin by giving all of them the same spread, and
-    `fuse` by giving the last layer its own back: the target's own layer then finds what it is used to.
+    `fc` by giving the last layer its own back: the target's own layer then finds what it is used to.
     """
-    shape = _shape(target, recipe, layers, len(vocabulary), recipe.target)
+    shape = _shape(target, recipe, layers, len(vocabulary), mask_token)
     torch.manual_seed(recipe.seed)
     drafter = FeatureDrafter(shape, vocabulary)
     embedding: Tensor = target.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
+    head: Any = target.get_output_embeddings()
+    first: Any = drafter.layers[0]
+    fc, width = drafter.fc, shape.hidden
     with torch.no_grad():
-        spread = _even(drafter.token_norm, embedding[vocabulary])
-        drafter.in_proj.weight *= 0.1
-        drafter.in_proj.weight[:, : shape.hidden] += torch.diag(spread)
-        if shape.features:
-            drafter.in_proj.weight[:, shape.hidden :] += torch.eye(shape.hidden)
-            parts = torch.ones(2, len(shape.features) * shape.hidden) if sample is None else sample.float()
-            spreads = [
-                _even(norm, part)
-                for norm, part in zip(drafter.feature_norms, parts.chunk(len(shape.features), -1), strict=True)
-            ]
-            drafter.fuse.weight *= 0.1
-            drafter.fuse.weight[:, -shape.hidden :] += torch.diag(spreads[-1])
+        _even(first.input_layernorm, embedding[vocabulary])
+        parts = torch.ones(2, shape.feature_row) if sample is None else sample.float()
+        spreads = [torch.ones(width)] * len(shape.features)
+        if shape.fc_norm:
+            pairs = zip(drafter.fc_norm, parts.chunk(len(shape.features), -1), strict=True)
+            spreads = [_even(norm, part) for norm, part in pairs]
+        fc.weight *= 0.1
+        fc.weight[:, -width:] += torch.diag(spreads[-1])
+        drafter.lm_head.weight.copy_(head.weight[vocabulary])
+        norm: Any = final_norm(target)
+        drafter.norm.weight.copy_(norm.weight)
     stack = decoder_layers(target)
     last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):
         start = strongest(stack[max(0, last - (shape.layers - 1 - number))].state_dict(), shape.intermediate)
-        mine = layer.state_dict()
-        if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
-            layer.load_state_dict({name: start[name].float() for name in mine})
+        _begin_as(layer, start, pair=number == 0)
     return drafter.attach(target)
 
 
+def _begin_as(layer: nn.Module, start: dict[str, Tensor], pair: bool) -> None:
+    """Gives a layer the weights of one of the target's, if it has the same. `pair`: it reads the embedding too, which
+    the target's does not: of that half a tenth of what chance gives is left."""
+    mine = layer.state_dict()
+    if pair and _NORM in start:
+        start = start | {"hidden_norm.weight": start[_NORM], _NORM: mine[_NORM]}
+        for name in (f"self_attn.{one}_proj.weight" for one in "qkv"):
+            if name in start and start[name].shape[1] * 2 == mine[name].shape[1]:
+                start[name] = torch.cat([0.1 * mine[name].chunk(2, 1)[0], start[name].float()], 1)
+    if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
+        layer.load_state_dict({name: start[name].float() for name in mine})
+
+
 def _shape(
-    target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: int, name: str
+    target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: int, mask_token: int | None
 ) -> DrafterShape:
-    depths, mark, width = recipe.depths, model_fingerprint(target), recipe.intermediate
-    return DrafterShape.of_target(target.config, tuple(layers), depths, recipe.layers, vocabulary, name, mark, width)
+    made = DrafterShape.of_target(
+        target.config,
+        kind=recipe.algorithm,
+        features=tuple(layers),
+        layers=recipe.layers,
+        vocabulary=vocabulary,
+        depths=recipe.depths,
+        target=recipe.target,
+        fingerprint=model_fingerprint(target),
+        intermediate=recipe.intermediate,
+        mask_token=mask_token,
+    )
+    return replace(made, fc_norm=recipe.fc_norm)
 
 
 def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -77,34 +104,56 @@ def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
-    """The drafter that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
+    """The network that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
     those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
     can't become the recipe's."""
-    drafter = network.load(Path(folder))
-    had = drafter.shape
-    wanted = _shape(target, recipe, layers, had.vocabulary, had.target)
-    if wanted != replace(
-        had, layers=max(had.layers, wanted.layers), intermediate=min(had.intermediate, wanted.intermediate)
-    ):
+    facts = TargetFacts.of(recipe.target, target.config)
+    saved = feature_weights.load(kinds.describe(folder, facts))
+    had = saved.shape
+    wanted = _shape(target, recipe, layers, had.vocabulary, had.mask_token)
+    like = replace(
+        wanted,
+        layers=had.layers if had.layers <= wanted.layers else wanted.layers,
+        intermediate=max(had.intermediate, wanted.intermediate),
+        own_embedding=had.own_embedding,
+        own_mask=had.own_mask,
+        target=had.target,
+    )
+    if had != like:
         raise UsageError(f"The recipe's start {folder} is a drafter of another shape or target: leave it out.")
-    return (drafter if had == wanted else grown(drafter, wanted)).attach(target)
+    own = replace(had, own_embedding=False, own_mask=wanted.own_mask, target=wanted.target)
+    tensors = dict(saved.state_dict())
+    table = tensors.pop("embed_tokens.weight", None)
+    if own.own_mask and table is not None and own.mask_token is not None:
+        tensors["mask_row"] = table[own.mask_token]
+    drafter = FeatureDrafter.of(own, saved.vocabulary, tensors)
+    return (drafter if own == wanted else grown(drafter, wanted)).attach(target)
 
 
 def grown(drafter: FeatureDrafter, shape: DrafterShape) -> FeatureDrafter:
-    """A drafter with more layers, or a narrower SwiGLU. An added layer is a copy of the last one that adds nothing yet:
-    what writes to the residual is 0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
+    """A network with more layers, or a narrower SwiGLU. An added layer adds nothing yet: what writes to the residual is
+    0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
     larger = FeatureDrafter(shape, drafter.vocabulary)
     rest = {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("layers.")}
     larger.load_state_dict(rest, strict=False)
     layers: Any = larger.layers
     for number, layer in enumerate(layers):
-        layer.load_state_dict(
-            strongest(drafter.layers[min(number, drafter.shape.layers - 1)].state_dict(), shape.intermediate)
-        )
-        if number >= drafter.shape.layers:
+        if number < drafter.shape.layers:
+            layer.load_state_dict(strongest(drafter.layers[number].state_dict(), shape.intermediate))
+        else:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)
     return larger
+
+
+def mask_token_of(tokenizer: Any, size: int) -> int:
+    """A token that no text has, for the rows of tokens that are not known: an id beyond the tokenizer's, else its
+    padding or another of its special tokens. `size`: rows of the target's embedding."""
+    if len(tokenizer) < size:
+        return size - 1
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    spare = [one for one in (tokenizer.pad_token_id, *reversed(tokenizer.all_special_ids)) if one is not None]
+    return next((one for one in spare if one not in ends), size - 1)
 
 
 def _even(norm: Any, sample: Tensor) -> Tensor:

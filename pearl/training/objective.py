@@ -18,9 +18,11 @@ _GONE = -30.0  # log-probability of a token that was not noted
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Of R rows: the loss of each, and whether the best guess, or one of the best five, was the target's choice."""
+    """Of R rows: the loss of each, how likely it found the target's choice, and whether the best guess, or one of the
+    best five, was that."""
 
     loss: Tensor  # float [R]
+    chance: Tensor  # float [R], of the target's choice, as the drafter sees it
     first: Tensor  # bool [R]
     fifth: Tensor  # bool [R]
 
@@ -48,7 +50,8 @@ class Objective:
         soft = torch.where(there[:, 0], -(p * torch.where(there, q, 0.0)).sum(-1), 0.0)
         best = logq.detach().topk(min(5, logq.shape[-1])).indices
         right = (best == rows[:, :1]) & there[:, :1]
-        return RowLosses((1 - self._kl) * choice + self._kl * soft, right[:, 0], right.any(-1))
+        chance = torch.where(there[:, 0], q[:, 0].detach().exp(), 0.0)
+        return RowLosses((1 - self._kl) * choice + self._kl * soft, chance, right[:, 0], right.any(-1))
 
 
 def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = ()) -> Tensor:

@@ -1,23 +1,27 @@
-"""The gradient of a text's loss, slots in segments: exact, and without all slots in memory at once.
+"""The gradient of a text's loss, anchors in segments: exact, and without all their rows in memory at once.
 
-The known positions are read once. Their keys and values are all that slots want of them, so the slots of one segment of
-anchors after another run, give back their gradient with respect to those keys and values, and are forgotten; in the
-end one backward pass through the known positions takes the sum (P-EAGLE, 2026). With n positions, K depths and S
-segments there are n + n (K - 1) / S rows in memory instead of n K: for S = K - 1 that is 2 n.
+The known positions are read once. Their keys and values, and of anchors the hidden states, are all that later depths
+want of them, so the anchors of one segment after another look ahead, give back their gradient with respect to those,
+and are forgotten; in the end one backward pass through the known positions takes the sum (P-EAGLE, 2026). With n
+positions, K depths and S segments there are n + n (K - 1) / S rows in memory instead of n K: for S = K - 1 that is 2 n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.training.look_ahead import look_ahead
 
-# hidden [B, anchors * slots, H] and the anchors, or [B, n, H] and None for the known positions -> a share of the loss
-Loss = Callable[[Tensor, Tensor | None], Tensor]
+
+class Loss(Protocol):
+    def __call__(self, hidden: Tensor, ahead: Tensor | None, anchors: Tensor | None) -> Tensor:
+        """A share of the loss. hidden: [B, n, H], of the known positions; ahead: [B, anchors * slots, H], or None for
+        the share of the known positions themselves."""
 
 
 def backward(
@@ -32,21 +36,43 @@ def backward(
 ) -> None:
     """Adds the gradient of the sum of all shares of the loss to the parameters.
 
-    tokens, withheld: [B, n]; features: [B, n, F]; anchors: int64, ascending positions of which slots are read.
+    tokens, withheld: [B, n]; features: [B, n, F]; anchors: int64, ascending positions from which rows look ahead.
     """
-    batch, count = tokens.shape
+    count = tokens.shape[1]
     known = drafter.known(tokens, features, withheld)
     hidden, made = drafter.stack(known, torch.arange(count, device=tokens.device), mask.known(count))
+    start = hidden.detach().requires_grad_()
     past = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in made]
     for part in anchors.chunk(segments) if mask.slots and len(anchors) else ():
-        slots = drafter.slots(batch, len(part) * mask.slots)
-        ahead, _ = drafter.stack(slots, mask.positions(part), mask.of(part, count), past)
-        loss(ahead, part).backward()
-    roots: list[Tensor] = [loss(hidden, None)]
+        ahead = look_ahead(drafter, mask, tokens, start, past, part)
+        loss(start.detach(), ahead, part).backward()
+    roots: list[Tensor] = [loss(hidden, None, None)]
     gradients: list[Tensor | None] = [None]
-    for layer, leaves in zip(made, past, strict=True):
-        for part, leaf in zip(layer, leaves, strict=True):
-            if leaf.grad is not None:
-                roots.append(part)
-                gradients.append(leaf.grad)
+    leaves = [
+        (hidden, start),
+        *((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True)),
+    ]
+    for part, leaf in leaves:
+        if leaf.grad is not None:
+            roots.append(part)
+            gradients.append(leaf.grad)
     torch.autograd.backward(roots, gradients)
+
+
+def evaluate(
+    drafter: FeatureDrafter,
+    mask: SlotMask,
+    tokens: Tensor,
+    features: Tensor,
+    withheld: Tensor,
+    anchors: Tensor,
+    loss: Loss,
+) -> Tensor:
+    """The sum of all shares of the loss in one piece: the plain way, against which `backward` is tested."""
+    count = tokens.shape[1]
+    known = drafter.known(tokens, features, withheld)
+    hidden, made = drafter.stack(known, torch.arange(count, device=tokens.device), mask.known(count))
+    total = loss(hidden, None, None)
+    if mask.slots and len(anchors):
+        total = total + loss(hidden.detach(), look_ahead(drafter, mask, tokens, hidden, made, anchors), anchors)
+    return total

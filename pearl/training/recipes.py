@@ -13,9 +13,10 @@ from pearl import options
 from pearl.config import outputs
 from pearl.config.engine_config import EMBEDDED
 from pearl.config.inputs import parse_yaml, read_text
+from pearl.drafters.feature.shape import EAGLE3, PEAGLE
 from pearl.errors import UsageError
 from pearl.machine import launcher
-from pearl.options import FLAG, TEXT, Kind, number, setting, whole
+from pearl.options import FLAG, TEXT, Kind, choice, number, setting, whole
 
 _AMOUNT = number(0, sys.float_info.max, "a number from 0")
 _SHARE = number(0, 1)
@@ -60,19 +61,34 @@ class FeatureRecipe(Recipe):
     features: tuple[int, ...] | None = _value(
         None,
         whole(),
-        "layers of the target; default: those recorded; [] in YAML: tokens only",
+        "layers of the target; default: those recorded",
         several=True,
     )
-    depths: int = _value(5, whole(1, 16), "K, the tokens of a draft")
+    algorithm: str = _value(
+        PEAGLE,
+        choice(EAGLE3, PEAGLE),
+        "what is trained: all K tokens in one forward (peagle), or one a forward (eagle3)",
+    )
+    depths: int = _value(5, whole(1, 16), "K, the tokens of a draft that are learnt")
     layers: int = _value(1, whole(1, 4), "of the drafter")
     intermediate: int | None = _value(None, whole(1), "of the layers' SwiGLU; default: the target's")
     start_layer: int | None = _value(None, whole(), "of the target, copied into the last layer; default: its last one")
     depth_decay: float = _value(0.8, _AMOUNT, "weight of a depth's loss against the one before")
     anchors: float = _value(0.5, _SHARE, "share of the answer's tokens from which slots look ahead")
     slots_after: float = _value(0.5, _SHARE, "share of the training before slots are learnt; depth 0 alone is cheaper")
-    withheld: float = _value(0.05, _SHARE, "chance that a run of withheld features begins at a token")
+    withheld: float = _value(0.05, _SHARE, "chance that a run of withheld features begins at a token; peagle alone")
+    mask_token: int | None = _value(None, whole(), "of peagle, an id that no text has; default: a spare one")
+    fc_norm: bool = _value(True, FLAG, "a norm for each feature (EAGLE-3.1), which older engines do not read")
+    reach: float = _value(0.0, _SHARE, "how much a token weighs by the chance that its place is reached (PARD-2)")
     segments: int = _value(4, whole(1), "S, pieces in which slots are read, which saves memory")
     longest: int = _value(1024, whole(1), "tokens of a text; what is beyond is cut off")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features == ():
+            raise UsageError("The recipe's features must name at least one layer: leave it out for those recorded.")
+        if self.algorithm == PEAGLE and self.depths < 2:
+            raise UsageError("The recipe's depths must be 2 or more: peagle learns several tokens of one forward.")
 
 
 @dataclass(frozen=True)

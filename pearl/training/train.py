@@ -1,10 +1,11 @@
-"""Trains a feature drafter on recorded texts.
+"""Trains an EAGLE-3 or P-EAGLE network on recorded texts.
 
     pearl train --config configs/feature/smollm2-135m.yaml
 
 For every token of an answer the drafter learns the target's choice after it (depth 0); from some of them, the anchors,
-also the choices after that (depths 1 to K - 1), which it has to make without seeing the tokens between. Features are
-withheld here and there, in runs, because in two processes the drafter runs ahead of what the target has read.
+also the choices after that (depths 1 to K - 1): P-EAGLE without seeing the tokens between, EAGLE-3 with these and its
+own hidden states. From P-EAGLE features are withheld here and there, in runs, because in two processes the drafter runs
+ahead of what the target has read; EAGLE-3 is used to it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from pearl.checkpoints.drafts import envelope
+from pearl.checkpoints.drafts.files import CONFIG
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
-from pearl.drafters.feature import network
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
-from pearl.training.first_weights import go_on_from, new_drafter
+from pearl.training.first_weights import go_on_from, mask_token_of, new_drafter
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective, frequent
 from pearl.training.recipes import FeatureRecipe
@@ -49,17 +51,27 @@ class Batch:
 class FeatureLearner:
     """`loop.Learner`: learns from B texts at a time, slots in segments."""
 
-    def __init__(self, drafter: FeatureDrafter, data: Recorded, recipe: FeatureRecipe, device: torch.device, size: int):
-        """`drafter` has its target attached; `size`: of the target's vocabulary."""
+    def __init__(
+        self,
+        drafter: FeatureDrafter,
+        data: Recorded,
+        recipe: FeatureRecipe,
+        device: torch.device,
+        size: int,
+        architecture: str = "",
+    ):
+        """`drafter` has its target attached; `size`: of the target's vocabulary; `architecture`: its class."""
         self.module, self._data, self._recipe, self._device = drafter, data, recipe, device
+        self._architecture = architecture
         self._objective = Objective(drafter.vocabulary, size, recipe.kl)
         longest = min(recipe.longest, max(data.lengths))
-        self._mask = SlotMask(longest, drafter.shape.depths, device)
+        self._mask = SlotMask(longest, recipe.depths, device)
 
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
-        hidden = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
-        batch = replace(batch, withheld=batch.withheld | hidden)
+        if self.module.shape.parallel:
+            hidden = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
+            batch = replace(batch, withheld=batch.withheld | hidden)
         anchors = self._recipe.anchors if done >= self._recipe.slots_after else 0.0
         return self._run(batch, self._anchors(batch, anchors, generator), share)
 
@@ -70,16 +82,17 @@ class FeatureLearner:
         return self._run(batch, self._anchors(batch, 1.0, None), 0.0)
 
     def save(self, folder: Path) -> None:
-        self.module.save(folder)
+        envelope.save(self.module, folder, self._recipe.depths, self._architecture)
 
     def batch(self, texts: Sequence[int]) -> Batch:
+        """Without the first token of each text: before it there is no feature."""
         some = [_cut(self._data[text], self._recipe.longest) for text in texts]
-        features = [torch.cat([text.features[:1] * 0, text.features[:-1]]) for text in some]
-        tokens, top_ids, top_logp = (part.to(self._device) for part in stacked(some))
+        features = [text.features[:-1] for text in some]
+        tokens, top_ids, top_logp = (part[:, 1:].to(self._device) for part in stacked(some))
         return Batch(
             tokens=tokens,
             features=nn.utils.rnn.pad_sequence(features, batch_first=True).to(self._device),
-            withheld=_first_only(len(some), max(len(text.tokens) for text in some)).to(self._device),
+            withheld=torch.zeros(tokens.shape, dtype=torch.bool, device=self._device),
             top_ids=top_ids,
             top_logp=top_logp,
         )
@@ -93,37 +106,61 @@ class FeatureLearner:
 
     def _run(self, batch: Batch, anchors: Tensor, share: float) -> Figures:
         """Judges every depth; adds `share` times the gradient if that is not 0."""
-        drafter, mask = self.module, self._mask
-        depth_weights = [self._recipe.depth_decay**depth for depth in range(drafter.shape.depths)]
-        norm = sum(depth_weights)
+        depths, noted = self._recipe.depths, batch.top_ids[..., 0] != NOTHING
+        weights = [self._recipe.depth_decay**depth for depth in range(depths)]
+        later = [self._labels(noted, anchors, depth).sum() for depth in range(1, depths)]
+        counts = [int(count) for count in (noted.sum(), *later)]
         sums: dict[str, float] = {}
         for name in ("loss", "accuracy", "top 5"):  # in the order in which they are shown
-            sums |= {f"{kind}{name} {depth}": 0.0 for depth in range(drafter.shape.depths) for kind in ("", "n:")}
-        noted = batch.top_ids[..., 0] != NOTHING
-        later = [self._labels(noted, anchors, depth).sum() for depth in range(1, drafter.shape.depths)]
-        counts = [int(count) for count in (noted.sum(), *later)]
+            sums |= {f"{kind}{name} {depth}": 0.0 for depth in range(depths) for kind in ("", "n:")}
 
-        def loss(hidden: Tensor, part: Tensor | None) -> Tensor:
-            total = hidden.sum() * 0.0
-            for depth in (0,) if part is None else range(1, drafter.shape.depths):
-                rows, ids, logp = self._rows(batch, hidden, part, depth)
-                if not len(rows):
+        def judged(
+            depth: int, rows: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
+        ) -> tuple[Tensor, Tensor]:
+            """The share of the loss, and how likely each row found the choice."""
+            found = self._objective.judge(self.module.logits(rows), ids, logp)
+            for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
+                sums[f"{name} {depth}"] += float(value.detach().sum())
+                sums[f"n:{name} {depth}"] += len(rows)
+            loss = (found.loss * weight).sum() * (weights[depth] / sum(weights) / counts[depth])
+            return loss, found.chance
+
+        def loss(hidden: Tensor, ahead: Tensor | None, anchors: Tensor | None) -> Tensor:
+            if ahead is None or anchors is None:
+                total = hidden.sum() * 0.0
+                return total + judged(0, *self._rows(batch, hidden, None, 0), 1.0)[0] if counts[0] else total
+            total, reach = ahead.sum() * 0.0, self._reached(batch, hidden, anchors)
+            for depth in range(1, depths):
+                there = self._labels(noted, anchors, depth)
+                if not there.any():
                     continue
-                judged = self._objective.judge(drafter.head(rows), ids, logp)
-                total = total + judged.loss.sum() * (depth_weights[depth] / norm / counts[depth])
-                for name, value in (("loss", judged.loss), ("accuracy", judged.first), ("top 5", judged.fifth)):
-                    sums[f"{name} {depth}"] += float(value.detach().sum())
-                    sums[f"n:{name} {depth}"] += len(rows)
+                weight = 1 - self._recipe.reach + self._recipe.reach * reach[there]
+                more, chance = judged(depth, *self._rows(batch, ahead, anchors, depth), weight)
+                total = total + more
+                reach = torch.zeros_like(reach).masked_scatter_(there, reach[there] * chance)
             return total
 
         inputs = (batch.tokens, batch.features, batch.withheld)
         if share:
-            partition.backward(
-                drafter, mask, *inputs, anchors, self._recipe.segments, lambda hidden, part: share * loss(hidden, part)
-            )
+            segments = self._recipe.segments
+            scaled = lambda *given: share * loss(*given)  # noqa: E731
+            partition.backward(self.module, self._mask, *inputs, anchors, segments, scaled)
         else:
-            evaluate(drafter, mask, *inputs, anchors, loss)
+            partition.evaluate(self.module, self._mask, *inputs, anchors, loss)
         return sums
+
+    @torch.no_grad()
+    def _reached(self, batch: Batch, hidden: Tensor, anchors: Tensor) -> Tensor:
+        """How likely the walk passes the first token after each anchor, as the network sees it, float [B, anchors].
+
+        hidden: [B, n, H], of the known positions."""
+        noted = batch.top_ids[:, anchors, 0] != NOTHING
+        reach = torch.ones(noted.shape, device=hidden.device)
+        if not self._recipe.reach or not noted.any():
+            return reach
+        ids, logp = batch.top_ids[:, anchors][noted], batch.top_logp[:, anchors][noted]
+        found = self._objective.judge(self.module.logits(hidden[:, anchors][noted]), ids, logp)
+        return reach.masked_scatter_(noted, found.chance)
 
     def _labels(self, noted: Tensor, anchors: Tensor, depth: int) -> Tensor:
         """Whether the choice `depth` after each anchor was noted, bool [B, anchors]."""
@@ -142,21 +179,6 @@ class FeatureLearner:
         return rows, batch.top_ids[:, at][there], batch.top_logp[:, at][there]
 
 
-def evaluate(
-    drafter: FeatureDrafter, mask: SlotMask, tokens: Tensor, features: Tensor, withheld: Tensor, anchors: Tensor, loss
-) -> Tensor:
-    """The sum of all shares of the loss in one piece: the plain way, against which `partition.backward` is tested."""
-    batch, count = tokens.shape
-    known = drafter.known(tokens, features, withheld)
-    hidden, made = drafter.stack(known, torch.arange(count, device=tokens.device), mask.known(count))
-    total = loss(hidden, None)
-    if mask.slots and len(anchors):
-        slots = drafter.slots(batch, len(anchors) * mask.slots)
-        ahead, _ = drafter.stack(slots, mask.positions(anchors), mask.of(anchors, count), made)
-        total = total + loss(ahead, anchors)
-    return total
-
-
 def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Tensor:
     """Where features are withheld, bool [B, n]: runs of 1 to `RUN`, each beginning with `chance` at any token."""
     begins = torch.rand(tuple(shape), generator=generator) < chance
@@ -166,11 +188,6 @@ def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Ten
         covered = begins & (lengths > back)
         withheld[:, back:] |= covered[:, : covered.shape[1] - back]
     return withheld
-
-
-def _first_only(batch: int, count: int) -> Tensor:
-    """The first token of a text has no token before it, hence no feature."""
-    return (torch.arange(count) == 0).expand(batch, -1)
 
 
 def _cut(text: RecordedText, longest: int) -> RecordedText:
@@ -184,9 +201,9 @@ def run(recipe: FeatureRecipe) -> None:
     Raises `UsageError`.
     """
     accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
-    data = Recorded(Path(recipe.data), features=recipe.features != ())
+    data = Recorded(Path(recipe.data))
     layers = data.manifest.layers if recipe.features is None else recipe.features
-    if layers and list(layers) != data.manifest.layers:
+    if list(layers) != data.manifest.layers:
         raise UsageError(
             f"The recipe wants features of the layers {list(layers)}, recorded are {data.manifest.layers}: leave "
             "features out, or extract texts with --layers."
@@ -196,15 +213,17 @@ def run(recipe: FeatureRecipe) -> None:
     data.must_be_of(model_fingerprint(target), recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
-    sample = torch.cat([data[text].features[1:-1] for text in train[:32]]) if layers else None
+    sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
+    size = target.get_output_embeddings().weight.shape[0]
+    mask_token = mask_token_of(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
     if recipe.start:
         drafter = go_on_from(recipe.start, target, recipe, layers)
     else:
-        drafter = new_drafter(target, recipe, layers, vocabulary, sample)
-    size = target.get_output_embeddings().weight.shape[0]
+        drafter = new_drafter(target, recipe, layers, vocabulary, sample, mask_token)
+    architecture = type(target).__name__
     del target
     drafter.place(accelerator.device, torch.float32)
-    learner = FeatureLearner(drafter, data, recipe, accelerator.device, size)
+    learner = FeatureLearner(drafter, data, recipe, accelerator.device, size, architecture)
     loop.train(learner, recipe, train, held_out, accelerator)
     if accelerator.is_main_process:
-        print(f"the drafter is in {recipe.output}: {network.CONFIG} and {network.WEIGHTS}")
+        print(f"the drafter is in {recipe.output}: {CONFIG} and {envelope.WEIGHTS}")

@@ -19,7 +19,8 @@ from pearl.drafters.feature.forward_rows import tree_mask
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.training import partition
-from pearl.training.train import RUN, evaluate, runs
+from pearl.training.partition import evaluate
+from pearl.training.train import RUN, runs
 
 N = 6  # known positions of the texts below
 
@@ -134,8 +135,10 @@ class Inputs:
 
 
 @functools.cache
-def precise(layers: int = 2, depths: int = 4, features: tuple[int, ...] = (0, 2)) -> FeatureDrafter:
-    made = drafter_for(small_target(), features, depths, layers)
+def precise(
+    layers: int = 2, depths: int = 4, features: tuple[int, ...] = (0, 2), kind: str = "feature"
+) -> FeatureDrafter:
+    made = drafter_for(small_target(), features, depths, layers, kind=kind)
     return made.place("cpu", torch.float64)
 
 
@@ -157,8 +160,8 @@ def outputs(drafter: FeatureDrafter, given: Inputs) -> tuple[Tensor, Tensor]:
     found = []
     count = given.tokens.shape[1]
 
-    def keep(hidden: Tensor, anchors: Tensor | None) -> Tensor:
-        found.append(hidden[0])
+    def keep(hidden: Tensor, ahead: Tensor | None, anchors: Tensor | None) -> Tensor:
+        found.append((hidden if ahead is None else ahead)[0])
         return hidden.sum()
 
     mask = SlotMask(count, drafter.shape.depths)
@@ -245,7 +248,7 @@ def test_only_the_distance_counts():
 def test_a_drafter_whose_features_are_all_withheld_equals_one_that_never_sees_them(layers: int):
     seeing, blind = precise(layers), precise(layers, features=())
     given = inputs(seeing, withheld=range(N))
-    kept = {name: tensor for name, tensor in seeing.state_dict().items() if not name.startswith(("fuse", "feature_"))}
+    kept = {name: tensor for name, tensor in seeing.state_dict().items() if not name.startswith("fc")}
     before = {name: tensor.clone() for name, tensor in blind.state_dict().items()}
     blind.load_state_dict(kept)
     try:
@@ -273,7 +276,7 @@ def test_the_draft_vocabulary_has_the_rows_of_the_targets_head():
     target = small_target()
     drafter = drafter_for(target, vocabulary=(3, 5, 39))
     hidden = torch.randn(2, drafter.shape.hidden)
-    torch.testing.assert_close(drafter.head(hidden), target.lm_head(hidden)[:, [3, 5, 39]])
+    torch.testing.assert_close(drafter.logits(hidden), target.lm_head(target.model.norm(hidden))[:, [3, 5, 39]])
     assert not any("head" in name or "embed" in name.replace("mask_embedding", "") for name in drafter.state_dict())
 
 
@@ -291,17 +294,17 @@ class Gradient:
     anchors: tuple[int, ...]
     withheld: tuple[int, ...]
     features: tuple[int, ...]
+    kind: str = "feature"
 
 
-def a_loss(drafter: FeatureDrafter):
+def a_loss(drafter: FeatureDrafter, slots: int):
     """Shares that are not linear and weigh every row differently, whatever segment it is in."""
 
-    def loss(hidden: Tensor, anchors: Tensor | None) -> Tensor:
-        said = drafter.head(hidden).log_softmax(-1)  # [B, rows, V]
+    def loss(hidden: Tensor, ahead: Tensor | None, anchors: Tensor | None) -> Tensor:
+        said = drafter.logits(hidden if ahead is None else ahead).log_softmax(-1)  # [B, rows, V]
         if anchors is None:
             rows = torch.arange(said.shape[1])
         else:
-            slots = drafter.shape.depths - 1
             rows = (1000 + 7 * anchors[:, None] + torch.arange(slots)).flatten()
         weight = (1 + torch.sin(rows.double()))[None] * torch.arange(1, 1 + len(said))[:, None]
         return -(weight * said[..., 3]).sum() / 10
@@ -311,15 +314,15 @@ def a_loss(drafter: FeatureDrafter):
 
 def gradients(case: Gradient, segments: int | None) -> dict[str, Tensor]:
     """Of every parameter; `segments` None: in one piece."""
-    drafter = precise(case.layers, case.depths, case.features)
+    drafter = precise(case.layers, case.depths, case.features, case.kind)
     given = inputs(drafter, case.batch, case.count, case.withheld, seed=5)
     drafter.zero_grad()
     anchors, mask = torch.tensor(case.anchors, dtype=torch.int64), SlotMask(case.count + 2, case.depths)
     args = (drafter, mask, given.tokens, given.features, given.withheld, anchors)
     if segments is None:
-        evaluate(*args, a_loss(drafter)).backward()
+        evaluate(*args, a_loss(drafter, mask.slots)).backward()
     else:
-        partition.backward(*args, segments, a_loss(drafter))
+        partition.backward(*args, segments, a_loss(drafter, mask.slots))
     return {name: weight.grad.clone() for name, weight in drafter.named_parameters() if weight.grad is not None}
 
 
@@ -332,7 +335,8 @@ CASES = st.integers(1, 9).flatmap(
         st.just(count),
         st.sets(st.integers(0, count - 1)).map(sorted).map(tuple),
         st.sets(st.integers(0, count - 1)).map(sorted).map(tuple),
-        st.sampled_from([(0, 2), ()]),
+        st.just((0, 2)),
+        st.sampled_from(["feature", "peagle", "eagle3"]),
     )
 )
 
@@ -348,9 +352,10 @@ def test_the_gradient_in_segments_is_that_of_the_whole_text(case: Gradient):
             torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_parameter_of_such_a_case_has_a_gradient_worth_comparing():
-    found = gradients(Gradient(2, 4, 2, 7, (0, 2, 3, 5), (0, 4), (0, 2)), 3)
-    assert found.keys() == dict(precise().named_parameters()).keys()
+@pytest.mark.parametrize("kind", ["feature", "peagle", "eagle3"])
+def test_every_parameter_of_such_a_case_has_a_gradient_worth_comparing(kind: str):
+    found = gradients(Gradient(2, 4, 2, 7, (0, 2, 3, 5), (0, 4), (0, 2), kind), 3)
+    assert found.keys() == dict(precise(kind=kind).named_parameters()).keys()
     assert all(gradient.abs().max() > 1e-3 for gradient in found.values())
 
 
@@ -363,7 +368,7 @@ def test_segments_hold_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch):
         FeatureDrafter, "stack", lambda self, x, *rest: read.append(x.shape[1]) or whole(self, x, *rest)
     )
     args = (SlotMask(12, 4), given.tokens, given.features, given.withheld, torch.arange(12), 3)
-    partition.backward(drafter, *args, a_loss(drafter))
+    partition.backward(drafter, *args, a_loss(drafter, 3))
     assert read == [12, 12, 12, 12]
 
 

@@ -22,7 +22,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import EAGER, IDLE, ScriptedChannel, examples, extend, scrambled, ticks, together
-from trained import WORDS, bits_of, drafter_for, save_toy_target, small_target
+from trained import (
+    CONFIG,
+    WEIGHTS,
+    WORDS,
+    bits_of,
+    drafter_for,
+    read_drafter,
+    save_as_before,
+    save_toy_target,
+    small_target,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pearl.checkpoints.preflight import preflight
@@ -37,11 +47,11 @@ from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import MIN_PATH_LOGP, ChainQuery, TreeQuery
 from pearl.drafters.feature import source as source_module
 from pearl.drafters.feature.mask import SlotMask
-from pearl.drafters.feature.network import CONFIG, WEIGHTS, FeatureDrafter, load
+from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
-from pearl.errors import UsageError
+from pearl.errors import CheckpointError, UsageError
 from pearl.models import language_model as model_module
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts
 from pearl.models.hidden_states import HiddenStateHooks
@@ -257,7 +267,7 @@ def as_trained(text: Sequence[int], confirmed: int, features: tuple[int, ...]) -
         )
         hidden, made = drafter.stack(known, torch.arange(count), mask.known(count))
         ahead, _ = drafter.stack(drafter.slots(1, DEPTHS - 1), mask.positions(last), mask.of(last, count), made)
-        return drafter.head(torch.cat([hidden[0, -1:], ahead[0]]))
+        return drafter.logits(torch.cat([hidden[0, -1:], ahead[0]]))
 
 
 def assert_as_trained(source: Raw, trunk: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
@@ -494,8 +504,7 @@ def toy(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def drafter_folder(toy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("drafter")
-    drafter_for(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3)).save(folder)
-    return folder
+    return save_as_before(drafter_for(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3)), folder)
 
 
 @contextlib.contextmanager
@@ -584,18 +593,18 @@ def test_layers_that_the_target_does_not_have_are_refused(toy, drafter_folder, t
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-50]), r"drafter\.safetensors can't be read"),
         (lambda path: path.write_bytes(b"no weights"), r"drafter\.safetensors can't be read"),
-        (Path.unlink, r"drafter\.safetensors can't be read"),
+        (Path.unlink, "holds no weights"),
     ],
     ids=["truncated", "broken", "missing"],
 )
 def test_weights_that_are_not_whole_are_refused(toy, drafter_folder, tmp_path, harm, sentence):
     folder = changed(drafter_folder, tmp_path / "changed")
     harm(folder / WEIGHTS)
-    with pytest.raises(UsageError, match=sentence):
-        load(folder)
+    with pytest.raises(CheckpointError, match=sentence):
+        read_drafter(folder)
     folder = changed(drafter_folder, tmp_path / "other", layers=3)
-    with pytest.raises(UsageError, match=r"does not fit drafter\.json beside it .*[Mm]issing"):
-        load(folder)
+    with pytest.raises(CheckpointError, match=r"do not fit its config .*[Mm]issing"):
+        read_drafter(folder)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ that they see."""
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections.abc import Sequence
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
+from pearl.checkpoints.drafts import feature_weights, kinds
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.drafters.feature.shape import OURS, DrafterShape
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer
@@ -37,16 +41,53 @@ def drafter_for(
     layers: int = 2,
     vocabulary: Sequence[int] | None = None,
     seed: int = 0,
+    kind: str = OURS,
 ) -> FeatureDrafter:
-    """A random drafter with the target attached; of its dimensions each says something."""
+    """A random drafter with the target attached; of its dimensions each says something. `kind`: of the network."""
     ids = torch.tensor(list(vocabulary) if vocabulary is not None else range(0, target.config.vocab_size, 2))
     mark = model_fingerprint(target)
-    shape = DrafterShape.of_target(target.config, tuple(features), depths, layers, len(ids), "the small target", mark)
+    shape = DrafterShape.of_target(
+        target.config,
+        kind=kind,
+        features=tuple(features),
+        depths=depths,
+        layers=layers,
+        vocabulary=len(ids),
+        target="the small target",
+        fingerprint=mark,
+        mask_token=1,
+    )
     torch.manual_seed(seed)
     drafter = FeatureDrafter(shape, ids)
     for name, weight in drafter.named_parameters():
         torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.3)
     return drafter.attach(target).requires_grad_(True)
+
+
+CONFIG, WEIGHTS = "drafter.json", "drafter.safetensors"
+_BEFORE = {"fc.": "fuse.", "fc_norm.": "feature_norms."}
+
+
+def save_as_before(drafter: FeatureDrafter, folder: Path) -> Path:
+    """In the format that pearl wrote before it wrote that of `speculators`, and still reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape, tensors = drafter.shape, {}
+    for name, tensor in drafter.state_dict().items():
+        kind = torch.bfloat16 if tensor.is_floating_point() else torch.int32
+        was = next((new + name[len(old) :] for old, new in _BEFORE.items() if name.startswith(old)), name)
+        tensors[was] = tensor.detach().to(kind)
+    save_file(tensors, folder / WEIGHTS)
+    names = (
+        "features depths layers vocabulary target fingerprint hidden intermediate heads kv_heads head_dim eps format"
+    )
+    values = {name: getattr(shape, name) for name in names.split()} | {"rope_theta": shape.rope["rope_theta"]}
+    (folder / CONFIG).write_text(json.dumps(values))
+    return folder
+
+
+def read_drafter(folder: Path | str) -> FeatureDrafter:
+    """With nothing attached."""
+    return feature_weights.load(kinds.describe(str(folder)))
 
 
 def random_answer(count: int, prompt: int, width: int, seed: int, words: int = WORDS) -> RecordedAnswer:

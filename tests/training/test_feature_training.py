@@ -14,12 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import verifier
 from toys import EAGER, ScriptedChannel, examples, ticks, together
-from trained import TOP, WORDS, drafter_for, save_recorded, save_toy_target, small_target
+from trained import TOP, WORDS, read_drafter, save_recorded, save_toy_target, small_target
 
+from pearl.checkpoints.drafts import envelope
+from pearl.checkpoints.drafts.files import CONFIG
 from pearl.commands.training import train as command
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.drafters.feature import network
+from pearl.drafters.feature.head_reader import HeadReader
+from pearl.drafters.feature.head_source import HeadSource
+from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
 from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
@@ -83,6 +87,9 @@ def test_the_draft_vocabulary_is_what_the_target_chose_most_often():
 
 # What is shown
 
+MASK = 0  # stands in the rows of tokens that are not known
+BOTH = pytest.mark.parametrize("algorithm", ["peagle", "eagle3"])
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -95,10 +102,10 @@ def recipe(folder: Path, output: Path | str = "nowhere", **values: object) -> Fe
 
 
 def learner(made: FeatureRecipe, vocabulary: Sequence[int] = range(WORDS)) -> FeatureLearner:
-    target, data = small_target(), Recorded(Path(made.data), features=made.features != ())
+    target, data = small_target(), Recorded(Path(made.data))
     layers = data.manifest.layers if made.features is None else made.features
-    sample = torch.cat([text.features[1:-1] for text in data]) if layers else None
-    drafter = new_drafter(target, made, layers, torch.tensor(list(vocabulary)), sample)
+    sample = torch.cat([text.features[1:-1] for text in data])
+    drafter = new_drafter(target, made, layers, torch.tensor(list(vocabulary)), sample, MASK)
     drafter.place("cpu", torch.float32)
     return FeatureLearner(drafter, data, made, torch.device("cpu"), WORDS)
 
@@ -108,15 +115,15 @@ def test_a_token_meets_the_feature_of_the_token_before_it(folder):
     batch = learner(recipe(folder)).batch([1, 4])
     for row, number in enumerate((1, 4)):
         text, count = data[number], data.lengths[number]
-        assert torch.equal(batch.tokens[row, :count], text.tokens)
-        assert torch.equal(batch.features[row, 1:count], text.features[:-1])
-        assert batch.withheld[row].tolist() == [True] + [False] * (batch.tokens.shape[1] - 1)
-        assert torch.equal(batch.top_ids[row, :count], text.top_ids)
-        assert (batch.top_ids[row, count:] == NOTHING).all(), "nothing follows a shorter text"
+        assert torch.equal(batch.tokens[row, : count - 1], text.tokens[1:]), "before the first token there is none"
+        assert torch.equal(batch.features[row, : count - 1], text.features[:-1])
+        assert not batch.withheld[row].any()
+        assert torch.equal(batch.top_ids[row, : count - 1], text.top_ids[1:])
+        assert (batch.top_ids[row, count - 1 :] == NOTHING).all(), "nothing follows a shorter text"
 
 
 def test_a_text_is_cut_where_the_recipe_says(folder):
-    assert learner(recipe(folder, longest=7)).batch([0, 1]).tokens.shape == (2, 7)
+    assert learner(recipe(folder, longest=7)).batch([0, 1]).tokens.shape == (2, 6)
 
 
 def test_a_slot_is_asked_for_the_choice_as_far_ahead_as_it_looks(folder):
@@ -146,15 +153,16 @@ def test_only_what_the_target_wrote_counts(folder):
         assert sums[f"n:loss {depth}"] == sum(count - depth for count in answers)
 
 
-def test_withheld_features_and_anchors_are_drawn_anew_each_step_and_the_same_again(folder):
+@BOTH
+def test_withheld_features_and_anchors_are_drawn_anew_each_step_and_the_same_again(folder, algorithm: str):
     def gradient(seed: int, **values: object) -> torch.Tensor:
-        some = learner(recipe(folder, **values))
+        some = learner(recipe(folder, algorithm=algorithm, **values))
         some.learn([0, 1], torch.Generator().manual_seed(seed), 1.0, 1.0)
-        return some.module.in_proj.weight.grad.clone()
+        return some.module.fc.weight.grad.clone()
 
     first = gradient(1)
     assert torch.equal(first, gradient(1)) and not torch.allclose(first, gradient(2))
-    assert not torch.allclose(first, gradient(1, withheld=1.0))
+    assert torch.allclose(first, gradient(1, withheld=1.0)) == (algorithm == "eagle3"), "it has its own state"
     whole = gradient(1, anchors=1.0, withheld=0.0)
     assert torch.equal(whole, gradient(2, anchors=1.0, withheld=0.0)), "and nothing else is"
     for segments in (1, 5):
@@ -166,8 +174,8 @@ def test_slots_are_learnt_once_depth_0_has_had_its_time(folder):
     for done, learnt in ((0.0, False), (0.49, False), (0.5, True)):
         some = learner(recipe(folder, slots_after=0.5, anchors=1.0))
         figures = some.learn([0, 1], torch.Generator().manual_seed(0), 1.0, done)
-        assert (figures["n:loss 1"] > 0) == (some.module.mask_embedding.grad is not None) == learnt
-        assert figures["n:loss 0"] > 0 and some.module.in_proj.weight.grad is not None
+        assert (figures["n:loss 1"] > 0) == (some.module.mask_row.grad is not None) == learnt
+        assert figures["n:loss 0"] > 0 and some.module.fc.weight.grad is not None
 
 
 @examples(40)
@@ -210,10 +218,10 @@ def run(made: FeatureRecipe, **options: object) -> tuple[FeatureLearner, dict[st
     return some, loop.train(some, made, train_texts, held_out, Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize("features", [None, ()], ids=["features", "tokens only"])
-def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, features):
+@BOTH
+def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, algorithm: str):
     """In these texts each token tells the next one."""
-    values = {"features": features, "epochs": 25.0, "micro": 4, "learning_rate": 5e-3, "anchors": 1.0, "kl": 0.2}
+    values = {"algorithm": algorithm, "epochs": 25.0, "micro": 4, "learning_rate": 5e-3, "anchors": 1.0, "kl": 0.2}
     made = recipe(folder, tmp_path / "out", **values, slots_after=0.0)
     shown = list(range(8))
     before = means(loop.tested(learner(made), shown))
@@ -224,13 +232,13 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, feature
         assert after[f"accuracy {depth}"] > accuracy > before[f"accuracy {depth}"]
 
     # and drafts for its target, which it has to change nothing about
-    drafter = network.load(tmp_path / "out").attach(small_target()).requires_grad_(False)
-    assert drafter.shape.features == ((0, 2) if features is None else ())
+    drafter = read_drafter(tmp_path / "out").attach(small_target()).requires_grad_(False)
+    assert drafter.shape.features == (0, 2) and drafter.shape.kind == algorithm
 
     model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
-    taps = HiddenStateHooks(model, (0, 2)) if drafter.shape.features else None
+    taps = HiddenStateHooks(model, (0, 2))
     own = together(Target(verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
-    target = Target(verifier(model, hooks=taps), ScriptedChannel(FeatureSource(drafter), EAGER), ticks())
+    target = Target(verifier(model, hooks=taps), ScriptedChannel(source_of(drafter), EAGER), ticks())
     assert together(target, [1, 2, 3], Schedule.of("tree"), params, decode=str) == own
 
     lines = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
@@ -239,52 +247,64 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, feature
     assert (tmp_path / "out" / "training.png").stat().st_size > 1000
 
 
-def test_what_is_saved_is_what_is_loaded_bit_for_bit(tmp_path):
-    drafter = drafter_for(small_target(), vocabulary=(9, 3, 30))
-    drafter.save(tmp_path / "one")
-    again = network.load(tmp_path / "one")
-    assert again.shape == drafter.shape and again.vocabulary.tolist() == [9, 3, 30]
-    for name, tensor in drafter.state_dict().items():
-        kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
-        assert torch.equal(again.state_dict()[name], kept), name
-    again.save(tmp_path / "two")
-    for name in (network.CONFIG, network.WEIGHTS):
+def source_of(drafter: FeatureDrafter) -> FeatureSource | HeadSource:
+    return FeatureSource(drafter) if drafter.shape.parallel else HeadSource(HeadReader(drafter, 100))
+
+
+def as_kept(drafter: FeatureDrafter, name: str) -> torch.Tensor:
+    tensor = drafter.state_dict()[name]
+    return tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+
+
+@BOTH
+def test_what_is_saved_is_what_is_loaded_bit_for_bit(folder, tmp_path, algorithm: str):
+    drafter = learner(recipe(folder, algorithm=algorithm), vocabulary=(3, 9, 30)).module
+    envelope.save(drafter, tmp_path / "one", tokens=3)
+    again = read_drafter(tmp_path / "one")
+    assert again.vocabulary.tolist() == [3, 9, 30] and again.shape.features == drafter.shape.features
+    assert again.shape.fingerprint == drafter.shape.fingerprint and again.shape.depths == drafter.shape.depths
+    for name in drafter.state_dict().keys() - {"mask_row"}:
+        assert torch.equal(again.state_dict()[name], as_kept(drafter, name)), name
+    rows = again.embed_tokens.weight
+    assert torch.equal(rows[1:], small_target().get_input_embeddings().weight[1:].bfloat16().float())
+    assert algorithm == "eagle3" or torch.equal(rows[MASK], as_kept(drafter, "mask_row"))
+    envelope.save(again, tmp_path / "two", tokens=3)
+    for name in (CONFIG, envelope.WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path):
+@BOTH
+def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path, algorithm: str):
     """Its words too; one of another shape or another target has nothing to give."""
-    target, made = small_target(), recipe(folder)
+    target, made = small_target(), recipe(folder, algorithm=algorithm)
     shown = learner(made, vocabulary=range(WORDS - 3)).module
-    shown.save(tmp_path / "first")
+    envelope.save(shown, tmp_path / "first", tokens=3)
     drafter = go_on_from(str(tmp_path / "first"), target, made, (0, 2))
-    assert drafter.vocabulary.tolist() == list(range(WORDS - 3))
-    for name, tensor in shown.state_dict().items():
-        kept = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
-        assert torch.equal(drafter.state_dict()[name], kept), name
+    assert drafter.vocabulary.tolist() == list(range(WORDS - 3)) and drafter.shape == shown.shape
+    for name in shown.state_dict():
+        assert torch.equal(drafter.state_dict()[name], as_kept(shown, name)), name
     for other, values in (
-        (small_target(), {"depths": 4}),
+        (small_target(), {"fc_norm": False}),
         (small_target(), {"intermediate": 999}),
         (small_target(seed=5), {}),
     ):
         with pytest.raises(UsageError, match="a drafter of another shape or target"):
-            go_on_from(str(tmp_path / "first"), other, recipe(folder, **values), (0, 2))
+            go_on_from(str(tmp_path / "first"), other, recipe(folder, algorithm=algorithm, **values), (0, 2))
 
 
 def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
     target = small_target()
-    drafter = drafter_for(target, layers=1)
+    drafter = learner(recipe(folder)).module
     with torch.no_grad():  # a third of the neurons say nothing
         silent = range(0, drafter.shape.intermediate, 3)
         drafter.layers[-1].mlp.down_proj.weight[:, list(silent)] = 0
-    drafter.save(tmp_path / "first")
-    first = network.load(tmp_path / "first").attach(target)
+    envelope.save(drafter, tmp_path / "first", tokens=3)
+    first = read_drafter(tmp_path / "first").attach(target)
     width = drafter.shape.intermediate - len(silent)
-    features, depths, layers = drafter.shape.features, drafter.shape.depths, drafter.shape.layers
-    wanted = recipe(folder, features=features, depths=depths, layers=layers + 2, intermediate=width)
-    larger = go_on_from(str(tmp_path / "first"), target, wanted, features)
-    assert larger.shape.layers == layers + 2 and larger.layers[0].mlp.up_proj.weight.shape[0] == width
-    x, at, sees = torch.randn(2, 5, drafter.shape.hidden), torch.arange(5), torch.ones(5, 5).tril().bool()
+    wanted = recipe(folder, layers=3, intermediate=width)
+    larger = go_on_from(str(tmp_path / "first"), target, wanted, drafter.shape.features)
+    assert larger.shape.layers == 3 and larger.layers[0].mlp.up_proj.weight.shape[0] == width
+    x, at, sees = torch.randn(2, 5, 2 * drafter.shape.hidden), torch.arange(5), torch.ones(5, 5).tril().bool()
     assert torch.allclose(larger.stack(x, at, sees)[0], first.stack(x, at, sees)[0], atol=1e-6)
     larger.stack(x, at, sees)[0].pow(2).mean().backward()
     assert all(layer.mlp.down_proj.weight.grad.any() for layer in larger.layers), "what is added can learn"
@@ -321,7 +341,7 @@ def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(folder, tmp_
     for name, tensor in one.module.state_dict().items():
         assert torch.equal(two.module.state_dict()[name], tensor), name
     assert figures == again
-    for name in (network.CONFIG, network.WEIGHTS):
+    for name in (CONFIG, envelope.WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -331,17 +351,17 @@ def test_a_finished_run_is_not_made_again(folder, tmp_path):
     some = learner(made)
     some.learn = lambda *_: pytest.fail("it trained again")  # type: ignore[method-assign]
     assert loop.train(some, made, *some._data.split(1), Accelerator(cpu=True)) == figures
-    assert torch.equal(some.module.in_proj.weight, one.module.in_proj.weight)
+    assert torch.equal(some.module.fc.weight, one.module.fc.weight)
 
 
 def test_a_folder_takes_no_run_of_another_recipe(folder, tmp_path):
     run(recipe(folder, tmp_path / "out", epochs=1.0))
-    before = (tmp_path / "out" / network.WEIGHTS).read_bytes()
+    before = (tmp_path / "out" / envelope.WEIGHTS).read_bytes()
     with pytest.raises(
         UsageError, match=r"another recipe .kl was 0\.5 and is 0\.1; .*: name another output, or delete"
     ):
         run(recipe(folder, tmp_path / "out", epochs=1.0, kl=0.1, seed=3))
-    assert (tmp_path / "out" / network.WEIGHTS).read_bytes() == before
+    assert (tmp_path / "out" / envelope.WEIGHTS).read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "broken", "truncated"])
@@ -386,6 +406,9 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
         ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
         ("{data: d, output: o, bf16: 1}", "bf16"),
         ("{data: [d], output: o}", "data must be text"),
+        ("{data: d, output: o, features: []}", "features must name at least one layer"),
+        ("{data: d, output: o, depths: 1}", "depths must be 2 or more: peagle learns several tokens"),
+        ("{data: d, output: o, algorithm: hass}", "is unknown; choose from eagle3, peagle"),
         ("{data: d, output: o, slots_after: -1}", "slots_after must be a number from 0 to 1"),
     ],
 )

@@ -56,4 +56,4 @@ def test_the_toy_pipeline_writes_the_targets_own_text_with_both_drafters(environ
         assert set(modes) == {"ar", "sd", "pearl", "tree"}
         assert all(figures["identical_to_ar"] == 1.0 for figures in modes.values())
     made = {path.name for path in (folder / "feature").iterdir()} | {path.name for path in (folder / "small").iterdir()}
-    assert {"drafter.json", "drafter.safetensors", "model.safetensors", "borrowed.json", "log.jsonl"} <= made
+    assert {"config.json", "pearl.json", "model.safetensors", "borrowed.json", "log.jsonl"} <= made

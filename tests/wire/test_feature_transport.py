@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import HashStore
-from trained import drafter_for, save_toy_target, small_target
+from trained import drafter_for, save_as_before, save_toy_target, small_target
 from transformers import AutoModelForCausalLM
 
 from pearl.core.features import DeviceFeatures
@@ -221,7 +221,7 @@ def test_a_source_drafts_the_same_from_either_kind_in_any_pieces():
 def pair(tmp_path_factory) -> tuple[str, Path]:
     toy = save_toy_target(tmp_path_factory.mktemp("toy") / "target")
     folder = tmp_path_factory.mktemp("drafter")
-    drafter_for(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3)).save(folder)
+    save_as_before(drafter_for(AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3)), folder)
     return toy, folder
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pearl.checkpoints.drafts.files import DraftFiles, Shapes
@@ -25,7 +25,13 @@ from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterSha
 from pearl.errors import UsageError
 
 IDS = "eagle_aux_hidden_state_layer_ids"
-MODEL_TYPES = ("llama", "qwen3", "qwen2")  # of layers that the network knows
+_LARGE = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6}
+_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of layers that the network knows: what transformers takes for a missing key
+    "llama": _LARGE | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
+    "qwen3": _LARGE | _QWEN | {"head_dim": 128},
+    "qwen2": _LARGE | _QWEN,
+}
 _TITLES = {EAGLE: "EAGLE head", EAGLE3: "EAGLE-3 head", PEAGLE: "P-EAGLE head", OURS: "feature drafter"}
 _DEPTHS = 5  # of a P-EAGLE head whose file does not say for how many tokens it was trained
 _PREFIX = re.compile(r"^(draft_model\.|model\.)+")
@@ -96,9 +102,11 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
             f"The config.json of the draft {files.name} does not say norm_before_residual, which some engines take for "
             "true and others for false: add what it was trained with."
         )
+    mark = str(files.note.get("fingerprint", ""))
     kind = PEAGLE if is_peagle(files) else EAGLE3 if is_eagle3(files) else EAGLE
     try:
-        return _read(files.name, kind, config, inner, shapes, layers)
+        found = _read(files.name, kind, config, inner, shapes, layers)
+        return replace(found, shape=replace(found.shape, fingerprint=mark))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UsageError):
             raise
@@ -112,13 +120,16 @@ def _read(
     name: str, kind: str, config: Mapping[str, Any], inner: Mapping[str, Any], shapes: Shapes, layers: int | None
 ) -> ReadFormat:
     model_type = inner.get("model_type", "llama" if inner is config else "qwen3")
-    if model_type not in MODEL_TYPES:
+    if model_type not in _DEFAULTS:
         raise UsageError(
             f"The draft {name} has {str(model_type)[:40]} layers, and pearl reads heads of "
-            f"{', '.join(MODEL_TYPES)} layers."
+            f"{', '.join(_DEFAULTS)} layers."
         )
+    if "sliding_attention" in (inner.get("layer_types") or ()):
+        raise UsageError(f"The draft {name} has layers that see a window only, which pearl does not read in a head.")
+    inner = _DEFAULTS[model_type] | dict(inner)
     hidden, heads = int(inner["hidden_size"]), int(inner["num_attention_heads"])
-    head_dim = int(inner.get("head_dim") or (128 if inner is not config and model_type == "qwen3" else hidden // heads))
+    head_dim = int(inner.get("head_dim") or hidden // heads)
     known = int(inner["vocab_size"])
     width = int(config.get("target_hidden_size") or hidden)
     features, numbering = _features(name, kind, config, shapes, width, layers)
@@ -128,6 +139,7 @@ def _read(
         features=features,
         layers=int(inner.get("num_hidden_layers", 1)),
         vocabulary=int(vocabulary),
+        known=known,
         hidden=hidden,
         intermediate=int(inner["intermediate_size"]),
         heads=heads,
@@ -141,6 +153,7 @@ def _read(
         target=_verifier(config),
         activation=str(inner.get("hidden_act", "silu")),
         attention_bias="layers.0.self_attn.q_proj.bias" in shapes or (not shapes and bool(inner.get("attention_bias"))),
+        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         mlp_bias="layers.0.mlp.up_proj.bias" in shapes,
         fc_bias="fc.bias" in shapes,
         qk_norm="layers.0.self_attn.q_norm.weight" in shapes or (not shapes and model_type == "qwen3"),
@@ -182,6 +195,11 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
             raise UsageError(
                 f"The config.json of the draft {name} names no mask token: add mask_token_id, as it was trained with."
             )
+    if shape.width != shape.hidden and not shape.own_embedding:
+        raise UsageError(
+            f"The draft {name} is {shape.hidden} numbers wide and its target {shape.width}, and it lacks embed_tokens, "
+            "which it needs of its own then: get the whole checkpoint again."
+        )
     if shape.vocabulary < known and not shape.mapped:
         raise UsageError(
             f"The draft {name} drafts {shape.vocabulary} of {known} tokens, and it lacks d2t, which says which: "
@@ -286,9 +304,9 @@ def _ours(files: DraftFiles) -> DrafterShape:
     try:
         depths = values.pop("depths")
         rope = {"rope_type": "default", "rope_theta": float(values.pop("rope_theta"))}
-        shape = DrafterShape(
-            kind=OURS, depths=depths, rope=rope, **values | {"features": tuple(values["features"])}, mapped=True
-        )
+        features = tuple(values.pop("features"))
+        known = {"kind": OURS, "features": features, "depths": depths, "rope": rope, "fc_norm": bool(features)}
+        shape = DrafterShape(**known, mapped=True, **values)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{where} is not a feature drafter's ({error}).") from None
     if shape.format != DrafterShape.format:

@@ -19,6 +19,7 @@ from pearl.config.inputs import brief, parse_json, read_text
 from pearl.errors import CheckpointError, UsageError
 
 CONFIG, OURS = "config.json", "drafter.json"  # of others, and of the format that pearl wrote before
+NOTE = "pearl.json"  # beside what pearl trained: what it knows, and the format of others has no place for
 _LARGEST_HEADER = 1 << 28
 _PATTERNS = ["*.json", "*.safetensors", "*.bin"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,6 +55,13 @@ class DraftFiles:
                     raise UsageError(f"{path} is not the config of a model: it holds no names with values.")
                 return found
         return {}
+
+    @functools.cached_property
+    def note(self) -> dict[str, Any]:
+        """Of `NOTE`; empty where pearl has written none."""
+        path = self.folder / NOTE if self.folder is not None else None
+        found = parse_json(read_text(path, "The draft's"), str(path)) if path and path.is_file() else {}
+        return found if isinstance(found, dict) else {}
 
     @functools.cached_property
     def is_ours(self) -> bool:

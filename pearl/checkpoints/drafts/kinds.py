@@ -55,6 +55,7 @@ class DraftDescription:
     shape: Any = None  # what its own kind knows of it
     target: str = ""  # that it names
     warnings: tuple[str, ...] = ()
+    fits: TargetFacts | None = None  # what it was described for
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
     layers = target.layers if target else None
     line = feature_formats.line(shape, layers, read.numbering)
     return DraftDescription(
-        shape.kind, files, line, shape.features, shape.feature_row, shape, shape.target, tuple(warnings)
+        shape.kind, files, line, shape.features, shape.feature_row, shape, shape.target, tuple(warnings), target
     )
 
 

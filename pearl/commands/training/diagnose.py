@@ -1,7 +1,8 @@
-"""`pearl diagnose`: the accuracy of a feature drafter by depth, and where it loses."""
+"""`pearl diagnose`: a drafter over hidden states by depth, where it loses, and whether it is read as it was meant."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from pearl.config import cli, outputs
@@ -9,9 +10,14 @@ from pearl.config import cli, outputs
 
 def parser() -> cli.Parser:
     made = cli.Parser("diagnose", "--drafter results/feature-smollm2-135m --data data/smollm2-135m")
-    made.add_argument("--drafter", required=True, metavar="DIR", help="what pearl train has written")
+    made.add_argument(
+        "--drafter",
+        required=True,
+        metavar="DIR",
+        help="what pearl train has written, or a folder or hub id of an EAGLE-3 or P-EAGLE head",
+    )
     made.add_argument("--data", required=True, metavar="DIR", help="texts that pearl extract has recorded")
-    made.add_argument("--target", help="default: the one that the drafter was trained for")
+    made.add_argument("--target", help="default: the one that has written the texts")
     made.add_argument("--texts", type=cli.at_least_one, default=64, help="of the last shards, at most")
     made.add_argument("--json", metavar="FILE", type=outputs.file, help="write the figures here as well")
     return made
@@ -36,6 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = figures["depth 0 by kind"].items()
     shares = [[kind, f"{row['share of places']:.3f}", f"{row['top 1']:.3f}"] for kind, row in kinds]
     show_table(["depth 0", "share of places", "top 1"], shares)
+    print("guesses that a tree is expected to be worth by its own probabilities, and that were accepted")
+    worth = figures["calibration"].items()
+    show_table(
+        ["tree", "places", "expected", "accepted"],
+        [[name, str(row["places"]), f"{row['expected']:.2f}", f"{row['accepted']:.2f}"] for name, row in worth],
+    )
+    if taps := figures.get("taps"):
+        show_table(["features", "depth 0 top 1"], [[name, f"{share:.3f}"] for name, share in taps.items()])
+    for warning in figures["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if found.json:
         outputs.write_json(found.json, figures)
     return 0

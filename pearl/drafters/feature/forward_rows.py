@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pearl.core.messages import Features
-from pearl.drafters.feature.network import FeatureDrafter, KeyValue
+from pearl.drafters.feature.layers import KeyValue
+from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.one_pass import DraftedText, PathsQuery
 
 _GROW = 256  # slots by which the cache grows
@@ -24,8 +25,8 @@ class FeatureCache:
     """Keys and values of the confirmed positions, [1, kv heads, slots, head_dim] a layer."""
 
     def __init__(self, drafter: FeatureDrafter):
-        shape, one = drafter.shape, drafter.mask_embedding
-        empty = one.new_zeros(1, shape.kv_heads, 0, shape.head_dim)
+        shape = drafter.shape
+        empty = torch.zeros(1, shape.kv_heads, 0, shape.head_dim, device=drafter.device)
         self._layers: list[KeyValue] = [(empty, empty) for _ in drafter.layers]
 
     def upto(self, count: int) -> list[KeyValue]:
@@ -119,8 +120,10 @@ def tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tenso
 
 
 def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tensor, list[int], RowBlock, list[int]]:
-    """The rows of one sequence, [R, H], their positions, who sees whom, and the rows whose guesses are wanted."""
-    trunk, slots = query.trunk, drafter.shape.depths - 1
+    """The rows of one sequence, [R, W], their positions, who sees whom, and the rows whose guesses are wanted. `kept`:
+    positions whose rows are in the cache, or are none (`DrafterShape.first_row`)."""
+    trunk, slots, before = query.trunk, drafter.shape.depths - 1, drafter.shape.first_row
+    kept = max(kept, before)
     fresh = len(trunk) - kept
     known = _known_rows(drafter, query, kept)
     ahead = drafter.slots(1, slots)[0]
@@ -134,21 +137,18 @@ def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tens
         groups.append((rows, count))
         wanted += [fresh - 1, *range(rows, rows + count)][-query.rows(path, slots + 1) :]
         rows += count
-    return torch.cat(inputs), positions, RowBlock(kept, fresh, tuple(groups)), wanted
+    return torch.cat(inputs), positions, RowBlock(kept - before, fresh, tuple(groups)), wanted
 
 
 def _known_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> Tensor:
-    """The inputs of the trunk's rows from `kept` on, with features, and of all paths' rows, without, [R, H]."""
-    trunk, paths = query.trunk, query.paths
-    layers, device = drafter.shape.features, drafter.mask_embedding.device
+    """The trunk's rows from `kept` on, with features, and all paths' rows, without, [R, W]."""
+    trunk, paths, device = query.trunk, query.paths, drafter.device
     tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=device)
     fresh = len(trunk) - kept
     withheld = torch.ones(len(tokens), dtype=torch.bool)
-    features = torch.zeros(len(tokens), 0, device=device)
-    if layers:
+    features = torch.zeros(len(tokens), drafter.shape.feature_row, dtype=torch.bfloat16, device=device)
+    if drafter.shape.features:
         withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
-        width = len(layers) * drafter.shape.hidden
-        features = torch.zeros(len(tokens), width, dtype=torch.bfloat16, device=device)
         first = max(kept, 1)
         if first < len(trunk):
             features[first - kept : fresh] = query.state.between(first - 1, len(trunk) - 1)

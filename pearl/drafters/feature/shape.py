@@ -12,6 +12,7 @@ from typing import Any
 
 EAGLE, EAGLE3, PEAGLE, OURS = "eagle", "eagle3", "peagle", "feature"
 FORMAT = 1  # of our own files
+_ROPES = ("default", "linear", "llama3", "yarn")  # scalings of a target's rotary angles that its drafter takes over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class DrafterShape:
     features: tuple[int, ...]  # layers of the target whose outputs it reads, from 0; as many as there are: the norm's
     layers: int
     vocabulary: int  # tokens that can be drafted
+    known: int = 0  # of the target, that a row may hold
     hidden: int
     intermediate: int
     heads: int
@@ -42,7 +44,8 @@ class DrafterShape:
     target: str = ""
     fingerprint: str = ""  # of the target; empty: nobody has noted it
     activation: str = "silu"
-    attention_bias: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False  # of what comes out of attention
     mlp_bias: bool = False
     fc_bias: bool = False
     qk_norm: bool = False  # a norm of every head's queries and keys (Qwen3)
@@ -52,6 +55,7 @@ class DrafterShape:
     norm_output: bool = False  # what the next step reads is behind the final norm
     own_embedding: bool = False
     own_head: bool = False
+    own_mask: bool = False  # of the embedding, the row of the mask token alone
     mapped: bool = False  # a draft token's id is not the target's
     mask_token: int | None = None  # what stands in a row of a token that is not known
     format: int = FORMAT
@@ -75,3 +79,51 @@ class DrafterShape:
     def parallel(self) -> bool:
         """One forward gives several tokens."""
         return self.depths > 1
+
+    @staticmethod
+    def of_target(
+        config: Any,
+        *,
+        kind: str = EAGLE3,
+        features: tuple[int, ...],
+        layers: int,
+        vocabulary: int,
+        depths: int = 1,
+        target: str = "",
+        fingerprint: str = "",
+        intermediate: int | None = None,
+        mask_token: int | None = None,
+    ) -> DrafterShape:
+        """Of a network for a target with that config of transformers', as wide as it. `intermediate`: another one than
+        the target's."""
+        config = config.get_text_config()
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") not in _ROPES or "rope_theta" not in rope:
+            rope = {"rope_theta": rope.get("rope_theta") or 10000.0}
+        known = int(config.vocab_size)
+        return DrafterShape(
+            kind=kind,
+            features=tuple(features),
+            layers=layers,
+            vocabulary=vocabulary,
+            known=known,
+            hidden=config.hidden_size,
+            intermediate=intermediate or getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            eps=float(getattr(config, "rms_norm_eps", 1e-6)),
+            rope={"rope_type": "default"} | dict(rope),
+            positions=getattr(config, "max_position_embeddings", None) or 2048,
+            depths=depths if kind in (PEAGLE, OURS) else 1,
+            feature_width=config.hidden_size,
+            target=target,
+            fingerprint=fingerprint,
+            fc_norm=bool(features) and kind != EAGLE,
+            qk_norm=config.model_type == "qwen3" and kind != OURS,
+            own_head=kind in (EAGLE3, PEAGLE),
+            mapped=vocabulary < known or kind == OURS,
+            own_mask=kind == PEAGLE,
+            mask_token=mask_token if kind == PEAGLE else None,
+        )

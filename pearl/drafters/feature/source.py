@@ -1,7 +1,7 @@
-"""The feature drafter as a draft source: one forward gives the distributions of the next K tokens.
+"""A network over hidden states that drafts in parallel: one forward gives the distributions of the next K tokens.
 
 What the target has read comes with its verdicts, as features. Known positions whose features are there are read once
-and stay in the cache; tokens beyond them are guesses or too new, so they enter with the learned hidden state instead
+and stay in the cache; tokens beyond them are guesses or too new, so they enter with what was learned for that instead
 and are read anew each time. One forward holds the newly confirmed rows, the paths of the leaves that it extends, and
 the slots after each leaf:
 
@@ -38,7 +38,7 @@ _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
 
 
 class FeatureSource(OnePassSource):
-    """Chains and trees of the feature drafter."""
+    """Chains and trees of P-EAGLE, or of the feature drafter that pearl trained before it."""
 
     origin = "feature"
 
@@ -48,10 +48,15 @@ class FeatureSource(OnePassSource):
         super().__init__(drafter.shape.depths, top_k, longest)
         self._drafter = drafter.eval()
         self.layers = drafter.shape.features
-        self.device = drafter.mask_embedding.device
+        self.device = drafter.device
         self._vocabulary = drafter.vocabulary
         self.begin(0, SamplingParams())
         self.costs = self._time()
+
+    @property
+    def vocabulary(self) -> torch.Tensor:
+        """The target's ids of the tokens that can be drafted, int64 [D]."""
+        return self._drafter.vocabulary
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
@@ -103,14 +108,14 @@ class FeatureSource(OnePassSource):
             first += block.rows
         self.forwards += 1
         self.rows += first
-        return self.tables(queries, drafter.head(hidden[0, wanted]).float())
+        return self.tables(queries, drafter.logits(hidden[0, wanted]).float())
 
     def _time(self) -> tuple[float, ...]:
         """Seconds of a forward of 1, 2, ... leaves."""
         length, rounds = _TIMED
         text = [0] * length
         if self.layers:
-            self.observe(np.zeros((length - 1, len(self.layers) * self._drafter.shape.hidden), np.int16))
+            self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
         leaves = [[[0]] * count for count in range(1, self.max_leaves + 1)]
         costs = tuple(best_of(rounds, functools.partial(self.guess, text, paths)) for paths in leaves)
         self.begin(0, SamplingParams())

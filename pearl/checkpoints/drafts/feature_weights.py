@@ -1,0 +1,64 @@
+"""The weights of a network over hidden states: from each of the formats in which they are published.
+
+Knows: what tensors are called in which file, and which are of no use. Refuses to know: what is computed with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pearl.checkpoints.drafts import feature_formats
+from pearl.checkpoints.drafts.kinds import DraftDescription
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
+from pearl.errors import CheckpointError
+
+_UNUSED = re.compile(r"t2d$|verifier_|.*rotary_emb\.|.*inv_freq$|layers\.[1-9]\d*\.hidden_norm\.")
+_OURS = {"fuse.": "fc.", "feature_norms.": "fc_norm."}  # what the format that pearl wrote before calls them
+
+
+def load(drafting: DraftDescription) -> FeatureDrafter:
+    """In float32, with nothing attached. Raises `UsageError`, `CheckpointError`."""
+    files = drafting.files.downloaded()
+    shape = feature_formats.read(files, drafting.fits.layers if drafting.fits else None).shape
+    tensors = {feature_formats.plain_name(name): tensor for name, tensor in files.tensors().items()}
+    vocabulary = _vocabulary(drafting.files.name, shape, tensors)
+    return FeatureDrafter.of(shape, vocabulary, dict(_named(shape, tensors)))
+
+
+def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The target's ids of the tokens that can be drafted, int64 [V]: d2t says how far each is from the draft's own.
+
+    Raises `CheckpointError`."""
+    if shape.kind == OURS:
+        return tensors["vocabulary"].long() if "vocabulary" in tensors else torch.zeros(shape.vocabulary).long()
+    ids = torch.arange(shape.vocabulary)
+    if not shape.mapped:
+        return ids
+    ids = ids + tensors["d2t"].long()
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < shape.known):
+        raise CheckpointError(
+            f"The d2t of the draft {name} leads to tokens from {int(ids.min())} to {int(ids.max())}, and there are "
+            f"{shape.known}: it is of another target, or damaged."
+        )
+    return ids
+
+
+def _named(shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """As the network calls them."""
+    for name, tensor in tensors.items():
+        if _UNUSED.match(name) or name in ("d2t", "vocabulary"):
+            continue
+        if name == "lm_head.weight" and not shape.own_head:
+            continue
+        if name == "embed_tokens.weight" and not shape.own_embedding:
+            continue
+        if shape.kind == EAGLE:
+            name = re.sub(r"^fc\.", "in_proj.", name)
+        if shape.kind == OURS:
+            name = next((new + name[len(old) :] for old, new in _OURS.items() if name.startswith(old)), name)
+        yield name, tensor

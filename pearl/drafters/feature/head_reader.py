@@ -1,0 +1,280 @@
+"""Reads texts with EAGLE-3: a row for every token, in which the features of the position before stand beside it.
+
+    the trunk         tokens whose rows have features: read once, in the cache
+    below it          the network goes on from its own hidden state: a row a token, each after its parent's
+
+What is below the trunk is a tree of *drafted rows*, each with its hidden state and its keys and values. When features
+come, the trunk grows over rows that were drafted: these are read anew, with features, and what hangs below them stays
+as it was drafted. Both are a memo: emptied, the next forwards are more, and nothing else.
+
+Knows: caches, trees of rows, and forwards over several sequences. Refuses to know: tries, sampling, which leaf pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pearl.core.messages import Features
+from pearl.core.params import SamplingParams
+from pearl.core.trie import shared_prefix
+from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence
+from pearl.drafters.feature.layers import KeyValue
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.models.draft_model import LeavesQuery
+
+_CHUNK = 512  # rows of the trunk that one forward reads at most
+_MOST = 2048  # drafted rows of a sequence, beyond which all are forgotten
+
+
+@dataclass(eq=False)
+class DraftedRow:
+    """A token below the trunk, or the trunk's last one."""
+
+    token: int
+    hidden: Tensor | None = None  # [H]; None: it is yet to be read
+    seen: tuple[int, ...] = ()  # drafted rows that it sees: those above it and its own, by their place in the cache
+    children: dict[int, DraftedRow] = field(default_factory=dict)
+
+    def below(self) -> Iterator[DraftedRow]:
+        """All rows below it, parents first."""
+        for child in self.children.values():
+            yield child
+            yield from child.below()
+
+
+@dataclass
+class HeadSequence(FeatureSequence):
+    """What is known of one sequence."""
+
+    root: DraftedRow = field(default_factory=lambda: DraftedRow(-1))
+    drafted: list[KeyValue] = field(default_factory=list)  # keys and values of the drafted rows, of each layer
+    count: int = 0  # of drafted rows
+
+    def forget_drafted(self) -> None:
+        self.root, self.drafted, self.count = DraftedRow(-1), [], 0
+
+    def past(self, kept: int) -> list[KeyValue]:
+        """Of the first `kept` rows of the trunk, and of all drafted ones."""
+        trunk = self.cache.upto(kept)
+        if not self.drafted:
+            return trunk
+        return [
+            (torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
+            for (k, v), (more_k, more_v) in zip(trunk, self.drafted, strict=True)
+        ]
+
+    def follow(self, trunk: Sequence[int]) -> int:
+        """Moves the tree to where the trunk ends now. Returns how many of its positions need not be read."""
+        shared = shared_prefix(self.read, trunk)
+        if shared < len(self.read):
+            self.forget_drafted()
+        for token in trunk[shared:]:
+            self.root = self.root.children.get(token) or DraftedRow(token)
+        if shared < len(trunk):
+            self.root.hidden, self.root.seen = None, ()  # its row is of the trunk now
+            self._compact()
+        elif self.root.hidden is None:
+            shared -= 1
+        return shared
+
+    def _compact(self) -> None:
+        """Only what hangs below the root stays in the cache."""
+        if not self.root.children:
+            root = self.root.token
+            self.forget_drafted()
+            self.root.token = root
+            return
+        rows = list(self.root.below())
+        places = [row.seen[-1] for row in rows]
+        new = {place: number for number, place in enumerate(places)}
+        for row in rows:
+            row.seen = tuple(new[place] for place in row.seen if place in new)
+        self.drafted = [(k[:, :, places], v[:, :, places]) for k, v in self.drafted]
+        self.count = len(rows)
+
+
+@dataclass
+class _Part:
+    """The rows of one sequence in a forward: of the trunk from `kept` up to `end`, and drafted ones."""
+
+    state: HeadSequence
+    trunk: Sequence[int]
+    kept: int
+    end: int
+    new: list[tuple[DraftedRow, DraftedRow, int]] = field(default_factory=list)  # parent, row, position
+
+    def mask(self, before: int) -> Tensor:
+        """Who sees whom, bool [rows, kept + drafted + rows]. `before`: positions that have no row."""
+        fresh, kept, drafted = self.end - self.kept, self.kept - before, self.state.count
+        rows = fresh + len(self.new)
+        mask = torch.zeros(rows, kept + drafted + rows, dtype=torch.bool)
+        mask[:, :kept] = True
+        mask[:fresh, kept + drafted : kept + drafted + fresh] = torch.ones(fresh, fresh, dtype=torch.bool).tril()
+        mask[fresh:, kept + drafted : kept + drafted + fresh] = True
+        for number, (parent, _, _) in enumerate(self.new, fresh):
+            mask[number, [kept + place for place in parent.seen]] = True
+            mask[number, kept + drafted + number] = True
+        return mask
+
+
+class HeadReader:
+    """An autoregressive network with its target attached, as a `LeafReader`: logits are over the target's tokens."""
+
+    def __init__(self, drafter: FeatureDrafter, max_length: int, batch_slots: int = 1):
+        self.drafter, self.max_length, self.batch_slots = drafter.eval(), max_length, batch_slots
+        self._sequences: dict[int, HeadSequence] = {}
+        shape = drafter.shape
+        self._size = max(shape.known, int(drafter.vocabulary.max()) + 1)
+        self._whole = len(drafter.vocabulary) == self._size  # each draft token has its own id
+
+    def begin(self, batch_slot: int, continues: bool) -> None:
+        """The target tells the features of the whole prompt in any case."""
+        old = self._sequences.get(batch_slot)
+        cache = old.cache if old else FeatureCache(self.drafter)
+        read = old.read if old and continues else []
+        self._sequences[batch_slot] = HeadSequence(SamplingParams(), cache=cache, read=read)
+
+    def forget(self, *, batch_slot: int) -> None:
+        self.begin(batch_slot, continues=False)
+
+    def forget_drafted(self, batch_slot: int) -> None:
+        """What is below the trunk is to be read again."""
+        state = self._sequences[batch_slot]
+        hidden = state.root.hidden
+        state.forget_drafted()
+        state.root.hidden = hidden
+
+    def observe(self, features: Features, batch_slot: int) -> None:
+        self._sequences[batch_slot].features.append(features)
+        self._sequences[batch_slot].known += len(features)
+
+    def ready(self, batch_slot: int) -> bool:
+        """Whether there is a row to draft from."""
+        return self._sequences[batch_slot].known >= self.drafter.shape.first_row
+
+    def read(self, tokens: Sequence[int], keep: int) -> Tensor:
+        """As `LeafReader` says, of the last token alone."""
+        assert keep == 1, "the logits of other rows are gone"
+        return self.read_leaves_together([LeavesQuery(0, tokens, [()])])[0]
+
+    @torch.inference_mode()
+    def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
+        """A forward for all that can be read at once: usually one, as what is above a leaf has been read."""
+        asked = [self._asked(query) for query in queries]
+        while parts := [part for part, paths in asked if self._next(part, paths)]:
+            self._forward(parts)
+        hidden = [_found(part.state.root, path).hidden for part, paths in asked for path in paths]
+        logits = self.drafter.logits(torch.stack(hidden)).float()  # type: ignore[arg-type]
+        return list(self._of_target(logits).split([len(query.paths) for query in queries]))
+
+    def _asked(self, query: LeavesQuery) -> tuple[_Part, list[tuple[int, ...]]]:
+        """What is read already of a query, and its paths from the end of the trunk."""
+        state = self._sequences[query.batch_slot]
+        tokens = query.tokens
+        trunk = list(tokens[: state.known + 1])
+        if state.count > _MOST:
+            self.forget_drafted(query.batch_slot)
+        kept = max(state.follow(trunk), self.drafter.shape.first_row)
+        beyond = tuple(tokens[len(trunk) :])
+        return _Part(state, trunk, kept, kept), [(*beyond, *path) for path in query.paths]
+
+    def _next(self, part: _Part, paths: Sequence[tuple[int, ...]]) -> bool:
+        """Chooses the rows that can be read now. False: all are."""
+        part.kept, part.end, part.new = part.end, min(len(part.trunk), part.end + _CHUNK), []
+        if part.end < len(part.trunk):
+            return True
+        taken: dict[tuple[DraftedRow, int], DraftedRow] = {}
+        for path in paths:
+            row, position = part.state.root, len(part.trunk) - 1
+            for token in path:
+                position += 1
+                child = row.children.get(token)
+                if child is None:
+                    if row.hidden is not None and (row, token) not in taken:
+                        child = taken[row, token] = DraftedRow(token)
+                        part.new.append((row, child, position))
+                    break
+                row = child
+        return part.end > part.kept or bool(part.new)
+
+    def _forward(self, parts: Sequence[_Part]) -> None:
+        drafter, before = self.drafter, self.drafter.shape.first_row
+        rows, positions = [], []
+        for part in parts:
+            rows.append(self._rows(part))
+            positions += [*range(part.kept, part.end), *(position for _, _, position in part.new)]
+        masks = [part.mask(before) for part in parts]
+        pasts = [part.state.past(part.kept - before) for part in parts]
+        hidden, made = drafter.stack(
+            torch.cat(rows)[None],
+            torch.tensor(positions, device=drafter.device),
+            _joined(masks, [past[0][0].shape[2] for past in pasts]).to(drafter.device),
+            [_beside([past[layer] for past in pasts]) for layer in range(drafter.shape.layers)],
+        )
+        first = 0
+        for part, own in zip(parts, rows, strict=True):
+            self._keep(part, hidden[0], made, first)
+            first += len(own)
+
+    def _rows(self, part: _Part) -> Tensor:
+        """[rows, W]"""
+        drafter, device = self.drafter, self.drafter.device
+        found = []
+        if part.end > part.kept:
+            tokens = torch.tensor(part.trunk[part.kept : part.end], device=device)
+            features = part.state.between(part.kept - 1, part.end - 1).to(device)
+            found.append(drafter.rows(tokens, drafter.fused(features)))
+        if part.new:
+            tokens = torch.tensor([row.token for _, row, _ in part.new], device=device)
+            states = torch.stack([parent.hidden for parent, _, _ in part.new])  # type: ignore[misc]
+            found.append(drafter.rows(tokens, drafter.carried(states)))
+        return torch.cat(found)
+
+    def _keep(self, part: _Part, hidden: Tensor, made: Sequence[KeyValue], first: int) -> None:
+        """Takes over what a forward has made of a sequence's rows, the first of which is row `first`."""
+        state, fresh = part.state, part.end - part.kept
+        last = first + fresh
+        if fresh:
+            state.cache.keep(made, part.kept - self.drafter.shape.first_row, slice(first, last))
+            state.read = list(part.trunk[: part.end])
+            if part.end == len(part.trunk):
+                state.root.hidden = hidden[last - 1]
+        if not part.new:
+            return
+        new = [(k[:, :, last : last + len(part.new)], v[:, :, last : last + len(part.new)]) for k, v in made]
+        state.drafted = [_beside(pair) for pair in zip(state.drafted, new, strict=True)] if state.drafted else new
+        for number, (parent, row, _) in enumerate(part.new):
+            row.hidden, row.seen = hidden[last + number], (*parent.seen, state.count + number)
+            parent.children[row.token] = row
+        state.count += len(part.new)
+
+    def _of_target(self, logits: Tensor) -> Tensor:
+        """logits: [R, D] over the draft vocabulary; [R, V] over the target's."""
+        if self._whole:
+            return logits
+        return logits.new_full((len(logits), self._size), -torch.inf).index_copy_(1, self.drafter.vocabulary, logits)
+
+
+def _found(root: DraftedRow, path: Sequence[int]) -> DraftedRow:
+    for token in path:
+        root = root.children[token]
+    return root
+
+
+def _joined(masks: Sequence[Tensor], past: Sequence[int]) -> Tensor:
+    """bool [all rows, all past + all rows]: each sequence sees itself alone. `past`: columns of each before rows."""
+    if len(masks) == 1:
+        return masks[0]
+    cached = torch.block_diag(*(mask[:, :count] for mask, count in zip(masks, past, strict=True)))
+    new = torch.block_diag(*(mask[:, count:] for mask, count in zip(masks, past, strict=True)))
+    return torch.cat([cached, new], 1).bool()
+
+
+def _beside(parts: Sequence[KeyValue]) -> KeyValue:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)

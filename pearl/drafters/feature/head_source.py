@@ -1,0 +1,92 @@
+"""EAGLE-3 as a draft source: chains, and trees that one forward grows below several leaves (EAGLE-2, Li et al. 2024).
+
+The target's features come with its verdicts. Until the first have come there is nothing to draft from; beyond what the
+target has read, drafting goes on from the network's own hidden state, in one process and in two alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pearl.core.messages import Features
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import ranked
+from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, ChainQuery, Grown, TreeQuery
+from pearl.drafters.feature.head_reader import HeadReader
+from pearl.drafters.one_pass import Guesses
+from pearl.drafters.tree import TreeSource
+from pearl.models.draft_model import LeavesQuery
+from pearl.models.timing import best_of
+
+_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+_LEAVES = 8  # rows up to which a forward is timed
+
+
+class HeadSource(TreeSource):
+    """An autoregressive network. A row needs the hidden state of the one before it, so no n-gram guess rides along."""
+
+    depths = 5  # K, of `guess`
+    least_leaf_logp = MIN_PATH_LOGP  # what is less likely is not offered, so it need not be gone on from
+
+    def __init__(self, reader: HeadReader):
+        super().__init__(reader)
+        self._reader = reader
+        self.layers, self.device = reader.drafter.shape.features, reader.drafter.device
+        self.begin(0, SamplingParams())
+        self.costs = self._time()
+
+    @property
+    def vocabulary(self) -> torch.Tensor:
+        """The target's ids of the tokens that can be drafted, int64 [D]."""
+        return self._reader.drafter.vocabulary
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        super().begin(batch_slot, params, continues=True)
+        self._reader.begin(batch_slot, continues)
+
+    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+        """For each path after the trunk, guesses of K depths, each after the likeliest ones before it."""
+        found: list[Guesses] = []
+        for path in paths:
+            chain, tables = list(path), []
+            for _ in range(self.depths):
+                (logits,) = self._reader.read_leaves_together([LeavesQuery(0, trunk, [tuple(chain)])])
+                tables += ranked(logits, self._params[0], [len(trunk) + len(chain)], MAX_CHILDREN)
+                chain.append(tables[-1][0][0])
+            found.append(tables)
+        return found
+
+    def observe(self, features: Features, batch_slot: int = 0) -> None:
+        self._reader.observe(features, batch_slot)
+
+    def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
+        ready = [one for one in queries if self._reader.ready(one.batch_slot)]
+        found = dict(zip((one.batch_slot for one in ready), super().propose_batch(ready) if ready else [], strict=True))
+        return [found.get(one.batch_slot, []) for one in queries]
+
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        ready = [one for one in queries if self._reader.ready(one.batch_slot)]
+        found = dict(zip((one.batch_slot for one in ready), super().extend(ready) if ready else [], strict=True))
+        return [found.get(one.batch_slot, []) for one in queries]
+
+    def _look_ahead(self, query: TreeQuery, row: object, deepest: int) -> None:
+        return None
+
+    def _time(self) -> tuple[float, ...]:
+        """Seconds of a forward of 1, 2, ... rows."""
+        length, rounds = _TIMED
+        text = [0] * length
+        self.observe(np.zeros((length - 1, self._reader.drafter.shape.feature_row), np.int16))
+
+        def read(rows: int) -> None:
+            self._reader.forget_drafted(0)
+            self._reader.read_leaves_together([LeavesQuery(0, text, [(token,) for token in range(rows)])])
+
+        read(1)
+        costs = tuple(best_of(rounds, functools.partial(read, rows)) for rows in range(1, _LEAVES + 1))
+        self.begin(0, SamplingParams())
+        return costs

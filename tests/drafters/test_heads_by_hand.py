@@ -1,0 +1,98 @@
+"""A flat EAGLE-3 checkpoint, as its authors publish them, says what the formulas say: without any other package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3_by_hand import chain_logits
+from safetensors.torch import save_file
+
+from pearl.checkpoints.drafts.feature_weights import load
+from pearl.checkpoints.drafts.kinds import TargetFacts, describe
+from pearl.drafters.feature.head_reader import HeadReader
+from pearl.errors import CheckpointError
+from pearl.models.draft_model import LeavesQuery
+
+H, WORDS, DRAFTED = 16, 30, (0, 2, 5, 9, 11, 29)
+CONFIG = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "hidden_size": H,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "num_hidden_layers": 1,
+    "vocab_size": WORDS,
+    "draft_vocab_size": len(DRAFTED),
+    "rms_norm_eps": 1e-5,
+}
+SHAPES = {
+    "fc.weight": (H, 3 * H),
+    "midlayer.self_attn.q_proj.weight": (24, 2 * H),
+    "midlayer.self_attn.k_proj.weight": (12, 2 * H),
+    "midlayer.self_attn.v_proj.weight": (12, 2 * H),
+    "midlayer.self_attn.o_proj.weight": (H, 24),
+    "midlayer.mlp.gate_proj.weight": (24, H),
+    "midlayer.mlp.up_proj.weight": (24, H),
+    "midlayer.mlp.down_proj.weight": (H, 24),
+    "midlayer.hidden_norm.weight": (H,),
+    "midlayer.input_layernorm.weight": (H,),
+    "midlayer.post_attention_layernorm.weight": (H,),
+    "norm.weight": (H,),
+    "lm_head.weight": (len(DRAFTED), H),
+}
+TARGET = TargetFacts("its target", H, 28, WORDS)
+TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+
+
+class Bare:
+    """Of a target what a head takes."""
+
+    def __init__(self):
+        self._table = torch.nn.Embedding(WORDS, H)
+        torch.nn.init.normal_(self._table.weight, std=0.5)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self._table
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    made = {name: torch.randn(shape) * 0.3 + float("norm" in name) for name, shape in SHAPES.items()}
+    d2t = torch.tensor(DRAFTED) - torch.arange(len(DRAFTED))
+    return made | {"d2t": d2t, "t2d": torch.zeros(WORDS).bool().index_fill(0, torch.tensor(DRAFTED), True)}
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("flags", [{}, {"norm_output": True, "rope_theta": 500.0}, {"norm_before_residual": True}])
+def test_logits_are_those_of_the_formulas(tmp_path: Path, flags: dict, pickled: bool):
+    weights, config = tensors(seed=1), CONFIG | flags
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if pickled:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(weights, tmp_path / "model.safetensors")
+    target = Bare()
+    drafter = load(describe(str(tmp_path), TARGET)).attach(target).requires_grad_(False)
+    assert drafter.vocabulary.tolist() == list(DRAFTED)
+    features = torch.randn(6, 3 * H).bfloat16()
+    table = target.get_input_embeddings().weight.detach()
+    expected = chain_logits(weights, config, table, features.float(), TEXT)
+    reader = HeadReader(drafter, 100)
+    reader.begin(0, continues=False)
+    reader.observe(features.view(torch.int16).numpy(), 0)
+    paths = [tuple(TEXT[7 : 7 + depth]) for depth in range(4)]
+    found = reader.read_leaves_together([LeavesQuery(0, TEXT[:7], paths)])[0]
+    torch.testing.assert_close(found[:, drafter.vocabulary], torch.stack(expected[5:9]), atol=1e-4, rtol=1e-4)
+    assert not found[:, 1].isfinite().any(), "what can't be drafted has no chance"
+
+
+def test_a_map_that_leads_out_of_the_vocabulary_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(tensors(seed=1) | {"d2t": torch.full((len(DRAFTED),), WORDS)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"d2t of the draft .* leads to tokens from 30 to 35, and there are 30"):
+        load(describe(str(tmp_path), TARGET))
