@@ -71,6 +71,13 @@ class EngineConfig:
     cache_gb: float = setting(
         0.0, number(0, 1e6, "a number of gigabytes, or 0"), "of their keys and values at most; 0: no limit", PAIR
     )
+    memory: float = setting(
+        0.0,
+        number(0, 1e6, "a number of megabytes, or 0"),
+        "MB of earlier texts that guesses are taken from, beside the target; 0: none",
+        PAIR,
+    )
+    memory_file: str | None = setting(None, WORD, "where they are loaded from, and saved at the end", PAIR)
     prefix_cache_gb: float | None = setting(
         None,
         number(0, 1e6, "a number of gigabytes, or 0"),
@@ -159,6 +166,10 @@ class EngineConfig:
         if self.draft_has_files:
             check_model("draft", self.draft)
         options.check(self)
+        if self.memory_file and not self.memory:
+            raise UsageError("memory_file needs memory, the MB that it may have: give --memory too.")
+        if self.memory and self.target_draft == "none":
+            raise UsageError("memory is for the suffix source beside the target: leave target_draft none out.")
         if not set(self.sources_beside_target) <= set(BESIDE_TARGET):
             options.refuse("target_draft", self.target_draft, _TARGET_DRAFT)
         for name in (self.target_cores, self.draft_cores):
@@ -190,10 +201,13 @@ class EngineConfig:
     def sources_beside_target(self) -> tuple[str, ...]:
         """Their names. With `auto` all that need no weights: one that does not pay rests. Beside a synthetic drafter
         there are none then, as what is measured is to be that drafter's."""
+        names: tuple[str, ...]
         if self.target_draft in ("auto", "none"):
             synthetic = bool(self.synthetic)
-            return () if synthetic or self.target_draft == "none" else BESIDE_TARGET
-        return tuple(dict.fromkeys(ALIASES.get(name.strip(), name.strip()) for name in self.target_draft.split(",")))
+            names = () if synthetic or self.target_draft == "none" else BESIDE_TARGET
+        else:
+            names = tuple(ALIASES.get(name.strip(), name.strip()) for name in self.target_draft.split(","))
+        return tuple(dict.fromkeys((*names, SUFFIX) if self.memory else names))
 
     @property
     def pins(self) -> bool:

@@ -189,12 +189,15 @@ class Engine:
         gamma: int | str | None = None,
         batch_size: int | None = None,
         sink: Sink | None = None,
+        prediction: Sequence[int] | None = None,
     ) -> GenerationHandle:
         """Asks for a text and returns at once: a future of its `Generation`, which also yields its tokens or its text
         as they come, and can abort it. `prompt` may be a `GenerationRequest`, which has its own params.
 
         Texts of one mode share passes as far as there are places; others wait until those before them are over.
-        `sink`: see `GenerationHandle`. Raises `UsageError`, `EngineClosedError`.
+        `sink`: see `GenerationHandle`. `prediction`: token ids of a text that this one may be like, such as a file
+        before an edit (OpenAI's `prediction`). Guesses are taken from it beside the target, unless `target_draft` is
+        none or the mode has blocks; it changes no text. Raises `UsageError`, `EngineClosedError`.
         """
         request = prompt
         if not isinstance(request, GenerationRequest):
@@ -204,6 +207,7 @@ class Engine:
         handle = self._requests.handle(request, self._requests.run_key(mode, gamma, batch_size), self._wake, sink)
         if handle.refused:
             raise handle.refused
+        handle.prediction = self._requests.prediction(prediction or ())
         self._worker.submit(handle)
         return handle
 

@@ -41,6 +41,7 @@ class GenerationHandle(Future[Generation]):
         super().__init__()
         self.request, self.run, self.new_stream = request, run, new_stream
         self.prompt: Sequence[int] = ()  # its token ids
+        self.prediction: Sequence[int] = ()  # tokens of a text that it may be like
         self.params = request.params  # with no field left to defaults
         self.refused: PearlError | None = None
         self.failed: Generation | None = None  # what was written until this text, and no other, met an error

@@ -104,6 +104,13 @@ class RequestBuilder:
             handle.finish(unwritten(run[0].mode, 0, error))
         return handle
 
+    def prediction(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Raises `UsageError` where one is no token."""
+        vocabulary = self._runtime.checked.vocabulary
+        if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+            raise UsageError(f"prediction must be token ids below {vocabulary}, as engine.encode makes them.")
+        return tuple(tokens)
+
     def run_key(
         self, mode: str | Schedule | None = None, gamma: int | str | None = None, batch_size: int | None = None
     ) -> RunKey:

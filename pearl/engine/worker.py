@@ -238,7 +238,16 @@ class Worker:
     def _asked(self, handle: GenerationHandle, after: SequenceState | None) -> SequenceRequest:
         stopper = Stopper(handle.params, self._runtime.eos, self._decoder)
         reference = self._references.of(handle)
-        return SequenceRequest(handle.prompt, handle.params, stopper, after, handle, lambda: handle.wanted, reference)
+        return SequenceRequest(
+            handle.prompt,
+            handle.params,
+            stopper,
+            after,
+            handle,
+            lambda: handle.wanted,
+            reference,
+            handle.prediction,
+        )
 
 
 def _fail(work: GenerationHandle | Call, error: BaseException) -> None:

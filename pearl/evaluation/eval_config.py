@@ -62,7 +62,7 @@ class EvalConfig:
         """Of the table. `skipped`: problems that were too long."""
         count, engine = len(self.problems) - skipped, self.engine
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
-        label = ", SYNTHETIC acceptance" if engine.synthetic else ""
+        label = ", SYNTHETIC acceptance" if engine.synthetic else ", warm memory" if engine.memory else ""
         return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}{label}"
 
     @property

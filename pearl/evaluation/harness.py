@@ -296,6 +296,7 @@ def summary(
         "sampling": asdict(plan.params),
         "not_applied": engine.defaults.not_applied(plan.params),
         "environment": environment(engine),
+        "memory": "warm" if engine.config.memory else "cold",
         "events": events,
         "skipped_too_long": len({line["task_id"] for line in skipped}),
         "skipped": list(skipped),

@@ -114,7 +114,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         harness.writers(engine, config.schedules, size),
         size,
         checked.max_length,
-        lambda: engine.exclusively(engine.model.begin_round),
+        lambda: engine.exclusively(engine.runtime.begin_round),
         found.skip_too_long,
     )
 

@@ -54,6 +54,17 @@ class Run:
         return str(self.config.get("resolved", {}).get("draft", "")).startswith(SYNTHETIC)
 
     @property
+    def warm(self) -> bool:
+        """Guesses were taken from earlier texts too."""
+        return bool(self.config.get("resolved", {}).get("memory"))
+
+    @property
+    def label(self) -> str:
+        """Its name, and what it is beside a plain run."""
+        kind = ", ".join([*["synthetic"] * self.synthetic, *["warm memory"] * self.warm])
+        return f"{self.name} ({kind})" if kind else self.name
+
+    @property
     def command(self) -> str:
         return " ".join(map(str, self.environment.get("command", ())))
 
@@ -82,18 +93,24 @@ def load(places: Sequence[Path]) -> list[Run]:
 
 
 def all_of_a_kind(runs: Sequence[Run]) -> None:
-    """Raises `UsageError` where synthetic runs would stand beside real ones."""
+    """Raises `UsageError` where synthetic runs would stand beside real ones, or warm beside cold ones."""
     synthetic = [run.name for run in runs if run.synthetic]
     if synthetic and len(synthetic) < len(runs):
         raise UsageError(
             f"{', '.join(synthetic)}: runs with a synthetic draft, which don't stand in a table with real ones: give "
             "them one of their own."
         )
+    warm = [run.name for run in runs if run.warm]
+    if warm and len(warm) < len(runs):
+        raise UsageError(
+            f"{', '.join(warm)}: runs with a memory of earlier texts (warm), which don't stand in a table with cold "
+            "ones: give them one of their own."
+        )
 
 
 def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
-    """(run, mode), or (run, category, mode), and the figures of it. A run with a synthetic draft says so."""
-    named = [(f"{run.name} (synthetic)" if run.synthetic else run.name, run) for run in runs]
+    """(run, mode), or (run, category, mode), and the figures of it. A run that is not a plain one says so."""
+    named = [(run.label, run) for run in runs]
     if not categories:
         return [
             ((f"{name}{what}", mode), some)

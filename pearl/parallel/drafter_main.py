@@ -26,6 +26,7 @@ from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
+from pearl.drafters.text_memory import TextMemory
 from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
 from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
@@ -138,9 +139,11 @@ def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
     return load_source(checked or preflight(config))
 
 
-def sources_beside_target(config: EngineConfig) -> list[DraftSource]:
+def sources_beside_target(config: EngineConfig, memory: TextMemory | None = None) -> list[DraftSource]:
     """Those that a config names for the target's own process."""
-    return [SuffixSource() if name == SUFFIX else RecyclingSource() for name in config.sources_beside_target]
+    return [
+        SuffixSource(memory=memory) if name == SUFFIX else RecyclingSource() for name in config.sources_beside_target
+    ]
 
 
 def trace(config: EngineConfig, role: str) -> timeline.Trace:

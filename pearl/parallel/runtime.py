@@ -19,6 +19,7 @@ from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config.engine_config import SUFFIX
 from pearl.core import timeline
 from pearl.core.schedule import Schedule
+from pearl.drafters.text_memory import TextMemory
 from pearl.errors import WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.models.numerics_check import rows_check
@@ -30,6 +31,8 @@ from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import Channel, LocalChannel
 from pearl.wire.reconnecting_channel import DrafterEvent, ReconnectingChannel
+
+_log = logging.getLogger(__name__)
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Runtime:
         self._peer: DrafterProcess | None = None
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
+        self._memory: TextMemory | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
@@ -88,8 +92,28 @@ class Runtime:
                 self._open_channel(),
                 trace=trace(self.config, "target"),
                 prefill_tokens=self.config.prefill_tokens,
-                sources=sources_beside_target(self.config),
+                sources=sources_beside_target(self.config, self._open_memory(opened)),
             )
+
+    def _open_memory(self, opened: contextlib.ExitStack) -> TextMemory | None:
+        """That of earlier texts, which is saved at the end where somebody asks for it."""
+        config, vocabulary = self.config, self.checked.vocabulary
+        if not config.memory:
+            return None
+        self._memory = memory = TextMemory(config.memory)
+        if config.memory_file:
+            path = Path(config.memory_file).expanduser().absolute()
+            if path.exists():
+                memory.load(path, vocabulary)
+            opened.callback(_save, memory, path, vocabulary)
+        return memory
+
+    def begin_round(self) -> None:
+        """What is read and written from now on helps other texts from the next round on: of modes that are compared
+        none helps another. To be called between two texts."""
+        self.model.begin_round()
+        if self._memory:
+            self._memory.begin_round()
 
     def on_its_cores(self) -> AbstractContextManager[None]:
         """The calling thread is where the target's passes run."""
@@ -197,3 +221,10 @@ class Runtime:
             lines.append(f"draft: {self.checked.drafting.line}")
         checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
+
+
+def _save(memory: TextMemory, path: Path, vocabulary: int) -> None:
+    try:
+        memory.save(path, vocabulary)
+    except OSError as error:  # the texts themselves are written
+        _log.warning("the memory can't be saved to %s: %s", path, error)

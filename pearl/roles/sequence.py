@@ -27,6 +27,7 @@ class SequenceRequest:
     user_data: Any = None
     wanted: Callable[[], bool] = lambda: True  # False, from any thread: nobody wants it any more
     reference: tuple[int, ...] = ()  # as in `messages.Start`
+    prediction: Sequence[int] = ()  # tokens that are likely to occur in it: guesses are taken from there
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", self.params.with_seed())

@@ -181,6 +181,7 @@ class Target:
         unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]
         for sequence in unwanted:
             self._batch.end(sequence, self._clock())
+            self._beside.end(sequence)
         self._send([End(sequence.sequence) for sequence in unwanted])
 
     def _turn(self) -> Iterator[Written]:
@@ -288,6 +289,7 @@ class Target:
             said = features if self._sends_features else None
             return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
+        self._beside.end(sequence)
         return End(sequence.sequence)
 
     def _send(self, messages: Sequence[Message]) -> None:

@@ -197,3 +197,13 @@ def test_the_page_needs_no_other_file_and_says_how_each_run_was_made(two, tmp_pa
     assert "Not comparable: commit differs: abc in large/gsm8k, small/gsm8k; <def> in odd <run>/gsm8k." in page.text
     assert page.text.count("eval/gsm8k.py --limit 4") == 3
     assert re.search(r'"torch": "2\.13"', page.text) and '"suite": "gsm8k"' in page.text
+
+
+def test_warm_runs_say_so_and_do_not_stand_beside_cold_ones(tmp_path):
+    cold = make(tmp_path / "results" / "cold")
+    warm = make(tmp_path / "results" / "warm", config={"resolved": {"target": "t", "memory": 64.0}})
+    runs = report.load([cold, warm])
+    with pytest.raises(UsageError, match=r"^warm: runs with a memory of earlier texts \(warm\), which don't stand"):
+        report.all_of_a_kind(runs)
+    report.all_of_a_kind(runs[1:])
+    assert {labels[0] for labels, _ in report.rows(runs[1:])} == {"warm (warm memory)"}

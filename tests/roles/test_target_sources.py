@@ -6,12 +6,16 @@ from dataclasses import replace
 
 import pytest
 from cases import plain_case
-from toys import EAGER, IDLE, Crashing, Noise, Right, ScriptedChannel, Sometimes, alone, ticks, together
+from toys import EAGER, IDLE, Crashing, Noise, Right, ScriptedChannel, Sometimes, alone, letters, ticks, together
 
 from pearl.core.control.source_trial import FIRST_REST, FIRST_TRIAL, LONGEST_REST, TRIAL, SourceTrial
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
 from pearl.drafters.recycling import RecyclingSource
+from pearl.drafters.suffix import SuffixSource
+from pearl.drafters.text_memory import TextMemory
+from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
 
@@ -80,6 +84,54 @@ def test_rejection_sampling_has_none(temperature: float):
     target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks(), sources=[RecyclingSource()])
     together(target, case.prompt, case.schedule, params)
     assert any(one.rows_by for one in target.passes) == (not params.rejection)
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_what_was_written_before_is_written_in_few_passes(mode: str):
+    """A model of a hundred tokens repeats nothing by itself. The drafter knows nothing."""
+    source = SuffixSource(memory=TextMemory(1))
+    passes = [len(warm_passes(mode, source)) for _ in range(3)]
+    assert passes[0] > 80 and passes[1] < passes[0] / 4 and passes[2] <= passes[1]
+
+
+def test_every_mode_remembers_and_only_in_later_rounds_where_there_are_rounds():
+    memory = TextMemory(1)
+    source = SuffixSource(memory=memory)
+    memory.begin_round()
+    assert len(warm_passes("ar", source)) == len(warm_passes("ar", source))
+    assert len(warm_passes("tree", source)) > 80, "of this round nothing is found"
+    memory.begin_round()
+    assert len(warm_passes("tree", source)) < 25
+
+
+def test_a_prediction_is_read_several_tokens_a_pass_and_changes_nothing():
+    source = SuffixSource()
+    text = warm_text()
+    edited = [*text[:40], 7, 8, 9, *text[43:]]
+    plain, predicted = (len(warm_passes("tree", source, prediction)) for prediction in ((), edited))
+    assert predicted < plain / 3
+    assert len(warm_passes("tree", source)) == plain, "it is forgotten with its text"
+
+
+def warm_passes(mode: str, source: SuffixSource, prediction=()):
+    case = warm_case(mode)
+    channel = ScriptedChannel(case.make_source(), IDLE) if case.schedule.drafts else None
+    target = Target(case.model, channel, ticks(), sources=[source])
+    stopper = Stopper(case.params, case.eos, letters)
+    request = SequenceRequest(case.prompt, case.params, stopper, prediction=prediction)
+    (over,) = [text for text, committed in target.write([request], case.schedule) if not committed]
+    assert over.stopper.tokens == warm_text()
+    return over.passes
+
+
+def warm_case(mode: str = "tree"):
+    case = replace(plain_case("sd", 3, "at a loss", IDLE, 120), schedule=Schedule.of(mode))
+    return replace(case, vocabulary=100, order=3)
+
+
+def warm_text() -> list[int]:
+    case = warm_case()
+    return alone(case.model, case.prompt, case.params, case.eos).tokens
 
 
 # whether a source is worth its time

@@ -42,6 +42,14 @@ class TargetSources:
         self._failed[sequence] = set(self._sources) if sequence.params.rejection else set()
         for source in self._sources:
             self._try(source, [sequence], partial(source.begin, sequence.batch_slot, sequence.params, continues))
+            if prediction := sequence.request.prediction:
+                self._try(source, [sequence], partial(source.predict, sequence.batch_slot, prediction))
+
+    def end(self, sequence: SequenceState) -> None:
+        """It is over."""
+        for source in self._sources:
+            self._try(source, [sequence], partial(source.end, sequence.batch_slot))
+            self._try(source, [sequence], partial(source.remember, sequence.trie.tokens))
 
     def grow(self, sequences: Sequence[SequenceState], rows: int, deepest: Callable[[SequenceState], int]) -> None:
         """Guesses of all that are not at rest, below the roots of these sequences: what `rows` rows of a pass can read,

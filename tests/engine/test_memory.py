@@ -1,0 +1,52 @@
+"""What an engine remembers of texts and prompts over texts, and over engines where somebody asks for it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pearl.core.params import SamplingParams
+from pearl.drafters.text_memory import TextMemory
+from pearl.engine import Engine
+from pearl.errors import UsageError
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True)
+PROMPT = "def the(thing):\n" * 12  # more than a piece
+ONE_CORE = str(min(os.sched_getaffinity(0)))
+
+
+def opened(target: str, **options: object) -> Engine:
+    alone = {"mode": "ar", "processes": 1, "dtype": "float32", "max_length": 300, "target_cores": ONE_CORE}
+    return Engine.from_pretrained(target, **{**alone, **options})  # type: ignore[arg-type]
+
+
+def test_texts_are_remembered_on_disk_and_prompts_in_the_engine(pair, tmp_path):
+    path = tmp_path / "memory.npz"
+    with opened(pair[0], memory=1, memory_file=str(path)) as engine:
+        first, again = (engine.generate(PROMPT, PARAMS) for _ in range(2))
+        with pytest.raises(UsageError, match="prediction must be token ids below"):
+            engine.submit(PROMPT, PARAMS, prediction=[1 << 40])
+        predicted = engine.submit(PROMPT, PARAMS, prediction=first.tokens).result()
+        vocabulary = engine.runtime.checked.vocabulary
+    assert first.tokens == again.tokens == predicted.tokens
+    assert (first.stats.cached_tokens, again.stats.cached_tokens % 128) == (0, 0) and again.stats.cached_tokens > 0
+    assert sum(one.rows for one in first.stats.passes) - sum(one.rows for one in again.stats.passes) == (
+        again.stats.cached_tokens
+    )
+    memory = TextMemory(1)
+    memory.load(path, vocabulary)
+    assert memory.texts == 1, "three times the same"
+    text = [*engine.encode(PROMPT), *first.tokens]
+    found = memory.find(text[:-5])
+    assert found is not None and memory.after(found.place, 99) == text[-5:]
+    path.write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="delete it"):
+        opened(pair[0], memory=1, memory_file=str(path))
+
+
+def test_without_a_prefix_cache_every_prompt_is_read(pair):
+    with opened(pair[0], prefix_cache_gb=0) as engine:
+        assert [engine.generate(PROMPT, PARAMS).stats.cached_tokens for _ in range(2)] == [0, 0]
