@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pearl.config.server_config import ServerConfig
+from pearl.core.params import SamplingParams
 from pearl.engine import Engine
 from pearl.server import run
 from pearl.server.life import Service
@@ -23,6 +24,10 @@ def engine(target: str, draft: str, **options: Any) -> Engine:
     core = str(min(os.sched_getaffinity(0)))
     given = {"dtype": "float32", "max_length": LENGTH, "mode": "sd", "processes": 1, "max_sequences": PLACES}
     return Engine.from_pretrained(target, draft, target_cores=core, **given | options)
+
+
+def greedy(tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, temperature=0.0)
 
 
 class _Kept:

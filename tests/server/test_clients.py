@@ -1,0 +1,203 @@
+"""Programs that people point at a server: each installs from PyPI, and works here as it does with any other.
+
+They are in the extra `clients`. One that is not installed is skipped, and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import servers
+from servers import Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
+LENGTH = 400
+PROMPT = "the thing"
+
+
+@pytest.fixture(scope="module")
+def server(pair) -> Iterator[Served]:
+    with servers.engine(*pair, max_length=LENGTH, max_sequences=4) as engine, servers.served(engine) as one:
+        yield one
+
+
+def needs(package: str) -> Any:
+    found = importlib.util.find_spec(package) is not None
+    return pytest.mark.skipif(not found, reason=f"{package} is not installed: pip install 'pearl[clients]'")
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    """What a program says. It sees one core, and no plugin of others."""
+    known = os.environ | {"LLM_LOAD_PLUGINS": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
+    done = subprocess.run([sys.executable, *command], cwd=cwd, env=known, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@needs("llm")
+def test_llm_asks_and_lists(server, tmp_path):
+    base = ("-m", "llm", "openai", "endpoint", f"{server.url}/v1")
+    home = {"LLM_USER_PATH": str(tmp_path)}
+    assert run(*base, "--models", cwd=tmp_path, **home).split() == ["tiny"]
+    said = run(*base, PROMPT, "-m", "tiny", "-o", "max_tokens", "12", "-o", "temperature", "0", cwd=tmp_path, **home)
+    engine = server.service.engine
+    expected = engine.chat([{"role": "user", "content": PROMPT}], servers.greedy(12)).text
+    assert said.strip() == expected.strip() and expected
+
+
+@needs("langchain_openai")
+def test_langchain_invokes_and_streams(server):
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        model="tiny",
+        max_completion_tokens=12,
+        temperature=0,
+        max_retries=0,
+    )
+    expected = server.service.engine.chat([{"role": "user", "content": PROMPT}], servers.greedy(12)).text
+    assert model.invoke(PROMPT).content == expected
+    assert "".join(str(part.content) for part in model.stream(PROMPT)) == expected
+    assert [one.content for one in model.batch([PROMPT] * 3)] == [expected] * 3
+
+
+TASKS = {
+    "choices": """\
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 1
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "rolling": """\
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+    "written": """\
+task: written
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["x", "!", "a", "b", "c", "d"], max_gen_toks: 12, temperature: 0.0, do_sample: false}
+metric_list: [{metric: exact_match}, {metric: bleu}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [
+        {
+            "question": f"the thing {number} in the",
+            "choices": [f" thing {number}", " he", f"the in{number}", "  in the"],
+        }
+        for number in range(12)
+    ]
+    (folder / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, task in TASKS.items():
+        (folder / f"{name}.yaml").write_text(task.replace("FILE", str(folder / "docs.jsonl")))
+    return folder
+
+
+def evaluated(tasks: Path, model: str, arguments: str, names: str, out: Path, *more: str) -> dict[str, Any]:
+    """The samples of each task, as lm-eval's own command writes them."""
+    command = ["-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks", names]
+    command += ["--include_path", str(tasks), "--output_path", str(out), "--log_samples", "--batch_size", "1", *more]
+    run(*command, cwd=out.parent, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", HF_HOME=str(out.parent / "hub"))
+    found = {}
+    for file in out.rglob("samples_*.jsonl"):
+        found[file.name.split("_")[1]] = [json.loads(line) for line in file.read_text().splitlines()]
+    (result,) = out.rglob("results_*.json")
+    return {"samples": found, "results": json.loads(result.read_text())["results"]}
+
+
+def near(ours: Any, theirs: Any) -> bool:
+    """Figures to 1e-3, all else the same."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(near(ours[key], theirs[key]) for key in ours)
+    return ours == pytest.approx(theirs, abs=1e-3) if isinstance(ours, float) else ours == theirs
+
+
+@needs("lm_eval")
+def test_lm_eval_finds_the_figures_of_its_own_backend(server, pair, tasks, tmp_path):
+    served = f"model=tiny,base_url={server.url}/v1/completions,num_concurrent=2,max_length={LENGTH},tokenizer={pair[0]}"
+    own = f"pretrained={pair[0]},dtype=float32,device=cpu,max_length={LENGTH}"
+    names = ",".join(TASKS)
+    ours = evaluated(tasks, "local-completions", served, names, tmp_path / "ours")
+    theirs = evaluated(tasks, "hf", own, names, tmp_path / "theirs")
+    assert near(ours["results"], theirs["results"])
+    for task in TASKS:
+        for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            assert mine["doc"] == other["doc"]
+            if task == "written":
+                assert mine["resps"] == other["resps"]
+            elif task == "choices":
+                for (own_p, own_best), (p, best) in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
+                    assert float(own_p) == pytest.approx(float(p), abs=1e-3) and own_best == best
+
+
+@needs("lm_eval")
+def test_lm_eval_needs_no_tokenizer_of_its_own(server, tasks, tmp_path):
+    served = f"model=tiny,base_url={server.url}/v1/completions,tokenizer_backend=remote,max_length={LENGTH}"
+    assert evaluated(tasks, "local-completions", served, "choices", tmp_path / "ours")["results"]
+
+
+@needs("lm_eval")
+def test_lm_eval_s_chat_is_that_of_its_own_backend(server, pair, tasks, tmp_path):
+    served = f"model=tiny,base_url={server.url}/v1/chat/completions"
+    ours = evaluated(tasks, "local-chat-completions", served, "written", tmp_path / "ours", "--apply_chat_template")
+    own = f"pretrained={pair[0]},dtype=float32,device=cpu,max_length={LENGTH}"
+    theirs = evaluated(tasks, "hf", own, "written", tmp_path / "theirs", "--apply_chat_template")
+    for mine, other in zip(ours["samples"]["written"], theirs["samples"]["written"], strict=True):
+        assert mine["resps"] == other["resps"]
+
+
+@needs("guidellm")
+def test_guidellm_measures(server, pair, tmp_path):
+    run(
+        *("-m", "guidellm", "run", "--backend", f"kind=openai_http,target={server.url},model=tiny"),
+        *("--profile", "kind=concurrent,streams=3", "--constraint", "kind=max_requests,count=12"),
+        *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
+        *("--tokenizer", f"kind=huggingface_auto,model={pair[0]}"),
+        *("--output", f"kind=json,path={tmp_path / 'out.json'}", "--disable-console-interactive"),
+        cwd=tmp_path,
+    )
+    totals = json.loads((tmp_path / "out.json").read_text())["benchmarks"][0]["metrics"]["request_totals"]
+    assert totals["successful"] >= 12 and totals["errored"] == 0
+
+
+@needs("schemathesis")
+def test_whatever_is_asked_no_answer_is_one_that_the_schema_does_not_name(pair, tmp_path):
+    """`PEARL_EXAMPLES=1500` asks ten thousand times."""
+    examples = os.environ.get("PEARL_EXAMPLES", "40")
+    with servers.engine(*pair, max_length=40) as engine, servers.served(engine) as one:
+        run(
+            *("-m", "schemathesis.cli", "run", f"{one.url}/openapi.json", "--phases", "examples,coverage,fuzzing"),
+            *("--checks", "not_a_server_error,status_code_conformance", "--max-examples", examples),
+            *("--seed", "1", "--no-color", "--suppress-health-check", "all", "--generation-database", "none"),
+            cwd=tmp_path,
+        )
