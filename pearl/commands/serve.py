@@ -19,7 +19,11 @@ PLACES = 8
 
 
 def parser() -> cli.Parser:
-    examples = ("", "--pair qwen2.5-7b --port 8080 --max-sequences 16", "--target TARGET --draft DRAFT --mode tree")
+    examples = (
+        "",
+        "--pair qwen2.5-0.5b-7b --port 8080",
+        "--target TARGET --draft DRAFT --mode tree",
+    )
     made = cli.parser("serve", *examples, take=("pair", "machine", "decoding"))
     made.take(options.of(ServerConfig))
     made.set_defaults(mode=["pearl"], generation_config="auto")

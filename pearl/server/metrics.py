@@ -117,9 +117,9 @@ class Metrics:
             self.prompt_tokens.inc(len(text.handle.prompt))
         else:
             self.between.observe(text.last - text.before)
-        if not text.passes:
+        one = text.latest
+        if not one:
             return
-        one = text.passes[-1]
         for origin, count in collections.Counter(one.origins).items():
             self._of(self._origins, origin=origin or TARGET).inc(count)
         self._of(self._busy, role="target").inc(one.forward_s / one.texts)

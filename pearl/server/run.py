@@ -11,9 +11,11 @@ import logging
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import prometheus_client
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pearl.config.server_config import KEY, ServerConfig
 from pearl.engine import Engine
@@ -23,6 +25,8 @@ from pearl.server.life import Service
 
 CLOSE_S = 5  # for connections to end after the last text
 STUCK_S = 300  # a client that takes nothing for so long is gone
+SILENT_S = 30  # for the first request of a connection to come
+KEEP_S = 75  # between two requests of one: longer than balancers keep theirs, so that they close first
 BACKLOG = 2048
 _log = logging.getLogger("pearl.server")
 
@@ -45,6 +49,18 @@ def listen(config: ServerConfig) -> socket.socket:
     return sock
 
 
+class _Connection(H11Protocol):
+    """One that has asked for nothing in all that time is closed."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(SILENT_S, self._close_silent)
+
+    def _close_silent(self) -> None:
+        if self.cycle is None and self.transport and not self.transport.is_closing():
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Drains before it ends."""
 
@@ -53,12 +69,13 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 make_app(service),
                 loop="asyncio",
-                http="h11",
+                http=_Connection,
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_S,
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )

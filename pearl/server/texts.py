@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from pearl.core.records import Pass
@@ -33,10 +33,10 @@ class Text:
         self.ended_s = arrived
 
     @property
-    def passes(self) -> Sequence[Pass]:
-        """Those that were said so far."""
+    def latest(self) -> Pass | None:
+        """The pass that was said last."""
         state = self.handle.request.text
-        return state.passes[: self.heard] if state else ()
+        return state.passes[self.heard - 1] if state and 0 < self.heard <= len(state.passes) else None
 
     @property
     def placed(self) -> float | None:

@@ -207,7 +207,7 @@ def overhead(found: argparse.Namespace, words: list[str]) -> int:
 
         def hear(text: Any, said: Any) -> None:
             if text.heard == 1 and isinstance(said, list):
-                own.append(text.passes[0].seconds)
+                own.append(text.latest.seconds)
 
         one.service.listeners.append(hear)
         firsts = [first for first, _ in client(1)]

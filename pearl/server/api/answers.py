@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pearl.core.logits.logprobs import Logprobs
@@ -28,7 +29,7 @@ class Asked:
     prompts: list[list[int]]
     params: list[SamplingParams]
 
-    @property
+    @cached_property
     def texts(self) -> list[tuple[list[int], SamplingParams]]:
         """In the order of the choices: the samples of the first prompt, those of the second, ..."""
         pairs = zip(self.prompts, self.params, strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 from pearl.core.logits.logprobs import Logprobs
 from pearl.server.api.answers import Answer, Asked
 from pearl.server.api.logprobs import Offset, completion_logprobs
-from pearl.server.api.schemas import MOST_PROMPTS, CompletionRequest
+from pearl.server.api.schemas import MOST_TEXTS, CompletionRequest
 from pearl.server.api.token_names import TokenNames
 from pearl.server.errors import bad
 from pearl.server.texts import Text
@@ -22,8 +22,8 @@ def prompts(request: CompletionRequest) -> list[str | list[int]]:
     found: list[str | list[int]] = given if several else [given]
     if not found or not all(found):
         raise bad("The prompt is empty: give at least one token.", "prompt")
-    if len(found) > MOST_PROMPTS:
-        raise bad(f"prompt must hold at most {MOST_PROMPTS} prompts, not {len(found)}.", "prompt")
+    if len(found) * (request.n or 1) > MOST_TEXTS:
+        raise bad(f"A request may ask for {MOST_TEXTS} texts at most, not {len(found) * (request.n or 1)}.", "prompt")
     return found
 
 

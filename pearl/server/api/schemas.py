@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MOST_LOGPROBS, MOST_CHOICES, MOST_PROMPTS = 20, 128, 2048
+MOST_LOGPROBS, MOST_CHOICES, MOST_TEXTS = 20, 128, 2048
 _TOKEN = Annotated[int, Field(ge=0, lt=1 << 31)]
 _COUNT = Annotated[int, Field(ge=0, lt=1 << 31)]
 _PENALTY = Annotated[float, Field(ge=-2, le=2)]
