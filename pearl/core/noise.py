@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pearl.machine.transfers import sent
+
 PICK, DRAFT, ACCEPT, RESIDUAL = range(4)  # the purposes
 
 _MASK = (1 << 64) - 1
@@ -70,7 +72,7 @@ def gumbel_of(seed: int, position: int, purpose: int, tokens: Sequence[int]) -> 
 
 def gumbel_rows(seed: int, positions: Sequence[int], purpose: int, tokens: int, device: torch.device) -> Tensor:
     """The noise of tokens 0, 1, ... at each of several positions.  float64 [positions, tokens]"""
-    streams = torch.tensor([_signed(_stream(seed, position, purpose)) for position in positions], device=device)
+    streams = sent(torch.tensor([_signed(_stream(seed, position, purpose)) for position in positions]), device)
     state = torch.arange(1, tokens + 1, device=device).mul_(_signed(_GOLDEN)) + streams[:, None]
     return _gumbel(_word(state))
 

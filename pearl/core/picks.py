@@ -24,6 +24,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
+from pearl.machine.transfers import Fetched
 
 _UNITS = 40  # bits of a probability
 _FORBIDDEN = NOT_FINITE - 1  # in place of a token: all are forbidden
@@ -71,16 +72,12 @@ class _Coming:
     def __init__(self, tokens: Tensor, dtype: torch.dtype, positions: Sequence[int]):
         """tokens: int64 [R], on a GPU; `NOT_FINITE` where there is none. dtype: of their logits."""
         self._dtype, self._positions = dtype, positions
-        self._here = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        self._here.copy_(tokens, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record(torch.cuda.current_stream(tokens.device))
+        self._coming = Fetched(tokens)
         self._picks: list[int] | None = None
 
     def wait(self) -> list[int]:
         if self._picks is None:
-            self._copied.synchronize()  # the one place where the host waits for the device
-            self._picks = self._here.tolist()
+            self._picks = self._coming.wait().tolist()
         return self._picks
 
     def pick(self, row: int, node: Node) -> int:

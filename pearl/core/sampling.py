@@ -24,6 +24,7 @@ from pearl.core import noise
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
+from pearl.machine.transfers import on_host
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
@@ -70,7 +71,12 @@ def ranked(
     to p and to q; their gaps say how sure each is. Rejection: the first is drawn from q and is judged, the others are
     the likeliest of the rest. Looks at the `CANDIDATES` best tokens of q only: guesses may miss.
     """
+    if params.rejection:
+        logits = on_host(logits)
     best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
+    if best.is_cuda:  # both by one copy; a double holds them as they are
+        there = on_host(torch.stack([best.double(), tokens.double()]))
+        best, tokens = there[0].to(logits.dtype), there[1].long()
     if params.greedy:
         logp = best.float().log_softmax(-1).tolist()
         if any(math.isnan(row[0]) for row in logp):  # of infinity too
@@ -136,7 +142,7 @@ def best_on_host(scores: Tensor) -> list[int]:
     """The same as a list, by one copy from a GPU. On the host a number is looked at sooner than by a tensor's kernels,
     which are cold after a forward."""
     if scores.is_cuda:
-        found: list[int] = best_tokens(scores).tolist()
+        found: list[int] = on_host(best_tokens(scores)).tolist()
         return found
     best, tokens = scores.max(-1)
     pairs = zip(best.tolist(), tokens.tolist(), strict=True)
@@ -237,7 +243,7 @@ def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int,
     """
     if params.greedy:
         return argmax(logits[None])[0], ()
-    scores = warp(logits, params)
+    scores = warp(on_host(logits), params)
     if not params.rejection:
         return noisy_argmax(scores, _seed(params), position, noise.PICK, logits.dtype), ()
     best, tokens = scores.topk(min(SUPPORT, scores.numel()))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
+from pearl.machine.transfers import rows_of
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.language_model import LanguageModel, SequenceRows
@@ -78,13 +79,13 @@ class DraftModel(LanguageModel):
         if parts:
             logits, places = self.run_together(parts)
             for part, rows in zip(parts, wanted, strict=True):
-                found[part.batch_slot].append(logits[places[part.batch_slot]][rows])
+                found[part.batch_slot].append(rows_of(logits[places[part.batch_slot]], rows))
         for one, tree in zip(queries, trees, strict=True):
             if one.passing >= 0:
                 tree.give_back(one.passing)
             self._slots[one.batch_slot].tree = tree
         return [
-            torch.cat(found[one.batch_slot])[plan.order, : self.vocabulary]
+            rows_of(torch.cat(found[one.batch_slot]), plan.order)[:, : self.vocabulary]
             for one, plan in zip(queries, plans, strict=True)
         ]
 
@@ -110,7 +111,7 @@ class DraftModel(LanguageModel):
             masks = [chunk.mask.within(window).visible[0, 0] for window in (None, *self.windows)]
             mask = torch.stack(masks).numpy()
             rows = ForwardRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
-            return self.static(self._slots[batch_slot].cache, rows)[0][chunk.wanted]
+            return rows_of(self.static(self._slots[batch_slot].cache, rows)[0], chunk.wanted)
         laid = self._lay_out_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)
 

@@ -21,6 +21,7 @@ from toys import examples, falsified
 
 import pearl.models.kv_cache.batch_cache
 from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
+from pearl.machine.transfers import SentOnce
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches, products
 from pearl.models.kv_cache.attention import AttentionMask
@@ -133,8 +134,9 @@ def write_no_keys_for_side_rows(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self, slices, rows):
         init(self, slices, rows)
-        kept = self._slots < self._buffers.slots
-        self._rows, self._batch_slots, self._slots = self._rows[kept], self._batch_slots[kept], self._slots[kept]
+        kept = self._slots.here < self._buffers.slots
+        for name in ("_rows", "_batch_slots", "_slots"):
+            setattr(self, name, SentOnce(getattr(self, name).here[kept]))
 
     patch.setattr(BatchCache, "__init__", wrong)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
+from pearl.machine.transfers import sent
 
 
 class Bans:
@@ -55,11 +56,11 @@ class Bans:
         size = scores.shape[-1]
         if self._never or self._allowed is not None:
             if self._mask is None:
-                self._mask = self._never_said(size).to(scores.device)
+                self._mask = sent(self._never_said(size), scores.device)
             scores.masked_fill_(self._mask, -math.inf)
         pairs = [(row, t) for row, path in enumerate(paths) for t in self._after(text, path) if t < size]
         if pairs:
-            rows, tokens = torch.tensor(pairs, device=scores.device).T
+            rows, tokens = sent(torch.tensor(pairs), scores.device).T
             scores[rows, tokens] = -math.inf
 
     def forbids(self, text: Sequence[int], path: Sequence[int], token: int) -> bool:

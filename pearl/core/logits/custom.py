@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pearl.errors import UsageError
+from pearl.machine.transfers import sent
 
 
 def apply(processors: Sequence[Callable[..., Any]], tokens: Sequence[int], logits: Tensor) -> Tensor:
@@ -25,7 +26,7 @@ def apply(processors: Sequence[Callable[..., Any]], tokens: Sequence[int], logit
     scores = logits.to(torch.float32, copy=True)
     for process in processors:
         if _of_transformers(process):
-            made = process(torch.tensor([list(tokens)], device=scores.device), scores[None])
+            made = process(sent(torch.tensor([list(tokens)]), scores.device), scores[None])
             made = made[0] if isinstance(made, Tensor) and made.shape[:1] == (1,) else made
         else:
             made = process(list(tokens), scores)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
+from pearl.machine.transfers import sent
 
 
 class Penalties:
@@ -54,12 +55,12 @@ class Penalties:
                     tokens.append(token)
                     times.append(self._counts[token] + more)
         device = scores.device
-        where = torch.tensor(rows, device=device), torch.tensor(tokens, device=device)
+        where = sent(torch.tensor(rows), device), sent(torch.tensor(tokens), device)
         own = scores[where] if rows else scores
         if len(self._tokens):
             scores[:, self._tokens] = self._penalised(scores[:, self._tokens], self._times)
         if rows:
-            scores[where] = self._penalised(own, torch.tensor(times, dtype=torch.float32, device=device))
+            scores[where] = self._penalised(own, sent(torch.tensor(times, dtype=torch.float32), device))
 
     def _count(self, text: Sequence[int], scores: Tensor) -> None:
         """Takes in what the text holds more than the last time."""
@@ -72,11 +73,11 @@ class Penalties:
         self._read = len(text)
         fresh = [token for token in dict.fromkeys((*old, *new)) if token not in self._places]
         self._places |= {token: place for place, token in enumerate(fresh, len(self._places))}
-        self._tokens = torch.cat([self._tokens.to(device), torch.tensor(fresh, dtype=torch.long, device=device)])
+        self._tokens = torch.cat([self._tokens.to(device), sent(torch.tensor(fresh, dtype=torch.long), device)])
         self._times = torch.cat([self._times.to(device), torch.zeros(len(fresh), device=device)])
         self._counts.update(new)
         if new:
-            places = torch.tensor([self._places[token] for token in new], device=device)
+            places = sent(torch.tensor([self._places[token] for token in new]), device)
             self._times.index_add_(0, places, torch.ones(len(new), device=device))
 
     def _penalised(self, scores: Tensor, times: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 from pearl.core.logits.bans import Bans
 from pearl.core.logits.penalties import Penalties
 from pearl.core.params import SamplingParams
+from pearl.machine.transfers import sent
 
 Path = Sequence[int]  # the tokens between the end of the text and what follows a row, its own token included
 
@@ -73,6 +74,6 @@ def _tensors(bias: dict[int, float], scores: Tensor) -> tuple[Tensor, Tensor]:
     """Without tokens that a drafter's smaller vocabulary does not have."""
     known = {token: one for token, one in bias.items() if token < scores.shape[-1]}
     return (
-        torch.tensor(list(known), dtype=torch.long, device=scores.device),
-        torch.tensor(list(known.values()), dtype=torch.float32, device=scores.device),
+        sent(torch.tensor(list(known), dtype=torch.long), scores.device),
+        sent(torch.tensor(list(known.values()), dtype=torch.float32), scores.device),
     )

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pearl.machine.transfers import sent
 from pearl.models.kv_cache.window import Window
 
 
@@ -84,7 +85,8 @@ class AttentionMask:
         It is made once for all layers of a forward: the kernel would make it of a bool mask anew in each.
         """
         if like.device not in self._added:
-            seen = self.visible.repeat(1, 1, groups, 1).to(like.device)
+            seen = self.visible.repeat(1, 1, groups, 1)
+            seen = sent(seen, like.device)
             self._added[like.device] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
         return self._added[like.device]
 

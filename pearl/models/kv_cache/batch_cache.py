@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.token_buckets import CannotBranch
+from pearl.machine.transfers import SentOnce, sent
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 from pearl.models.kv_cache.slot_cache import KeyValue, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache
@@ -60,14 +61,17 @@ class BatchCache(ForwardCache):
             slots += places
             batch_slots += [one.cache.batch_slot] * len(places)
             assert len(written) == len(slots), f"rows from {one.rows.start} on that lie nowhere"
-        self._rows, self._batch_slots, self._slots = map(torch.tensor, (written, batch_slots, slots))
+        self._rows, self._batch_slots, self._slots = (
+            SentOnce(torch.tensor(one)) for one in (written, batch_slots, slots)
+        )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""
         self._made.append((layer_idx, key_states))
         buffers = self._buffers.layer(layer_idx, key_states, value_states)
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[self._batch_slots, :, self._slots] = states[0].transpose(0, 1)[self._rows]
+            rows, batch_slots, slots = (one.on(buffer.device) for one in (self._rows, self._batch_slots, self._slots))
+            buffer[batch_slots, :, slots] = states[0].transpose(0, 1)[rows]
         return key_states, value_states
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
@@ -110,7 +114,7 @@ class BatchCache(ForwardCache):
                     places = first + torch.arange(heads * group.queries).view(heads, group.queries)
                     back[one.rows.start : one.rows.stop] = places[:, : len(one.rows)].T
                     first += heads * group.queries
-            self._gathered = torch.cat([one.flatten() for one in there]).to(device), back.flatten().to(device)
+            self._gathered = sent(torch.cat([one.flatten() for one in there]), device), sent(back.flatten(), device)
         return self._gathered
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
+from pearl.machine.transfers import SentOnce
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 from pearl.models.kv_cache.transformers_interface import ForwardCache
 
@@ -41,9 +42,9 @@ class Branch:
 class BranchAttention:
     """What one branch's attention call needs in every layer."""
 
-    sources: Tensor  # int64 [n]: where the rows lie that go to the n slots from the pass's first on
-    queries: Tensor  # int64 [q], the last of them for filling up
-    own: Tensor  # int64: those of the queries that count
+    sources: SentOnce  # int64 [n]: where the rows lie that go to the n slots from the pass's first on
+    queries: SentOnce  # int64 [q], the last of them for filling up
+    own: SentOnce  # int64: those of the queries that count
     mask: AttentionMask  # [1, 1, q, slots seen]
 
 
@@ -51,7 +52,7 @@ class BranchAttention:
 class ForwardLayout:
     """Where the rows of a forward write their keys and values, and what they read."""
 
-    slots: slice | Tensor  # of the first rows; the others lie in no slot of their own
+    slots: slice | SentOnce  # of the first rows; the others lie in no slot of their own
     written: int  # how many rows that are
     seen: int  # slots read
     branches: tuple[BranchAttention, ...] = ()
@@ -59,7 +60,11 @@ class ForwardLayout:
     @property
     def places(self) -> list[int]:
         """The slots of the first rows."""
-        return list(range(self.slots.start, self.slots.stop)) if isinstance(self.slots, slice) else self.slots.tolist()
+        return (
+            list(range(self.slots.start, self.slots.stop))
+            if isinstance(self.slots, slice)
+            else self.slots.here.tolist()
+        )
 
 
 class KVBuffers:
@@ -132,13 +137,14 @@ class SlotCache(ForwardCache):
             queries = torch.tensor(branch.queries)
             last = torch.tensor([positions[row] for row in branch.queries])
             mask = AttentionMask.chain(last[None], seen)
-            calls.append(BranchAttention(self.slots + sources, queries, queries[: branch.own], mask))
+            rows = [SentOnce(one) for one in (self.slots + sources, queries, queries[: branch.own])]
+            calls.append(BranchAttention(rows[0], rows[1], rows[2], mask))
         self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls))
         self.mask = AttentionMask.chain(own[None], seen)
 
     def place_nodes(self, slots: Tensor, mask: AttentionMask) -> None:
         """The next forward writes its rows to `slots`, int64 [rows]; they see what `mask` says."""
-        self.layout = ForwardLayout(slots, len(slots), mask.visible.shape[-1])
+        self.layout = ForwardLayout(SentOnce(slots), len(slots), mask.visible.shape[-1])
         self.mask, self.first, self.high = mask, 0, max(self.high, int(slots.max()) + 1)
 
     def clear(self, first: int) -> None:
@@ -168,7 +174,8 @@ class SlotCache(ForwardCache):
         for buffer, states in zip(
             self.view(layer_idx, key_states, value_states), (key_states, value_states), strict=True
         ):
-            buffer[:, :, layout.slots] = states[:, :, : layout.written]
+            where = layout.slots if isinstance(layout.slots, slice) else layout.slots.on(buffer.device)
+            buffer[:, :, where] = states[:, :, : layout.written]
             if layout.branches:
                 buffer[:, :, self.slots : self.slots + states.shape[2]] = states
             seen.append(buffer[:, :, : layout.seen])
@@ -186,16 +193,17 @@ class SlotCache(ForwardCache):
         """Copies rows of the last forward with branches to the slots from `slot` on, in one layer or in all."""
         first, last = self.slots + rows[0], self.slots + rows[-1]
         straight = last - first == len(rows) - 1  # rows ascend
-        scratch = slice(first, last + 1) if straight else [self.slots + row for row in rows]
+        scratch = SentOnce(torch.tensor([self.slots + row for row in rows]))
         for buffers in self._views.values() if layer is None else [self._views[layer]]:
             for buffer in buffers:
-                buffer[:, :, slot : slot + len(rows)] = buffer[:, :, scratch]
+                from_there = slice(first, last + 1) if straight else scratch.on(buffer.device)
+                buffer[:, :, slot : slot + len(rows)] = buffer[:, :, from_there]
 
     def lay_over(self, branch: BranchAttention, layer: int) -> None:
         """Puts a branch, and the chain up to where it leaves it, to the slots of the pass in one layer."""
         first = self.layout.places[0]
         for buffer in self._views[layer]:
-            sources = branch.sources.to(buffer.device)
+            sources = branch.sources.on(buffer.device)
             buffer[:, :, first : first + len(sources)] = buffer.index_select(2, sources)
 
     def owner(self, keys: Tensor) -> int | None:
@@ -223,7 +231,7 @@ class SlotCache(ForwardCache):
         key, value = key[:, :, : self.layout.seen], value[:, :, : self.layout.seen]
         for branch in self.layout.branches:
             self.lay_over(branch, owner)
-            queries, own = branch.queries.to(query.device), branch.own.to(query.device)
+            queries, own = branch.queries.on(query.device), branch.own.on(query.device)
             one = packed(query.index_select(2, queries), key, value, branch.mask, call)
             out.index_copy_(2, own, one[:, :, : len(own)])
         self.move(range(self.layout.written), self.layout.places[0], owner)  # the chain is back where it was

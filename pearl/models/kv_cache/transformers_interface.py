@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pearl.core.token_buckets import CannotBranch
+from pearl.machine.transfers import sent
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 
 GROUPED = "pearl_grouped"  # the name of our attention in a model's config
@@ -65,16 +66,16 @@ def forward(
     """
     arguments: dict[str, Any] = {cache_argument(type(model).forward): cache, "use_cache": True}
     if uses_grouped_attention(model):
-        arguments |= {"attention_cache": cache, "attention_mask": cache.mask.visible.to(model.device)}
+        arguments |= {"attention_cache": cache, "attention_mask": sent(cache.mask.visible, model.device)}
     else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
         # slots behind the last row are padding: with none, transformers gives a single row no mask at all
         used = torch.arange(cache.mask.visible.shape[-1], device=model.device) < cache.first + tokens.shape[1]
         arguments["attention_mask"] = used.long()[None]
     cache.attended = False
     out = model(
-        input_ids=tokens.to(model.device),
-        position_ids=positions.to(model.device),
-        logits_to_keep=keep,
+        input_ids=sent(tokens, model.device),
+        position_ids=sent(positions, model.device),
+        logits_to_keep=sent(keep, model.device) if isinstance(keep, Tensor) else keep,
         **arguments,
     )
     if cache.must_attend and not cache.attended:

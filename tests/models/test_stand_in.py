@@ -1,0 +1,178 @@
+"""On a GPU the loops wait where they say and nowhere else, all tensors lie where they belong, and no memory is reused
+too early: seen by a stand-in for the device, which computes what a GPU would (`tests/support/stand_in.py`).
+
+The second part plants faults, and the stand-in has to find each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from stand_in import Gpu, HiddenWait, PinnedReuse, WrongDevice
+from toys import Move, ScriptedChannel, Text, letters, ticks, together
+
+import pearl.machine.transfers
+import pearl.models.kv_cache.attention_probe
+import pearl.roles.target
+from pearl.core.sampling import SamplingParams
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.drafters.tree import TreeSource
+from pearl.machine.transfers import on_host, sent
+from pearl.models import static_shapes
+from pearl.models.kv_cache.attention import AttentionMask
+from pearl.roles.sequence import SequenceRequest
+from pearl.roles.target import Target
+
+PROMPT = [3 * i % tiny.VOCABULARY for i in range(20)]
+GREEDY = SamplingParams(max_new_tokens=12)
+PARAMS = {
+    "greedy": GREEDY,
+    "seeded": SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, top_p=0.9, top_k=50),
+    "processed": SamplingParams(
+        max_new_tokens=12,
+        repetition_penalty=1.2,
+        logit_bias={5: 1.0},
+        bad_words_ids=((7,), (3, 4)),
+        no_repeat_ngram_size=2,
+    ),
+}
+STEADY: list[Move] = [(1, 1, 1)] + [(0, 0, 0)] * 12  # a turn of the drafter now and then
+Moved = Callable[[torch.nn.Module], torch.nn.Module]
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Iterator[Gpu]:
+    with Gpu() as gpu:
+        probe = pearl.models.kv_cache.attention_probe.use_grouped_attention
+
+        def probed(model):  # once a model, when it is loaded
+            with gpu.may_wait():
+                return probe(model)
+
+        monkeypatch.setattr(tiny, "use_grouped_attention", probed)
+        yield gpu
+
+
+def loops(moved: Moved, static: bool, slots: int = 1) -> Target:
+    """A target and a drafter that is nearly as good; `static`: with forwards of static shape, as a GPU has them."""
+    model, draft = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
+    torch.manual_seed(1)
+    for weight in draft.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    target = tiny.verifier(moved(model), batch_slots=slots)
+    drafter = tiny.draft_model(moved(draft), batch_slots=slots)
+    if static:
+        target.enable_static_shapes()
+        drafter.enable_static_shapes()
+    return Target(target, ScriptedChannel(TreeSource(drafter), STEADY), ticks())
+
+
+def write(target: Target, mode: str, params: SamplingParams) -> Text:
+    return together(target, PROMPT, Schedule.of(mode), params)
+
+
+def here(model: torch.nn.Module) -> torch.nn.Module:
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, mode, static",
+    [
+        *(("greedy", mode, True) for mode in ("ar", "sd", "pearl", "tree")),
+        ("seeded", "pearl", True),
+        ("seeded", "tree", True),
+        ("processed", "tree", True),
+        ("greedy", "tree", False),
+        ("processed", "pearl", False),
+    ],
+)
+def test_a_pass_waits_once_and_a_draft_once(gpu, kind, mode, static):
+    expected = write(loops(here, static), mode, PARAMS[kind])
+    target = loops(gpu.moved, static)
+    assert write(target, mode, PARAMS[kind]).tokens == expected.tokens
+    forwards = target.draft_stats.forwards if target.draft_stats else 0
+    assert len(target.passes) <= gpu.waits <= len(target.passes) + forwards
+
+
+def test_texts_side_by_side_wait_once_a_pass_and_text(gpu):
+    def texts(target: Target) -> tuple[list[list[int]], int]:
+        asked = [SequenceRequest([one, *PROMPT], GREEDY, Stopper(GREEDY, (), letters)) for one in range(3)]
+        states = {sequence for sequence, _ in target.write(asked, Schedule.of("tree"), 3)}
+        ended = sorted(states, key=lambda one: one.request.prompt[0])
+        asks = sum(len(one.passes) + 3 * one.draft_stats.forwards for one in ended)
+        return [one.stopper.tokens for one in ended], asks
+
+    expected, _ = texts(loops(here, False, slots=3))
+    said, asks = texts(loops(gpu.moved, False, slots=3))
+    assert said == expected and 0 < gpu.waits <= asks
+
+
+# Faults
+
+
+def test_a_mask_on_the_host_is_found(gpu, monkeypatch):
+    class OnHost(AttentionMask):
+        def added(self, groups: int, like: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(self.visible.shape)
+
+    target = loops(gpu.moved, True)
+    monkeypatch.setattr(AttentionMask, "added", OnHost.added)
+    with pytest.raises(WrongDevice, match="of the host and one of the device"):
+        write(target, "ar", GREEDY)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda logits: logits[0, 0].item(),
+        lambda logits: logits.tolist(),
+        lambda logits: bool(logits[0, 0] > 0),
+        lambda logits: logits.cpu(),
+        lambda logits: logits[0].nonzero(),
+        lambda logits: logits[logits > 0],
+        lambda logits: torch.cuda.synchronize(),
+        lambda logits: torch.tensor([1, 2]).to(logits.device),
+    ],
+    ids=["item", "tolist", "bool", "copy", "nonzero", "mask", "synchronize", "upload"],
+)
+def test_a_wait_in_the_walk_is_found(gpu, monkeypatch, ask):
+    verify = pearl.roles.target.verify
+
+    def curious(sequence, nodes, found, controller, logits, read_root):
+        ask(logits)
+        return verify(sequence, nodes, found, controller, logits, read_root)
+
+    target = loops(gpu.moved, True)
+    monkeypatch.setattr(pearl.roles.target, "verify", curious)
+    with pytest.raises(HiddenWait):
+        write(target, "ar", GREEDY)
+
+
+def test_a_buffer_that_is_filled_while_it_is_copied_is_found(gpu, monkeypatch):
+    def fill() -> None:  # as forwards of a long prompt do, between which nobody waits
+        inputs = static_shapes.StaticInputs(torch.device("cuda:0"), 256, 1)
+        for number in range(5):
+            inputs.fill(np.full((5, 16), number), None)
+
+    fill()
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)
+    with pytest.raises(PinnedReuse):
+        fill()
+
+
+def test_picks_that_are_read_before_they_are_here_are_found(gpu, monkeypatch):
+    monkeypatch.setattr(pearl.machine.transfers.Fetched, "wait", lambda coming: coming._here)
+    with pytest.raises((AssertionError, IndexError, RuntimeError, OverflowError, KeyError)):
+        write(loops(gpu.moved, True), "ar", GREEDY)
+
+
+@torch.inference_mode()
+def test_what_is_sent_does_not_wait_and_what_is_fetched_waits_once(gpu):
+    there = sent(torch.arange(5), torch.device("cuda:0"))
+    assert there.is_cuda and not gpu.waits
+    assert on_host(there + 1).tolist() == [1, 2, 3, 4, 5] and gpu.waits == 1
