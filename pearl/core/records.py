@@ -94,6 +94,7 @@ class GenerationStats:
     places: int = 1  # texts that may be under way at once
     began_s: float = 0.0  # on the target's clock: when it took a place,
     ended_s: float = 0.0  # and when it gave that back
+    energy_j: float | None = None  # that the machine used meanwhile; None: it does not tell
 
     @property
     def seconds(self) -> float:

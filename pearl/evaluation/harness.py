@@ -32,6 +32,7 @@ from pearl.evaluation.lines import Line
 from pearl.evaluation.measures import repeats
 from pearl.evaluation.results import WorkUnit
 from pearl.machine.display import Progress
+from pearl.machine.energy import EnergyMeter
 
 WARM_UP_TOKENS = 8
 SAME = "identical_to_ar"
@@ -200,12 +201,15 @@ class Conversation:
             raise TooLong(self.task.id, len(answers), len(prompt), params.max_new_tokens, limit)
         return GenerationRequest(prompt, replace(params, seed=params.seed + self.unit.sample), after)
 
-    def alone(self, decode: Decoder) -> Iterator[Text]:
+    def alone(self, decode: Decoder, meter: EnergyMeter | None = None) -> Iterator[Text]:
         """All its turns, one after the other."""
         answers: list[str] = []
         for turn in range(self.task.turns):
             request = self.request(answers)
+            before = meter.joules() if meter else None
             text = decode(request.prompt, request.params, turn > 0)  # type: ignore[arg-type]  # tokens, of a task
+            if meter and before is not None and (after := meter.joules()) is not None:
+                text = replace(text, energy_j=after - before)
             answers.append(text.text)
             yield SampleKey(*self.unit, turn), request.prompt, text  # type: ignore[misc]
 
@@ -224,9 +228,10 @@ def _written(
     if plan.batch_size > 1 and mode in plan.writers:
         yield from _side_by_side(talks, plan.writers[mode], ProgressLine(progress, mode), skip)
         return
+    meter = EnergyMeter()
     for talk in talks:
         try:
-            yield from talk.alone(plan.modes[mode])
+            yield from talk.alone(plan.modes[mode], meter)
         except TooLong as error:
             skip(talk, error)
 

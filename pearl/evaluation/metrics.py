@@ -135,9 +135,16 @@ def _devices(texts: Sequence[GenerationStats]) -> Figures:
         "overhead_ms": _percentile(
             [1e3 * (p.seconds - p.others_s - p.forward_s - p.waited_s) for p in _decoding(texts)]
         ),
+        "millijoules_per_token": _energy(texts),
         "peak_memory_mb": max(text.peak_memory for text in texts) / 1e6,
         "bytes_per_pass": sum(text.bytes_on_wire for text in texts) / len(passes),
     }
+
+
+def _energy(texts: Sequence[GenerationStats]) -> float | None:
+    """Of the whole machine, idle parts too; None if it does not tell, of every text."""
+    told = [text.energy_j for text in texts if text.energy_j is not None]
+    return 1e3 * sum(told) / sum(len(text.tokens) for text in texts) if len(told) == len(texts) else None
 
 
 def _latency(texts: Sequence[GenerationStats]) -> Figures:

@@ -207,6 +207,7 @@ def read(folder: Path) -> tuple[Stats, dict[str, dict[SampleKey, str]]]:
                 places=line.get("places", 1),
                 began_s=line.get("began_s", 0.0),
                 ended_s=line.get("ended_s", 0.0),
+                energy_j=line.get("energy_j"),
             )
             completions.setdefault(mode, {})[key] = line["completion"]
     return texts, completions
@@ -233,6 +234,7 @@ def sample_line(key: SampleKey, mode: str, prompt: Sequence[int], text: Generati
         "places": text.places,
         "began_s": text.began_s,
         "ended_s": text.ended_s,
+        "energy_j": text.energy_j,
     }
 
 

@@ -56,6 +56,7 @@ COLUMNS: dict[str, Column] = {
     "tpot_ms_p50": Column("p50", "{:.0f}", "ms a token, half of them"),
     "tpot_ms_p95": Column("p95", "{:.0f}", "ms a token, 95 % of them"),
     "tpot_ms_p99": Column("p99", "{:.0f}", "ms a token, 99 % of them"),
+    "millijoules_per_token": Column("mJ/tok", "{:.0f}", "millijoules of the machine a token"),
     "peak_memory_mb": Column("MB", "{:.0f}", "memory of both"),
     "bytes_per_pass": Column("B/pass", "{:.0f}", "bytes sent a pass"),
     "score": Column("score", "{:.2f}", "share of right answers"),
@@ -79,6 +80,7 @@ OF_A_RUN = (
     "tpot_ms_p50",
     "tpot_ms_p95",
     "bytes_per_pass",
+    "millijoules_per_token",
     "score",
 )
 Row = tuple[Sequence[str], Figures]  # its labels, one a leading column
