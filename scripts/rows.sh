@@ -13,7 +13,7 @@ if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts
 PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}
 MODES=${MODES:-ar ar-all sd pearl tree}
-TASKS="humaneval gsm8k mgsm mt_bench spec_bench"
+TASKS=${TASKS:-humaneval gsm8k mgsm mt_bench spec_bench}
 folders=()
 
 run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }

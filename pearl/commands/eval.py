@@ -20,6 +20,7 @@ BENCHMARKS = {
     "mt-bench": "pearl.tasks.mt_bench",
     "spec-bench": "pearl.tasks.spec_bench",
     "speed-bench": "pearl.tasks.speed_bench.benchmark",
+    "input-length": "pearl.tasks.sweeps.input_length",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import shlex
 import sys
 import time
@@ -36,6 +37,13 @@ TASK = (
     Option(
         "skip_too_long", False, FLAG, "leave out problems that are too long, instead of ending with an error", "task"
     ),
+    Option(
+        "stop_at_interval",
+        None,
+        number(0.001, 1.0, "a part of a speed-up, from 0.001 to 1"),
+        "stop once the interval of every speed-up is at most so wide; problems come in a mixed order then",
+        "task",
+    ),
     Option("wide", False, FLAG, "print all columns of the table", "task"),
 )
 
@@ -58,9 +66,10 @@ class EvalConfig:
         """As the files of the run keep it."""
         return vars(self.found) | {"suite": self.benchmark.name, "resolved": vars(self.engine)}
 
-    def title(self, skipped: int = 0) -> str:
-        """Of the table. `skipped`: problems that were too long."""
-        count, engine = len(self.problems) - skipped, self.engine
+    def title(self, skipped: int = 0, count: int | None = None) -> str:
+        """Of the table. `skipped`: problems that were too long. `count`: of those that were decoded, if not all."""
+        engine = self.engine
+        count = len(self.problems) - skipped if count is None else count
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
         label = ", SYNTHETIC acceptance" if engine.synthetic else ", warm memory" if engine.memory else ""
         return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}{label}"
@@ -129,4 +138,20 @@ def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace)
         seen[category] += 1
         if seen[category] <= math.ceil(found.share * sizes[category]):
             shared.append(problem)
+    if found.stop_at_interval:
+        shared = _mixed(benchmark, shared)
     return [shared[i] for i in cli.choose(len(shared), found.limit, found.indices)]
+
+
+def _mixed(benchmark: Benchmark, problems: list[Any]) -> list[Any]:
+    """In an order by chance, the same every time, in which the categories take turns: so that the first of them are a
+    fair sample of all."""
+    drawn = list(problems)
+    random.Random(0).shuffle(drawn)
+    place: Counter[str | None] = Counter()
+    turns = []
+    for problem in drawn:
+        category = benchmark.category(problem)
+        turns.append((place[category], problem))
+        place[category] += 1
+    return [problem for _, problem in sorted(turns, key=lambda turn: turn[0])]

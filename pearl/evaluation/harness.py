@@ -73,6 +73,7 @@ class Plan:
     # what is read of prompts from now on is found from the next call on, so that no mode reads for another
     begin_round: Callable[[], object] = lambda: None
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
+    interval: float | None = None  # stop once those of all speed-ups are at most this part of them
 
     @property
     def units(self) -> list[WorkUnit]:
@@ -142,14 +143,18 @@ def writers(engine: Engine, schedules: Mapping[str, Schedule], batch_size: int) 
 
 
 def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> None:
-    """Decodes every problem in every mode, or only these `units`, and adds each unit to `folder` once it is done."""
+    """Decodes every problem in every mode, or only these `units`, and adds each unit to `folder` once it is done; as
+    many as the plan wants for its intervals."""
     wanted = plan.units if units is None else [one for one in plan.units if one in set(units)]
     if wanted:
         _warm_up(plan)
     modes, tasks = tuple(plan.modes), {task.id: task for task in plan.tasks}
     size = 1 if plan.batch_size == 1 else BLOCK * plan.batch_size
+    seen = results.read(folder)[0] if plan.interval else {}
     with Progress("decoding", len(wanted) * len(modes)) as progress:
         for block in (wanted[first : first + size] for first in range(0, len(wanted), size)):
+            if plan.interval and metrics.narrow(seen, plan.interval):
+                break
             written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
             skipped: dict[WorkUnit, TooLong] = {}
             turn = plan.units.index(block[0]) // size % len(modes)
@@ -160,6 +165,7 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
                     talks = [Conversation(unit, tasks[unit.task], plan) for unit in block if unit not in skipped]
                     for key, prompt, text in _written(plan, talks, mode, progress, skipped):
                         completion = tasks[key.task].completion(text.text)
+                        seen.setdefault(mode, {})[key] = text
                         sample = results.sample_line(key, mode, prompt, text, completion)
                         written[WorkUnit(*key[:3])].append((sample, results.pass_lines(key, mode, text)))
                         progress.advance(1 / tasks[key.task].turns)
@@ -303,6 +309,7 @@ def summary(
         "environment": environment(engine),
         "memory": "warm" if engine.config.memory else "cold",
         "events": events,
+        "problems": len({key.task for texts in runs.values() for key in texts}),
         "skipped_too_long": len({line["task_id"] for line in skipped}),
         "skipped": list(skipped),
         "modes": modes,

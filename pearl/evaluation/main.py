@@ -116,6 +116,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         checked.max_length,
         lambda: engine.exclusively(engine.runtime.begin_round),
         found.skip_too_long,
+        found.stop_at_interval,
     )
 
 
@@ -176,7 +177,8 @@ def _show(config: EvalConfig, summary: dict[str, Any]) -> None:
     from pearl.evaluation import tables
 
     folder = config.folder
-    tables.show(config.title(summary.get("skipped_too_long", 0)), summary["modes"], config.found.wide)
+    title = config.title(summary.get("skipped_too_long", 0), summary.get("problems"))
+    tables.show(title, summary["modes"], config.found.wide)
     if rest := {mode: some for mode, figures in summary["modes"].items() if (some := figures.get("without_repeats"))}:
         tables.show("The same without the part of each answer that repeats its prompt", rest, config.found.wide)
     print(f"written to {folder}")

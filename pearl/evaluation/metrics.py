@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pearl.evaluation.measures import acceptance, intervals
 
 Runs = dict[SampleKey, GenerationStats]
 Figures = dict[str, Any]
+ENOUGH = 10  # problems, of fewer an interval is narrow by chance
 GAP_S = 0.5  # without any text on the target: another batch
 BY_CATEGORY = (
     "sequences",
@@ -56,6 +57,19 @@ def summarise(
             figures["by_sequence"] = by_sequence(runs)
         summary[mode] = figures
     return summary
+
+
+def narrow(modes: Mapping[str, Runs], width: float) -> bool:
+    """Whether the interval of every mode's speed-up over `ar` is at most this part of it, by enough problems."""
+    ar = modes.get("ar", {})
+    if len({key.task for key in ar}) < ENOUGH:
+        return False
+    for mode, runs in modes.items():
+        if mode != "ar":
+            found = _intervals(runs, ar)["speedup_interval_95"]
+            if not found or found[1] - found[0] > width * (_speedup(*_shared(runs, ar)) or 0.0):
+                return False
+    return True
 
 
 def _figures(runs: Runs, ar: Runs) -> Figures:
@@ -156,6 +170,7 @@ def _latency(texts: Sequence[GenerationStats]) -> Figures:
         for kind in (False, True)
     }
     return {
+        "ms_per_token_of_each": 1e3 * sum(map(_of_its_own, texts)) / sum(len(text.tokens) for text in texts),
         "ttft_ms": _percentile([*first_ms[False], *first_ms[True]]),
         # of those texts that began with what earlier ones had read, and of the others; None: there were none
         "ttft_ms_cached": _percentile(first_ms[True]) if first_ms[True] else None,
@@ -276,7 +291,7 @@ def _speedup(mine: Sequence[GenerationStats], theirs: Sequence[GenerationStats],
 def _intervals(runs: Runs, ar: Runs) -> Figures:
     """Of the figures that are compared most."""
     alone = intervals.gathered(
-        (key.task, [len(text.tokens), text.seconds, *_verified(text)]) for key, text in runs.items()
+        (key.task, [len(text.tokens), text.seconds, *_verified(text), _of_its_own(text)]) for key, text in runs.items()
     )
     beside = intervals.gathered(
         (key.task, [fact for text in (runs[key], ar[key]) for fact in (sum(text.committed), text.seconds)])
@@ -286,10 +301,16 @@ def _intervals(runs: Runs, ar: Runs) -> Figures:
     return {
         "speedup_interval_95": intervals.interval(beside, lambda n, s, their_n, their_s: (n / s) / (their_n / their_s)),
         "tokens_per_second_interval_95": intervals.interval(alone, lambda n, s, *_: n / s),
-        "acceptance_length_interval_95": intervals.interval(alone, lambda n, s, a, v: 1 + a / v)
-        if any(figures[-1] for figures in alone.values())
+        "ms_per_token_of_each_interval_95": intervals.interval(alone, lambda n, s, a, v, mine: 1e3 * mine / n),
+        "acceptance_length_interval_95": intervals.interval(alone, lambda n, s, a, v, _: 1 + a / v)
+        if any(figures[-2] for figures in alone.values())
         else None,
     }
+
+
+def _of_its_own(text: GenerationStats) -> float:
+    """Seconds of a text as its reader has them: from when it took its place to its end."""
+    return text.ended_s - text.began_s if text.places > 1 else text.seconds
 
 
 def _verified(text: GenerationStats) -> list[int]:

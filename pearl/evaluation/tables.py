@@ -57,6 +57,7 @@ COLUMNS: dict[str, Column] = {
     "tpot_ms_p95": Column("p95", "{:.0f}", "ms a token, 95 % of them"),
     "tpot_ms_p99": Column("p99", "{:.0f}", "ms a token, 99 % of them"),
     "millijoules_per_token": Column("mJ/tok", "{:.0f}", "millijoules of the machine a token"),
+    "ms_per_token_of_each": Column("ms of each", "{:.1f}", "ms a token of one text, others beside it"),
     "peak_memory_mb": Column("MB", "{:.0f}", "memory of both"),
     "bytes_per_pass": Column("B/pass", "{:.0f}", "bytes sent a pass"),
     "score": Column("score", "{:.2f}", "share of right answers"),

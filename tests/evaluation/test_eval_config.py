@@ -29,6 +29,10 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     assert chosen("--share", "0.01") == ["MGSM/0", "MGSM/1"]
     assert chosen("--share", "0.25", "--limit", "3") == ["MGSM/0", "MGSM/1", "MGSM/2"]
     assert len(chosen()) == 14
+    mixed = chosen("--stop-at-interval", "0.1")
+    kinds = [int(name.split("/")[1]) % 2 for name in mixed]
+    assert sorted(mixed) == sorted(chosen()) and mixed != chosen()
+    assert all(first != second for first, second in zip(kinds[::2], kinds[1::2], strict=True)), "they take turns"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pearl.config import outputs
 from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
-from pearl.evaluation import harness, results
+from pearl.evaluation import harness, metrics, results
 from pearl.evaluation.harness import Conversation, Plan, Task
 from pearl.evaluation.results import WorkUnit
 
@@ -278,3 +278,21 @@ def test_what_replicas_left_out_is_kept_and_not_tried_again(tmp_path):
     with pytest.raises(harness.TooLong, match=r"T/1, turn 2 is too long: its prompt's 2 tokens"):
         harness.run(replace(made, skip_too_long=False), tmp_path / "again")
     assert {unit.task for unit in results.repair(tmp_path / "again", made.texts)} == {"T/0"}
+
+
+def test_a_run_stops_once_its_intervals_are_narrow_and_stays_so(tmp_path):
+    """The toy decoders are equally fast in every problem: the fewest problems that count are enough."""
+    made = replace(plan(problems=30, samples=1, repeats=1), interval=0.1)
+    resume(tmp_path, made)
+    done = {line["task_id"] for line in map(json.loads, (tmp_path / results.SAMPLES).read_text().splitlines())}
+    assert len(done) == metrics.ENOUGH
+    before = files(tmp_path)
+    assert len(resume(tmp_path, made)) == 20 and files(tmp_path) == before
+    uneven = replace(made, modes={**made.modes, "sd": _uneven})
+    resume(tmp_path / "uneven", uneven)
+    samples = (tmp_path / "uneven" / results.SAMPLES).read_text().splitlines()
+    assert len({json.loads(line)["task_id"] for line in samples}) == 30, "wide intervals want all of them"
+
+
+def _uneven(prompt: Sequence[int], params: SamplingParams, continues: bool) -> GenerationStats:
+    return text("sd", prompt, params.seed or 0, seconds=1.0 + 9.0 * (prompt[0] % 3))

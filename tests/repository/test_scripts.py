@@ -25,8 +25,9 @@ TABLES = sorted(
     file for file in SCRIPTS.glob("*.sh") if "rows.sh" in file.read_text() and file.stem not in ("rows", "all")
 )
 SLURM = sorted((SCRIPTS / "slurm").glob("*.slurm"))
+SWEEPS = ["sweep_concurrency", "sweep_input_length", "sweep_temperature"]
 NAMES = [file.stem for file in TABLES]
-IN_ALL = [name for name in NAMES if name != "full_width"]  # which takes hours
+IN_ALL = [name for name in NAMES if name != "results" and not name.startswith("sweep_")]  # which take hours
 
 
 def bash(*command: str, cwd: Path = ROOT, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
@@ -56,7 +57,7 @@ def test_all_the_tables_of_the_papers_are_there():
     wanted = (
         "main_results ablation gamma_sweep mean_accepted acceptance_by_depth equal_devices competition draft_sources"
     )
-    assert set(NAMES) == {*wanted.split(), "batch_scaling", "full_width", "timeline"}
+    assert set(NAMES) == {*wanted.split(), "batch_scaling", "results", "timeline", *SWEEPS}
 
 
 @pytest.mark.parametrize("file", [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")], ids=lambda file: file.name)
@@ -146,7 +147,7 @@ def test_all_of_them_end_on_one_page():
     assert every[-1] == ["python", "eval/report.py", "results", "--output", "results/report.html"]
 
 
-@pytest.mark.parametrize("name", ["main_results", "all", "full_width", "ablation", "equal_devices", "mean_accepted"])
+@pytest.mark.parametrize("name", ["main_results", "all", "results", "ablation", "equal_devices", "mean_accepted"])
 def test_data_that_is_not_there_is_missed_before_anything_is_decoded(name, tmp_path):
     settings = {"READY": "1", "DATA": str(tmp_path), "RESULTS": str(tmp_path / "results"), "LAUNCH": "touch started"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -205,6 +206,56 @@ def test_every_script_runs_and_run_twice_does_nothing_twice(small):
     again = bash("scripts/ablation.sh", **small)
     assert again.returncode == 0 and (ablation / "table.md").read_text() in again.stdout
     assert [(file, file.stat().st_mtime_ns) for file in sorted(results_at.glob("*/*/samples.jsonl"))] == before
+
+
+def test_the_kept_results_are_whole_answers_greedy_and_sampled():
+    *rows, _ = commands("scripts/results.sh", DATA="d")
+    names = [Path(values(row, "--output")[0]).name for row in rows]
+    tasks = ("humaneval-chat", "humaneval-completion", "gsm8k", "mt_bench", "spec_bench")
+    assert names == [f"{task}-t{temperature}" for temperature in (0, 1) for task in tasks]
+    for row in rows:
+        assert values(row, "--max-new-tokens") == ["512"] and values(row, "--stop-at-interval") == ["0.1"]
+        own = {"ar", "ar-all", "sd", "pearl", "tree"}
+        greedy = values(row, "--temperature") == ["0"]
+        assert set(values(row, "--mode")) == (own | {"hf-assisted", "hf-prompt-lookup"} if greedy else own)
+    *rows, keep, _ = commands("scripts/results.sh", "keep", DATA="d", TASKS="gsm8k", PAIR="mine.yaml")
+    assert keep[:2] == ["python", "scripts/keep_results.py"] and keep[2:] == [
+        values(row, "--output")[0] for row in rows
+    ]
+    assert "results/mine-tokens-512/gsm8k-t0" in keep
+
+
+@pytest.mark.slow
+def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_path):
+    """Three tokens of a problem: the whole way, at little cost."""
+    settings = {"READY": "1", "LAUNCH": "python", "LIMIT": "1", "TOKENS": "3", "RESULTS": str(tmp_path / "results")}
+    settings |= {"TASKS": "humaneval", "TEMPERATURES": "0", "MODES": "ar sd:1", "BASELINES": "hf-prompt-lookup"}
+    settings |= {"OPTIONS": "--no-score --processes 1", "KEEP_TO": str(tmp_path / "docs" / "results")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = bash("scripts/results.sh", "keep", PATH=path, **settings)
+    assert done.returncode == 0, done.stderr
+    kept = tmp_path / "docs" / "results"
+    made = {file.stem for file in (kept / "smollm2-135m").glob("*.json")}
+    assert made == {"humaneval-chat-t0", "humaneval-completion-t0"}
+    page = (kept / "README.md").read_text()
+    assert "HumanEval (chat), 1 texts of up to 3 tokens, greedy" in page and str(tmp_path) not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("input_length", {"OPTIONS": "--processes 1 --max-length 200 --data text.txt", "LIMIT": "2"}),
+        ("temperature", {"OPTIONS": "--processes 1 --max-length 500 --no-score", "TEMPERATURES": "0 1"}),
+    ],
+)
+def test_a_sweep_ends_in_a_plot(small, tmp_path, name, more):
+    (tmp_path / "text.txt").write_text("One text that somebody wrote. " * 200)
+    settings = small | {"LAUNCH": "python", "MODES": "ar sd:2", "RESULTS": str(tmp_path)} | more
+    settings["OPTIONS"] = settings["OPTIONS"].replace("text.txt", str(tmp_path / "text.txt"))
+    done = bash(f"scripts/sweep_{name}.sh", **settings)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tables" / f"sweep_{name}" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

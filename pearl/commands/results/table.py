@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pearl.config import cli, outputs
 from pearl.evaluation import plots, report, tables
+from pearl.evaluation.pages import sweeps
 
 COLUMNS = "tokens_per_second,speedup_vs_ar,speedup_interval_95,identical_to_ar,tokens_per_pass,acceptance,score"
 
@@ -23,6 +24,7 @@ def parser() -> cli.Parser:
     add("--columns", default=COLUMNS, help=f"of {', '.join(tables.COLUMNS)}")
     add("--by-category", action="store_true", help="a row a category, where a run has any")
     add("--plots", nargs="*", default=[], help=f"of {', '.join(plots.PLOTS)}")
+    add("--sweep", help=f"a plot against what was varied, of {', '.join(sweeps.SWEEPS)}")
     add("--output", metavar="DIR", type=outputs.folder, help="default: the folder that holds the first")
     return made
 
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns, runs = tables.choose(found.columns), report.load(found.folders)
     report.all_of_a_kind(runs)
     pictures = plots.of(runs, found.plots)
+    if found.sweep and (picture := sweeps.draw(found.sweep, runs)):
+        pictures[found.sweep] = picture
     for doubt in report.doubts(runs):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)

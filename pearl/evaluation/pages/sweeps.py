@@ -1,0 +1,138 @@
+"""A figure of every mode against what a sweep varies, with its 95 % intervals.
+
+input_length    prompt tokens          categories of one run
+draft_length    guesses a block        modes of one run (sd:1, sd:2, ...); what finds its length itself: a level
+temperature     temperature            a run each
+concurrency     texts side by side     a run each: tokens a second of all against time per token of each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pearl.errors import UsageError
+from pearl.evaluation import tables
+from pearl.evaluation.plots import colour, panels_of, png_of, spread
+from pearl.evaluation.report import Run
+
+Point = tuple[float, tables.Figures]
+Curves = dict[str, list[Point]]  # by mode, in order
+
+
+def by_category(runs: Sequence[Run]) -> Curves:
+    """Of categories that are numbers."""
+    curves: Curves = {}
+    for run in runs:
+        for mode, figures in run.modes.items():
+            for name, some in (figures.get("by_category") or {}).items():
+                if name.isdigit():
+                    curves.setdefault(mode, []).append((float(name), some))
+    return _sorted(curves)
+
+
+def by_gamma(runs: Sequence[Run]) -> Curves:
+    """Of modes with a block length in their name; one without is the same at all of them."""
+    names = [mode for run in runs for mode in run.modes]
+    lengths = sorted({float(mode.partition(":")[2]) for mode in names if mode.partition(":")[2].isdigit()})
+    curves: Curves = {}
+    for run in runs:
+        for mode, figures in run.modes.items():
+            name, _, gamma = mode.partition(":")
+            if gamma.isdigit():
+                curves.setdefault(name, []).append((float(gamma), figures))
+            elif mode != "ar":
+                curves[f"{mode}, auto"] = [(length, figures) for length in lengths]
+    return _sorted(curves)
+
+
+def by_option(name: str) -> Callable[[Sequence[Run]], Curves]:
+    """Of runs that differ in an option."""
+
+    def curves(runs: Sequence[Run]) -> Curves:
+        found: Curves = {}
+        for run in runs:
+            for mode, figures in run.modes.items():
+                found.setdefault(mode, []).append((float(run.config.get(name) or 0), figures))
+        return _sorted(found)
+
+    return curves
+
+
+def _sorted(curves: Curves) -> Curves:
+    return {mode: sorted(points, key=lambda point: point[0]) for mode, points in curves.items()}
+
+
+def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
+    """The speed-up over `ar`, and below it the acceptance length."""
+    curves = {mode: points for mode, points in curves.items() if mode != "ar"}
+    figure, upper = panels_of(7.0, 6.0, 2)
+    drawn = False
+    for axes, key, label in zip(
+        upper, ("speedup_vs_ar", "acceptance_length"), ("speed-up over ar", "acceptance length"), strict=True
+    ):
+        for place, (mode, points) in enumerate(curves.items()):
+            told = [(at, figures) for at, figures in points if figures.get(key)]
+            if told:
+                drawn = True
+                values = [figures[key] for _, figures in told]
+                intervals = [figures.get(_INTERVAL[key]) for _, figures in told]
+                axes.errorbar(
+                    [at for at, _ in told], values, yerr=spread(values, intervals), **_style(place), label=mode
+                )
+        axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
+        axes.set_ylabel(label)
+        if logarithmic:
+            axes.set_xscale("log", base=2)
+    upper[1].set_xlabel(x)
+    if not drawn:
+        return None
+    upper[0].legend(fontsize=8, frameon=False)
+    return png_of(figure)
+
+
+_INTERVAL = {"speedup_vs_ar": "speedup_interval_95", "acceptance_length": "acceptance_length_interval_95"}
+
+
+def pareto(runs: Sequence[Run]) -> bytes | None:
+    """Tokens a second of all texts against milliseconds a token of each, a line a mode, by texts side by
+    side. `ar` is one of them."""
+    points = by_option("batch_size")(runs)
+    figure, (axes,) = panels_of(7.0, 4.4, 1)
+    drawn = False
+    for place, (mode, some) in enumerate(points.items()):
+        told = [(size, figures) for size, figures in some if figures.get("ms_per_token_of_each")]
+        if told:
+            drawn = True
+            each = [figures["ms_per_token_of_each"] for _, figures in told]
+            rate = [figures["tokens_per_second"] for _, figures in told]
+            across = spread(each, [figures.get("ms_per_token_of_each_interval_95") for _, figures in told])
+            up = spread(rate, [figures.get("tokens_per_second_interval_95") for _, figures in told])
+            axes.errorbar(each, rate, xerr=across, yerr=up, **_style(place), label=mode)
+            for at, (size, _) in enumerate(told):
+                axes.annotate(f"{size:g}", (each[at], rate[at]), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    if not drawn:
+        return None
+    axes.set_xlabel("ms a token of each text (numbers: texts side by side)")
+    axes.set_ylabel("tokens a second of all")
+    axes.legend(fontsize=8, frameon=False)
+    return png_of(figure)
+
+
+def _style(place: int) -> dict[str, Any]:
+    return {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2, "color": colour(place)}
+
+
+SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
+    "input_length": lambda runs: curve(by_category(runs), "tokens of the prompt", logarithmic=True),
+    "draft_length": lambda runs: curve(by_gamma(runs), "guesses a block"),
+    "temperature": lambda runs: curve(by_option("temperature")(runs), "temperature"),
+    "concurrency": pareto,
+}
+
+
+def draw(name: str, runs: Sequence[Run]) -> bytes | None:
+    """Raises `UsageError` for a sweep that there is not."""
+    if name not in SWEEPS:
+        raise UsageError(f"There is no sweep {name!r}: choose from {', '.join(SWEEPS)}.")
+    return SWEEPS[name](runs)

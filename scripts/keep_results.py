@@ -1,0 +1,76 @@
+"""Runs into docs/results/: their summaries, the raw lines of one, and the page with its pictures.
+
+    python scripts/keep_results.py results/smollm2-135m-tokens-512/*      a run goes to docs/results/PAIR/RUN.json
+    python scripts/keep_results.py                                        makes the page and its pictures again
+
+What names this machine's folders is cut to the last part of a path. The raw lines (docs/results/raw) are of the run
+with the fewest of them: `ar` and one other mode, all that the figures are computed from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
+
+from pearl.config import cli, outputs
+from pearl.evaluation import report, results
+from pearl.evaluation.pages import kept
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW_MODES = ("ar", "tree")
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("scripts/keep_results.py", about=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="of runs that have ended")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "results", help="default: docs/results")
+    found = parser.parse_args(argv)
+    runs = report.load(found.folders) if found.folders else []
+    report.all_of_a_kind(runs)
+    for run in runs:
+        pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
+        summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
+        for figures in summary["modes"].values():
+            figures.pop("by_sequence", None)
+        summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
+        outputs.write_json(found.to / pair / f"{run.folder.name}.json", without_folders(summary))
+    with_raw = [run for run in runs if set(RAW_MODES) <= set(run.modes) and run.config.get("batch_size") == 1]
+    if with_raw:
+        keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
+    for name, content in kept.page(found.to).items():
+        outputs.write(found.to / name, content)
+    readme = found.to.parents[1] / "README.md"
+    if readme.exists():
+        outputs.write(readme, kept.in_readme(readme.read_text(encoding="utf-8"), kept.load(found.to)))
+    print(f"written to {found.to}")
+    return 0
+
+
+def keep_raw(run: report.Run, folder: Path) -> None:
+    """The lines as they are, of two modes."""
+    for name in (results.PASSES, results.SAMPLES):
+        lines = (run.folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        mine = "".join(line for line in lines if json.loads(line)["mode"] in RAW_MODES)
+        outputs.write(folder / f"{name}.gz", gzip.compress(mine.encode(), mtime=0))
+    figures = {mode: run.modes[mode] for mode in RAW_MODES}
+    outputs.write_json(folder / results.SUMMARY, without_folders({"run": run.folder.name, "modes": figures}))
+
+
+def without_folders(value: Any) -> Any:
+    """Absolute paths cut to their last part."""
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
