@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import tiny
-from programs import start, torchrun
+from programs import free_port, printed_by, start, torchrun
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES
@@ -95,17 +93,10 @@ with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=256, tens
 
 def test_under_torchrun_on_two_nodes_the_last_rank_drafts(engine, pair, tmp_path):
     """Of two ranks on the first, one on the second."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    where = ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     nodes = [
         start(tmp_path, SCRIPT, *pair, launcher=torchrun(*where, "--node_rank", str(node), "--nproc_per_node", count))
         for node, count in enumerate("21")
     ]
-    try:
-        (printed, errors), (nothing, more) = (node.communicate(timeout=200) for node in nodes)
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], errors + more
+    printed, nothing = printed_by(nodes)
     assert printed.split() == [*map(str, engine.generate(PROMPT, GREEDY).tokens), "None", "[]"] and not nothing

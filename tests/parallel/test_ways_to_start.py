@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from programs import start, torchrun
+from programs import free_port, printed_by, start, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ("-m", "accelerate.commands.launch")
@@ -58,12 +57,6 @@ def run(folder: Path, pair, *launcher: str, before: str = "", after: str = "", *
     return start(folder, script, *pair, launcher=launcher, XDG_CACHE_HOME=str(folder), **environment)
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     "launcher, who",
     [
@@ -86,12 +79,7 @@ def test_two_machines_are_two_launches(pair, tokens, tmp_path):
     port = free_port()
     where = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port)
     machines = [run(tmp_path, pair, *LAUNCH, *CPU, *where, "--machine_rank", rank) for rank in "01"]
-    try:
-        (printed, errors), (nothing, more) = (machine.communicate(timeout=200) for machine in machines)
-    finally:
-        for machine in machines:
-            machine.kill()
-    assert [machine.returncode for machine in machines] == [0, 0], errors + more
+    printed, nothing = printed_by(machines)
     assert printed.split() == [*tokens.split(), "launched", "True", "True", "False", "1"] and not nothing
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,3 +29,20 @@ def start(folder: Path, script: str, *words: str, launcher: tuple[str, ...] = ()
 
 def torchrun(*options: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", *(options or ("--standalone", "--nproc_per_node", "2")))
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def printed_by(machines: Sequence[subprocess.Popen]) -> list[str]:
+    """What the launchers of several machines, which are this one, have printed. All must end well."""
+    try:
+        said = [machine.communicate(timeout=200) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0] * len(machines), "".join(errors for _, errors in said)
+    return [printed for printed, _ in said]
