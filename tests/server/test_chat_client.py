@@ -62,7 +62,8 @@ def test_each_word_has_the_origin_that_the_record_has(engine_server):
             texts.append(said)
 
     engine_server.service.listeners.append(listener)
-    talk = RemoteTalk(Server(engine_server.url, "k"), {"max_tokens": 60, "temperature": 0.8, "seed": 3}, "be brief")
+    fields = {"max_tokens": 60, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    talk = RemoteTalk(Server(engine_server.url, "k"), fields, "be brief")
     pieces = list(talk.say("the thing"))
     (text,) = texts
     engine_server.service.listeners.remove(listener)
