@@ -328,7 +328,12 @@ def test_a_slurm_file_asks_for_machines_and_calls_a_script(file):
     body = [line for line in lines if line and not line.startswith("#")]
     assert any(line.startswith("#SBATCH --nodes=") for line in lines)
     commands = [line for line, before in zip(body, ["", *body], strict=False) if not before.endswith("\\")]
-    assert len(commands) == 4 and body[-1] == 'bash "${1:-scripts/main_results.sh}"'
+    script = (
+        'exec bash "${1:-scripts/serve_replicas.sh}"'
+        if file.stem == "serve"
+        else 'bash "${1:-scripts/main_results.sh}"'
+    )
+    assert len(commands) == 4 and body[-1] == script
     assert not any("--mode" in line or "eval/" in line for line in body)
 
 
