@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
-from pearl.checkpoints.drafts import feature_weights
+from pearl.checkpoints.drafts import dflash_weights, feature_weights
 from pearl.checkpoints.drafts.kinds import CAUSAL_LM, PARD
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import AHEAD, Preflight
 from pearl.checkpoints.targets import prepare
+from pearl.drafters.dflash.network import DFlashDrafter
+from pearl.drafters.dflash.shape import DFLASH, DSPARK
+from pearl.drafters.dflash.source import DFlashSource
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
@@ -101,6 +104,26 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     return drafter
 
 
+def _dflash_source(checked: Preflight) -> DraftSource:
+    return DFlashSource(load_dflash(checked), checked.config.tree_top_k, checked.max_length + AHEAD)
+
+
+def load_dflash(checked: Preflight) -> DFlashDrafter:
+    """The network with its target's embedding and head, ready to draft."""
+    config, placed = checked.config, checked.draft_on
+    assert checked.drafting, "the draft source is a checkpoint"
+    drafter = dflash_weights.load(checked.drafting.files, checked.drafting.shape)
+    target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
+    drafter.attach(target.get_input_embeddings().weight, target.get_output_embeddings())
+    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16)
+    if placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel)):
+        head = nn.ModuleList([drafter.head])
+        linear.pack(drafter, int8=config.draft_kernel == "int8")
+        linear.pack(head, int8=config.draft_kernel == "int8")
+        drafter.replace_head(head[0])
+    return drafter
+
+
 SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {
     CAUSAL_LM: _draft_model_source,
     PARD: _pard_source,
@@ -108,4 +131,6 @@ SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {
     PEAGLE: _feature_source,
     EAGLE: _head_source,
     EAGLE3: _head_source,
+    DFLASH: _dflash_source,
+    DSPARK: _dflash_source,
 }

@@ -9,7 +9,7 @@ Knows: tries, chains, paths. Refuses to know: networks and how they are read (`r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,10 @@ from pearl.drafters.draft_source import (
 
 TOP_K = 8  # paths that survive a depth
 
-Guesses = list[list[tuple[int, float, Proposal]]]  # by depth, likeliest first: (token, log q, proposal)
+Guess = tuple[int, float, Proposal]  # token, log q, what it was drawn from
+# Of one row, likeliest first; or, where they depend on the token before, what they are after each of some tokens
+RowGuesses = Any  # list[Guess] | Callable[[Sequence[int]], list[list[Guess]]]
+Guesses = list[RowGuesses]  # by depth
 Leaf = tuple[tuple[int, ...], Node, float]  # path, node, joint log-probability
 
 
@@ -63,10 +66,11 @@ class PathsQuery:
         """Rows of logits after a path of one of `paths`."""
         return (len(path) if self.way else 0) + depths
 
-    def processed(self, logits: Tensor, depths: int) -> Tensor:
+    def processed(self, logits: Tensor, depths: Callable[[Sequence[int]], int]) -> Tensor:
         """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
 
-        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and `depths - 1` slots.
+        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and slots: together as
+        many after the end of a path as `depths` says of it.
         """
         if not self.processing:
             return logits
@@ -74,7 +78,7 @@ class PathsQuery:
             [*self.trunk, *path[:end]]
             for path in self.paths
             for end in range(0 if self.way else len(path), len(path) + 1)
-            for _ in range(depths if end == len(path) else 1)
+            for _ in range(depths(path) if end == len(path) else 1)
         ]
         return self.processing.of_guesses(logits, self.text, [one[len(self.text) :] for one in said])
 
@@ -108,10 +112,10 @@ class OnePassSource(DraftSource):
         for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
             some = list(group)
             positions = [
-                len(one.trunk) + len(path) + self.depths - left
+                len(one.trunk) + len(path) + self.guesses_after(path) - left
                 for one in some
                 for path in one.paths
-                for left in range(one.rows(path, self.depths), 0, -1)
+                for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
             ]
             guesses = self._ranked(logits[first : first + len(positions)], positions, own)
             first += len(positions)
@@ -119,8 +123,9 @@ class OnePassSource(DraftSource):
             for one in some:
                 found.append([])
                 for path in one.paths:
-                    last = at + one.rows(path, self.depths)
-                    found[-1].append((guesses[at : last - self.depths], guesses[last - self.depths : last]))
+                    depths = self.guesses_after(path)
+                    last = at + one.rows(path, depths)
+                    found[-1].append((guesses[at : last - depths], guesses[last - depths : last]))
                     at = last
         return found
 
@@ -128,9 +133,9 @@ class OnePassSource(DraftSource):
         """With what the target does to its own; over the target's vocabulary, if there is anything.  logits: [R, D]"""
         if not any(one.processing for one in queries):
             return logits
-        rows = [sum(one.rows(path, self.depths) for path in one.paths) for one in queries]
+        rows = [sum(one.rows(path, self.guesses_after(path)) for path in one.paths) for one in queries]
         parts = self._of_target(logits).split(rows)
-        return torch.cat([one.processed(part, self.depths) for one, part in zip(queries, parts, strict=True)])
+        return torch.cat([one.processed(part, self.guesses_after) for one, part in zip(queries, parts, strict=True)])
 
     def _of_target(self, logits: Tensor) -> Tensor:
         """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, D]"""
@@ -151,6 +156,10 @@ class OnePassSource(DraftSource):
         """How many of `tokens` are the trunk; what is beyond counts as a path."""
         return len(tokens)
 
+    def guesses_after(self, path: Sequence[int]) -> int:
+        """How many tokens are guessed after the end of a path; 0: it is not read."""
+        return self.depths
+
     def ready(self, state: Any, trunk: Sequence[int]) -> bool:
         """Whether all is there that a forward after this trunk reads."""
         return True
@@ -165,12 +174,13 @@ class OnePassSource(DraftSource):
         for one in queries:
             state, tokens = self._sequences[one.batch_slot], [*one.tokens, *one.path]
             trunk = self.known(state, tokens)
-            if self.ready(state, tokens[:trunk]) and len(tokens) + self.depths <= self._longest:
+            fits = len(tokens) + self.depths <= self._longest and self.guesses_after(tokens[trunk:]) > 0
+            if fits and self.ready(state, tokens[:trunk]):
                 query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing, way=False)
                 wanted[one.batch_slot] = query
         found = dict(zip(wanted, self.read_on(list(wanted.values())), strict=True))
         return [
-            [(depth[0][0], depth[0][2]) for depth in found[one.batch_slot][0][1][: one.room]]
+            best_chain(found[one.batch_slot][0][1], [*one.tokens, *one.path][-1])[: one.room]
             if one.batch_slot in found
             else []
             for one in queries
@@ -238,6 +248,20 @@ class OnePassSource(DraftSource):
         return new
 
 
+def best_chain(table: Guesses, token: int) -> Chain:
+    """The best guess of every depth, one after the other, the first after `token`."""
+    chain: list[Any] = []
+    for row in table:
+        token, _, proposal = _after(row, [token])[0][0]
+        chain.append((token, proposal))
+    return chain
+
+
+def _after(row: RowGuesses, tokens: Sequence[int]) -> list[list[Guess]]:
+    """The guesses of a row after each of some tokens."""
+    return row(tokens) if callable(row) else [row] * len(tokens)
+
+
 def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int, origin: str) -> Grown:
     """A beam of highest joint probability: every surviving parent meets every candidate of its depth."""
     beam = [(logp, leaf)]
@@ -245,8 +269,8 @@ def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int, o
     for guesses in table:
         paths = [
             (joint + q, rank, parent, token, proposal, q)
-            for joint, parent in beam
-            for rank, (token, q, proposal) in enumerate(guesses)
+            for (joint, parent), after in zip(beam, _after(guesses, [node.token for _, node in beam]), strict=True)
+            for rank, (token, q, proposal) in enumerate(after)
         ]
         first = paths[0] if paths else None
         paths = sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]

@@ -4,6 +4,8 @@
     pard        one that guesses K tokens a forward           the same, with a token of mask rows
     eagle3      one forward, one token, over 3 features       flat files, or the envelope of `speculators`
     peagle      the same network, K tokens a forward
+    dflash      K tokens a forward, a block filled in         Qwen3 layers over features; z-lab's files or the envelope
+    dspark      the same with a Markov and a confidence head
     eagle       EAGLE-1 and 2: over the last hidden state
     feature     what pearl trained before it wrote the above
 
@@ -18,9 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pearl.checkpoints.drafts import feature_formats, pard_format
+from pearl.checkpoints.drafts import dflash_format, feature_formats, pard_format
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.config.engine_config import FEATURE, model_path
+from pearl.drafters.dflash.shape import DFLASH, DSPARK
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import UsageError
 
@@ -139,6 +142,46 @@ def _describe_pard(files: DraftFiles, target: TargetFacts | None) -> DraftDescri
     return DraftDescription(PARD, files, pard_format.line(files, shape), shape=shape)
 
 
+def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
+    shape, warnings = dflash_format.read(files), []
+    if target is not None:
+        said = files.config.get("num_target_layers")
+        if said is not None and said != target.layers:
+            raise UsageError(
+                f"The draft {files.name} was trained for a target of {said} layers, and {target.name} has "
+                f"{target.layers}: name its target."
+            )
+        _fit_features(files.name, shape.features, shape.hidden, shape.vocabulary, shape.target, target)
+        if shape.target and _last(shape.target) != _last(target.name):
+            warnings.append(f"the draft {files.name} names {shape.target} as its target, not {target.name}")
+    said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
+    row = len(shape.features) * shape.hidden
+    return DraftDescription(shape.kind, files, said, shape.features, row, shape, shape.target, tuple(warnings))
+
+
+def _fit_features(
+    name: str, features: tuple[int, ...], hidden: int, vocabulary: int, trained_for: str, target: TargetFacts
+) -> None:
+    """Raises `UsageError` where a network can't read what this target says."""
+    theirs = f"trained for {trained_for}, " if trained_for else ""
+    if hidden != target.hidden:
+        raise UsageError(
+            f"The draft {name} was {theirs}for hidden states of {hidden} numbers, and {target.name} has "
+            f"{target.hidden}: name its target, or train one for this target."
+        )
+    if vocabulary > target.vocabulary:
+        raise UsageError(
+            f"The draft {name} drafts {vocabulary} tokens, and {target.name} knows {target.vocabulary}: name its "
+            "target, or train one for this target."
+        )
+    if any(not 0 <= layer < target.layers for layer in features):
+        listed = ", ".join(map(str, features))
+        raise UsageError(
+            f"The draft {name} reads the outputs of the layers {listed}, and {target.name} has {target.layers} layers: "
+            "name its target."
+        )
+
+
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
     read = feature_formats.read(files, target.layers if target else None)
     shape, warnings = read.shape, list(read.warnings)
@@ -179,9 +222,10 @@ def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-ENVELOPES = ("eagle3", "peagle")
+ENVELOPES = ("eagle3", "peagle", DFLASH, DSPARK)
 KINDS = (
     DraftKind(OURS, lambda files: files.is_ours, _describe_features),
+    DraftKind(DFLASH, dflash_format.is_dflash, _describe_dflash),
     DraftKind(PEAGLE, feature_formats.is_peagle, _describe_features),
     DraftKind(EAGLE3, feature_formats.is_eagle3, _describe_features),
     DraftKind(EAGLE, feature_formats.is_eagle, _describe_features),

@@ -1,0 +1,184 @@
+"""DFlash and DSpark as a draft source: one block a leaf, its rows' distributions, a tree of them.
+
+The anchor is the last token before which all features are there. Its block holds it, the path of a leaf beyond it where
+the drafter runs ahead of its target, and mask tokens up to the length that the network was trained with; so a leaf that
+lies deeper leaves fewer rows to guess, and one at the end of the block waits for features. Once these have come, the
+block of the new root is read again.
+
+Bits are of no account here: whatever is drafted, the target decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.core.messages import Features
+from pearl.core.params import SamplingParams
+from pearl.core.trie import shared_prefix
+from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
+from pearl.drafters.draft_source import TreeQuery
+from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
+from pearl.drafters.one_pass import Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.models.timing import best_of
+
+_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+
+
+@dataclass
+class _Rows:
+    """The rows of one forward, of all blocks."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    anchors: list[int] = field(default_factory=list)  # position of the anchor of each row's block
+    blocks: list[int] = field(default_factory=list)
+    sequences: list[int] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)  # rows whose guesses are
+
+
+class DFlashSource(OnePassSource):
+    """Chains and trees of a DFlash or DSpark network."""
+
+    origin = "feature"
+
+    def __init__(self, drafter: DFlashDrafter, top_k: int = 0, longest: int = 1 << 20):
+        """`drafter` has its target attached. `top_k`, `longest`: see `OnePassSource`."""
+        super().__init__(drafter.shape.depths, top_k, longest)
+        self._drafter, self._shape = drafter.eval(), drafter.shape
+        self.layers, self.device = drafter.shape.features, drafter.device
+        self._vocabulary = drafter.vocabulary
+        self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked
+        self.begin(0, SamplingParams())
+        self.costs = self._time()
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        """The target tells the features of the whole prompt in any case."""
+        old = self._sequences.get(batch_slot)
+        made = FeatureSequence(params, old.cache if old and continues else [])
+        made.read = old.read if old and continues else []
+        self._sequences[batch_slot] = made
+
+    def observe(self, features: Features, batch_slot: int = 0) -> None:
+        self._sequences[batch_slot].features.append(features)
+        self._sequences[batch_slot].known += len(features)
+
+    def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
+        """Up to the anchor."""
+        return min(len(tokens), state.known + 1)
+
+    def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
+        return state.known >= max(1, len(trunk) - 1)
+
+    def guesses_after(self, path: Sequence[int]) -> int:
+        return max(0, self.depths - len(path))
+
+    def _anew(self, query: TreeQuery) -> bool:
+        """A row that holds a token guesses nothing: what follows the way to a leaf isn't said by its block."""
+        return False
+
+    def _leaves(self, query: TreeQuery) -> list[Leaf]:
+        leaves = [leaf for leaf in super()._leaves(query) if self.guesses_after(leaf[0])]
+        state = self._sequences[query.batch_slot]
+        anew = state.guessed != len(query.trie.tokens) and self.ready(state, query.trie.tokens)
+        if anew and query.trie.root.children and self._deepest(query) > 0:
+            return [((), query.trie.root, 0.0), *leaves[: self.max_leaves - 1]]
+        return leaves
+
+    @torch.inference_mode()
+    def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
+        if not queries:
+            return []
+        drafter, rows = self._drafter, _Rows()
+        for number, one in enumerate(queries):
+            self._extend_context(one)
+            for path in one.paths:
+                self._add_block(rows, number, one, path)
+        past = concatenated([one.state.cache for one in queries])
+        tokens, positions = (torch.tensor(some, device=self.device) for some in (rows.tokens, rows.positions))
+        hidden = drafter.block(tokens, positions, self._masks(rows, queries), past)[rows.wanted]
+        self.forwards += 1
+        self.rows += len(rows.tokens)
+        self._hidden = iter(hidden)
+        return self.tables(queries, drafter.logits(hidden).float())
+
+    def _extend_context(self, query: PathsQuery) -> None:
+        """Keys and values of the positions before the anchor that are not there yet."""
+        state, count = query.state, len(query.trunk) - 1
+        kept = min(shared_prefix(state.read, query.trunk), len(state.read), count)
+        cache: list[KeyValue] = [(k[:, :, :kept], v[:, :, :kept]) for k, v in state.cache]
+        if kept < count:
+            features = state.between(kept, count).to(self.device)
+            new = self._drafter.context(features, torch.arange(kept, count, device=self.device))
+            cache = concatenated([cache, new]) if cache else new
+        state.cache, state.read = cache, list(query.trunk[:count])
+
+    def _add_block(self, rows: _Rows, number: int, query: PathsQuery, path: Sequence[int]) -> None:
+        shape, anchor, first = self._shape, len(query.trunk) - 1, len(rows.tokens)
+        block = [query.trunk[-1], *path, *[shape.mask_token] * shape.block][: shape.block]
+        rows.tokens += block
+        rows.positions += range(anchor, anchor + shape.block)
+        rows.anchors += [anchor] * shape.block
+        rows.blocks += [rows.blocks[-1] + 1 if rows.blocks else 0] * shape.block
+        rows.sequences += [number] * shape.block
+        rows.wanted += range(first + shape.block - self.guesses_after(path), first + shape.block)
+
+    def _masks(self, rows: _Rows, queries: Sequence[PathsQuery]) -> list[Tensor]:
+        """Who sees whom, of each layer: bool [R, context + R]."""
+        counts = [len(one.trunk) - 1 for one in queries]
+        whose = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        places = torch.cat([torch.arange(count) for count in counts])
+        positions, anchors, blocks, sequences = (
+            torch.tensor(some)[:, None] for some in (rows.positions, rows.anchors, rows.blocks, rows.sequences)
+        )
+        context, own = whose == sequences, blocks == blocks.T
+        made: dict[tuple[int, bool], Tensor] = {}
+        for window, causal in zip(self._shape.windows, self._shape.causal, strict=True):
+            before, beside = context, own
+            if window and self._shape.window_from_anchor:
+                before = before & (places >= anchors - window)
+            elif window:
+                before, beside = before & (positions - places < window), own & (positions - positions.T < window)
+                beside = beside & (causal | (positions.T - positions < window))
+            if causal:
+                beside = beside & (positions >= positions.T)
+            made.setdefault((window, causal), torch.cat([before, beside], 1).to(self.device))
+        return [made[key] for key in zip(self._shape.windows, self._shape.causal, strict=True)]
+
+    def _ranked(self, logits: Tensor, positions: Sequence[int], params: SamplingParams):
+        if self._drafter.markov_head is None and self._drafter.confidence_head is None:
+            return super()._ranked(logits, positions, params)
+        rows = zip(logits, positions, strict=True)
+        return [functools.partial(self._after, row, next(self._hidden), at, params) for row, at in rows]
+
+    @torch.inference_mode()
+    def _after(self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]):
+        """The guesses of one row after each of `tokens`.  row: [D], or over the target's vocabulary; hidden: [H]"""
+        bias, sure = self._drafter.after(torch.tensor(tokens, device=self.device), hidden)
+        logits = row.expand(len(tokens), -1)
+        if bias is not None:
+            if self._vocabulary is not None and logits.shape[1] != bias.shape[1]:
+                bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
+            logits = logits + bias.float()
+        found = super()._ranked(logits, [position] * len(tokens), params)
+        chances = sure.tolist() if sure is not None else [0.0] * len(tokens)
+        return [
+            [(token, q + more, proposal) for token, q, proposal in guesses]
+            for guesses, more in zip(found, chances, strict=True)
+        ]
+
+    def _time(self) -> tuple[float, ...]:
+        """Seconds of a forward of 1, 2, ... leaves."""
+        length, rounds = _TIMED
+        self.observe(np.zeros((length - 1, len(self.layers) * self._shape.hidden), np.int16))
+        state = self._sequences[0]
+        some = [PathsQuery(state, [0] * length, [[]] * count, way=False) for count in range(1, self.max_leaves + 1)]
+        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
+        self.begin(0, SamplingParams())
+        self.forwards = self.rows = 0
+        return costs
