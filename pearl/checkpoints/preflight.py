@@ -93,19 +93,19 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     if config.load_in or config.draft_load_in:
         quantized.need_bitsandbytes()
     kinds = {"target": config.load_in or config.dtype}
-    if config.draft_has_files and draft_kinds.is_causal_lm(config.draft):
+    if config.draft_has_files and draft_kinds.is_causal_lm(config.draft_checkpoint):
         kinds["draft"] = config.draft_load_in or config.draft_dtype or config.dtype
     here = ranks if placed["target"].on_cpu else 1  # a GPU holds one rank, main memory all that are here
     parts = {"target": here / config.tensor_parallel_size, "draft": 1.0}
     held = [role for role in kinds if role in roles]  # so far as it is known before a hub is asked
-    names = {"target": config.target, "draft": config.draft}
+    names = {"target": config.target, "draft": config.draft_checkpoint}
     check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
 
-    files = DraftFiles.of(config.draft) if config.draft_has_files else None
+    files = DraftFiles.of(config.draft_checkpoint) if config.draft_has_files else None
     kind = draft_kinds.kind_of(files) if files else None
     draft = None
     if files and kind and kind.is_causal_lm:
-        draft = replace(Checkpoint.of(config.draft), only_downloaded=files.only_downloaded)
+        draft = replace(Checkpoint.of(config.draft_checkpoint), only_downloaded=files.only_downloaded)
     target = Checkpoint.of(config.target).found("target")
     target_config, tokenizer = target.describe("target", config)
     assert tokenizer is not None, "a target has its own"

@@ -50,7 +50,7 @@ class EngineConfig:
 
     target: str = setting(EMBEDDED, _MODEL, "hub id, folder or GGUF file", PAIR)
     draft: str = setting(
-        SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, suffix, or synthetic:CHANCE", PAIR
+        SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, suffix, both with a comma, synthetic:CHANCE", PAIR
     )
     target_draft: str = setting(
         "auto", _TARGET_DRAFT, "what guesses in the target's process: auto (what pays), none, suffix, recycling", PAIR
@@ -160,11 +160,15 @@ class EngineConfig:
     trace: str | None = setting(None, WORD, "a file for the timeline of both processes (Chrome trace format)", MACHINE)
 
     def __post_init__(self) -> None:
-        if self.draft in ALIASES:
-            object.__setattr__(self, "draft", ALIASES[self.draft])
+        if isinstance(self.draft, str):
+            object.__setattr__(self, "draft", ",".join(self.draft_sources))
         check_model("target", self.target)
         if self.draft_has_files:
-            check_model("draft", self.draft)
+            check_model("draft", self.draft_checkpoint)
+        if len(self.draft_sources) > 1 and (len(self.draft_sources) > 2 or SUFFIX not in self.draft_sources):
+            raise UsageError(
+                f"The draft {self.draft!r} names several checkpoints: name one of them, and suffix before or after it."
+            )
         options.check(self)
         if self.memory_file and not self.memory:
             raise UsageError("memory_file needs memory, the MB that it may have: give --memory too.")
@@ -220,8 +224,21 @@ class EngineConfig:
 
     @property
     def draft_has_files(self) -> bool:
-        """The draft source is loaded from a checkpoint."""
+        """A draft source is loaded from a checkpoint."""
         return self.draft != SUFFIX and not self.synthetic
+
+    @property
+    def draft_sources(self) -> tuple[str, ...]:
+        """The names of all, in their order."""
+        if self.synthetic or not isinstance(self.draft, str) or model_path(self.draft).exists():
+            return (self.draft,)
+        names = [name.strip() for name in self.draft.split(",")]
+        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name)) or (self.draft,)
+
+    @property
+    def draft_checkpoint(self) -> str:
+        """The one that has files, if there is any."""
+        return next((name for name in self.draft_sources if name != SUFFIX), SUFFIX)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -138,8 +138,9 @@ class Trie:
                     heapq.heappush(heap, (-likely.logp, next(order), likely))
         return found[1:]
 
-    def leaves(self, deepest: int) -> list[tuple[tuple[int, ...], Node, float]]:
+    def leaves(self, deepest: int, origin: str | None = None) -> list[tuple[tuple[int, ...], Node, float]]:
         """The nodes that nothing follows yet, at most `deepest` below the root: (path, node, joint log-probability).
+        With an `origin` those that nothing of that origin follows; it may have to say more than others did there.
 
         The path holds the tokens from below the root to the node. Likeliest first; the root itself if it is alone.
         """
@@ -147,9 +148,10 @@ class Trie:
         stack: list[tuple[tuple[int, ...], Node, float]] = [((), self.root, 0.0)] if deepest >= 0 else []
         while stack:
             path, node, logp = stack.pop()
-            if not node.children:
+            below = node.children.values()
+            if not below or (origin and all(child.origin != origin for child in below)):
                 found.append((path, node, logp))
-            elif len(path) < deepest:
+            if below and len(path) < deepest:
                 stack += [((*path, child.token), child, logp + child.logp) for child in node.children.values()]
         return sorted(found, key=lambda leaf: -leaf[2])
 

@@ -24,8 +24,9 @@ MAX_CHILDREN = 6  # guesses after a node at most
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
 
 Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
-# guesses, each after the one before it; a source that knows how likely each is says so last (see `trie.Node.logp`)
-Chain = Sequence[tuple[int, Proposal] | tuple[int, Proposal, float]]
+# guesses, each after the one before it; a source that knows how likely each is says so (see `trie.Node.logp`), and one
+# that unites others says last whose guess it is
+Chain = Sequence[tuple[int, Proposal] | tuple[int, Proposal, float] | tuple[int, Proposal, float, str]]
 Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
 
 
@@ -63,6 +64,12 @@ class TreeQuery:
     max_depth: int  # below the root
     take_all: bool = False  # as many leaves as `max_rows` says, whether they pay or not
     processing: LogitsProcessing | None = None  # as in `ChainQuery`
+
+    def chain(self) -> ChainQuery:
+        """The same of a source that makes chains alone."""
+        return ChainQuery(
+            self.batch_slot, self.trie.tokens, (), min(self.max_rows, max(0, self.max_depth)), self.processing
+        )
 
     def processed(self, logits: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
         """As in `ChainQuery`, of rows after several paths.  logits: [R, V]"""
@@ -132,3 +139,22 @@ class DraftSource:
 
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
         """What the last pass of the target has said. Only asked of a source in the target's process."""
+
+
+def whole(guess: Any, origin: str) -> tuple[int, Proposal, float, str]:
+    """A guess of a `Chain` with what it may leave out; `origin`: of the source that was asked."""
+    token, proposal, *known = guess
+    return token, proposal, known[0] if known else 0.0, known[1] if len(known) > 1 else origin
+
+
+def grow_chain(query: TreeQuery, chain: Chain, origin: str) -> Grown:
+    """The nodes of a chain below the root of a trie."""
+    node, grown = query.trie.root, []
+    for token, proposal, logp, whose in (whole(guess, origin) for guess in chain):
+        there = token in node.children
+        below = query.trie.grow(node, token, proposal, logp, whose)
+        assert below is not None, "a source extends the tree that it was given"
+        if not there:
+            grown.append((node, below))
+        node = below
+    return grown

@@ -213,7 +213,7 @@ class OnePassSource(DraftSource):
 
     def _leaves(self, query: TreeQuery) -> list[Leaf]:
         """Those of a trie that are to be extended."""
-        leaves = query.trie.leaves(self._deepest(query) - 1)
+        leaves = query.trie.leaves(self._deepest(query) - 1, self.origin)
         if len(leaves) > self.max_open_leaves:
             return []
         if not self.ready(self._sequences[query.batch_slot], query.trie.tokens):

@@ -127,7 +127,7 @@ class TreeSource(ModelSource):
         deepest = [min(one.max_depth, self._model.max_length - len(one.trie.tokens) + 1) for one in queries]
         heap = []
         for number, one in enumerate(queries):
-            leaves = one.trie.leaves(deepest[number] - 1)
+            leaves = one.trie.leaves(deepest[number] - 1, self.origin)
             if len(leaves) <= self.max_open_leaves:
                 likely = [leaf for leaf in leaves if leaf[2] >= self.least_leaf_logp]
                 heap += [(-logp, next(order), number, _DraftRow(path, logp, node)) for path, node, logp in likely]

@@ -113,7 +113,9 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         raise UsageError(
             f"{baselines[0]} is measured without penalties and other rules: leave them out, or leave it out."
         )
-    if "hf-assisted" in baselines and not (config.draft_has_files and draft_kinds.is_causal_lm(config.draft)):
+    if "hf-assisted" in baselines and not (
+        config.draft_has_files and draft_kinds.is_causal_lm(config.draft_checkpoint)
+    ):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     if baselines:  # they read every prompt afresh
         if config.prefix_cache_gb:

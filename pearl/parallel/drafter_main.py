@@ -20,13 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pearl.config.engine_config import SUFFIX, EngineConfig
+from pearl.config.engine_config import RECYCLING, SUFFIX, EngineConfig
 from pearl.config.inputs import brief
 from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.drafters.text_memory import TextMemory
+from pearl.drafters.united import UnitedSource
 from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
 from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
@@ -125,9 +126,13 @@ def _await(store: dist.Store, key: str, limit_s: float) -> str:
 
 
 def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
-    """The source that a config names, with its model loaded. `checked`: the config's preflight, if it was made."""
-    if config.draft == SUFFIX:
-        return SuffixSource()
+    """What a config names, with its model loaded; several sources as one. `checked`: the config's preflight, if it was
+    made."""
+    sources = [SuffixSource() if name == SUFFIX else _checkpoint(config, checked) for name in config.draft_sources]
+    return UnitedSource(sources) if len(sources) > 1 else sources[0]
+
+
+def _checkpoint(config: EngineConfig, checked: Any) -> DraftSource:
     if config.synthetic:
         from pearl.drafters.synthetic import SyntheticSource
 
@@ -140,10 +145,9 @@ def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
 
 
 def sources_beside_target(config: EngineConfig, memory: TextMemory | None = None) -> list[DraftSource]:
-    """Those that a config names for the target's own process."""
-    return [
-        SuffixSource(memory=memory) if name == SUFFIX else RecyclingSource() for name in config.sources_beside_target
-    ]
+    """Those that a config names for the target's own process. With a memory both keep what they know over texts."""
+    kinds = {SUFFIX: lambda: SuffixSource(memory=memory), RECYCLING: lambda: RecyclingSource(memory is not None)}
+    return [kinds[name]() for name in config.sources_beside_target]
 
 
 def trace(config: EngineConfig, role: str) -> timeline.Trace:

@@ -14,6 +14,24 @@ from pearl.errors import UsageError
 from pearl.machine import cores
 
 
+def test_a_draft_may_be_several_sources_one_of_which_has_files():
+    config = EngineConfig(draft="ngram, smollm2-135m-draft")
+    assert config.draft == "suffix,smollm2-135m-draft" and config.draft_has_files
+    assert config.draft_sources == ("suffix", "smollm2-135m-draft")
+    assert config.draft_checkpoint == "smollm2-135m-draft"
+    with pytest.raises(UsageError, match="several checkpoints"):
+        EngineConfig(draft="smollm2-135m-draft,smollm2-135m-feature")
+
+
+def test_what_guesses_beside_the_target_is_named_or_left_to_what_pays():
+    assert EngineConfig().sources_beside_target == ("suffix", "recycling")
+    assert EngineConfig(target_draft="none").sources_beside_target == ()
+    assert EngineConfig(target_draft="recycling,ngram").sources_beside_target == ("recycling", "suffix")
+    assert EngineConfig(draft="synthetic:0.8").sources_beside_target == ()
+    with pytest.raises(UsageError, match="target_draft must be auto, none"):
+        EngineConfig(target_draft="recycled")
+
+
 @pytest.mark.parametrize(
     "options, sentence",
     [

@@ -195,7 +195,11 @@ def extend_one(source: TreeSource, trie: Trie, path: Path) -> None:
     node = paths_of(trie.root)[path]
     leaves = Trie.leaves
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trie, "leaves", lambda self, deepest: [leaf for leaf in leaves(self, deepest) if leaf[1] is node])
+        patch.setattr(
+            Trie,
+            "leaves",
+            lambda self, deepest, origin=None: [leaf for leaf in leaves(self, deepest) if leaf[1] is node],
+        )
         extend(source, trie, 1, 99)
 
 

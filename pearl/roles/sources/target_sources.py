@@ -16,7 +16,7 @@ from functools import partial
 from pearl.core.control.controller import Controller
 from pearl.core.control.source_trial import SourceTrial
 from pearl.core.messages import Features
-from pearl.drafters.draft_source import ChainQuery, DraftSource, RowsRead, TreeQuery
+from pearl.drafters.draft_source import DraftSource, RowsRead, TreeQuery, grow_chain
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
 from pearl.wire.channel import Clock
@@ -108,10 +108,5 @@ def _extend(source: DraftSource, queries: Sequence[TreeQuery]) -> None:
     if source.grows_trees:
         source.extend(queries)
         return
-    asked = [ChainQuery(one.batch_slot, one.trie.tokens, (), one.max_depth, one.processing) for one in queries]
-    for one, chain in zip(queries, source.propose_batch(asked), strict=True):
-        node = one.trie.root
-        for token, _, *known in chain[: one.max_rows]:
-            below = one.trie.grow(node, token, (), known[0] if known else 0.0, source.origin)
-            assert below is not None, "a root is up to date with its own text"
-            node = below
+    for one, chain in zip(queries, source.propose_batch([one.chain() for one in queries]), strict=True):
+        grow_chain(one, chain, source.origin)

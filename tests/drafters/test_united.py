@@ -1,0 +1,85 @@
+"""Several sources are one: each adds its own, none can stop another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from toys import Crashing, Moody, Noise, Right, TableModel, extend
+
+from pearl.core.params import SamplingParams
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import ChainQuery, DraftSource
+from pearl.drafters.suffix import SuffixSource
+from pearl.drafters.tree import TreeSource
+from pearl.drafters.united import UnitedSource
+
+TEXT = [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+
+
+def united(*sources: DraftSource) -> UnitedSource:
+    made = UnitedSource(sources)
+    made.begin(0, SamplingParams())
+    return made
+
+
+def test_a_tree_has_the_nodes_of_all_each_with_its_origin():
+    model = TreeSource(TableModel(6, 2, 3, 1.5))
+    trie = Trie(TEXT)
+    grown = extend(united(SuffixSource(), model), trie, 4, 8)
+    origins = {node.origin for _, node in grown}
+    assert origins == {"draft", "suffix"} or (origins == {"draft"} and 3 in trie.root.children)
+    assert all(parent.children[node.token] is node for parent, node in grown)
+    mine = [node for node in trie.root.children.values() if node.origin == "draft"]
+    assert mine, "the model has its say below the root, though another source had a guess there already"
+
+
+def test_a_chain_is_the_first_ones_that_has_something_to_say():
+    one = united(Moody(SuffixSource(), 1), Right([*TEXT, 3, 4]))
+    ((token, _, logp, origin),) = one.propose(TEXT, 1)
+    assert (token, logp, origin) == (3, 0.0, "draft")
+    first = united(SuffixSource(), Right([*TEXT, 5])).propose(TEXT, 1)[0]
+    assert first[0] == 3 and first[3] == "suffix" and first[2] < 0
+
+
+def test_a_source_that_makes_chains_alone_is_part_of_a_tree():
+    trie = Trie(TEXT)
+    extend(united(Right([*TEXT, 5, 4], chunk=2), SuffixSource()), trie, 8, 8)
+    assert trie.root.children[5].children[4].origin == "draft" and trie.root.children[3].origin == "suffix"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_that_crashes_stops_no_other_and_is_asked_again_in_the_next_text(place: int):
+    crashing, good = Crashing(Right([*TEXT, 5]), 0), Right([*TEXT, 5])
+    one = united(*([crashing, good] if place == 0 else [good, crashing]))
+    for _ in range(2):
+        assert [guess[0] for guess in one.propose(TEXT, 1)] == [5]
+    calls = crashing.every
+    one.begin(0, SamplingParams())
+    one.propose(TEXT, 1)
+    assert crashing.every == (calls - 1 if place == 0 else calls)
+
+
+def test_where_all_have_crashed_it_raises():
+    one = united(Crashing(Noise(5), 0), Crashing(Noise(5), 1))
+    one.propose(TEXT, 1)
+    with pytest.raises(RuntimeError, match="made to crash"):
+        one.propose(TEXT, 1)
+
+
+def test_what_one_failed_at_in_a_batch_is_not_asked_there_again():
+    crashing, good = Crashing(Noise(5), 0), Noise(5)
+    one = united(crashing, good)
+    one.begin(1, SamplingParams())
+    queries = [ChainQuery(slot, TEXT, (), 2) for slot in (0, 1)]
+    assert all(len(chain) == 1 for chain in one.propose_batch(queries))
+    assert crashing.every == -1
+    one.propose_batch(queries)
+    assert crashing.every == -1
+
+
+def test_forwards_are_counted_together():
+    model = TreeSource(TableModel(6, 2, 3, 1.5))
+    one = united(SuffixSource(), model)
+    extend(one, Trie(TEXT), 4, 8)
+    assert one.forwards == model.forwards == 1 and one.costs == model.costs and math.isfinite(one.rows)
