@@ -1,6 +1,6 @@
-"""Prompts of real text, 128 to 8,192 tokens long: speed of every mode by length.
+"""Prompts of real text, 128 to 8,000 tokens long: speed of every mode by length.
 
-    python eval/input_length.py --mode ar pearl tree --skip-too-long --max-length 8704
+    python eval/input_length.py --mode ar pearl tree --skip-too-long --max-length 8192
 
 The same as `pearl eval input-length`. scripts/sweep_input_length.sh draws it.
 """

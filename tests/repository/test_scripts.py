@@ -246,8 +246,8 @@ def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_pa
 @pytest.mark.parametrize(
     "name, more",
     [
-        ("input_length", {"OPTIONS": "--processes 1 --max-length 200 --data text.txt", "LIMIT": "2"}),
-        ("temperature", {"OPTIONS": "--processes 1 --max-length 500 --no-score", "TEMPERATURES": "0 1"}),
+        ("input_length", {"OPTIONS": "--processes 1 --data text.txt", "MAX_LENGTH": "200", "LIMIT": "2"}),
+        ("temperature", {"OPTIONS": "--processes 1 --max-length 500 --no-score", "TEMPERATURES": "1"}),
     ],
 )
 def test_a_sweep_ends_in_a_plot(small, tmp_path, name, more):
