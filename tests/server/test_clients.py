@@ -123,16 +123,32 @@ def tasks(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluated(tasks: Path, model: str, arguments: str, names: str, out: Path, *more: str) -> dict[str, Any]:
-    """The samples of each task, as lm-eval's own command writes them."""
-    command = ["-m", "lm_eval", "run", "--model", model, "--model_args", arguments, "--tasks", names]
-    command += ["--include_path", str(tasks), "--output_path", str(out), "--log_samples", "--batch_size", "1", *more]
-    run(*command, cwd=out.parent, HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1", HF_HOME=str(out.parent / "hub"))
-    found = {}
-    for file in out.rglob("samples_*.jsonl"):
-        found[file.name.split("_")[1]] = [json.loads(line) for line in file.read_text().splitlines()]
-    (result,) = out.rglob("results_*.json")
-    return {"samples": found, "results": json.loads(result.read_text())["results"]}
+PROGRAM = """\
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+folder, out, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+found = []
+for one in asked:
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    found.append(simple_evaluate(**one, task_manager=manager, log_samples=True, batch_size=1, bootstrap_iters=0))
+kept = [{"results": one["results"], "samples": one["samples"]} for one in found]
+open(out, "w").write(json.dumps(kept, default=str))
+"""
+
+
+def evaluated(tasks: Path, out: Path, *asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """What lm-eval finds: its figures, and the samples of each task."""
+    offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "hub")}
+    run("-c", PROGRAM, str(tasks), str(out / "found.json"), json.dumps(asked), cwd=out, **offline)
+    found: list[dict[str, Any]] = json.loads((out / "found.json").read_text())
+    return found
+
+
+def own(pair: tuple[str, str]) -> dict[str, Any]:
+    """Its own transformers backend."""
+    return {"model": "hf", "device": "cpu", "model_args": f"pretrained={pair[0]},dtype=float32,max_length={LENGTH}"}
 
 
 def near(ours: Any, theirs: Any) -> bool:
@@ -144,34 +160,31 @@ def near(ours: Any, theirs: Any) -> bool:
 
 @needs("lm_eval")
 def test_lm_eval_finds_the_figures_of_its_own_backend(server, pair, tasks, tmp_path):
-    served = f"model=tiny,base_url={server.url}/v1/completions,num_concurrent=2,max_length={LENGTH},tokenizer={pair[0]}"
-    own = f"pretrained={pair[0]},dtype=float32,device=cpu,max_length={LENGTH}"
-    names = ",".join(TASKS)
-    ours = evaluated(tasks, "local-completions", served, names, tmp_path / "ours")
-    theirs = evaluated(tasks, "hf", own, names, tmp_path / "theirs")
+    address = f"model=tiny,base_url={server.url}/v1/completions,max_length={LENGTH}"
+    served = {"model": "local-completions", "model_args": f"{address},num_concurrent=2,tokenizer={pair[0]}"}
+    remote = {"model": "local-completions", "model_args": f"{address},tokenizer_backend=remote", "tasks": ["choices"]}
+    ours, theirs, without = evaluated(
+        tasks, tmp_path, served | {"tasks": [*TASKS]}, own(pair) | {"tasks": [*TASKS]}, remote
+    )
     assert near(ours["results"], theirs["results"])
+    assert near(without["results"]["choices"], ours["results"]["choices"]), "it needs no tokenizer of its own"
     for task in TASKS:
         for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
             assert mine["doc"] == other["doc"]
             if task == "written":
                 assert mine["resps"] == other["resps"]
             elif task == "choices":
-                for (own_p, own_best), (p, best) in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
-                    assert float(own_p) == pytest.approx(float(p), abs=1e-3) and own_best == best
-
-
-@needs("lm_eval")
-def test_lm_eval_needs_no_tokenizer_of_its_own(server, tasks, tmp_path):
-    served = f"model=tiny,base_url={server.url}/v1/completions,tokenizer_backend=remote,max_length={LENGTH}"
-    assert evaluated(tasks, "local-completions", served, "choices", tmp_path / "ours")["results"]
+                for (p, best), (their_p, their_best) in zip(
+                    mine["filtered_resps"], other["filtered_resps"], strict=True
+                ):
+                    assert float(p) == pytest.approx(float(their_p), abs=1e-3) and best == their_best
 
 
 @needs("lm_eval")
 def test_lm_eval_s_chat_is_that_of_its_own_backend(server, pair, tasks, tmp_path):
-    served = f"model=tiny,base_url={server.url}/v1/chat/completions"
-    ours = evaluated(tasks, "local-chat-completions", served, "written", tmp_path / "ours", "--apply_chat_template")
-    own = f"pretrained={pair[0]},dtype=float32,device=cpu,max_length={LENGTH}"
-    theirs = evaluated(tasks, "hf", own, "written", tmp_path / "theirs", "--apply_chat_template")
+    served = {"model": "local-chat-completions", "model_args": f"model=tiny,base_url={server.url}/v1/chat/completions"}
+    more = {"tasks": ["written"], "apply_chat_template": True}
+    ours, theirs = evaluated(tasks, tmp_path, served | more, own(pair) | more)
     for mine, other in zip(ours["samples"]["written"], theirs["samples"]["written"], strict=True):
         assert mine["resps"] == other["resps"]
 
