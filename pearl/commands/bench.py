@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pearl.config import cli, outputs
 from pearl.config.engine_config import DTYPES
@@ -31,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.predict.shapes import bench, markdown, named
 
     device = found.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    result = bench(named(found.shapes), device, found.dtype, found.seconds)
-    for one in result["shapes"]:
-        one["plan"] = vars(one["plan"])
-    page = markdown(result)
-    print(page, end="")
-    outputs.write_json(found.output / "bench.json", result)
-    outputs.write(found.output / "bench.md", page)
+
+    def keep(result: dict[str, Any]) -> None:
+        shapes = [{**one, "plan": vars(one["plan"])} for one in result["shapes"]]
+        outputs.write_json(found.output / "bench.json", {**result, "shapes": shapes})
+        outputs.write(found.output / "bench.md", markdown(result))
+
+    result = bench(named(found.shapes), device, found.dtype, found.seconds, keep)
+    keep(result)
+    print(markdown(result), end="")
     return 0

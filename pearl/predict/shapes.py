@@ -322,8 +322,11 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
-def bench(shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float) -> dict[str, Any]:
-    """All of it. Shapes that neither the memory nor the time holds are left out, and named."""
+def bench(
+    shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float, report: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All of it. Shapes that neither the memory nor the time holds are left out, and named. `report` is told after
+    every shape what was found so far, as a run may be cut off."""
     began, on = time.perf_counter(), torch.device(device)
 
     def left() -> float:
@@ -338,6 +341,16 @@ def bench(shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float
     }
     found: list[dict[str, Any]] = []
     left_out: list[str] = []
+
+    def so_far() -> dict[str, Any]:
+        pairs = [
+            {"target": t["shape"], "drafter": d["shape"], "x": predicted(t, d)}
+            for t in found
+            for d in found
+            if TARGET in t["roles"] and "draft_s" in d and d["weight_bytes"] < t["weight_bytes"]
+        ]
+        return {"machine": facts, "shapes": found, "predicted": pairs, "left_out": left_out}
+
     for name, shape in shapes.items():
         longest = max((one["seconds"] for one in found), default=0.0)
         if left() < 2 * longest:
@@ -353,13 +366,8 @@ def bench(shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float
         gc.collect()
         if on.type == "cuda":
             torch.cuda.empty_cache()
-    pairs = [
-        {"target": t["shape"], "drafter": d["shape"], "x": predicted(t, d)}
-        for t in found
-        for d in found
-        if TARGET in t["roles"] and "draft_s" in d and d["weight_bytes"] < t["weight_bytes"]
-    ]
-    return {"machine": facts, "shapes": found, "predicted": pairs, "left_out": left_out}
+        report(so_far())
+    return so_far()
 
 
 def _free_gb(device: torch.device) -> float:

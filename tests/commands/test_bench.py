@@ -21,11 +21,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """What the script writes."""
-    folder = tmp_path_factory.mktemp("bench")
-    environment = os.environ | {
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
         "SHAPES": "tiny",
         "READY": "1",
         "OMP_NUM_THREADS": "1",
@@ -33,8 +30,14 @@ def made(tmp_path_factory) -> Path:
         "XDG_CACHE_HOME": str(folder / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What the script writes."""
+    folder = tmp_path_factory.mktemp("bench")
     command = ["bash", "scripts/gpu_bench.sh", "--output", str(folder), "--dtype", "float32"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (folder / "bench.md").read_text()
     return folder
@@ -56,6 +59,26 @@ def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made)
     assert not any(one["graphs"] or "graph_s" in one for one in result["shapes"])
     assert "not recorded: forwards run eagerly" in page
     assert result["left_out"] == []
+
+
+@pytest.mark.slow
+def test_a_first_run_goes_through_all_of_its_steps(tmp_path):
+    command = ["bash", "scripts/gpu_first_run.sh", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+    found = json.loads((tmp_path / "first_run.json").read_text())
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    for name in ("texts", "texts-seeded", "default", "default-seeded"):
+        assert {mode: one["identical_to_ar"] for mode, one in found[name].items()} == dict.fromkeys(
+            ("ar", "sd", "pearl", "tree"), 1.0
+        )
+    assert found["shapes"]["predicted"] and "PREDICTED" in (tmp_path / "first_run.md").read_text()
+
+
+def test_a_first_run_that_is_cut_off_keeps_what_it_has_found(tmp_path):
+    command = ["bash", "scripts/gpu_first_run.sh", "--output", str(tmp_path), "--seconds", "5.1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+    steps = json.loads((tmp_path / "first_run.json").read_text())["steps"]
+    assert done.returncode == 1 and steps[-1] == {**steps[-1], "step": "shapes", "result": "no time was left"}
 
 
 def test_shapes_have_as_many_weights_as_their_names_say():
@@ -93,14 +116,16 @@ def test_a_text_that_is_another_is_named_with_its_mode():
 def test_when_the_time_is_over_what_is_left_is_named(monkeypatch):
     monkeypatch.setattr(bench, "measure_shape", lambda *_: {"seconds": 50.0, "roles": (), "weight_bytes": 1})
     monkeypatch.setattr(bench, "_free_gb", lambda device: 1000.0)
-    result = bench.bench(bench.FULL, "cpu", "float32", limit_s=10.0)
+    told: list[dict] = []
+    result = bench.bench(bench.FULL, "cpu", "float32", limit_s=10.0, report=told.append)
+    assert [len(one["shapes"]) for one in told] == [1], "it is told after every shape"
     assert len(result["shapes"]) == 1
     assert result["left_out"] == [f"{name}, as the time is over" for name in list(bench.FULL)[1:]]
 
 
 def test_what_memory_does_not_hold_is_not_tried(monkeypatch):
     monkeypatch.setattr(bench, "_free_gb", lambda device: 0.1)
-    result = bench.bench({"8B": bench.FULL["8B"]}, "cpu", "float32", limit_s=10.0)
+    result = bench.bench({"8B": bench.FULL["8B"]}, "cpu", "float32", limit_s=10.0, report=print)
     assert not result["shapes"] and result["left_out"] == ["8B, as memory does not hold it"]
 
 
