@@ -168,6 +168,7 @@ def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected
         ({"medusa_num_heads": 5}, "is a Medusa drafter"),
         ({"hydra_num_heads": 5}, "is a Hydra drafter"),
         ({"speculators_model_type": "hass"}, "speculators type 'hass'"),
+        ({"speculators_model_type": "mtp"}, "speculators type 'mtp', which pearl does not read"),
         ({"head_dim": 8}, "by which layers.0.self_attn.q_proj.weight has the shape"),
         ({IDS: [2, 14]}, "names 2 layers, and its fc.weight reads 3 hidden states"),
         ({"target_hidden_size": 24}, "its fc.weight reads 2 hidden states of 24|hidden states of 24 numbers"),
