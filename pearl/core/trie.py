@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-DRAFT = "draft"
+DRAFT, RECYCLED = "draft", "recycled"
 # Where a node came from: the kind of source that guessed it. Where two guess the same, the one further up is believed,
 # as it has read more of the text.
 ORIGINS = (
@@ -27,7 +27,7 @@ ORIGINS = (
     "mtp",  # heads that came with the target
     "feature",  # a drafter that reads the target's hidden states
     "suffix",  # what followed such tokens before
-    "recycled",  # what the target itself would have said after such a token
+    RECYCLED,  # what the target itself would have said after such a token
     "synthetic",  # made up, for measurements
 )
 OWN = ""  # in place of an origin: a token of the target's own, which nobody had guessed

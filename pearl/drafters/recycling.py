@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pearl.core import noise
 from pearl.core.params import SamplingParams
-from pearl.core.trie import Node
+from pearl.core.trie import RECYCLED, Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
 
 KEPT = 8  # tokens of a row
@@ -46,7 +46,7 @@ _MASK = (1 << 64) - 1
 class RecyclingSource(DraftSource):
     """Grows trees from what was kept of the same text, in one table for all that are under way."""
 
-    origin = "recycled"
+    origin = RECYCLED
     grows_trees = True
     reads_rows = True
 

@@ -27,6 +27,7 @@ from pearl.config.inputs import json_lines, parse_json, read_text, sound
 from pearl.core.records import SampleKey
 from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
+from pearl.core.trie import DRAFT, ORIGIN_NUMBER, RECYCLED
 from pearl.errors import UsageError
 from pearl.predict.script import VOCABULARY, DraftedToken, Script, Times
 
@@ -139,15 +140,27 @@ def _judged_places(passes: Sequence[dict[str, Any]]) -> int:
 
 
 def _places(passes: Sequence[dict[str, Any]]) -> list[DraftedToken | None]:
-    """What was judged, place by place. A token that was not among the guesses has the rank after theirs."""
+    """What was judged, place by place, of the drafter's guesses. A token that was not among them has the rank after
+    theirs; a place where only sources beside the target had guesses was not judged."""
     first = passes[0]["position"] + 1
     places: list[DraftedToken | None] = [None] * sum(one["committed"] for one in passes)
     for one in passes:
         for at, judged in enumerate(one["judged"], one["position"] + 1 - first):
             if at < len(places):  # the last pass may run over the end of the text
-                rank, q = judged["rank"], tuple(judged["q"])
-                places[at] = DraftedToken(len(q) if rank is None else rank, q)
+                rank, q = _of_drafter(judged)
+                if q:
+                    places[at] = DraftedToken(len(q) if rank is None else rank, q)
     return places
+
+
+def _of_drafter(judged: Mapping[str, Any]) -> tuple[int | None, tuple[float, ...]]:
+    """The rank of the pick among the guesses of the best-informed source there, and their probabilities. What was
+    recycled comes from the target's process in any case; an early run has no origins."""
+    origins = judged.get("origins") or [DRAFT] * len(judged["q"])
+    asked = min(origins, key=ORIGIN_NUMBER.__getitem__, default=DRAFT)
+    mine = [place for place, origin in enumerate(origins) if origin == asked != RECYCLED]
+    rank = mine.index(judged["rank"]) if judged["rank"] in mine else None
+    return rank, tuple(judged["q"][place] for place in mine)
 
 
 def _completed(

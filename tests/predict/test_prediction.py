@@ -17,7 +17,7 @@ from pearl.core import theory
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.predict.prediction import by_hand, predict
-from pearl.predict.replay import BEYOND, Case, missed, read_run, sureness
+from pearl.predict.replay import BEYOND, Case, _of_drafter, missed, read_run, sureness
 from pearl.predict.script import VOCABULARY, DraftedToken, Script, token
 from pearl.predict.simulation import simulate
 
@@ -237,6 +237,14 @@ def test_a_search_in_the_text_is_replayed_without_forwards(tmp_path: Path):
     assert not case.times.draft_s and "no model" in case.notes[0]
     assert figures["sd:4"]["seconds"] == pytest.approx(2 + 4)  # the guesses cost nothing
     assert figures["pearl"]["tokens_per_pass"] == 4  # no place was judged after the last of a block: it ends there
+
+
+def test_what_sources_beside_the_target_guessed_is_not_taken_for_the_drafters():
+    both = {"rank": 0, "q": [0.3, 0.6, 0.2], "origins": ["recycled", "draft", "draft"]}
+    assert _of_drafter(both) == (None, (0.6, 0.2))
+    assert _of_drafter(both | {"rank": 2}) == (1, (0.6, 0.2))
+    assert _of_drafter({"rank": 0, "q": [0.3], "origins": ["recycled"]}) == (None, ())
+    assert _of_drafter({"rank": 1, "q": [0.3, 0.2]}) == (1, (0.3, 0.2)), "of an early run"
 
 
 def test_places_that_were_not_judged_are_drawn_from_those_that_were(tmp_path: Path):
