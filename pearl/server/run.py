@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import h11
 import prometheus_client
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,6 +22,7 @@ from pearl.config.server_config import KEY, ServerConfig
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.server.app import make_app
+from pearl.server.errors import bad
 from pearl.server.life import Service
 
 CLOSE_S = 5  # for connections to end after the last text
@@ -55,6 +57,15 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.loop.call_later(SILENT_S, self._close_silent)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is told so in the shape of all errors."""
+        body = bytes(bad(msg).response.body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        start = h11.Response(status_code=400, headers=[*headers, (b"connection", b"close")])
+        parts = [self.conn.send(event) for event in (start, h11.Data(data=body), h11.EndOfMessage())]
+        self.transport.write(b"".join(part for part in parts if part))
+        self.transport.close()
 
     def _close_silent(self) -> None:
         if self.cycle is None and self.transport and not self.transport.is_closing():

@@ -263,6 +263,9 @@ def test_bodies_that_are_too_large_or_never_come_are_refused(engine, monkeypatch
         with socket.create_connection(("127.0.0.1", one.port)) as half:
             half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
             assert b" 408 " in half.recv(1000)
+        with socket.create_connection(("127.0.0.1", one.port)) as garbage:
+            garbage.sendall(b"\x00\xff nothing\r\n\r\n")
+            assert b'"type":"invalid_request_error"' in garbage.recv(1000)
 
 
 # Life
