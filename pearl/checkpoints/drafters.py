@@ -14,7 +14,7 @@ from pearl.checkpoints.drafts import dflash_weights, feature_weights
 from pearl.checkpoints.drafts.kinds import CAUSAL_LM, PARD
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import AHEAD, Preflight
-from pearl.checkpoints.targets import prepare
+from pearl.checkpoints.targets import prefix_cache_mb, prepare
 from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.dflash.shape import DFLASH, DSPARK
 from pearl.drafters.dflash.source import DFlashSource
@@ -82,7 +82,10 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     if vocabulary < checked.vocabulary:
         read_unknown_tokens(model)
     reader = DraftModel(model, vocabulary, longest, head, checked.texts, coarse)
-    return reader, calibrate_draft(reader, checked, kernel, len(head) if head else 0)
+    costs = calibrate_draft(reader, checked, kernel, len(head) if head else 0)
+    if mb := prefix_cache_mb(checked.config, placed):
+        reader.keep_prefixes(mb)
+    return reader, costs
 
 
 def load_feature_drafter(checked: Preflight) -> FeatureDrafter:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pearl.checkpoints.calibration import calibrate_target
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
+from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import probe
 from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import UsageError
@@ -43,19 +44,19 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
         others.settle()
         reader = TensorParallelModel(reader, others)
     calibrate_target(reader, checked)
-    if mb := prefix_cache_mb(checked):
+    ranks = checked.config.tensor_parallel_size
+    # where the first rank keeps hidden states too, the ranks would drop at different times
+    if not (ranks > 1 and checked.features) and (mb := prefix_cache_mb(checked.config, checked.target_on, ranks)):
         reader.keep_prefixes(mb)
     return reader
 
 
-def prefix_cache_mb(checked: Preflight) -> int:
-    """What a rank may keep of prompts. Where nobody has said it: of memory that is plentiful, a little; over several
-    ranks nothing, as they would have to agree."""
-    gb, ranks = checked.config.prefix_cache_gb, checked.config.tensor_parallel_size
-    if ranks > 1 and checked.features:
-        return 0  # the first rank keeps hidden states too, so the ranks would drop at different times
+def prefix_cache_mb(config: EngineConfig, placed: Placement, ranks: int = 1) -> int:
+    """What a model, or a rank of it, may keep of prompts. Where nobody has said it: of memory that is plentiful, a
+    little; over several ranks nothing, as they would have to agree."""
+    gb = config.prefix_cache_gb
     if gb is None:
-        machine, placed = probe(), checked.target_on
+        machine = probe()
         free = (
             [machine.ram_gb] if placed.on_cpu else [machine.gpus_gb[torch.device(d).index or 0] for d in placed.devices]
         )

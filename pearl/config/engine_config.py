@@ -81,7 +81,7 @@ class EngineConfig:
     prefix_cache_gb: float | None = setting(
         None,
         number(0, 1e6, "a number of gigabytes, or 0"),
-        "of the keys and values of prompts that are kept over texts; 0: none; default: a sixteenth of what is free",
+        "of prompts' keys and values that each side keeps over texts; 0: none; default: a sixteenth of what is free",
         PAIR,
         word="prefix_cache",
     )

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from pearl.core.token_buckets import GRAIN, LIMIT
 from pearl.machine.transfers import rows_of
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
+from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
-from pearl.models.language_model import LanguageModel, SequenceRows
+from pearl.models.language_model import PREFILL_CHUNK, LanguageModel, SequenceRows, SideRow
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes import ForwardRows
 
@@ -60,12 +61,16 @@ class DraftModel(LanguageModel):
         if not uses_grouped_attention(self.model):
             return [self._read_chains(one) for one in queries]
         found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
-        parts, wanted, plans, trees = [], [], [], []
+        parts, wanted, plans, trees, fresh = [], [], [], [], list[LeavesQuery]()
         for one in queries:
             slot = self._slots[one.batch_slot]
             self.observe(one.tokens, one.batch_slot)
-            slot.cached, slot.sides = [], {}  # its cache is overwritten
-            trees.append(slot.tree or DraftTreeCache(slot.cache.slots))
+            if slot.tree is None:
+                fresh.append(one)
+            tree = slot.tree or DraftTreeCache(slot.cache.slots)
+            tree.adopt(one.tokens[: self._restored(one.tokens[:-1], one.batch_slot)])
+            trees.append(tree)
+            slot.cached, slot.sides, slot.pieces = [], {}, []  # its cache is overwritten
             slot.tree = None  # if what follows fails, nothing is known
             plans.append(trees[-1].plan(list(one.tokens), one.paths))
             *before, last = plans[-1].chunks(DRAFT_PREFILL_CHUNK, self.windows)
@@ -80,6 +85,8 @@ class DraftModel(LanguageModel):
             logits, places = self.run_together(parts)
             for part, rows in zip(parts, wanted, strict=True):
                 found[part.batch_slot].append(rows_of(logits[places[part.batch_slot]], rows))
+        for one in fresh:
+            self._remember_beginning(one)
         for one, tree in zip(queries, trees, strict=True):
             if one.passing >= 0:
                 tree.give_back(one.passing)
@@ -88,6 +95,25 @@ class DraftModel(LanguageModel):
             rows_of(torch.cat(found[one.batch_slot]), plan.order)[:, : self.vocabulary]
             for one, plan in zip(queries, plans, strict=True)
         ]
+
+    def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
+        self._restored(tokens[: len(tokens) - keep], batch_slot)
+        return super().read(tokens, keep, side_rows, batch_slot)
+
+    def _restored(self, tokens: Sequence[int], batch_slot: int) -> int:
+        """How much of the beginning of a text is put into an empty cache, as earlier texts had it."""
+        slot = self._slots[batch_slot]
+        return 0 if slot.cached or slot.tree else self.restore(tokens, batch_slot)
+
+    def _remember_beginning(self, query: LeavesQuery) -> None:
+        """Keeps the pieces of a text that was read into an empty tree: there they lie in the first slots."""
+        if self.prefix_cache is None:
+            return
+        key, cache = EMPTY, self._slots[query.batch_slot].cache
+        for first in range(0, len(query.tokens) - PREFILL_CHUNK + 1, PREFILL_CHUNK):
+            key = digest(key, query.tokens[first : first + PREFILL_CHUNK])
+            if key not in self.prefix_cache:
+                self.prefix_cache.add(key, Piece(cache.take(first, PREFILL_CHUNK)))
 
     def _read_chains(self, query: LeavesQuery) -> Tensor:
         """By chains, each with all paths that are a beginning of the next: a model that makes its masks itself reads

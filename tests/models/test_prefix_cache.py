@@ -20,6 +20,7 @@ from transformers import Gemma3TextConfig
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.models.draft_model import LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, PrefixCache, digest
 from pearl.models.language_model import PREFILL_CHUNK
@@ -177,6 +178,40 @@ def test_log_probabilities_of_a_prompt_are_read_and_what_follows_them_is_not_rea
         ]
         said.append((text.stopper.tokens, text.prompt_logprobs))
     assert said[0] == said[1] == said[2]
+
+
+# The drafter's side, whose bits are of no account
+
+
+@pytest.mark.parametrize("chains", [True, False], ids=["chains", "trees"])
+def test_a_drafter_goes_on_from_what_it_has_read_of_earlier_prompts(chains: bool, monkeypatch: pytest.MonkeyPatch):
+    config = tiny.CONFIGS["llama"]()
+    config.max_position_embeddings = LONG
+    kept, fresh = (tiny.draft_model(tiny.random_model(config), max_length=LONG, batch_slots=2) for _ in range(2))
+    kept.keep_prefixes(100)
+    rows = []
+    run = type(kept).run
+    monkeypatch.setattr(type(kept), "run", lambda self, *one: rows.append((self, len(one[0]))) or run(self, *one))
+    header = text_of(1, 2 * P + 9)
+    texts = [[*header, *text_of(2 + n, 30)] for n in range(3)]
+    for n, (text, slot) in enumerate(zip(texts, (0, 1, 0), strict=True)):
+        said = []
+        for model in (kept, fresh):
+            model.forget(batch_slot=slot)
+            rows.clear()
+            paths = [(), (3,), (3, 4), (5,)]
+            said.append(
+                model.read(text, 1, batch_slot=slot)
+                if chains
+                else model.read_leaves_together([LeavesQuery(slot, text, paths)])[0]
+            )
+            read = sum(count for _, count in rows)
+            assert (read < P) == (n > 0 and model is kept)
+            if not chains:  # the text goes on, along the tree and beside it
+                grown = [*text, 3, 4, 9]
+                said.append(model.read_leaves_together([LeavesQuery(slot, grown, [(), (1,)])])[0])
+        half = len(said) // 2
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(said[:half], said[half:], strict=True))
 
 
 # The store

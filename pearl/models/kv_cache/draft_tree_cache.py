@@ -97,6 +97,12 @@ class DraftTreeCache:
         self._prefix: list[TreeNode] = []
         self._end = TreeNode(-1, -1, -1, np.zeros(slots, dtype=bool))  # the last of the committed prefix
 
+    def adopt(self, tokens: Sequence[int]) -> None:
+        """The beginning of a text lies in the first slots already, of a cache that was empty."""
+        at = self._end
+        for token in tokens:
+            at = self._add(at, token)
+
     def plan(self, text: list[int], paths: Sequence[tuple[int, ...]]) -> ReadPlan:
         """What to read so that `text` and each path after it has been; the last token of each path is read anew."""
         self._follow(text)
