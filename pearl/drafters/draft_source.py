@@ -112,6 +112,10 @@ class DraftSource:
     def predict(self, batch_slot: int, tokens: Sequence[int]) -> None:
         """Tokens that are likely to occur in the sequence that has just begun there: an earlier version of it, say."""
 
+    def is_sure(self, batch_slot: int, tokens: Sequence[int]) -> bool:
+        """Whether it all but knows what follows, so that it is to be asked whatever its guesses were worth before."""
+        return False
+
     def end(self, batch_slot: int) -> None:
         """The sequence there is over."""
 

@@ -43,6 +43,7 @@ from pearl.drafters.text_memory import MATCHED, WINDOWS, Match, TextMemory
 LENGTHS = (1, 2, 3, 4, 5, 7, 10, 16)  # the shortest matches of each class
 RECALLED = (1, 8, 16, 32, MATCHED)  # the same of matches in earlier texts
 TIMES = (1, 2, 3, 6)  # that a match occurred: the fewest of each class
+SURE = 24  # tokens: what followed so long a match in an earlier text follows here too
 MIN_CHAIN_LOGP = math.log(0.02)  # a chain goes no further than where it is likelier than that to be right
 MAX_NODES = 32  # of a tree
 _LEVELS = 3  # matches of one place that are asked
@@ -243,6 +244,11 @@ class SuffixSource(DraftSource):
     def predict(self, batch_slot: int, tokens: Sequence[int]) -> None:
         self._index.begin(batch_slot, tokens)
 
+    def is_sure(self, batch_slot: int, tokens: Sequence[int]) -> bool:
+        index = self._index
+        recalled = index.text(batch_slot, tokens).recalled if index.memory else None
+        return recalled is not None and recalled.length >= SURE
+
     def remember(self, tokens: Sequence[int]) -> None:
         if self._index.memory:
             self._index.memory.add(tokens)
@@ -286,7 +292,9 @@ class SuffixSource(DraftSource):
             if len(path) == query.max_depth:
                 return
             guesses = {token: _log(chance) for token, chance in index.likely(spot)[:MAX_CHILDREN]}
-            guesses |= {token: node.logp for token, node in parent.children.items()}
+            sure = spot.recalled is not None and spot.recalled.length >= SURE
+            for token, node in parent.children.items():
+                guesses[token] = max(guesses.get(token, -math.inf), node.logp) if sure else node.logp
             for token, logp in guesses.items():
                 if joint + logp >= MIN_PATH_LOGP:
                     heapq.heappush(heap, (-(joint + logp), next(order), parent, token, logp, spot, path))
@@ -297,6 +305,8 @@ class SuffixSource(DraftSource):
                 break
             joint, _, parent, token, logp, spot, path = heapq.heappop(heap)
             node = parent.children.get(token)
+            if node is not None and logp > node.logp:  # an earlier text knows better
+                node.logp, node.origin = logp, self.origin
             if node is None:
                 if query.processing and query.processing.forbids(query.trie.tokens, path, token):
                     continue

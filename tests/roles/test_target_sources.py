@@ -94,6 +94,24 @@ def test_what_was_written_before_is_written_in_few_passes(mode: str):
     assert passes[0] > 80 and passes[1] < passes[0] / 4 and passes[2] <= passes[1]
 
 
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_a_source_that_has_brought_nothing_is_asked_once_it_knows_the_text(mode: str):
+    """Many texts that nothing was like; then one again. The drafter guesses too, and half of it is wrong."""
+    source = SuffixSource(memory=TextMemory(1))
+    case = replace(warm_case(mode), source="sometimes", chance=0.5)
+    channel = ScriptedChannel(case.make_source(), EAGER)
+    target = Target(case.model, channel, ticks(), sources=[source])
+    counts = []
+    for first in (*range(1, 12), 3):
+        stopper = Stopper(case.params, case.eos, letters)
+        request = SequenceRequest((first, 2, 3), case.params, stopper)
+        (over,) = [text for text, committed in target.write([request], case.schedule) if not committed]
+        assert over.stopper.tokens == alone(case.model, (first, 2, 3), case.params, case.eos).tokens
+        counts.append(len(over.passes))
+    assert any(trial.resting for trial in target._beside._trials.values())
+    assert counts[-1] < min(counts[:-1]) / 2
+
+
 def test_every_mode_remembers_and_only_in_later_rounds_where_there_are_rounds():
     memory = TextMemory(1)
     source = SuffixSource(memory=memory)

@@ -56,7 +56,7 @@ class TargetSources:
         none deeper than `deepest`."""
         self._late = {one: not one.depth() for one in sequences}
         for source in self._sources:
-            asked = [one for one in sequences if not self._trials[source, self._late[one]].resting]
+            asked = [one for one in sequences if self._is_asked(source, one)]
             queries = [
                 TreeQuery(one.batch_slot, one.trie, rows, deepest(one), False, one.processing)
                 for one in asked
@@ -66,6 +66,18 @@ class TargetSources:
                 began = self._clock()
                 self._try(source, asked, partial(_extend, source, queries))
                 self._spent(source, asked, began)
+
+    def _is_asked(self, source: DraftSource, sequence: SequenceState) -> bool:
+        if not self._trials[source, self._late[sequence]].resting:
+            return True
+        sure = False
+
+        def ask() -> None:
+            nonlocal sure
+            sure = source.is_sure(sequence.batch_slot, sequence.trie.tokens)
+
+        self._try(source, [sequence], ask)
+        return sure
 
     def hear(self, sequence: SequenceState, read: RowsRead, features: Features | None) -> None:
         """What a pass has said of one sequence. `features`: of what is read for good now, if there are any."""
