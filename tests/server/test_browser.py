@@ -8,12 +8,13 @@ import re
 from itertools import pairwise
 
 import pytest
+import servers
 from browser import Visit, chromium
 from servers import Served
 
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
-from pearl.engine import Engine, Generation
+from pearl.engine import Generation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 WORDS = "the thing and the other"
@@ -27,11 +28,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server(browser, pair):
-    cpu = str(min(os.sched_getaffinity(0)))
-    options = {"dtype": "float32", "max_length": 500, "max_sequences": 2, "target_cores": cpu, "draft_cores": cpu}
-    one = Served(Engine.from_pretrained(*pair, mode="tree", **options))
-    yield one
-    one.close()
+    core = str(min(os.sched_getaffinity(0)))
+    options = {"max_length": 500, "mode": "tree", "processes": 2, "draft_cores": core}
+    with servers.engine(*pair, **options) as engine, servers.served(engine) as one:
+        yield one
 
 
 @pytest.fixture
@@ -78,12 +78,14 @@ def settled(visit: Visit) -> None:
 
 def kinds(server: Served, text: Generation) -> list[tuple[str, str, int]]:
     """Words, kind and pass of each token, by the records of its passes."""
-    stream, found = TextStream(server.engine._requests.decoder), []
+    stream, found = TextStream(server.service.engine._requests.decoder), []
     tokens = iter(text.tokens)
     for number, one in enumerate(text.stats.passes):
         for place in range(one.committed):
-            rank = one.judged[place].rank if place < len(one.judged) else None
-            kind = "target" if rank is None else "prepared" if rank else "draft"
+            guess = one.judged[place] if place < len(one.judged) else None
+            kind = "target" if guess is None or guess.rank is None else "prepared" if guess.rank else "draft"
+            if guess and guess.origin in ("suffix", "recycled"):
+                kind = guess.origin
             words = stream.add([next(tokens)])
             found.append([words, kind, number])
     found[-1][0] += stream.end(text.text)
@@ -100,7 +102,7 @@ def test_the_colours_of_a_talk_are_those_of_the_records(server, visit, written, 
     assert "".join(words for words, _, _ in shown) == text.text == visit.page.text_content("#talk .text")
     assert shown == kinds(server, text)
     if mode == "sd":  # in the others a drafter may be late
-        assert {kind for _, kind, _ in shown} == {"draft", "target"}, "a pair that shows nothing tests nothing"
+        assert {kind for _, kind, _ in shown} > {"target"}, "a pair that shows nothing tests nothing"
 
 
 def test_a_token_says_its_pass_depth_and_probability_to_mouse_and_keyboard(visit):
@@ -166,7 +168,7 @@ def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, wri
 
 
 def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written):
-    page, before = visit.page, server.engine.runtime.drafter_pid
+    page, before = visit.page, server.service.engine.runtime.drafter_pid
     words, tokens = longest(server)
     ask(visit, words, 400)
     page.wait_for_selector("#talk .tok")
@@ -176,14 +178,14 @@ def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written
     assert [text.tokens for text in written] == [tokens] and len(tokens) > 100
     page.wait_for_selector("#notes li[data-kind=back]", timeout=60_000)
     page.wait_for_selector("#status[data-is=ready]")
-    assert server.engine.runtime.drafter_pid != before
+    assert server.service.engine.runtime.drafter_pid != before
 
 
 def longest(server: Served) -> tuple[str, list[int]]:
     """Some words with a long answer, and that answer."""
     some = [f"{WORDS} {number}" for number in range(12)]
-    prompts = [server.engine.encode([{"role": "user", "content": words}]) for words in some]
-    texts = server.engine.generate(prompts, SamplingParams(max_new_tokens=400), mode="ar")
+    prompts = [server.service.engine.encode([{"role": "user", "content": words}]) for words in some]
+    texts = server.service.engine.generate(prompts, SamplingParams(max_new_tokens=400), mode="ar")
     return max(((words, text.tokens) for words, text in zip(some, texts, strict=True)), key=lambda one: len(one[1]))
 
 
@@ -202,7 +204,9 @@ def test_a_saved_run_is_shown_again_without_a_server(browser, visit, tmp_path):
     alone.page.goto((tmp_path / "run.html").as_uri())
     replayed(alone, wanted)
     assert alone.asked == [(tmp_path / "run.html").as_uri()] + [url for url in alone.asked if url.startswith("data:")]
+    alone.page.evaluate("document.querySelector('#talk .text').dataset.old = 'yes'")
     alone.page.set_input_files("#file", tmp_path / "run.json")  # it opens other runs too
+    alone.until("!document.querySelector('[data-old]')")
     replayed(alone, wanted)
     assert not alone.errors
     alone.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import servers
 from servers import Served
 
 from pearl.commands import chat
@@ -19,7 +19,7 @@ from pearl.commands.chat_client import RemoteTalk, Server
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
 from pearl.core.trie import DRAFT, OWN
-from pearl.engine import Engine, Generation
+from pearl.engine import Generation
 from pearl.errors import PearlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -27,15 +27,13 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture(scope="module")
 def engine_server(pair):
-    options = {"dtype": "float32", "max_length": 400, "mode": "sd", "processes": 1, "max_sequences": 2}
-    one = Served(Engine.from_pretrained(*pair, target_cores=str(min(os.sched_getaffinity(0))), **options), api_key="k")
-    yield one
-    one.close()
+    with servers.engine(*pair, max_length=400) as engine, servers.served(engine, api_key="k") as one:
+        yield one
 
 
 def told(server: Served, words: str) -> str:
-    ids = server.engine.encode([{"role": "user", "content": words}])
-    return server.engine.generate(ids, SamplingParams(max_new_tokens=20), mode="ar").text
+    ids = server.service.engine.encode([{"role": "user", "content": words}])
+    return server.service.engine.generate(ids, SamplingParams(max_new_tokens=20), mode="ar").text
 
 
 def piped(monkeypatch, capsys, lines: str, *words: str) -> tuple[str, str]:
@@ -70,7 +68,7 @@ def test_each_word_has_the_origin_that_the_record_has(engine_server):
     assert "".join(words for words, _ in pieces) == text.text
     origins = [origin for one in text.stats.passes for origin in one.origins]
     assert talk.guessed[DRAFT] == origins.count(DRAFT) > 0 and talk.guessed[OWN] == origins.count(OWN) > 0
-    stream = TextStream(engine_server.engine._requests.decoder)
+    stream = TextStream(engine_server.service.engine._requests.decoder)
     each = zip(text.tokens, origins, strict=True)
     letters = [(letter, origin) for token, origin in each for letter in stream.add([token])]
     shown = [(letter, origin) for words, origin in pieces for letter in words]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import re
 import socket
 import threading
@@ -17,9 +16,9 @@ from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
+import servers
 from servers import Served
 
-from pearl.engine import Engine
 from pearl.server import hub as hubs
 from pearl.server.hub import Hub
 
@@ -29,10 +28,8 @@ OTHER_HOST = rb"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z0-9.-]+\.[a-z]{2,}/"
 
 @pytest.fixture(scope="module")
 def server(pair):
-    options = {"dtype": "float32", "max_length": 400, "mode": "sd", "processes": 1, "max_sequences": 2}
-    one = Served(Engine.from_pretrained(*pair, target_cores=str(min(os.sched_getaffinity(0))), **options))
-    yield one
-    one.close()
+    with servers.engine(*pair, max_length=400) as engine, servers.served(engine) as one:
+        yield one
 
 
 def answered(server: Served, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -135,10 +132,10 @@ def test_nobody_hears_the_words_of_a_text_without_a_label(server, listen):
 def test_where_nobody_reads_any_more_the_engine_is_not_watched(server):
     listener = Listener(server, "mine")
     write(server, "mine/1")
-    assert server.engine.runtime.target._drafter.watcher
+    assert server.service.engine.runtime.target._drafter.watcher
     listener.close()
     deadline = time.monotonic() + 30
-    while server.engine.runtime.target._drafter.watcher:
+    while server.service.engine.runtime.target._drafter.watcher:
         write(server)
         assert time.monotonic() < deadline
 
@@ -148,7 +145,7 @@ def test_a_slow_reader_misses_events_is_told_how_many_and_delays_nobody(server, 
     monkeypatch.setattr(hubs, "READER", 5)
 
     async def main() -> tuple[list[dict], list[dict]]:
-        service = SimpleNamespace(engine=server.engine, stopping=asyncio.Event())
+        service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event())
         hub = Hub(service)
         async with aclosing(hub.stream("mine")) as slow, aclosing(hub.stream("mine")) as quick:
             assert await anext(slow) and await anext(quick)
@@ -181,7 +178,7 @@ def test_a_drafter_is_killed_by_the_page_of_this_machine_alone(server, monkeypat
     page = {"X-Pearl-Page": "1"}
     assert answered(server, "/v1/pearl/kill", "POST", **page)[0] == 403, "this server has no drafter process"
     killed: list[int] = []
-    monkeypatch.setattr(type(server.engine.runtime), "drafter_pid", 4_000_000_000)
+    monkeypatch.setattr(type(server.service.engine.runtime), "drafter_pid", 4_000_000_000)
     monkeypatch.setattr("os.kill", lambda pid, _: killed.append(pid))
     refused = [
         {},  # another site may send no such header

@@ -35,7 +35,7 @@ const kindOfRow = (origin) => (origin === "suffix" || origin === "recycled" ? or
 
 class Store {
   constructor() {
-    this.events = []; this.texts = new Map(); this.bySequence = new Map();
+    this.events = []; this.texts = new Map(); this.bySequence = new Map(); this.alone = new Set();
     this.passes = []; this.drafts = []; this.notes = []; this.dropped = 0; this.last = 0; this.version = 0;
   }
 
@@ -49,6 +49,7 @@ class Store {
     this.events.push(event);
     if (this.events.length > MOST_EVENTS) { this.events.splice(0, 1000); this.dropped += 1000; }
     const text = this.bySequence.get(event.seq);
+    if (event.e === "began" && event.mode.startsWith("ar")) this.alone.add(event.seq); // no drafter hears of it
     if (event.e === "began" && event.label) {
       const begun = Object.assign(this.text(event.label), { mode: event.mode, began: event.t, prompt: event.prompt, cached: event.cached, seq: event.seq });
       this.bySequence.set(event.seq, begun);
@@ -435,7 +436,7 @@ function drawLanes(until) {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.clearRect(0, 0, wide, high);
   const left = 62, span = Number($("window").value), begin = until - span, x = (t) => left + ((t - begin) / span) * (wide - left - 6);
-  const top = 22, bar = 36, gap = 28, below = top + bar + gap;
+  const top = 24, bar = 40, gap = 34, below = top + bar + gap;
   pen.font = "12px system-ui, sans-serif";
   pen.fillStyle = inks.faint;
   pen.textAlign = "left";
@@ -447,20 +448,20 @@ function drawLanes(until) {
   for (let t = Math.ceil(begin / step) * step; t < until; t += step) {
     pen.beginPath(); pen.moveTo(x(t), top - 8); pen.lineTo(x(t), below + bar + 4); pen.stroke();
     pen.textAlign = "center";
-    if (t >= 0) pen.fillText(seconds(t, step < 250 ? 1 : 2), x(t), top - 10);
+    if (t >= 0 && x(t) > left + 22 && x(t) < wide - 22) pen.fillText(seconds(t, step < 250 ? 1 : 2), x(t), top - 10);
   }
   pen.save();
   pen.beginPath(); pen.rect(left, 0, wide - left, high); pen.clip();
   pen.fillStyle = inks.soft;
   pen.fillRect(left, top, wide, bar); pen.fillRect(left, below, wide, bar);
   const seen = new Set();
-  for (const { t, got, n } of since(shown.passes, (pass) => pass.t[4] >= begin)) {
+  for (const { t, got, n, seq } of since(shown.passes, (pass) => pass.t[4] >= begin)) {
     if (t[2] > until) continue;
     if (t[2] - t[1] > 0.3) hatch(x(t[1]), top, x(t[2]) - x(t[1]), bar);
     if (!seen.has(t[2])) box(x(t[2]), top, x(t[4]) - x(t[2]), bar, inks.target, n === 0);
     seen.add(t[2]);
     if (x(t[4]) - x(t[2]) > 15) { pen.fillStyle = n === 0 ? inks.ink : inks.card; pen.textAlign = "center"; pen.fillText(n === 0 ? "prompt".slice(0, (x(t[4]) - x(t[2])) / 7) : `+${got}`, (x(t[2]) + x(t[4])) / 2, top + bar / 2 + 4); }
-    arrow(x(t[4]), top + bar, x(t[4]) + 2, below, inks.faint, true);
+    if (!shown.alone.has(seq)) arrow(x(t[4]), top + bar, x(t[4]) + 2, below, inks.faint, true);
   }
   for (const draft of since(shown.drafts, (one) => one.t >= begin)) {
     if (draft.t > until) continue;
@@ -572,6 +573,7 @@ function drawTree() {
   }
   if (pass.tree.length > MOST_SHOWN) $("tree").append(make("p", { className: "hint", textContent: `The ${MOST_SHOWN} likeliest of ${pass.tree.length} rows` }));
   $("tree").append(picture);
+  $("tree").scrollTop = y(nodes.findLast((node) => node.on)) - $("tree").clientHeight / 2;
 }
 
 // The figures
