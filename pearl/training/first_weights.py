@@ -89,6 +89,7 @@ def _shape(
         fingerprint=model_fingerprint(target),
         intermediate=recipe.intermediate,
         mask_token=mask_token,
+        markov_rank=recipe.markov_rank,
     )
     return replace(made, fc_norm=recipe.fc_norm)
 

@@ -79,6 +79,7 @@ class FeatureRecipe(Recipe):
     withheld: float = _value(0.05, _SHARE, "chance that a run of withheld features begins at a token; peagle alone")
     mask_token: int | None = _value(None, whole(), "of peagle, an id that no text has; default: a spare one")
     fc_norm: bool = _value(True, FLAG, "a norm for each feature (EAGLE-3.1), which older engines do not read")
+    markov_rank: int = _value(0, whole(), "of peagle: rank of a bias by the token before (DSpark); 0: none")
     reach: float = _value(0.0, _SHARE, "how much a token weighs by the chance that its place is reached (PARD-2)")
     segments: int = _value(4, whole(1), "S, pieces in which slots are read, which saves memory")
     longest: int = _value(1024, whole(1), "tokens of a text; what is beyond is cut off")
@@ -87,6 +88,8 @@ class FeatureRecipe(Recipe):
         super().__post_init__()
         if self.features == ():
             raise UsageError("The recipe's features must name at least one layer: leave it out for those recorded.")
+        if self.markov_rank and self.algorithm != PEAGLE:
+            raise UsageError("The recipe's markov_rank is for peagle: eagle3 reads the token before anyhow.")
         if self.algorithm == PEAGLE and self.depths < 2:
             raise UsageError("The recipe's depths must be 2 or more: peagle learns several tokens of one forward.")
 

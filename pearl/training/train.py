@@ -30,7 +30,7 @@ from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
 from pearl.training.first_weights import go_on_from, mask_token_of, new_drafter
 from pearl.training.loop import Figures
-from pearl.training.objective import NOTHING, Objective, frequent
+from pearl.training.objective import NOTHING, Objective, RowLosses, frequent
 from pearl.training.recipes import FeatureRecipe
 from pearl.training.shards import Recorded, RecordedText, stacked
 
@@ -115,10 +115,10 @@ class FeatureLearner:
             sums |= {f"{kind}{name} {depth}": 0.0 for depth in range(depths) for kind in ("", "n:")}
 
         def judged(
-            depth: int, rows: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
+            depth: int, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
         ) -> tuple[Tensor, Tensor]:
             """The share of the loss, and how likely each row found the choice."""
-            found = self._objective.judge(self.module.logits(rows), ids, logp)
+            found = self._judge(rows, before, ids, logp)
             for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
                 sums[f"{name} {depth}"] += float(value.detach().sum())
                 sums[f"n:{name} {depth}"] += len(rows)
@@ -149,6 +149,17 @@ class FeatureLearner:
             partition.evaluate(self.module, self._mask, *inputs, anchors, loss)
         return sums
 
+    def _judge(self, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor) -> RowLosses:
+        """rows: [R, H]; before: [R], the token that each guess follows. With a Markov head, its confidence is to be how
+        often the best guess is right."""
+        logits = self.module.logits(rows)
+        if not self.module.shape.markov_rank:
+            return self._objective.judge(logits, ids, logp)
+        bias, sure = self.module.after(before, rows)
+        found = self._objective.judge(logits + bias, ids, logp)
+        wrong = nn.functional.binary_cross_entropy_with_logits(sure, found.first.float(), reduction="none")
+        return replace(found, loss=found.loss + torch.where(ids[:, 0] != NOTHING, wrong, 0.0))
+
     @torch.no_grad()
     def _reached(self, batch: Batch, hidden: Tensor, anchors: Tensor) -> Tensor:
         """How likely the walk passes the first token after each anchor, as the network sees it, float [B, anchors].
@@ -159,7 +170,7 @@ class FeatureLearner:
         if not self._recipe.reach or not noted.any():
             return reach
         ids, logp = batch.top_ids[:, anchors][noted], batch.top_logp[:, anchors][noted]
-        found = self._objective.judge(self.module.logits(hidden[:, anchors][noted]), ids, logp)
+        found = self._judge(hidden[:, anchors][noted], batch.tokens[:, anchors][noted], ids, logp)
         return reach.masked_scatter_(noted, found.chance)
 
     def _labels(self, noted: Tensor, anchors: Tensor, depth: int) -> Tensor:
@@ -168,15 +179,17 @@ class FeatureLearner:
         there = anchors + depth < count
         return noted[:, (anchors + depth).clamp(max=count - 1)] & there
 
-    def _rows(self, batch: Batch, hidden: Tensor, part: Tensor | None, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of one depth that have a label, [R, H], and their labels."""
+    def _rows(
+        self, batch: Batch, hidden: Tensor, part: Tensor | None, depth: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows of one depth that have a label, [R, H], the tokens that they follow, [R], and their labels."""
         noted = batch.top_ids[..., 0] != NOTHING
         if part is None:
-            return hidden[noted], batch.top_ids[noted], batch.top_logp[noted]
+            return hidden[noted], batch.tokens[noted], batch.top_ids[noted], batch.top_logp[noted]
         there = self._labels(noted, part, depth)
         rows = hidden[:, depth - 1 :: self._mask.slots][there]
         at = (part + depth).clamp(max=noted.shape[1] - 1)
-        return rows, batch.top_ids[:, at][there], batch.top_logp[:, at][there]
+        return rows, batch.tokens[:, at][there], batch.top_ids[:, at][there], batch.top_logp[:, at][there]
 
 
 def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Tensor:

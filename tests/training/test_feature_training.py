@@ -134,12 +134,14 @@ def test_a_slot_is_asked_for_the_choice_as_far_ahead_as_it_looks(folder):
     anchors = torch.arange(count)[::2]
     marks = torch.tensor([[[b, a, d] for a in anchors.tolist() for d in range(1, 4)] for b in range(2)])
     for depth in (1, 2, 3):
-        rows, ids, logp = some._rows(batch, marks, anchors, depth)
+        rows, before, ids, logp = some._rows(batch, marks, anchors, depth)
+        assert before.tolist() == [int(batch.tokens[b, a + depth]) for b, a, _ in rows.tolist()]
         assert len(rows) == len(ids) == len(logp) > 3 and (rows[:, 2] == depth).all()
         for (b, anchor, _), top in zip(rows.tolist(), ids, strict=True):
             assert torch.equal(top, batch.top_ids[b, anchor + depth]) and top[0] != NOTHING
     known = torch.arange(2 * count).view(2, count, 1)
-    rows, ids, _ = some._rows(batch, known, None, 0)
+    rows, before, ids, _ = some._rows(batch, known, None, 0)
+    assert torch.equal(before, batch.tokens.flatten()[rows[:, 0]])
     noted = batch.top_ids[..., 0] != NOTHING
     assert torch.equal(rows[:, 0], known[noted][:, 0]) and torch.equal(ids, batch.top_ids[noted])
 
@@ -310,6 +312,27 @@ def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
     assert all(layer.mlp.down_proj.weight.grad.any() for layer in larger.layers), "what is added can learn"
 
 
+def test_a_markov_head_learns_what_follows_a_token_and_how_sure_it_is(folder, tmp_path):
+    """Every slot is fed alike, so only the head can tell what follows the token that was drafted before."""
+    values = {"epochs": 25.0, "micro": 4, "learning_rate": 1e-2, "anchors": 1.0, "kl": 0.2, "slots_after": 0.0}
+    some, _ = run(recipe(folder, tmp_path / "out", markov_rank=16, reach=0.5, **values))
+    plain, _ = run(recipe(folder, tmp_path / "plain", **values))
+    with_head, without = (means(loop.tested(one, range(8))) for one in (some, plain))
+    assert with_head["accuracy 2"] > 0.8 and with_head["accuracy 2"] >= without["accuracy 2"]
+
+    drafter = read_drafter(tmp_path / "out").attach(small_target()).requires_grad_(False)
+    assert drafter.shape.markov_rank == 16 and torch.equal(drafter.markov_w2.weight, some.module.markov_w2.weight)
+    model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
+    own = together(Target(verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
+    drafting = FeatureSource(drafter)
+    for mode in ("sd", "tree"):
+        target = Target(
+            verifier(model, hooks=HiddenStateHooks(model, (0, 2))), ScriptedChannel(drafting, EAGER), ticks()
+        )
+        assert together(target, [1, 2, 3], Schedule.of(mode), params, decode=str) == own
+        assert target.draft_stats and not target.draft_stats.failed and drafting.forwards
+
+
 class Interrupted(Exception):
     pass
 
@@ -406,6 +429,7 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
         ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
         ("{data: d, output: o, bf16: 1}", "bf16"),
         ("{data: [d], output: o}", "data must be text"),
+        ("{data: d, output: o, algorithm: eagle3, markov_rank: 8}", "markov_rank is for peagle"),
         ("{data: d, output: o, features: []}", "features must name at least one layer"),
         ("{data: d, output: o, depths: 1}", "depths must be 2 or more: peagle learns several tokens"),
         ("{data: d, output: o, algorithm: hass}", "is unknown; choose from eagle3, peagle"),

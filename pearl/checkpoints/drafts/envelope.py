@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pearl.checkpoints.drafts.feature_formats import IDS
-from pearl.checkpoints.drafts.files import CONFIG, NOTE
+from pearl.checkpoints.drafts.files import CONFIG, MARKOV, MARKOV_FILE, NOTE
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE, DrafterShape
 from pearl.machine.files import atomic_write
@@ -22,7 +22,7 @@ from pearl.machine.files import atomic_write
 VERSION = "0.9.0"  # of the package whose format this is
 WEIGHTS = "model.safetensors"
 _NAMES = {EAGLE3: "Eagle3Speculator", PEAGLE: "PEagleSpeculator"}
-_OTHER = ("vocabulary", "mask_row", "markov.", "confidence.")  # what has no place in the format
+_OTHER = ("vocabulary", "mask_row", *MARKOV)  # what has no place in the format
 
 
 def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: str = "") -> None:
@@ -39,7 +39,11 @@ def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: s
         stored |= _maps(drafter.vocabulary.cpu(), shape.known)
     with atomic_write(folder / WEIGHTS) as partial:
         save_file(stored, partial, metadata={"format": "pt"})
-    note = {"fingerprint": shape.fingerprint}
+    if shape.markov_rank:
+        more = {name: part.detach().cpu().contiguous() for name, part in drafter.state_dict().items()}
+        with atomic_write(folder / MARKOV_FILE) as partial:
+            save_file({name: part for name, part in more.items() if name.startswith(MARKOV)}, partial)
+    note = {"fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
     for name, values in ((CONFIG, config), (NOTE, note)):
         with atomic_write(folder / name) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

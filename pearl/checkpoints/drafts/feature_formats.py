@@ -102,11 +102,11 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
             f"The config.json of the draft {files.name} does not say norm_before_residual, which some engines take for "
             "true and others for false: add what it was trained with."
         )
-    mark = str(files.note.get("fingerprint", ""))
+    mark, rank = str(files.note.get("fingerprint", "")), files.note.get("markov_rank", 0)
     kind = PEAGLE if is_peagle(files) else EAGLE3 if is_eagle3(files) else EAGLE
     try:
         found = _read(files.name, kind, config, inner, shapes, layers)
-        return replace(found, shape=replace(found.shape, fingerprint=mark))
+        return replace(found, shape=replace(found.shape, fingerprint=mark, markov_rank=int(rank)))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UsageError):
             raise

@@ -20,8 +20,10 @@ from pearl.errors import CheckpointError, UsageError
 
 CONFIG, OURS = "config.json", "drafter.json"  # of others, and of the format that pearl wrote before
 NOTE = "pearl.json"  # beside what pearl trained: what it knows, and the format of others has no place for
+MARKOV_FILE = "heads.markov"  # safetensors by another name: other engines load all that they find by that one
+MARKOV = ("markov_w1.", "markov_w2.", "confidence.")  # its tensors
 _LARGEST_HEADER = 1 << 28
-_PATTERNS = ["*.json", "*.safetensors", "*.bin"]
+_PATTERNS = [MARKOV_FILE, "*.json", "*.safetensors", "*.bin"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -84,10 +86,12 @@ class DraftFiles:
         from safetensors.torch import load_file
 
         files = self.downloaded()
+        assert files.folder is not None
+        markov = files.folder / MARKOV_FILE
         found: dict[str, Any] = {}
-        for path in files._weights():
+        for path in [*files._weights(), *([markov] if markov.is_file() else [])]:
             try:
-                found |= load_file(path) if path.suffix == ".safetensors" else _unpickled(path, "cpu")
+                found |= load_file(path) if path.suffix in (".safetensors", markov.suffix) else _unpickled(path, "cpu")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} can't be read ({brief(error)}): get the checkpoint again.") from None
         if not found:

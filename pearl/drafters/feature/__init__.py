@@ -1,4 +1,4 @@
-"""The parallel feature drafter (ParallelSpec, EAGLE): a small network over the target's hidden states.
+"""Networks over the target's hidden states: EAGLE-3, P-EAGLE, EAGLE-1, and what pearl trained before.
 
-Knows: its network, who sees whom in it, how it drafts. Refuses to know: how it was trained (`pearl.training`).
+Knows: what they compute, who sees whom in them, how they draft. Refuses to know: files, and how they were trained.
 """

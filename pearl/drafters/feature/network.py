@@ -66,6 +66,11 @@ class FeatureDrafter(nn.Module):
             self.lm_head = nn.Linear(hidden, shape.vocabulary, bias=False)
         if shape.own_embedding:
             self.embed_tokens = nn.Embedding(shape.known, hidden)
+        if rank := shape.markov_rank:
+            self.markov_w1 = nn.Embedding(shape.known, rank)
+            self.markov_w2 = nn.Linear(rank, shape.vocabulary, bias=False)
+            self.confidence = nn.Linear(hidden + rank, 1)
+            nn.init.zeros_(self.markov_w2.weight)  # it begins as a network without
         self._rotary = [Rotary(shape)]  # these are in lists, so that they are no submodules
         self._target: list[Any] = []  # embedding, norm and head
 
@@ -213,6 +218,12 @@ class FeatureDrafter(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the draft vocabulary, [..., V], of hidden states [..., H]."""
         return self.head(self._normed(hidden))
+
+    def after(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows after some tokens: what the token adds to the logits, [P, V], and the logit of the chance that the
+        best guess is right, [P] (DSpark, 2026).  tokens: int64 [P]; hidden: [P, H]"""
+        before = self.markov_w1(tokens)
+        return self.markov_w2(before), self.confidence(torch.cat([hidden, before], -1))[..., 0]
 
     def carried(self, hidden: Tensor) -> Tensor:
         """x of the next row, [..., H], where its features are not known."""

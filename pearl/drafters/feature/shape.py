@@ -57,6 +57,7 @@ class DrafterShape:
     own_head: bool = False
     own_mask: bool = False  # of the embedding, the row of the mask token alone
     mapped: bool = False  # a draft token's id is not the target's
+    markov_rank: int = 0  # of the bias by the token before, with a head of confidence beside it (DSpark); 0: neither
     mask_token: int | None = None  # what stands in a row of a token that is not known
     format: int = FORMAT
 
@@ -93,6 +94,7 @@ class DrafterShape:
         fingerprint: str = "",
         intermediate: int | None = None,
         mask_token: int | None = None,
+        markov_rank: int = 0,
     ) -> DrafterShape:
         """Of a network for a target with that config of transformers', as wide as it. `intermediate`: another one than
         the target's."""
@@ -125,5 +127,6 @@ class DrafterShape:
             own_head=kind in (EAGLE3, PEAGLE),
             mapped=vocabulary < known or kind == OURS,
             own_mask=kind == PEAGLE,
+            markov_rank=markov_rank,
             mask_token=mask_token if kind == PEAGLE else None,
         )

@@ -31,7 +31,7 @@ from pearl.drafters.feature.forward_rows import (
     rows_of,
 )
 from pearl.drafters.feature.network import FeatureDrafter
-from pearl.drafters.one_pass import Guesses, OnePassSource, PathsQuery
+from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery
 from pearl.models.timing import best_of
 
 _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
@@ -77,7 +77,17 @@ class FeatureSource(OnePassSource):
 
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
         """For each path after the trunk, guesses of K depths."""
-        return [table for _, table in self.read_on([PathsQuery(self._sequences[0], trunk, paths)])[0]]
+        read = self.read_on([PathsQuery(self._sequences[0], trunk, paths)])[0]
+        if not self._drafter.shape.markov_rank:
+            return [table for _, table in read]
+        found = []
+        for path, (_, table) in zip(paths, read, strict=True):
+            said, token = [], [*trunk, *path][-1]
+            for row in table:
+                said.append(row([token])[0])
+                token = said[-1][0][0]
+            found.append(said)
+        return found
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
@@ -108,7 +118,31 @@ class FeatureSource(OnePassSource):
             first += block.rows
         self.forwards += 1
         self.rows += first
+        self._hidden = iter(hidden[0, wanted])
         return self.tables(queries, drafter.logits(hidden[0, wanted]).float())
+
+    def _ranked(self, logits: torch.Tensor, positions: Sequence[int], params: SamplingParams) -> Guesses:
+        if not self._drafter.shape.markov_rank:
+            return super()._ranked(logits, positions, params)
+        rows = zip(logits, positions, strict=True)
+        return [functools.partial(self._after, row, next(self._hidden), at, params) for row, at in rows]
+
+    @torch.inference_mode()
+    def _after(
+        self, row: torch.Tensor, hidden: torch.Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
+    ) -> list[list[Guess]]:
+        """The guesses of one row after each of `tokens`; the best one is as likely as the head of confidence says, and
+        the others in proportion.  row: [D], or over the target's vocabulary; hidden: [H]"""
+        bias, sure = self._drafter.after(torch.tensor(tokens, device=self.device), hidden.expand(len(tokens), -1))
+        logits = row.expand(len(tokens), -1)
+        if logits.shape[1] != bias.shape[1]:
+            bias = bias.new_zeros(logits.shape).index_copy_(1, self.vocabulary, bias)
+        found = super()._ranked(logits + bias.float(), [position] * len(tokens), params)
+        chances = torch.nn.functional.logsigmoid(sure.float()).tolist()
+        return [
+            [(token, min(0.0, q + chance - guesses[0][1]), proposal) for token, q, proposal in guesses]
+            for guesses, chance in zip(found, chances, strict=True)
+        ]
 
     def _time(self) -> tuple[float, ...]:
         """Seconds of a forward of 1, 2, ... leaves."""
