@@ -121,6 +121,8 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         if config.prefix_cache_gb:
             raise UsageError(f"{baselines[0]} has no cache of prompts: leave --prefix-cache out, or {baselines[0]}.")
         config = replace(config, prefix_cache_gb=0.0)
+    if params.rejection and config.synthetic and any(one.drafts for one in schedules.values()):
+        raise UsageError("A synthetic draft knows the text of a seed: leave --sampling rejection out.")
     for mode in found.mode:
         config.check_mode(mode)
     if found.resume and not found.output:

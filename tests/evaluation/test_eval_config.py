@@ -47,6 +47,11 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
             ["--mode", "ar", "hf-prompt-lookup", "--temperature", "1"],
             "hf-prompt-lookup draws its samples in its own way",
         ),
+        (
+            ["--mode", "ar,sd", "--draft", "synthetic:0.8", "--temperature", "1", "--sampling", "rejection"],
+            "A synthetic draft knows the text of a seed",
+        ),
+        (["--mode", "hf-assisted", "--draft", "synthetic:0.8"], "hf-assisted needs a draft model"),
         (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
     ],
 )

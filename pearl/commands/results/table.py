@@ -13,7 +13,10 @@ from pearl.config import cli, outputs
 from pearl.evaluation import plots, report, tables
 from pearl.evaluation.pages import sweeps
 
-COLUMNS = "tokens_per_second,speedup_vs_ar,speedup_interval_95,identical_to_ar,tokens_per_pass,acceptance,score"
+COLUMNS = ",".join(
+    ("tokens_per_second", "speedup_vs_ar", "speedup_interval_95", "identical_to_ar", "tokens_per_pass")
+    + ("acceptance_length", "acceptance", "score")
+)
 
 
 def parser() -> cli.Parser:
