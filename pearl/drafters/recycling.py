@@ -30,7 +30,7 @@ from pearl.core.trie import RECYCLED, Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
 
 KEPT = 8  # tokens of a row
-PLACES = 1 << 16  # rows that are kept: with KEPT tokens each 3.7 MB
+PLACES = 1 << 16  # rows that are kept: with KEPT tokens each 3.1 MB
 PAIR, ALONE = 0, 1  # the key: the last two tokens, or the last one
 _BINS = 12  # of the probabilities that were kept, each half the one before
 _BELIEF = 8.0  # what a probability says of itself counts as much as so many rows
