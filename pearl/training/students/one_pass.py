@@ -80,10 +80,14 @@ def mask_token(tokenizer: Any, size: int) -> int:
     `size`: rows of the embedding."""
     if len(tokenizer) < size:
         return size - 1
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
-    chat = tokenizer.chat_template or ""
-    named = [one for one in reversed(tokenizer.all_special_ids) if tokenizer.decode([one]) not in chat]
-    return next((one for one in named if one not in taken), size - 1)
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    added = {token: word for token, word in tokenizer.added_tokens_decoder.items() if word.special and token < size}
+    if tokenizer.chat_template:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        taken |= set(tokenizer.encode(tokenizer.apply_chat_template(talk, tokenize=False)))
+    chat = str(tokenizer.chat_template or "")
+    spare = [token for token, word in added.items() if token not in taken and word.content not in chat]
+    return max(spare, default=size - 1)
 
 
 class OnePassStudent(Student):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -197,6 +196,8 @@ def test_the_command_writes_a_pard_model_that_transformers_reads_and_one_that_bo
 def test_an_id_that_no_text_has_stands_for_what_is_not_known(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_toy_target(tmp_path / "target"))
     assert mask_token(tokenizer, len(tokenizer) + 3) == len(tokenizer) + 2, "one that the tokenizer has not"
-    told = copy.copy(tokenizer)
-    found = mask_token(told, len(told))
-    assert found not in {told.eos_token_id, told.bos_token_id}
+    spoken = set(tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)))
+    found = mask_token(tokenizer, len(tokenizer))
+    assert found not in {*spoken, tokenizer.eos_token_id, tokenizer.bos_token_id}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
+    assert mask_token(tokenizer, len(tokenizer)) == tokenizer.convert_tokens_to_ids("<|spare|>")
