@@ -38,7 +38,8 @@ class DraftedSequence:
 
     def count(self, **more: float) -> None:
         stats = self.stats
-        self.stats = replace(stats, **{name: getattr(stats, name) + value for name, value in more.items()})
+        if any(more.values()):
+            self.stats = replace(stats, **{name: getattr(stats, name) + value for name, value in more.items()})
 
     def apply(self, verdict: Verdict) -> bool:
         """Moves the root to where the target says. Returns whether that was foreseen: a hit."""
