@@ -164,7 +164,7 @@ def test_texts_that_are_not_the_targets_are_noticed(tmp_path):
 def test_every_plot_is_a_picture_of_the_facts_or_none(two, tmp_path):
     runs = report.load(two)
     made = plots.of(runs, list(plots.PLOTS))
-    assert set(made) == {"speedup", "depth", "latency"}  # nothing was traced
+    assert set(made) == {"speedup", "length", "depth", "latency"}  # nothing was traced
     assert all(png.startswith(PNG) and len(png) > 5000 for png in made.values())
     alone = report.load([make(tmp_path / "alone", ar=1.0)])
     assert "speedup" not in plots.of(alone, list(plots.PLOTS))
@@ -191,7 +191,7 @@ def test_the_page_needs_no_other_file_and_says_how_each_run_was_made(two, tmp_pa
     file = tmp_path / "report.html"
     assert script("report").main([str(tmp_path / "results"), "--output", str(file)]) == 0
     page = Page(file.read_text())
-    assert len(page.links) == 3 and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == 4 and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert all(base64.b64decode(link.partition(",")[2]).startswith(PNG) for link in page.links)
     assert "script" not in page.tags and page.tags.count("tr") == 1 + 6 + 1 + 12
     assert "Not comparable: commit differs: abc in large/gsm8k, small/gsm8k; <def> in odd <run>/gsm8k." in page.text
