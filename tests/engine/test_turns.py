@@ -37,7 +37,7 @@ class Recording:
         self._reader, self.rows, self.verifies_trees, self.max_length = reader, reader.rows, reader.verifies_trees, 256
         self.batch_slots, self.joint, self.gives_features = 1, None, False
         self.said: list[tuple[int, torch.Tensor]] = []
-        self.forget, self.features = reader.forget, reader.features
+        self.forget, self.features, self.restore = reader.forget, reader.features, reader.restore
 
     def read(
         self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0
