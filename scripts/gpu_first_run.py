@@ -84,7 +84,7 @@ def page(found: dict[str, Any]) -> Iterator[str]:
         for mode, one in (found.get(name) or {}).items():
             if isinstance(one, dict):
                 same = f"same text {one['identical_to_ar']:.0%}"
-                yield f"\n{name}, {mode}: {one['tokens_per_s']:.1f} tokens/s, {same}"
+                yield f"\n{name}, {mode}: {one['tokens_per_second']:.1f} tokens/s, {same}"
     if "text" in (found.get("shapes") or {}):
         yield f"\n{found['shapes']['text']}"
 
@@ -95,7 +95,7 @@ def pearl(*words: object) -> list[str]:
 
 def figures(folder: Path) -> dict[str, Any]:
     modes = json.loads((folder / "summary.json").read_text())["modes"]
-    return {mode: {key: one[key] for key in ("tokens_per_s", "identical_to_ar")} for mode, one in modes.items()}
+    return {mode: {key: one[key] for key in ("tokens_per_second", "identical_to_ar")} for mode, one in modes.items()}
 
 
 def same_texts(run: FirstRun, name: str, tokens: int, *models: object) -> None:
