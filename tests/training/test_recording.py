@@ -93,8 +93,8 @@ def test_sampled_answers_depend_on_the_seed_alone():
 
 def test_an_early_a_middle_and_a_late_layer_are_taken():
     assert [default_layers(count) for count in (1, 2, 3, 30)] == [(0,), (0, 1), (0, 1, 2), (2, 15, 27)]
-    with pytest.raises(UsageError, match=r"layers 0 to 2: features of \[0, 3\] can't be taken"):
-        HiddenStateHooks(small_target(), (0, 3))
+    with pytest.raises(UsageError, match=r"layers 0 to 2: features of \[0, 4\] can't be taken"):
+        HiddenStateHooks(small_target(), (0, 4))
 
 
 def test_a_target_is_known_again_in_every_dtype_and_by_its_weights():
