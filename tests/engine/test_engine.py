@@ -48,8 +48,8 @@ def engine(pair):
 
 @pytest.fixture(scope="module")
 def perfect(pair):
-    """Its drafter is the target itself."""
-    with opened(pair[0], pair[0]) as engine:
+    """Its drafter is the target itself, and nobody else guesses."""
+    with opened(pair[0], pair[0], target_draft="none") as engine:
         yield engine
 
 
