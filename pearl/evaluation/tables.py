@@ -45,6 +45,7 @@ COLUMNS: dict[str, Column] = {
     "tokens_per_pass": Column("tok/pass", "{:.2f}", "tokens a target forward"),
     "tokens_per_rejection": Column("tok/miss", "{:.2f}", "tokens to the next wrong guess"),
     "acceptance_length": Column("AL", "{:.2f}", "acceptance length, tokens a verification"),
+    "acceptance_length_interval_95": Column("AL 95 %", "{:.2f}", "its interval"),
     "acceptance": Column("acc", "{:.2f}", "share of tested guesses that were right"),
     "draft_acceptance_rate": Column("acc of drafted", "{:.2f}", "share of verified rows that were right"),
     "acceptance_by_depth": Column("acc by depth", "{:.2f}", "conditional acceptance, guess by guess"),
