@@ -24,7 +24,7 @@ from pearl.checkpoints.drafts import dflash_format, feature_formats, pard_format
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.config.engine_config import FEATURE, model_path
 from pearl.drafters.dflash.shape import DFLASH, DSPARK
-from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
+from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE
 from pearl.errors import UsageError
 
 CAUSAL_LM, PARD = "causal-lm", "pard"
@@ -151,45 +151,22 @@ def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDesc
                 f"The draft {files.name} was trained for a target of {said} layers, and {target.name} has "
                 f"{target.layers}: name its target."
             )
-        _fit_features(files.name, shape.features, shape.hidden, shape.vocabulary, shape.target, target)
-        if shape.target and _last(shape.target) != _last(target.name):
-            warnings.append(f"the draft {files.name} names {shape.target} as its target, not {target.name}")
+        reads = shape.features, shape.hidden, shape.vocabulary, shape.target
+        _fit(files.name, *reads, target, target.vocabulary, range(target.layers))
+        warnings += _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
     row = len(shape.features) * shape.hidden
     return DraftDescription(shape.kind, files, said, shape.features, row, shape, shape.target, tuple(warnings))
-
-
-def _fit_features(
-    name: str, features: tuple[int, ...], hidden: int, vocabulary: int, trained_for: str, target: TargetFacts
-) -> None:
-    """Raises `UsageError` where a network can't read what this target says."""
-    theirs = f"trained for {trained_for}, " if trained_for else ""
-    if hidden != target.hidden:
-        raise UsageError(
-            f"The draft {name} was {theirs}for hidden states of {hidden} numbers, and {target.name} has "
-            f"{target.hidden}: name its target, or train one for this target."
-        )
-    if vocabulary > target.vocabulary:
-        raise UsageError(
-            f"The draft {name} drafts {vocabulary} tokens, and {target.name} knows {target.vocabulary}: name its "
-            "target, or train one for this target."
-        )
-    if any(not 0 <= layer < target.layers for layer in features):
-        listed = ", ".join(map(str, features))
-        raise UsageError(
-            f"The draft {name} reads the outputs of the layers {listed}, and {target.name} has {target.layers} layers: "
-            "name its target."
-        )
 
 
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
     read = feature_formats.read(files, target.layers if target else None)
     shape, warnings = read.shape, list(read.warnings)
     if target is not None:
-        _fit(files.name, shape, target)
-        verifier = shape.target
-        if shape.kind != OURS and verifier and _last(verifier) != _last(target.name):
-            warnings.append(f"the draft {files.name} names {verifier} as its target, not {target.name}")
+        ours = shape.kind == OURS  # drafts from a part of the vocabulary
+        reads = shape.features, shape.width, shape.vocabulary, shape.target
+        _fit(files.name, *reads, target, target.vocabulary - ours, range(-1, target.layers + 1))
+        warnings += [] if ours else _named_another(files.name, shape.target, target)
     layers = target.layers if target else None
     line = feature_formats.line(shape, layers, read.numbering)
     return DraftDescription(
@@ -197,25 +174,42 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
     )
 
 
-def _fit(name: str, shape: DrafterShape, target: TargetFacts) -> None:
-    """Raises `UsageError` where a network can't read what this target says."""
-    theirs = f"trained for {shape.target}, " if shape.target else ""
-    if shape.features and shape.width != target.hidden:
+def _fit(
+    name: str,
+    reads: tuple[int, ...],
+    hidden: int,
+    drafts: int,
+    trained_for: str,
+    target: TargetFacts,
+    most: int,
+    there: range,
+) -> None:
+    """Raises `UsageError` where a network can't read what this target says. `reads`: layers, of width `hidden`; `there`:
+    the numbers that they may have. `drafts`: how many tokens; `most`: at most."""
+    theirs = f"trained for {trained_for}, " if trained_for else ""
+    if reads and hidden != target.hidden:
         raise UsageError(
-            f"The draft {name} was {theirs}for hidden states of {shape.width} numbers, and {target.name} has "
+            f"The draft {name} was {theirs}for hidden states of {hidden} numbers, and {target.name} has "
             f"{target.hidden}: name its target, or train one for this target."
         )
-    if shape.vocabulary > target.vocabulary or (shape.kind == OURS and shape.vocabulary == target.vocabulary):
+    if drafts > most:
         raise UsageError(
-            f"The draft {name} drafts {shape.vocabulary} tokens, and {target.name} knows {target.vocabulary}: name its "
+            f"The draft {name} drafts {drafts} tokens, and {target.name} knows {target.vocabulary}: name its "
             "target, or train one for this target."
         )
-    if any(not -1 <= layer <= target.layers for layer in shape.features):
-        listed = ", ".join(map(str, shape.features))
+    if any(layer not in there for layer in reads):
+        listed = ", ".join(map(str, reads))
         raise UsageError(
             f"The draft {name} reads the outputs of the layers {listed}, and {target.name} has {target.layers} layers: "
             "name its target."
         )
+
+
+def _named_another(name: str, trained_for: str, target: TargetFacts) -> list[str]:
+    """The warning of a draft whose file names another target: a fine-tuned one may do."""
+    if not trained_for or _last(trained_for) == _last(target.name):
+        return []
+    return [f"the draft {name} names {trained_for} as its target, not {target.name}"]
 
 
 def _last(name: str) -> str:
