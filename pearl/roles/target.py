@@ -231,7 +231,8 @@ class Target:
         self._drafter.take()  # what arrived meanwhile may already tell hit from miss
         if picks.wait(coming):  # a GPU was still at work
             read = self._clock()
-        contexts = [rows.contexts(one.trie.tokens) for one, rows in zip(sequences, chosen, strict=True)]
+        heard = zip(sequences, chosen, strict=True) if beside else ()
+        contexts = [rows.contexts(one.trie.tokens) for one, rows in heard]  # before the walk moves the root
         # walk and commit
         walks = [
             verify(one, rows.nodes, found, controller, logits, partial(self._read_root, one))
