@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import servers
 from browser import Visit, chromium
-from servers import Served
+from servers import Served, recorded
 
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
@@ -47,16 +47,8 @@ def visit(browser, server):
 
 @pytest.fixture
 def written(server):
-    """The texts as the engine has recorded them."""
-    texts: list[Generation] = []
-
-    def listener(_, said):
-        if isinstance(said, Generation):
-            texts.append(said)
-
-    server.service.listeners.append(listener)
-    yield texts
-    server.service.listeners.remove(listener)
+    with recorded(server.service) as texts:
+        yield texts
 
 
 def ask(visit: Visit, words: str = WORDS, tokens: int = 60, mode: str = "tree", temperature: str = "0") -> None:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import servers
-from servers import Served
+from servers import Served, recorded
 
 from pearl.commands import chat
 from pearl.commands.chat import COLOURS, END
@@ -19,7 +19,6 @@ from pearl.commands.chat_client import RemoteTalk, Server
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
 from pearl.core.trie import DRAFT, OWN
-from pearl.engine import Generation
 from pearl.errors import PearlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -53,18 +52,11 @@ def test_the_words_are_those_of_the_server(engine_server, monkeypatch, capsys):
 
 
 def test_each_word_has_the_origin_that_the_record_has(engine_server):
-    texts: list[Generation] = []
-
-    def listener(_, said):
-        if isinstance(said, Generation):
-            texts.append(said)
-
-    engine_server.service.listeners.append(listener)
     fields = {"max_tokens": 60, "temperature": 0.8, "seed": 3, "ignore_eos": True}
     talk = RemoteTalk(Server(engine_server.url, "k"), fields, "be brief")
-    pieces = list(talk.say("the thing"))
+    with recorded(engine_server.service) as texts:
+        pieces = list(talk.say("the thing"))
     (text,) = texts
-    engine_server.service.listeners.remove(listener)
     assert "".join(words for words, _ in pieces) == text.text
     origins = [origin for one in text.stats.passes for origin in one.origins]
     assert talk.guessed[DRAFT] == origins.count(DRAFT) > 0 and talk.guessed[OWN] == origins.count(OWN) > 0

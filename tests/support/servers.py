@@ -12,7 +12,7 @@ from typing import Any
 
 from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
-from pearl.engine import Engine
+from pearl.engine import Engine, Generation
 from pearl.server import run
 from pearl.server.life import Service
 
@@ -105,6 +105,22 @@ def busy(engine: Engine) -> Iterator[Callable[[], None]]:
     finally:
         enough.set()
         thread.join()
+
+
+@contextmanager
+def recorded(service: Service) -> Iterator[list[Generation]]:
+    """The texts as the engine has recorded them, while this is in force."""
+    texts: list[Generation] = []
+
+    def listener(_: Any, said: Any) -> None:
+        if isinstance(said, Generation):
+            texts.append(said)
+
+    service.listeners.append(listener)
+    try:
+        yield texts
+    finally:
+        service.listeners.remove(listener)
 
 
 def events(lines: Iterator[str]) -> list[Any]:

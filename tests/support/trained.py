@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -20,7 +22,7 @@ from pearl.checkpoints.drafts import feature_weights, kinds
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import OURS, DrafterShape
 from pearl.models.fingerprint import model_fingerprint
-from pearl.training import shards
+from pearl.training import loop, shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer
 from pearl.training.shards import Manifest
 
@@ -130,3 +132,19 @@ def save_toy_target(folder: Path) -> str:
 def bits_of(features: Tensor):
     """As they travel: int16 [positions, F]."""
     return features.to(torch.bfloat16).view(torch.int16).numpy()
+
+
+def check_resumed(student: Callable[[Any], Any], whole: Any, parts: Any) -> None:
+    """A run that was cut off after five steps and resumed has the weights of one that was not. `student`: of a recipe;
+    the two recipes differ in their output."""
+    one = student(whole)
+    loop.train(one, whole, *one._data.split(1), Accelerator(cpu=True))
+    first = student(parts)
+    learn, calls = first.learn, iter(range(5))
+    first.learn = lambda *args: (next(calls), learn(*args))[1]
+    with pytest.raises((StopIteration, RuntimeError)):
+        loop.train(first, parts, *first._data.split(1), Accelerator(cpu=True))
+    second = student(parts)
+    loop.train(second, parts, *second._data.split(1), Accelerator(cpu=True))
+    for name, tensor in one.module.state_dict().items():
+        assert torch.equal(second.module.state_dict()[name], tensor), name

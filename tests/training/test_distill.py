@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from trained import WORDS, save_recorded, save_toy_target, small_target
+from trained import WORDS, check_resumed, save_recorded, save_toy_target, small_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pearl.checkpoints import shared_embeddings
@@ -229,17 +229,7 @@ def test_only_the_answers_count(data, tmp_path):
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(data, tmp_path):
     values = {"epochs": 2.0, "checkpoint_every": 2, "match": 0.1, "match_after": (0, -1)}
     whole, parts = recipe(data, tmp_path / "whole", **values), recipe(data, tmp_path / "parts", **values)
-    one = student(whole)
-    loop.train(one, whole, *one._data.split(1), Accelerator(cpu=True))
-    first = student(parts)
-    learn, calls = first.learn, iter(range(5))
-    first.learn = lambda *args: (next(calls), learn(*args))[1]  # type: ignore[method-assign]
-    with pytest.raises((StopIteration, RuntimeError)):
-        loop.train(first, parts, *first._data.split(1), Accelerator(cpu=True))
-    second = student(parts)
-    loop.train(second, parts, *second._data.split(1), Accelerator(cpu=True))
-    for name, tensor in one.module.state_dict().items():
-        assert torch.equal(second.module.state_dict()[name], tensor), name
+    check_resumed(student, whole, parts)
     name = "model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 

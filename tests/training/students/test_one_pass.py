@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import examples
-from trained import WORDS, save_recorded, save_toy_target, small_target
+from trained import WORDS, check_resumed, save_recorded, save_toy_target, small_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pearl.checkpoints import shared_embeddings
@@ -151,17 +151,7 @@ def test_a_student_learns_further_ahead_and_what_is_saved_is_a_pard_model(data, 
 def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(data, tmp_path):
     values = {"epochs": 2.0, "checkpoint_every": 2}
     whole, parts = recipe(data, tmp_path / "whole", **values), recipe(data, tmp_path / "parts", **values)
-    one = student(whole)
-    loop.train(one, whole, *one._data.split(1), Accelerator(cpu=True))
-    first = student(parts)
-    learn, calls = first.learn, iter(range(5))
-    first.learn = lambda *args: (next(calls), learn(*args))[1]  # type: ignore[method-assign]
-    with pytest.raises((StopIteration, RuntimeError)):
-        loop.train(first, parts, *first._data.split(1), Accelerator(cpu=True))
-    second = student(parts)
-    loop.train(second, parts, *second._data.split(1), Accelerator(cpu=True))
-    for name, tensor in one.module.state_dict().items():
-        assert torch.equal(second.module.state_dict()[name], tensor), name
+    check_resumed(student, whole, parts)
 
 
 def test_the_command_writes_a_pard_model_that_transformers_reads_and_one_that_borrows_its_embeddings(tmp_path):
