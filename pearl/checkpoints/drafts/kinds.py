@@ -164,7 +164,8 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
     shape, warnings = read.shape, list(read.warnings)
     if target is not None:
         ours = shape.kind == OURS  # drafts from a part of the vocabulary
-        reads = shape.features, shape.width, shape.vocabulary, shape.target
+        width = shape.width if shape.features else target.hidden  # without features it reads the text alone
+        reads = shape.features, width, shape.vocabulary, shape.target
         _fit(files.name, *reads, target, target.vocabulary - ours, range(-1, target.layers + 1))
         warnings += [] if ours else _named_another(files.name, shape.target, target)
     layers = target.layers if target else None
@@ -184,10 +185,10 @@ def _fit(
     most: int,
     there: range,
 ) -> None:
-    """Raises `UsageError` where a network can't read what this target says. `reads`: layers, of width `hidden`; `there`:
-    the numbers that they may have. `drafts`: how many tokens; `most`: at most."""
+    """Raises `UsageError` where a network can't read what this target says. `reads`: layers, of width `hidden`;
+    `there`: the numbers that they may have. `drafts`: how many tokens; `most`: at most."""
     theirs = f"trained for {trained_for}, " if trained_for else ""
-    if reads and hidden != target.hidden:
+    if hidden != target.hidden:
         raise UsageError(
             f"The draft {name} was {theirs}for hidden states of {hidden} numbers, and {target.name} has "
             f"{target.hidden}: name its target, or train one for this target."
