@@ -19,7 +19,7 @@ COMMANDS = {
     "extract": ("pearl.commands.training.extract", "record a target's own texts, to train drafters on"),
     "train": ("pearl.commands.training.train", "train a feature drafter on recorded texts"),
     "distill": ("pearl.commands.training.distill", "distil a small draft model out of a target"),
-    "diagnose": ("pearl.commands.training.diagnose", "show where a feature drafter loses"),
+    "diagnose": ("pearl.commands.training.diagnose", "show where a drafter loses, by depth"),
     "bench": ("pearl.commands.bench", "measure what this machine makes of models of known shapes"),
     "theory": ("pearl.commands.theory", "print the speed-ups that theory expects"),
 }

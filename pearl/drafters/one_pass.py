@@ -93,7 +93,7 @@ class OnePassSource(DraftSource):
     def __init__(self, depths: int, top_k: int = 0, longest: int = 1 << 20):
         """`depths`: K, guesses that follow one another in one forward. `top_k`: paths kept at each depth, 0: `TOP_K`; 1
         makes chains. `longest`: tokens of a sequence."""
-        self.depths, self._top_k, self._longest = depths, top_k or TOP_K, longest
+        self.depths, self._top_k, self.longest = depths, top_k or TOP_K, longest
         self._vocabulary: Tensor | None = None  # int64 [D], the target's ids of what can be drafted; None: all
         self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
 
@@ -101,6 +101,25 @@ class OnePassSource(DraftSource):
         """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
         and guesses of K depths after its end."""
         raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's ids of the tokens that can be drafted, int64 [D]; None: all."""
+        return self._vocabulary
+
+    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+        """For each path after the trunk, guesses of all depths, each after the likeliest one before it."""
+        found = []
+        read = self.read_on([PathsQuery(self._sequences[0], trunk, paths, way=False)])[0]
+        for path, (_, table) in zip(paths, read, strict=True):
+            if any(map(callable, table)):
+                token, known = [*trunk, *path][-1], []
+                for row in table:
+                    known += row([token])
+                    token = known[-1][0][0]
+                table = known
+            found.append(table)
+        return found
 
     def tables(self, queries: Sequence[PathsQuery], logits: Tensor) -> list[list[tuple[Guesses, Guesses]]]:
         """What `read_on` returns, of logits as `PathsQuery.processed` takes them, one query after the other.
@@ -174,7 +193,7 @@ class OnePassSource(DraftSource):
         for one in queries:
             state, tokens = self._sequences[one.batch_slot], [*one.tokens, *one.path]
             trunk = self.known(state, tokens)
-            fits = len(tokens) + self.depths <= self._longest and self.guesses_after(tokens[trunk:]) > 0
+            fits = len(tokens) + self.depths <= self.longest and self.guesses_after(tokens[trunk:]) > 0
             if fits and self.ready(state, tokens[:trunk]):
                 query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing, way=False)
                 wanted[one.batch_slot] = query
@@ -221,7 +240,7 @@ class OnePassSource(DraftSource):
         return [leaf for leaf in leaves[: min(query.max_rows, self.max_leaves)] if leaf[2] >= MIN_PATH_LOGP]
 
     def _deepest(self, query: TreeQuery) -> int:
-        return min(query.max_depth, self._longest - len(query.trie.tokens) - self.depths)
+        return min(query.max_depth, self.longest - len(query.trie.tokens) - self.depths)
 
     def _anew(self, query: TreeQuery) -> bool:
         """Whether the text has grown since the trie was last extended."""

@@ -76,7 +76,7 @@ class PardSource(OnePassSource):
     def _time(self) -> tuple[float, ...]:
         """Seconds of a forward of 1, 2, ... leaves."""
         length, rounds = _TIMED
-        text, state = [0] * min(length, self._longest - self.depths - 1), self._sequences[0]
+        text, state = [0] * min(length, self.longest - self.depths - 1), self._sequences[0]
         asked = [
             PathsQuery(state, text, [(leaf,) for leaf in range(n)], way=False) for n in range(1, self.max_leaves + 1)
         ]

@@ -1,17 +1,20 @@
-"""Where a drafter over hidden states stands, where it loses against its target, and whether it is read as it was meant.
+"""Where a drafter stands, where it loses against its target, and whether it is read as it was meant: heads over hidden
+states, and models that guess several tokens a forward.
 
     pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
 
 Drafts along recorded texts as the runtime would: the target has read so far, the drafter `ahead` tokens more, whose
 features it has to do without. Compares each depth's guesses with the target's own choices. Beside that
 
-    calibration   the length that a tree is expected to be worth by its own probabilities, against what came true
+    calibration   the length of a draft by its own probabilities, of the tree and of its best chain, against what came
+                  true
     taps          the same first guesses from features of one layer earlier, and one later: the layers' numbers are the
                   one thing in these formats that can be wrong in silence
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,7 +32,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.trie import Trie
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.head_source import HeadSource
-from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.one_pass import OnePassSource
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks
@@ -43,7 +46,7 @@ TAP_TEXTS = 16  # on which other taps are tried
 BETTER = 0.02  # by which another tap's share of right first guesses has to be higher
 PERFECT, PLACES = 0.97, 100  # a share of right first guesses that no drafter has, and how many places it takes to say
 
-Source = FeatureSource | HeadSource
+Source = OnePassSource | HeadSource
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,27 @@ class TreeOutcome:
 
     expected: float
     accepted: int
+    chain: tuple[float, ...]  # of the best one: the chance that each guess is right and all before it
+    chain_accepted: int
 
 
-def outcomes(source: Source, texts: Sequence[RecordedText], ahead: int, vocabulary: set[int]) -> Iterator[DraftOutcome]:
-    """Drafts at every `EVERY`-th token of the answers."""
-    depths = source.depths
+def outcomes(
+    source: Source, texts: Sequence[RecordedText], ahead: int, vocabulary: set[int] | None
+) -> Iterator[DraftOutcome]:
+    """Drafts at every `EVERY`-th token of the answers. `vocabulary`: of what can be drafted; None: all."""
     for text in texts:
         tokens = text.tokens.tolist()
         for root in _roots(source, text, ahead):
             (guesses,) = source.guess(tokens[: root + 1], [tokens[root + 1 : root + 1 + ahead]])
+            if not guesses:  # its block is full
+                return
             at = root + ahead
-            choices = text.top_ids[at : at + depths, 0].tolist()
+            choices = text.top_ids[at : at + len(guesses), 0].tolist()
             yield DraftOutcome(
                 ahead,
                 tuple(depth[0][0] == choice for depth, choice in zip(guesses, choices, strict=True)),
                 tuple(choice in [g[0] for g in depth[:5]] for depth, choice in zip(guesses, choices, strict=True)),
-                choices[0] in vocabulary,
+                vocabulary is None or choices[0] in vocabulary,
                 choices[0] in tokens[: at + 1],
                 float(text.top_logp[at, 0].float().exp()),
             )
@@ -92,7 +100,7 @@ def outcomes(source: Source, texts: Sequence[RecordedText], ahead: int, vocabula
 
 def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome]:
     """The tree of one forward of a network that drafts in parallel; of another, of as many as it has depths."""
-    forwards = 1 if isinstance(source, FeatureSource) else source.depths
+    forwards = 1 if isinstance(source, OnePassSource) else source.depths
     for text in texts:
         tokens = text.tokens.tolist()
         for root in _roots(source, text, 0):
@@ -100,22 +108,32 @@ def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome
             for _ in range(forwards):
                 source.extend([TreeQuery(0, trie, 4, source.depths, take_all=True)])
             expected = sum(math.exp(one.logp) for one in trie.best(1 << 20))
-            node, accepted = trie.root, 0
-            for choice in text.top_ids[root : root + source.depths, 0].tolist():
-                if (found := node.children.get(choice)) is None:
-                    break
-                node, accepted = found, accepted + 1
-            yield TreeOutcome(expected, accepted)
+            chain, choices = trie.chain(), text.top_ids[root : root + source.depths, 0].tolist()
+            chances = itertools.accumulate(node.logp for node in chain)
+            pairs = zip((node.token for node in chain), choices, strict=False)
+            right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            yield TreeOutcome(expected, _walked(trie, choices), tuple(map(math.exp, chances)), right)
+
+
+def _walked(trie: Trie, choices: Sequence[int]) -> int:
+    """Nodes of a tree that the target's choices go through."""
+    node = trie.root
+    for depth, choice in enumerate(choices):
+        if (found := node.children.get(choice)) is None:
+            return depth
+        node = found
+    return len(choices)
 
 
 def _roots(source: Source, text: RecordedText, ahead: int) -> Iterator[int]:
     """Places of an answer; the source knows the features up to each."""
-    bits = text.features.view(torch.int16).numpy() if text.features.numel() else None
+    bits = text.features.view(torch.int16).numpy() if source.layers else None
     source.begin(0, SamplingParams())
     told = 0
-    for root in range(max(1, text.prompt), len(text.tokens) - ahead - source.depths, EVERY):
+    last = min(len(text.tokens), source.longest) - ahead - source.depths
+    for root in range(max(1, text.prompt), last, EVERY):
         if bits is not None:
-            source.observe(bits[told:root])
+            source.observe(bits[told:root], 0)
             told = root
         yield root
 
@@ -146,18 +164,34 @@ def summary(found: Sequence[DraftOutcome]) -> dict[str, object]:
     return figures
 
 
-def calibration(found: Sequence[TreeOutcome]) -> dict[str, dict[str, float]]:
-    """By the expected length of a tree, and over all: how many places, what was expected, what was accepted."""
-    classes: dict[str, list[TreeOutcome]] = defaultdict(list)
-    for place in found:
-        classes[f"expected from {max(low for low in LENGTHS if place.expected >= low):.0f}"].append(place)
+def calibration(found: Sequence[TreeOutcome]) -> dict[str, Any]:
+    """By the length that was expected, and over all: how many places, what was expected, what was accepted; of trees,
+    and of their best chains, whose guesses are also told by depth."""
+    chains = [(sum(place.chain), place.chain_accepted) for place in found]
+    depths = range(max((len(place.chain) for place in found), default=0))
+    chances = [[place.chain[depth] if depth < len(place.chain) else 0.0 for place in found] for depth in depths]
+    return {
+        "tree": _by_length([(place.expected, place.accepted) for place in found]),
+        "best chain": _by_length(chains),
+        "depths": [
+            {"chance": sum(some) / len(some), "right": _share(accepted > depth for _, accepted in chains)}
+            for depth, some in enumerate(chances)
+        ],
+    }
+
+
+def _by_length(pairs: Sequence[tuple[float, int]]) -> dict[str, dict[str, float]]:
+    """`pairs`: the length expected, the one accepted."""
+    classes: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    for pair in pairs:
+        classes[f"expected from {max(low for low in LENGTHS if pair[0] >= low):.0f}"].append(pair)
     return {
         name: {
             "places": len(some),
-            "expected": sum(place.expected for place in some) / len(some),
-            "accepted": sum(place.accepted for place in some) / len(some),
+            "expected": sum(expected for expected, _ in some) / len(some),
+            "accepted": sum(accepted for _, accepted in some) / len(some),
         }
-        for name, some in [*sorted(classes.items()), ("all", list(found))]
+        for name, some in [*sorted(classes.items()), ("all", list(pairs))]
     }
 
 
@@ -175,8 +209,8 @@ def warnings(figures: dict[str, Any]) -> list[str]:
     if best is not None and taps[best] > taps["as read"] + BETTER:
         said.append(
             f"From features of {best} {taps[best]:.1%} of all first guesses are right, and {taps['as read']:.1%} as "
-            "the checkpoint is read: its layers are probably numbered in another way, so look at "
-            "eagle_aux_hidden_state_layer_ids."
+            "the checkpoint is read: its layers are probably numbered in another way, so look at the ids of layers in "
+            "its config.json."
         )
     return said
 
@@ -213,15 +247,16 @@ def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str,
     config = EngineConfig(target=target or data.manifest.target, draft=folder, dtype=dtype)
     checked = preflight(config)
     source = load_source(checked)
-    if not isinstance(source, FeatureSource | HeadSource):
-        raise UsageError(f"{folder} does not draft from features: look at it with pearl score.")
+    if not isinstance(source, OnePassSource | HeadSource):
+        raise UsageError(f"{folder} is a language model that guesses one token a forward: look at it with pearl score.")
     reads = _Features(checked)
     data.must_be_of(reads.fingerprint, config.target)
     texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
-    if list(source.layers) != data.manifest.layers:
+    if source.layers and list(source.layers) != data.manifest.layers:
         texts = [reads.of(text, source.layers) for text in texts]
-    vocabulary = set(source.vocabulary.tolist())
-    seen = [place for ahead in AHEAD for place in outcomes(source, texts, ahead, vocabulary)]
+    vocabulary = None if source.vocabulary is None else set(source.vocabulary.tolist())
+    lags = AHEAD if source.layers else AHEAD[:1]  # where nothing is read of the target, nothing is ever missing
+    seen = [place for ahead in lags for place in outcomes(source, texts, ahead, vocabulary)]
     if not seen:
         raise UsageError("The recorded answers are shorter than the drafter's depths: extract longer ones.")
     figures = summary(seen)
@@ -239,8 +274,8 @@ def taps(source: Source, texts: Sequence[RecordedText], reads: Any, checked: Pre
     found: dict[str, float] = {}
     for name, shift in (("as read", 0), ("one layer earlier", -1), ("one layer later", 1)):
         layers = [layer + shift for layer in source.layers]
-        if min(layers) < 0 or max(layers) >= most + (shift == 0):
+        if shift and (min(layers) < 0 or max(layers) >= most):
             continue
         shown = [reads.of(text, layers) for text in texts]
-        found[name] = _share(place.first[0] for place in outcomes(source, shown, 0, set()))
+        found[name] = _share(place.first[0] for place in outcomes(source, shown, 0, None))
     return found

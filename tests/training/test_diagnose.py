@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import every_kind
 import pytest
+import tiny
 import torch
-from trained import drafter_for, random_answer, small_target
+from trained import drafter_for, random_answer, save_recorded, small_target
 
+from pearl.commands.training import diagnose as command
+from pearl.core.params import SamplingParams
+from pearl.drafters import pard
+from pearl.drafters.dflash import source as dflash_source
 from pearl.drafters.feature import source as source_module
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.one_pass import DraftedText, OnePassSource
 from pearl.training.diagnose import TreeOutcome, calibration, outcomes, taps, trees, warnings
 from pearl.training.shards import RecordedText
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(source_module, "_TIMED", (8, 1))
+    for module in (source_module, dflash_source, pard):
+        monkeypatch.setattr(module, "_TIMED", (8, 1))
 
 
 def recorded(seed: int = 0) -> RecordedText:
@@ -81,7 +93,78 @@ def test_every_place_has_guesses_of_each_depth_and_a_tree(kind: str):
 
 
 def test_calibration_is_by_what_was_expected():
-    found = calibration([TreeOutcome(0.5, 1), TreeOutcome(2.5, 2), TreeOutcome(2.1, 4)])
-    assert found["expected from 0"] == {"places": 1, "expected": 0.5, "accepted": 1.0}
-    assert found["expected from 2"] == {"places": 2, "expected": pytest.approx(2.3), "accepted": 3.0}
-    assert found["all"]["places"] == 3
+    found = calibration(
+        [TreeOutcome(0.5, 1, (0.4,), 1), TreeOutcome(2.5, 2, (0.8, 0.4), 1), TreeOutcome(2.1, 4, (0.9, 0.5), 2)]
+    )
+    assert found["tree"]["expected from 0"] == {"places": 1, "expected": 0.5, "accepted": 1.0}
+    assert found["tree"]["expected from 2"] == {"places": 2, "expected": pytest.approx(2.3), "accepted": 3.0}
+    assert found["tree"]["all"]["places"] == 3
+    assert found["best chain"]["expected from 1"]["accepted"] == 1.5
+    assert found["depths"] == [
+        {"chance": pytest.approx(0.7), "right": 1.0},
+        {"chance": pytest.approx(0.3), "right": pytest.approx(1 / 3)},
+    ]
+
+
+class Honest(OnePassSource):
+    """Each row gives one of three tokens by chances that hold; from the second on these depend on the token before."""
+
+    CHANCES = ((0.7, 0.2, 0.1), (0.5, 0.3, 0.2), (0.9, 0.06, 0.04))  # by the token before
+
+    def __init__(self):
+        super().__init__(3)
+        self.begin(0, SamplingParams())
+
+    def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
+        self._sequences[batch_slot] = DraftedText(params)
+
+    def read_on(self, queries):
+        def after(tokens):
+            return [[(t, math.log(q), ()) for t, q in enumerate(self.CHANCES[token])] for token in tokens]
+
+        table = [after([queries[0].trunk[-1]])[0], after, after]
+        return [[([], table) for _ in one.paths] for one in queries]
+
+
+def honest_text(seed: int, count: int = 400) -> RecordedText:
+    rng, tokens = random.Random(seed), [0, 0]
+    while len(tokens) < count:
+        tokens.append(rng.choices(range(3), Honest.CHANCES[tokens[-1]])[0])
+    ids = torch.tensor([*tokens[1:], -1])[:, None]
+    return RecordedText(torch.tensor(tokens), 2, torch.zeros(count, 0), ids, torch.zeros(count, 1))
+
+
+def test_what_a_tree_and_its_best_chain_are_expected_to_be_worth_comes_true_where_the_chances_hold():
+    found = calibration(list(trees(Honest(), [honest_text(seed) for seed in range(20)])))
+    for what in ("tree", "best chain"):
+        row = found[what]["all"]
+        assert row["places"] > 1500 and row["accepted"] == pytest.approx(row["expected"], abs=0.07), what
+    for row in found["depths"]:
+        assert row["right"] == pytest.approx(row["chance"], abs=0.04)
+    assert found["tree"]["all"]["expected"] > found["best chain"]["all"]["expected"] + 0.2
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory) -> tuple[Any, Path]:
+    """A target with a tokenizer, and texts that are taken for its own."""
+    folder = tmp_path_factory.mktemp("recorded")
+    target = tiny.random_model(tiny.LlamaConfig(**tiny.SIZES | {"vocab_size": 280, "num_hidden_layers": 4}))
+    target.save_pretrained(folder / "target")
+    tiny.tokenizer().save_pretrained(folder / "target")
+    save_recorded(folder / "data", target, layers=(0, 2))
+    return target, folder
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("kind", ["pard", "dflash", "dspark", "eagle3"])
+def test_a_checkpoint_is_diagnosed_by_its_kind(recordings, tmp_path: Path, capsys, kind: str):
+    target, folder = recordings
+    drafter = every_kind.save(kind, tmp_path / "draft", target.config, tiny.tokenizer())
+    asked = ["--drafter", drafter, "--data", str(folder / "data"), "--target", str(folder / "target"), "--texts", "3"]
+    assert command.main([*asked, "--json", str(tmp_path / "figures.json")]) == 0
+    figures, printed = json.loads((tmp_path / "figures.json").read_text()), capsys.readouterr().out
+    assert "best chain up to" in printed and "by its own probabilities" in printed
+    assert len(figures["ahead 0"]["top 1"]) == (5 if kind == "eagle3" else 4) >= len(figures["calibration"]["depths"])
+    assert ("taps" in figures) == (kind != "pard") and ("ahead 2" in figures) == (kind != "pard")
+    if kind == "dflash":
+        assert len(figures["ahead 2"]["top 1"]) == 2 and "ahead 4" not in figures, "what a block has room for"

@@ -156,7 +156,7 @@ def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDesc
         warnings += _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
     row = len(shape.features) * shape.hidden
-    return DraftDescription(shape.kind, files, said, shape.features, row, shape, shape.target, tuple(warnings))
+    return DraftDescription(shape.kind, files, said, shape.features, row, shape, shape.target, tuple(warnings), target)
 
 
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:

@@ -1,4 +1,4 @@
-"""`pearl diagnose`: a drafter over hidden states by depth, where it loses, and whether it is read as it was meant."""
+"""`pearl diagnose`: a drafter's guesses by depth, where it loses, and whether it is read as it was meant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def parser() -> cli.Parser:
         "--drafter",
         required=True,
         metavar="DIR",
-        help="what pearl train has written, or a folder or hub id of an EAGLE-3 or P-EAGLE head",
+        help="what pearl train has written, or a folder or hub id: of an EAGLE, P-EAGLE, DFlash or DSpark head, or of "
+        "a PARD model",
     )
     made.add_argument("--data", required=True, metavar="DIR", help="texts that pearl extract has recorded")
     made.add_argument("--target", help="default: the one that has written the texts")
@@ -32,21 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     figures = diagnose.run(found.drafter, found.data, found.target, found.texts)
     rows = {name.removeprefix("ahead "): row for name, row in figures.items() if name.startswith("ahead")}
-    depths = len(next(iter(rows.values()))["top 1"])
+    depths = max(len(row["top 1"]) for row in rows.values())
     print("top 1 (top 5), by how many tokens the drafter is ahead of the features")
     lines = []
     for name, row in rows.items():
         cells = [f"{one:.3f} ({five:.3f})" for one, five in zip(row["top 1"], row["top 5"], strict=True)]
-        lines.append([name, *cells, f"{row['accepted']:.2f}"])
+        lines.append([name, *cells, *[""] * (depths - len(cells)), f"{row['accepted']:.2f}"])
     show_table(["ahead", *(f"depth {depth}" for depth in range(depths)), "accepted"], lines)
     kinds = figures["depth 0 by kind"].items()
     shares = [[kind, f"{row['share of places']:.3f}", f"{row['top 1']:.3f}"] for kind, row in kinds]
     show_table(["depth 0", "share of places", "top 1"], shares)
-    print("guesses that a tree is expected to be worth by its own probabilities, and that were accepted")
-    worth = figures["calibration"].items()
+    print("guesses of a draft that are right by its own probabilities, and that were accepted")
+    worth = figures["calibration"]
+    lengths = [(f"{what}, {name}", row) for what in ("tree", "best chain") for name, row in worth[what].items()]
     show_table(
-        ["tree", "places", "expected", "accepted"],
-        [[name, str(row["places"]), f"{row['expected']:.2f}", f"{row['accepted']:.2f}"] for name, row in worth],
+        ["draft", "places", "expected", "accepted"],
+        [[name, str(row["places"]), f"{row['expected']:.2f}", f"{row['accepted']:.2f}"] for name, row in lengths],
+    )
+    by_depth = enumerate(worth["depths"])
+    show_table(
+        ["best chain up to", "by its own probabilities", "accepted"],
+        [[f"depth {depth}", f"{row['chance']:.3f}", f"{row['right']:.3f}"] for depth, row in by_depth],
     )
     if taps := figures.get("taps"):
         show_table(["features", "depth 0 top 1"], [[name, f"{share:.3f}"] for name, share in taps.items()])

@@ -40,6 +40,11 @@ class HeadSource(TreeSource):
         self.costs = self._time()
 
     @property
+    def longest(self) -> int:
+        """Tokens of a sequence."""
+        return self._reader.max_length
+
+    @property
     def vocabulary(self) -> torch.Tensor:
         """The target's ids of the tokens that can be drafted, int64 [D]."""
         return self._reader.drafter.vocabulary

@@ -53,11 +53,6 @@ class FeatureSource(OnePassSource):
         self.begin(0, SamplingParams())
         self.costs = self._time()
 
-    @property
-    def vocabulary(self) -> torch.Tensor:
-        """The target's ids of the tokens that can be drafted, int64 [D]."""
-        return self._drafter.vocabulary
-
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
         old = self._sequences.get(batch_slot) or FeatureSequence(params, FeatureCache(self._drafter))
@@ -74,20 +69,6 @@ class FeatureSource(OnePassSource):
     def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
         """Whether the features of all of the text but its last token are there, if any are wanted."""
         return not self.layers or state.known >= max(1, len(trunk) - 1)
-
-    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
-        """For each path after the trunk, guesses of K depths."""
-        read = self.read_on([PathsQuery(self._sequences[0], trunk, paths)])[0]
-        if not self._drafter.shape.markov_rank:
-            return [table for _, table in read]
-        found = []
-        for path, (_, table) in zip(paths, read, strict=True):
-            said, token = [], [*trunk, *path][-1]
-            for row in table:
-                said.append(row([token])[0])
-                token = said[-1][0][0]
-            found.append(said)
-        return found
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
@@ -136,7 +117,7 @@ class FeatureSource(OnePassSource):
         bias, sure = self._drafter.after(torch.tensor(tokens, device=self.device), hidden.expand(len(tokens), -1))
         logits = row.expand(len(tokens), -1)
         if logits.shape[1] != bias.shape[1]:
-            bias = bias.new_zeros(logits.shape).index_copy_(1, self.vocabulary, bias)
+            bias = bias.new_zeros(logits.shape).index_copy_(1, self._drafter.vocabulary, bias)
         found = super()._ranked(logits + bias.float(), [position] * len(tokens), params)
         chances = torch.nn.functional.logsigmoid(sure.float()).tolist()
         return [
@@ -150,8 +131,8 @@ class FeatureSource(OnePassSource):
         text = [0] * length
         if self.layers:
             self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
-        leaves = [[[0]] * count for count in range(1, self.max_leaves + 1)]
-        costs = tuple(best_of(rounds, functools.partial(self.guess, text, paths)) for paths in leaves)
+        some = [PathsQuery(self._sequences[0], text, [[0]] * count) for count in range(1, self.max_leaves + 1)]
+        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0
         return costs
