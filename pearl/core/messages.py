@@ -10,7 +10,7 @@
                                   needs it
                          DraftStats what the drafter did in a sequence, in answer to End
     both ways            Close    nothing more will come
-                         Beat     nothing to say, but alive
+                         Beat     nothing to say, but alive, and at what time
 
 Every message carries the number of its sequence, so nothing can leak into the next one. The second word of a message
 says how many words it has. Both ends know the shapes: numbers only, no pickles. Floating-point numbers travel as their
@@ -134,7 +134,8 @@ class Nodes:
     position: int
     exhausted: bool
     guesses: tuple[Guess, ...] = ()
-    # of a timed sequence, in seconds: when the drafter's work since its last `Nodes` began and ended, in turn
+    # of a timed sequence, in seconds: when the drafter's work since its last `Nodes` began and ended, in turn. By the
+    # drafter's clock when they leave, by the target's once they have come
     spans: tuple[float, ...] = field(default=(), compare=False)
 
 
@@ -173,7 +174,12 @@ class Close:
 
 @dataclass(frozen=True)
 class Beat:
+    """Seconds, see `wire.peer_clock`."""
+
     sequence: int = 0
+    sent: float = 0.0
+    echoed: float = 0.0  # when the last beat of the other side had left, by its clock
+    heard: float = 0.0  # and when it came; 0: none has
 
 
 Message = Start | Verdict | End | Costs | Nodes | DraftStats | Close | Beat

@@ -1,8 +1,9 @@
 """The timeline of a run, as it is recorded: what both processes did when, on one clock.
 
 Knows: spans, instants and messages of two roles, and that `time.perf_counter` is one clock for all processes of a
-machine (CLOCK_MONOTONIC on Linux). Refuses to know: tries, models and channels; a name with facts is all that it is
-told. The roles only record, each into a list of its own, and write between texts, where nobody waits for them.
+machine (CLOCK_MONOTONIC on Linux); a drafter on another one is told how far the target's is ahead. Refuses to know:
+tries, models and channels; a name with facts is all that it is told. The roles only record, each into a list of its
+own, and write between texts, where nobody waits for them.
 
     FILE.target, FILE.drafter     each role's part, rewritten after each text; a Chrome trace by itself
     FILE                          both, joined at the end of the run: open it in ui.perfetto.dev or chrome://tracing
@@ -11,6 +12,7 @@ told. The roles only record, each into a list of its own, and write between text
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ PHASES = "fXis"  # arrival, span, instant, departure: in which order they stand 
 class Trace:
     """One role's timeline. Times are seconds of `time.perf_counter`; facts are whatever JSON can hold."""
 
-    def __init__(self, role: str, path: Path | None = None):
-        """`path`: of the run's trace, for `save`."""
+    def __init__(self, role: str, path: Path | None = None, ahead_s: Callable[[], float] = lambda: 0.0):
+        """`path`: of the run's trace, for `save`. `ahead_s`: seconds that are added to all times of a part when it is
+        written."""
         assert role in ROLES, f"a role is one of {ROLES}"
-        self._role, self._path = role, path
+        self._role, self._path, self._ahead_s = role, path, ahead_s
         self._events: list[dict[str, Any]] = []  # since the last `write`
         self._lines: list[str] = []  # those before, as they stand in the file
 
@@ -53,7 +56,8 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """This role's part of `path`, all there is so far. A reader finds the old one or the new one, never a half."""
-        self._lines += [json.dumps(event, allow_nan=False) for event in self._events]
+        ahead = self._ahead_s() * 1e6
+        self._lines += [json.dumps(event | {"ts": event["ts"] + ahead}, allow_nan=False) for event in self._events]
         self._events.clear()
         with atomic_write(_part(path, self._role)) as partial:
             partial.write_text("[" + ",\n".join(self._lines) + "]", encoding="utf-8")

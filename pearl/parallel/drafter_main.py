@@ -78,7 +78,7 @@ def serve(
             return
         unwatch = when_orphaned(agent, partial(channel.abort, "the launcher has ended")) if agent else None
         try:
-            Drafter(source, channel, trace=trace(config, "drafter")).run()
+            Drafter(source, channel, trace=trace(config, "drafter", channel.peer_clock.ahead_s)).run()
         except Exception:  # whatever it is: where a launcher started us, ending would end the target too
             if only:
                 raise
@@ -150,8 +150,8 @@ def sources_beside_target(config: EngineConfig, memory: TextMemory | None = None
     return [kinds[name]() for name in config.sources_beside_target]
 
 
-def trace(config: EngineConfig, role: str) -> timeline.Trace:
-    return timeline.Trace(role, Path(config.trace).absolute()) if config.trace else timeline.OFF
+def trace(config: EngineConfig, role: str, ahead_s: Callable[[], float] = lambda: 0.0) -> timeline.Trace:
+    return timeline.Trace(role, Path(config.trace).absolute(), ahead_s) if config.trace else timeline.OFF
 
 
 def main() -> int:

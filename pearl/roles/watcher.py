@@ -16,8 +16,7 @@ from pearl.roles.verification import PassRows, PassWalk
 
 
 class Watcher(Protocol):
-    """All times are seconds of the target's clock, but for the drafter's `Nodes.spans`: on one machine that clock is
-    the same."""
+    """All times are seconds of the target's clock; also the drafter's `Nodes.spans`, wherever it is."""
 
     def began(self, sequence: SequenceState) -> None:
         """It has taken a place; its prompt is still to be read."""

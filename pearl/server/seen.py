@@ -4,8 +4,9 @@
     pass     a pass is over                     five moments; of a text that one asked for: its tokens, its tree
     draft    guesses have arrived               when the drafter was at work for them
 
-It is copied in the engine's thread, between two passes, and made into words elsewhere. Times are milliseconds of
-`time.perf_counter`, which is one clock for all processes of a machine.
+It is copied in the engine's thread, between two passes, and made into words elsewhere. Times are milliseconds of the
+target's `time.perf_counter`, which is one clock for all processes of a machine; those of a drafter on another one have
+been corrected by the difference (`pearl.wire.peer_clock`).
 """
 
 from __future__ import annotations

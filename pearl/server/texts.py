@@ -81,7 +81,8 @@ class Feed:
             news[0].abort()
 
     def _take(self, handle: GenerationHandle, said: Said) -> None:
-        text = self._by_handle[handle]
+        if not (text := self._by_handle.get(handle)):
+            return  # it was refused: whoever asked has met the reason
         text.note(said, time.perf_counter())
         self._hear(text, said)
         self._quiet_since = self._loop.time()

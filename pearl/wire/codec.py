@@ -268,7 +268,7 @@ _LAYOUTS: dict[type, _Part] = {
         **dict.fromkeys((*_COUNTS, "memory"), _LONG),
     ),
     Close: _record(Close, "sequence"),
-    Beat: _record(Beat, "sequence"),
+    Beat: _record(Beat, "sequence", sent=_DOUBLE, echoed=_DOUBLE, heard=_DOUBLE),
 }
 _KINDS = {kind: number for number, kind in enumerate(_LAYOUTS)}
 _READS = [part.read for part in _LAYOUTS.values()]

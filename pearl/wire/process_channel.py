@@ -26,13 +26,16 @@ import torch.distributed as dist
 from pearl.config.engine_config import SILENCE_S
 from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
-from pearl.core.messages import Beat, Close, Garbage, Message, SentSeparately, Verdict
+from pearl.core.messages import Beat, Close, Garbage, Message, Nodes, SentSeparately, Verdict
+from pearl.wire.channel import Clock
 from pearl.wire.codec import length, pack, unpack
 from pearl.wire.connection import FrameConnection
 from pearl.wire.feature_transport import FeatureTransport
 from pearl.wire.frames import FEATURES, MESSAGES, bits_of, count_words, frame_bytes, words_of
+from pearl.wire.peer_clock import PeerClock
 
 _BEATS = 5  # in the time of a silence
+_FIRST_BEAT_S = 0.05  # the pause before the first one, doubled until it is the usual: clocks are compared early
 _GOODBYE_S = 2.0  # that an answer to a goodbye is waited for
 _open: weakref.WeakSet[ProcessChannel] = weakref.WeakSet()
 
@@ -52,7 +55,8 @@ class ProcessChannel:
 
     `silence_s`: how long waiting for any message or beat may take. `host`: see `gloo_group`. `name`: both ends give the
     same; a new connection over the same store needs a new one. `transport`: for features that lie on a device, which
-    goes with the connection. Raises RuntimeError if the other rank does not come.
+    goes with the connection. `clock`: this side's, which the other one's is compared with. Raises RuntimeError if the
+    other rank does not come.
     """
 
     def __init__(
@@ -63,13 +67,14 @@ class ProcessChannel:
         silence_s: float = SILENCE_S,
         name: str = "pearl",
         transport: FeatureTransport | None = None,
+        clock: Clock = time.perf_counter,
     ):
         self._silence_s, self._transport = silence_s, transport
         self._connection = FrameConnection(dist.PrefixStore(name, store), rank, host)
         self._store = store  # rank 0 serves it: it must live as long as the drafter
         self._inbox: SimpleQueue[Message | None] = SimpleQueue()  # None: it is over
         self._next: Message | None = None  # out of the inbox, and not received yet
-        self._gone = threading.Event()
+        self._gone, self.peer_clock = threading.Event(), PeerClock(clock)
         self.closed_cleanly, self.reason = False, ""
         self.bytes_sent = self.bytes_received = 0
         self._receiver = threading.Thread(target=self._receive_all, name="pearl-receiver", daemon=True)
@@ -143,11 +148,13 @@ class ProcessChannel:
 
     def _send_beats(self) -> None:
         """Beats, where nothing much is under way, and lets go of what has left."""
-        hurry = self._connection.hurry
+        hurry, usual = self._connection.hurry, self._silence_s / _BEATS
+        pause = min(_FIRST_BEAT_S, usual)
         try:
             while not self._gone.is_set():
-                if not hurry.wait(self._silence_s / _BEATS):
-                    self._send(Beat())
+                if not hurry.wait(pause):
+                    self._send(self.peer_clock.beat())
+                    pause = min(2 * pause, usual)
                 hurry.clear()
                 self._connection.release(2 * self._silence_s)  # the receiver finds out earlier what silence is
                 if self._transport:
@@ -168,10 +175,12 @@ class ProcessChannel:
                     self.closed_cleanly = True
                     self._end("goodbye")  # and the connection stays, for the answer
                     return
-                if not isinstance(messages[0], Beat):
-                    self.bytes_received += frame_bytes(count)
-                    for message in messages:
-                        self._inbox.put(self._with_features(message) if isinstance(message, Verdict) else message)
+                if isinstance(messages[0], Beat):
+                    self.peer_clock.hear(messages[0])
+                    continue
+                self.bytes_received += frame_bytes(count)
+                for message in messages:
+                    self._inbox.put(self._completed(message))
         except Garbage as error:
             self._lose(f"it sent what can't be read: {error}")
         except OSError as error:
@@ -197,6 +206,12 @@ class ProcessChannel:
             self._transport.send(message.features.rows)
             return message.features.nbytes
         return 0
+
+    def _completed(self, message: Message) -> Message:
+        """With what came another way, and times by the clock of this side."""
+        if isinstance(message, Nodes) and message.spans and (ahead_s := self.peer_clock.ahead_s()):
+            return replace(message, spans=tuple(moment - ahead_s for moment in message.spans))
+        return self._with_features(message) if isinstance(message, Verdict) else message
 
     def _with_features(self, message: Verdict) -> Verdict:
         if not isinstance(message.features, SentSeparately):

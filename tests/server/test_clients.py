@@ -34,10 +34,12 @@ def needs(package: str) -> Any:
     return pytest.mark.skipif(not found, reason=f"{package} is not installed: pip install 'pearl[clients]'")
 
 
-def run(*command: str, cwd: Path, **environment: str) -> str:
+def run(*command: str, cwd: Path, within_s: float = 900, **environment: str) -> str:
     """What a program says. It sees one core, and no plugin of others."""
     known = os.environ | {"LLM_LOAD_PLUGINS": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment
-    done = subprocess.run([sys.executable, *command], cwd=cwd, env=known, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=known, capture_output=True, text=True, timeout=within_s
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -215,4 +217,5 @@ def test_whatever_is_asked_no_answer_is_one_that_the_schema_does_not_name(pair, 
             *("--request-timeout", "600"),
             *("--seed", "1", "--no-color", "--suppress-health-check", "all", "--generation-database", "none"),
             cwd=tmp_path,
+            within_s=7200 if examples else 900,
         )

@@ -82,7 +82,7 @@ OTHERS = st.one_of(
     st.builds(Nodes, NUMBERS, NUMBERS, NUMBERS, st.booleans(), st.lists(GUESSES, max_size=9).map(tuple)),
     st.builds(DraftStats, NUMBERS, SECONDS, SECONDS, **dict.fromkeys(COUNTS, LONG), failed=st.booleans()),
     st.builds(Close, NUMBERS),
-    st.builds(Beat, NUMBERS),
+    st.builds(Beat, NUMBERS, SECONDS, SECONDS, SECONDS),
 )
 
 

@@ -31,9 +31,14 @@ from pearl.wire.process_channel import ProcessChannel
 LOCAL = "127.0.0.1"
 
 
-def pair(silence_s: float = 5.0) -> tuple[ProcessChannel, ProcessChannel]:
+def pair(silence_s: float = 5.0, ahead_s: float = 0.0) -> tuple[ProcessChannel, ProcessChannel]:
+    """`ahead_s`: of the second's clock."""
+
+    def clock() -> float:
+        return time.perf_counter() + ahead_s
+
     store, made = HashStore(), []
-    other = threading.Thread(target=lambda: made.append(ProcessChannel(store, 1, LOCAL, silence_s)))
+    other = threading.Thread(target=lambda: made.append(ProcessChannel(store, 1, LOCAL, silence_s, clock=clock)))
     other.start()
     first = ProcessChannel(store, 0, LOCAL, silence_s)
     other.join()
@@ -74,6 +79,24 @@ def test_messages_that_are_said_at_once_travel_together(both):
     both[0].send(*said)
     assert [heard(both[1]) for _ in said] == said
     assert both[0].bytes_sent == both[1].bytes_received == size(*said)
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 1e6, -77.5])
+def test_times_of_another_machine_arrive_by_the_clock_of_this_one(ahead_s):
+    both = pair(ahead_s=ahead_s)
+    deadline = time.perf_counter() + 10
+    while not all(one.peer_clock._exchanges for one in both):
+        assert time.perf_counter() < deadline
+        time.sleep(0.01)
+    moments = tuple(float(n) for n in range(100, 110))
+    both[1].send(Nodes(1, 1, 1, False, (), tuple(moment + ahead_s for moment in moments)))
+    found = heard(both[0])
+    assert isinstance(found, Nodes)
+    off = [there - here for here, there in zip(moments, found.spans, strict=True)]
+    assert max(map(abs, off)) < 0.1, "half of what a beat takes, on a machine that is busy"
+    assert ahead_s or not any(off), "one clock is one clock, to the bit"
+    for one in both:
+        one.close()
 
 
 def test_beats_do_not_keep_a_message_alive_that_never_ends():
