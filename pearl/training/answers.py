@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, products
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
@@ -91,6 +91,11 @@ class RowCache(ForwardCache):
                 buffer[self._row, :, :count] = states[0]
                 seen.append(states)
         return seen[0], seen[1]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
+        if self._row is None and query.device.type == "cpu":
+            return products(query, key, value, self.mask, call)
+        return super().attend(query, key, value, call)
 
     def _empty(self, like: Tensor) -> Tensor:
         rows, slots = self._shape
