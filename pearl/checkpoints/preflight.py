@@ -21,6 +21,7 @@ from pearl.checkpoints.placement import Load, Placement, check_memory, place
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
+from pearl.core.features import FeatureShares
 from pearl.core.schedule import MAX_GAMMA
 from pearl.errors import UsageError
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
@@ -45,11 +46,21 @@ class Preflight:
     texts: int = 1  # side by side
     rope_border: int | None = None  # see `architecture.rope_border`
     drafting: DraftDescription | None = None  # what the draft checkpoint is; None: nothing is loaded to draft
+    beside: DraftDescription | None = None  # the same of one that drafts in the target's process
 
     @property
     def features(self) -> tuple[int, ...]:
-        """The layers of the target whose outputs the drafter reads."""
-        return self.drafting.features if self.drafting else ()
+        """The layers of the target whose outputs somebody reads."""
+        return self.shares.layers
+
+    @property
+    def shares(self) -> FeatureShares:
+        """And who."""
+        return FeatureShares.of(*(one.features if one else () for one in (self.drafting, self.beside)))
+
+    def of_beside(self) -> Preflight:
+        """The same of what drafts in the target's process, as if it were the drafter."""
+        return replace(self, draft=None, drafting=self.beside, draft_on=Placement(self.target_on.devices[:1]))
 
     def check_prompt(self, tokens: Sequence[int], max_new_tokens: int) -> None:
         """Raises `UsageError` for a prompt that the models can't read or that leaves too little room."""
@@ -72,7 +83,8 @@ class Preflight:
         wanted = self.config.feature_transport
         here, there = self.target_on, self.draft_on
         between_gpus = len(here.devices) == 1 and not here.on_cpu and not there.on_cpu and (apart or here != there)
-        if not self.features or wanted == "off" or (wanted == "auto" and not between_gpus):
+        reads = self.drafting is not None and self.drafting.features
+        if not reads or wanted == "off" or (wanted == "auto" and not between_gpus):
             return ""
         return here.devices[0]
 
@@ -140,18 +152,39 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         width = _width(config.draft_dtype or config.dtype)
         sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     elif files:
-        kinds["draft"] = "float32" if placed["draft"].on_cpu else "bfloat16"
-        numbers["draft"] = sum(map(math.prod, files.shapes.values())) or None
+        numbers["draft"], kinds["draft"] = _numbers(files, placed["draft"])
         sizes["draft"] = 0.0
     texts = _texts(config, sizes["target"], max_length)
     caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
     caches["target"] *= here
+    beside = _beside(config, TargetFacts.of(config.target, target_config)) if "target" in roles else None
     held = [role for role in kinds if role in roles]
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
+    if beside:
+        loads.append(Load(placed["target"], *_numbers(beside.files, placed["target"])))
     check_memory(loads, texts)
     border = rope_border(target_config)
     on = placed["target"], placed["draft"]
-    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, *on, texts, border, drafting)
+    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, *on, texts, border, drafting, beside)
+
+
+def _beside(config: EngineConfig, target: TargetFacts) -> DraftDescription | None:
+    """The checkpoint that drafts in the target's process."""
+    if not (name := config.target_draft_checkpoint):
+        return None
+    files = DraftFiles.of(name)
+    kind = draft_kinds.kind_of(files)
+    if kind.is_causal_lm:
+        raise UsageError(
+            f"The target_draft {files.name} is a language model, which drafts in a process of its own: name it with "
+            "draft, and give target_draft a drafter that reads the target's hidden states (EAGLE-3, P-EAGLE, DFlash)."
+        )
+    return kind.describe(files, target)
+
+
+def _numbers(files: DraftFiles, placed: Placement) -> tuple[float | None, str]:
+    """How many numbers a drafter over hidden states has, and of what kind they are once it is loaded."""
+    return sum(map(math.prod, files.shapes.values())) or None, "float32" if placed.on_cpu else "bfloat16"
 
 
 def _known(name: str) -> float | None:

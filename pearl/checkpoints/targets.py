@@ -96,7 +96,7 @@ def _load(checked: Preflight) -> Any:
     model = checked.target.load(
         config, config.dtype, config.load_in, checked.target_on, ranks=config.tensor_parallel_size
     )
-    drafting = checked.drafting
-    if drafting and (mark := getattr(drafting.shape, "fingerprint", "")) and model_fingerprint(model) != mark:
-        raise UsageError(wrong_target_message(drafting.target))
+    for drafting in filter(None, (checked.drafting, checked.beside)):
+        if (mark := getattr(drafting.shape, "fingerprint", "")) and model_fingerprint(model) != mark:
+            raise UsageError(wrong_target_message(drafting.target))
     return model

@@ -35,7 +35,9 @@ PAIR, MACHINE = "pair", "machine"  # groups of options
 
 _MODEL = Kind("a hub id, a folder or a GGUF file", lambda value: isinstance(value, str) and bool(value.strip()))
 _DRAFT = Kind(f"{_MODEL.wanted}, {SUFFIX}, or {SYNTHETIC}:CHANCE", _MODEL.good)
-_TARGET_DRAFT = Kind(f"auto, none, or some of {', '.join(BESIDE_TARGET)} with commas between", _MODEL.good)
+_TARGET_DRAFT = Kind(
+    f"auto, none, or some of {', '.join(BESIDE_TARGET)} and a feature drafter with commas between", _MODEL.good
+)
 _PATHS = whole(0, 64, words="a number of paths up to 64, or 0 for auto")
 _RANKS = whole(1, MAX_RANKS, words=f"a number of ranks from 1 to {MAX_RANKS}")
 _SECONDS = number(0.01, 86400, "a number of seconds from 0.01 to 86400")
@@ -53,7 +55,11 @@ class EngineConfig:
         SUFFIX, _DRAFT, "hub id, folder or GGUF file of any drafter, suffix, both with a comma, synthetic:CHANCE", PAIR
     )
     target_draft: str = setting(
-        "auto", _TARGET_DRAFT, "what guesses in the target's process: auto (what pays), none, suffix, recycling", PAIR
+        "auto",
+        _TARGET_DRAFT,
+        "what guesses in the target's process: auto (suffix, recycling, as far as they pay), none, suffix, recycling, "
+        "a feature drafter (folder, hub id, a name that draft takes), or several with commas",
+        PAIR,
     )
     dtype: str = setting("bfloat16", choice(*DTYPES), "of the target", PAIR)
     draft_dtype: str | None = setting(None, choice(*DTYPES), "default: as the target's", PAIR)
@@ -174,8 +180,7 @@ class EngineConfig:
             raise UsageError("memory_file needs memory, the MB that it may have: give --memory too.")
         if self.memory and self.target_draft == "none":
             raise UsageError("memory is for the suffix source beside the target: leave target_draft none out.")
-        if not set(self.sources_beside_target) <= set(BESIDE_TARGET):
-            options.refuse("target_draft", self.target_draft, _TARGET_DRAFT)
+        self._check_target_draft()
         for name in (self.target_cores, self.draft_cores):
             if name is not None:
                 cores.parse(name)
@@ -183,6 +188,15 @@ class EngineConfig:
             raise UsageError("target_cores and draft_cores name cores to keep to, which pin_cores off forbids: choose.")
         if self.tensor_parallel_size > 1:
             self._check_ranks()
+
+    def _check_target_draft(self) -> None:
+        files = [name for name in self._target_drafts if name not in (*BESIDE_TARGET, "auto")]
+        for name in files:
+            if not (name.startswith(FEATURE) or "/" in name or model_path(name).exists()):
+                options.refuse("target_draft", self.target_draft, _TARGET_DRAFT)
+            check_model("target_draft", name)
+        if len(files) > 1:
+            raise UsageError(f"target_draft {self.target_draft!r} names several checkpoints: one is what it takes.")
 
     def _check_ranks(self) -> None:
         if self.target_device not in ("auto", "cpu"):
@@ -203,15 +217,31 @@ class EngineConfig:
 
     @property
     def sources_beside_target(self) -> tuple[str, ...]:
-        """Their names. With `auto` all that need no weights: one that does not pay rests. Beside a synthetic drafter
-        there are none then, as what is measured is to be that drafter's."""
-        names: tuple[str, ...]
-        if self.target_draft in ("auto", "none"):
-            synthetic = bool(self.synthetic)
-            names = () if synthetic or self.target_draft == "none" else BESIDE_TARGET
-        else:
-            names = tuple(ALIASES.get(name.strip(), name.strip()) for name in self.target_draft.split(","))
-        return tuple(dict.fromkeys((*names, SUFFIX) if self.memory else names))
+        """Their names, in the order in which they are asked: each sees the guesses of those before it, and a forward is
+        made where what costs nothing has found little. With `auto` all that need no weights: one that does not pay
+        rests. Beside a synthetic drafter there are none then, as what is measured is to be that drafter's."""
+        names = self._target_drafts
+        named = {name for name in names if name != "auto"}
+        if "auto" in names and not self.synthetic:
+            named |= set(BESIDE_TARGET)
+        if self.memory:
+            named.add(SUFFIX)
+        return tuple(name for name in (SUFFIX, self.target_draft_checkpoint, RECYCLING) if name in named)
+
+    @property
+    def target_draft_checkpoint(self) -> str:
+        """The one of them that has files; empty: there is none."""
+        return next((name for name in self._target_drafts if name not in (*BESIDE_TARGET, "auto")), "")
+
+    @property
+    def _target_drafts(self) -> tuple[str, ...]:
+        given = self.target_draft
+        if given == "none":
+            return ()
+        if model_path(given.removeprefix(FEATURE)).exists():  # its name may hold a comma
+            return (given,)
+        names = [name.strip() for name in given.split(",")]
+        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name)) or (given,)
 
     @property
     def pins(self) -> bool:
@@ -270,14 +300,14 @@ def check_model(role: str, name: object) -> None:
     """Refuses a path that is not there. A name that looks like a hub id is left to the hub."""
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"The {role} must be a hub id, a folder or a GGUF file, not {name!r}.")
-    name = name.removeprefix(FEATURE) if role == "draft" else name
+    name = name if role == "target" else name.removeprefix(FEATURE)
     path = model_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
     if looks_like_path and not path.exists():
         raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"The {role} {name} is a file but not a GGUF file: give the folder that holds the model.")
-    described = ("config.json", "drafter.json")[: 2 if role == "draft" else 1]
+    described = ("config.json", "drafter.json")[: 1 if role == "target" else 2]
     if path.is_dir() and not any((path / file).exists() for file in described) and not list(path.glob("*.gguf")):
         raise UsageError(
             f"The {role} folder {name} holds no config.json: it is not a model that transformers can load."

@@ -94,6 +94,7 @@ class DraftSource:
     )
     layers: tuple[int, ...] = ()  # of the target, whose hidden states it wants in `observe`
     costs: tuple[float, ...] = ()  # seconds of a forward by its rows; empty: not known, or there is no model
+    draws: bool = False  # its first guesses are drawn from the q that they carry, as rejection sampling wants them
     reads_rows: bool = False  # it wants to know what the target's rows say, in `read_rows`
     device: Any = None  # on which it wants hidden states, a torch.device
 
@@ -140,6 +141,10 @@ class DraftSource:
 
     def observe(self, features: Features, batch_slot: int) -> None:
         """Hidden states of the positions that follow the ones seen so far, [positions, F]."""
+
+    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
+        """How many of these tokens its next forward has to read before it can guess what follows."""
+        return 0
 
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
         """What the last pass of the target has said. Only asked of a source in the target's process."""

@@ -37,6 +37,8 @@ class LeafReader(Protocol):
 class ModelSource(DraftSource):
     """One guess a forward. A sequence that is alone is read the plain way, several as leaves of one forward."""
 
+    draws = True
+
     def __init__(self, model: LeafReader):
         self._model = model
         self._params: dict[int, SamplingParams] = {0: SamplingParams()}

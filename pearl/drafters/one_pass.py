@@ -86,7 +86,7 @@ class PathsQuery:
 class OnePassSource(DraftSource):
     """Chains and trees of one forward. A path less likely than `MIN_PATH_LOGP` is not gone on from."""
 
-    grows_trees = makes_trees_alone = True
+    grows_trees = makes_trees_alone = draws = True
     max_open_leaves = 128  # with more it rests until the root moves
     max_leaves = 4  # extended by one forward
 

@@ -144,10 +144,19 @@ def _checkpoint(config: EngineConfig, checked: Any) -> DraftSource:
     return load_source(checked or preflight(config))
 
 
-def sources_beside_target(config: EngineConfig, memory: TextMemory | None = None) -> list[DraftSource]:
+def sources_beside_target(config: EngineConfig, checked: Any, memory: TextMemory | None = None) -> list[DraftSource]:
     """Those that a config names for the target's own process. With a memory both keep what they know over texts."""
-    kinds = {SUFFIX: lambda: SuffixSource(memory=memory), RECYCLING: lambda: RecyclingSource(memory is not None)}
-    return [kinds[name]() for name in config.sources_beside_target]
+    kinds: dict[str, Callable[[], DraftSource]] = {
+        SUFFIX: lambda: SuffixSource(memory=memory),
+        RECYCLING: lambda: RecyclingSource(memory is not None),
+    }
+    return [kinds.get(name, partial(_beside, checked))() for name in config.sources_beside_target]
+
+
+def _beside(checked: Any) -> DraftSource:
+    from pearl.checkpoints.drafters import load_source
+
+    return load_source(checked.of_beside())
 
 
 def trace(config: EngineConfig, role: str, ahead_s: Callable[[], float] = lambda: 0.0) -> timeline.Trace:

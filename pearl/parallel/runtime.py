@@ -34,8 +34,6 @@ from pearl.wire.reconnecting_channel import DrafterEvent, ReconnectingChannel
 
 _log = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -57,8 +55,9 @@ class Runtime:
         self.layout, self.schedule, self.processes = layout, layout.schedule, layout.processes
         self.checked, self.config, self.tokenizer = layout.checked, layout.checked.config, layout.checked.tokenizer
         self.target_cpus, self.draft_cpus = layout.target_cpus, layout.draft_cpus
-        for warning in self.checked.drafting.warnings if self.checked.drafting else ():
-            _log.warning("%s", warning)
+        for drafting in filter(None, (self.checked.drafting, self.checked.beside)):
+            for warning in drafting.warnings:
+                _log.warning("%s", warning)
         self._peer: DrafterProcess | None = None
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
@@ -85,14 +84,16 @@ class Runtime:
             self._workers.gather()
         with self.on_its_cores():
             self.model = load_target(self.checked, self._workers)
-            self.model.features_stay = bool(self._peer and direct and not self._workers)
+            stay = direct or not self.checked.shares.drafter  # what nobody sends needs no copy
+            self.model.features_stay = bool(self._peer and stay and not self._workers)
             self.eos = eos_ids(self.model.model, self.tokenizer)
             self.target = Target(
                 self.model,
                 self._open_channel(),
                 trace=trace(self.config, "target"),
                 prefill_tokens=self.config.prefill_tokens,
-                sources=sources_beside_target(self.config, self._open_memory(opened)),
+                sources=sources_beside_target(self.config, self.checked, self._open_memory(opened)),
+                shares=self.checked.shares,
             )
 
     def _open_memory(self, opened: contextlib.ExitStack) -> TextMemory | None:
@@ -219,6 +220,8 @@ class Runtime:
             lines[-1] += f" ({started})"
         if self.checked.drafting and self.layout.schedule.drafts:
             lines.append(f"draft: {self.checked.drafting.line}")
+        if self.checked.beside:
+            lines.append(f"target draft: {self.checked.beside.line}")
         checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
 

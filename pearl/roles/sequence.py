@@ -85,6 +85,10 @@ class SequenceState:
         """The drafter's first guess after a node; others may have been made here."""
         return next((child for child in node.children.values() if child in self._arrived), None)
 
+    def has_arrived(self, node: Node) -> bool:
+        """The drafter has guessed it, whoever else has."""
+        return node in self._arrived
+
     def hang(self, message: Nodes) -> None:
         """Hangs the nodes that have arrived into the trie; those of a dead branch fall away."""
         at = message.position

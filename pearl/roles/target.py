@@ -26,6 +26,7 @@ from functools import partial
 from torch import Tensor
 
 from pearl.core import picks
+from pearl.core.features import ALL, FeatureShares
 from pearl.core.messages import DraftPlan, DraftStats, End, Features, Message, Start, Verdict
 from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
@@ -44,7 +45,7 @@ from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.sources.target_sources import TargetSources
 from pearl.roles.target_model import TargetModel
-from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, deepest, verify
+from pearl.roles.verification import PassRows, PassWalk, begin_picks, candidates, verify
 from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
 
@@ -63,15 +64,16 @@ class Target:
         trace: Trace = OFF,
         prefill_tokens: int = PREFILL_TOKENS,
         sources: Sequence[DraftSource] = (),
-        sends_features: bool = True,
+        shares: FeatureShares = ALL,
     ):
         """`channel` leads to the drafter; without one only schedules that draft nothing can run. `clock`: seconds.
         `prefill_tokens`: of prompts that are read between two passes of the texts that are further. `sources`: that
-        guess in this process. `sends_features`: the drafter wants them, if the model gives any."""
+        guess in this process. `shares`: whose the features are that the model gives, if it gives any."""
         self._model, self.channel, self._clock, self._trace = model, channel, clock, trace
-        self._schedule, self._sends_features = Schedule.of("ar"), sends_features
+        self._schedule, self._shares = Schedule.of("ar"), shares
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
-        self._prompts, self._beside = PromptReader(model, clock, prefill_tokens), TargetSources(sources, clock)
+        self._prompts = PromptReader(model, clock, prefill_tokens)
+        self._beside = TargetSources(sources, clock, model.rows)
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
@@ -217,10 +219,10 @@ class Target:
         ready = self._clock()
 
         # guess, and choose
-        buckets, beside = self._model.rows, bool(self._beside) and controller.free and self._schedule.pre_verify
+        beside = bool(self._beside) and controller.free and self._schedule.pre_verify
         if beside and not first:
-            self._beside.grow(sequences, buckets.most - 1, lambda one: deepest(one, buckets))
-        likely = [candidates(one, buckets, self._model.verifies_trees, controller) for one in sequences]
+            self._beside.grow(sequences, controller)
+        likely = [candidates(one, self._model.rows, self._model.verifies_trees, controller) for one in sequences]
         chosen = [
             PassRows.of(one.trie.root, nodes) for one, nodes in zip(sequences, controller.choose(likely), strict=True)
         ]
@@ -251,9 +253,10 @@ class Target:
         if beside:  # the drafter is at work again
             read_rows = map(RowsRead, contexts, p)
             for one, mine, walked, read_of, features in zip(sequences, chosen, walks, read_rows, told, strict=True):
-                self._beside.hear(one, read_of, features)
+                self._beside.hear(one, read_of, self._shares.for_beside(features))
                 if not first:
                     self._beside.judge(one, mine, walked, controller)
+            self._beside.passed(self._clock() - since)
 
         times = PassTimes(began, since, ready, read, self._clock())
         for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
@@ -287,7 +290,7 @@ class Target:
         """What the drafter is told of a pass. A sequence that is over gives its slot back."""
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
-            said = features if self._sends_features else None
+            said = self._shares.for_drafter(features) if self._drafter.channel else None
             return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
         self._beside.end(sequence)

@@ -26,10 +26,30 @@ def test_a_draft_may_be_several_sources_one_of_which_has_files():
 def test_what_guesses_beside_the_target_is_named_or_left_to_what_pays():
     assert EngineConfig().sources_beside_target == ("suffix", "recycling")
     assert EngineConfig(target_draft="none").sources_beside_target == ()
-    assert EngineConfig(target_draft="recycling,ngram").sources_beside_target == ("recycling", "suffix")
+    assert EngineConfig(target_draft="recycling,ngram").sources_beside_target == ("suffix", "recycling")
     assert EngineConfig(draft="synthetic:0.8").sources_beside_target == ()
-    with pytest.raises(UsageError, match="target_draft must be auto, none"):
-        EngineConfig(target_draft="recycled")
+    for wrong in ("recycled", "none,suffix", "auto,nothing", ","):
+        with pytest.raises(UsageError, match="target_draft must be auto, none"):
+            EngineConfig(target_draft=wrong)
+
+
+def test_a_checkpoint_beside_the_target_is_named_as_a_draft_is_and_stands_with_others(tmp_path):
+    head = "smollm2-135m-feature"
+    for name in (head, f"feature:{head}", "somebody/a-head", "feature:a-head"):
+        config = EngineConfig(target_draft=name)
+        assert config.sources_beside_target == (name,) and config.target_draft_checkpoint == name
+    # whatever the order, what costs nothing is asked first, and what grows below all others last
+    for named in (f"recycling,feature:{head},ngram", f"auto,feature:{head}"):
+        assert EngineConfig(target_draft=named).sources_beside_target == ("suffix", f"feature:{head}", "recycling")
+    assert EngineConfig(target_draft=head, memory=1).sources_beside_target == ("suffix", head)
+    assert EngineConfig(target_draft=f"auto,{head}", draft="synthetic:0.8").sources_beside_target == (head,)
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "config.json").write_text("{}")
+    assert EngineConfig(target_draft=f"feature:{tmp_path}/a,b").target_draft_checkpoint.endswith("a,b")
+    with pytest.raises(UsageError, match="several checkpoints"):
+        EngineConfig(target_draft=f"{head},somebody/a-head")
+    with pytest.raises(UsageError, match=r"target_draft \./nowhere does not exist"):
+        EngineConfig(target_draft="feature:./nowhere")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from cases import plain_case
 from toys import EAGER, IDLE, Crashing, Noise, Right, ScriptedChannel, Sometimes, alone, letters, ticks, together
 
@@ -101,7 +102,7 @@ def test_a_source_at_rest_is_asked_once_it_knows_the_text(mode: str):
     target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
     counts = []
     for _ in range(2):
-        for trial in target._beside._trials.values():
+        for trial in target._beside.asking[source].trials.values():
             trial.resting, trial._left = True, 1000
         stopper = Stopper(case.params, case.eos, letters)
         request = SequenceRequest(case.prompt, case.params, stopper)
@@ -109,6 +110,72 @@ def test_a_source_at_rest_is_asked_once_it_knows_the_text(mode: str):
         counts.append(len(over.passes))
     assert counts[0] > 80, "it rests"
     assert counts[1] < 60 - SURE + 120 / 8, "and wakes when so much of the text has come back"
+
+
+class Priced(Right):
+    """One that says what its forwards cost: about one reading of the clock, as a pass does."""
+
+    costs = (1e-4,)
+    calls = 0
+
+    def propose(self, text, room):
+        self.calls += 1
+        return super().propose(text, room)
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_a_forward_is_made_before_every_pass_that_it_makes_longer(mode: str):
+    case = plain_case(mode, None, "right", tokens=60)
+    source = Priced(case.endless(case.prompt, case.params))
+    passes = written(mode, "at a loss", [source], IDLE)
+    assert source.calls >= len(passes) - 4 and len(passes) < 40
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_forwards_that_bring_nothing_are_hardly_ever_made(mode: str):
+    """The drafter has said all that this source would say, or it is never right."""
+    case = plain_case(mode, None, "right", tokens=400)
+    text = case.endless(case.prompt, case.params)
+    for source, drafter in ((Priced(text), "right"), (Priced([9] * len(text)), "at a loss")):
+        passes = written(mode, drafter, [source], EAGER, 400)
+        assert source.calls < 40 + 0.02 * len(passes)
+
+
+def test_a_source_may_make_several_forwards_before_a_pass():
+    """Each of them is a token of a chain, as of EAGLE-3."""
+    case = plain_case("tree", None, "right", tokens=60)
+    source = Priced(case.endless(case.prompt, case.params), chunk=1)
+    source.grows_trees = True
+    source.extend = lambda queries: [_one_more(source, query) for query in queries]
+    passes = written("tree", "at a loss", [source], IDLE)
+    assert max(one.offered for one in passes) >= 3
+
+
+def _one_more(source, query):
+    chain = query.trie.chain()
+    path = [node.token for node in chain]
+    if len(chain) >= query.max_depth or not (said := source.propose([*query.trie.tokens, *path], 1)):
+        return []
+    parent = chain[-1] if chain else query.trie.root
+    return [(parent, query.trie.grow(parent, said[0][0], (), -0.1, source.origin))]
+
+
+def test_out_of_memory_halves_the_texts_of_a_forward(monkeypatch):
+    case = plain_case("tree", None, "right", tokens=20)
+    source = Priced(case.endless(case.prompt, case.params))
+    most = []
+
+    def propose_batch(queries):
+        if len(queries) > 2:
+            raise torch.OutOfMemoryError
+        most.append(len(queries))
+        return [source.propose(one.tokens, one.room) for one in queries]
+
+    source.propose_batch = propose_batch
+    target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
+    requests = [SequenceRequest(case.prompt, case.params, Stopper(case.params, (), letters)) for _ in range(4)]
+    texts = {id(text): text.stopper.tokens for text, _ in target.write(requests, case.schedule, batch_slots=4)}
+    assert len(texts) == 4 and len(set(map(tuple, texts.values()))) == 1 and max(most) == 2
 
 
 def test_every_mode_remembers_and_only_in_later_rounds_where_there_are_rounds():

@@ -68,6 +68,10 @@ class DFlashSource(OnePassSource):
         self._sequences[batch_slot].features.append(features)
         self._sequences[batch_slot].known += len(features)
 
+    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
+        state = self._sequences[batch_slot]
+        return max(0, self.known(state, tokens) - len(state.read))
+
     def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
         """Up to the anchor."""
         return min(len(tokens), state.known + 1)

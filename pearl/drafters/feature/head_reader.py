@@ -152,6 +152,11 @@ class HeadReader:
         self._sequences[batch_slot].features.append(features)
         self._sequences[batch_slot].known += len(features)
 
+    def unread(self, batch_slot: int) -> int:
+        """Rows with features that are yet to be read."""
+        state = self._sequences[batch_slot]
+        return max(0, state.known + 1 - len(state.read))
+
     def ready(self, batch_slot: int) -> bool:
         """Whether there is a row to draft from."""
         return self._sequences[batch_slot].known >= self.drafter.shape.first_row

@@ -29,6 +29,7 @@ _LEAVES = 8  # rows up to which a forward is timed
 class HeadSource(TreeSource):
     """An autoregressive network. A row needs the hidden state of the one before it, so no n-gram guess rides along."""
 
+    origin = "feature"
     depths = 5  # K, of `guess`
     least_leaf_logp = MIN_PATH_LOGP  # what is less likely is not offered, so it need not be gone on from
 
@@ -67,6 +68,9 @@ class HeadSource(TreeSource):
 
     def observe(self, features: Features, batch_slot: int = 0) -> None:
         self._reader.observe(features, batch_slot)
+
+    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
+        return self._reader.unread(batch_slot)
 
     def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
         ready = [one for one in queries if self._reader.ready(one.batch_slot)]

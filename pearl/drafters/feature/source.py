@@ -62,6 +62,10 @@ class FeatureSource(OnePassSource):
         self._sequences[batch_slot].features.append(features)
         self._sequences[batch_slot].known += len(features)
 
+    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
+        state = self._sequences[batch_slot]
+        return max(0, self.known(state, tokens) - len(state.read))
+
     def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
         """Up to the token after the last one whose features are there."""
         return min(len(tokens), state.known + 1) if self.layers else len(tokens)

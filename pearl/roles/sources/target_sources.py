@@ -1,9 +1,8 @@
 """Draft sources in the target's process: they grow its trie before a pass is chosen, and hear what the pass has said.
 
 Their nodes have no names, as nobody else need know them: a verdict holds tokens, and where the drafter guesses the same
-token later, its guess takes the node over. What they cost is the target's own time, so a source rests where it brings
-less; where the drafter has something below the root it may be worth its time and elsewhere not, or the other way round.
-One that raises is not asked again for that text.
+token later, its guess takes the node over. What they cost is the target's own time, so each is asked where it brings
+more (`pearl.roles.sources.asking`). One that raises is not asked again for that text.
 """
 
 from __future__ import annotations
@@ -14,62 +13,120 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from pearl.core.control.controller import Controller
-from pearl.core.control.source_trial import SourceTrial
+from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
-from pearl.drafters.draft_source import DraftSource, RowsRead, TreeQuery, grow_chain
+from pearl.core.token_buckets import TokenBuckets
+from pearl.drafters.draft_source import DraftSource, Grown, RowsRead, TreeQuery, grow_chain
+from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.sequence import SequenceState
-from pearl.roles.verification import PassRows, PassWalk
+from pearl.roles.sources.asking import Asking, UnlessAtRest, WhereForwardsPay
+from pearl.roles.verification import PassRows, PassWalk, deepest
 from pearl.wire.channel import Clock
 
+MOST_FORWARDS = 8  # of one source before a pass
 _log = logging.getLogger(__name__)
 
 
 class TargetSources:
-    """For greedy and seeded texts; rejection sampling judges guesses that were drawn."""
+    """For greedy and seeded texts all of them; rejection sampling judges guesses that were drawn, which some are."""
 
-    def __init__(self, sources: Sequence[DraftSource], clock: Clock):
-        self._sources, self._clock = tuple(sources), clock
-        self._trials = {(source, late): SourceTrial() for source in self._sources for late in (False, True)}
-        self._late: dict[SequenceState, bool] = {}  # in the pass under way: the drafter had nothing below the root
+    def __init__(self, sources: Sequence[DraftSource], clock: Clock, buckets: TokenBuckets):
+        """`buckets`: of a pass over one text."""
+        self._clock, self._buckets = clock, buckets
+        self.asking: dict[DraftSource, Asking] = {
+            source: WhereForwardsPay(source, self._deepest)
+            if source.costs
+            else UnlessAtRest(source, partial(self._is_sure, source))
+            for source in sources
+        }
+        self._limit = BatchLimit("draft beside the target")
         self._failed: dict[SequenceState, set[DraftSource]] = {}
+        # each has its own, as it counts what the logits have that it is shown: a drafter's may know fewer tokens
+        self._processing: dict[tuple[SequenceState, DraftSource], LogitsProcessing | None] = {}
         self._reasons: set[str] = set()
 
     def __bool__(self) -> bool:
-        return bool(self._sources)
+        return bool(self.asking)
 
     def begin(self, sequence: SequenceState, continues: bool) -> None:
         self._failed = {one: failed for one, failed in self._failed.items() if not one.stopper.finish}
-        self._failed[sequence] = set(self._sources) if sequence.params.rejection else set()
-        for source in self._sources:
+        rejection = sequence.params.rejection
+        self._failed[sequence] = {source for source in self.asking if rejection and not source.draws}
+        for source in self.asking:
+            self._processing[sequence, source] = LogitsProcessing.of(
+                sequence.params, len(sequence.request.prompt), sequence.stopper.eos_ids
+            )
             self._try(source, [sequence], partial(source.begin, sequence.batch_slot, sequence.params, continues))
             if prediction := sequence.request.prediction:
                 self._try(source, [sequence], partial(source.predict, sequence.batch_slot, prediction))
 
     def end(self, sequence: SequenceState) -> None:
         """It is over."""
-        for source in self._sources:
+        for source, asking in self.asking.items():
             self._try(source, [sequence], partial(source.end, sequence.batch_slot))
             self._try(source, [sequence], partial(source.remember, sequence.trie.tokens))
+            asking.end(sequence)
+            self._processing.pop((sequence, source), None)
 
-    def grow(self, sequences: Sequence[SequenceState], rows: int, deepest: Callable[[SequenceState], int]) -> None:
-        """Guesses of all that are not at rest, below the roots of these sequences: what `rows` rows of a pass can read,
-        none deeper than `deepest`."""
-        self._late = {one: not one.depth() for one in sequences}
-        for source in self._sources:
-            asked = [one for one in sequences if self._is_asked(source, one)]
-            queries = [
-                TreeQuery(one.batch_slot, one.trie, rows, deepest(one), False, one.processing)
-                for one in asked
-                if source not in self._failed[one]
-            ]
-            if queries:
-                began = self._clock()
-                self._try(source, asked, partial(_extend, source, queries))
-                self._spent(source, asked, began)
+    def grow(self, sequences: Sequence[SequenceState], controller: Controller) -> None:
+        """Guesses of all that are worth asking, below the roots of these sequences: what a pass can read."""
+        for source, asking in self.asking.items():
+            able = [one for one in sequences if source not in self._failed[one]]
+            for again in range(MOST_FORWARDS):
+                asked = asking.choose(able, controller, again=again > 0) if able else ()
+                if not asked:
+                    break
+                able = self._extend(source, asking, asked)
+        for asking in self.asking.values():
+            for one in sequences:
+                asking.chosen(one)
 
-    def _is_asked(self, source: DraftSource, sequence: SequenceState) -> bool:
-        if not self._trials[source, self._late[sequence]].resting:
-            return True
+    def _extend(self, source: DraftSource, asking: Asking, asked: Sequence[SequenceState]) -> list[SequenceState]:
+        """Asks about these. Returns those to which it had something to say."""
+        queries = [
+            TreeQuery(
+                one.batch_slot,
+                one.trie,
+                self._buckets.most - 1,
+                self._deepest(one),
+                processing=self._processing[one, source],
+            )
+            for one in asked
+        ]
+        began = self._clock()
+        found: list[Grown] = [[] for _ in asked]
+
+        def extend() -> None:
+            found[:] = self._limit.run(queries, partial(_grown, source))
+
+        self._try(source, asked, extend)
+        asking.answered(asked, found, self._clock() - began)
+        return [one for one, new in zip(asked, found, strict=True) if new]
+
+    def hear(self, sequence: SequenceState, read: RowsRead, features: Features | None) -> None:
+        """What a pass has said of one sequence. `features`: of what is read for good now, if there are any."""
+        for source, asking in self.asking.items():
+            began = self._clock()
+            if source.layers and features is not None:
+                self._try(source, [sequence], partial(source.observe, features, sequence.batch_slot))
+            if source.reads_rows and not asking.rests:
+                self._try(source, [sequence], partial(source.read_rows, sequence.batch_slot, read))
+            asking.heard(sequence, self._clock() - began)
+
+    def judge(self, sequence: SequenceState, chosen: PassRows, walked: PassWalk, controller: Controller) -> None:
+        """The pass is over: what each source has brought to this sequence."""
+        for asking in self.asking.values():
+            asking.judge(sequence, chosen, walked, controller)
+
+    def passed(self, seconds: float) -> None:
+        """A pass with all that belongs to it has taken so long."""
+        for asking in self.asking.values():
+            asking.passed(seconds)
+
+    def _deepest(self, sequence: SequenceState) -> int:
+        return deepest(sequence, self._buckets)
+
+    def _is_sure(self, source: DraftSource, sequence: SequenceState) -> bool:
         sure = False
 
         def ask() -> None:
@@ -78,29 +135,6 @@ class TargetSources:
 
         self._try(source, [sequence], ask)
         return sure
-
-    def hear(self, sequence: SequenceState, read: RowsRead, features: Features | None) -> None:
-        """What a pass has said of one sequence. `features`: of what is read for good now, if there are any."""
-        for source in self._sources:
-            began = self._clock()
-            if source.layers and features is not None:
-                self._try(source, [sequence], partial(source.observe, features, sequence.batch_slot))
-            if source.reads_rows and not all(self._trials[source, late].resting for late in (False, True)):
-                self._try(source, [sequence], partial(source.read_rows, sequence.batch_slot, read))
-            self._spent(source, [sequence], began)
-
-    def judge(self, sequence: SequenceState, chosen: PassRows, walked: PassWalk, controller: Controller) -> None:
-        """The pass is over: what each source has brought to this sequence."""
-        for source in self._sources:
-            rows = sum(node.origin == source.origin for node in chosen.nodes[1:])
-            right = sum(outcome.origin == source.origin for outcome in walked.outcomes)
-            row_s = controller.seconds_of_rows(rows, len(chosen.nodes))
-            self._trials[source, self._late.get(sequence, True)].passed(right, row_s, controller.rate)
-
-    def _spent(self, source: DraftSource, sequences: Sequence[SequenceState], began: float) -> None:
-        each = (self._clock() - began) / len(sequences)
-        for one in sequences:
-            self._trials[source, self._late.get(one, True)].spent(each)
 
     def _try(self, source: DraftSource, sequences: Sequence[SequenceState], work: Callable[[], object]) -> None:
         if all(source in self._failed[one] for one in sequences):
@@ -116,9 +150,8 @@ class TargetSources:
                 self._failed[one].add(source)
 
 
-def _extend(source: DraftSource, queries: Sequence[TreeQuery]) -> None:
+def _grown(source: DraftSource, queries: Sequence[TreeQuery]) -> list[Grown]:
     if source.grows_trees:
-        source.extend(queries)
-        return
-    for one, chain in zip(queries, source.propose_batch([one.chain() for one in queries]), strict=True):
-        grow_chain(one, chain, source.origin)
+        return source.extend(queries)
+    chains = source.propose_batch([one.chain() for one in queries])
+    return [grow_chain(one, chain, source.origin) for one, chain in zip(queries, chains, strict=True)]

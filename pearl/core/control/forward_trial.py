@@ -1,0 +1,134 @@
+"""Whether a forward of a source beside the target is worth the target's time, asked before every pass.
+
+    worth    guesses of such forwards that passes went through, less what their rows added to these passes
+    price    the seconds of the forward, at the rate of the run; and of what the source has yet to read of the text
+
+What a forward is worth depends on how far the guesses of others reach by then: where there are none it may bring a
+token or two, below a sure chain hardly anything. So it is learned by how many tokens the pass is expected to commit
+without it. A source with much to read, a long prompt or what it missed while it was not asked, reads it once the
+forwards that were not made would have brought as much as that takes (the ski rental problem: at most twice the best).
+Where no forward pays, one is tried from what `TRIED` of the run's seconds allow.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from pearl.core.token_buckets import extended
+
+TRIED = 0.005  # of the run's time: forwards that are not known to pay
+FIRST_WORTH = 1.5  # tokens, until something is known: what published heads bring beside nothing else
+_REACH = (0.01, 0.25, 0.5, 1.0, 2.0, 4.0)  # least tokens that a pass is expected to go through, of each class but one
+_WEIGHT_OF_ALL = 4.0  # in a class, of what was seen in all, in forwards
+_FORGET = 0.98  # of what was seen, from forward to forward
+_LITTLE = 16  # rows that are still to be read, which a forward reads for nothing
+
+
+@dataclass(frozen=True)
+class ForwardQuery:
+    """One text before a pass. `reach`: tokens that the walk is expected to go through by the guesses that are there;
+    `unread`: rows that a forward has to read of the text before it can guess."""
+
+    text: Hashable
+    reach: float
+    unread: int = 0
+
+
+class _Worth:
+    """Tokens that forwards have brought, on the average."""
+
+    def __init__(self) -> None:
+        self.tokens = [0.0] * (len(_REACH) + 1)
+        self.forwards = [0.0] * (len(_REACH) + 1)
+        self.all_tokens, self.all_forwards = _WEIGHT_OF_ALL * FIRST_WORTH, _WEIGHT_OF_ALL
+
+    def of(self, at: int) -> float:
+        of_all = _WEIGHT_OF_ALL * self.all_tokens / self.all_forwards
+        return (self.tokens[at] + of_all) / (self.forwards[at] + _WEIGHT_OF_ALL)
+
+    def made(self, at: int) -> None:
+        self.tokens[at], self.forwards[at] = _FORGET * self.tokens[at], _FORGET * self.forwards[at] + 1
+        self.all_tokens, self.all_forwards = _FORGET * self.all_tokens, _FORGET * self.all_forwards + 1
+
+    def brought(self, at: int, tokens: float) -> None:
+        self.tokens[at] += tokens
+        self.all_tokens += tokens
+
+
+class ForwardTrial:
+    """Of one source. `costs[n - 1]`: seconds of a forward of n rows, as they were measured at loading."""
+
+    def __init__(self, costs: Sequence[float]):
+        self._costs, self._scale = tuple(costs), 1.0  # a forward takes this many times what was measured
+        self._row_s = 0.0  # of a row that is read on the way
+        self._worth = _Worth()
+        self._to_try_s = 0.0
+        self._saved: dict[Hashable, float] = {}  # by text: what forwards that were not made would have brought, in s
+
+    @staticmethod
+    def reach_class(reach: float) -> int:
+        """Where what a forward is worth is counted."""
+        return bisect.bisect_right(_REACH, reach)
+
+    def worth(self, reach: float) -> float:
+        """Tokens of a forward."""
+        return self._worth.of(self.reach_class(reach))
+
+    def seconds(self, texts: int, unread: int = 0) -> float:
+        """Of a forward over so many texts."""
+        return self._scale * extended(self._costs, texts) + (self._row_s * unread if unread > _LITTLE else 0.0)
+
+    def choose(self, queries: Sequence[ForwardQuery], rate: float, may_try: bool) -> list[int]:
+        """The numbers of those that a forward is to be made for now. `rate`: tokens per second of the run. `may_try`:
+        also one that is not known to pay; false for a second forward before the same pass."""
+        gains = [self.worth(one.reach) / rate for one in queries]
+        able = [number for number, one in enumerate(queries) if self._has_read(one, gains[number], may_try)]
+        able.sort(key=lambda number: -gains[number])
+        best, chosen, gain = 0.0, 0, 0.0
+        for count, number in enumerate(able, 1):
+            gain += gains[number]
+            if gain - self.seconds(count) > best:
+                best, chosen = gain - self.seconds(count), count
+        if chosen or not (may_try and queries):
+            return able[:chosen]
+        number = max(range(len(queries)), key=lambda one: gains[one] - self.seconds(1, queries[one].unread))
+        price = self.seconds(1, queries[number].unread)
+        self._to_try_s = min(self._to_try_s, 2 * price)
+        if self._to_try_s < price:
+            return []
+        self._to_try_s -= price
+        return [number]
+
+    def _has_read(self, one: ForwardQuery, gain_s: float, counts: bool) -> bool:
+        """Whether what it has still to read is little, or was worth reading by now."""
+        if one.unread <= _LITTLE:
+            return True
+        saved = self._saved.get(one.text, 0.0)
+        if counts:
+            saved = self._saved[one.text] = saved + max(0.0, gain_s - self.seconds(1))
+        return saved >= self._row_s * one.unread
+
+    def made(self, queries: Sequence[ForwardQuery], seconds: float) -> None:
+        """A forward over these texts has taken so long."""
+        unread = sum(one.unread for one in queries if one.unread > _LITTLE)
+        if unread:
+            row_s = max(0.0, seconds - self.seconds(len(queries))) / unread
+            self._row_s = self._row_s + 0.3 * (row_s - self._row_s) if self._row_s else row_s
+        elif expected := extended(self._costs, len(queries)):
+            self._scale += 0.1 * (seconds / expected - self._scale)
+        for one in queries:
+            self._saved.pop(one.text, None)
+            self._worth.made(self.reach_class(one.reach))
+
+    def brought(self, at: int, tokens: float) -> None:
+        """A pass went through so many guesses of a forward of class `at`, less what its rows were worth."""
+        self._worth.brought(at, tokens)
+
+    def passed(self, seconds: float) -> None:
+        """A pass is over, with all that belongs to it."""
+        self._to_try_s += TRIED * seconds
+
+    def ended(self, text: Hashable) -> None:
+        self._saved.pop(text, None)
