@@ -5,6 +5,10 @@
     one forward over as many of them as pay
     the next tokens of each row, ranked             become nodes
 
+What a row says is ranked further than is offered at once. A guess that is too unlikely while its parent is far off is
+held back, and offered when the root has come near enough: by then the parent has become likely, and no other forward
+asks for what may follow it.
+
 All rows compete for the same forward by one currency: the chance that the target's walk will pass through the row. For
 a leaf that is the joint probability of its path under q; for a guess from the text it is its leaf's, times how often
 guesses like it have come true. A row is taken while it adds more to what the forward yields per second than it costs
@@ -26,14 +30,17 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling import ranked
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node
-from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Grown, TreeQuery
+from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, Proposal, TreeQuery
 from pearl.drafters.model import LeafReader, ModelSource
 from pearl.drafters.suffix import LENGTHS, Spot, SuffixIndex, length_class
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.timing import best_of
 
+RANKED = 16  # guesses after a node at most: of a model's misses one in eight is among the 7th to the 16th
 FIRST_HIT_RATE = 0.3, 0.4, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8  # until something is known, see `LENGTHS`
 _TIMED, _LEAVES_TIMED = 160, 3  # tokens of the sequences, and rows of each, at which a forward of several is timed
+
+_Ranked = list[tuple[int, float, Proposal]]  # guesses after a node, likeliest first: token, log q, proposal
 
 
 @dataclass(frozen=True)
@@ -68,45 +75,78 @@ class TreeSource(ModelSource):
         self.costs, self._several = tuple(costs), several
         self._lookahead = lookahead or SuffixIndex()
         self._hit_rate = list(FIRST_HIT_RATE)  # of guesses from the text, by the length of their match
+        self._held_back: dict[int, dict[Node, _Ranked]] = {0: {}}  # by batch slot: of nodes, what was not offered yet
+        self._root: dict[int, Node] = {}  # by batch slot: below which all that is likely enough was offered
         assert len(self._hit_rate) == len(LENGTHS), "a rate for each class of lengths"
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         super().begin(batch_slot, params, continues)
+        self._held_back[batch_slot] = {}
         if not continues:
             self._lookahead.begin(batch_slot)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
         """One forward over the rows that pay, of all tries; none is `max_depth` below its root or deeper."""
+        offered = list(map(self._offer, queries))
         chosen = self._choose(queries)
         reading = [(one, rows) for one, rows in zip(queries, chosen, strict=True) if rows]
         if not reading:
-            return [[] for _ in queries]
+            return offered
         self.forwards += 1
         self.rows += sum(map(len, chosen))
         self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
         leaves = [LeavesQuery(one.batch_slot, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
         q = iter(self._model.read_leaves_together(leaves))
-        return [self._grow(one, rows, next(q)) if rows else [] for one, rows in zip(queries, chosen, strict=True)]
+        grown = [self._grow(one, rows, next(q)) if rows else [] for one, rows in zip(queries, chosen, strict=True)]
+        return [before + new for before, new in zip(offered, grown, strict=True)]
+
+    def _offer(self, query: TreeQuery) -> Grown:
+        """What was held back and has become likely enough, as the root has moved."""
+        trie, held_back = query.trie, self._held_back[query.batch_slot]
+        if self._root.get(query.batch_slot) is trie.root:
+            return []
+        self._root[query.batch_slot] = trie.root
+        new: Grown = []
+        kept: dict[Node, _Ranked] = {}
+        stack = [(trie.root, 0.0)]
+        while stack:
+            node, joint = stack.pop()
+            stack += [(child, joint + child.logp) for child in node.children.values()]
+            if after := held_back.get(node):
+                new += self._hang(query, node, joint, after, kept, 0)
+        self._held_back[query.batch_slot] = kept
+        return new
+
+    def _hang(
+        self, query: TreeQuery, node: Node, joint: float, after: _Ranked, held_back: dict[Node, _Ranked], least: int
+    ) -> Grown:
+        """The guesses after a node that are likely enough, `least` of them in any case; the others go to
+        `held_back`."""
+        new: Grown = []
+        for place, (token, logp, proposal) in enumerate(after):
+            if place >= least and joint + logp < MIN_PATH_LOGP:
+                held_back[node] = after[place:]
+                break
+            child = query.trie.grow(node, token, proposal, logp, self.origin)
+            assert child is not None, "a source extends the tree that it was given"
+            new.append((node, child))
+        return new
 
     def _grow(self, query: TreeQuery, rows: Sequence[_DraftRow], logits: Tensor) -> Grown:
         """The nodes that come of the rows of one trie. logits: [rows, V]"""
         trie = query.trie
         read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
         new: Grown = []
+        held_back = self._held_back[query.batch_slot]
         positions = [len(trie.tokens) + len(row.path) for row in rows]
         logits = query.processed(logits, [row.path for row in rows])
-        guesses = ranked(logits, self._params[query.batch_slot], positions, MAX_CHILDREN)
+        guesses = ranked(logits, self._params[query.batch_slot], positions, RANKED)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
             found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))
             if found is None:
                 continue
             node, joint = read[row.path] = found
-            for rank, (token, logp, proposal) in enumerate(after):
-                if rank and joint + logp < MIN_PATH_LOGP:
-                    break
-                child = trie.grow(node, token, proposal, logp, self.origin)
-                assert child is not None, "a source extends the tree that it was given"
-                new.append((node, child))
+            new += self._hang(query, node, joint, after, held_back, 1)
         return new
 
     def _confirm(self, row: _DraftRow, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:

@@ -22,9 +22,9 @@ from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY
 from pearl.core.trie import Node, Trie
 from pearl.drafters import tree
-from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP
+from pearl.drafters.draft_source import MIN_PATH_LOGP
 from pearl.drafters.suffix import SuffixIndex
-from pearl.drafters.tree import TreeSource
+from pearl.drafters.tree import RANKED, TreeSource
 from pearl.predict.script import Times
 
 Path = tuple[int, ...]
@@ -87,7 +87,7 @@ def joint(trie: Trie, path: Path) -> float:
 def expected(model: TableModel, text: Sequence[int], path: Path, above: float, params: SamplingParams) -> list[int]:
     """The children of a node whose path has the joint log-probability `above`."""
     logits = model.after([*text, *path])[None]
-    guesses = ranked(logits, params, [len(text) + len(path)], MAX_CHILDREN)[0]
+    guesses = ranked(logits, params, [len(text) + len(path)], RANKED)[0]
     faint = next((i for i, (_, logp, _) in enumerate(guesses) if i and above + logp < MIN_PATH_LOGP), len(guesses))
     return [token for token, _, _ in guesses[:faint]]
 
@@ -272,7 +272,7 @@ def test_the_rule_stops_where_a_row_adds_less_than_the_forward_yields_a_second()
         extend(source, trie, 6, 9)
         uses = sorted((math.exp(node.logp) for node in trie.root.children.values()), reverse=True)
         extend(source, trie, 6, 9)
-        yields = [sum(uses[:rows]) / costs[rows - 1] for rows in range(1, len(uses) + 1)]
+        yields = [sum(uses[:rows]) / cost for rows, cost in enumerate(costs, 1) if rows <= len(uses)]
         assert len(model.read_paths[-1]) == yields.index(max(yields)) + 1
 
 
@@ -286,7 +286,7 @@ def test_nothing_is_read_where_all_leaves_are_deep_enough():
 def test_a_crowd_of_leaves_is_not_made_larger():
     source, trie = started(Watched(6, 1, 3, 0.02), costs=FLAT, lookahead=Silent()), Trie([0])
     while extend(source, trie, 8, 99, True):
-        assert len(trie.leaves(98)) <= TreeSource.max_open_leaves + 8 * (MAX_CHILDREN - 1)
+        assert len(trie.leaves(98)) <= TreeSource.max_open_leaves + 8 * (RANKED - 1)
     assert len(trie.leaves(98)) > TreeSource.max_open_leaves
     trie.commit([next(iter(trie.root.children))])
     assert len(trie.leaves(98)) <= TreeSource.max_open_leaves and extend(source, trie, 8, 99, True), (
@@ -302,6 +302,22 @@ def test_a_path_that_is_hardly_likely_is_not_offered_unless_nothing_else_follows
     for path, node in paths_of(trie.root).items():
         assert all(joint(trie, (*path, token)) >= MIN_PATH_LOGP for token in list(node.children)[1:])
     assert any(joint(trie, path) < MIN_PATH_LOGP for path in paths_of(trie.root)), "first children go on below it"
+
+
+def test_a_guess_that_is_too_unlikely_far_below_the_root_is_offered_once_the_root_has_come_near():
+    model, params = Watched(V, 2, 3, 2.0), SamplingParams()
+    source, trie = started(model, costs=FLAT, lookahead=Silent()), Trie([0])
+    for _ in range(6):
+        extend(source, trie, 8, 99, True)
+    before = {node: len(node.children) for node in paths_of(trie.root).values()}
+    trie.commit([node.token for node in trie.chain(2)])
+    new = extend(source, trie, 8, 99, True)
+    assert any(len(node.children) > before[node] > 0 for node in paths_of(trie.root).values() if node in before)
+    for path, node in paths_of(trie.root).items():
+        assert not node.children or list(node.children) == expected(model, trie.tokens, path, joint(trie, path), params)
+    assert len(set(map(id, (child for _, child in new)))) == len(new), "each is told once"
+    forwards = source.forwards
+    assert extend(source, trie, 8, 0) == [] and source.forwards == forwards, "and not again"
 
 
 def test_no_text_is_longer_than_the_model_reads():
