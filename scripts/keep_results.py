@@ -18,34 +18,47 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs without being installed
 
+
+import figures
+
 from pearl.config import cli, outputs
 from pearl.evaluation import report, results
 from pearl.evaluation.pages import kept
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "results"
 RAW_MODES = ("ar", "tree")
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("scripts/keep_results.py", about=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="of runs that have ended")
-    parser.add_argument("--to", type=Path, default=ROOT / "docs" / "results", help="default: docs/results")
+    parser.add_argument("folders", nargs="*", type=Path, help="of runs; those without a summary are left out")
+    parser.add_argument("--to", type=Path, default=DOCS, help="default: docs/results")
     found = parser.parse_args(argv)
-    runs = report.load(found.folders) if found.folders else []
+    ended = [folder for folder in found.folders if (folder / results.SUMMARY).exists()]
+    if begun := [str(folder) for folder in found.folders if folder not in ended]:
+        print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
+    runs = report.load(ended) if ended else []
     report.all_of_a_kind(runs)
     for run in runs:
         pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
-        for figures in summary["modes"].values():
-            figures.pop("by_sequence", None)
+        for told in summary["modes"].values():
+            told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
         outputs.write_json(found.to / pair / f"{run.folder.name}.json", without_folders(summary))
+        earlier = found.to / pair / f"{run.config.get('suite')}.json"  # of the first tokens of answers
+        if earlier.exists() and not run.unfinished and earlier.stem != run.folder.name:
+            earlier.unlink()
+            print(f"{earlier} is removed, as {run.folder.name} takes its place")
     with_raw = [run for run in runs if set(RAW_MODES) <= set(run.modes) and run.config.get("batch_size") == 1]
     if with_raw:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
     for name, content in kept.page(found.to).items():
         outputs.write(found.to / name, content)
+    if found.to == DOCS:
+        figures.main()
     readme = found.to.parents[1] / "README.md"
     if readme.exists():
         outputs.write(readme, kept.in_readme(readme.read_text(encoding="utf-8"), kept.load(found.to)))
@@ -59,8 +72,8 @@ def keep_raw(run: report.Run, folder: Path) -> None:
         lines = (run.folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
         mine = "".join(line for line in lines if json.loads(line)["mode"] in RAW_MODES)
         outputs.write(folder / f"{name}.gz", gzip.compress(mine.encode(), mtime=0))
-    figures = {mode: run.modes[mode] for mode in RAW_MODES}
-    outputs.write_json(folder / results.SUMMARY, without_folders({"run": run.folder.name, "modes": figures}))
+    kept_modes = {mode: run.modes[mode] for mode in RAW_MODES}
+    outputs.write_json(folder / results.SUMMARY, without_folders({"run": run.folder.name, "modes": kept_modes}))
 
 
 def without_folders(value: Any) -> Any:

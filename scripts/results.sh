@@ -1,31 +1,42 @@
 #!/usr/bin/env bash
 # The results that docs/results/ keeps: whole answers, up to 512 tokens, greedy and at temperature 1, of as many problems
-# as make every speed-up's interval INTERVAL wide at most. A step is a run of a task; one that was cut off goes on.
+# as make every speed-up's interval the last of INTERVALS wide at most.
 #
 #   DATA=folder bash scripts/results.sh                  the default pair, every task
 #   DATA=folder PAIR=mine.yaml TASKS="humaneval gsm8k mt_bench" bash scripts/results.sh     a pair of your own
 #   DATA=folder bash scripts/results.sh keep             then: into docs/results/, with the page and its pictures
+#   DATA=folder MINUTES=10 bash scripts/results.sh keep  ten minutes of it; called again, it goes on
 #
-# HumanEval has three lines: chat, chat without the part of an answer that repeats its prompt, completion. What draws in
-# its own way (hf-*) is greedy only. The variables of scripts/rows.sh hold; TEMPERATURES and INTERVAL (0.1) are its own.
+# It may be cut off at any time: a problem that all modes have finished is kept. First all greedy tables with wide
+# intervals, then those at temperature 1, then all again with narrower ones: so that whenever it ends each table is as
+# good as the others. HumanEval has three lines: chat, chat without the part of an answer that repeats its prompt,
+# completion. What draws in its own way (hf-*) is greedy only. Beside the variables of scripts/rows.sh: TEMPERATURES
+# (0 1), INTERVALS (0.3 0.2 0.1, parts of a speed-up), KEEP_TO (docs/results).
 MODES=${MODES:-ar ar-all sd pearl tree} TASKS=${TASKS:-humaneval gsm8k mt_bench spec_bench}
-TOKENS=${TOKENS:-512} INTERVAL=${INTERVAL:-0.1}
+TOKENS=${TOKENS:-512} INTERVALS=${INTERVALS:-0.3 0.2 0.1}
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
 needs $TASKS
-for temperature in ${TEMPERATURES:-0 1}; do
-  modes=$MODES
-  if [[ $temperature == 0 ]]; then modes="$MODES ${BASELINES-hf-assisted hf-prompt-lookup}"; fi
-  for task in $TASKS; do
-    options=(--mode $modes --temperature "$temperature" --stop-at-interval "$INTERVAL" --skip-too-long)
-    if [[ $task == humaneval ]]; then
-      row "humaneval-chat-t$temperature" humaneval "${options[@]}" --format chat
+for interval in $INTERVALS; do
+  ENOUGH=$interval
+  if [[ $interval == "${INTERVALS##* }" ]]; then ENOUGH=; fi  # the last round tells whether all is what was asked for
+  for temperature in ${TEMPERATURES:-0 1}; do
+    modes=$MODES
+    if [[ $temperature == 0 ]]; then modes="$MODES ${BASELINES-hf-assisted hf-prompt-lookup}"; fi
+    options=(--mode $modes --temperature "$temperature" --stop-at-interval "$interval" --skip-too-long)
+    for task in $TASKS; do
+      if [[ $task == humaneval ]]; then
+        row "humaneval-chat-t$temperature" humaneval "${options[@]}" --format chat
+      else
+        row "$task-t$temperature" "$task" "${options[@]}"
+      fi
+    done
+    if [[ " $TASKS " == *" humaneval "* ]]; then
       row "humaneval-completion-t$temperature" humaneval "${options[@]}" --format completion
-    else
-      row "$task-t$temperature" "$task" "${options[@]}"
     fi
   done
 done
-if [[ ${1:-} == keep ]]; then
+ended
+if [[ ${1:-} == keep ]] && ((${#folders[@]})); then
   run python scripts/keep_results.py "${folders[@]}" ${KEEP_TO:+--to "$KEEP_TO"}
 fi
-table "Whole answers" --columns tokens_per_second,speedup_vs_ar,speedup_interval_95,speedup_vs_ar_all,identical_to_ar,tokens_per_pass,acceptance_length,acceptance,score --plots speedup latency
+table "Whole answers" --columns tokens_per_second,speedup_vs_ar,speedup_interval_95,speedup_vs_ar_all,identical_to_ar,tokens_per_pass,acceptance_length,acceptance,score --plots speedup length equal_devices latency

@@ -6,6 +6,7 @@
 #   OPTIONS   further options of every run.  RESULTS: where all goes; default: results
 #   MODES     of runs that several tables share; default: ar ar-all sd pearl tree
 #   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
+#   MINUTES   that this call may take: no run is begun after them, and one under way stops in time; the next call goes on
 #   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
@@ -27,6 +28,15 @@ data_of() {
   esac; fi
 }
 
+# ended: leaves the runs that have a summary in `folders`, each once
+ended() {
+  local folder all=("${folders[@]}"); declare -A seen=(); folders=()
+  for folder in "${all[@]}"; do
+    if [[ -z ${seen[$folder]:-} && (-n ${DRY_RUN:-} || -e $folder/summary.json) ]]; then folders+=("$folder"); fi
+    seen[$folder]=1
+  done
+}
+
 # needs TASK...: ends at once, with a sentence, where a later row would find no problems
 needs() {
   local task words=()
@@ -38,6 +48,16 @@ tasks = zip(sys.argv[1::2], sys.argv[2::2])
 sys.exit(guarded(lambda _: not all(benchmark(name).load(file or None) for name, file in tasks))())" "${words[@]}"
 }
 
+# over: whether a run that is begun now would have less than half a minute
+over() { [[ -n ${MINUTES:-} ]] && ((60 * MINUTES - SECONDS < 30)); }
+
+# enough FOLDER: whether the run there has all its problems, or intervals as narrow as ENOUGH, if that is set
+enough() {
+  [[ -n ${ENOUGH:-} && -e $1/summary.json ]] && python -c 'import json, sys
+told = json.load(open(sys.argv[1]))
+sys.exit(told["left"] > 0 and (told["widest_interval"] or 9) > float(sys.argv[2]))' "$1/summary.json" "$ENOUGH"
+}
+
 # row NAME TASK OPTIONS...: a run of every pair, in RESULTS/PAIR/NAME
 row() {
   local name=$1 task=$2 pair folder command data; shift 2
@@ -45,16 +65,19 @@ row() {
   for pair in $PAIR; do
     folder=$RESULTS/$(basename "$pair" .yaml)${LIMIT:+-limit-$LIMIT}${TOKENS:+-tokens-$TOKENS}/$name
     folders+=("$folder")
+    if over || enough "$folder"; then continue; fi
     command=($LAUNCH "eval/$task.py" --pair "$pair" --output "$folder" --resume)
     command+=(${LIMIT:+--limit "$LIMIT"} ${TOKENS:+--max-new-tokens "$TOKENS"} ${TRACE:+--trace "$folder/trace.json"})
-    command+=(${data:+--data "$data"})
+    command+=(${data:+--data "$data"} ${MINUTES:+--seconds "$((60 * MINUTES - SECONDS))"})
     [[ -n ${DRY_RUN:-} ]] || mkdir -p "$folder"
     run "${command[@]}" ${OPTIONS:-} "$@"
   done
 }
 
-# table TITLE OPTIONS...: of all rows so far, in RESULTS/tables/SCRIPT
+# table TITLE OPTIONS...: of all rows so far, in RESULTS/tables/SCRIPT. With MINUTES, of those that have a summary
 table() {
   local title=$1; shift
+  if [[ -n ${MINUTES:-} ]]; then ended; fi
+  if ((${#folders[@]} == 0)); then echo "no run has a summary yet: call it again"; return; fi
   run python eval/table.py "${folders[@]}" --title "$title" --output "$RESULTS/tables/$(basename "$0" .sh)" "$@"
 }

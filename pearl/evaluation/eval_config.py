@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,13 @@ TASK = (
         "stop once the interval of every speed-up is at most so wide; problems come in a mixed order then",
         "task",
     ),
+    Option(
+        "seconds",
+        None,
+        number(0, math.inf, "a number of seconds"),
+        "begin no problem that will end later, one at least; --resume goes on",
+        "task",
+    ),
     Option("wide", False, FLAG, "print all columns of the table", "task"),
 )
 
@@ -60,16 +67,17 @@ class EvalConfig:
     params: SamplingParams
     problems: list[Any]
     folder: Path
+    until: float = math.inf  # of `time.monotonic`, see --seconds
 
     @property
     def asked(self) -> dict[str, Any]:
         """As the files of the run keep it."""
         return vars(self.found) | {"suite": self.benchmark.name, "resolved": vars(self.engine)}
 
-    def title(self, skipped: int = 0, count: int | None = None) -> str:
-        """Of the table. `skipped`: problems that were too long. `count`: of those that were decoded, if not all."""
-        engine = self.engine
-        count = len(self.problems) - skipped if count is None else count
+    def title(self, summary: Mapping[str, Any]) -> str:
+        """Of the table."""
+        engine, skipped = self.engine, summary.get("skipped_too_long", 0)
+        count = summary.get("problems", len(self.problems) - skipped)
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
         label = ", SYNTHETIC acceptance" if engine.synthetic else ", warm memory" if engine.memory else ""
         return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}{label}"
@@ -101,7 +109,7 @@ def parser(benchmark: Benchmark) -> cli.Parser:
 
 def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
     """Raises `UsageError` for what can't be done."""
-    words = tuple(sys.argv[1:] if argv is None else argv)
+    began, words = time.monotonic(), tuple(sys.argv[1:] if argv is None else argv)
     found = cli.parse(parser(benchmark), words)
     config, pair = cli.engine_config(found)
     schedules, params = cli.schedules(found, cli.BASELINES), cli.sampling(found).with_defaults()
@@ -129,7 +137,8 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
     problems = choose(benchmark, benchmark.load(found.data), found)
     folder = Path(found.output or time.strftime(f"results/{benchmark.name}-%Y%m%d-%H%M%S"))
-    return EvalConfig(benchmark, found, words, config, pair, schedules, baselines, params, problems, folder)
+    until = began + (math.inf if found.seconds is None else found.seconds)
+    return EvalConfig(benchmark, found, words, config, pair, schedules, baselines, params, problems, folder, until)
 
 
 def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace) -> list[Any]:

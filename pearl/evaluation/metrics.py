@@ -16,7 +16,7 @@ import numpy as np
 from pearl.core import theory
 from pearl.core.records import GenerationStats, Pass, SampleKey
 from pearl.core.trie import ORIGINS
-from pearl.evaluation.measures import acceptance, intervals
+from pearl.evaluation.measures import acceptance, uncertainty
 
 Runs = dict[SampleKey, GenerationStats]
 Figures = dict[str, Any]
@@ -48,6 +48,8 @@ def summarise(
     for mode, runs in modes.items():
         figures = _figures(runs, ar)
         figures["speedup_vs_ar_all"] = _speedup(*_shared(runs, everywhere))
+        figures["speedup_vs_ar_all_interval_95"] = uncertainty.of_speedup(runs, everywhere)
+        figures["acceptance_by_depth_interval_95"] = uncertainty.by_depth(runs, len(figures["acceptance_by_depth"]))
         figures["by_category"] = {
             name: {one: some[one] for one in BY_CATEGORY}
             for name in dict.fromkeys(filter(None, map(category, runs)))
@@ -59,17 +61,23 @@ def summarise(
     return summary
 
 
-def narrow(modes: Mapping[str, Runs], width: float) -> bool:
-    """Whether the interval of every mode's speed-up over `ar` is at most this part of it, by enough problems."""
+def widest_interval(modes: Mapping[str, Runs]) -> float | None:
+    """Of the intervals of all modes' speed-ups over `ar` the widest, as part of its speed-up. None of few problems."""
     ar = modes.get("ar", {})
     if len({key.task for key in ar}) < ENOUGH:
-        return False
-    for mode, runs in modes.items():
-        if mode != "ar":
-            found = _intervals(runs, ar)["speedup_interval_95"]
-            if not found or found[1] - found[0] > width * (_speedup(*_shared(runs, ar)) or 0.0):
-                return False
-    return True
+        return None
+    widths = [0.0]
+    for runs in (runs for mode, runs in modes.items() if mode != "ar"):
+        interval, value = uncertainty.of_speedup(runs, ar), _speedup(*_shared(runs, ar))
+        if not (interval and value):
+            return None
+        widths.append((interval[1] - interval[0]) / value)
+    return max(widths)
+
+
+def narrow(widest: float | None, wanted: float | None) -> bool:
+    """Whether the widest interval is one that was wanted."""
+    return widest is not None and wanted is not None and widest <= wanted
 
 
 def _figures(runs: Runs, ar: Runs) -> Figures:
@@ -83,7 +91,7 @@ def _figures(runs: Runs, ar: Runs) -> Figures:
         **_latency(texts),
         "score": None,
     }
-    return figures | _beside_ar(runs, ar, figures) | _intervals(runs, ar)
+    return figures | _beside_ar(runs, ar, figures) | uncertainty.of_figures(runs, ar)
 
 
 def _speed(texts: Sequence[GenerationStats]) -> Figures:
@@ -170,7 +178,7 @@ def _latency(texts: Sequence[GenerationStats]) -> Figures:
         for kind in (False, True)
     }
     return {
-        "ms_per_token_of_each": 1e3 * sum(map(_of_its_own, texts)) / sum(len(text.tokens) for text in texts),
+        "ms_per_token_of_each": 1e3 * sum(map(uncertainty.of_its_own, texts)) / sum(len(text.tokens) for text in texts),
         "ttft_ms": _percentile([*first_ms[False], *first_ms[True]]),
         # of those texts that began with what earlier ones had read, and of the others; None: there were none
         "ttft_ms_cached": _percentile(first_ms[True]) if first_ms[True] else None,
@@ -286,36 +294,6 @@ def _speedup(mine: Sequence[GenerationStats], theirs: Sequence[GenerationStats],
 
     above, below = rate(mine), rate(theirs)
     return above / below if above and below else None
-
-
-def _intervals(runs: Runs, ar: Runs) -> Figures:
-    """Of the figures that are compared most."""
-    alone = intervals.gathered(
-        (key.task, [len(text.tokens), text.seconds, *_verified(text), _of_its_own(text)]) for key, text in runs.items()
-    )
-    beside = intervals.gathered(
-        (key.task, [fact for text in (runs[key], ar[key]) for fact in (sum(text.committed), text.seconds)])
-        for key in runs
-        if key in ar
-    )
-    return {
-        "speedup_interval_95": intervals.interval(beside, lambda n, s, their_n, their_s: (n / s) / (their_n / their_s)),
-        "tokens_per_second_interval_95": intervals.interval(alone, lambda n, s, *_: n / s),
-        "ms_per_token_of_each_interval_95": intervals.interval(alone, lambda n, s, a, v, mine: 1e3 * mine / n),
-        "acceptance_length_interval_95": intervals.interval(alone, lambda n, s, a, v, _: 1 + a / v)
-        if any(figures[-2] for figures in alone.values())
-        else None,
-    }
-
-
-def _of_its_own(text: GenerationStats) -> float:
-    """Seconds of a text as its reader has them: from when it took its place to its end."""
-    return text.ended_s - text.began_s if text.places > 1 else text.seconds
-
-
-def _verified(text: GenerationStats) -> list[int]:
-    """Guesses accepted, and passes that verified any."""
-    return [sum(p.accepted_rows for p in text.passes), sum(p.verified > 0 for p in text.passes)]
 
 
 def _first_difference(a: GenerationStats, b: GenerationStats) -> int:

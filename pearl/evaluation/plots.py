@@ -1,12 +1,17 @@
-"""Pictures of runs, as PNG: speed-ups with their intervals, acceptance by depth, latencies, a timeline."""
+"""Pictures of runs, as PNG: speed-ups, acceptance, energy and latencies, all with 95 % intervals, and a timeline.
+
+Where a figure has no interval (of fewer than three problems) its mark has no whisker, and the picture says so.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pearl.errors import UsageError
+from pearl.evaluation.measures import uncertainty
 from pearl.evaluation.report import Run
 from pearl.evaluation.trace import frame, panels, read
 from pearl.evaluation.trace_picture import draw
@@ -29,16 +34,31 @@ def length(runs: Sequence[Run]) -> bytes | None:
     return _bars(runs, modes, "acceptance_length", "acceptance_length_interval_95", "acceptance length")
 
 
-def _bars(runs: Sequence[Run], modes: Sequence[str], key: str, interval_key: str, label: str) -> bytes | None:
+def equal_devices(runs: Sequence[Run]) -> bytes | None:
+    """The speed-up over `ar` on all devices together: equal hardware on both sides."""
+    modes = [mode for mode in dict.fromkeys(m for run in runs for m in run.modes) if mode != "ar-all"]
+    return _bars(runs, modes, "speedup_vs_ar_all", "speedup_vs_ar_all_interval_95", "speed-up over ar-all")
+
+
+def energy(runs: Sequence[Run]) -> bytes | None:
+    """Of the whole machine, where it tells it."""
+    modes = list(dict.fromkeys(m for run in runs for m in run.modes))
+    return _bars(runs, modes, "millijoules_per_token", "millijoules_per_token_interval_95", "millijoules a token", 0.0)
+
+
+def _bars(
+    runs: Sequence[Run], modes: Sequence[str], key: str, interval_key: str, label: str, line: float = 1.0
+) -> bytes | None:
     if not any(run.modes.get(mode, {}).get(key) for run in runs for mode in modes):
         return None
     figure, axes = _axes(max(6.0, 1.5 + 0.35 * len(modes) * len(runs)), 3.8)
-    width = 0.8 / len(modes)
+    width, told = 0.8 / len(modes), []
     for place, mode in enumerate(modes):
         for at, run in enumerate(runs):
             figures = run.modes.get(mode, {})
             if (value := figures.get(key)) is None:
                 continue
+            told.append(figures.get(interval_key))
             axes.bar(
                 at + (place - (len(modes) - 1) / 2) * width,
                 value,
@@ -48,36 +68,46 @@ def _bars(runs: Sequence[Run], modes: Sequence[str], key: str, interval_key: str
                 capsize=2,
                 label=mode if mode not in axes.get_legend_handles_labels()[1] else None,
             )
-    axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
+    axes.axhline(line, color="#333333", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(runs)), [run.name for run in runs], rotation=20 if len(runs) > 3 else 0)
     axes.set_ylabel(label)
     figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside upper center")  # over no bar
+    note(axes, told)
     return png_of(figure)
 
 
 def spread(values: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[list[float]] | None:
-    """How far intervals reach below and above their values, as matplotlib takes it. None where there are none: a line
-    without length would say that nothing is uncertain."""
+    """How far intervals reach below and above their values, as matplotlib takes it: not a number where there is none,
+    as a line without length would say that nothing is uncertain. None where there are none at all."""
     if not any(intervals):
         return None
-    low = [max(0.0, value - one[0]) if one else 0.0 for value, one in zip(values, intervals, strict=True)]
-    high = [max(0.0, one[1] - value) if one else 0.0 for value, one in zip(values, intervals, strict=True)]
+    low = [max(0.0, value - one[0]) if one else math.nan for value, one in zip(values, intervals, strict=True)]
+    high = [max(0.0, one[1] - value) if one else math.nan for value, one in zip(values, intervals, strict=True)]
     return [low, high]
+
+
+def note(axes: Any, intervals: Sequence[Sequence[float] | None]) -> None:
+    """Says of how many of the marks in a picture nothing is known but the value."""
+    if without := sum(one is None for one in intervals):
+        said = f"{without} of {len(intervals)} without an interval (fewer than three problems, or none to count)"
+        axes.set_title(said, fontsize=7, color="#555555", loc="right")
 
 
 def depth(runs: Sequence[Run]) -> bytes | None:
     """Lines: of the guesses at each depth whose parents were accepted, the share that was."""
     curves = {
-        f"{run.name}, {mode}": figures["acceptance_by_depth"]
+        f"{run.name}, {mode}": (shares, figures.get("acceptance_by_depth_interval_95") or [None] * len(shares))
         for run in runs
         for mode, figures in run.modes.items()
-        if figures.get("acceptance_by_depth")
+        if (shares := figures.get("acceptance_by_depth"))
     }
     if not curves:
         return None
     figure, axes = _axes(7.0, 3.8)
-    for place, (name, shares) in enumerate(curves.items()):
-        axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, color=colour(place), label=name)
+    for place, (name, (shares, intervals)) in enumerate(curves.items()):
+        reach = spread(shares, intervals)
+        axes.errorbar(range(1, len(shares) + 1), shares, yerr=reach, **style(place), label=name)
+    note(axes, [one for _, intervals in curves.values() for one in intervals])
     axes.set_xlabel("depth below the root")
     axes.set_ylabel("accepted")
     axes.set_ylim(0, 1.02)
@@ -86,20 +116,22 @@ def depth(runs: Sequence[Run]) -> bytes | None:
 
 
 def latency(runs: Sequence[Run]) -> bytes | None:
-    """Lines: the share of tokens that took at most so long, each pass spread evenly over the tokens it committed."""
-    curves = {}
-    for run in runs:
-        for mode, texts in run.texts.items():
-            passes = [p for text in texts.values() for p in text.passes[1:] if p.committed]
-            times = [1e3 * p.seconds / p.committed for p in passes for _ in range(p.committed)]
-            curves[f"{run.name}, {mode}"] = sorted(times)
-    curves = {name: times for name, times in curves.items() if times}
+    """Lines: the share of tokens that took at most so long, each pass spread evenly over the tokens it committed; the
+    band is that share's interval."""
+    curves = {
+        f"{run.name}, {mode}": found
+        for run in runs
+        for mode, texts in run.texts.items()
+        if (found := uncertainty.shares_by_latency(texts))
+    }
     if not curves:
         return None
     figure, axes = _axes(7.0, 3.8)
-    for place, (name, times) in enumerate(curves.items()):
-        shares = [(i + 1) / len(times) for i in range(len(times))]
+    for place, (name, (times, shares, band)) in enumerate(curves.items()):
         axes.step(times, shares, where="post", color=colour(place), label=name)
+        if band is not None:
+            axes.fill_between(times, *band, step="post", color=colour(place), alpha=0.2, linewidth=0)
+    note(axes, [None if band is None else (0.0, 1.0) for *_, band in curves.values()])
     axes.set_xscale("log")
     axes.set_xlabel("ms a token, after the first")
     axes.set_ylabel("share of tokens")
@@ -119,6 +151,8 @@ def timeline(runs: Sequence[Run]) -> bytes | None:
 PLOTS: dict[str, Callable[[Sequence[Run]], bytes | None]] = {
     "speedup": speedup,
     "length": length,
+    "equal_devices": equal_devices,
+    "energy": energy,
     "depth": depth,
     "latency": latency,
     "timeline": timeline,
@@ -152,6 +186,11 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 def colour(place: int) -> str:
     return COLOURS[place % len(COLOURS)]
+
+
+def style(place: int) -> dict[str, Any]:
+    """Of a line with whiskers."""
+    return {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2, "color": colour(place)}
 
 
 def png_of(figure: Any) -> bytes:

@@ -43,6 +43,8 @@ class Run:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     modes: Mapping[str, tables.Figures]
+    unfinished: int = 0  # work units that are still to be decoded
+    starts: Sequence[Mapping[str, Any]] = ()  # of a run that was made in pieces, one each
 
     @cached_property
     def texts(self) -> dict[str, dict[SampleKey, GenerationStats]]:
@@ -63,6 +65,12 @@ class Run:
         """Its name, and what it is beside a plain run."""
         kind = ", ".join([*["synthetic"] * self.synthetic, *["warm memory"] * self.warm])
         return f"{self.name} ({kind})" if kind else self.name
+
+    @property
+    def commits(self) -> list[str]:
+        """Of its code."""
+        said = [one.get("commit") for one in self.starts] or [self.environment.get("commit")]
+        return list(dict.fromkeys(map(str, said)))
 
     @property
     def command(self) -> str:
@@ -87,8 +95,9 @@ def load(places: Sequence[Path]) -> list[Run]:
         file = folder / results.SUMMARY
         facts = parse_json(read_text(file, "The summary"), str(file))
         with sound(str(file), "make the run again"):
-            parts = [dict(**facts[name]) for name in ("config", "environment", "modes")]
-        runs.append(Run(folder, str(folder.absolute().relative_to(shared)), *parts))
+            config, environment, modes = (dict(**facts[name]) for name in ("config", "environment", "modes"))
+        name, rest = str(folder.absolute().relative_to(shared)), (facts.get("unfinished", 0), facts.get("starts", ()))
+        runs.append(Run(folder, name, config, environment, modes, *rest))
     return runs
 
 
@@ -136,6 +145,10 @@ def doubts(runs: Sequence[Run]) -> list[str]:
         for target in dict.fromkeys(_target(run) for run in same):
             found += _drift([run for run in same if _target(run) == target])
     for run in runs:
+        if run.unfinished:
+            found.append(f"{run.name} is not finished: {run.unfinished} work units are left.")
+        if len(run.commits) > 1:
+            found.append(f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}.")
         for mode, figures in run.modes.items():
             if (equal := figures.get("identical_to_ar")) is not None and equal < 1:
                 found.append(f"In {run.name}, {1 - equal:.1%} of the texts of {mode} are not those of ar.")

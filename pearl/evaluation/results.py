@@ -3,7 +3,9 @@
     config.json      what was asked for: a run is resumed with the same or not at all
     samples.jsonl    a line a text; what `evaluate_functional_correctness` and `pearl score` read
     passes.jsonl     a line a target pass
-    summary.json     config, environment and figures, derived from those facts; there when the run has ended
+    summary.json     config, environment and figures, derived from those facts; there when the run has ended, or has
+                     stopped in between (its `left` counts the units to come), and gone while it goes on
+    starts.jsonl     a line a start: commit, load, and what was there already
     skipped.jsonl    a line a work unit that was left out: a later turn of it was too long
     problems.jsonl   of HumanEval: the problems of this run, as its own scorer's --problem_file reads them
     replica-N/       the lines of replica N, until the run has ended
@@ -37,13 +39,15 @@ from pearl.evaluation.lines import REMEDY, Line
 from pearl.evaluation.measures.acceptance import of_early_line
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
-PROBLEMS, SKIPPED = "problems.jsonl", "skipped.jsonl"
+PROBLEMS, SKIPPED, STARTS = "problems.jsonl", "skipped.jsonl", "starts.jsonl"
 VOLATILE = (
     "config",
     "data",
     "output",
     "resume",
+    "seconds",
     "skip_too_long",
+    "stop_at_interval",
     "trace",
     "wide",
 )  # how a run was asked for, not what for
@@ -90,6 +94,8 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
         check(folder, asked)
+        with lines.writing(folder):
+            (folder / SUMMARY).unlink(missing_ok=True)  # it does not know what is added now
         return
     if (folder / SAMPLES).exists():
         raise UsageError(f"{folder} holds results without a config.json and can't be resumed: choose another --output.")
@@ -102,6 +108,11 @@ def check(folder: Path, asked: Mapping[str, Any]) -> None:
     asked = _asked(asked)
     for key in asked:
         if key in begun and begun[key] != asked[key]:
+            if key == "prompts":
+                raise UsageError(
+                    f"{folder} was begun with other problems, in another order or another chat template: resume it "
+                    "with the same --data (and --stop-at-interval, which mixes them), or choose another --output."
+                )
             raise UsageError(
                 f"{folder} was begun with {key} {begun[key]!r}, not {asked[key]!r}: resume it with the same options, "
                 "or choose another --output."
@@ -122,6 +133,11 @@ def append(folder: Path, samples: Sequence[Line], passes: Sequence[Line]) -> Non
         folder.mkdir(exist_ok=True)
     lines.append(folder / PASSES, passes)
     lines.append(folder / SAMPLES, samples)
+
+
+def note_start(folder: Path, **facts: Any) -> None:
+    lines.mend(folder / STARTS)
+    lines.append(folder / STARTS, [facts])
 
 
 def skip(folder: Path, left_out: Mapping[WorkUnit, Line]) -> None:

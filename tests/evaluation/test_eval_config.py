@@ -63,8 +63,8 @@ def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, m
 
 def test_one_problem_is_no_plural(pair, tmp_path):
     config = eval_config.read(gsm8k.BENCHMARK, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
-    assert config.title().startswith("GSM8K, 1 problem, ")
-    assert config.title(1).startswith("GSM8K, 0 problems (1 too long, skipped), ")
+    assert config.title({}).startswith("GSM8K, 1 problem, ")
+    assert config.title({"skipped_too_long": 1}).startswith("GSM8K, 0 problems (1 too long, skipped), ")
 
 
 @pytest.mark.parametrize(

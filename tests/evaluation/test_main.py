@@ -296,7 +296,39 @@ def test_other_problems_in_the_same_file_are_not_mixed_with_those_before(pair, t
     (tmp_path / results.SUMMARY).unlink()
     written(tmp_path, "gsm8k", SAMPLES["gsm8k"][::-1])
     assert run("gsm8k", *options(pair, data, tmp_path, "--resume")) == 2
-    assert "was begun with prompts" in capsys.readouterr().err
+    assert "was begun with other problems" in capsys.readouterr().err
+
+
+def test_a_run_may_be_made_in_pieces_and_made_narrower(pair, tmp_path, monkeypatch, capsys):
+    """Each piece ends with a table of what there is; the next takes it away while it adds to it."""
+    records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(12)]
+    data, out = written(tmp_path, "gsm8k", records), tmp_path / "out"
+    more = ["--resume", "--seconds", "0", "--stop-at-interval"]
+    for count in (1, 2):
+        assert run("gsm8k", *options(pair, data, out, *more, "0.5")) == 0
+        told = capsys.readouterr().out
+        assert (
+            f"GSM8K, {count} problem" in told
+            and f"{12 - count} work units are left, to go on: pearl eval gsm8k" in told
+        )
+        found = summary(out)
+        assert (found["problems"], found["left"], found["unfinished"]) == (count, 12 - count, 12 - count)
+        assert len(found["starts"]) == count and found["starts"][-1]["done"] == count - 1
+    removed: list[bool] = []
+    monkeypatch.setattr("pearl.evaluation.metrics.ENOUGH", 3)
+    monkeypatch.setattr(results, "note_start", lambda folder, **_: removed.append((folder / results.SUMMARY).exists()))
+
+    assert run("gsm8k", *options(pair, data, out, "--resume", "--stop-at-interval", "1.0")) == 0
+    found = summary(out)
+    assert removed == [False] and found["problems"] >= 3 and found["widest_interval"] is not None
+    if found["left"]:
+        assert found["widest_interval"] <= 1.0 and found["unfinished"] == 0
+        assert "as all intervals are narrow" in capsys.readouterr().out
+    assert run("gsm8k", *options(pair, data, out, "--resume", "--stop-at-interval", "0.001")) == 0
+    assert summary(out)["left"] == 0, "another width may be asked for"
+    assert run("gsm8k", *options(pair, data, tmp_path / "other", "--limit", "2", "--seconds", "0")) == 0
+    assert run("gsm8k", *options(pair, data, tmp_path / "other", "--limit", "2", "--resume", *more[-1:], "0.1")) == 2
+    assert "was begun with other problems, in another order" in capsys.readouterr().err
 
 
 def launch(tmp_path: Path, arguments: list[str], *launcher: str) -> subprocess.Popen:

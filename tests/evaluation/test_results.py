@@ -294,5 +294,27 @@ def test_a_run_stops_once_its_intervals_are_narrow_and_stays_so(tmp_path):
     assert len({json.loads(line)["task_id"] for line in samples}) == 30, "wide intervals want all of them"
 
 
+def test_a_run_that_has_little_time_does_a_part_and_goes_on(tmp_path, monkeypatch):
+    """No problem is begun that would end later; one at least is done, so that each start brings the run further."""
+    made = plan(problems=6, samples=1, repeats=1)
+    now = [0.0]
+    monkeypatch.setattr(harness.time, "monotonic", lambda: now[0])
+    decode = made.modes["ar"]
+
+    def ten_seconds(*of):
+        now[0] += 10.0
+        return decode(*of)
+
+    made = replace(made, modes={"ar": ten_seconds, "pearl": made.modes["pearl"]})
+    harness._warm_up(made)  # takes its ten seconds too
+    for until, units in ((now[0] + 10.0 + 45.0, 3), (now[0], 1), (now[0] + 1000.0, 2)):  # turns: 1, 2, 1, 2, ...
+        before = len(results.repair(tmp_path, made.texts))
+        resume(tmp_path, replace(made, until=until))
+        assert len(results.repair(tmp_path, made.texts)) - before == units
+        now[0] = 60.0
+    samples = (tmp_path / results.SAMPLES).read_text().splitlines()
+    assert list(dict.fromkeys(json.loads(line)["task_id"] for line in samples)) == [f"T/{n}" for n in range(6)]
+
+
 def _uneven(prompt: Sequence[int], params: SamplingParams, continues: bool) -> GenerationStats:
     return text("sd", prompt, params.seed or 0, seconds=1.0 + 9.0 * (prompt[0] % 3))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,7 @@ def test_a_dry_run_says_what_would_run_and_runs_nothing(name, tmp_path):
         "LIMIT": "4",
         "FEATURE": "drafter",
         "DATA": "data",
+        "INTERVALS": "0.1",
     }
     *rows, table = commands(f"scripts/{name}.sh", **here)
     assert rows and not (tmp_path / "results").exists()
@@ -210,20 +213,23 @@ def test_every_script_runs_and_run_twice_does_nothing_twice(small):
 
 
 def test_the_kept_results_are_whole_answers_greedy_and_sampled():
-    *rows, _ = commands("scripts/results.sh", DATA="d")
+    *rows, _ = commands("scripts/results.sh", DATA="d", INTERVALS="0.1")
     names = [Path(values(row, "--output")[0]).name for row in rows]
-    tasks = ("humaneval-chat", "humaneval-completion", "gsm8k", "mt_bench", "spec_bench")
+    tasks = ("humaneval-chat", "gsm8k", "mt_bench", "spec_bench", "humaneval-completion")
     assert names == [f"{task}-t{temperature}" for temperature in (0, 1) for task in tasks]
     for row in rows:
         assert values(row, "--max-new-tokens") == ["512"] and values(row, "--stop-at-interval") == ["0.1"]
         own = {"ar", "ar-all", "sd", "pearl", "tree"}
         greedy = values(row, "--temperature") == ["0"]
         assert set(values(row, "--mode")) == (own | {"hf-assisted", "hf-prompt-lookup"} if greedy else own)
-    *rows, keep, _ = commands("scripts/results.sh", "keep", DATA="d", TASKS="gsm8k", PAIR="mine.yaml")
-    assert keep[:2] == ["python", "scripts/keep_results.py"] and keep[2:] == [
-        values(row, "--output")[0] for row in rows
-    ]
-    assert "results/mine-tokens-512/gsm8k-t0" in keep
+    settings = {"DATA": "d", "TASKS": "gsm8k", "PAIR": "mine.yaml", "MINUTES": "10"}
+    *rows, keep, _ = commands("scripts/results.sh", "keep", **settings)
+    assert [(values(row, "--output")[0][-2:], values(row, "--stop-at-interval")[0]) for row in rows] == [
+        (temperature, width) for width in ("0.3", "0.2", "0.1") for temperature in ("t0", "t1")
+    ], "all tables with wide intervals come first"
+    assert all(540 < int(values(row, "--seconds")[0]) <= 600 for row in rows)
+    assert keep[:2] == ["python", "scripts/keep_results.py"]
+    assert keep[2:] == [f"results/mine-tokens-512/gsm8k-t{temperature}" for temperature in (0, 1)]
 
 
 @pytest.mark.slow
@@ -240,6 +246,36 @@ def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_pa
     assert made == {"humaneval-chat-t0", "humaneval-completion-t0"}
     page = (kept / "README.md").read_text()
     assert "HumanEval (chat), 1 texts of up to 3 tokens, greedy" in page and str(tmp_path) not in page
+
+
+@pytest.mark.slow
+def test_results_are_made_in_pieces_whenever_the_session_ends(small, tmp_path):
+    """A call is killed in the middle of its first row; one has no time at all; the next ones end in a page."""
+    folder, kept = tmp_path / "results" / "tiny-limit-2-tokens-8" / "gsm8k-t0", tmp_path / "docs" / "results"
+    settings = small | {"RESULTS": str(tmp_path / "results"), "KEEP_TO": str(kept), "LIMIT": "2", "TOKENS": "8"}
+    settings |= {"TASKS": "gsm8k mt_bench", "MODES": "ar tree", "BASELINES": "hf-prompt-lookup"}
+    environment = os.environ | settings
+    child = subprocess.Popen(["bash", "scripts/results.sh", "keep"], cwd=ROOT, env=environment, start_new_session=True)
+    while not (folder / results.SAMPLES).exists() and child.poll() is None:
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    begun = (folder / results.SAMPLES).read_bytes()
+    done = bash("scripts/results.sh", "keep", **settings, MINUTES="0")
+    assert done.returncode == 0 and "no run has a summary yet" in done.stdout and not kept.exists()
+    done = bash("scripts/results.sh", "keep", **settings, MINUTES="10")
+    assert done.returncode == 0, done.stderr
+    assert (folder / results.SAMPLES).read_bytes().startswith(begun), "what was finished stays"
+    pages = {file.stem: json.loads(file.read_text()) for file in (kept / "tiny").glob("*.json")}
+    assert set(pages) == {f"{task}-t{t}" for task in ("gsm8k", "mt_bench") for t in (0, 1)}
+    for one in pages.values():
+        assert {figures["identical_to_ar"] for figures in one["modes"].values()} == {1.0} and one["left"] == 0
+    page = (kept / "README.md").read_text()
+    assert "MT-bench (chat), 4 texts of up to 8 tokens, temperature 1" in page and str(tmp_path) not in page
+    raw = json.loads((kept / "raw" / results.SUMMARY).read_text())["run"]
+    assert raw in pages and (kept / "raw" / "passes.jsonl.gz").exists()
+    done = bash("scripts/results.sh", **settings | {"OPTIONS": settings["OPTIONS"] + " --seed 7"}, MINUTES="10")
+    assert done.returncode == 2 and "was begun with seed 0, not 7" in done.stderr
 
 
 @pytest.mark.slow

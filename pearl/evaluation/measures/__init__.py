@@ -1,1 +1,1 @@
-"""What an evaluation counts, a kind of figures a module. Knows records, and refuses to know where they come from."""
+"""What an evaluation counts, a kind of figures a module, and where it took place. Knows records and decodes nothing."""

@@ -25,6 +25,16 @@ def gathered(facts: Iterable[tuple[str, list[float]]]) -> Totals:
     return totals
 
 
+def band(above: np.ndarray, below: np.ndarray) -> np.ndarray | None:
+    """Intervals [2, points] of many shares at once: totals of `above` [problems, points] over those of `below`
+    [problems]. None of fewer than three problems."""
+    problems = len(below)
+    if problems < FEWEST:
+        return None
+    drawn = np.random.default_rng(0).multinomial(problems, np.full(problems, 1 / problems), DRAWS)  # how often each
+    return np.percentile((drawn @ above) / (drawn @ below)[:, None], [2.5, 97.5], axis=0)
+
+
 def interval(totals: Totals, figure: Callable[..., Any]) -> list[float] | None:
     """Of `figure(*totals)`, a function of arrays. None of fewer than three problems, or where it has no value in a draw
     (a total to divide by is nought)."""

