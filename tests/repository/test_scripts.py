@@ -253,11 +253,16 @@ def test_results_are_made_in_pieces_whenever_the_session_ends(small, tmp_path):
     """A call is killed in the middle of its first row; one has no time at all; the next ones end in a page."""
     folder, kept = tmp_path / "results" / "tiny-limit-2-tokens-8" / "gsm8k-t0", tmp_path / "docs" / "results"
     settings = small | {"RESULTS": str(tmp_path / "results"), "KEEP_TO": str(kept), "LIMIT": "2", "TOKENS": "8"}
-    settings |= {"TASKS": "gsm8k mt_bench", "MODES": "ar tree", "BASELINES": "hf-prompt-lookup"}
+    settings |= {
+        "OPTIONS": small["OPTIONS"] + " --repeats 6",
+        "TASKS": "gsm8k mt_bench",
+        "MODES": "ar tree",
+        "BASELINES": "hf-prompt-lookup",
+    }
     environment = os.environ | settings
     child = subprocess.Popen(["bash", "scripts/results.sh", "keep"], cwd=ROOT, env=environment, start_new_session=True)
     while not (folder / results.SAMPLES).exists() and child.poll() is None:
-        time.sleep(0.02)
+        time.sleep(0.002)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     begun = (folder / results.SAMPLES).read_bytes()
@@ -271,7 +276,7 @@ def test_results_are_made_in_pieces_whenever_the_session_ends(small, tmp_path):
     for one in pages.values():
         assert {figures["identical_to_ar"] for figures in one["modes"].values()} == {1.0} and one["left"] == 0
     page = (kept / "README.md").read_text()
-    assert "MT-bench (chat), 4 texts of up to 8 tokens, temperature 1" in page and str(tmp_path) not in page
+    assert "MT-bench (chat), 24 texts of up to 8 tokens, temperature 1" in page and str(tmp_path) not in page
     raw = json.loads((kept / "raw" / results.SUMMARY).read_text())["run"]
     assert raw in pages and (kept / "raw" / "passes.jsonl.gz").exists()
     done = bash("scripts/results.sh", **settings | {"OPTIONS": settings["OPTIONS"] + " --seed 7"}, MINUTES="10")
