@@ -131,9 +131,9 @@ def main() -> int:
     run.step("doctor", pearl("doctor", "--no-models"), 60)
     toy = run.folder / "toy"
     if run.step("toy", [sys.executable, "scripts/toy_target.py", str(toy)], 60):
-        same_texts(run, "texts", 48, "--target", toy, "--draft", toy, "--max-length", 2048)
+        same_texts(run, "texts", 12 if tiny else 48, "--target", toy, "--draft", toy, "--max-length", 2048)
     if not os.environ.get("WITHOUT_DEFAULT"):
-        same_texts(run, "default", 32 if tiny else 64)
+        same_texts(run, "default", 8 if tiny else 64)
     bench = run.folder / "bench"
     words = ["bench", "--shapes", *options.shapes, "--seconds", max(20, run.left - 40), "--output", bench]
     run.step(

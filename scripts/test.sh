@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs pearl with its development extras and passes the tests: ruff, then mypy, then pytest, two tests at a time.
+# Installs pearl with its development extras and passes the tests: ruff, then pytest, two tests at a time, beside mypy.
 #
 #   bash scripts/test.sh          all of them, in under 12 minutes on two cores
 #   bash scripts/test.sh quick    what one runs all day, in under 3: without those that are marked as slow
@@ -9,5 +9,8 @@ tier=()
 if [[ ${1:-} == quick ]]; then tier=(-m "not slow" --hypothesis-profile=quick); shift; fi
 ruff check .
 ruff format --check .
-mypy
+unset PYTHONDONTWRITEBYTECODE  # else every process compiles pearl and its tests again
+mypy &
+types=$!
 pytest -q --numprocesses 2 --dist worksteal "${tier[@]}" "$@"
+wait $types

@@ -56,6 +56,12 @@ def door(tmp_path_factory) -> Iterator[forks.Door]:
     door.close()
 
 
+@pytest.fixture(scope="session")
+def forking(tmp_path_factory, door) -> str:
+    """A PATH with which scripts of bash fork what would import torch."""
+    return f"{door.programs(tmp_path_factory.mktemp('bin'))}{os.pathsep}{os.environ['PATH']}"
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The folders of a tiny target and of a draft model that is often right."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,23 +20,18 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "SHAPES": "tiny",
-        "READY": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+def run(script: str, folder: Path, path: str, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    environment = os.environ | {"SHAPES": "tiny", "READY": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "PATH": path}
+    command = ["bash", f"scripts/{script}.sh", "--output", str(folder), *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def made(tmp_path_factory, forking) -> Path:
     """What the script writes."""
     folder = tmp_path_factory.mktemp("bench")
-    command = ["bash", "scripts/gpu_bench.sh", "--output", str(folder), "--dtype", "float32"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=600)
+    done = run("gpu_bench", folder, forking, "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == (folder / "bench.md").read_text()
     return folder
@@ -62,9 +56,8 @@ def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made)
 
 
 @pytest.mark.slow
-def test_a_first_run_goes_through_all_of_its_steps(tmp_path):
-    command = ["bash", "scripts/gpu_first_run.sh", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=600)
+def test_a_first_run_goes_through_all_of_its_steps(tmp_path, forking):
+    done = run("gpu_first_run", tmp_path, forking)
     found = json.loads((tmp_path / "first_run.json").read_text())
     assert done.returncode == 0, (done.stdout, done.stderr)
     for name in ("texts", "texts-seeded", "default", "default-seeded"):
@@ -74,9 +67,8 @@ def test_a_first_run_goes_through_all_of_its_steps(tmp_path):
     assert found["shapes"]["predicted"] and "PREDICTED" in (tmp_path / "first_run.md").read_text()
 
 
-def test_a_first_run_that_is_cut_off_keeps_what_it_has_found(tmp_path):
-    command = ["bash", "scripts/gpu_first_run.sh", "--output", str(tmp_path), "--seconds", "5.1"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60)
+def test_a_first_run_that_is_cut_off_keeps_what_it_has_found(tmp_path, forking):
+    done = run("gpu_first_run", tmp_path, forking, "--seconds", "5.1", timeout=60)
     steps = json.loads((tmp_path / "first_run.json").read_text())["steps"]
     assert done.returncode == 1 and steps[-1] == {**steps[-1], "step": "shapes", "result": "no time was left"}
 

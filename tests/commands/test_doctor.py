@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import forks
 import pytest
 import tiny
 
@@ -16,6 +17,12 @@ from pearl.wire.reconnecting_channel import DrafterEvent
 pytestmark = pytest.mark.slow
 
 PAIR = Pair(name="x", target="a", draft="b", dtype="bfloat16", prompt="chat", target_gb=10.0, draft_gb=1.0)
+
+
+@pytest.fixture(autouse=True)
+def forking(monkeypatch):
+    """The second process of a check is a fork."""
+    monkeypatch.setattr(doctor, "subprocess", forks.FORKING)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +61,8 @@ def test_messages_and_gloo_are_tried_between_two_processes(monkeypatch):
     found = doctor.messages()
     assert found.verdict in (OK, SLOW) and found.found.startswith("one and its answer take")
     assert doctor.backend("gloo", 0).verdict == OK
-    monkeypatch.setattr(doctor, "LATE_S", 0.01)  # no process starts so soon
+    monkeypatch.setattr(doctor, "LATE_S", 0.1)
+    monkeypatch.setattr(doctor.sys, "executable", "true")  # nobody comes
     assert doctor.messages().verdict == NO
     assert doctor.backend("gloo", 0).verdict == NO
     assert doctor.backend("nccl", 1).verdict == OK

@@ -413,7 +413,7 @@ def alone(params: SamplingParams):
     return together(Target(tiny.verifier(small_target())), PROMPT, Schedule.of("ar"), params, decode=str)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("mode, script", [("sd", EAGER), ("pearl", EAGER), ("tree", EAGER), ("tree", scrambled(3))])
 def test_an_untrained_head_changes_no_text(tmp_path, mode: str, script, params: SamplingParams):
     source = DFlashSource(drafter_of(tmp_path))
@@ -422,7 +422,7 @@ def test_an_untrained_head_changes_no_text(tmp_path, mode: str, script, params: 
     assert source.forwards and writer.draft_stats and not writer.draft_stats.failed
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 def test_an_untrained_dspark_head_changes_no_text(tmp_path, params: SamplingParams):
     speculator("dspark", tmp_path, 0, True, {}, markov_rank=6)
     target = small_target()

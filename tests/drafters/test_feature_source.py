@@ -395,7 +395,7 @@ class Scattered(FeatureSource):
 
 @pytest.mark.parametrize("script", [EAGER, IDLE, scrambled(1)], ids=["eager", "idle", "scrambled"])
 @pytest.mark.parametrize("mode", ["sd", "pearl", "tree"])
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 def test_the_features_of_a_text_are_those_of_a_plain_forward(mode: str, params: SamplingParams, script, monkeypatch):
     """Position by position, whatever passes read it: prompts in parts, chains, trees, side branches that were taken."""
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 16)
@@ -473,7 +473,7 @@ def alone(params: SamplingParams):
     return together(Target(tiny.verifier(small_target())), PROMPT, Schedule.of("ar"), params, decode=str)
 
 
-@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("params", [GREEDY, pytest.param(SEEDED, marks=pytest.mark.slow)], ids=["greedy", "seeded"])
 @pytest.mark.parametrize(
     "mode, beam, features, script",
     [

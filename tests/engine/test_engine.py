@@ -374,7 +374,8 @@ def test_a_drafter_killed_in_the_middle_costs_no_token(engine, pair, params):
         tokens += stream
         assert tokens == alone(engine, params)
         for mode in DRAFTING:  # nor does one that is gone
-            assert doomed.generate(PROMPT, params, mode=mode, gamma=3).tokens == tokens
+            later = doomed.generate(PROMPT, replace(params, max_new_tokens=40), mode=mode, gamma=3)
+            assert later.tokens == tokens[:40]
 
 
 @pytest.mark.slow
@@ -435,29 +436,12 @@ with Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300) as e
 """
 
 
-LEFT = """
-import sys
-from pearl import Engine, SamplingParams
-
-engine = Engine.from_pretrained(*sys.argv[1:], dtype="float32", max_length=300)
-stream = engine.stream("def the(thing):\\n", SamplingParams(max_new_tokens=40, ignore_eos=True))
-print(next(stream))
-"""
-
-
 @pytest.mark.slow
 def test_under_torchrun_the_target_writes_and_both_ranks_leave_in_peace(engine, pair, tmp_path):
     program = start(tmp_path, SCRIPT, *pair, launcher=torchrun())
     printed, errors = program.communicate(timeout=150)
     assert program.returncode == 0, errors
     assert printed.split() == [*map(str, alone(engine, GREEDY)), "None"]  # once: rank 1 says nothing
-
-
-@pytest.mark.slow
-def test_a_program_may_end_in_the_middle_of_a_text(engine, pair, tmp_path):
-    program = start(tmp_path, LEFT, *pair)
-    printed, errors = program.communicate(timeout=150)
-    assert (program.returncode, printed) == (0, f"{alone(engine, GREEDY)[0]}\n"), errors
 
 
 # The default model
@@ -470,10 +454,10 @@ def test_the_default_target_writes_the_same_in_every_mode(dtype, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", USERS_CACHE)  # where it may be converted already
     prompt = "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n\ndef fib_list(n):\n"
     with Engine.from_pretrained(dtype=dtype, max_length=256) as engine:
-        for temperature in (0.0, 1.0):
-            params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=3, ignore_eos=True)
-            texts = {mode: engine.generate(prompt, params, mode=mode) for mode in MODES}
-            assert {mode: text.tokens for mode, text in texts.items()} == dict.fromkeys(MODES, texts["ar"].tokens)
+        for temperature, modes in ((0.0, MODES), (1.0, ("ar", "sd", "tree"))):
+            params = SamplingParams(max_new_tokens=14, temperature=temperature, seed=3, ignore_eos=True)
+            texts = {mode: engine.generate(prompt, params, mode=mode) for mode in modes}
+            assert {mode: text.tokens for mode, text in texts.items()} == dict.fromkeys(modes, texts["ar"].tokens)
             if temperature == 0:
                 assert "fib" in texts["ar"].text
-                assert len(texts["sd"].stats.passes) < 24
+                assert len(texts["sd"].stats.passes) < 14

@@ -14,7 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
+import forks
 import pytest
 from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
@@ -336,7 +336,7 @@ def launch(tmp_path: Path, arguments: list[str], *launcher: str) -> subprocess.P
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return forks.Forked(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow
@@ -402,7 +402,7 @@ def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pa
     samples, deadline = tmp_path / "run" / results.SAMPLES, time.monotonic() + 200
     while not (samples.exists() and samples.stat().st_size) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(_of_rank(child.pid, "1"), signal.SIGKILL)
+    forks.ranks_of(child.pid)["1"].kill()
     printed, _ = child.communicate(timeout=60)
     assert child.returncode != 0 and "SIGKILL" in printed
     before = said(tmp_path / "run")
@@ -413,10 +413,6 @@ def test_a_run_that_the_launcher_ended_because_its_drafter_was_killed_goes_on(pa
     assert forked.returncode == 0
     assert [line for line in said(tmp_path / "run") if line in before] == [line for line in before if line[2] == 0]
     assert summary(tmp_path / "run")["modes"]["pearl"]["identical_to_ar"] == 1.0
-
-
-def _of_rank(launcher: int, rank: str) -> int:
-    return next(one.pid for one in psutil.Process(launcher).children() if one.environ().get("RANK") == rank)
 
 
 # Replicas

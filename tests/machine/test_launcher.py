@@ -40,6 +40,7 @@ def test_a_process_of_several_has_nothing_to_say(monkeypatch):
     assert launcher.note() == ""
 
 
+@pytest.mark.slow
 def test_accelerate_without_gpus_starts_one_of_four_and_that_one_knows(tmp_path):
     script = tmp_path / "who.py"
     script.write_text("from pearl.machine import launcher; launcher.join(9)")

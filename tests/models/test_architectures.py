@@ -29,7 +29,7 @@ from pearl.models.verifier import VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
-NEW = 32
+NEW, FEW = 32, 16
 PARAMS = SamplingParams(max_new_tokens=NEW)
 BFLOAT16 = (
     "llama",
@@ -82,10 +82,11 @@ def assert_modes_agree(architecture: Architecture, dtype: str) -> None:
         passes = 0
         for seed, prompt in list(enumerate(prompts(architecture.longest, NEW)))[:2]:
             target = Target(reader, ScriptedChannel(source, scrambled(seed) if seed % 2 else [(3, 3, 3)]), ticks())
-            assert together(target, prompt, schedule, PARAMS, decode=str).tokens == wanted[seed], mode
+            written = together(target, prompt, schedule, SamplingParams(max_new_tokens=FEW), decode=str).tokens
+            assert written == wanted[seed][:FEW], mode
             assert target.draft_stats and not target.draft_stats.failed
             passes += len(target.passes)
-        assert passes < 2 * NEW / 1.5, f"{mode}: few guesses were accepted: then little was shown"
+        assert passes < 2 * FEW / 1.5, f"{mode}: few guesses were accepted: then little was shown"
 
 
 @pytest.mark.parametrize("architecture", parameters(), scope="module")

@@ -97,7 +97,7 @@ def test_a_product_of_another_order_is_found_out_though_no_text_shows_it(dtype, 
     assert not product.holds(32, 14), "nothing is equal to what is odd itself"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", tiered(["llama", "gpt2", "gemma2"], lambda name: name == "gpt2"))
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, dtype, kernel):

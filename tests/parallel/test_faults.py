@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection
 
 import faults
+import forks
 import psutil
 import pytest
 from faults import KINDS, OPTIONS, Fault, Footprint, Nursery, Pace
@@ -226,7 +227,7 @@ def test_under_torchrun_nobody_outlives_the_others(pair, tmp_path, victim):
     program = start(tmp_path, PROGRAM, *pair, launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
     target = int(program.stdout.readline().split()[0])
     everybody = descendants(program.pid)
-    (drafter,) = [pid for pid in everybody - {target, program.pid} if psutil.Process(pid).environ().get("RANK") == "1"]
+    drafter = forks.ranks_of(program.pid)["1"].pid
     os.kill({"launcher": program.pid, "target": target, "drafter": drafter}[victim], signal.SIGKILL)
     assert gone(everybody, 5.0)
     program.communicate(timeout=10)

@@ -65,13 +65,13 @@ def test_an_error_of_a_rank_is_the_sentence_that_the_run_ends_with(pair, monkeyp
 
 
 def test_a_rank_that_hangs_is_waited_for_until_the_deadline_and_ends_when_it_wakes(pair, monkeypatch):
-    with opened(pair, monkeypatch, 5) as engine:
-        time.sleep(6)
+    with opened(pair, monkeypatch, 3) as engine:
+        time.sleep(4)
         assert engine.generate(PROMPT, GREEDY).tokens  # nothing to do is no silence
         (rank,) = engine.runtime._workers._children
         os.kill(rank.pid, signal.SIGSTOP)
         try:
-            assert "is gone, or has said nothing for 5 s" in said_in_the_end(engine)
+            assert "is gone, or has said nothing for 3 s" in said_in_the_end(engine)
             engine.runtime._workers.let_go()  # as when the process of the first rank dies
         finally:
             os.kill(rank.pid, signal.SIGCONT)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import forks
 import psutil
 import pytest
 from programs import free_port, printed_by, start, torchrun
@@ -44,7 +44,7 @@ print(*text.tokens, who, drafted, world.two_hosts, dist.is_initialized(), torch.
 @pytest.fixture(scope="module")
 def tokens(pair, tmp_path_factory) -> str:
     """What the target writes when plain python starts it; there the drafter is started by the target."""
-    program = run(tmp_path_factory.mktemp("plain"), pair)
+    program = run(tmp_path_factory.mktemp("plain"), pair, forked=False)
     printed, errors = program.communicate(timeout=200)
     words = printed.split()
     assert program.returncode == 0, errors
@@ -52,9 +52,9 @@ def tokens(pair, tmp_path_factory) -> str:
     return " ".join(words[:8])
 
 
-def run(folder: Path, pair, *launcher: str, before: str = "", after: str = "", **environment: str):
+def run(folder: Path, pair, *launcher: str, before: str = "", after: str = "", **more: Any):
     script = SCRIPT.format(before=before, after=after)
-    return start(folder, script, *pair, launcher=launcher, XDG_CACHE_HOME=str(folder), **environment)
+    return start(folder, script, *pair, launcher=launcher, XDG_CACHE_HOME=str(folder), **more)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,8 @@ def run(folder: Path, pair, *launcher: str, before: str = "", after: str = "", *
     ids=["accelerate-one", "accelerate-two", "torchrun", "torchrun-one"],
 )
 def test_every_launcher_gives_the_text_of_plain_python(pair, tokens, tmp_path, launcher, who):
-    program = run(tmp_path, pair, *launcher, CUDA_VISIBLE_DEVICES="")
+    real = launcher[-2:] == CPU  # as documented: nothing is forked
+    program = run(tmp_path, pair, *launcher, forked=not real, CUDA_VISIBLE_DEVICES="")
     printed, errors = program.communicate(timeout=200)
     assert program.returncode == 0, errors
     assert printed.split() == [*tokens.split(), who, "True", "False", "False", "1"]
@@ -140,7 +141,9 @@ with Engine.from_pretrained(*sys.argv[1:3], dtype="float32", max_length=100) as 
 def test_a_target_without_an_agent_outlives_its_drafter(pair, tmp_path):
     """Two ranks that a shell has started: nobody ends the one for the other, and neither does the default group."""
     where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    ranks = [_with_input(tmp_path, LONG, pair, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
+    ranks = [
+        start(tmp_path, LONG, *pair, XDG_CACHE_HOME=str(tmp_path), RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"
+    ]
     assert ranks[0].stdout.readline().strip() == str(ranks[0].pid)
     ranks[1].kill()
     printed, errors = ranks[0].communicate("\n", timeout=60)
@@ -150,9 +153,9 @@ def test_a_target_without_an_agent_outlives_its_drafter(pair, tmp_path):
 
 
 def test_when_its_launcher_is_gone_a_program_gets_an_error_and_is_not_ended(pair, tmp_path):
-    program = _with_input(tmp_path, LONG, pair, launcher=torchrun())
+    program = start(tmp_path, LONG, *pair, launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
     target = int(program.stdout.readline())
-    (drafter,) = [rank for rank in psutil.Process(program.pid).children() if rank.pid != target]
+    drafter = forks.ranks_of(program.pid)["1"]
     os.kill(program.pid, signal.SIGKILL)
     deadline = time.monotonic() + 5.0
     while drafter.is_running() and drafter.status() != psutil.STATUS_ZOMBIE:
@@ -167,23 +170,10 @@ def test_when_its_launcher_is_gone_a_program_gets_an_error_and_is_not_ended(pair
     assert "the drafter has lost its target" in errors
 
 
-def _with_input(folder: Path, script: str, pair, launcher: tuple[str, ...] = (), **environment: str):
-    (folder / "script.py").write_text(script)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *launcher, "script.py", *pair],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
-        | environment,
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("last", ["", "sys.exit(3)"], ids=["to its end", "with a code"])
-def test_a_program_may_end_in_the_middle_of_a_stream(pair, tmp_path, last):
+@pytest.mark.parametrize(
+    "last, forked", [("", False), ("sys.exit(3)", True)], ids=["to its end", "with a code, forked"]
+)
+def test_a_program_may_end_in_the_middle_of_a_stream(pair, tmp_path, last, forked):
     """Nobody has closed anything: it ends with its own code, in silence, and its drafter with it."""
     script = f"""
 import os, sys, warnings
@@ -200,7 +190,7 @@ next(stream)
 print(engine.runtime.drafter_pid, flush=True)
 {last}
 """
-    program = start(tmp_path, script, *pair, XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, script, *pair, forked=forked, XDG_CACHE_HOME=str(tmp_path))
     printed, errors = program.communicate(timeout=200)
     assert (program.returncode, errors) == (3 if last else 0, "")
     assert not psutil.pid_exists(int(printed))

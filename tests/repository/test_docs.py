@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import figures
 
+from pearl import __main__ as front
 from pearl.engine import Engine
 from pearl.evaluation import tables
 
@@ -97,9 +99,11 @@ def commands(page: Path) -> list[list[str]]:
 
 @cache
 def help_of(*command: str) -> str:
-    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        front.main([*command, "--help"])
+    assert not end.value.code
+    return printed.getvalue()
 
 
 @each_page
@@ -109,7 +113,7 @@ def test_every_command_is_there_and_knows_its_options(page: Path):
         assert script is None or (ROOT / script).exists(), words
         if words[0] == "pearl" and len(words) > 1:
             task = [word for word in words[2:3] if words[1] in ("eval", "judge") and not word.startswith("-")]
-            known = help_of(sys.executable, "-m", "pearl", words[1], *task)
+            known = help_of(words[1], *task)
             asked = [word for word in words[2:] if word.startswith("--")]
             assert [option for option in asked if not re.search(rf"{option}\b", known)] == [], words
 

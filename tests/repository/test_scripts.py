@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import tiny
 import yaml
@@ -160,7 +161,7 @@ def test_data_that_is_not_there_is_missed_before_anything_is_decoded(name, tmp_p
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, door) -> dict[str, str]:
+def small(tmp_path_factory, door, forking) -> dict[str, str]:
     """The environment in which a script takes seconds: two tiny models, one problem, a few tokens."""
     folder = tmp_path_factory.mktemp("small")
     target, draft = tiny.save_pair(folder)
@@ -174,14 +175,15 @@ def small(tmp_path_factory, door) -> dict[str, str]:
         "PAIR": str(folder / "tiny.yaml"),
         "DATA": str(folder),
         "LIMIT": "1",
-        "TOKENS": "12",
+        "TOKENS": "6",
+        "TASKS": "humaneval gsm8k mt_bench",
         "READY": "1",
         "LAUNCH": shlex.join(door.command(2)),  # both ranks at once
         "OPTIONS": "--max-length 500 --no-score",
         "RESULTS": str(folder / "results"),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": forking,
     }
 
 
@@ -233,13 +235,12 @@ def test_the_kept_results_are_whole_answers_greedy_and_sampled():
 
 
 @pytest.mark.slow
-def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_path):
+def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_path, forking):
     """Three tokens of a problem: the whole way, at little cost."""
     settings = {"READY": "1", "LAUNCH": "python", "LIMIT": "1", "TOKENS": "3", "RESULTS": str(tmp_path / "results")}
     settings |= {"TASKS": "humaneval", "TEMPERATURES": "0", "MODES": "ar sd:1", "BASELINES": "hf-prompt-lookup"}
     settings |= {"OPTIONS": "--no-score --processes 1", "KEEP_TO": str(tmp_path / "docs" / "results")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = bash("scripts/results.sh", "keep", PATH=path, **settings)
+    done = bash("scripts/results.sh", "keep", PATH=forking, **settings)
     assert done.returncode == 0, done.stderr
     kept = tmp_path / "docs" / "results"
     made = {file.stem for file in (kept / "smollm2-135m").glob("*.json")}
@@ -321,9 +322,7 @@ def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
 @pytest.mark.slow
 def test_what_a_pass_costs_beside_the_model_is_measured():
     small = ["--passes", "3", "--pass-ms", "2", "--vocabulary", "2000"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/bench_runtime.py", *small], capture_output=True, text=True, timeout=300
-    )
+    done = forks.run([sys.executable, ROOT / "scripts/bench_runtime.py", *small])
     assert done.returncode == 0, done.stderr
     assert [line.split(" |")[0] for line in done.stdout.splitlines() if "T=" in line] == [
         f"| {mode} T={temperature}" for temperature in (0, 1) for mode in ("ar", "pearl", "tree")

@@ -11,12 +11,14 @@ Not so: an environment variable that a library reads when it is imported.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +27,7 @@ import threading
 import time
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +37,21 @@ _IMPORTED = (
     "pearl.evaluation.main",
     "pearl.checkpoints.drafters",
     "pearl.drafters.feature.source",
+    "pearl.training.train",
     "transformers.models.llama.modeling_llama",
+    "matplotlib.pyplot",
 )
-_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
+NAME = "nursery"  # of such a process
+_NAME, _SUBREAPER = 15, 36  # PR_SET_NAME, PR_SET_CHILD_SUBREAPER
+_RANK = "rank "
 _MOST = 1 << 18  # bytes of an order
 _door: socket.socket | None = None  # to this process's nursery
 _turn = threading.Lock()
 
 
-def plant() -> None:
-    """Forks the nursery of this process. From here on the processes that pearl starts are forks."""
+def plant(everything: bool = False) -> None:
+    """Forks the nursery of this process. From here on the processes that pearl starts are forks, or `everything` is, as
+    what the launchers of torch and accelerate start."""
     global _door
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
@@ -52,22 +60,27 @@ def plant() -> None:
         _nursery(theirs)
     theirs.close()
     _door = ours
+    if everything:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as torchs
+
+        subprocess.Popen = torchs.Popen = Forked  # type: ignore[misc]
+        return
     from pearl.parallel import child
 
-    child.subprocess = types.SimpleNamespace(**vars(subprocess) | {"Popen": Forked})  # type: ignore[assignment]
+    child.subprocess = FORKING  # type: ignore[assignment]
 
 
 class Forked(subprocess.Popen):
     """Of `python -m MODULE ...`, `python -c CODE ...` or `python FILE ...`; anything else is started as ever."""
 
     def _execute_child(self, args: Any, *rest: Any) -> None:
-        if _door is None or isinstance(args, str | bytes) or str(args[0]) != EXECUTABLE:
+        if _door is None or isinstance(args, str | bytes) or not _forkable([*map(str, args)]) or rest[1] or rest[3]:
             super()._execute_child(args, *rest)
             return
         cwd, env, pipes, start_new_session = rest[4], rest[5], rest[9:15], rest[20]  # of Python 3.11 to 3.14
         p2cread, _, _, c2pwrite, _, errwrite = pipes
         order = {
-            "command": [str(word) for word in args[1:]],
+            "command": [str(word) for word in args[1:] if word != "-u"],
             "cwd": str(cwd or Path.cwd()),
             "environment": dict(os.environ if env is None else env),
             "session": bool(start_new_session),
@@ -83,9 +96,29 @@ class Forked(subprocess.Popen):
         self._close_pipe_fds(*pipes)
 
 
+FORKING = types.SimpleNamespace(**vars(subprocess) | {"Popen": Forked})  # in the place of a module's `subprocess`
+
+
+def _forkable(words: list[str]) -> bool:
+    options = [word for word in words[1:2] if word.startswith("-")]
+    return words[0] == EXECUTABLE and len(words) > 1 and options in ([], ["-m"], ["-c"], ["-u"])
+
+
+def run(command: Sequence[str | Path], timeout: float = 600, **options: Any) -> subprocess.CompletedProcess:
+    """What a forked program has said, and its code."""
+    with Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as program:
+        try:
+            said = program.communicate(timeout=timeout)
+        except BaseException:
+            program.kill()
+            raise
+    return subprocess.CompletedProcess(command, program.returncode, *said)
+
+
 def _nursery(door: socket.socket) -> None:
     """Serves the process that it was forked from until that ends, and holds nothing of it open."""
     with contextlib.suppress(BaseException):
+        _call_me(NAME)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _only([door.fileno()])
         parent, imported = os.getppid(), False
@@ -110,6 +143,18 @@ def _nursery(door: socket.socket) -> None:
             for file in (there, here, *streams):
                 os.close(file)
     os._exit(0)
+
+
+def _call_me(name: str) -> None:
+    ctypes.CDLL(None).prctl(_NAME, name.encode(), 0, 0, 0)
+
+
+def ranks_of(launcher: int) -> dict[str, Any]:
+    """The processes, of psutil, that a forked launcher has started."""
+    import psutil
+
+    children = psutil.Process(launcher).children()
+    return {one.name().removeprefix(_RANK): one for one in children if one.name().startswith(_RANK)}
 
 
 def _only(files: list[int]) -> None:
@@ -142,11 +187,14 @@ def _become(order: dict[str, Any], streams: list[int]) -> None:
         os.chdir(order["cwd"])
         os.environ.clear()
         os.environ.update(order["environment"])
+        _call_me(_RANK + os.environ["RANK"] if "RANK" in os.environ else "python")
         sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
         sys.stdin, sys.stdout, sys.stderr = (os.fdopen(i, "rw"[i > 0], closefd=False) for i in range(3))
         if not order["command"][1].startswith("pearl.parallel."):  # which starts none
-            plant()
+            plant(everything=True)
         code = _run(order["command"])
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
@@ -188,6 +236,18 @@ class Door:
 
     def command(self, ranks: int) -> list[str]:
         return [EXECUTABLE, "-S", __file__, str(self.address), str(ranks)]
+
+    def programs(self, folder: Path) -> Path:
+        """Puts `python`, `accelerate` and `pearl` there, for a PATH: what they run is forked, but for `python -`."""
+        forked = shlex.join(self.command(1))
+        for name, lines in {
+            "python": [f'[ "$1" = - ] || exec {forked} "$@"', f'exec {EXECUTABLE} "$@"'],
+            "accelerate": [f'exec {forked} -m accelerate.commands.accelerate_cli "$@"'],
+            "pearl": [f'exec {forked} -m pearl "$@"'],
+        }.items():
+            (folder / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
+            (folder / name).chmod(0o755)
+        return folder
 
     def close(self) -> None:
         self._listening.close()

@@ -1,4 +1,4 @@
-"""Programs that use pearl, run as a person would run them."""
+"""Programs that use pearl, run as a person would run them, but for the time that it takes to import torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path, script: str, *words: str, launcher: tuple[str, ...] = (), **environment: str):
-    """A script, run in `folder` on one thread and in a session of its own."""
+def start(
+    folder: Path, script: str, *words: str, launcher: tuple[str, ...] = (), forked: bool = True, **environment: str
+) -> subprocess.Popen:
+    """A script, run in `folder` on one thread and in a session of its own. What a forked one starts is forked too."""
     (folder / "script.py").write_text(script)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
+    return (forks.Forked if forked else subprocess.Popen)(
         [sys.executable, *launcher, "script.py", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,10 +3,7 @@
 import hashlib
 import json
 import os
-import shlex
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,14 +18,7 @@ def environment(tmp_path, door) -> dict[str, str]:
     """This one, seen as a virtual environment in which everything is installed already; its python forks."""
     place = tmp_path / "environment"
     (place / "bin").mkdir(parents=True)
-    accelerate = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
-    forked = f'[ "$1" = - ] || exec {shlex.join(door.command(1))} "$@"'
-    for name, lines in {
-        "python": [forked, f'exec "{sys.executable}" "$@"'],
-        "accelerate": [f'exec "{accelerate}" "$@"'],
-    }.items():
-        (place / "bin" / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
-        (place / "bin" / name).chmod(0o755)
+    door.programs(place / "bin")
     pieces = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "install.sh"))
     (place / ".pearl-installed-run").write_text(f"{hashlib.sha256(pieces).hexdigest()}  - {ROOT}\n")
     gone = ("CONDA_PREFIX", "RANK", "WORLD_SIZE")
