@@ -7,7 +7,7 @@ has its own length: keys lie at slot = position of their row, and a mask hides w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,13 +38,27 @@ class RecordedAnswer:
     """A text and what the target knew after each of its tokens but the last: row i belongs to tokens[i].
 
     `top_ids` and `top_logp` [rows, k] are the likeliest next tokens, from the prompt's last token on; -1 before that.
+    Rows are written in their places: as pieces of one token each, they would take ten times the memory.
     """
 
     request: AnswerRequest
     tokens: list[int]
-    features: list[Tensor] = field(default_factory=list)  # pieces [rows, layers * hidden]
-    top_ids: list[Tensor] = field(default_factory=list)  # pieces [rows, k], int32
-    top_logp: list[Tensor] = field(default_factory=list)
+    features: Tensor  # bfloat16 [rows, layers * hidden]; 0 where nothing was read
+    top_ids: Tensor  # int32
+    top_logp: Tensor  # float16
+
+    @classmethod
+    def empty(cls, request: AnswerRequest, width: int, top: int) -> RecordedAnswer:
+        """With room for the longest answer; `width`: of a token's features."""
+        rows = len(request.prompt) + request.most
+        features = torch.zeros(rows, width, dtype=torch.bfloat16)
+        ids, logp = torch.full((rows, top), -1, dtype=torch.int32), torch.zeros(rows, top, dtype=torch.float16)
+        return cls(request, list(request.prompt), features, ids, logp)
+
+    def cut(self) -> None:
+        """Gives back the room behind a finished answer."""
+        for name in ("features", "top_ids", "top_logp"):
+            setattr(self, name, getattr(self, name)[: len(self.tokens)].clone())
 
     @property
     def response(self) -> list[int]:
@@ -140,6 +154,7 @@ class Writer:
             while len(live) < self._rows and (entry := next(waiting, None)) is not None:
                 number, answer = entry[0], self._start(len(live), entry[1])
                 if answer.complete:
+                    answer.cut()
                     yield number, answer
                 else:
                     live.append((number, answer))
@@ -148,6 +163,7 @@ class Writer:
             self._step([answer for _, answer in live])
             for row in reversed(range(len(live))):
                 if live[row][1].complete:
+                    live[row][1].cut()
                     yield live[row]
                     self._cache.move(len(live) - 1, row)  # the last row fills the gap
                     live[row] = live[-1]
@@ -156,13 +172,13 @@ class Writer:
     def _start(self, row: int, request: AnswerRequest) -> RecordedAnswer:
         """Reads a prompt and picks the first token of its answer."""
         assert len(request.prompt) + request.most <= self._slots, "a text must fit its row"
-        answer = RecordedAnswer(request, list(request.prompt))
         count = len(request.prompt)
         self._cache.read_one(row, count)
-        logits = self._run(torch.tensor([answer.tokens]), torch.arange(count)[None])
+        logits = self._run(torch.tensor([request.prompt]), torch.arange(count)[None])
+        states = self._taps.states()[0] if self._taps else logits[:, :0]
+        answer = RecordedAnswer.empty(request, states.shape[-1], self._top)
         self._note([answer], logits)
-        if self._taps:
-            answer.features.append(self._taps.states()[0])
+        answer.features[:count] = states
         answer.tokens += self._pick([request], logits)
         return answer
 
@@ -174,8 +190,8 @@ class Writer:
         logits = self._run(last[:, None], places[:, None])
         self._note(answers, logits)
         if self._taps:
-            for answer, states in zip(answers, self._taps.states().clone(), strict=True):
-                answer.features.append(states)
+            for answer, states in zip(answers, self._taps.states(), strict=True):
+                answer.features[len(answer.tokens) - 1] = states[0]
         for answer, token in zip(answers, self._pick([a.request for a in answers], logits), strict=True):
             answer.tokens.append(token)
 
@@ -189,8 +205,8 @@ class Writer:
         best, ids = logits.topk(self._top)
         best -= logits.logsumexp(-1, keepdim=True)
         for answer, one_best, one_ids in zip(answers, best, ids, strict=True):
-            answer.top_ids.append(one_ids.int()[None])
-            answer.top_logp.append(one_best.half()[None])
+            at = len(answer.tokens) - 1
+            answer.top_ids[at], answer.top_logp[at] = one_ids, one_best
 
     def _pick(self, requests: list[AnswerRequest], logits: Tensor) -> list[int]:
         picks = logits.argmax(-1).tolist()

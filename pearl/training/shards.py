@@ -104,9 +104,9 @@ def write(folder: Path, number: int, answers: Sequence[RecordedAnswer]) -> Shard
         "offsets": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         "prompts": torch.tensor([len(answer.request.prompt) for answer in answers], dtype=torch.int64),
         "tokens": torch.tensor([token for answer in answers for token in answer.tokens], dtype=torch.int32),
-        "features": _joined([_features(answer) for answer in answers], torch.bfloat16),
-        "top_ids": _joined([_noted(answer, answer.top_ids, -1) for answer in answers], torch.int32),
-        "top_logp": _joined([_noted(answer, answer.top_logp, 0) for answer in answers], torch.float16),
+        "features": _joined([answer.features for answer in answers], torch.bfloat16),
+        "top_ids": _joined([answer.top_ids for answer in answers], torch.int32),
+        "top_logp": _joined([answer.top_logp for answer in answers], torch.float16),
     }
     with atomic_write(folder / shard_name(number)) as partial:
         save_file(tensors, partial)
@@ -123,21 +123,6 @@ def write(folder: Path, number: int, answers: Sequence[RecordedAnswer]) -> Shard
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One after the other; a shard is empty if all its prompts were too long."""
     return torch.cat(list(pieces)) if pieces else torch.zeros(0, 0, dtype=dtype)
-
-
-def _features(answer: RecordedAnswer) -> Tensor:
-    """[tokens, layers * hidden]"""
-    states = torch.cat(answer.features).to("cpu", torch.bfloat16)
-    return torch.cat([states, states.new_zeros(len(answer.tokens) - len(states), states.shape[1])])
-
-
-def _noted(answer: RecordedAnswer, pieces: Sequence[Tensor], nothing: int) -> Tensor:
-    """[tokens, k]: noted from the prompt's last token to the last but one of all."""
-    noted = torch.cat(list(pieces)).cpu()
-    before, after = len(answer.request.prompt) - 1, 1
-    assert before + len(noted) + after == len(answer.tokens), "a note for each token that was read"
-    blank = noted.new_full((1, noted.shape[1]), nothing)
-    return torch.cat([blank.expand(before, -1), noted, blank])
 
 
 def checksum(path: Path) -> int:

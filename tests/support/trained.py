@@ -101,9 +101,12 @@ def random_answer(count: int, prompt: int, width: int, seed: int, words: int = W
     read = torch.tensor(tokens[prompt - 1 : -1])
     ids = (3 * read[:, None] + 1 + torch.arange(TOP)) % words
     logp = torch.tensor([0.7, 0.2, 0.05, 0.01]).log().expand(len(read), -1)
-    features = torch.randn(count - 1, width, generator=generator)
     request = AnswerRequest(tuple(tokens[:prompt]), count - prompt, ())
-    return RecordedAnswer(request, tokens, [features], [ids.int()], [logp.half()])
+    answer = RecordedAnswer.empty(request, width, TOP)
+    answer.tokens = tokens
+    answer.features[:-1] = torch.randn(count - 1, width, generator=generator)
+    answer.top_ids[prompt - 1 : -1], answer.top_logp[prompt - 1 : -1] = ids, logp
+    return answer
 
 
 def save_recorded(

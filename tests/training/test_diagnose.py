@@ -37,10 +37,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch):
 
 def recorded(seed: int = 0) -> RecordedText:
     answer = random_answer(24, 4, 2 * 64, seed)
-    ids, logp = torch.full((24, 4), -1), torch.zeros(24, 4)
-    ids[3:23], logp[3:23] = answer.top_ids[0].long(), answer.top_logp[0].float()
-    features = torch.cat([answer.features[0], torch.zeros(1, 2 * 64)]).bfloat16()
-    return RecordedText(torch.tensor(answer.tokens), 4, features, ids, logp)
+    return RecordedText(torch.tensor(answer.tokens), 4, answer.features, answer.top_ids, answer.top_logp)
 
 
 def figures(first: float, places: int = 200, **taps: float) -> dict[str, Any]:
