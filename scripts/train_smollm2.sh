@@ -30,7 +30,7 @@ answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature
   local ended=0
   timeout --signal=INT "${SECONDS_AT_MOST:-0}" \
     pearl extract --prompts "$questions"/{python,general,prose,gsm8k}.jsonl --self-written 3500 \
-    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 384 --output "$texts" || ended=$?
+    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --output "$texts" || ended=$?
   [[ $ended == 0 || $ended == 124 ]]  # 124: the time was over
 }
 
