@@ -19,7 +19,7 @@ from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
 from pearl.config.engine_config import EngineConfig
-from pearl.core.token_buckets import BatchedTokenBuckets, TokenBuckets
+from pearl.core.token_buckets import BatchedTokenBuckets, Check, TokenBuckets
 from pearl.drafters.tree import profile_batches
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write, cache_folder
@@ -38,6 +38,7 @@ from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import attention_checks
 from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
 
@@ -86,13 +87,21 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
-    def measure_batches() -> Found:
-        plan = find_invariant_batches(reader, checked.vocabulary, tried()) if reader.rows.exact else None
-        return {"joint": asdict(plan) if plan else None}
-
     ours = uses_grouped_attention(reader.model)  # another's masks are no part of a recorded forward
-    if isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed):
-        capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
+    static_shapes = isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed)
+    capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
+
+    def measure_batches() -> Found:
+        if not reader.rows.exact:
+            return {"joint": None}
+        if not isinstance(reader, VerifierModel):
+            plan = find_invariant_batches(reader, checked.vocabulary)
+            return {"joint": asdict(plan) if plan else None}
+        plan, captured, checks = numerics_check.examine_batches(reader, capture, tried())
+        kept = {"captured": captured, "checks": [asdict(check) for check in checks]}
+        return {"joint": asdict(plan) if plan else None, **kept}
+
+    if isinstance(reader, VerifierModel) and static_shapes:
         backends = numerics_check.backends(placed.on_cpu)
         static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
@@ -111,8 +120,12 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
             )
     if reader.batch_slots > 1:
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
-        found = measured_once({"what": "batches", "texts": reader.batch_slots, **key}, measure_batches)["joint"]
-        reader.joint = BatchedTokenBuckets.from_json(found) if found else None
+        key |= {"what": "batches", "texts": reader.batch_slots, "static": static_shapes, "graphs": capture is not None}
+        found = measured_once(key, measure_batches)
+        reader.joint = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
+        if isinstance(reader, VerifierModel):
+            reader.share_static_shapes(capture if found.get("captured") else None)
+            reader.checks += tuple(Check(**check) for check in found.get("checks", ()))
     for batch_slot in range(reader.batch_slots):
         reader.forget(batch_slot=batch_slot)
 
@@ -130,7 +143,7 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
         captured = measured_once(
             {**key, "what": "capture"}, lambda: {"captured": numerics_check.examine_drafter(reader, capture)[0]}
         )
-        reader.enable_static_shapes(capture=capture if captured["captured"] else None)
+        reader.enable_static_shapes(DRAFT_COUNTS, capture if captured["captured"] else None)
     found = measured_once(key, lambda: {"seconds": profile_leaves(reader, reader.vocabulary)})["seconds"]
     several: Found = {"several": (0.0, 0.0)}
     if reader.batch_slots > 1:

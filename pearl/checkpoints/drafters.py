@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pearl.checkpoints import shared_embeddings
-from pearl.checkpoints.calibration import DraftCosts, calibrate_draft
+from pearl.checkpoints.calibration import DraftCosts, calibrate_draft, has_static_shapes
 from pearl.checkpoints.drafts import dflash_weights, feature_weights
 from pearl.checkpoints.drafts.kinds import CAUSAL_LM, PARD
 from pearl.checkpoints.placement import Placement
@@ -28,8 +30,11 @@ from pearl.drafters.pard import PardSource
 from pearl.drafters.tree import TreeSource
 from pearl.models import linear
 from pearl.models.architecture import longest_sequence
+from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel, read_unknown_tokens
 from pearl.models.reduced_head import reduce_vocab
+
+_log = logging.getLogger(__name__)
 
 
 def load_source(checked: Preflight) -> DraftSource:
@@ -52,11 +57,26 @@ def _pard_source(checked: Preflight) -> DraftSource:
 
 
 def _feature_source(checked: Preflight) -> DraftSource:
-    return FeatureSource(load_feature_drafter(checked), checked.config.tree_top_k)
+    return _by_shapes(FeatureSource(load_feature_drafter(checked), checked.config.tree_top_k), checked)
 
 
 def _head_source(checked: Preflight) -> DraftSource:
-    return HeadSource(HeadReader(load_feature_drafter(checked), checked.max_length + AHEAD, checked.texts))
+    reader = HeadReader(load_feature_drafter(checked), checked.max_length + AHEAD, checked.texts)
+    return _by_shapes(HeadSource(reader), checked)
+
+
+def _by_shapes(source: Any, checked: Preflight) -> DraftSource:
+    """A source with a network of its own, whose forwards have static shapes where a draft model's have them: recorded
+    if a replay says what the code says."""
+    config, placed = checked.config, checked.draft_on
+    if has_static_shapes(config, placed):
+        capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
+        if capture is None:
+            source.forward.use_static_shapes(None)
+        elif not (check := source.forward.record(capture, source.probe)).holds:
+            _log.warning("%s: %s.", check.what, check.found)
+        source.time()
+    return source
 
 
 def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
@@ -108,7 +128,9 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
 
 
 def _dflash_source(checked: Preflight) -> DraftSource:
-    return DFlashSource(load_dflash(checked), checked.config.tree_top_k, checked.max_length + AHEAD)
+    return _by_shapes(
+        DFlashSource(load_dflash(checked), checked.config.tree_top_k, checked.max_length + AHEAD), checked
+    )
 
 
 def load_dflash(checked: Preflight) -> DFlashDrafter:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pearl.core.messages import Features
+from pearl.machine.transfers import on_host
 
 
 class DeviceFeatures:
@@ -50,7 +51,7 @@ class DeviceFeatures:
 
     def bits(self) -> np.ndarray:
         """int16, on the host."""
-        return self.rows.cpu().view(torch.int16).numpy()
+        return on_host(self.rows).view(torch.int16).numpy()
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,15 @@ def begin_processed(
     return ProcessedPicker(params, logits, positions, finish or (lambda row, scores: scores))
 
 
+def under_way(picks: Sequence[Picks]) -> bool:
+    """Whether a GPU is still at work on some of them."""
+    return any(isinstance(one, _Coming) and not one.arrived for one in picks)
+
+
 def wait(picks: Sequence[Picks]) -> bool:
     """Until they are all here. False: they have been all along."""
     coming = [one for one in picks if isinstance(one, _Coming)]
-    for one in coming:
+    for one in reversed(coming):  # with the last those before it have arrived
         one.wait()
     return bool(coming)
 
@@ -74,6 +79,10 @@ class _Coming:
         self._dtype, self._positions = dtype, positions
         self._coming = Fetched(tokens)
         self._picks: list[int] | None = None
+
+    @property
+    def arrived(self) -> bool:
+        return self._coming.arrived
 
     def wait(self) -> list[int]:
         if self._picks is None:

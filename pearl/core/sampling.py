@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ from pearl.core import noise
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
-from pearl.machine.transfers import on_host
+from pearl.machine.transfers import all_on_host, on_host
 
 SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws from and sends
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
 NOT_FINITE = -1  # in place of a token, where there is none
 TOP_MARGIN = 5.0  # nats below the best token
+Ranked = list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]  # of each row: (token, log q, proposal)
 ALTERNATIVE_MASS = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 
 
@@ -62,21 +64,52 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     return torch.full_like(scores, -torch.inf).index_copy_(0, kept, scores[kept])
 
 
-def ranked(
-    logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int
-) -> list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]:
+class RankQuery(NamedTuple):
+    """Asks for the drafter's guesses for each of `positions`."""
+
+    logits: Tensor  # [R, V], the drafter's
+    params: SamplingParams
+    positions: Sequence[int]
+
+
+def ranked(logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int) -> Ranked:
     """The drafter's guesses for each of `positions`, likeliest first, at most `most`: (token, log q, proposal).
 
     logits: [R, V], the drafter's. Greedy: the best of q. Seeded: the best *samples*, as both sides add the same noise
     to p and to q; their gaps say how sure each is. Rejection: the first is drawn from q and is judged, the others are
     the likeliest of the rest. Looks at the `CANDIDATES` best tokens of q only: guesses may miss.
     """
-    if params.rejection:
-        logits = on_host(logits)
-    best, tokens = logits.topk(min(CANDIDATES[not params.greedy], logits.shape[-1]))
-    if best.is_cuda:  # both by one copy; a double holds them as they are
-        there = on_host(torch.stack([best.double(), tokens.double()]))
-        best, tokens = there[0].to(logits.dtype), there[1].long()
+    return ranked_together([RankQuery(logits, params, positions)], most)[0]
+
+
+def ranked_together(queries: Sequence[RankQuery], most: int) -> list[Ranked]:
+    """The same for several sequences. The host waits for a GPU once."""
+    coming = all_on_host([_asked(one) for one in queries])
+    return [_ranked(one, here, most) for one, here in zip(queries, coming, strict=True)]
+
+
+def _asked(query: RankQuery) -> Tensor:
+    """What the host has to know: of a GPU's logits the best and their tokens, as doubles, which hold them as they are,
+    [2, R, candidates]; else, and where a guess is drawn, all of them."""
+    logits, params, _ = query
+    if params.rejection or not logits.is_cuda:
+        return logits
+    best, tokens = logits.topk(_candidates(query))
+    return torch.stack([best.double(), tokens.double()])
+
+
+def _candidates(query: RankQuery) -> int:
+    return min(CANDIDATES[not query.params.greedy], query.logits.shape[-1])
+
+
+def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
+    """here: of `_asked`, on the host."""
+    logits, params, positions = query
+    if here.dim() == 3:
+        best, tokens = here[0].to(logits.dtype), here[1].long()
+    else:
+        logits = here
+        best, tokens = here.topk(_candidates(query))
     if params.greedy:
         logp = best.float().log_softmax(-1).tolist()
         if any(math.isnan(row[0]) for row in logp):  # of infinity too
@@ -86,10 +119,11 @@ def ranked(
         return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
     if not all(map(math.isfinite, best[:, 0].tolist())):
         raise NonFiniteLogits(logits.dtype)
-    rows = zip(logits, best, tokens, positions, strict=True)
     if params.rejection:
+        rows = zip(logits, best, tokens, positions, strict=True)
         return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
-    return [_best_samples(warp(b, params), t, params, position, most) for _, b, t, position in rows]
+    kept = zip(best, tokens, positions, strict=True)
+    return [_best_samples(warp(b, params), t, params, position, most) for b, t, position in kept]
 
 
 def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
@@ -235,7 +269,10 @@ def residual(p: Tensor, q: dict[int, float]) -> Tensor:
     return p.index_add(0, support, -mass).clamp_(min=0)
 
 
-def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int, tuple[tuple[int, float], ...]]:
+Proposed = tuple[int, tuple[tuple[int, float], ...]]
+
+
+def propose(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
     """The drafter's guess for `position`, and the (token, q) pairs it was drawn from (rejection sampling only).
 
     logits: [V], the drafter's. For rejection q is cut to its best few tokens first; what is sent is exactly what was
@@ -243,7 +280,25 @@ def propose(logits: Tensor, params: SamplingParams, position: int) -> tuple[int,
     """
     if params.greedy:
         return argmax(logits[None])[0], ()
-    scores = warp(on_host(logits), params)
+    return _drawn(on_host(logits), params, position)
+
+
+def propose_together(asked: Sequence[tuple[Tensor, SamplingParams, int]]) -> list[Proposed]:
+    """The same for several sequences. The host waits for a GPU once."""
+    if not any(logits.is_cuda for logits, _, _ in asked):
+        return [propose(*one) for one in asked]
+    here = all_on_host([best_tokens(logits[None]) if params.greedy else logits for logits, params, _ in asked])
+    found: list[Proposed] = []
+    for (logits, params, position), one in zip(asked, here, strict=True):
+        if params.greedy and int(one) == NOT_FINITE:
+            raise NonFiniteLogits(logits.dtype)
+        found.append((int(one), ()) if params.greedy else _drawn(one, params, position))
+    return found
+
+
+def _drawn(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
+    """logits: [V], on the host"""
+    scores = warp(logits, params)
     if not params.rejection:
         return noisy_argmax(scores, _seed(params), position, noise.PICK, logits.dtype), ()
     best, tokens = scores.topk(min(SUPPORT, scores.numel()))

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import propose
+from pearl.core.sampling import propose, propose_together
 from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource
 from pearl.models.draft_model import LeavesQuery
 
@@ -77,10 +77,9 @@ class ModelSource(DraftSource):
         self.forwards += 1
         self.rows += len(fitting)
         leaves = [LeavesQuery(one.batch_slot, one.tokens, [one.path]) for one in fitting]
-        proposed = {
-            one.batch_slot: [
-                propose(one.processed(q)[0], self._params[one.batch_slot], position=len(one.tokens) + len(one.path))
-            ]
+        asked = [
+            (one.processed(q)[0], self._params[one.batch_slot], len(one.tokens) + len(one.path))
             for one, q in zip(fitting, self._model.read_leaves_together(leaves), strict=True)
-        }
+        ]
+        proposed = {one.batch_slot: [guess] for one, guess in zip(fitting, propose_together(asked), strict=True)}
         return [proposed.get(one.batch_slot, []) for one in queries]

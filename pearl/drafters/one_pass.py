@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import ranked
+from pearl.core.sampling import RankQuery, ranked_together
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import (
     MAX_CHILDREN,
@@ -95,7 +95,14 @@ class OnePassSource(DraftSource):
         makes chains. `longest`: tokens of a sequence."""
         self.depths, self._top_k, self.longest = depths, top_k or TOP_K, longest
         self._vocabulary: Tensor | None = None  # int64 [D], the target's ids of what can be drafted; None: all
+        self._ids: list[int] = []  # the same on the host
+        self._size = 0  # one more than the last of them
         self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
+
+    def of_vocabulary(self, vocabulary: Tensor | None) -> None:
+        """Logits are over these tokens of the target's, int64 [D]; None: over all."""
+        self._vocabulary, self._ids = vocabulary, [] if vocabulary is None else vocabulary.tolist()
+        self._size = 1 + max(self._ids, default=0)
 
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
         """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
@@ -127,7 +134,7 @@ class OnePassSource(DraftSource):
         logits: [R, D], float32, over the draft vocabulary."""
         logits = self._processed(queries, logits)
         found: list[list[tuple[Guesses, Guesses]]] = []
-        first = 0
+        groups, asked, first = [], [], 0
         for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
             some = list(group)
             positions = [
@@ -136,8 +143,10 @@ class OnePassSource(DraftSource):
                 for path in one.paths
                 for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
             ]
-            guesses = self._ranked(logits[first : first + len(positions)], positions, own)
+            asked.append(RankQuery(logits[first : first + len(positions)], own, positions))
             first += len(positions)
+            groups.append(some)
+        for some, guesses in zip(groups, self._ranked(asked), strict=True):
             at = 0
             for one in some:
                 found.append([])
@@ -158,18 +167,28 @@ class OnePassSource(DraftSource):
 
     def _of_target(self, logits: Tensor) -> Tensor:
         """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, D]"""
-        if self._vocabulary is None or logits.shape[1] == (size := int(self._vocabulary.max()) + 1):
+        if self._vocabulary is None or logits.shape[1] == self._size:
             return logits
-        return logits.new_full((len(logits), size), -torch.inf).index_copy_(1, self._vocabulary, logits)
+        return logits.new_full((len(logits), self._size), -torch.inf).index_copy_(1, self._vocabulary, logits)
 
-    def _ranked(self, logits: Tensor, positions: Sequence[int], params: SamplingParams) -> Guesses:
-        """logits: [R, D] over the draft vocabulary or the target's; positions: of the token that each row guesses."""
-        vocabulary = self._vocabulary
-        if vocabulary is not None and params.greedy and logits.shape[1] == len(vocabulary):
-            found = ranked(logits, params, positions, MAX_CHILDREN)
-            return [[(int(vocabulary[at]), q, proposal) for at, q, proposal in guesses] for guesses in found]
+    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
+        """Of logits over the draft vocabulary or the target's; positions: of the token that each row guesses. The host
+        waits for a GPU once."""
+        own = [self._is_own(one) for one in queries]
         # noise and filters are functions of the target's own token ids
-        return ranked(self._of_target(logits), params, positions, MAX_CHILDREN)
+        asked = [
+            one if mine else one._replace(logits=self._of_target(one.logits))
+            for one, mine in zip(queries, own, strict=True)
+        ]
+        found: list[Guesses] = list(ranked_together(asked, MAX_CHILDREN))
+        return [
+            [[(self._ids[at], q, proposal) for at, q, proposal in row] for row in rows] if mine else rows
+            for rows, mine in zip(found, own, strict=True)
+        ]
+
+    def _is_own(self, query: RankQuery) -> bool:
+        """Whether its guesses are numbered as the draft vocabulary is."""
+        return bool(self._ids) and query.params.greedy and query.logits.shape[1] == len(self._ids)
 
     def known(self, state: Any, tokens: Sequence[int]) -> int:
         """How many of `tokens` are the trunk; what is beyond counts as a path."""

@@ -24,10 +24,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import ranked
+from pearl.core.sampling import Ranked, RankQuery, ranked_together
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node
 from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, Proposal, TreeQuery
@@ -96,8 +94,15 @@ class TreeSource(ModelSource):
         self.rows += sum(map(len, chosen))
         self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
         leaves = [LeavesQuery(one.batch_slot, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
-        q = iter(self._model.read_leaves_together(leaves))
-        grown = [self._grow(one, rows, next(q)) if rows else [] for one, rows in zip(queries, chosen, strict=True)]
+        asked = []
+        for (one, rows), logits in zip(reading, self._model.read_leaves_together(leaves), strict=True):
+            positions = [len(one.trie.tokens) + len(row.path) for row in rows]
+            logits = one.processed(logits, [row.path for row in rows])
+            asked.append(RankQuery(logits, self._params[one.batch_slot], positions))
+        guesses = iter(ranked_together(asked, RANKED))
+        grown = [
+            self._grow(one, rows, next(guesses)) if rows else [] for one, rows in zip(queries, chosen, strict=True)
+        ]
         return [before + new for before, new in zip(offered, grown, strict=True)]
 
     def _offer(self, query: TreeQuery) -> Grown:
@@ -132,15 +137,11 @@ class TreeSource(ModelSource):
             new.append((node, child))
         return new
 
-    def _grow(self, query: TreeQuery, rows: Sequence[_DraftRow], logits: Tensor) -> Grown:
-        """The nodes that come of the rows of one trie. logits: [rows, V]"""
-        trie = query.trie
+    def _grow(self, query: TreeQuery, rows: Sequence[_DraftRow], guesses: Ranked) -> Grown:
+        """The nodes that come of the rows of one trie. `guesses`: after each of them"""
         read: dict[tuple[int, ...], tuple[Node, float]] = {}  # the rows that are nodes, with their joint probability
         new: Grown = []
         held_back = self._held_back[query.batch_slot]
-        positions = [len(trie.tokens) + len(row.path) for row in rows]
-        logits = query.processed(logits, [row.path for row in rows])
-        guesses = ranked(logits, self._params[query.batch_slot], positions, RANKED)
         for row, after in zip(rows, guesses, strict=True):  # parents come before their children
             found = (row.node, row.logp) if row.node else self._confirm(row, read.get(row.path[:-1]))
             if found is None:

@@ -8,6 +8,7 @@ is no GPU all of this is a plain copy, or none.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,20 +45,35 @@ class SentOnce:
 
 
 class Fetched:
-    """A tensor of a GPU on its way to the host."""
+    """A tensor on its way to the host; one that is there already is here."""
 
     def __init__(self, there: Tensor):
+        self._copied: Any = None
+        if not there.is_cuda:
+            self._here = there.cpu()
+            return
         self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
         self._here.copy_(there, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record(torch.cuda.current_stream(there.device))
 
+    @property
+    def arrived(self) -> bool:
+        return self._copied is None or self._copied.query()
+
     def wait(self) -> Tensor:
         """The only place of a decoding step where the host waits for a GPU."""
-        self._copied.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._here
 
 
 def on_host(there: Tensor) -> Tensor:
     """A tensor on the host, wherever it is."""
-    return Fetched(there).wait() if there.is_cuda else there.cpu()
+    return Fetched(there).wait()
+
+
+def all_on_host(there: Sequence[Tensor]) -> list[Tensor]:
+    """Several at once. The last copy is waited for, and with it those before it have arrived."""
+    coming = [Fetched(one) for one in there]
+    return [one.wait() for one in reversed(coming)][::-1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pearl.models.static_shapes import Capture, Run
+from pearl.models.static_shapes.recordings import Capture, Run
 
 _WARM_UP = 2  # runs before the recording, in which libraries choose kernels and make their workspaces
 

@@ -8,7 +8,7 @@ Letters: V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,9 @@ from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
 from pearl.models.language_model import PREFILL_CHUNK, LanguageModel, SequenceRows, SideRow
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import ForwardRows
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, ForwardRows
 
+_ROWS = (*DRAFT_COUNTS, *range(80, 1 << 10, 16))  # of a forward that several sequences share, where shapes are static
 DRAFT_PREFILL_CHUNK = 4 * GRAIN  # rows of one forward over a prompt at most
 
 
@@ -61,7 +62,7 @@ class DraftModel(LanguageModel):
         if not uses_grouped_attention(self.model):
             return [self._read_chains(one) for one in queries]
         found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
-        parts, wanted, plans, trees, fresh = [], [], [], [], list[LeavesQuery]()
+        parts, plans, trees, fresh = list[tuple[int, ForwardChunk]](), [], [], list[LeavesQuery]()
         for one in queries:
             slot = self._slots[one.batch_slot]
             self.observe(one.tokens, one.batch_slot)
@@ -79,12 +80,9 @@ class DraftModel(LanguageModel):
             if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
                 found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
             else:
-                parts.append(self._lay_out_chunk(last, one.batch_slot))
-                wanted.append(last.wanted)
-        if parts:
-            logits, places = self.run_together(parts)
-            for part, rows in zip(parts, wanted, strict=True):
-                found[part.batch_slot].append(rows_of(logits[places[part.batch_slot]], rows))
+                parts.append((one.batch_slot, last))
+        for batch_slot, logits in self._read_chunks(parts):
+            found[batch_slot].append(logits)
         for one in fresh:
             self._remember_beginning(one)
         for one, tree in zip(queries, trees, strict=True):
@@ -132,14 +130,34 @@ class DraftModel(LanguageModel):
         cache.place_nodes(chunk.slots, chunk.mask)
         return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), cache)
 
+    def _chunk_rows(self, chunk: ForwardChunk, batch_slot: int) -> ForwardRows:
+        masks = [chunk.mask.within(window).visible[0, 0] for window in (None, *self.windows)]
+        cache, slots = self._slots[batch_slot].cache, chunk.slots.tolist()
+        cache.high = max(cache.high, max(slots) + 1)
+        return ForwardRows(chunk.tokens, chunk.positions.tolist(), slots, mask=torch.stack(masks).numpy())
+
     def _read_chunk(self, chunk: ForwardChunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
-            masks = [chunk.mask.within(window).visible[0, 0] for window in (None, *self.windows)]
-            mask = torch.stack(masks).numpy()
-            rows = ForwardRows(chunk.tokens, chunk.positions.tolist(), chunk.slots.tolist(), mask=mask)
+            rows = self._chunk_rows(chunk, batch_slot)
             return rows_of(self.static(self._slots[batch_slot].cache, rows)[0], chunk.wanted)
         laid = self._lay_out_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)
+
+    def _read_chunks(self, chunks: Sequence[tuple[int, ForwardChunk]]) -> Iterator[tuple[int, Tensor]]:
+        """Those of several sequences in one forward: batch slots, and the logits wanted of each."""
+        if not chunks:
+            return
+        lengths = [len(chunk.tokens) for _, chunk in chunks]
+        count = next((count for count in _ROWS if count >= sum(lengths)), sum(lengths))
+        if self.shared and self.shared.supports(count):
+            queries = next(count for count in COUNTS if count >= max(lengths))
+            logits, _ = self.shared([(slot, self._chunk_rows(one, slot)) for slot, one in chunks], queries, count)
+        else:
+            logits, _ = self.run_together([self._lay_out_chunk(one, slot) for slot, one in chunks])
+        first = 0
+        for (batch_slot, chunk), length in zip(chunks, lengths, strict=True):
+            yield batch_slot, rows_of(logits[first : first + length], chunk.wanted)
+            first += length
 
 
 def read_unknown_tokens(model: PreTrainedModel) -> None:

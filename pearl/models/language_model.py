@@ -30,7 +30,9 @@ from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
 from pearl.models.kv_cache.window import Window
 from pearl.models.reduced_head import ReducedVocabHead
-from pearl.models.static_shapes import COUNTS, Capture, ForwardRows, StaticShapeRunner
+from pearl.models.static_shapes.one_text import COUNTS, ForwardRows, StaticShapeRunner
+from pearl.models.static_shapes.recordings import Capture
+from pearl.models.static_shapes.several_texts import SharedShapeRunner
 
 TREE_SLOTS = 256  # for the nodes of a drafter, beyond its longest sequence
 PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
@@ -110,7 +112,8 @@ class LanguageModel:
         how many sequences there may be side by side. `coarse`: see `KVBuffers`. `hooks`: on layers whose hidden
         states are kept. `head`: the model's, if it is cut to a draft vocabulary."""
         self.model, self.vocabulary, self.max_length = model, vocabulary, max_length
-        self.static: StaticShapeRunner | None = None
+        self.static: StaticShapeRunner | None = None  # forwards of one text
+        self.shared: SharedShapeRunner | None = None  # and those that several share
         self.prefix_cache: PrefixCache | None = None  # over texts
         self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
         self._hooks, self._head = hooks, head
@@ -121,11 +124,20 @@ class LanguageModel:
     def enable_static_shapes(
         self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, backend: str = "packed"
     ) -> StaticShapeRunner:
-        """From here on forwards of one sequence that are no wider than the last of `counts` have static shapes."""
-        self.static = StaticShapeRunner(
-            self.model, self.buffers.slots, counts, capture, backend, self._hooks, self._head, self.windows
-        )
+        """From here on forwards of one sequence that are no wider than the last of `counts` have static shapes, and
+        whole pieces of prompts; and forwards that several sequences share."""
+        more = self._hooks, self._head, self.windows
+        pieces = not self._attention.slices_rows
+        self.static = StaticShapeRunner(self.model, self.buffers.slots, counts, capture, backend, *more, pieces)
+        self.share_static_shapes(capture)
         return self.static
+
+    def share_static_shapes(self, capture: Capture | None) -> None:
+        """The same of forwards that several sequences share alone."""
+        self.shared = None
+        if self.static and self.batch_slots > 1 and self.shares_forwards:
+            more = self._hooks, self._head, self.windows
+            self.shared = SharedShapeRunner(self.model, self.buffers, capture, self.static.backend, *more)
 
     @torch.inference_mode()
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
@@ -225,10 +237,11 @@ class LanguageModel:
         Returns logits [keep, V] of the last `keep` rows, V as the model has it.
         """
         count = len(tokens) + len(side_rows) + pads
-        if self.static and self.static.supports(count):
-            rows = self._rows(tokens, first, side_rows, batch_slot, count)
+        if self.static and self.static.supports(count, keep):
+            rows = self.rows_of(tokens, first, side_rows, batch_slot, count)
             logits, states = self.static(self._slots[batch_slot].cache, rows)
-            logits, states = logits[count - keep : count].clone(), None if states is None else states.clone()
+            last = min(count, len(logits))  # of a piece of a prompt there is but one row
+            logits, states = logits[last - keep : last].clone(), None if states is None else states.clone()
         else:
             laid = self.lay_out(tokens, first, side_rows, pads, batch_slot)
             logits = self.run(laid.tokens, laid.positions, laid.cache, keep)
@@ -243,22 +256,29 @@ class LanguageModel:
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow] = (), pads: int = 0, batch_slot: int = 0
     ) -> SequenceRows:
         """The rows of a forward, and their places in the cache."""
-        rows, cache = self._rows(tokens, first, side_rows, batch_slot), self._slots[batch_slot].cache
-        cache.place_chain(first, len(rows.tokens) + pads, len(tokens), rows.branches, rows.positions)
-        padding = [tokens[-1]] * pads, [first] * pads
+        return self.placed(self.rows_of(tokens, first, side_rows, batch_slot), pads, batch_slot)
+
+    def placed(self, rows: ForwardRows, pads: int, batch_slot: int) -> SequenceRows:
+        """Those rows, and some that only fill the forward, in the cache."""
+        cache, chain, first = self._slots[batch_slot].cache, len(rows.slots), rows.first
+        cache.place_chain(first, len(rows.tokens) + pads, chain, rows.branches, rows.positions)
+        padding = [rows.tokens[chain - 1]] * pads, [first] * pads
         return SequenceRows(batch_slot, [*rows.tokens, *padding[0]], [*rows.positions, *padding[1]], cache)
 
-    def _rows(
+    def rows_of(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow], batch_slot: int, least: int = 0
     ) -> ForwardRows:
-        """The rows of a forward without padding."""
-        self._slots[batch_slot].first = first
+        """The rows of a forward without padding, which is the next of that batch slot."""
+        rows, cache = self.laid_out(tokens, first, side_rows, least), self._slots[batch_slot].cache
+        self._slots[batch_slot].first, cache.high = first, max(cache.high, max(rows.positions) + 1)
+        return rows
+
+    def laid_out(self, tokens: list[int], first: int, side_rows: Sequence[SideRow], least: int) -> ForwardRows:
+        """The same of any forward. `least`: see `ForwardRows`."""
         chain, positions = len(tokens), list(range(first, first + len(tokens)))
         assert positions[-1] < self.buffers.slots, "the cache is too short for this forward"
         for parent, _ in side_rows:
             positions.append(positions[parent] + 1)
-        cache = self._slots[batch_slot].cache
-        cache.high = max(cache.high, max(positions) + 1)
         branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.rows)
         tokens = [*tokens, *(token for _, token in side_rows)]
         return ForwardRows(tokens, positions, range(first, first + chain), first, branches, least=least)

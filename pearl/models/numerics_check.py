@@ -19,17 +19,28 @@ import torch
 from torch import Tensor
 
 from pearl.config.inputs import brief
-from pearl.core.token_buckets import LIMIT, Check, TokenBuckets
-from pearl.models.batch_invariance import branches_agree, find_invariant_counts, products, profile_path
-from pearl.models.draft_model import DraftModel
+from pearl.core.token_buckets import LIMIT, BatchedTokenBuckets, Check, TokenBuckets
+from pearl.models.batch_invariance import (
+    Product,
+    branches_agree,
+    find_invariant_batches,
+    find_invariant_counts,
+    products,
+    profile_path,
+)
+from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.kv_cache.attention import BACKENDS
 from pearl.models.language_model import LanguageModel
-from pearl.models.static_shapes import COUNTS, Capture
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PIECE
+from pearl.models.static_shapes.recordings import Capture
 from pearl.models.timing import best_of
-from pearl.models.verifier import VerifierModel
+from pearl.models.verifier import SequenceQuery, VerifierModel
 
+_ALONE, _TOGETHER = "graph against eager", "graph against eager, texts side by side"
 _PREFIX = 61
 _REPEATS = 5
+_SEEDS = 4, 5, 4  # of texts: each shape is recorded with one, then replayed with another
+_APART = 1.2  # times as many rows as the last: a forward that texts share has a shape for a few row counts only
 
 
 @dataclass(frozen=True)
@@ -93,9 +104,33 @@ def apply(reader: VerifierModel, known: NumericsReport, capture: Capture | None)
 def examine_drafter(reader: DraftModel, capture: Capture | None) -> tuple[bool, tuple[Check, ...]]:
     """Graph against code for a model whose guesses are checked anyway: whether forwards are recorded. The reader is
     left so."""
-    reader.enable_static_shapes(COUNTS)
+    reader.enable_static_shapes(DRAFT_COUNTS)
     checks, captured = _graphs(reader, capture)
     return captured, tuple(checks)
+
+
+def examine_batches(
+    reader: VerifierModel, capture: Capture | None, products: Sequence[Product]
+) -> tuple[BatchedTokenBuckets | None, bool, tuple[Check, ...]]:
+    """Forwards that several texts share: the row counts that keep the bits of each text alone, None if hardly any do;
+    and, where shapes are static, whether these forwards are recorded. Leaves the reader so."""
+    reader.share_static_shapes(None)
+    plan = find_invariant_batches(reader, reader.vocabulary, products)
+    reader.joint = plan
+    if plan is None or reader.shared is None:
+        return plan, False, ()
+    plan = reader.joint = replace(plan, counts=_spread(plan.counts), cost_s=())
+    if capture is None:
+        checks, captured = [Check(_TOGETHER, True, "not recorded: forwards run eagerly")], False
+    else:
+        code = [logits for seed in _SEEDS for logits in _probed_together(reader, plan, seed)]
+        reader.share_static_shapes(capture)
+        graphs = [logits for seed in _SEEDS for logits in _probed_together(reader, plan, seed)]
+        checks, captured = _compared(_TOGETHER, code, graphs, reader.shared)
+        if not captured:
+            reader.share_static_shapes(None)
+    plan = reader.joint = replace(plan, cost_s=_timed_together(reader, plan))
+    return plan, captured, tuple(checks)
 
 
 def rows_check(plan: TokenBuckets) -> Check:
@@ -149,20 +184,33 @@ def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check]
     static = reader.static
     assert static, "what is compared with graphs is the same code"
     if capture is None:
-        return [Check("graph against eager", True, "not recorded: forwards run eagerly")], False
-    texts = (4, 5, 4)  # each shape is recorded with one text, then replayed with another
-    code = [logits for seed in texts for logits in _probed(reader, static.counts, seed)]
+        return [Check(_ALONE, True, "not recorded: forwards run eagerly")], False
+    code = [logits for seed in _SEEDS for logits in _probed(reader, static.counts, seed)]
     recorder = reader.enable_static_shapes(static.counts, capture, static.backend)
-    graphs = [logits for seed in texts for logits in _probed(reader, static.counts, seed)]
-    if recorder.failed:
-        why = f"forwards can't be recorded as graphs, so they run eagerly ({recorder.failed})"
-        return [Check("graph against eager", False, why)], False
+    graphs = [logits for seed in _SEEDS for logits in _probed(reader, static.counts, seed)]
+    checks, captured = _compared(_ALONE, code, graphs, recorder, reader.shared)
+    if not captured and not (recorder.failed or (reader.shared and reader.shared.failed)):
+        reader.enable_static_shapes(static.counts, None, static.backend)
+    return checks, captured
+
+
+def _compared(what: str, code: Sequence[Tensor], graphs: Sequence[Tensor], *runners: Any) -> tuple[list[Check], bool]:
+    """What is said of logits by code and by graphs of some runners, and whether those are used."""
+    used = [one for one in runners if one]
+    if failed := next((one.failed for one in used if one.failed), ""):
+        return [Check(what, False, f"forwards can't be recorded as graphs, so they run eagerly ({failed})")], False
     if all(map(torch.equal, code, graphs)):
-        return [Check("graph against eager", True, f"equal bits in {recorder.shapes} shapes")], True
-    reader.enable_static_shapes(static.counts, None, static.backend)
-    return [
-        Check("graph against eager", False, "a graph gives other bits than its code, so forwards run eagerly")
-    ], False
+        return [Check(what, True, f"equal bits in {sum(one.shapes for one in used)} shapes")], True
+    return [Check(what, False, "a graph gives other bits than its code, so forwards run eagerly")], False
+
+
+def _spread(counts: Sequence[int]) -> tuple[int, ...]:
+    """Of row counts, ascending, the last and some on the way to it."""
+    found: list[int] = []
+    for count in counts:
+        if not found or count >= _APART * found[-1] or count == counts[-1]:
+            found.append(count)
+    return tuple(found)
 
 
 def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Tensor]:
@@ -176,10 +224,56 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
         found.append(reader.read(text, count))
         if isinstance(reader, DraftModel):
             found.append(reader.read_leaves(text, [(1,), (2, 3)]))
+            if reader.batch_slots > 1:
+                both = [LeavesQuery(slot, text[slot:], [(1,), (2, 3)]) for slot in range(2)]
+                found += reader.read_leaves_together(both)
+                reader.forget(batch_slot=1)
         elif isinstance(reader, VerifierModel) and reader.verifies_trees and count < LIMIT:
             reader.forget(but=text[:_PREFIX])
             found.append(reader.read(text, count, [(0, 1), (0, 2)][: LIMIT - count]))
+    if reader.max_length > PIECE:
+        reader.forget()
+        piece = torch.randint(reader.vocabulary, (PIECE,), generator=generator).tolist()
+        found += [reader.read(piece, 1), reader.read([*piece, 1], 1)]
     return found
+
+
+def _probed_together(reader: VerifierModel, plan: BatchedTokenBuckets, seed: int) -> list[Tensor]:
+    """Logits of passes that all texts share, each another one, of each row count; chains, and trees."""
+    generator, found, texts = torch.Generator().manual_seed(seed), [], reader.batch_slots
+    lines = torch.randint(reader.vocabulary, (texts, _PREFIX + LIMIT), generator=generator).tolist()
+    for slot, line in enumerate(lines):
+        reader.forget(batch_slot=slot)
+        reader.read(line[:_PREFIX], 1, batch_slot=slot)
+    for count in plan.counts:
+        for sides in ([], [(0, 1), (0, 2)]) if reader.verifies_trees else ([],):
+            queries, left = [], count
+            for slot, line in enumerate(lines):
+                rows = min(reader.rows.most, -(-left // (texts - slot)))
+                beside = sides[: max(0, rows - 1)]
+                if rows:
+                    keep = rows - len(beside)
+                    queries.append(SequenceQuery(slot, line[: _PREFIX + keep], keep, beside))
+                left -= rows
+                reader.forget(line[:_PREFIX], slot)
+            found += reader.read_together(queries)
+    return found
+
+
+def _timed_together(reader: VerifierModel, plan: BatchedTokenBuckets) -> tuple[float, ...]:
+    """Seconds of a forward of each row count, as it runs from now on."""
+    text = torch.randint(reader.vocabulary, (_PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
+    reader.forget()
+    reader.read(text[:_PREFIX], 1)
+    reader.trial.copy_first(_PREFIX)
+    found = []
+    for count in plan.counts:
+        share, more = divmod(count, reader.batch_slots)
+        lengths = [share + (one < more) for one in range(reader.batch_slots)]
+        read = functools.partial(reader.trial.read, text[_PREFIX:], _PREFIX, lengths, count)
+        read()
+        found.append(best_of(_REPEATS, read))
+    return tuple(min(found[at:]) for at in range(len(found)))
 
 
 def _timed(reader: VerifierModel, counts: Sequence[int], before: Sequence[float]) -> tuple[float, ...]:

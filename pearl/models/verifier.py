@@ -8,6 +8,7 @@ Letters: V tokens of the vocabulary, F numbers of the hooked layers' hidden stat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,13 +19,16 @@ from transformers import PreTrainedModel
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Features
 from pearl.core.token_buckets import ANY, LIMIT, BatchedTokenBuckets, Check, TokenBuckets
+from pearl.machine.transfers import rows_of
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.language_model import LanguageModel, SequenceRows, SideRow
+from pearl.models.language_model import LanguageModel, SideRow
+from pearl.models.static_shapes.one_text import ForwardRows
 
 QUERY_COUNTS = (
     4,
     8,
 )  # rows of a sequence in the attention of a shared forward: few kinds, so that many share a call
+Part = tuple[int, ForwardRows]  # of a forward that several sequences share: a batch slot, and its rows
 
 
 @dataclass(frozen=True)
@@ -80,28 +84,48 @@ class VerifierModel(LanguageModel):
         if len(queries) == 1 or self.joint is None:
             return [self.read(one.tokens, one.keep, one.side_rows, one.batch_slot) for one in queries]
         found: dict[int, Tensor] = {}  # [rows, V] by batch slot
-        parts: list[SequenceRows] = []
+        parts: list[Part] = []
         for one in sorted(queries, key=lambda one: one.batch_slot):
             tokens = list(one.tokens)
             new, sides = self.begin(one.batch_slot, tokens, one.keep, one.side_rows, LIMIT)
-            if sum(map(len, parts)) + len(new) + len(sides) > self.joint.most:
+            count, first = len(new) + len(sides), len(tokens) - len(new)
+            if self.shared and count > LIMIT:  # it has no shape, and alone it would have none
+                found[one.batch_slot] = self.forward(new, first, count, sides, batch_slot=one.batch_slot)
+                continue
+            if _rows(parts) + count > self.joint.most:
                 found |= self.forward_together(parts, self.joint)
                 parts = []
-            parts.append(self.lay_out(new, len(tokens) - len(new), sides, 0, one.batch_slot))
-        found |= self.forward_together(parts, self.joint)
+            parts.append((one.batch_slot, self.rows_of(new, first, sides, one.batch_slot)))
+        found |= self.forward_together(parts, self.joint) if parts else {}
         for one in queries:
             chain = len(found[one.batch_slot]) - len(one.side_rows)
             sides = [(chain - one.keep + parent, token) for parent, token in one.side_rows]
             self._slots[one.batch_slot].done(list(one.tokens), chain, sides)
         return [found[one.batch_slot][-one.keep - len(one.side_rows) :, : self.vocabulary] for one in queries]
 
-    def forward_together(self, parts: Sequence[SequenceRows], joint: BatchedTokenBuckets) -> dict[int, Tensor]:
+    @torch.inference_mode()
+    def prepare(self, query: SequenceQuery) -> None:
+        """Fills the buffers of a read that is likely to be the next one."""
+        count = query.keep + len(query.side_rows)
+        if self.static and self.static.supports(self.rows.pad(count)) and not self._slots[query.batch_slot].tree:
+            first, tokens = len(query.tokens) - query.keep, list(query.tokens[-query.keep :])
+            if first + count <= self.max_length:
+                rows = self.laid_out(tokens, first, query.side_rows, self.rows.pad(count))
+                self.static.prepare(self._slots[query.batch_slot].cache, rows)
+
+    def forward_together(self, parts: Sequence[Part], joint: BatchedTokenBuckets) -> dict[int, Tensor]:
         """One forward of the rows of several sequences, of a row count of `joint`: logits [rows, V] by batch slot."""
-        rows = sum(map(len, parts))
-        counts = (next((most for most in QUERY_COUNTS if most >= len(part)), len(part)) for part in parts)
-        queries = [self.rows.pad(count) for count in counts]
-        logits, places = self.run_together(parts, queries, joint.pad(rows) - rows)
-        states = self._hooks.states()[0] if self._hooks else None
+        count, lengths = joint.pad(_rows(parts)), [len(rows.tokens) for _, rows in parts]
+        queries = [self.rows.pad(next((most for most in QUERY_COUNTS if most >= n), n)) for n in lengths]
+        if self.shared and self.shared.supports(count):
+            logits, states = self.shared(parts, max(queries), count)
+            logits, states = logits.clone(), None if states is None else states.clone()
+            ends = list(itertools.accumulate(lengths))
+            places = {slot: slice(end - n, end) for (slot, _), n, end in zip(parts, lengths, ends, strict=True)}
+        else:
+            placed = [self.placed(rows, 0, batch_slot) for batch_slot, rows in parts]
+            logits, places = self.run_together(placed, queries, count - sum(lengths))
+            states = self._hooks.states()[0] if self._hooks else None
         for batch_slot, place in places.items():
             if states is not None:
                 self._slots[batch_slot].states.append(states[place])
@@ -117,9 +141,12 @@ class VerifierModel(LanguageModel):
             return None
         slot = self._slots[batch_slot]
         states = torch.cat(slot.states) if len(slot.states) > 1 else slot.states[0]
-        wanted = torch.tensor([slot.before + row for row in rows], device=states.device)
-        features = DeviceFeatures(states[wanted].to(torch.bfloat16))
+        features = DeviceFeatures(rows_of(states, [slot.before + row for row in rows]).to(torch.bfloat16))
         return features if self.features_stay else features.bits()
+
+
+def _rows(parts: Sequence[Part]) -> int:
+    return sum(len(rows.tokens) for _, rows in parts)
 
 
 class SharedForwardTrial:
@@ -138,6 +165,6 @@ class SharedForwardTrial:
         """Logits [lengths[i], V] of a forward in which batch slot i reads so many of `tokens` at the positions from
         `first`, and which has `count` rows."""
         model = self._model
-        parts = [model.lay_out(list(tokens[:n]), first, batch_slot=slot) for slot, n in enumerate(lengths) if n]
+        parts = [(slot, model.rows_of(list(tokens[:n]), first, (), slot)) for slot, n in enumerate(lengths) if n]
         found = model.forward_together(parts, BatchedTokenBuckets((count,), (0.0,)))
         return [logits[:, : model.vocabulary] for logits in found.values()]

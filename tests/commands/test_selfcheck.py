@@ -27,7 +27,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import find_invariant_counts
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.kv_cache import attention
-from pearl.models.static_shapes import COUNTS
+from pearl.models.static_shapes.one_text import COUNTS
 from pearl.roles.target import Target
 
 PACKED = ("packed",)
@@ -52,7 +52,7 @@ def test_on_a_machine_whose_kernels_keep_the_bits_everything_is_used():
     assert report.plan.exact, "some row counts agree on any CPU: the measurement is broken"
     assert report.captured and report.backend == "packed" and report.plan.branches
     assert all(check.holds for check in report.checks), report.checks
-    assert set(report.plan.safe) == set(made.static.counts) and made.static._capture
+    assert set(report.plan.safe) == set(made.static.counts) and made.static.captured
     assert list(report.plan.cost_s) == sorted(report.plan.cost_s)
     assert "shapes" in found(report)["graph against eager"].found
 
@@ -69,7 +69,7 @@ def test_a_graph_that_gives_other_bits_is_found_out():
 
     report = numerics_check.examine(made, other, PACKED)
     check = found(report)["graph against eager"]
-    assert not report.captured and not made.static._capture
+    assert not report.captured and not made.static.captured
     assert not check.holds and check.found == "a graph gives other bits than its code, so forwards run eagerly"
 
 
@@ -90,6 +90,40 @@ def test_a_graph_that_reads_last_passs_inputs_is_found_out():
     assert not report.captured and not found(report)["graph against eager"].holds
 
 
+def side_by_side():
+    made = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=3)
+    assert numerics_check.examine(made, graph, PACKED).captured
+    return made
+
+
+def test_graphs_of_texts_side_by_side_are_used_if_they_keep_the_bits_of_each():
+    made = side_by_side()
+    plan, captured, (check,) = numerics_check.examine_batches(made, graph, ())
+    assert captured and made.shared.captured and check.holds and plan == made.joint
+    assert list(plan.cost_s) == sorted(plan.cost_s) and len(plan.cost_s) == len(plan.counts)
+
+
+@pytest.mark.parametrize("kind", ["other bits", "old inputs", "not recorded"])
+def test_a_graph_of_texts_side_by_side_that_is_wrong_is_found_out(kind):
+    made = side_by_side()
+
+    def wrong(run):
+        if kind == "not recorded":
+            raise RuntimeError("out of graphs")
+        run()
+        kept = made.shared._logits.clone()
+
+        def replay():
+            run()
+            made.shared._logits.copy_(kept) if kind == "old inputs" else made.shared._logits.mul_(1 + 2**-20)
+
+        return replay
+
+    plan, captured, (check,) = numerics_check.examine_batches(made, wrong, ())
+    assert plan and not captured and not made.shared.captured and not check.holds
+    assert made.static.captured, "passes over one text are as good as before"
+
+
 def test_where_nothing_can_be_recorded_it_says_why_and_runs_eagerly(capsys):
     def fails(run):
         raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
@@ -97,7 +131,7 @@ def test_where_nothing_can_be_recorded_it_says_why_and_runs_eagerly(capsys):
     made = reader()
     report = numerics_check.examine(made, fails, PACKED)
     sentence = found(report)["graph against eager"].found
-    assert not report.captured and not made.static._capture
+    assert not report.captured and not made.static.captured
     assert sentence == (
         "forwards can't be recorded as graphs, so they run eagerly "
         "(CUDA error: operation not permitted when stream is capturing)"
@@ -170,7 +204,7 @@ def test_a_branch_with_bits_of_its_own_makes_passes_chains(monkeypatch):
 
     monkeypatch.setitem(attention.BACKENDS, "packed", skewed)
     made = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()))
-    monkeypatch.setattr("pearl.models.static_shapes.PATHS", (0, 2, 4, 8, 16))
+    monkeypatch.setattr("pearl.models.static_shapes.one_text.PATHS", (0, 2, 4, 8, 16))
     report = numerics_check.examine(made, None, PACKED)
     assert not report.plan.branches and "other bits" in found(report)["tree against chain"].found
     assert not made.verifies_trees

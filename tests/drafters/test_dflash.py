@@ -95,7 +95,7 @@ def block_of(drafter: DFlashDrafter, text: Sequence[int], path: Sequence[int] = 
     drafter.logits = lambda hidden: (seen.append(hidden), logits(hidden))[1]  # type: ignore[method-assign]
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DFlashSource, "_ranked", lambda self, logits, positions, params: logits)
+            patch.setattr(DFlashSource, "_ranked", lambda self, queries: [one.logits for one in queries])
             (((_, table),),) = source.read_on([PathsQuery(state, text, [path], way=False)])
     finally:
         del drafter.logits

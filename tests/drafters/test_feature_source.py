@@ -247,8 +247,8 @@ def test_it_is_a_source_of_trees_that_observes():
 class Raw(FeatureSource):
     """Gives the logits as they are."""
 
-    def _ranked(self, logits, positions, params):
-        return logits
+    def _ranked(self, queries):
+        return [one.logits for one in queries]
 
 
 FEATURES = torch.randn(40, 2 * 64, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -118,8 +118,8 @@ def test_what_one_forward_of_p_eagle_drafts_is_theirs(tmp_path: Path, case: dict
 class Raw(FeatureSource):
     """Gives the logits as they are."""
 
-    def _ranked(self, logits, positions, params):
-        return logits
+    def _ranked(self, queries):
+        return [one.logits for one in queries]
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "peagle"])

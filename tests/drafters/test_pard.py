@@ -64,9 +64,9 @@ def reader(family: str, seed: int = 0, **options: object) -> DraftModel:
 class Raw(PardSource):
     """Its tables are logits."""
 
-    def _ranked(self, logits, positions, params):
-        self.positions = list(positions)
-        return logits
+    def _ranked(self, queries):
+        self.positions = [at for one in queries for at in one.positions]
+        return [one.logits for one in queries]
 
 
 def by_transformers(family: str, text: Sequence[int], path: Sequence[int], way: bool = True) -> torch.Tensor:

@@ -26,24 +26,30 @@ from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches, products
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.kv_cache.batch_cache import BatchCache
+from pearl.models.static_shapes.one_text import COUNTS
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 KERNEL = "packed" if FBGEMM else "stock"
-MODELS = [(name, dtype) for name in ("llama", "qwen3", "gpt2", "gemma3") for dtype in ("float32", "bfloat16")]
+NAMES, DTYPES = ("llama", "qwen3", "gpt2", "gemma3"), ("float32", "bfloat16")
+MODELS = [(name, dtype, False) for name in NAMES for dtype in DTYPES]
+STATIC = [("llama", "float32", True), ("llama", "bfloat16", True), ("gemma3", "float32", True)]  # of static shapes
 CHAINS = ("gemma2", "deepseek")
 TEXTS = 5
 PROMPTS = st.lists(st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3, GRAIN + 2]), min_size=TEXTS, max_size=TEXTS)
 
 
 @functools.cache
-def made(name: str, dtype: str, texts: int = TEXTS) -> tuple[VerifierModel, VerifierModel]:
-    """A reader of several texts, and one for the reference, as loading prepares them."""
+def made(name: str, dtype: str, texts: int = TEXTS, static: bool = False) -> tuple[VerifierModel, VerifierModel]:
+    """A reader of several texts, and one for the reference, as loading prepares them. `static`: its forwards have
+    static shapes."""
     model = close_model(name, dtype)
     if KERNEL == "packed":
         assert linear.pack(model) == 0
     reader = tiny.verifier(model, batch_slots=texts)
     reader.rows = measured(reader)
     reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+    if static:
+        reader.enable_static_shapes([count for count in COUNTS if count in reader.rows.safe])
     reader.joint = find_invariant_batches(reader, reader.vocabulary, products(model))
     reference = tiny.verifier(model)
     reference.rows = reader.rows
@@ -94,11 +100,11 @@ ROUNDS = st.lists(
 )
 
 
-@pytest.mark.parametrize("name, dtype", tiered(MODELS, lambda one: one[0] == "llama"))
+@pytest.mark.parametrize("name, dtype, static", tiered([*MODELS, *STATIC], lambda one: one[0] == "llama"))
 @settings(examples(3), phases=[Phase.generate])
 @given(lengths=PROMPTS, rounds=ROUNDS)
-def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, lengths, rounds):
-    reader, reference = made(name, dtype)
+def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, static, lengths, rounds):
+    reader, reference = made(name, dtype, static=static)
     assert reader.rows.exact and reader.joint, "on this machine nothing is promised"
     check(reader, reference, lengths, rounds)
 

@@ -23,8 +23,8 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.tree import TreeSource
 from pearl.machine.transfers import on_host, sent
-from pearl.models import static_shapes
 from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.static_shapes.inputs import StaticInputs
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
@@ -155,7 +155,7 @@ def test_a_wait_in_the_walk_is_found(gpu, monkeypatch, ask):
 
 def test_a_buffer_that_is_filled_while_it_is_copied_is_found(gpu, monkeypatch):
     def fill() -> None:  # as forwards of a long prompt do, between which nobody waits
-        inputs = static_shapes.StaticInputs(torch.device("cuda:0"), 256, 1)
+        inputs = StaticInputs(torch.device("cuda:0"), 256, 1)
         for number in range(5):
             inputs.fill(np.full((5, 16), number), None)
 

@@ -8,13 +8,15 @@ import random
 import pytest
 import tiny
 import torch
-from numerics import FBGEMM, prepared
+from numerics import FBGEMM, Recorder, prepared
 
-from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
-from pearl.models.draft_model import DraftModel
+from pearl.core.token_buckets import ANY, GRAIN, LIMIT, BatchedTokenBuckets, TokenBuckets
+from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.static_shapes import COUNTS, PATHS, StaticInputs, StaticShapeRunner
-from pearl.models.verifier import VerifierModel
+from pearl.models.static_shapes.inputs import StaticInputs
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, PIECE, StaticShapeRunner
+from pearl.models.static_shapes.recordings import Recordings
+from pearl.models.verifier import SequenceQuery, VerifierModel
 
 PACKED = pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")
 SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kernel here tells apart
@@ -158,22 +160,6 @@ def test_coarse_buckets_are_few_and_waste_little():
     assert all(len({found[i] for i in range(at, at + GRAIN)}) == 1 for at in range(0, buffers.slots, GRAIN))
 
 
-class Recorder:
-    """Stands for a graph: it calls the code, and counts how often it recorded and replayed."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run):
-        self.recorded += 1
-
-        def replay():
-            self.replayed += 1
-            run()
-
-        return replay
-
-
 def test_a_shape_is_recorded_once_and_replayed_ever_after():
     reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
     recorder = Recorder()
@@ -185,6 +171,77 @@ def test_a_shape_is_recorded_once_and_replayed_ever_after():
         reader.read(text, keep)
     assert recorder.recorded == reader.static.shapes <= 3
     assert recorder.replayed == 20
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_they_come_again(name):
+    plain, fixed = (tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()), rows=SAFE, batch_slots=2) for _ in range(2))
+    recorder = Recorder()
+    fixed.enable_static_shapes(capture=recorder)
+    for number, seed in enumerate((1, 2, 3)):
+        prompt = [(seed * 7 * i) % tiny.VOCABULARY for i in range(PIECE + 40)]
+        for reader in (plain, fixed):
+            reader.forget(batch_slot=1)
+        for end, keep in ((PIECE, 1), (PIECE + 9, 9)):
+            said = [reader.read(prompt[:end], keep, batch_slot=1) for reader in (plain, fixed)]
+            assert said[0].shape == (keep, tiny.VOCABULARY) and torch.equal(*said)
+        assert recorder.recorded == (1 if number == 0 else 2)  # the nine rows at once, the piece when it comes again
+    assert recorder.replayed == 5
+    scored = [reader.read(prompt[:PIECE], PIECE, batch_slot=0) for reader in (plain, fixed)]
+    assert torch.equal(*scored) and recorder.replayed == 5  # what asks for every row is no such piece
+
+
+def test_texts_side_by_side_replay_one_recording_whoever_they_are():
+    reader, plain = (
+        tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE, batch_slots=4) for _ in range(2)
+    )
+    for one in (reader, plain):
+        one.joint = BatchedTokenBuckets((4, 8, 16), (1.0, 1.0, 1.0))
+    recorder = Recorder()
+    reader.enable_static_shapes(capture=recorder)
+    texts = [[(3 + slot) * i % tiny.VOCABULARY for i in range(30 + slot)] for slot in range(4)]
+    for one in (reader, plain):
+        for slot, text in enumerate(texts):
+            one.read(text, 1, batch_slot=slot)
+    before = recorder.recorded
+    for step, who in enumerate([(0, 1), (2, 3), (0, 3), (1, 2), (0, 1)]):
+        queries = []
+        for slot in who:
+            texts[slot] += [step, slot]
+            queries.append(SequenceQuery(slot, texts[slot], 2, [(0, 5 + slot), (2, 9)] if step > 2 else []))
+        assert all(map(torch.equal, *(one.read_together(queries) for one in (reader, plain))))
+        if step > 2:
+            for slot in who:  # on along a branch
+                texts[slot][-1:] = [5 + slot, 9]
+    assert recorder.recorded - before == 2 == reader.shared.shapes  # of chains, and of trees
+    assert recorder.replayed - before == 3  # each but for the first time
+
+
+def test_drafts_of_texts_side_by_side_are_the_same():
+    plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=3) for _ in range(2))
+    recorder = Recorder()
+    fixed.enable_static_shapes(DRAFT_COUNTS, recorder)
+    rng = random.Random(5)
+    texts = [[rng.randrange(tiny.VOCABULARY) for _ in range(20 + 30 * slot)] for slot in range(3)]
+    for _ in range(12):
+        queries = []
+        for slot in sorted(rng.sample(range(3), rng.randint(2, 3))):
+            paths = [tuple(rng.randrange(4) for _ in range(rng.randrange(4))) for _ in range(rng.randint(1, 3))]
+            queries.append(LeavesQuery(slot, texts[slot], list(dict.fromkeys(paths))))
+        for a, b in zip(*(reader.read_leaves_together(queries) for reader in (plain, fixed)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        for one in queries:
+            texts[one.batch_slot].append(rng.randrange(tiny.VOCABULARY))
+    assert fixed.shared.shapes > 2 and recorder.replayed > 2
+
+
+def test_of_many_recordings_those_replayed_last_are_kept():
+    recorder, made = Recorder(), []
+    recordings = Recordings(recorder, most=2)
+    for shape in "aabacab":
+        recordings.run(shape, lambda shape=shape: made.append(shape))
+    assert recorder.recorded == 4  # a, b, c, and b again, which went for c
+    assert len(recordings) == 3 and set(made) == set("abc")
 
 
 def test_if_recording_fails_it_says_so_once_and_goes_on(caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import tiny
@@ -19,6 +19,22 @@ from pearl.models.language_model import SideRow
 from pearl.models.verifier import VerifierModel
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+
+
+class Recorder:
+    """Stands for a graph: it calls the code, and counts how often it recorded and replayed."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            run()
+
+        return replay
 
 
 def close_model(name: str, dtype: str, drift: float = 0.0) -> PreTrainedModel:

@@ -109,6 +109,7 @@ class Gpu(TorchDispatchMode):
         class Event:
             def __init__(self, *_: Any, **__: Any):
                 self._before: list[_Copy] = []
+                self._asked = 0
 
             def record(self, stream: Any = None) -> None:
                 self._before = list(gpu._copies)
@@ -118,7 +119,10 @@ class Gpu(TorchDispatchMode):
                     gpu.waits += 1
                     gpu.finish(self._before)
 
-            def query(self) -> bool:
+            def query(self) -> bool:  # the device has come there when it is asked again
+                self._asked += 1
+                if self._asked > 1:
+                    self.synchronize()
                 return not any(copy in gpu._copies for copy in self._before)
 
         def synchronize(device: Any = None) -> None:

@@ -90,6 +90,9 @@ class TableModel:
         assert len({one.batch_slot for one in queries}) == len(queries), "a sequence is read once a pass"
         return [self.read(one.tokens, one.keep, one.side_rows, one.batch_slot) for one in queries]
 
+    def prepare(self, query: SequenceQuery) -> None:
+        assert 0 < query.keep <= len(query.tokens) <= self.max_length, "what is foreseen could be read"
+
     def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
         return None
 

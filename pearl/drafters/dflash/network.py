@@ -157,6 +157,15 @@ class DFlashDrafter(nn.Module):
         turn = self._turn(c, positions)
         return [layer.self_attn.key_value(c, turn) for layer in self.layers]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its norms, its keys and its values."""
+        return self.norm.weight.dtype  # type: ignore[return-value]
+
+    def read(self, numbers: Tensor, rows: Tensor | None, masks: list[Tensor], past: list[KeyValue]) -> list[Tensor]:
+        """`block` as a `NetworkForward` calls it.  numbers: tokens and positions, int64 [2, R]"""
+        return [self.block(numbers[0], numbers[1], masks, past)]
+
     def block(self, tokens: Tensor, positions: Tensor, masks: Sequence[Tensor], past: Sequence[KeyValue]) -> Tensor:
         """Hidden states for the head, [R, H].  tokens, positions: int64 [R]; masks: a layer's, bool [R, past + R]"""
         weight = self.embed_tokens.weight if self.shape.own_embedding else self._borrowed[0]

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import RankQuery
 from pearl.core.trie import shared_prefix
 from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
 from pearl.drafters.one_pass import Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.machine.transfers import Fetched, rows_of, sent
+from pearl.models.static_shapes.network import NetworkForward
 from pearl.models.timing import best_of
 
 _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
@@ -52,10 +55,11 @@ class DFlashSource(OnePassSource):
         super().__init__(drafter.shape.depths, top_k, longest)
         self._drafter, self._shape = drafter.eval(), drafter.shape
         self.layers, self.device = drafter.shape.features, drafter.device
-        self._vocabulary = drafter.vocabulary
+        self.forward = NetworkForward(drafter.read, drafter.device)
+        self.of_vocabulary(drafter.vocabulary)
         self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked
         self.begin(0, SamplingParams())
-        self.costs = self._time()
+        self.time()
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
@@ -104,8 +108,8 @@ class DFlashSource(OnePassSource):
             for path in one.paths:
                 self._add_block(rows, number, one, path)
         past = concatenated([one.state.cache for one in queries])
-        tokens, positions = (torch.tensor(some, device=self.device) for some in (rows.tokens, rows.positions))
-        hidden = drafter.block(tokens, positions, self._masks(rows, queries), past)[rows.wanted]
+        numbers = [rows.tokens, rows.positions]
+        hidden = rows_of(self.forward(numbers, None, self._masks(rows, queries), past)[0], rows.wanted)
         self.forwards += 1
         self.rows += len(rows.tokens)
         self._hidden = iter(hidden)
@@ -117,7 +121,7 @@ class DFlashSource(OnePassSource):
         kept = min(shared_prefix(state.read, query.trunk), len(state.read), count)
         cache: list[KeyValue] = [(k[:, :, :kept], v[:, :, :kept]) for k, v in state.cache]
         if kept < count:
-            features = state.between(kept, count).to(self.device)
+            features = state.between(kept, count, self.device)
             new = self._drafter.context(features, torch.arange(kept, count, device=self.device))
             cache = concatenated([cache, new]) if cache else new
         state.cache, state.read = cache, list(query.trunk[:count])
@@ -151,38 +155,56 @@ class DFlashSource(OnePassSource):
                 beside = beside & (causal | (positions.T - positions < window))
             if causal:
                 beside = beside & (positions >= positions.T)
-            made.setdefault((window, causal), torch.cat([before, beside], 1).to(self.device))
+            made.setdefault((window, causal), torch.cat([before, beside], 1))
         return [made[key] for key in zip(self._shape.windows, self._shape.causal, strict=True)]
 
-    def _ranked(self, logits: Tensor, positions: Sequence[int], params: SamplingParams):
+    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         if self._drafter.markov_head is None and self._drafter.confidence_head is None:
-            return super()._ranked(logits, positions, params)
-        rows = zip(logits, positions, strict=True)
-        return [functools.partial(self._after, row, next(self._hidden), at, params) for row, at in rows]
+            return super()._ranked(queries)
+        return [
+            [
+                functools.partial(self._after, row, next(self._hidden), at, one.params)
+                for row, at in zip(one.logits, one.positions, strict=True)
+            ]
+            for one in queries
+        ]
 
     @torch.inference_mode()
     def _after(self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]):
         """The guesses of one row after each of `tokens`.  row: [D], or over the target's vocabulary; hidden: [H]"""
-        bias, sure = self._drafter.after(torch.tensor(tokens, device=self.device), hidden)
+        bias, sure = self._drafter.after(sent(torch.tensor(tokens), self.device), hidden)
         logits = row.expand(len(tokens), -1)
         if bias is not None:
             if self._vocabulary is not None and logits.shape[1] != bias.shape[1]:
                 bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
             logits = logits + bias.float()
-        found = super()._ranked(logits, [position] * len(tokens), params)
-        chances = sure.tolist() if sure is not None else [0.0] * len(tokens)
+        coming = None if sure is None else Fetched(sure)
+        found = super()._ranked([RankQuery(logits, params, [position] * len(tokens))])[0]
+        chances = coming.wait().tolist() if coming else [0.0] * len(tokens)  # they came before the guesses
         return [
             [(token, q + more, proposal) for token, q, proposal in guesses]
             for guesses, more in zip(found, chances, strict=True)
         ]
 
-    def _time(self) -> tuple[float, ...]:
-        """Seconds of a forward of 1, 2, ... leaves."""
+    def probe(self, seed: int) -> None:
+        """Some forwards over a text of that number."""
+        generator, (length, _) = torch.Generator().manual_seed(seed), _TIMED
+        text = torch.randint(self._shape.known, (length,), generator=generator).tolist()
+        self.begin(0, SamplingParams())
+        features = torch.randn(length - 1, len(self.layers) * self._shape.hidden, generator=generator)
+        self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
+        for end in range(length - 2, length + 1):
+            for count in range(1, self.max_leaves + 1):
+                paths = [[token] for token in range(count)] if self.depths > 1 else [[]] * count
+                self.read_on([PathsQuery(self._sequences[0], text[:end], paths, way=False)])
+        self.begin(0, SamplingParams())
+
+    def time(self) -> None:
+        """Finds the seconds of a forward of 1, 2, ... leaves."""
         length, rounds = _TIMED
         self.observe(np.zeros((length - 1, len(self.layers) * self._shape.hidden), np.int16))
         state = self._sequences[0]
         some = [PathsQuery(state, [0] * length, [[]] * count, way=False) for count in range(1, self.max_leaves + 1)]
-        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
+        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0
-        return costs

@@ -17,6 +17,7 @@ from pearl.core.messages import Features
 from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.one_pass import DraftedText, PathsQuery
+from pearl.machine.transfers import sent
 
 _GROW = 256  # slots by which the cache grows
 
@@ -26,7 +27,7 @@ class FeatureCache:
 
     def __init__(self, drafter: FeatureDrafter):
         shape = drafter.shape
-        empty = torch.zeros(1, shape.kv_heads, 0, shape.head_dim, device=drafter.device)
+        empty = torch.zeros(1, shape.kv_heads, 0, shape.head_dim, device=drafter.device, dtype=drafter.dtype)
         self._layers: list[KeyValue] = [(empty, empty) for _ in drafter.layers]
 
     def upto(self, count: int) -> list[KeyValue]:
@@ -59,7 +60,7 @@ class FeatureSequence(DraftedText):
     features: list[Features] = field(default_factory=list)  # one piece after the other
     known: int = 0  # positions that they are of
 
-    def between(self, first: int, last: int) -> Tensor:
+    def between(self, first: int, last: int, device: torch.device) -> Tensor:
         """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
         found, at = [], self.known
         for piece in reversed(self.features):
@@ -67,12 +68,13 @@ class FeatureSequence(DraftedText):
                 break
             at -= len(piece)
             if at < last:
-                found.append(_rows(piece)[max(0, first - at) : last - at])
+                found.append(_rows(piece[max(0, first - at) : last - at], device))
         return torch.cat(found[::-1])
 
 
-def _rows(piece: Features) -> Tensor:
-    return torch.tensor(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
+def _rows(piece: Features, device: torch.device) -> Tensor:
+    here = torch.tensor(piece).view(torch.bfloat16) if isinstance(piece, np.ndarray) else piece.rows
+    return sent(here, device)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tens
 def _known_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> Tensor:
     """The trunk's rows from `kept` on, with features, and all paths' rows, without, [R, W]."""
     trunk, paths, device = query.trunk, query.paths, drafter.device
-    tokens = torch.tensor([*trunk[kept:], *(token for path in paths for token in path)], device=device)
+    tokens = sent(torch.tensor([*trunk[kept:], *(token for path in paths for token in path)]), device)
     fresh = len(trunk) - kept
     withheld = torch.ones(len(tokens), dtype=torch.bool)
     features = torch.zeros(len(tokens), drafter.shape.feature_row, dtype=torch.bfloat16, device=device)
@@ -151,5 +153,5 @@ def _known_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> Tensor
         withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
         first = max(kept, 1)
         if first < len(trunk):
-            features[first - kept : fresh] = query.state.between(first - 1, len(trunk) - 1)
-    return drafter.known(tokens[None], features[None], withheld[None].to(device))[0]
+            features[first - kept : fresh] = query.state.between(first - 1, len(trunk) - 1, device)
+    return drafter.known(tokens[None], features[None], sent(withheld[None], device))[0]

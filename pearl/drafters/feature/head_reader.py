@@ -24,7 +24,9 @@ from pearl.core.trie import shared_prefix
 from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence
 from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.machine.transfers import sent
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.static_shapes.network import NetworkForward
 
 _CHUNK = 512  # rows of the trunk that one forward reads at most
 _MOST = 2048  # drafted rows of a sequence, beyond which all are forgotten
@@ -93,7 +95,8 @@ class HeadSequence(FeatureSequence):
         new = {place: number for number, place in enumerate(places)}
         for row in rows:
             row.seen = tuple(new[place] for place in row.seen if place in new)
-        self.drafted = [(k[:, :, places], v[:, :, places]) for k, v in self.drafted]
+        kept = sent(torch.tensor(places), self.drafted[0][0].device)
+        self.drafted = [(k.index_select(2, kept), v.index_select(2, kept)) for k, v in self.drafted]
         self.count = len(rows)
 
 
@@ -126,6 +129,7 @@ class HeadReader:
 
     def __init__(self, drafter: FeatureDrafter, max_length: int, batch_slots: int = 1):
         self.drafter, self.max_length, self.batch_slots = drafter.eval(), max_length, batch_slots
+        self.forward = NetworkForward(drafter.read, drafter.device)
         self._sequences: dict[int, HeadSequence] = {}
         shape = drafter.shape
         self._size = max(shape.known, int(drafter.vocabulary.max()) + 1)
@@ -214,15 +218,15 @@ class HeadReader:
             positions += [*range(part.kept, part.end), *(position for _, _, position in part.new)]
         masks = [part.mask(before) for part in parts]
         pasts = [part.state.past(part.kept - before) for part in parts]
-        hidden, made = drafter.stack(
-            torch.cat(rows)[None],
-            torch.tensor(positions, device=drafter.device),
-            _joined(masks, [past[0][0].shape[2] for past in pasts]).to(drafter.device),
+        hidden, *new = self.forward(
+            [positions],
+            torch.cat(rows),
+            [_joined(masks, [past[0][0].shape[2] for past in pasts])],
             [_beside([past[layer] for past in pasts]) for layer in range(drafter.shape.layers)],
         )
-        first = 0
+        made, first = list(zip(new[::2], new[1::2], strict=True)), 0
         for part, own in zip(parts, rows, strict=True):
-            self._keep(part, hidden[0], made, first)
+            self._keep(part, hidden, made, first)
             first += len(own)
 
     def _rows(self, part: _Part) -> Tensor:
@@ -230,11 +234,11 @@ class HeadReader:
         drafter, device = self.drafter, self.drafter.device
         found = []
         if part.end > part.kept:
-            tokens = torch.tensor(part.trunk[part.kept : part.end], device=device)
-            features = part.state.between(part.kept - 1, part.end - 1).to(device)
+            tokens = sent(torch.tensor(part.trunk[part.kept : part.end]), device)
+            features = part.state.between(part.kept - 1, part.end - 1, device)
             found.append(drafter.rows(tokens, drafter.fused(features)))
         if part.new:
-            tokens = torch.tensor([row.token for _, row, _ in part.new], device=device)
+            tokens = sent(torch.tensor([row.token for _, row, _ in part.new]), device)
             states = torch.stack([parent.hidden for parent, _, _ in part.new])  # type: ignore[misc]
             found.append(drafter.rows(tokens, drafter.carried(states)))
         return torch.cat(found)

@@ -20,6 +20,7 @@ from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.one_pass import Guesses
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.static_shapes.network import NetworkForward
 from pearl.models.timing import best_of
 
 _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
@@ -38,7 +39,7 @@ class HeadSource(TreeSource):
         self._reader = reader
         self.layers, self.device = reader.drafter.shape.features, reader.drafter.device
         self.begin(0, SamplingParams())
-        self.costs = self._time()
+        self.time()
 
     @property
     def longest(self) -> int:
@@ -85,8 +86,25 @@ class HeadSource(TreeSource):
     def _look_ahead(self, query: TreeQuery, row: object, deepest: int) -> None:
         return None
 
-    def _time(self) -> tuple[float, ...]:
-        """Seconds of a forward of 1, 2, ... rows."""
+    @property
+    def forward(self) -> NetworkForward:
+        return self._reader.forward
+
+    def probe(self, seed: int) -> None:
+        """Some forwards over a text of that number."""
+        generator, (length, _), shape = torch.Generator().manual_seed(seed), _TIMED, self._reader.drafter.shape
+        text = torch.randint(shape.known or 2, (length,), generator=generator).tolist()
+        self.begin(0, SamplingParams())
+        features = torch.randn(length - 1, shape.feature_row, generator=generator)
+        self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
+        for end in range(length - 3, length + 1):
+            for rows in range(1, _LEAVES + 1):
+                self._reader.read_leaves_together([LeavesQuery(0, text[:end], [(token,) for token in range(rows)])])
+                self._reader.forget_drafted(0)
+        self.begin(0, SamplingParams())
+
+    def time(self) -> None:
+        """Finds the seconds of a forward of 1, 2, ... rows."""
         length, rounds = _TIMED
         text = [0] * length
         self.observe(np.zeros((length - 1, self._reader.drafter.shape.feature_row), np.int16))
@@ -96,6 +114,5 @@ class HeadSource(TreeSource):
             self._reader.read_leaves_together([LeavesQuery(0, text, [(token,) for token in range(rows)])])
 
         read(1)
-        costs = tuple(best_of(rounds, functools.partial(read, rows)) for rows in range(1, _LEAVES + 1))
+        self.costs = tuple(best_of(rounds, functools.partial(read, rows)) for rows in range(1, _LEAVES + 1))
         self.begin(0, SamplingParams())
-        return costs

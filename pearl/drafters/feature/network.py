@@ -112,6 +112,11 @@ class FeatureDrafter(nn.Module):
         return self.vocabulary.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its norms, its keys and its values."""
+        return self.layers[0].post_attention_layernorm.weight.dtype  # type: ignore[union-attr, return-value]
+
+    @property
     def head(self) -> Any:
         """From H to V."""
         return self.lm_head if self.shape.own_head else self._target[2]
@@ -137,7 +142,7 @@ class FeatureDrafter(nn.Module):
     def fused(self, features: Tensor) -> Tensor:
         """x of features [..., F]: [..., H]."""
         shape = self.shape
-        features = features.to(self.layers[0].post_attention_layernorm.weight.dtype)  # type: ignore[union-attr, arg-type]
+        features = features.to(self.dtype)
         if shape.kind == EAGLE:
             return features
         if shape.input_norm:
@@ -214,6 +219,13 @@ class FeatureDrafter(nn.Module):
             x, new = layer(x, turn, mask, past[number] if past else None)
             made.append(new)
         return x, made
+
+    def read(self, numbers: Tensor, rows: Tensor | None, masks: list[Tensor], past: list[KeyValue]) -> list[Tensor]:
+        """`stack` of one text as a `NetworkForward` calls it; `numbers`: positions. Returns hidden states [R, H], and
+        keys and values, layer by layer."""
+        assert rows is not None, "rows that are more than numbers"
+        hidden, made = self.stack(rows[None], numbers[0], masks[0], past)
+        return [hidden[0], *(one for pair in made for one in pair)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the draft vocabulary, [..., V], of hidden states [..., H]."""

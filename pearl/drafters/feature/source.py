@@ -22,6 +22,7 @@ import torch
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import RankQuery
 from pearl.core.trie import shared_prefix
 from pearl.drafters.feature.forward_rows import (
     FeatureCache,
@@ -32,6 +33,9 @@ from pearl.drafters.feature.forward_rows import (
 )
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery
+from pearl.machine.transfers import Fetched, sent
+from pearl.machine.transfers import rows_of as some_rows
+from pearl.models.static_shapes.network import NetworkForward
 from pearl.models.timing import best_of
 
 _TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
@@ -47,11 +51,12 @@ class FeatureSource(OnePassSource):
         `longest`: tokens of a sequence."""
         super().__init__(drafter.shape.depths, top_k, longest)
         self._drafter = drafter.eval()
+        self.forward = NetworkForward(drafter.read, drafter.device)
         self.layers = drafter.shape.features
         self.device = drafter.device
-        self._vocabulary = drafter.vocabulary
+        self.of_vocabulary(drafter.vocabulary)
         self.begin(0, SamplingParams())
-        self.costs = self._time()
+        self.time()
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
@@ -91,11 +96,9 @@ class FeatureSource(OnePassSource):
             blocks.append(block)
             wanted += [first + row for row in mine]
             first += len(rows)
-        mask = batch_mask(blocks).to(self.device)
         past = [one.state.cache.upto(block.kept) for one, block in zip(queries, blocks, strict=True)]
-        hidden, made = drafter.stack(
-            torch.cat(inputs)[None], torch.tensor(positions, device=self.device), mask, concatenated(past)
-        )
+        hidden, *new = self.forward([positions], torch.cat(inputs), [batch_mask(blocks)], concatenated(past))
+        made = list(zip(new[::2], new[1::2], strict=True))
         first = 0
         for one, block in zip(queries, blocks, strict=True):
             one.state.cache.keep(made, block.kept, slice(first, first + block.fresh))
@@ -103,14 +106,20 @@ class FeatureSource(OnePassSource):
             first += block.rows
         self.forwards += 1
         self.rows += first
-        self._hidden = iter(hidden[0, wanted])
-        return self.tables(queries, drafter.logits(hidden[0, wanted]).float())
+        asked = some_rows(hidden, wanted)
+        self._hidden = iter(asked)
+        return self.tables(queries, drafter.logits(asked).float())
 
-    def _ranked(self, logits: torch.Tensor, positions: Sequence[int], params: SamplingParams) -> Guesses:
+    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         if not self._drafter.shape.markov_rank:
-            return super()._ranked(logits, positions, params)
-        rows = zip(logits, positions, strict=True)
-        return [functools.partial(self._after, row, next(self._hidden), at, params) for row, at in rows]
+            return super()._ranked(queries)
+        return [
+            [
+                functools.partial(self._after, row, next(self._hidden), at, one.params)
+                for row, at in zip(one.logits, one.positions, strict=True)
+            ]
+            for one in queries
+        ]
 
     @torch.inference_mode()
     def _after(
@@ -118,25 +127,40 @@ class FeatureSource(OnePassSource):
     ) -> list[list[Guess]]:
         """The guesses of one row after each of `tokens`; the best one is as likely as the head of confidence says, and
         the others in proportion.  row: [D], or over the target's vocabulary; hidden: [H]"""
-        bias, sure = self._drafter.after(torch.tensor(tokens, device=self.device), hidden.expand(len(tokens), -1))
+        bias, sure = self._drafter.after(sent(torch.tensor(tokens), self.device), hidden.expand(len(tokens), -1))
         logits = row.expand(len(tokens), -1)
         if logits.shape[1] != bias.shape[1]:
             bias = bias.new_zeros(logits.shape).index_copy_(1, self._drafter.vocabulary, bias)
-        found = super()._ranked(logits + bias.float(), [position] * len(tokens), params)
-        chances = torch.nn.functional.logsigmoid(sure.float()).tolist()
+        coming = Fetched(torch.nn.functional.logsigmoid(sure.float()))
+        found = super()._ranked([RankQuery(logits + bias.float(), params, [position] * len(tokens))])[0]
+        chances = coming.wait().tolist()  # it came before the guesses
         return [
             [(token, min(0.0, q + chance - guesses[0][1]), proposal) for token, q, proposal in guesses]
             for guesses, chance in zip(found, chances, strict=True)
         ]
 
-    def _time(self) -> tuple[float, ...]:
-        """Seconds of a forward of 1, 2, ... leaves."""
+    def probe(self, seed: int) -> None:
+        """Some forwards over a text of that number."""
+        generator, (length, _) = torch.Generator().manual_seed(seed), _TIMED
+        text = torch.randint(self._drafter.shape.known or 2, (length + 2,), generator=generator).tolist()
+        self.begin(0, SamplingParams())
+        if self.layers:
+            features = torch.randn(length + 1, self._drafter.shape.feature_row, generator=generator)
+            self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
+        for more in range(3):
+            for leaves in range(1, self.max_leaves + 1):
+                self.read_on(
+                    [PathsQuery(self._sequences[0], text[: length + more], [[token] for token in range(leaves)])]
+                )
+        self.begin(0, SamplingParams())
+
+    def time(self) -> None:
+        """Finds the seconds of a forward of 1, 2, ... leaves."""
         length, rounds = _TIMED
         text = [0] * length
         if self.layers:
             self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
         some = [PathsQuery(self._sequences[0], text, [[0]] * count) for count in range(1, self.max_leaves + 1)]
-        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
+        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0
-        return costs

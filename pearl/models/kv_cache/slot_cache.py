@@ -194,8 +194,9 @@ class SlotCache(ForwardCache):
         first, last = self.slots + rows[0], self.slots + rows[-1]
         straight = last - first == len(rows) - 1  # rows ascend
         scratch = SentOnce(torch.tensor([self.slots + row for row in rows]))
-        for buffers in self._views.values() if layer is None else [self._views[layer]]:
-            for buffer in buffers:
+        own = slice(self.batch_slot, self.batch_slot + 1)
+        for buffers in self.buffers.all_layers() if layer is None else [self.buffers.by_layer()[layer]]:
+            for buffer in (one[own] for one in buffers):
                 from_there = slice(first, last + 1) if straight else scratch.on(buffer.device)
                 buffer[:, :, slot : slot + len(rows)] = buffer[:, :, from_there]
 

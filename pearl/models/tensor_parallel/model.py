@@ -79,6 +79,9 @@ class TensorParallelModel:
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         return self.call(commands.ReadTogether(tuple(queries)))
 
+    def prepare(self, query: SequenceQuery) -> None:
+        """Its forwards have no static shapes, so there is nothing to fill."""
+
     def forward(self, tokens: Sequence[int], first: int, keep: int) -> Tensor:
         return self.call(commands.Forward(tuple(tokens), first, keep))
 

@@ -1,56 +1,39 @@
-"""Forwards of static shapes, so that a GPU can replay them as recorded graphs.
-
-A decoding step launches hundreds of small kernels; on a GPU the launching takes longer than the kernels. A CUDA graph
-launches them all at once, but it replays *addresses*: same shapes, same buffers. So here the row count and the slots
-read come in buckets (`ForwardShape`), and all that differs between two passes of one shape (token ids, positions,
-slots, what a row sees) is a few hundred numbers in one buffer (`StaticInputs`), which one copy fills. What a mask can
-be computed from is sent, not the mask. Masks are made, and branches laid over the chain, on the device, inside the
-graph.
-
-`Capture` says what becomes of a shape's code: it is recorded and replayed (`pearl.models.cuda_graphs`), or called
-anew each time, which is the reference. The code is the same, so one may be compared with the other bit for bit
-(`pearl.commands.selfcheck`), and without a GPU all but the recording is tested.
+"""Passes over one text, of static shapes: chains, trees, a drafter's nodes, and whole pieces of a prompt.
 
 A row that lies in no slot (padding, a row beside the chain) writes beyond the slots, to the spare place of its number.
 A branch is laid over the chain by *reading* each slot from where the branch has it, all branches in one attention call.
+Masks are made, and branches laid over the chain, on the device, inside the graph.
 
 Letters: R rows of the shape, P paths beside the chain, S slots read, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pearl.config.inputs import brief
-from pearl.core.token_buckets import LIMIT, CannotBranch
+from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention import BACKENDS, AttentionMask, LayerCall
 from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, KeyValue, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 from pearl.models.kv_cache.window import Window
 from pearl.models.reduced_head import ReducedVocabHead
+from pearl.models.static_shapes.inputs import StaticInputs
+from pearl.models.static_shapes.recordings import Capture, Recordings
 
-_log = logging.getLogger(__name__)
 COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
+DRAFT_COUNTS = (*COUNTS, 24, 32, 48, 64)  # a drafter that guesses several tokens at once has a row for each
+PIECE = GRAIN  # rows of a whole piece of a prompt, of which the last alone is asked what follows
 PATHS = (0, 1, 2, 4, 8, LIMIT)
-_TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of `StaticInputs.numbers` that every pass has
+_TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of the numbers that every pass has
 _TO, _FROM, _QUERY, _QUERY_LAST = range(4)  # lines of each path, after those
 _COMMON, _OF_A_PATH = 5, 4
-
-Run = Callable[[], None]  # a forward whose inputs and outputs lie in buffers
-
-
-class Capture(Protocol):
-    def __call__(self, run: Run) -> Run:
-        """What does the same as `run` and may be called in its place. Raises `RuntimeError` if that can't be made."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +46,12 @@ class ForwardShape:
     paths: int = 0
     masked: bool = False  # each row says which slots it sees: a drafter's. Else all up to one
     head: tuple[bool, int] = (True, 0)  # see `ReducedVocabHead.layout`
+    keep: int = 0  # rows whose logits are wanted, the last ones; 0: all
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Of the numbers."""
+        return _COMMON + _OF_A_PATH * self.paths, max(self.rows, LIMIT)
 
 
 @dataclass(frozen=True)
@@ -78,49 +67,6 @@ class ForwardRows:
     least: int = 0  # rows of the forward, these and padding
 
 
-class StaticInputs:
-    """The buffers from which every shape reads, and the way there: one copy, which does not wait for the device."""
-
-    def __init__(self, device: torch.device, slots: int, masks: int):
-        lines = _COMMON + _OF_A_PATH * LIMIT
-        self.numbers = torch.zeros(lines, LIMIT, dtype=torch.int64, device=device)
-        self.mask = torch.zeros(masks * LIMIT * slots, dtype=torch.bool, device=device)
-        # two by turns: one is filled while the other's copy may still be under way
-        self._stages = [_PinnedStage(self.numbers, self.mask) for _ in range(2)] if device.type == "cuda" else []
-
-    def fill(self, numbers: np.ndarray, mask: np.ndarray | None) -> None:
-        """numbers: int64 [lines, LIMIT]; mask: bool [1 + windows, R, S]"""
-        lines = len(numbers)
-        if not self._stages:
-            self.numbers[:lines] = torch.from_numpy(numbers)
-            if mask is not None:
-                self.mask[: mask.size] = torch.from_numpy(mask.reshape(-1))
-            return
-        stage = self._stages.pop(0)
-        self._stages.append(stage)
-        stage.send(numbers, mask, self.numbers[:lines], self.mask)
-
-
-class _PinnedStage:
-    """Page-locked memory, from which a GPU copies by itself."""
-
-    def __init__(self, numbers: Tensor, mask: Tensor):
-        self._numbers = torch.zeros(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        self._mask = torch.zeros(mask.shape, dtype=mask.dtype, pin_memory=True)
-        self._sent = torch.cuda.Event()
-
-    def send(self, numbers: np.ndarray, mask: np.ndarray | None, to: Tensor, mask_to: Tensor) -> None:
-        self._sent.synchronize()  # has long happened: a pass lies between
-        here = self._numbers[: len(to)]
-        here.copy_(torch.from_numpy(numbers))
-        to.copy_(here, non_blocking=True)
-        if mask is not None:
-            flat = self._mask[: mask.size]
-            flat.copy_(torch.from_numpy(mask.reshape(-1)))
-            mask_to[: mask.size].copy_(flat, non_blocking=True)
-        self._sent.record(torch.cuda.current_stream(to.device))
-
-
 class StaticCache(ForwardCache):
     """A `SlotCache` as a forward of one shape sees it: where rows lie is read from the inputs, on the device."""
 
@@ -129,12 +75,13 @@ class StaticCache(ForwardCache):
     ):
         super().__init__()
         self._cache, self._shape, self._attention = cache, shape, BACKENDS[backend]
-        self._read = shape.seen + (LIMIT if backend == "flash" and not shape.masked else 0)
-        numbers = inputs.numbers[:, : shape.rows]
+        filled = backend == "flash" and not shape.masked and shape.rows < PIECE  # rows may lie behind the chain's own
+        self._read = shape.seen + (LIMIT if filled else 0)
+        numbers = inputs.numbers(*shape.lines)[:, : shape.rows]
         self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
         if shape.masked:
             count, size = 1 + len(windows), (1, 1, shape.rows, shape.seen)
-            whole, *near = inputs.mask[: count * shape.rows * shape.seen].view(count, *size)
+            whole, *near = inputs.mask(count, *size)
             windowed = {window: AttentionMask(one) for window, one in zip(windows, near, strict=True)}
             self.mask = AttentionMask(whole, windowed=windowed)
         else:
@@ -192,68 +139,93 @@ class StaticShapeRunner:
         hooks: HiddenStateHooks | None = None,
         head: ReducedVocabHead | None = None,
         windows: Sequence[Window] = (),
+        pieces: bool = True,
     ):
         """`slots`: of a text's cache. `counts`: row counts that there are shapes of, ascending. `capture`: None leaves
-        the code as it is. `backend`: see `kv_cache.attention`. `windows`: the different ones of the layers."""
-        self.counts, self.backend = tuple(counts), backend
-        self.failed = ""  # why nothing is recorded any more
-        self._model, self._slots, self._capture, self._hooks, self._head = model, slots, capture, hooks, head
+        the code as it is. `backend`: see `kv_cache.attention`. `windows`: the different ones of the layers. `pieces`:
+        whole pieces of a prompt have shapes too."""
+        self.counts, self.backend, self._reads_pieces = tuple(counts), backend, pieces
+        self._model, self._slots, self._hooks, self._head = model, slots, hooks, head
         if head:
             head.settle()
-        self._inputs, self._windows = StaticInputs(model.device, slots, 1 + len(windows)), windows
-        self._runs: dict[ForwardShape, Run] = {}
-        self._logits = self._states = torch.empty(0)  # [LIMIT, V] and [LIMIT, F], of the last forward
+        wide, masks = max(LIMIT, self.counts[-1]), 1 + len(windows)
+        numbers = max((_COMMON + _OF_A_PATH * LIMIT) * LIMIT, _COMMON * max(wide, PIECE))
+        self._inputs, self._windows = StaticInputs(model.device, numbers, masks * wide * slots), windows
+        self._recorded, self._pieces = Recordings(capture), Recordings(capture, later=True)
+        self._logits = self._states = torch.empty(0)  # [most rows, V] and [most rows, F], of the last forward
+        self._most = wide, max(wide, PIECE)
+        self._filled: tuple[ForwardShape, ForwardRows] | None = None  # what the inputs hold, if that was prepared
+        self.foreseen = 0  # forwards whose inputs were there
 
     @property
     def shapes(self) -> int:
         """How many there have been so far."""
-        return len(self._runs)
+        return len(self._recorded) + len(self._pieces)
 
-    def supports(self, rows: int) -> bool:
-        """Whether a forward of so many rows has a shape."""
-        return rows <= self.counts[-1]
+    @property
+    def captured(self) -> bool:
+        """Whether forwards are recorded."""
+        return self._recorded.captured
+
+    @property
+    def failed(self) -> str:
+        """Why nothing is recorded any more."""
+        return self._recorded.failed or self._pieces.failed
+
+    def supports(self, rows: int, keep: int = 0) -> bool:
+        """Whether a forward of so many rows has a shape, the last `keep` of which are asked what follows."""
+        return rows <= self.counts[-1] or (self._reads_pieces and rows == PIECE and keep == 1)
 
     @torch.inference_mode()
     def __call__(self, cache: SlotCache, rows: ForwardRows) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, V], V as the model has it, and the hooked layers' hidden states [R, F]. The next forward writes
-        over both."""
-        count = next(count for count in self.counts if count >= max(rows.least, len(rows.tokens)))
+        """Logits [R, V], V as the model has it, or [1, V] of a piece of a prompt, and the hooked layers' hidden states
+        [R, F]. The next forward writes over both."""
+        shape = self._fill(cache, rows)
+        piece = bool(shape.keep)
+        (self._pieces if piece else self._recorded).run(shape, lambda: self._forward(cache, shape))
+        return self._logits[: shape.keep or shape.rows], self._states[: shape.rows] if self._hooks else None
+
+    @torch.inference_mode()
+    def prepare(self, cache: SlotCache, rows: ForwardRows) -> None:
+        """Fills the inputs of a forward that is likely to be the next one, of rows that need no mask. If it is another,
+        they are filled again."""
+        self._filled = self._fill(cache, rows), rows
+
+    @torch.inference_mode()
+    def say_the_same(self) -> None:
+        """Recordings that do nothing leave equal logits from here on, of which the first is the best."""
+        self._logits.zero_()
+
+    def _fill(self, cache: SlotCache, rows: ForwardRows) -> ForwardShape:
+        """The shape of a forward, whose inputs are filled unless they are."""
+        piece = len(rows.tokens) > self.counts[-1]
+        counts = (PIECE,) if piece else self.counts
+        count = next(count for count in counts if count >= max(rows.least, len(rows.tokens)))
         seen = cache.buffers.seen(rows.mask.shape[2] if rows.mask is not None else 1 + max(_lasts(rows)))
         paths = next(paths for paths in PATHS if paths >= len(rows.branches))
-        layout = self._head.layout if self._head else (True, 0)
-        shape = ForwardShape(cache.batch_slot, count, seen, paths, rows.mask is not None, layout)
-        self._inputs.fill(_numbers(rows, shape, self._slots), _mask(rows, shape))
-        if shape not in self._runs:
-            self._runs[shape] = self._prepared(cache, shape)
-        self._runs[shape]()
-        return self._logits[:count], self._states[:count] if self._hooks else None
+        layout, masked = self._head.layout if self._head else (True, 0), rows.mask is not None
+        shape = ForwardShape(cache.batch_slot, count, seen, paths, masked, layout, int(piece))
+        filled, self._filled = self._filled, None
+        if filled == (shape, rows):
+            self.foreseen += 1
+        else:
+            self._inputs.fill(_numbers(rows, shape, self._slots), _mask(rows, shape))
+        return shape
 
-    def _prepared(self, cache: SlotCache, shape: ForwardShape) -> Run:
-        def run() -> None:
-            tokens = self._inputs.numbers[_TOKEN : _TOKEN + 1, : shape.rows]
-            positions = self._inputs.numbers[_POSITION : _POSITION + 1, : shape.rows]
-            seen = StaticCache(cache, shape, self._inputs, self.backend, self._windows)
-            logits = forward(self._model, tokens, positions, seen)
-            self._logits = _kept(self._logits, logits[0])
-            if self._hooks:
-                self._states = _kept(self._states, self._hooks.states()[0])
-
-        if self._capture is None:
-            return run
-        run()  # buffers are made outside of the recording
-        try:
-            return self._capture(run)
-        except RuntimeError as error:
-            self.failed = brief(error)
-            self._capture = None
-            _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
-            return run
+    def _forward(self, cache: SlotCache, shape: ForwardShape) -> None:
+        numbers = self._inputs.numbers(*shape.lines)
+        tokens, positions = numbers[_TOKEN, : shape.rows], numbers[_POSITION, : shape.rows]
+        seen = StaticCache(cache, shape, self._inputs, self.backend, self._windows)
+        logits = forward(self._model, tokens[None], positions[None], seen, shape.keep)
+        self._logits = kept(self._logits, logits[0], self._most[0])
+        if self._hooks:
+            self._states = kept(self._states, self._hooks.states()[0], self._most[1])
 
 
-def _kept(buffer: Tensor, rows: Tensor) -> Tensor:
-    """`rows` in the buffer of all shapes, which is made for the first of them."""
+def kept(buffer: Tensor, rows: Tensor, most: int) -> Tensor:
+    """`rows` in the buffer of all shapes, of `most` rows, which is made for the first of them."""
     if buffer.shape[1:] != rows.shape[1:] or buffer.dtype != rows.dtype or buffer.device != rows.device:
-        buffer = rows.new_zeros(LIMIT, rows.shape[1])
+        buffer = rows.new_zeros(most, rows.shape[1])
     buffer[: len(rows)] = rows
     return buffer
 
@@ -266,14 +238,15 @@ def _lasts(rows: ForwardRows) -> list[int]:
 
 
 def _numbers(rows: ForwardRows, shape: ForwardShape, slots: int) -> np.ndarray:
-    """int64 [lines, LIMIT]"""
+    """int64 `ForwardShape.lines`"""
     count, written, total = len(rows.tokens), len(rows.slots), shape.rows
-    made = np.zeros((_COMMON + _OF_A_PATH * shape.paths, LIMIT), dtype=np.int64)
+    made = np.zeros(shape.lines, dtype=np.int64)
     made[_TOKEN, :total] = rows.tokens[-1]
     made[_TOKEN, :count] = rows.tokens
     made[_POSITION, :total] = rows.positions[-1]
     made[_POSITION, :count] = rows.positions
-    made[_SLOT, :total] = slots + np.arange(total)
+    # a drafter's rows all lie somewhere: only those that fill the shape want a place
+    made[_SLOT, :total] = slots + np.arange(total) - (written if shape.masked else 0)
     made[_SLOT, :written] = rows.slots
     made[_LAST, :total] = min(rows.first + written, shape.seen) - 1
     made[_LAST, :written] = np.minimum(rows.slots, shape.seen - 1)
