@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pearl.config.synthetic import SyntheticDraft
 from pearl.core.records import SampleKey
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
@@ -27,14 +28,18 @@ from pearl.predict.simulation import simulate
 MODES = ("ar", "sd", "sd:2", "sd:4", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree")
 
 
-def predict(case: Case, modes: Iterable[str], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The figures of each mode, as `metrics.summarise` names them. Raises `UsageError` for an unknown mode."""
+def predict(
+    case: Case, modes: Iterable[str], seed: int = 0, synthetic: SyntheticDraft | None = None
+) -> dict[str, dict[str, Any]]:
+    """The figures of each mode, as `metrics.summarise` names them. Raises `UsageError` for an unknown mode.
+
+    `synthetic`: drafts in place of what the case says of the drafter."""
     schedules = {mode: Schedule.of(mode, **case.settings) for mode in ("ar", *modes)}
     if any(schedule.mode == "ar-all" for schedule in schedules.values()):
         raise UsageError("ar-all runs on other cores or devices than what was recorded: leave it out.")
     runs: dict[str, metrics.Runs] = {}
     for mode, schedule in schedules.items():
-        texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed)
+        texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed, synthetic=synthetic)
         runs[mode] = dict(zip(case.scripts, texts, strict=True))
     return metrics.summarise(runs)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import platform
 import statistics
 import time
@@ -25,14 +24,11 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from pearl.config.pairs import probe
+from pearl.config.synthetic import SyntheticDraft
 from pearl.core.messages import Message
-from pearl.core.noise import uniform
 from pearl.core.params import SamplingParams
-from pearl.core.schedule import Schedule
-from pearl.core.stopping import Stopper
-from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
-from pearl.core.trie import Trie
-from pearl.drafters.draft_source import Chain, DraftSource, Grown, Proposal, TreeQuery
+from pearl.core.token_buckets import ANY, LIMIT, TokenBuckets
+from pearl.drafters.synthetic import SyntheticSource
 from pearl.errors import UsageError
 from pearl.evaluation import tables
 from pearl.models import numerics_check
@@ -42,14 +38,15 @@ from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
+from pearl.predict import synthetic_bench
 from pearl.predict.prediction import by_times, predict
+from pearl.predict.synthetic_bench import LATENCY_S, written
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import LocalChannel
 
 CONTEXT, LENGTH = 500, 1024  # tokens before a timed pass, and of a text at most
 ACCEPTANCE = 0.8  # of the test source, and of what is predicted
-LATENCY_S = 1e-4  # of a message between two processes, in predictions
 MODES = ("sd:4", "pearl:4", "pearl", "pearl-no-pre:4", "pearl-no-post:4", "tree")
 DRAFTER, TARGET = "drafter", "target"
 
@@ -103,41 +100,6 @@ TINY = {
 }
 
 
-class Known(DraftSource):
-    """The test source: it knows the text, and guesses each token right with a fixed chance, else its neighbour."""
-
-    grows_trees, costs = True, (1.0,) * LEAVES
-
-    def __init__(self, text: Sequence[int], vocabulary: int, acceptance: float):
-        self._text, self._vocabulary, self._acceptance = text, vocabulary, acceptance
-
-    def _guess(self, position: int) -> int:
-        token = self._text[position] if position < len(self._text) else 0
-        right = uniform(0, position, 0) < self._acceptance
-        return token if right else (token + 1) % self._vocabulary
-
-    def propose(self, text: Sequence[int], room: int) -> Chain:
-        self.forwards += 1
-        guesses: list[tuple[int, Proposal]] = [(self._guess(len(text)), ())]
-        return guesses[:room]
-
-    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
-        return [self._extend(one.trie, one.max_depth) for one in queries]
-
-    def _extend(self, trie: Trie, max_depth: int) -> Grown:
-        """The end of the chain, by a guess and the token before it."""
-        chain = trie.chain()
-        if len(chain) >= max_depth - 1:
-            return []
-        self.forwards, self.rows = self.forwards + 1, self.rows + 1
-        leaf, first = chain[-1] if chain else trie.root, self._guess(len(trie.tokens) + len(chain))
-        grown = []
-        for token, share in ((first, 0.7), ((first - 1) % self._vocabulary, 0.2)):
-            if (node := trie.grow(leaf, token, (), math.log(share))) is not None:
-                grown.append((leaf, node))
-        return grown
-
-
 class _Busy(LocalChannel):
     """The drafter works whenever the target looks for messages, as if it were a process of its own."""
 
@@ -148,9 +110,14 @@ class _Busy(LocalChannel):
 
 
 def measure_shape(
-    name: str, shape: ModelShape, device: str, dtype: torch.dtype, seconds: Callable[[], float]
+    name: str,
+    shape: ModelShape,
+    device: str,
+    dtype: torch.dtype,
+    seconds: Callable[[], float],
+    draft: SyntheticDraft | None = None,
 ) -> dict[str, Any]:
-    """All that is measured of a shape. `seconds`: left for all."""
+    """All that is measured of a shape. `seconds`: left for all. `draft`: to measure with too."""
     began = time.perf_counter()
     on = torch.device(device)
     model = _built(shape, on, dtype)
@@ -174,7 +141,12 @@ def measure_shape(
         found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
         del drafter
     if TARGET in shape.roles and seconds() > 2 * (time.perf_counter() - began):
-        found |= _texts(reader, shape, 32 if on.type == "cpu" else 96)
+        tokens = 32 if on.type == "cpu" else 96
+        found |= _texts(reader, shape, tokens)
+        if draft:
+            found["synthetic"] = synthetic_bench.measured(
+                reader, shape.vocabulary, 4 * tokens, draft
+            ) | synthetic_bench.predicted(found["plan"], draft)
     found["seconds"] = time.perf_counter() - began
     return found
 
@@ -215,13 +187,12 @@ def _texts(reader: VerifierModel, shape: ModelShape, tokens: int) -> dict[str, A
     beside: list[float] = []
     for temperature in (0.0, 1.0):
         params = SamplingParams(max_new_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
-        own = _written(Target(reader), prompt, "ar", params)
+        own = written(Target(reader), prompt, "ar", params)
         for mode in MODES:
             here, there = _Busy.pair() if not mode.startswith("sd") else LocalChannel.pair()
-            source = Known([*prompt, *own], shape.vocabulary, ACCEPTANCE)
-            here.peer_step = Drafter(source, there).step
+            here.peer_step = Drafter(SyntheticSource(SyntheticDraft((ACCEPTANCE,), 0.0, ACCEPTANCE)), there).step
             target = Target(reader, here)
-            said = _written(target, prompt, mode, params)
+            said = written(target, prompt, mode, params, own)
             same[f"{mode} {'greedy' if params.greedy else 'seeded'}"] = float(said == own)
             if mode.startswith("sd"):
                 beside += [one.seconds - one.waited_s - one.forward_s for one in target.passes[1:]]
@@ -232,15 +203,6 @@ def _texts(reader: VerifierModel, shape: ModelShape, tokens: int) -> dict[str, A
         "beside_the_forward_s": statistics.median(beside),
         "one_row_difference": _one_row(reader, prompt, greedy),
     }
-
-
-def _written(target: Target, prompt: Sequence[int], mode: str, params: SamplingParams) -> list[int]:
-    name, _, gamma = mode.partition(":")
-    schedule = Schedule.of(name, gamma or "auto")
-    stopper = Stopper(params, (), lambda tokens: "")
-    for _ in target.decode(prompt, schedule, params, stopper):
-        pass
-    return list(stopper.tokens)
 
 
 def _one_row(reader: VerifierModel, prompt: Sequence[int], own: Sequence[int]) -> dict[str, float] | None:
@@ -314,6 +276,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
             tables.markdown(("target", "drafter", *modes), predicted, labels=2),
         ]
+    parts += synthetic_bench.markdown(result)
     parts += ["\n".join(f"Left out: {said}." for said in result["left_out"])] if result["left_out"] else []
     return "\n\n".join(parts) + "\n"
 
@@ -323,10 +286,16 @@ def _ms(seconds: float | None) -> str:
 
 
 def bench(
-    shapes: dict[str, ModelShape], device: str, dtype: str, limit_s: float, report: Callable[[dict[str, Any]], None]
+    shapes: dict[str, ModelShape],
+    device: str,
+    dtype: str,
+    limit_s: float,
+    report: Callable[[dict[str, Any]], None],
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """All of it. Shapes that neither the memory nor the time holds are left out, and named. `report` is told after
-    every shape what was found so far, as a run may be cut off."""
+    every shape what was found so far, as a run may be cut off. `draft`: a synthetic one to measure with too."""
+    synthetic = SyntheticDraft.of(draft)
     began, on = time.perf_counter(), torch.device(device)
 
     def left() -> float:
@@ -349,7 +318,7 @@ def bench(
             for d in found
             if TARGET in t["roles"] and "draft_s" in d and d["weight_bytes"] < t["weight_bytes"]
         ]
-        return {"machine": facts, "shapes": found, "predicted": pairs, "left_out": left_out}
+        return {"machine": facts, "shapes": found, "predicted": pairs, "synthetic": draft, "left_out": left_out}
 
     for name, shape in shapes.items():
         longest = max((one["seconds"] for one in found), default=0.0)
@@ -360,7 +329,7 @@ def bench(
             left_out.append(f"{name}, as memory does not hold it")
             continue
         try:
-            found.append(measure_shape(name, shape, device, getattr(torch, dtype), left))
+            found.append(measure_shape(name, shape, device, getattr(torch, dtype), left, synthetic))
         except torch.OutOfMemoryError:
             left_out.append(f"{name}, as memory does not hold it")
         gc.collect()

@@ -54,6 +54,8 @@ class DataSet(Generic[Problem]):
 
     def _problem(self, record: Any, index: int, where: str) -> Problem:
         try:
+            if not isinstance(record, dict):
+                raise TypeError("no object")
             return self.parse(record, index)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{where} is not a {self.title} {self.unit}: it must be {self.needs}.") from error

@@ -115,6 +115,12 @@ def test_when_the_time_is_over_what_is_left_is_named(monkeypatch):
     assert result["left_out"] == [f"{name}, as the time is over" for name in list(bench.FULL)[1:]]
 
 
+@pytest.mark.parametrize("word", ["0.8", "suffix", "synthetic:2"])
+def test_only_a_draft_that_is_told_what_to_be_has_no_shape(word, capsys):
+    assert main(["--shapes", "tiny", "--draft", word]) == 2
+    assert "must be like synthetic:0.8" in capsys.readouterr().err
+
+
 def test_what_memory_does_not_hold_is_not_tried(monkeypatch):
     monkeypatch.setattr(bench, "_free_gb", lambda device: 0.1)
     result = bench.bench({"8B": bench.FULL["8B"]}, "cpu", "float32", limit_s=10.0, report=print)

@@ -22,6 +22,9 @@ from pearl.core.token_buckets import TokenBuckets
 from pearl.drafters.draft_source import ChainQuery, TreeQuery
 from pearl.drafters.synthetic import SyntheticSource
 from pearl.errors import UsageError
+from pearl.evaluation.measures.acceptance import by_depth
+from pearl.models.verifier import VerifierModel
+from pearl.predict import simulation, synthetic_bench
 from pearl.predict.script import DraftedToken, Script, Times
 from pearl.predict.simulation import simulate
 from pearl.roles.drafter import Drafter
@@ -134,6 +137,86 @@ def test_what_it_is_asked_to_be():
     assert SyntheticDraft.of("synthetic:0.9,0.8/0.25@5ms") == SyntheticDraft((0.9, 0.8), 0.005, 0.25)
     assert SyntheticDraft.of("ngram") is None and SyntheticDraft.of("synthetic-model") is None
     assert [SyntheticDraft((0.9, 0.8)).chance(depth) for depth in (1, 2, 9)] == [0.9, 0.8, 0.8]
+
+
+def test_a_bench_with_one_says_synthetic_and_what_is_measured_and_what_predicted():
+    reader, draft = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]())), SyntheticDraft((0.7,), 0.001)
+    measured = synthetic_bench.measured(reader, reader.vocabulary, 150, draft)["sd:4"]
+    assert measured["how"] == "measured" and measured["identical_to_ar"] == 1.0
+    assert measured["acceptance_length"] == pytest.approx(theory.tokens_per_pass_sd(0.7, 4), abs=0.7)
+    predicted = synthetic_bench.predicted(TokenBuckets(tuple(range(1, 17)), (0.0026,) * 16), draft)
+    assert {one["how"] for one in predicted.values()} == {"PREDICTED"}
+    assert predicted["pearl"]["speedup_vs_ar"] == pytest.approx(theory.speedup_pearl(0.7, 2.6), rel=0.15)
+    shapes = [{"shape": "8B", "synthetic": {"sd:4": measured} | predicted}]
+    said, table = synthetic_bench.markdown({"synthetic": "synthetic:0.7@1ms", "shapes": shapes})
+    assert said.startswith("SYNTHETIC, of synthetic:0.7@1ms") and "| 8B | tree | PREDICTED |" in table
+    assert synthetic_bench.markdown({"synthetic": None, "shapes": [{"shape": "8B"}]}) == []
+
+
+class InVirtualTime(simulation._TargetReader):
+    """A real model whose passes take a time of 1, on the clock of the simulation."""
+
+    def __init__(self, stage: simulation._Stage, wire: simulation._TargetEnd, model: VerifierModel):
+        super().__init__(stage, wire)
+        self._model = model
+
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
+        super().forget()
+        self._model.forget(but, batch_slot)
+
+    def read(self, tokens, keep, side_rows=(), batch_slot=0):
+        super().read(tokens, keep, side_rows)
+        return self._model.read(tokens, keep, side_rows)
+
+
+@pytest.fixture(scope="module")
+def model() -> VerifierModel:
+    return tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()))
+
+
+def written(model: VerifierModel, mode: str, draft: SyntheticDraft) -> list[list[Pass]]:
+    """The passes of two texts that a real model writes, without the first and the last; each the target's own."""
+    texts = []
+    times = Times(FLAT, (1.0,) * 64, (), (), 0.0)
+    for number in range(2):
+        prompt, params = [5, 6, 7 + number], SamplingParams(max_new_tokens=240, temperature=1.0, seed=number)
+        stage = simulation._Stage(times, 0.0, 0)
+        stage.begin(Script(len(prompt), (DraftedToken(0, ()),) * 250, 1.37, 0.0))
+        wire = simulation._TargetEnd(stage)
+        wire.drafter = Drafter(SyntheticSource(draft, number, stage.draft), wire.peer, wire.peer.clock)
+        target = Target(InVirtualTime(stage, wire, model), wire, wire.clock)
+
+        def write(
+            mode: str, reference: tuple[int, ...], target=target, prompt=prompt, params=params
+        ) -> tuple[int, ...]:
+            stopper = Stopper(params, (), letters)
+            for _ in target.decode(prompt, Schedule.of(mode), params, stopper, reference=reference):
+                pass
+            return tuple(stopper.tokens)
+
+        alone = write("ar", ())
+        assert write(mode, alone) == alone
+        texts.append(list(target.passes)[1:-1])
+    return texts
+
+
+@pytest.mark.parametrize("a", CHANCES)
+@pytest.mark.parametrize("mode", ["sd:4", "pearl", "tree"])
+def test_a_real_target_commits_what_theory_says(model: VerifierModel, mode: str, a: float):
+    """Time is virtual, so that the two speeds have the ratio that theory is asked about; the model is not."""
+    texts = written(model, mode, SyntheticDraft((a,), 1 / C))
+    expected = theory.tokens_per_pass_sd(a, 4) if mode == "sd:4" else theory.speedup_pearl(a, C)
+    runs = [passes[first : first + 8] for passes in texts for first in range(0, len(passes) - 7, 8)]
+    assert within(expected, [statistics.fmean(one.committed for one in run) for run in runs])
+
+
+def test_by_position_each_guess_is_right_as_often_as_it_was_told(model: VerifierModel):
+    """A block of three commits 1 + 0.9 + 0.9 x 0.8 + 0.9 x 0.8 x 0.7 tokens; at each depth its own share is right."""
+    draft, chances = SyntheticDraft((0.9, 0.8, 0.7)), (0.9, 0.8, 0.7)
+    for passes in (simulated("sd:3", draft), [one for some in written(model, "sd:3", draft) for one in some]):
+        assert within(1 + 0.9 + 0.72 + 0.504, [one.committed for one in passes if one.offered == 3])
+        for (right, read), chance in zip(by_depth(passes), chances, strict=True):
+            assert abs(right / read - chance) <= 3.3 * math.sqrt(chance * (1 - chance) / read)
 
 
 @pytest.fixture(scope="module")

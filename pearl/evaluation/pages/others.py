@@ -7,7 +7,8 @@ says, the less the page has to doubt (docs/guides/evaluate.md has an example).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,12 @@ MUST: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
 }
 MAY: dict[str, type | tuple[type, ...]] = {"acceptance_length": (int, float), "acceptance": (int, float), "note": str}
+RANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "tokens": ("a whole number above 0", lambda value: value > 0),
+    "seconds": ("a number above 0", lambda value: 0 < value < math.inf),
+    "acceptance_length": ("a number from 1", lambda value: 1 <= value < math.inf),
+    "acceptance": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+}
 # what two measurements must share, by the name that a file gives it, and where our run has it
 COMPARED = {
     "benchmark": ("config", "suite"),
@@ -66,6 +73,10 @@ def load(files: Sequence[str]) -> list[Other]:
     found = []
     for file in files:
         values = parse_json(read_text(file, "The results of another engine in"), file)
+        if values == []:
+            raise UsageError(
+                f"{file} holds no result: it must hold an object, or a list of them, with {', '.join(MUST)}."
+            )
         for one in values if isinstance(values, list) else [values]:
             found.append(Other(_checked(one, file), file))
     return found
@@ -80,8 +91,9 @@ def _checked(one: Any, file: str) -> Mapping[str, Any]:
             continue
         number = kind is not str
         wrong: Any = value
-        if not isinstance(value, kind) or isinstance(value, bool) or (number and name in MUST and not wrong > 0):
-            raise UsageError(f"{file}: {name} must be {'a number above 0' if number else 'a text'}, not {value!r}.")
+        said, good = RANGES[name] if number else ("a text", str.strip)
+        if not isinstance(value, kind) or isinstance(value, bool) or not good(wrong):
+            raise UsageError(f"{file}: {name} must be {said}, not {value!r}.")
     if unknown := [name for name in one if name not in MUST and name not in MAY and name not in COMPARED]:
         raise UsageError(f"{file}: unknown key {unknown[0]!r}; known keys are {', '.join((*MUST, *MAY, *COMPARED))}.")
     return one

@@ -8,6 +8,7 @@ own and names part of its prompts only: its framework's prepare_data.py fetches 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +56,10 @@ def _problem(record: Record, _: int) -> Problem:
     turns = record.get("turns")
     if turns is None:
         turns = [message["content"] for message in record["messages"] if message["role"] == "user"]
-    if len(turns) == 0 or not all(isinstance(turn, str) for turn in turns):
+    if isinstance(turns, str) or len(turns) == 0 or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("no turns")
+    if record["question_id"] in (None, "") or not record["category"]:
+        raise ValueError("no name or no category")
     said = (record.get(name) or "" for name in ("sub_category", "difficulty", "source"))
     sub_category, difficulty, source = map(str, said)
     return Problem(str(record["question_id"]), str(record["category"]), sub_category, tuple(turns), difficulty, source)
@@ -67,6 +70,10 @@ class SpeedBench(DataSet[Problem]):
 
     def load(self, path: str | None) -> list[Problem]:
         config = path if path in CONFIGS and not Path(path).exists() else None if path else CONFIGS[0]
+        if path and re.fullmatch("throughput_[0-9]+k", path) and not config and not Path(path).exists():
+            raise UsageError(
+                f"SPEED-Bench has no config {path}, and there is no such file: choose {', '.join(CONFIGS)}."
+            )
         problems = self._of_hub(config) if config else self.read(Path(str(path)))
         if twice := [name for name, count in Counter(one.question_id for one in problems).items() if count > 1]:
             raise UsageError(f"{path or HUB} has the question_id {twice[0]} more than once: give one config at a time.")
@@ -92,7 +99,7 @@ class SpeedBench(DataSet[Problem]):
         files = sorted(file.rglob("*.parquet")) if file.is_dir() else [file]
         if file.is_dir() and not files:
             raise UsageError(f"{file} holds no parquet file: name the folder that prepare_data.py wrote, or a file.")
-        if files[0].suffix != ".parquet":
+        if files[0].suffix != ".parquet" or not files[0].exists():
             return super().read(file)
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -100,8 +107,12 @@ class SpeedBench(DataSet[Problem]):
         try:
             records = [record for one in files for record in read_table(one).to_pylist()]
         except (ArrowException, OSError) as error:
-            raise UsageError(f"{file} cannot be read as parquet: {' '.join(str(error).split())[:160]}.") from None
-        return [self._problem(record, i, f"{file}, row {i}") for i, record in enumerate(records)]
+            raise UsageError(
+                f"{file} cannot be read as parquet: {' '.join(str(error).split())[:160].rstrip('.')}."
+            ) from None
+        if not records:
+            raise UsageError(f"{file} holds no problem: a row is one.")
+        return [self._problem(record, i, f"{file}, row {i + 1}") for i, record in enumerate(records)]
 
 
 DATA = SpeedBench(

@@ -56,7 +56,11 @@ def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path)
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"tokens": 0}, "tokens must be a number above 0, not 0"),
+        ({"tokens": 0}, "tokens must be a whole number above 0, not 0"),
+        ({"seconds": float("inf")}, "seconds must be a number above 0, not inf"),
+        ({"name": " "}, "name must be a text, not ' '"),
+        ({"acceptance": 47}, "acceptance must be a number from 0 to 1, not 47"),
+        ({"acceptance_length": 0.4}, "acceptance_length must be a number from 1, not 0.4"),
         ({"seconds": "ten"}, "seconds must be a number above 0, not 'ten'"),
         ({"version": None}, "version must be a text, not None"),
         ({"speed": 3}, "unknown key 'speed'; known keys are name, version"),

@@ -68,6 +68,11 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
         ([RECORDS[0], {"question_id": "x"}], "line 2 is not a SPEED-Bench problem"),
         ([RECORDS[0] | {"turns": []}], "line 1 is not a SPEED-Bench problem"),
         ([RECORDS[0]] * 2, "more than once"),
+        ([RECORDS[0] | {"turns": "one text"}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": [" "]}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS[0] | {"category": None}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS[0] | {"question_id": None}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS], "line 1 is not a SPEED-Bench problem"),  # a list in place of lines
     ],
 )
 def test_what_is_no_prompt_is_named(tmp_path, records, told):
@@ -79,6 +84,16 @@ def test_files_that_cant_be_read_are_told_so(tmp_path):
     (tmp_path / "test.parquet").write_text("no parquet")
     with pytest.raises(UsageError, match="cannot be read as parquet"):
         DATA.load(str(tmp_path / "test.parquet"))
+    with pytest.raises(UsageError, match=r"none\.parquet can't be read: No such file"):
+        DATA.load(str(tmp_path / "none.parquet"))
+    with pytest.raises(UsageError, match=r"has no config throughput_3k.*choose qualitative, throughput_1k"):
+        DATA.load("throughput_3k")
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.Table.from_pylist(RECORDS).slice(0, 0), tmp_path / "rows.parquet")
+    with pytest.raises(UsageError, match="holds no problem"):
+        DATA.load(str(tmp_path / "rows.parquet"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no parquet file"):
         DATA.load(str(tmp_path / "empty"))

@@ -1,0 +1,94 @@
+"""What a target makes of a drafter that is told how often to be right, and how long a forward of it takes.
+
+Knows: a target, and what a draft is told. Nothing here is a figure of a drafter, and everything says so: SYNTHETIC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pearl.config.synthetic import SyntheticDraft
+from pearl.core.params import SamplingParams
+from pearl.core.records import Pass
+from pearl.core.schedule import Schedule
+from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import LEAVES, TokenBuckets
+from pearl.drafters.synthetic import SyntheticSource
+from pearl.evaluation import tables
+from pearl.evaluation.measures import acceptance
+from pearl.models.verifier import VerifierModel
+from pearl.predict.prediction import by_times, predict
+from pearl.roles.drafter import Drafter
+from pearl.roles.target import Target
+from pearl.wire.channel import LocalChannel
+
+LATENCY_S = 1e-4  # of a message between two processes, in predictions
+COLUMNS = {
+    "speedup_vs_ar": "x ar",
+    "tokens_per_second": "tok/s",
+    "acceptance_length": "AL",
+    "tokens_per_pass": "tok/pass",
+}
+TAKES_TURNS = "sd:4"  # the mode that one process measures as two would
+
+
+def measured(reader: VerifierModel, vocabulary: int, tokens: int, draft: SyntheticDraft) -> dict[str, Any]:
+    """Figures of a text with this draft, whose forwards take their time, in the mode whose sides take turns."""
+    prompt = [11 * i % vocabulary for i in range(64)]
+    params = SamplingParams(max_new_tokens=tokens, temperature=1.0, seed=1, ignore_eos=True)
+    alone = Target(reader)
+    own = written(alone, prompt, "ar", params)
+    here, there = LocalChannel.pair()
+    here.peer_step = Drafter(SyntheticSource(draft), there).step
+    target = Target(reader, here)
+    same = written(target, prompt, TAKES_TURNS, params, own) == own
+    rates = [sum(p.committed for p in some) / sum(p.seconds for p in some) for some in (target.passes, alone.passes)]
+    figures = {"tokens_per_second": rates[0], "speedup_vs_ar": rates[0] / rates[1], "identical_to_ar": float(same)}
+    return {TAKES_TURNS: figures | _accepted(target.passes) | {"how": "measured"}}
+
+
+def predicted(plan: TokenBuckets, draft: SyntheticDraft) -> dict[str, Any]:
+    """Figures of a text with this draft on a device of its own, by the step times of the target."""
+    case = by_times(1.0, plan, (draft.forward_s,) * LEAVES, LATENCY_S, 600, 0, "")
+    found = predict(case, ("pearl", "tree") if plan.branches else ("pearl",), synthetic=draft)
+    names = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "tokens_per_pass")
+    return {
+        mode: {name: one[name] for name in names} | {"how": "PREDICTED"} for mode, one in found.items() if mode != "ar"
+    }
+
+
+def _accepted(passes: Sequence[Pass]) -> dict[str, Any]:
+    length = acceptance.counted(passes)["acceptance_length"]
+    return {"acceptance_length": length, "tokens_per_pass": sum(p.committed for p in passes) / len(passes)}
+
+
+def written(
+    target: Target, prompt: Sequence[int], mode: str, params: SamplingParams, reference: Sequence[int] = ()
+) -> list[int]:
+    name, _, gamma = mode.partition(":")
+    schedule = Schedule.of(name, gamma or "auto")
+    stopper = Stopper(params, (), lambda tokens: "")
+    for _ in target.decode(prompt, schedule, params, stopper, reference=tuple(reference)):
+        pass
+    return list(stopper.tokens)
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    lines = [
+        [one["shape"], mode, figures["how"], *(_cell(figures[name]) for name in COLUMNS)]
+        for one in result["shapes"]
+        for mode, figures in one.get("synthetic", {}).items()
+    ]
+    if not lines:
+        return []
+    said = (
+        f"SYNTHETIC, of {result['synthetic']}: it was told how often to be right, and how long a forward takes. "
+        f"{TAKES_TURNS} is measured, at temperature 1; the others are PREDICTED from the step times above, with the "
+        "draft on a device of its own."
+    )
+    return [said, tables.markdown(("target", "mode", "how", *COLUMNS.values()), lines, labels=3)]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
