@@ -84,6 +84,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
+                log_level=logging.getLogger("pearl").getEffectiveLevel(),  # what it says of broken requests
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_S,

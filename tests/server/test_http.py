@@ -229,6 +229,13 @@ def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, bo
     assert error["param"] == param and error["message"]
 
 
+def test_a_request_that_the_engine_refuses_leaves_nothing_behind(server, client, caplog):
+    bodies = [{"prompt": [99999]}, {"prompt": "a", "n": 2, "logit_bias": {"99999": 1}}, {"prompt": ["a", [99999]]}]
+    assert [client.post(COMPLETE, json=body).status_code for body in bodies] == [400] * 3
+    until(lambda: not server.service.open)
+    assert client.get("/health").status_code == 200 and not caplog.records
+
+
 def test_what_says_nothing_of_the_text_is_let_through(client):
     more = {"service_tier": "auto", "store": True, "stop": None, "best_of": 1, "priority": 3, "metadata": {}, "x": [1]}
     assert client.post(COMPLETE, json=LONG | more).status_code == 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ class CompletionAnswer(Answer):
         super().__init__(request, asked, model, names, metrics)
         self._echoed = echoed
         self._none = request.max_tokens == 0  # a token is written all the same, and nobody sees it
-        self._offsets: defaultdict[Text, Offset] = defaultdict(Offset)  # of log-probabilities
+        self._offsets: dict[Text, Offset] = {}  # of log-probabilities
 
     def shown(self, tokens: int) -> int:
         return 0 if self._none else tokens
@@ -87,12 +86,15 @@ class CompletionAnswer(Answer):
         """`prompt`: with those of the prompt's tokens before them."""
         if not self.wants_logprobs(text):
             return None
+        if text not in self._offsets:
+            self._offsets[text] = Offset(self.names, self.request.skip_special_tokens is not False)
         found: list[Logprobs | None] = list(self.logprobs_of(text, first, tokens))
+        answer = None
         if prompt:
-            state = text.handle.request.text
+            state, answer = text.handle.request.text, len(self.prompt(text))
             tokens = [*self.prompt(text), *tokens]
             found = [*((state and state.prompt_logprobs) or ()), *found]
-        return completion_logprobs(tokens, found, self.names, self._as_ids, self._offsets[text])
+        return completion_logprobs(tokens, found, self.names, self._as_ids, self._offsets[text], answer)
 
     def _ids(self, text: Text, tokens: Sequence[int], prompt: bool) -> dict[str, Any]:
         if not self._with_ids:

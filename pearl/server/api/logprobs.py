@@ -13,14 +13,22 @@ LEAST = -9999.0  # what stands for minus infinity, which JSON has no word for
 
 
 class Offset:
-    """Characters of a growing text. What is half a character counts with the bytes that complete it."""
+    """Characters of a growing text that is shown. What is half a character counts with the bytes that complete it."""
 
-    def __init__(self) -> None:
-        self._decoder, self._count = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    def __init__(self, names: TokenNames, skip_special_tokens: bool = True):
+        self._names, self._skips, self._count = names, skip_special_tokens, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begins = True  # a text that is decoded by itself
 
-    def after(self, spelt: bytes) -> int:
-        """Those before these bytes, which are added."""
-        before = self._count
+    def after(self, token: int, anew: bool = False) -> int:
+        """Those before this token, which is added. `anew`: with it a text begins, as an answer behind an echo does."""
+        before, self._begins = self._count, self._begins or anew
+        if self._skips and self._names.is_special(token):
+            return before
+        spelt = self._names.bytes_of(token)
+        if self._begins and self._names.drops_space(token):
+            spelt = spelt[1:]
+        self._begins = False
         self._count += len(self._decoder.decode(spelt))
         return before
 
@@ -45,17 +53,18 @@ def completion_logprobs(
     tokens: Sequence[int],
     found: Sequence[Logprobs | None],
     names: TokenNames,
-    as_ids: bool = False,
-    offset: Offset | None = None,
+    as_ids: bool,
+    offset: Offset,
+    anew: int | None = None,
 ) -> dict[str, Any]:
     """One entry for each token; a prompt's first token follows nothing and has none. The float of a token is the same
-    in both lists. `offset`: where the first token begins, moved on to the end."""
-    offset = offset or Offset()
+    in both lists. `offset`: where the first token begins, moved on to the end; `anew`: place of the first one of the
+    answer, if a prompt comes before it."""
     return {
         "tokens": [names.key(token, as_ids) for token in tokens],
         "token_logprobs": [row and max(row[token], LEAST) for token, row in zip(tokens, found, strict=True)],
         "top_logprobs": [row and _by_text(row, names, as_ids) for row in found],
-        "text_offset": [offset.after(names.bytes_of(token)) for token in tokens],
+        "text_offset": [offset.after(token, place == anew) for place, token in enumerate(tokens)],
     }
 
 

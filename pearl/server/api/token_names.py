@@ -19,10 +19,20 @@ class TokenNames:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._added = set(tokenizer.get_added_vocab().values())
+        self._specials = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
         inside = getattr(tokenizer, "backend_tokenizer", None)
         self._bytes = _alphabet() if inside is not None and "ByteLevel" in str(inside.decoder) else None
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
         self.text_of = functools.lru_cache(1 << 16)(self._text_of)
+        self.drops_space = functools.lru_cache(1 << 10)(self._drops_space)
+
+    def is_special(self, token: int) -> bool:
+        """Not shown where special tokens are skipped."""
+        return token in self._specials
+
+    def _drops_space(self, token: int) -> bool:
+        """Whether its space is not shown where a text begins with it, as in tokenizers after SentencePiece."""
+        return self.bytes_of(token).startswith(b" ") and not self._tokenizer.decode([token]).startswith(" ")
 
     def _bytes_of(self, token: int) -> bytes:
         """Empty for a row of the vocabulary that the tokenizer knows nothing of."""
