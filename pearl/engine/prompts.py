@@ -5,7 +5,6 @@ Knows: a tokenizer and its chat template. Refuses to know: models. May be used f
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
@@ -84,16 +83,33 @@ class PromptEncoder:
 
 
 def decoder(tokenizer: Any) -> TextDecoder:
-    """Not of the engine, which a text that is kept would then keep, models and all."""
+    """Not of the engine, which a text that is kept would then keep, models and all. A text that grows is decoded twice
+    a token, so what transformers does around its tokenizer, and nothing of which changes these texts, is left out."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]  # one byte each, as in tokenizers after SentencePiece
+    numbers = tokenizer.convert_tokens_to_ids(names)
+    known = zip(names, numbers, strict=True)
+    single = frozenset(
+        number for name, number in known if number is not None and tokenizer.convert_ids_to_tokens(number) == name
+    )
+    inside = _plain_inside(tokenizer)
 
     def decode(tokens: Sequence[int], skip: bool = True) -> str:
+        if inside is not None:
+            text: str = inside.decode(list(tokens), skip_special_tokens=skip)
+            return text
         return tokenizer.decode(list(tokens), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
-    def is_byte(token: int) -> bool:
-        """Whether it stands for one byte, as in tokenizers after SentencePiece."""
-        return re.fullmatch("<0x[0-9A-F]{2}>", str(tokenizer.convert_ids_to_tokens(token))) is not None
+    return TextDecoder(decode, lambda tokens: decode(tokens, skip=False), single.__contains__)
 
-    return TextDecoder(decode, lambda tokens: decode(tokens, skip=False), is_byte)
+
+def _plain_inside(tokenizer: Any) -> Any:
+    """The tokenizer of `tokenizers` whose texts are those of this one as they are; None where a class has its own."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(tokenizer)
+    if issubclass(kind, Fast) and kind.decode is Fast.decode and kind._decode is Fast._decode:
+        return tokenizer.backend_tokenizer
+    return None
 
 
 def are_several(prompt: Prompt | Sequence[Prompt]) -> bool:

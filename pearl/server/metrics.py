@@ -46,6 +46,7 @@ class Metrics:
     def __init__(self, model: str, service: Running):
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
+        self._children: dict[tuple[Counter, str], Any] = {}
         self.events: Sequence[DrafterEvent] = ()  # of the drafter, as last seen
         self._gauges(service)
         self.drafts = self._counter("vllm:spec_decode_num_drafts", "passes that have verified guesses")
@@ -96,7 +97,12 @@ class Metrics:
         return made.labels(**self._labels)
 
     def _of(self, counts: Counter, **label: str) -> Any:
-        return counts.labels(**self._labels, **label)
+        """Looked up once: this is asked several times a pass."""
+        ((_, value),) = label.items()
+        found = self._children.get((counts, value))
+        if found is None:
+            found = self._children[counts, value] = counts.labels(**self._labels, **label)
+        return found
 
     def refused(self, status: int) -> None:
         self._of(self._refused, status=str(status)).inc()
