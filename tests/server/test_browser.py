@@ -138,9 +138,11 @@ def test_the_tree_of_each_pass_has_its_rows_and_its_way(visit, written):
     assert page.locator("#depths .row").count() >= 1 and page.locator("#origins .row").count() >= 2
 
 
-def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, written):
+@pytest.mark.parametrize("alone", ["ar", "ar-all"])
+def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, written, alone):
     page = visit.page
     page.click("#tab-race")
+    page.select_option("#mode-a", alone)
     page.fill("#raceprompt", WORDS)
     page.fill("#racetokens", "40")
     page.click("#go")
@@ -151,12 +153,42 @@ def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, wri
     ratio = float(page.inner_text("#verdict b").rstrip("×"))
     assert ratio == pytest.approx(times[0] / times[1], rel=0.02 + 0.01 / min(times))
     one, other = written
-    assert (one.stats.mode, other.stats.mode) == ("ar", "tree") and one.tokens == other.tokens
+    assert (one.stats.mode, other.stats.mode) == (alone, "tree") and one.tokens == other.tokens
     assert page.inner_text("#lane-a .text") == page.inner_text("#lane-b .text")
     page.click("#again")  # both at once, from their records
     visit.until("document.querySelector('#lane-a .clock').textContent.includes('record')")
     page.wait_for_selector("#lane-b .flag:not([hidden])")
     assert page.inner_text("#lane-a .text") == page.inner_text("#lane-b .text")
+
+
+def test_a_page_asks_for_the_key_and_keeps_it_until_the_tab_is_closed(browser, server):
+    with servers.served(server.service.engine, api_key="secret") as one:
+        visit = Visit(browser)
+        page = visit.page
+        page.goto(one.url)
+        for given, told in (
+            ("", "is needed"),
+            ("wrong", "is needed"),
+            ("s\u00e9cret \u65e5", "plain letters"),
+            ("x", "is needed"),
+        ):
+            page.wait_for_selector("#keyform:not([hidden])")
+            page.fill("#apikey", given)
+            page.click("#keyform button")
+            visit.until(f"document.querySelector('#status').textContent.includes('{told}')")
+        page.fill("#apikey", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#status[data-is=ready]")
+        assert page.locator("#keyform").is_hidden()
+        ask(visit, tokens=20)
+        settled(visit)
+        assert len(visit.tokens()) > 3
+        page.reload()
+        page.wait_for_selector("#status[data-is=ready]")
+        assert page.locator("#keyform").is_hidden()
+        assert all("secret" not in url for url in visit.asked), "it is in no address, which logs would keep"
+        assert all("401" in said for said in visit.errors), "the browser itself tells that it was refused"
+        visit.close()
 
 
 def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written):
