@@ -229,6 +229,35 @@ def test_a_machine_that_has_become_slower_changes_no_width():
     assert taken_by(controller, nodes) == 1
 
 
+def measured_while_busy(quiet: int) -> TokenBuckets:
+    """A pass takes 1 and a tenth a row more; of this plan all counts but one were timed while other jobs ran."""
+    return costing(*(1 + 0.1 * n if n + 1 == quiet else 2.2 + 0.02 * n for n in range(LIMIT)))
+
+
+@pytest.mark.parametrize("quiet", [1, 4, 10, 16])
+def test_a_plan_that_was_measured_on_a_busy_machine_is_corrected_by_the_passes(quiet: int):
+    """What is read then brings nearly as much a second as the best that there is."""
+    nodes, plan = chain(*[0.75] * 15), measured_while_busy(quiet)
+    plan = replace(plan, cost_s=tuple(min(plan.cost_s[n:]) for n in range(LIMIT)))  # as a measurement leaves it
+    brought = [sum(0.75**depth for depth in range(rows)) for rows in range(1, LIMIT + 1)]
+    speeds = [tokens / (1 + 0.1 * row) for row, tokens in enumerate(brought)]
+    controller = Controller(TREE, plan)
+    for number in range(80):
+        taken = 0 if number % 4 == 0 else taken_by(controller, nodes)  # after a miss there is nothing to read
+        controller.record_pass(1 + taken, round(brought[taken]), 1 + 0.1 * taken, 1 + 0.1 * taken)
+    assert speeds[taken_by(controller, nodes)] > 0.93 * max(speeds)
+
+
+def test_a_pass_that_something_stopped_for_long_changes_no_width():
+    plan, nodes = costing(1.0, 1.2, 1.4, 3.0), chain(0.6, 0.6, 0.6)
+    controller = Controller(TREE, plan)
+    for _ in range(20):
+        controller.record_pass(3, 2, 1.4, 1.4)
+    before = taken_by(controller, nodes)
+    controller.record_pass(3, 2, 100.0, 1.4)
+    assert taken_by(controller, nodes) == before == 2
+
+
 # chances
 
 
