@@ -227,7 +227,7 @@ def test_the_kept_results_are_whole_answers_greedy_and_sampled():
     settings = {"DATA": "d", "TASKS": "gsm8k", "PAIR": "mine.yaml", "MINUTES": "10"}
     *rows, keep, _ = commands("scripts/results.sh", "keep", **settings)
     assert [(values(row, "--output")[0][-2:], values(row, "--stop-at-interval")[0]) for row in rows] == [
-        (temperature, width) for width in ("0.3", "0.2", "0.1") for temperature in ("t0", "t1")
+        (temperature, width) for width in ("0.5", "0.3", "0.2", "0.1") for temperature in ("t0", "t1")
     ], "all tables with wide intervals come first"
     assert all(540 < int(values(row, "--seconds")[0]) <= 600 for row in rows)
     assert keep[:2] == ["python", "scripts/keep_results.py"]
@@ -289,7 +289,8 @@ def test_results_are_made_in_pieces_whenever_the_session_ends(small, tmp_path):
     "name, more",
     [
         ("input_length", {"OPTIONS": "--processes 1 --data text.txt", "MAX_LENGTH": "200", "LIMIT": "2"}),
-        ("temperature", {"OPTIONS": "--processes 1 --max-length 500 --no-score", "TEMPERATURES": "1"}),
+        ("temperature", {"OPTIONS": "--processes 1 --max-length 500 --no-score", "TEMPERATURES": "0 1"}),
+        ("concurrency", {"SIZES": "1 2", "LAUNCH": "python"}),
     ],
 )
 def test_a_sweep_ends_in_a_plot(small, tmp_path, name, more):
