@@ -26,7 +26,8 @@ from pearl.machine import launcher, logs
 from pearl.options import TEXT, WORD, Option, whole
 
 BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.evaluation.baselines
-BY_PAIR = ("target", "draft", "dtype", "load_in", "draft_load_in")  # what a pair says, unless the command line does
+# what a pair says, unless the command line does
+BY_PAIR = ("target", "draft", "target_draft", "dtype", "load_in", "draft_load_in")
 PAIR, MACHINE, DECODING, PROBLEMS = "pair", "machine", "decoding", "problems"
 
 _SAMPLING = options.of(SamplingParams)

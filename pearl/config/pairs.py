@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pearl import options
-from pearl.config.engine_config import ALIASES, DTYPES, FEATURE, LOADS, SUFFIX, model_path
+from pearl.config.engine_config import ALIASES, BESIDE_TARGET, DTYPES, FEATURE, LOADS, SUFFIX, model_path
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
 from pearl.options import TEXT, Kind, choice, number, setting
@@ -39,7 +39,8 @@ class Pair:
     """A target and its drafter, as a registry file states them.
 
     ``target`` and ``draft`` are hub ids, the name of a built-in model or drafter, or ``suffix`` for the draft source
-    without weights; all else may be left out. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
+    without weights; all else may be left out. ``target_draft``: what drafts in the target's process, as the option of
+    that name takes it. ``target_gb`` and ``draft_gb`` are the weights alone, in the dtype or
     quantization given; None where a file of your own does not say. ``prompt`` None: chat if the model has a template.
     ``licence``: of the weights, by name; whoever loads them reads it.
     """
@@ -47,6 +48,7 @@ class Pair:
     name: str = _fact("", TEXT)
     target: str = _fact(MISSING, TEXT)
     draft: str = _fact(MISSING, TEXT)
+    target_draft: str = _fact("auto", TEXT)
     dtype: str = _fact("bfloat16", choice(*DTYPES))
     load_in: str | None = _fact(None, choice(*LOADS))
     draft_load_in: str | None = _fact(None, choice(*LOADS))
@@ -160,6 +162,10 @@ def check(pair: Pair, machine: Machine) -> Fit:
     if None in sizes:
         return Fit(pair, ())
     target, draft = (needed_gb(gb or 0.0) for gb in sizes)
+    beside = [
+        name.strip() for name in pair.target_draft.split(",") if name.strip() not in (*BESIDE_TARGET, "auto", "none")
+    ]
+    target += 1.2 * sum(_weights_gb(name, pair.dtype) or 0.0 for name in beside)
     if len(machine.gpus_gb) < 2:
         where, free = ("on the GPU", machine.gpus_gb[0]) if machine.gpus_gb else ("in RAM", machine.ram_gb)
         return Fit(pair, (Place("target and the draft", where, target + draft, free),))

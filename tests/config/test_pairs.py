@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,10 @@ def test_the_cpu_launch_really_starts_two_processes_that_see_no_gpu(tmp_path):
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     subprocess.run([*launch, script, tmp_path], check=True, env=clean, timeout=120, capture_output=True)
     assert {file.stem: file.read_text() for file in tmp_path.glob("*.rank")} == {"0": "2 -1,-1", "1": "2 -1,-1"}
+
+
+def test_what_drafts_in_the_targets_process_is_part_of_a_pair_and_of_what_it_needs():
+    plain = Pair(name="x", target="smollm2-135m", draft="suffix", target_gb=1.0)
+    head = replace(plain, target_draft="auto,feature:smollm2-135m-feature")
+    (mine,), (more,) = (check(pair, ROOMY).places for pair in (plain, head))
+    assert 0.01 < more.need_gb - mine.need_gb < 0.2

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
-from toys import Crashing, Moody, Noise, Right, TableModel, extend
+from cases import DRAFTING, Case, cases, check, plain_case
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import EAGER, Crashing, Moody, Noise, Right, TableModel, examples, extend
 
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Trie
@@ -83,3 +88,58 @@ def test_forwards_are_counted_together():
     one = united(SuffixSource(), model)
     extend(one, Trie(TEXT), 4, 8)
     assert one.forwards == model.forwards == 1 and one.costs == model.costs and math.isfinite(one.rows)
+
+
+# Any sources, on both sides
+
+
+PARTS = (
+    "right",
+    "sometimes",
+    "random",
+    "a tree",
+    "its own tree",
+    "suffix",
+    "crashing",
+    "crashing tree",
+    "sure and wrong",
+    "too talkative",
+    "short of answers",
+)
+
+
+@st.composite
+def several(draw: st.DrawFn, modes: Sequence[str] = DRAFTING) -> Case:
+    """A drafter of two or three sources, as often as not with as many beside the target."""
+    case = draw(cases(modes, ["right"]))
+    names = st.lists(st.sampled_from(PARTS), min_size=2, max_size=3)
+    beside = (tuple(draw(names)),) if draw(st.booleans()) else ()
+    return replace(case, source="+".join(draw(names)), beside=tuple(name for group in beside for name in group))
+
+
+@examples(30)
+@given(several())
+def test_whatever_sources_are_united_the_text_is_the_targets_own(case: Case):
+    """Some are right, some make things up and are sure of them, some say more or less than they were asked for, some
+    raise, also in the middle of their work."""
+    target, _ = check(case)
+    stats = target.draft_stats
+    healthy = not all(name in FAILING for name in case.source.split("+"))
+    assert not (stats and stats.failed and healthy), "one that is sound goes on"
+
+
+FAILING = {"crashing", "crashing tree", "short of answers"}
+
+
+@examples(10)
+@given(several(), st.integers(0, 30))
+def test_so_it_is_when_they_are_all_lost(case: Case, moves: int):
+    check(case, lost_after=moves)
+
+
+@pytest.mark.parametrize("lies", ["sure and wrong", "too talkative"])
+def test_lies_do_not_keep_a_source_that_is_right_from_being_read(lies: str):
+    """What each says is weighed by how often it came true."""
+    case = replace(plain_case("tree", None, f"{lies}+right", EAGER, 120), beside=(lies, "right"))
+    target, _ = check(case)
+    assert len(target.passes) < 75

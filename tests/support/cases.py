@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
+from liars import ShortOfAnswers, SureAndWrong, TooTalkative
 from toys import (
     EAGER,
     Crashing,
@@ -31,6 +32,7 @@ from pearl.drafters.model import ModelSource
 from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.drafters.tree import TreeSource
+from pearl.drafters.united import UnitedSource
 from pearl.roles.target import Target
 
 DRAFTING = [mode for mode in MODES if Schedule.of(mode).drafts]
@@ -99,7 +101,15 @@ class Setting:
             known = [Sometimes(text, self.vocabulary, chance, self.chunk) for text in texts]
             return known[0] if len(known) == 1 else AnyOf(known)
 
+        if "+" in name:
+            return UnitedSource([self._source(part, texts) for part in name.split("+")])
         match name:
+            case "sure and wrong":
+                return SureAndWrong(self.vocabulary, self.table)
+            case "too talkative":
+                return TooTalkative(self.vocabulary, self.table)
+            case "short of answers":
+                return ShortOfAnswers()
             case "recycling":
                 return RecyclingSource()
             case "crashing tree":
