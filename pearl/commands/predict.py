@@ -22,6 +22,9 @@ def parser() -> cli.Parser:
     add("--latency", type=float, help="of a message; of a run in seconds (default: 0.0003), by hand in passes (0)")
     add("--tokens", type=int, default=2000, help="by hand: of the text")
     add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
+    add("--beside", type=float, help="by hand: the acceptance of a source beside the target (default: there is none)")
+    add("--beside-cost", type=float, default=0.0, help="by hand: its forward, as part of a pass; 0: it answers at once")
+    add("--beside-depths", type=int, default=1, help="by hand: tokens that a forward of it guesses")
     add("--seed", type=int, default=0, help="of what a run does not say")
     add("--json", metavar="FILE", type=outputs.file, help="write the figures there too")
     return made
@@ -59,4 +62,5 @@ def _case(found: argparse.Namespace) -> Any:
     if found.run:
         latency_s = LATENCY_S if found.latency is None else found.latency
         return read_run(Path(found.run), found.mode, latency_s, found.seed)
-    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed)
+    beside = None if found.beside is None else (found.beside, found.beside_cost, found.beside_depths)
+    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed, beside)

@@ -92,6 +92,7 @@ class DraftSource:
     makes_trees_alone: bool = (
         False  # one forward makes a tree by itself; else a chain, unless it extends several leaves
     )
+    depths: int = 1  # tokens that such a forward guesses, one after the other
     layers: tuple[int, ...] = ()  # of the target, whose hidden states it wants in `observe`
     costs: tuple[float, ...] = ()  # seconds of a forward by its rows; empty: not known, or there is no model
     draws: bool = False  # its first guesses are drawn from the q that they carry, as rejection sampling wants them

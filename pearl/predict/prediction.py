@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pearl.config.synthetic import SyntheticDraft
@@ -21,6 +22,7 @@ from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import LEAVES, LIMIT, TokenBuckets
 from pearl.errors import UsageError
 from pearl.evaluation import metrics
+from pearl.predict.beside import SourceBeside
 from pearl.predict.replay import Case, missed, sureness
 from pearl.predict.script import DraftedToken, Script, Times
 from pearl.predict.simulation import simulate
@@ -39,15 +41,26 @@ def predict(
         raise UsageError("ar-all runs on other cores or devices than what was recorded: leave it out.")
     runs: dict[str, metrics.Runs] = {}
     for mode, schedule in schedules.items():
-        texts = simulate(schedule, list(case.scripts.values()), case.times, case.own, seed, synthetic=synthetic)
+        scripts = list(case.scripts.values())
+        texts = simulate(schedule, scripts, case.times, case.own, seed, synthetic=synthetic, beside=case.beside)
         runs[mode] = dict(zip(case.scripts, texts, strict=True))
     return metrics.summarise(runs)
 
 
-def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_cost: float = 0.0, seed: int = 0) -> Case:
+def by_hand(
+    a: float,
+    c: float,
+    latency: float = 0.0,
+    tokens: int = 2000,
+    row_cost: float = 0.0,
+    seed: int = 0,
+    beside: tuple[float, float, int] | None = None,
+) -> Case:
     """One text whose guesses are right with chance `a`, each for itself; a pass takes 1, a drafter forward 1/c.
 
-    Every row after the first adds `row_cost` of a forward, on both sides.
+    Every row after the first adds `row_cost` of a forward, on both sides. `beside`: of a source in the target's
+    process how often it is right, the part of a pass that its forward takes (0: it answers at once), and how many
+    tokens it then guesses.
     """
     if not 0.0 < c < math.inf:
         raise UsageError(f"The speed ratio c is target pass time / drafter forward time, so give c > 0 (got {c}).")
@@ -56,7 +69,27 @@ def by_hand(a: float, c: float, latency: float = 0.0, tokens: int = 2000, row_co
     shape = [1 + row_cost * row for row in range(LIMIT)]
     rows = TokenBuckets(tuple(range(1, LIMIT + 1)), tuple(shape))
     draft_s = tuple(cost / c for cost in shape[:LEAVES])
-    return by_times(a, rows, draft_s, latency, tokens, seed, f"a {a:g}, c {c:g}, latency {latency:g}")
+    case = by_times(a, rows, draft_s, latency, tokens, seed, f"a {a:g}, c {c:g}, latency {latency:g}")
+    return case if beside is None else _with_beside(case, *beside, seed)
+
+
+def _with_beside(case: Case, a: float, cost: float, depths: int, seed: int) -> Case:
+    """The same with a source beside the target."""
+    if not 0.0 <= a <= 1.0 or cost < 0 or depths < 1:
+        raise UsageError("Of a source beside the target give a chance, a cost that is not negative, a depth from 1.")
+    rng = random.Random(f"{seed} beside")
+    scripts = {
+        key: replace(script, beside=(tuple(_drawn(a, rng) for _ in script.places),))
+        for key, script in case.scripts.items()
+    }
+    source = f"{case.source}; beside the target a {a:g} for {cost:g} of a pass, {depths} tokens"
+    return replace(case, scripts=scripts, beside=(SourceBeside("feature", cost, depths),), source=source)
+
+
+def _drawn(a: float, rng: random.Random) -> DraftedToken:
+    """The guesses of one place, the first of which is right with chance `a`."""
+    rank = 0 if rng.random() < a else missed(1, rng)
+    return DraftedToken(rank, (sureness(rank == 0, a, rng),))
 
 
 def by_times(
@@ -68,10 +101,7 @@ def by_times(
     if tokens < 1:
         raise UsageError("Give at least one token.")
     rng = random.Random(seed)
-    places = []
-    for _ in range(tokens):
-        rank = 0 if rng.random() < a else missed(1, rng)
-        places.append(DraftedToken(rank, (sureness(rank == 0, a, rng),)))
+    places = [_drawn(a, rng) for _ in range(tokens)]
     # the drafter's prompt takes part of a forward more than one, so that the two clocks do not strike together
     script = Script(1, tuple(places), rows.cost(1), 1.37 * draft_s[0])
     pass_s = tuple(rows.cost(count) for count in range(1, LIMIT + 1))

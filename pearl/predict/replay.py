@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from pearl.core.schedule import OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.core.trie import DRAFT, ORIGIN_NUMBER, RECYCLED
 from pearl.errors import UsageError
+from pearl.predict.beside import SourceBeside
+from pearl.predict.replay_beside import places_of, sources_beside
 from pearl.predict.script import VOCABULARY, DraftedToken, Script, Times
 
 LATENCY_S = 3e-4  # of a message between two processes of one machine
@@ -54,6 +56,7 @@ class Case:
     measured: dict[str, float]  # speed-up by mode
     source: str  # where all of it comes from, for a person
     notes: tuple[str, ...] = ()  # what it can't say, in sentences
+    beside: tuple[SourceBeside, ...] = ()  # sources in the target's process, as the scripts have them
 
 
 def read_run(folder: Path, mode: str | None = None, latency_s: float = LATENCY_S, seed: int = 0) -> Case:
@@ -74,7 +77,10 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
         raise UsageError(f"In {folder} no guess of mode {mode} was judged: record one that drafts, tree or pearl.")
     figures, config = summary["modes"].get(mode) or {}, summary["config"]
     times = _times(modes, mode, summary, latency_s)
-    judged = {key: _places(passes) for key, passes in modes[mode].items()}
+    beside = sources_beside(config, summary["environment"])
+    others = {one.origin for one in beside} | {RECYCLED}
+    raw = {key: _judged(passes) for key, passes in modes[mode].items()}
+    judged = {key: [_drafted(one, others) for one in places] for key, places in raw.items()}
     known = [place for places in judged.values() for place in places if place]
     chains = all(place.q == (1.0,) for place in known)
     scripts = {}
@@ -84,7 +90,9 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
             places = _completed(places, known, chains, random.Random(f"{seed} {key}"))
         prefill_s = modes.get("ar", {}).get(key, passes)[0]["forward_s"]
         draft_prefill_s = prefill_s * times.draft_s[0] / times.pass_s[times.rows.pad(1) - 1] if times.draft_s else 0.0
-        scripts[key] = Script(passes[0]["position"] + 1, tuple(places), prefill_s, draft_prefill_s)
+        rng = random.Random(f"{seed} {key} beside")
+        told = tuple(tuple(places_of(raw[key], one, rng)) for one in beside)
+        scripts[key] = Script(passes[0]["position"] + 1, tuple(places), prefill_s, draft_prefill_s, told)
     own, confirmed = figures.get("draft_own_rows"), figures.get("draft_own_confirmed")
     return Case(
         scripts=scripts,
@@ -94,6 +102,7 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
         measured={m: f["speedup_vs_ar"] for m, f in summary["modes"].items() if f.get("speedup_vs_ar")},
         source=f"{folder}, the guesses of mode {mode}",
         notes=_notes(times, chains),
+        beside=beside,
     )
 
 
@@ -139,26 +148,33 @@ def _judged_places(passes: Sequence[dict[str, Any]]) -> int:
     return sum(len(one["judged"]) for one in passes)
 
 
-def _places(passes: Sequence[dict[str, Any]]) -> list[DraftedToken | None]:
-    """What was judged, place by place, of the drafter's guesses. A token that was not among them has the rank after
-    theirs; a place where only sources beside the target had guesses was not judged."""
+def _judged(passes: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+    """What was judged, place by place of a text."""
     first = passes[0]["position"] + 1
-    places: list[DraftedToken | None] = [None] * sum(one["committed"] for one in passes)
+    found: list[dict[str, Any] | None] = [None] * sum(one["committed"] for one in passes)
     for one in passes:
         for at, judged in enumerate(one["judged"], one["position"] + 1 - first):
-            if at < len(places):  # the last pass may run over the end of the text
-                rank, q = _of_drafter(judged)
-                if q:
-                    places[at] = DraftedToken(len(q) if rank is None else rank, q)
-    return places
+            if at < len(found):  # the last pass may run over the end of the text
+                found[at] = judged
+    return found
 
 
-def _of_drafter(judged: Mapping[str, Any]) -> tuple[int | None, tuple[float, ...]]:
-    """The rank of the pick among the guesses of the best-informed source there, and their probabilities. What was
-    recycled comes from the target's process in any case; an early run has no origins."""
+def _drafted(judged: Mapping[str, Any] | None, others: Collection[str]) -> DraftedToken | None:
+    """The drafter's guesses there. A token that was not among them has the rank after theirs; where only sources beside
+    the target had guesses it was not judged."""
+    rank, q = _of_drafter(judged, others) if judged else (None, ())
+    return DraftedToken(len(q) if rank is None else rank, q) if q else None
+
+
+def _of_drafter(
+    judged: Mapping[str, Any], others: Collection[str] = (RECYCLED,)
+) -> tuple[int | None, tuple[float, ...]]:
+    """The rank of the pick among the guesses of the best-informed source there, and their probabilities. `others`: the
+    origins of those beside the target; an early run has no origins."""
     origins = judged.get("origins") or [DRAFT] * len(judged["q"])
-    asked = min(origins, key=ORIGIN_NUMBER.__getitem__, default=DRAFT)
-    mine = [place for place, origin in enumerate(origins) if origin == asked != RECYCLED]
+    drafters = [origin for origin in origins if origin not in others]
+    asked = min(drafters, key=ORIGIN_NUMBER.__getitem__, default=DRAFT)
+    mine = [place for place, origin in enumerate(origins) if origin == asked and origin not in others]
     rank = mine.index(judged["rank"]) if judged["rank"] in mine else None
     return rank, tuple(judged["q"][place] for place in mine)
 

@@ -46,6 +46,8 @@ class Script:
     places: tuple[DraftedToken | None, ...]
     prefill_s: float  # of the target
     draft_prefill_s: float
+    # the same of each source beside the target: what it would say; where None, nothing
+    beside: tuple[tuple[DraftedToken | None, ...], ...] = ()
 
     @property
     def tokens(self) -> list[int]:

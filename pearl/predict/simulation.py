@@ -34,6 +34,7 @@ from pearl.models.draft_model import LeavesQuery
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.language_model import TREE_SLOTS, SideRow
 from pearl.models.verifier import SequenceQuery
+from pearl.predict.beside import ScriptedSource, SourceBeside
 from pearl.predict.script import VOCABULARY, Script, Times, token
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
@@ -51,12 +52,13 @@ def simulate(
     seed: int = 0,
     traces: tuple[Trace, Trace] = (OFF, OFF),
     synthetic: SyntheticDraft | None = None,
+    beside: Sequence[SourceBeside] = (),
 ) -> list[records.GenerationStats]:
     """The records of a run over `scripts`, one after the other, by one target and one drafter.
 
     `own`: how often the drafter's own guesses, which its forwards carry along, are what its model says then; 0: it
     makes none. `traces`: of the target and of the drafter, in virtual seconds. `synthetic`: drafts in place of what the
-    scripts say of the drafter.
+    scripts say of the drafter. `beside`: sources in the target's process, as the scripts have them.
     """
     stage = _Stage(times, own, seed)
     wire = _TargetEnd(stage)
@@ -66,7 +68,11 @@ def simulate(
     elif times.draft_s:
         source = TreeSource(_DraftReader(stage), times.draft_costs, _Own(stage))
     wire.drafter = Drafter(source, wire.peer, wire.peer.clock, traces[1])
-    target = Target(_TargetReader(stage, wire), wire, wire.clock, traces[0])
+    sources = [
+        ScriptedSource(one, number, lambda: stage.script, lambda seconds: wire.work(seconds, times.crowding))
+        for number, one in enumerate(beside)
+    ]
+    target = Target(_TargetReader(stage, wire), wire, wire.clock, traces[0], sources=sources)
     return [_text(target, wire, stage, schedule, script) for script in scripts]
 
 

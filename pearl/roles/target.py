@@ -22,6 +22,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -94,6 +95,18 @@ class Target:
     def draft_costs(self) -> tuple[float, ...]:
         """Seconds of a drafter forward by its rows, as the drafter has said; empty: it has not."""
         return self._controllers.draft_costs
+
+    @property
+    def sources_beside(self) -> list[dict[str, Any]]:
+        """For the records: what guesses in this process, what a forward of it takes, how many tokens one guesses."""
+        return [
+            {
+                "origin": one.origin,
+                "seconds": one.costs,
+                "depths": getattr(one, "depths", 1) if one.makes_trees_alone else 1,
+            }
+            for one in self._beside.asking
+        ]
 
     @property
     def draft_stats(self) -> DraftStats | None:

@@ -347,3 +347,46 @@ def test_what_can_t_be_predicted_is_refused_in_a_sentence(
 def test_a_mode_that_the_run_does_not_hold_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="holds no mode 'tree': choose from ar, sd:4"):
         read_run(record(tmp_path), "tree")
+
+
+def test_a_source_beside_the_target_fills_what_the_drafter_leaves():
+    """A slow drafter leaves passes that read the root alone; what a forward costs decides whether it is worth them."""
+    alone, cheap, dear, wrong = (
+        predict(by_hand(0.8, 1.3, tokens=600, beside=beside), ["tree"])["tree"]
+        for beside in (None, (0.7, 0.1, 5), (0.7, 3.0, 5), (0.0, 0.1, 5))
+    )
+    speed = "decode_speedup_vs_ar"
+    assert cheap[speed] > 1.15 * alone[speed] and cheap["by_origin"]["feature"]["accepted"] > 50
+    assert dear[speed] > 0.97 * alone[speed] and wrong[speed] > 0.97 * alone[speed]
+
+
+def test_one_that_answers_at_once_needs_no_drafter_forward():
+    figures = predict(by_hand(0.0, 5.0, tokens=300, beside=(1.0, 0.0, 4)), ["pearl", "sd:2"])
+    assert figures["pearl"]["tokens_per_pass"] > 3
+    assert figures["sd:2"]["tokens_per_pass"] == pytest.approx(1, abs=0.02), "there is none in serial decoding"
+
+
+def test_of_a_run_each_source_beside_the_target_has_its_own_guesses(tmp_path: Path):
+    def with_others(passes, summary):
+        summary["config"] |= {"draft": "a model", "target_draft": "auto,feature:a-head"}
+        summary["environment"]["beside"] = [
+            {"origin": "recycled", "seconds": [], "depths": 1},
+            {"origin": "feature", "seconds": [0.1, 0.2], "depths": 5},
+        ]
+        for one in passes:
+            one["judged"] = [
+                judged | {"origins": ["draft", "feature", "recycled"], "q": [1.0, 0.5, 0.25]}
+                for judged in one["judged"]
+            ]
+
+    plain, case = read_run(record(tmp_path / "plain")), read_run(record(tmp_path / "run", with_others))
+    assert {one.origin: (one.forward_s, one.depths) for one in case.beside} == {
+        "suffix": (0.0, 8),
+        "recycled": (0.0, 8),
+        "feature": (0.1, 5),
+    }
+    for before, script in zip(plain.scripts.values(), case.scripts.values(), strict=True):
+        assert script.places == before.places
+        heads = script.beside[[one.origin for one in case.beside].index("feature")]
+        assert all(place and place.q == (0.5,) and place.rank == 1 for place in heads)
+    assert predict(case, ["pearl"])["pearl"]["speedup_vs_ar"] > 0

@@ -33,6 +33,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "load": os.getloadavg(),
         "rows": asdict(engine.model.rows),
         "draft_costs": engine.runtime.target.draft_costs,
+        "beside": engine.runtime.target.sources_beside,
         "command": sys.argv,
     }
 
