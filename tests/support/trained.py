@@ -44,6 +44,7 @@ def drafter_for(
     vocabulary: Sequence[int] | None = None,
     seed: int = 0,
     kind: str = OURS,
+    markov_rank: int = 0,
 ) -> FeatureDrafter:
     """A random drafter with the target attached; of its dimensions each says something. `kind`: of the network."""
     ids = torch.tensor(list(vocabulary) if vocabulary is not None else range(0, target.config.vocab_size, 2))
@@ -58,6 +59,7 @@ def drafter_for(
         target="the small target",
         fingerprint=mark,
         mask_token=1,
+        markov_rank=markov_rank,
     )
     torch.manual_seed(seed)
     drafter = FeatureDrafter(shape, ids)
