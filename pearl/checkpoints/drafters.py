@@ -137,7 +137,7 @@ def load_dflash(checked: Preflight) -> DFlashDrafter:
     """The network with its target's embedding and head, ready to draft."""
     config, placed = checked.config, checked.draft_on
     assert checked.drafting, "the draft source is a checkpoint"
-    drafter = dflash_weights.load(checked.drafting.files, checked.drafting.shape)
+    drafter = dflash_weights.load(checked.drafting.files, checked.drafting.shape, checked.vocabulary)
     target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
     drafter.attach(target.get_input_embeddings().weight, target.get_output_embeddings())
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16)

@@ -50,6 +50,7 @@ def tensors(first: str = "midlayer.", features: int = 3) -> dict[str, torch.Tens
         f"{first}self_attn.v_proj.weight": (8, 2 * HIDDEN),
         f"{first}self_attn.o_proj.weight": (HIDDEN, 16),
         f"{first}mlp.gate_proj.weight": (24, HIDDEN),
+        f"{first}mlp.down_proj.weight": (HIDDEN, 24),
         "norm.weight": (HIDDEN,),
         "lm_head.weight": (DRAFTED, HIDDEN),
         "d2t": (DRAFTED,),
@@ -91,6 +92,7 @@ def test_an_eagle1_head_is_known_by_the_shape_of_its_fc(tmp_path: Path):
     for name, shape in {"q_proj": (16, HIDDEN), "k_proj": (8, HIDDEN)}.items():
         weights[f"layers.0.self_attn.{name}.weight"] = torch.zeros(shape)
     weights["layers.0.mlp.gate_proj.weight"] = torch.zeros(24, HIDDEN)
+    weights["layers.0.mlp.down_proj.weight"] = torch.zeros(HIDDEN, 24)
     config = {name: value for name, value in FLAT.items() if name != "draft_vocab_size"}
     found = describe(checkpoint(tmp_path, config, weights), TARGET)
     assert found.kind == "eagle" and found.features == (LAYERS,) and found.shape.vocabulary == WORDS
@@ -173,6 +175,10 @@ def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected
         ({IDS: [2, 14]}, "names 2 layers, and its fc.weight reads 3 hidden states"),
         ({"target_hidden_size": 24}, "its fc.weight reads 2 hidden states of 24|hidden states of 24 numbers"),
         ({"hidden_size": None}, "lacks a value that it needs"),
+        ({"num_hidden_layers": 2}, "lack layers.1.mlp.down_proj.weight"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "scales its rotary angles by 'su'"),
+        ({"ptd_token_id": 7}, "lack mask_hidden"),
+        ({"model_type": "gemma4_assistant"}, "reads the keys and values of its target"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, change: dict, sentence: str):
@@ -180,8 +186,49 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, change: dict
         describe(checkpoint(tmp_path, FLAT | {"architectures": ["LlamaForCausalLMEagle3"]} | change, tensors()), TARGET)
 
 
-def test_an_envelope_has_to_say_what_engines_guess_differently(tmp_path: Path):
-    config = {name: value for name, value in ENVELOPE.items() if name != "norm_before_residual"}
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"d2t": torch.zeros(DRAFTED - 3)}, r"by which d2t has the shape \[20\] and not \[17\]"),
+        ({"fc.weight": torch.zeros(HIDDEN, 5 * HIDDEN)}, f"does not name their layers: add {IDS}"),
+        (
+            {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)},
+            "The mask token of the draft .* is 50, which is none of the 50",
+        ),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_config_are_refused(tmp_path: Path, change: dict, sentence: str):
+    config = FLAT | ({"ptd_token_id": WORDS} if "mask_hidden" in change else {})
+    with pytest.raises(PearlError, match=sentence):
+        describe(checkpoint(tmp_path, config, tensors() | change), TARGET)
+
+
+def test_a_head_of_another_layout_or_with_norms_of_its_inputs_is_not_taken_for_a_language_model(tmp_path: Path):
+    with pytest.raises(PearlError, match=r"has the fc\.weight of a head over hidden states"):
+        describe(checkpoint(tmp_path / "a", FLAT, tensors("stack.0.")), TARGET)
+    normed = tensors("layers.0.") | {"fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN)}
+    normed |= {f"layers.0.self_attn.{name}_proj.weight": torch.zeros(16, HIDDEN) for name in "qk"}
+    normed["embedding_layernorm.weight"] = torch.zeros(HIDDEN)
+    with pytest.raises(PearlError, match="HASS"):
+        describe(checkpoint(tmp_path / "b", FLAT, normed), TARGET)
+
+
+def test_sections_of_rotary_angles_are_the_ordinary_ones_in_a_text(tmp_path: Path):
+    config = FLAT | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}, "rope_theta": 5e5}
+    found = describe(checkpoint(tmp_path, config, tensors()), TARGET)
+    assert found.shape.rope == {"rope_type": "default", "rope_theta": 5e5}
+
+
+def test_a_pickle_of_before_torch_1_6_is_described_too(tmp_path: Path):
+    name = checkpoint(tmp_path, FLAT, {})
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert describe(name, TARGET).kind == "eagle3"
+
+
+@pytest.mark.parametrize("said", [{}, {"norm_before_residual": None}], ids=["absent", "null"])
+def test_an_envelope_has_to_say_what_engines_guess_differently(tmp_path: Path, said: dict):
+    config = {name: value for name, value in ENVELOPE.items() if name != "norm_before_residual"} | said
     with pytest.raises(PearlError, match="does not say norm_before_residual"):
         describe(checkpoint(tmp_path, config, tensors()), TARGET)
 

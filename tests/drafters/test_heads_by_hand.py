@@ -96,3 +96,21 @@ def test_a_map_that_leads_out_of_the_vocabulary_is_refused(tmp_path: Path):
     save_file(tensors(seed=1) | {"d2t": torch.full((len(DRAFTED),), WORDS)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"d2t of the draft .* leads to tokens from 30 to 35, and there are 30"):
         load(describe(str(tmp_path), TARGET))
+    save_file(tensors(seed=1), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"leads to tokens from 0 to 29, and there are 28"):
+        load(describe(str(tmp_path), TargetFacts("of a smaller vocabulary", H, 28, 28)))
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["alone", "beside the usual one"])
+def test_a_later_layers_norm_may_be_called_as_sglang_calls_it(tmp_path: Path, other: bool):
+    """Where both are there, it is the one that vLLM and `speculators` read."""
+    later = {name.replace("midlayer", "layers.1"): part for name, part in tensors(2).items() if "midlayer" in name}
+    rows = {"q": 24, "k": 12, "v": 12}
+    later |= {f"layers.1.self_attn.{name}_proj.weight": torch.randn(count, H) for name, count in rows.items()}
+    if not other:
+        del later["layers.1.input_layernorm.weight"]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 2}))
+    save_file(tensors(1) | later, tmp_path / "model.safetensors")
+    drafter = load(describe(str(tmp_path), TARGET))
+    wanted = later["layers.1.input_layernorm.weight" if other else "layers.1.hidden_norm.weight"]
+    assert torch.equal(drafter.state_dict()["layers.1.input_layernorm.weight"], wanted)

@@ -146,14 +146,24 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
         raise UsageError(f"The block_size of the draft {name} leaves no token to guess: its config.json is damaged.")
     if not shapes:
         return
-    if "fc.weight" not in shapes:
-        raise UsageError(f"The weights of the draft {name} lack fc.weight: get the whole checkpoint again.")
-    wanted = (shape.hidden, len(shape.features) * shape.hidden)
-    if shapes["fc.weight"] != wanted:
-        raise UsageError(
-            f"The draft {name} names {len(shape.features)} layers of {shape.hidden} numbers, and its fc.weight has the "
-            f"shape {list(shapes['fc.weight'])} instead of {list(wanted)}: its config.json is not that of its weights."
-        )
+    inner = {"num_attention_heads": 32, **shape.config}  # as transformers' Qwen3Config
+    head_dim = inner.get("head_dim") or (
+        128 if "head_dim" not in inner else shape.hidden // inner["num_attention_heads"]
+    )
+    wanted = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
+    for layer in range(shape.layers):
+        rows = inner["num_attention_heads"] * head_dim
+        wanted[f"layers.{layer}.self_attn.q_proj.weight"] = (rows, shape.hidden)
+    if shape.mapped:
+        wanted["d2t"] = (shape.vocabulary,)
+    for tensor, there in wanted.items():
+        if tensor not in shapes:
+            raise UsageError(f"The weights of the draft {name} lack {tensor}: get the whole checkpoint again.")
+        if shapes[tensor] != there:
+            raise UsageError(
+                f"The weights of the draft {name} do not fit its config.json, which names {len(shape.features)} layers "
+                f"of {shape.hidden} numbers: by it {tensor} has the shape {list(there)} and not {list(shapes[tensor])}."
+            )
 
 
 def line(shape: DFlashShape, layers: int | None, envelope: bool) -> str:

@@ -34,6 +34,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of layers that the network knows: wh
 }
 _TITLES = {EAGLE: "EAGLE head", EAGLE3: "EAGLE-3 head", PEAGLE: "P-EAGLE head", OURS: "feature drafter"}
 _DEPTHS = 5  # of a P-EAGLE head whose file does not say for how many tokens it was trained
+_ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _PREFIX = re.compile(r"^(draft_model\.|model\.)+")
 _AUX_NORMS = {"aux_norm_low": 0, "aux_norm_mid": 1, "aux_norm_high": 2}
 
@@ -62,7 +63,8 @@ def plain_shapes(files: DraftFiles) -> Shapes:
 def is_peagle(files: DraftFiles) -> bool:
     if kind := files.config.get("speculators_model_type"):
         return kind == "peagle"
-    return is_eagle3(files) and "mask_hidden" in plain_shapes(files)
+    masked = any(files.config.get(key) is not None for key in ("ptd_token_id", "pard_token"))
+    return is_eagle3(files) and (masked or "mask_hidden" in plain_shapes(files))
 
 
 def is_eagle3(files: DraftFiles) -> bool:
@@ -79,8 +81,15 @@ def is_eagle3(files: DraftFiles) -> bool:
 def is_eagle(files: DraftFiles) -> bool:
     if "speculators_model_type" in files.config or not _may_be_head(files.config):
         return False
+    if files.folder is None and not files.shapes and files.config["num_hidden_layers"] == 1:
+        files = files.downloaded()  # a hub does not say what a .bin holds
     shapes, hidden = plain_shapes(files), files.config.get("hidden_size", -1)
     return shapes.get("fc.weight") == (hidden, 2 * hidden) and "layers.0.self_attn.q_proj.weight" in shapes
+
+
+def is_some_head(files: DraftFiles) -> bool:
+    """Whether it can't be a language model."""
+    return files.folder is not None and _may_be_head(files.config) and "fc.weight" in plain_shapes(files)
 
 
 def _may_be_head(config: Mapping[str, Any]) -> bool:
@@ -97,7 +106,7 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
     inner = config.get("transformer_layer_config") if envelope else config
     if not isinstance(inner, dict):
         raise UsageError(f"The config.json of the draft {files.name} has no transformer_layer_config: it is damaged.")
-    if envelope and "norm_before_residual" not in config:
+    if envelope and config.get("norm_before_residual") is None:
         raise UsageError(
             f"The config.json of the draft {files.name} does not say norm_before_residual, which some engines take for "
             "true and others for false: add what it was trained with."
@@ -146,7 +155,7 @@ def _read(
         kv_heads=int(inner.get("num_key_value_heads") or heads),
         head_dim=head_dim,
         eps=float(inner.get("rms_norm_eps", 1e-6)),
-        rope=rope_of(inner),
+        rope=_known_rope(name, rope_of(inner)),
         positions=int(inner.get("max_position_embeddings") or 2048),
         depths=_depths(config) if kind == PEAGLE else 1,
         feature_width=width,
@@ -166,6 +175,11 @@ def _read(
         mapped="d2t" in shapes,
         mask_token=_mask_token(config) if kind == PEAGLE else None,
     )
+    if "embedding_layernorm.weight" in shapes or config.get("add_para_norm"):
+        raise UsageError(
+            f"The draft {name} norms what it reads (add_para_norm, HASS), which pearl does not do in an EAGLE-1 head: "
+            "choose an EAGLE-3 head."
+        )
     _check(name, shape, shapes, known)
     return ReadFormat(shape, numbering)
 
@@ -174,19 +188,22 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
     """Raises `UsageError` where the shapes of the tensors are not those of the config."""
     if not shapes:
         return
-    pairs = 1 if shape.kind == EAGLE else 2
+    pairs, last = 1 if shape.kind == EAGLE else 2, f"layers.{shape.layers - 1}."
     wanted = {
         "layers.0.self_attn.q_proj.weight": (shape.heads * shape.head_dim, pairs * shape.hidden),
         "layers.0.self_attn.k_proj.weight": (shape.kv_heads * shape.head_dim, pairs * shape.hidden),
         "layers.0.mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
+        f"{last}mlp.down_proj.weight": (shape.hidden, shape.intermediate),
     }
+    if shape.mapped:
+        wanted["d2t"] = (shape.vocabulary,)
     for tensor, there in wanted.items():
         if tensor not in shapes:
             raise UsageError(f"The weights of the draft {name} lack {tensor}: get the whole checkpoint again.")
         if shapes[tensor] != there:
             raise UsageError(
                 f"The weights of the draft {name} do not fit its config.json, by which {tensor} has the shape "
-                f"{list(there)} and not {list(shapes[tensor])}: look at its head_dim and its numbers of heads."
+                f"{list(there)} and not {list(shapes[tensor])}: look at its sizes, head_dim and numbers of heads."
             )
     if shape.kind == PEAGLE:
         if "mask_hidden" not in shapes:
@@ -194,6 +211,11 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
         if shape.mask_token is None:
             raise UsageError(
                 f"The config.json of the draft {name} names no mask token: add mask_token_id, as it was trained with."
+            )
+        if not 0 <= shape.mask_token < known:
+            raise UsageError(
+                f"The mask token of the draft {name} is {shape.mask_token}, which is none of the {known} tokens that "
+                "it knows: its config.json is not that of its weights."
             )
     if shape.width != shape.hidden and not shape.own_embedding:
         raise UsageError(
@@ -217,6 +239,11 @@ def _features(
         raise UsageError(f"The weights of the draft {name} lack fc.weight: get the whole checkpoint again.")
     found, numbering = layer_ids(config, layers)
     count = shapes["fc.weight"][1] / width if shapes else len(found) or config.get("num_aux_hidden_states") or 3
+    if found and count != len(found) and not named_ids(config):
+        raise UsageError(
+            f"The fc.weight of the draft {name} reads {count:g} hidden states of {width} numbers, and its config.json "
+            f"does not name their layers: add {IDS}."
+        )
     if found and count != len(found):
         raise UsageError(
             f"The draft {name} names {len(found)} layers, and its fc.weight reads {count:g} hidden states of {width} "
@@ -225,14 +252,19 @@ def _features(
     return found, numbering
 
 
+def named_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """As the file has them; empty if it names none."""
+    top, nested = config.get(IDS), (config.get("eagle_config") or {}).get(IDS)
+    return tuple(int(one) for one in (nested if top is None else top) or ())
+
+
 def layer_ids(config: Mapping[str, Any], layers: int | None) -> tuple[tuple[int, ...], str]:
     """The layers whose outputs a checkpoint means, from 0 (-1: the embeddings), and a remark on how its ids were read.
 
     Empty where it names none and the target is not known. `layers`: of the target. Worked example, 28 layers: the ids
     2, 14, 25 at the top and 1, 13, 24 in `eagle_config` are both the outputs of the layers 1, 13 and 24.
     """
-    top, nested = config.get(IDS), (config.get("eagle_config") or {}).get(IDS)
-    ids = tuple(int(one) for one in (nested if top is None else top) or ())
+    top, ids = config.get(IDS), named_ids(config)
     usual = (2, layers // 2, layers - 3) if layers is not None else ()
     if not ids:
         return tuple(one - 1 for one in usual), "by default: its config.json names none"
@@ -276,6 +308,18 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope["rope_theta"] = float(rope["rope_theta"])
+    return rope
+
+
+def _known_rope(name: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """Of a text all three sections of `mrope` are at the same position: the ordinary angles. Raises `UsageError`."""
+    if rope["rope_type"] == "mrope":
+        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] not in _ROPES:
+        raise UsageError(
+            f"The draft {name} scales its rotary angles by {str(rope['rope_type'])[:40]!r}, and pearl knows "
+            f"{', '.join(_ROPES)}."
+        )
     return rope
 
 

@@ -17,7 +17,8 @@ from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
 from pearl.errors import CheckpointError
 
-_UNUSED = re.compile(r"t2d$|verifier_|.*rotary_emb\.|.*inv_freq$|layers\.[1-9]\d*\.hidden_norm\.")
+_UNUSED = re.compile(r"t2d$|verifier_|.*rotary_emb\.|.*inv_freq$")
+_LATER_NORM = re.compile(r"(layers\.[1-9]\d*\.)hidden_norm\.")
 _OURS = {"fuse.": "fc.", "feature_norms.": "fc_norm."}  # what the format that pearl wrote before calls them
 
 
@@ -26,12 +27,14 @@ def load(drafting: DraftDescription) -> FeatureDrafter:
     files = drafting.files.downloaded()
     shape = feature_formats.read(files, drafting.fits.layers if drafting.fits else None).shape
     tensors = {feature_formats.plain_name(name): tensor for name, tensor in files.tensors().items()}
-    vocabulary = _vocabulary(drafting.files.name, shape, tensors)
+    most = min(shape.known, drafting.fits.vocabulary) if drafting.fits else shape.known
+    vocabulary = _vocabulary(drafting.files.name, shape, tensors, most)
     return FeatureDrafter.of(shape, vocabulary, dict(_named(shape, tensors)))
 
 
-def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Tensor:
+def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor], known: int) -> Tensor:
     """The target's ids of the tokens that can be drafted, int64 [V]: d2t says how far each is from the draft's own.
+    `known`: by the draft and its target.
 
     Raises `CheckpointError`."""
     if shape.kind == OURS:
@@ -40,10 +43,10 @@ def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor]) -
     if not shape.mapped:
         return ids
     ids = ids + tensors["d2t"].long()
-    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < shape.known):
+    if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < known):
         raise CheckpointError(
             f"The d2t of the draft {name} leads to tokens from {int(ids.min())} to {int(ids.max())}, and there are "
-            f"{shape.known}: it is of another target, or damaged."
+            f"{known}: it is of another target, or damaged."
         )
     return ids
 
@@ -53,6 +56,10 @@ def _named(shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Iterator[tuple
     for name, tensor in tensors.items():
         if _UNUSED.match(name) or name in ("d2t", "vocabulary"):
             continue
+        if later := _LATER_NORM.match(name):  # what SGLang reads in place of the layer's own; others leave it
+            if f"{later[1]}input_layernorm.weight" in tensors:
+                continue
+            name = f"{later[1]}input_layernorm.weight"
         if name == "lm_head.weight" and not shape.own_head:
             continue
         if name == "embed_tokens.weight" and not shape.own_embedding:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +151,11 @@ def _unpickled(path: Path, device: str) -> dict[str, Any]:
     """The tensors of a pickle that holds nothing else: whatever could run code is refused."""
     import torch
 
+    mapped = device == "meta" and zipfile.is_zipfile(path)  # as torch has saved since 1.6
     try:
-        found = torch.load(path, map_location=device, weights_only=True, mmap=device == "meta" or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols: what can't be read is refused in any case
+            found = torch.load(path, map_location=device, weights_only=True, mmap=mapped or None)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a file of tensors alone, or is damaged, and code in it is not run: convert it to "

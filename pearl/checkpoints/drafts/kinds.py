@@ -122,6 +122,11 @@ def refuse(files: DraftFiles) -> None:
                 f"The draft {files.name} is a {what} drafter, whose heads guess without reading: choose an EAGLE-3, "
                 "P-EAGLE, PARD or DFlash drafter, or a small model of the target's family."
             )
+    if config.get("model_type") == "gemma4_assistant":
+        raise UsageError(
+            f"The draft {files.name} is a Gemma 4 assistant, which reads the keys and values of its target: choose a "
+            "small model of the target's family."
+        )
     envelope = config.get("speculators_model_type")
     if envelope is not None and envelope not in ENVELOPES:
         raise UsageError(
@@ -131,6 +136,11 @@ def refuse(files: DraftFiles) -> None:
 
 
 def _describe_causal_lm(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
+    if feature_formats.is_some_head(files):
+        raise UsageError(
+            f"The draft {files.name} has the fc.weight of a head over hidden states, and its other weights are none "
+            "that pearl knows: it reads EAGLE-1, EAGLE-3, P-EAGLE, DFlash and DSpark."
+        )
     kind = str(files.config.get("model_type", "")) or ("GGUF" if files.folder and files.folder.is_file() else "")
     layers = files.config.get("num_hidden_layers")
     parts = [f"{kind} language model".strip(), f"{layers} layers" if layers else ""]
@@ -153,6 +163,11 @@ def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDesc
             )
         reads = shape.features, shape.hidden, shape.vocabulary, shape.target
         _fit(files.name, *reads, target, target.vocabulary, range(target.layers))
+        if shape.mask_token >= target.vocabulary and not shape.own_embedding:
+            raise UsageError(
+                f"The mask_token_id of the draft {files.name} is {shape.mask_token}, and {target.name} embeds "
+                f"{target.vocabulary} tokens: name its target."
+            )
         warnings += _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
     row = len(shape.features) * shape.hidden
