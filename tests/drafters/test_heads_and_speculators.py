@@ -54,6 +54,13 @@ CASES = {
     "norm of each feature": {"fc_norm": True, "seed": 5},
     "norm of all features, whole vocabulary": {"norm_before_fc": True, "cut": False},
     "five features, biases": {"ids": (1, 7, 14, 20, 27), "attention_bias": True},
+    "one feature, one key head, all norms": {
+        "ids": (28,),
+        "num_key_value_heads": 1,
+        "norm_before_residual": True,
+        "norm_output": True,
+        "seed": 12,
+    },
     "qwen3, three layers, mha": {"layer": "qwen3", "num_hidden_layers": 3, "num_key_value_heads": 4, "seed": 9},
 }
 
