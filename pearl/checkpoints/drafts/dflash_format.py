@@ -150,7 +150,7 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
     head_dim = inner.get("head_dim") or (
         128 if "head_dim" not in inner else shape.hidden // inner["num_attention_heads"]
     )
-    wanted = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
+    wanted: dict[str, tuple[int, ...]] = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
     for layer in range(shape.layers):
         rows = inner["num_attention_heads"] * head_dim
         wanted[f"layers.{layer}.self_attn.q_proj.weight"] = (rows, shape.hidden)

@@ -189,7 +189,7 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
     if not shapes:
         return
     pairs, last = 1 if shape.kind == EAGLE else 2, f"layers.{shape.layers - 1}."
-    wanted = {
+    wanted: dict[str, tuple[int, ...]] = {
         "layers.0.self_attn.q_proj.weight": (shape.heads * shape.head_dim, pairs * shape.hidden),
         "layers.0.self_attn.k_proj.weight": (shape.kv_heads * shape.head_dim, pairs * shape.hidden),
         "layers.0.mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
