@@ -9,6 +9,7 @@ Knows: tries, chains, paths. Refuses to know: networks and how they are read (`r
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -298,6 +299,15 @@ def best_chain(table: Guesses, token: int) -> Chain:
 def _after(row: RowGuesses, tokens: Sequence[int]) -> list[list[Guess]]:
     """The guesses of a row after each of some tokens."""
     return row(tokens) if callable(row) else [row] * len(tokens)
+
+
+def with_confidence(guesses: Sequence[Guess], chance: float) -> list[Guess]:
+    """Guesses of a row, of which a head says the log of the chance that the best is right: the others share what is
+    left, in proportion, and none is likelier."""
+    (best, q, proposal), *others = guesses
+    left, before = (math.log1p(-math.exp(min(logp, -1e-6))) for logp in (chance, q))
+    rest = [(token, min(chance, left + one - before), its) for token, one, its in others]
+    return [(best, chance, proposal), *rest]
 
 
 def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int, origin: str) -> Grown:

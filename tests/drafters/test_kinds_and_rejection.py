@@ -6,6 +6,7 @@ depends on the text. `tests/roles/test_distribution.py` says how the comparison 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -161,6 +162,16 @@ def test_the_first_child_of_a_node_is_the_drawn_one_and_no_other_was(kind: str):
         nodes = [trie.root, *(likely.node for likely in trie.best(999))]
         for first, *others in (list(node.children.values()) for node in nodes if node.children):
             assert dict(first.proposal)[first.token] > 0 and not any(other.proposal for other in others)
-            assert not others or first.logp > max(other.logp for other in others)
+            assert not others or first.logp >= max(other.logp for other in others)
             several += bool(others)
     assert several > 8
+
+
+@pytest.mark.parametrize("chance", [0.001, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("best", [0.02, 0.6, 1.0])
+def test_the_chances_of_a_row_stay_chances_when_a_head_knows_that_of_the_best(best: float, chance: float):
+    guesses = [(7, math.log(best), ()), *((token, math.log(max(1e-9, (1 - best) / 6)), ()) for token in range(3))]
+    found = one_pass.with_confidence(guesses, math.log(chance))
+    chances = [math.exp(logp) for _, logp, _ in found]
+    assert [token for token, *_ in found] == [7, 0, 1, 2] and chances[0] == pytest.approx(chance)
+    assert sum(chances) <= 1 + 1e-5 and max(chances) == chances[0]

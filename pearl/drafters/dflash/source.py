@@ -25,7 +25,7 @@ from pearl.core.trie import shared_prefix
 from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
-from pearl.drafters.one_pass import Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.drafters.one_pass import Guesses, Leaf, OnePassSource, PathsQuery, with_confidence
 from pearl.machine.transfers import Fetched, rows_of, sent
 from pearl.models.static_shapes.network import NetworkForward
 from pearl.models.timing import best_of
@@ -180,11 +180,9 @@ class DFlashSource(OnePassSource):
             logits = logits + bias.float()
         coming = None if sure is None else Fetched(sure)
         found = super()._ranked([RankQuery(logits, params, [position] * len(tokens))])[0]
-        chances = coming.wait().tolist() if coming else [0.0] * len(tokens)  # they came before the guesses
-        return [
-            [(token, q + more, proposal) for token, q, proposal in guesses]
-            for guesses, more in zip(found, chances, strict=True)
-        ]
+        if coming is None:
+            return found
+        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""

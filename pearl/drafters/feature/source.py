@@ -32,7 +32,7 @@ from pearl.drafters.feature.forward_rows import (
     rows_of,
 )
 from pearl.drafters.feature.network import FeatureDrafter
-from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery
+from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery, with_confidence
 from pearl.machine.transfers import Fetched, sent
 from pearl.machine.transfers import rows_of as some_rows
 from pearl.models.static_shapes.network import NetworkForward
@@ -125,19 +125,16 @@ class FeatureSource(OnePassSource):
     def _after(
         self, row: torch.Tensor, hidden: torch.Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
     ) -> list[list[Guess]]:
-        """The guesses of one row after each of `tokens`; the best one is as likely as the head of confidence says, and
-        the others in proportion.  row: [D], or over the target's vocabulary; hidden: [H]"""
+        """The guesses of one row after each of `tokens`; the best one is as likely as the head of confidence says.
+
+        row: [D], or over the target's vocabulary; hidden: [H]"""
         bias, sure = self._drafter.after(sent(torch.tensor(tokens), self.device), hidden.expand(len(tokens), -1))
         logits = row.expand(len(tokens), -1)
         if logits.shape[1] != bias.shape[1]:
             bias = bias.new_zeros(logits.shape).index_copy_(1, self._drafter.vocabulary, bias)
         coming = Fetched(torch.nn.functional.logsigmoid(sure.float()))
         found = super()._ranked([RankQuery(logits + bias.float(), params, [position] * len(tokens))])[0]
-        chances = coming.wait().tolist()  # it came before the guesses
-        return [
-            [(token, min(0.0, q + chance - guesses[0][1]), proposal) for token, q, proposal in guesses]
-            for guesses, chance in zip(found, chances, strict=True)
-        ]
+        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""
