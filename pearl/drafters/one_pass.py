@@ -117,7 +117,9 @@ class OnePassSource(DraftSource):
 
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
         """For each path after the trunk, guesses of all depths, each after the likeliest one before it."""
-        found = []
+        found: list[Guesses] = []
+        if not all(map(self.guesses_after, paths)):
+            return [self.guess(trunk, [path])[0] if self.guesses_after(path) else [] for path in paths]
         read = self.read_on([PathsQuery(self._sequences[0], trunk, paths, way=False)])[0]
         for path, (_, table) in zip(paths, read, strict=True):
             if any(map(callable, table)):
