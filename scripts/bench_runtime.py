@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +80,9 @@ def draft(port: int, cpu: int, vocabulary: int, seconds: float, out: multiproces
     from pearl.roles.drafter import Drafter
     from pearl.wire.process_channel import ProcessChannel
 
-    link = ProcessChannel(dist.TCPStore("127.0.0.1", port, 2, is_master=False), rank=1, host="127.0.0.1")
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+    store.set("there", "")
+    link = ProcessChannel(store, rank=1, host="127.0.0.1")
     sleeper = Sleeper(vocabulary, seconds, RIGHT)
     source = TreeSource(DraftModel(sleeper, vocabulary, LENGTH), costs=[seconds * (1 + 0.06 * n) for n in range(8)])
     busy = 0.0
@@ -129,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             order = (store.port, cpus[-1], found.vocabulary, found.pass_ms / 3e3, out)
             child = spawn.Process(target=draft, args=order, daemon=True)
             child.start()
+            store.wait(["there"], timedelta(seconds=300))
             sleeper = Sleeper(found.vocabulary, found.pass_ms / 1e3, 1.0)
             target = Target(
                 VerifierModel(sleeper, found.vocabulary, LENGTH), ProcessChannel(store, rank=0, host="127.0.0.1")

@@ -26,17 +26,19 @@ settings.register_profile("search", deadline=None, max_examples=5000, print_blob
 settings.load_profile("pearl")
 
 LONG = (  # files with the longest tests: they come first, so that no worker of two ends with one
-    "training/test_toy_pipeline.py",
     "repository/test_scripts.py",
+    "training/test_toy_pipeline.py",
+    "commands/test_bench.py",
     "engine/test_engine.py",
-    "evaluation/test_main.py",
     "engine/test_processors.py",
     "engine/test_side_by_side.py",
     "parallel/test_ways_to_start.py",
-    "parallel/test_tensor_parallel.py",
     "parallel/test_tensor_parallel_lost.py",
+    "parallel/test_faults.py",
     "roles/test_distribution.py",
+    "roles/test_transformers_parity.py",
     "models/test_architectures.py",
+    "evaluation/test_main.py",
 )
 
 
@@ -62,15 +64,20 @@ def forking(tmp_path_factory, door) -> str:
     return f"{door.programs(tmp_path_factory.mktemp('bin'))}{os.pathsep}{os.environ['PATH']}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     """The folders of a tiny target and of a draft model that is often right."""
     return tiny.save_pair(tmp_path_factory.mktemp("pair"))
 
 
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module")
-def own_cache(tmp_path_factory):
-    """Row plans of models that will be gone are gone with them."""
+def own_cache(cache_folder):
+    """Row plans of models that will be gone are gone with them; the same tiny models are measured once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", cache_folder)
         yield

@@ -280,7 +280,7 @@ with Engine.from_pretrained(*sys.argv[1:3], **options) as engine, ThreadPoolExec
 @pytest.mark.slow
 def test_a_launched_engine_takes_requests_of_many_threads(pair, asked, tmp_path):
     wanted = [(n, prompt, params.max_new_tokens, params.seed) for n, (prompt, params, _) in enumerate(asked)]
-    program = start(tmp_path, LAUNCHED, *pair, json.dumps(wanted), launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, LAUNCHED, *pair, json.dumps(wanted), launcher=torchrun())
     printed, errors = program.communicate(timeout=200)
     assert program.returncode == 0, errors
     texts, started, events = json.loads(printed)

@@ -25,13 +25,12 @@ from pearl.parallel import drafter_process
 from pearl.parallel.child import is_stopped
 from pearl.wire import reconnecting_channel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def nursery(pair, tmp_path_factory):
+def nursery(pair, own_cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(reconnecting_channel, "BACK_OFF_S", 0.0)
         made = Nursery(pair, tmp_path_factory.mktemp("nursery"))
         patch.setattr(drafter_process, "start", made.start)
@@ -211,7 +210,7 @@ def zombie(pid: int) -> bool:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_when_the_target_ends_the_drafter_ends_within_five_seconds(pair, tmp_path, how):
-    program = start(tmp_path, PROGRAM, *pair, XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, PROGRAM, *pair)
     target, drafter = map(int, program.stdout.readline().split())
     time.sleep(0.3)
     os.kill(target, how)
@@ -224,7 +223,7 @@ def test_when_the_target_ends_the_drafter_ends_within_five_seconds(pair, tmp_pat
 
 @pytest.mark.parametrize("victim", ["launcher", "target", "drafter"])
 def test_under_torchrun_nobody_outlives_the_others(pair, tmp_path, victim):
-    program = start(tmp_path, PROGRAM, *pair, launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, PROGRAM, *pair, launcher=torchrun())
     target = int(program.stdout.readline().split()[0])
     everybody = descendants(program.pid)
     drafter = forks.ranks_of(program.pid)["1"].pid

@@ -22,7 +22,7 @@ LAUNCH = ("-m", "accelerate.commands.launch")
 PLAIN = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 CPU = ("--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml"))
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
 SCRIPT = """
 import os, sys
@@ -54,7 +54,7 @@ def tokens(pair, tmp_path_factory) -> str:
 
 def run(folder: Path, pair, *launcher: str, before: str = "", after: str = "", **more: Any):
     script = SCRIPT.format(before=before, after=after)
-    return start(folder, script, *pair, launcher=launcher, XDG_CACHE_HOME=str(folder), **more)
+    return start(folder, script, *pair, launcher=launcher, **more)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,7 @@ with Engine.from_pretrained(*sys.argv[1:3], dtype="float32", max_length=100) as 
 def test_a_target_without_an_agent_outlives_its_drafter(pair, tmp_path):
     """Two ranks that a shell has started: nobody ends the one for the other, and neither does the default group."""
     where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    ranks = [
-        start(tmp_path, LONG, *pair, XDG_CACHE_HOME=str(tmp_path), RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"
-    ]
+    ranks = [start(tmp_path, LONG, *pair, RANK=rank, LOCAL_RANK=rank, **where) for rank in "01"]
     assert ranks[0].stdout.readline().strip() == str(ranks[0].pid)
     ranks[1].kill()
     printed, errors = ranks[0].communicate("\n", timeout=60)
@@ -153,7 +151,7 @@ def test_a_target_without_an_agent_outlives_its_drafter(pair, tmp_path):
 
 
 def test_when_its_launcher_is_gone_a_program_gets_an_error_and_is_not_ended(pair, tmp_path):
-    program = start(tmp_path, LONG, *pair, launcher=torchrun(), XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, LONG, *pair, launcher=torchrun())
     target = int(program.stdout.readline())
     drafter = forks.ranks_of(program.pid)["1"]
     os.kill(program.pid, signal.SIGKILL)
@@ -190,7 +188,7 @@ next(stream)
 print(engine.runtime.drafter_pid, flush=True)
 {last}
 """
-    program = start(tmp_path, script, *pair, forked=forked, XDG_CACHE_HOME=str(tmp_path))
+    program = start(tmp_path, script, *pair, forked=forked)
     printed, errors = program.communicate(timeout=200)
     assert (program.returncode, errors) == (3 if last else 0, "")
     assert not psutil.pid_exists(int(printed))

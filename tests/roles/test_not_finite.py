@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from tiers import tiered
 from tiny import CONFIGS, draft_model, random_model, verifier
 from toys import EAGER, ScriptedChannel, scrambled, ticks
 
@@ -23,7 +24,7 @@ from pearl.errors import NonFiniteLogits
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target import Target
 
-NEW = 24
+NEW = 14
 PROMPTS = [[5, 6, 7, 8], [90, 14, 3], [33, 34]]
 WAYS = {"greedy": {}, "seeded": {"temperature": 0.9, "seed": 3}}
 
@@ -46,7 +47,7 @@ def written(
     return sorted((text for text, tokens in run if not tokens), key=lambda text: text.sequence)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", tiered(WAYS, lambda way: way == "greedy"))
 @pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("mode", ["ar", "sd", "pearl", "tree"])
 def test_a_text_ends_where_its_logits_are_not_finite_and_the_others_go_on(mode: str, together: int, way: str):

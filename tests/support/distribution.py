@@ -22,7 +22,7 @@ from pearl.drafters.draft_source import DraftSource
 from pearl.roles.target import Target
 
 VOCABULARY, LENGTH = 4, 3
-TEXTS = 1200
+TEXTS = 800  # in which what is broken shows
 ALPHA = 1e-4
 TARGET = TableModel(VOCABULARY, order=2, seed=3, scale=1.0)
 DRAFT = TableModel(VOCABULARY, order=2, seed=4, scale=1.0)
