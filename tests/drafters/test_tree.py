@@ -386,15 +386,18 @@ def test_with_a_tree_the_text_follows_the_targets_distribution():
 
 def test_a_tree_whose_first_child_is_not_the_drawn_one_shifts_the_distribution(monkeypatch: pytest.MonkeyPatch):
     """The likeliest first, as in a greedy tree, with the q of another: rejection sampling judges the wrong guess."""
-    right = ranked
+    right = tree.ranked_together
 
-    def likeliest_first(logits, params, positions, most):
-        rows = []
-        for row in right(logits, params, positions, most):
-            q = row[0][2]
-            tokens = sorted(row, key=lambda guess: -dict(q).get(guess[0], 0.0))
-            rows.append([(token, logp, () if i else q) for i, (token, logp, _) in enumerate(tokens)])
-        return rows
+    def likeliest_first(queries, most):
+        found = []
+        for ranked_rows in right(queries, most):
+            rows = []
+            for row in ranked_rows:
+                q = row[0][2]
+                tokens = sorted(row, key=lambda guess: -dict(q).get(guess[0], 0.0))
+                rows.append([(token, logp, () if i else q) for i, (token, logp, _) in enumerate(tokens)])
+            found.append(rows)
+        return found
 
-    monkeypatch.setattr(tree, "ranked", likeliest_first)
+    monkeypatch.setattr(tree, "ranked_together", likeliest_first)
     assert drawn_with_a_tree(150)[1] < distribution.ALPHA
