@@ -65,6 +65,7 @@ class Trie:
         assert tokens, "a trie needs a root: at least one committed token"
         self.tokens = list(tokens)
         self.root = Node(self.tokens[-1], len(self.tokens) - 1)
+        self.changes = 0  # how often a guess has come
 
     def grow(
         self,
@@ -79,6 +80,7 @@ class Trie:
         A node that is there already keeps its place and its proposal; `logp` replaces what was thought of it before,
         unless that came from a source that knows more.
         """
+        self.changes += 1
         if parent.dead:
             return None
         if parent.position < self.root.position:  # the text has moved on: is this what it says?
@@ -119,16 +121,20 @@ class Trie:
         return nodes
 
     def best(
-        self, limit: int, deepest: int = 1 << 30, logp: Callable[[Node, int], float] = lambda node, depth: node.logp
+        self,
+        limit: int,
+        deepest: int = 1 << 30,
+        logp: Callable[[Node, int], float] = lambda node, depth: node.logp,
+        root: Node | None = None,
     ) -> list[Likely]:
-        """At most `limit` nodes below the root, likeliest first, none more than `deepest` below it.
+        """At most `limit` nodes below the root, or another node, likeliest first, none more than `deepest` below it.
 
         A node is never likelier than its parent, so parents come first: the set is closed under prefixes. `logp(node,
         depth)`: the log of the chance of a node, once the walk is at its parent.
         """
         found: list[Likely] = []
         order = itertools.count()  # among equals the one that was seen first
-        heap = [(0.0, next(order), Likely(self.root, -1, 0.0, 0))]
+        heap = [(0.0, next(order), Likely(root or self.root, -1, 0.0, 0))]
         while heap and len(found) <= limit:
             _, _, at = heapq.heappop(heap)
             found.append(at)

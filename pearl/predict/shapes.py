@@ -39,6 +39,7 @@ from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict import synthetic_bench
+from pearl.predict.host_time import host_times
 from pearl.predict.prediction import by_times, predict
 from pearl.predict.synthetic_bench import LATENCY_S, written
 from pearl.roles.drafter import Drafter
@@ -140,6 +141,9 @@ def measure_shape(
         drafter.enable_static_shapes(capture=capture if report.captured else None)
         found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
         del drafter
+    if reader.static:
+        found["host_s"] = host_times(reader, ACCEPTANCE, 30 if on.type == "cpu" else 100)
+        numerics_check.apply(reader, report, capture)
     if TARGET in shape.roles and seconds() > 2 * (time.perf_counter() - began):
         tokens = 32 if on.type == "cpu" else 96
         found |= _texts(reader, shape, tokens)
@@ -250,6 +254,12 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [_ms(plain), _ms(eager), _ms(graph), _ms(reading), f"{best / reading:.2f}"]
             speeds.append([shape, str(rows), *cells, f"{reading / best:.0%}"])
         found += [[shape, what, sentence] for what, _, sentence in one["checks"]]
+        for mode, host in one.get("host_s", {}).items():
+            said = f"{_us(host['pass_s'])} us"
+            if host["foreseen"]:
+                after = f"{_us(host['after_picks_s'])} us once the picks are there"
+                said += f"; {after}, if passes are prepared, {host['foreseen']:.0%} of them as foreseen"
+            found.append([shape, f"host time a pass, {mode}", said])
         if same := one.get("identical_to_ar"):
             other = [mode for mode, share in same.items() if share < 1]
             gap = one["one_row_difference"]
@@ -279,6 +289,10 @@ def markdown(result: dict[str, Any]) -> str:
     parts += synthetic_bench.markdown(result)
     parts += ["\n".join(f"Left out: {said}." for said in result["left_out"])] if result["left_out"] else []
     return "\n\n".join(parts) + "\n"
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f}"
 
 
 def _ms(seconds: float | None) -> str:

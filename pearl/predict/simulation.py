@@ -246,6 +246,9 @@ class _TargetReader:
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         return [self.read(one.tokens, one.keep, one.side_rows) for one in queries]
 
+    def prepare(self, query: SequenceQuery) -> None:
+        return None
+
     def features(self, rows: Sequence[int], batch_slot: int = 0) -> None:
         return None
 

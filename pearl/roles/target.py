@@ -27,9 +27,11 @@ from typing import Any
 from torch import Tensor
 
 from pearl.core import picks
+from pearl.core.control.controller import Controller
 from pearl.core.features import ALL, FeatureShares
 from pearl.core.messages import DraftPlan, DraftStats, End, Features, Message, Start, Verdict
 from pearl.core.params import SamplingParams
+from pearl.core.picks import Picks
 from pearl.core.records import Pass
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
@@ -40,6 +42,7 @@ from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.controllers import Controllers
 from pearl.roles.guess_waiter import GuessWaiter
+from pearl.roles.next_pass import NextPass
 from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
 from pearl.roles.running_batch import RunningBatch
@@ -75,6 +78,7 @@ class Target:
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock, prefill_tokens)
         self._beside = TargetSources(sources, clock, model.rows)
+        self.next, self.prepares = NextPass(model, clock), False  # the latter: even where picks are here at once
         self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
@@ -235,15 +239,14 @@ class Target:
         beside = bool(self._beside) and controller.free and self._schedule.pre_verify
         if beside and not first:
             self._beside.grow(sequences, controller)
-        likely = [candidates(one, self._model.rows, self._model.verifies_trees, controller) for one in sequences]
-        chosen = [
-            PassRows.of(one.trie.root, nodes) for one, nodes in zip(sequences, controller.choose(likely), strict=True)
-        ]
+        chosen = self._choose(sequences, controller)
         # forward: p at each row, and the picks from it
         p = self._forward([rows.query(one) for one, rows in zip(sequences, chosen, strict=True)])
         coming = [begin_picks(*one) for one in zip(sequences, chosen, p, strict=True)]
         read = self._clock()
         self._drafter.take()  # what arrived meanwhile may already tell hit from miss
+        if len(sequences) == 1 and not first:
+            self._prepare(sequences[0], chosen[0], coming[0], controller)
         if picks.wait(coming):  # a GPU was still at work
             read = self._clock()
         heard = zip(sequences, chosen, strict=True) if beside else ()
@@ -278,6 +281,26 @@ class Target:
             if watcher := self._drafter.watcher:
                 watcher.passed(sequence, rows_of_one, walked, times)
         yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True) if walked.committed)
+
+    def _prepare(self, sequence: SequenceState, rows: PassRows, coming: Picks, controller: Controller) -> None:
+        """The next pass, while the picks of this one are on their way; anew when more guesses have come meanwhile."""
+        if self.prepares:
+            self.next.prepare(sequence, rows, controller)
+        changes = -1
+        while picks.under_way([coming]):
+            if changes != sequence.trie.changes:
+                changes = sequence.trie.changes
+                self.next.prepare(sequence, rows, controller)
+            time.sleep(0)  # who receives messages needs the interpreter too
+            self._drafter.take()
+
+    def _choose(self, sequences: list[SequenceState], controller: Controller) -> list[PassRows]:
+        """The rows of a pass: what was prepared, if the walk has gone there, or those that pay."""
+        if len(sequences) == 1 and (foreseen := self.next.rows(sequences[0])):
+            return [foreseen]
+        likely = [candidates(one, self._model.rows, self._model.verifies_trees, controller) for one in sequences]
+        chosen = controller.choose(likely)
+        return [PassRows.of(one.trie.root, nodes) for one, nodes in zip(sequences, chosen, strict=True)]
 
     def _forward(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         """The logits of each sequence's rows, [rows, V]; in several forwards where memory does not suffice for one."""

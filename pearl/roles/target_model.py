@@ -42,6 +42,9 @@ class TargetModel(Protocol):
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         """As `read`, for several sequences, with bits identical to separate calls."""
 
+    def prepare(self, query: SequenceQuery) -> None:
+        """A read that is likely to be the next one: what can be done for it beforehand is done."""
+
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
         """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
 

@@ -65,10 +65,11 @@ class PassRows:
             found.append((found[parent][1], token))
         return found
 
-    def query(self, sequence: SequenceState) -> SequenceQuery:
+    def query(self, sequence: SequenceState, way: Sequence[int] = ()) -> SequenceQuery:
+        """`way`: tokens from below the sequence's root to the first of the nodes, if that is another."""
         keep = len(self.nodes) - len(self.sides)
         chain = [node.token for node in self.nodes[1:keep]]
-        return SequenceQuery(sequence.batch_slot, sequence.trie.tokens + chain, keep, self.sides)
+        return SequenceQuery(sequence.batch_slot, [*sequence.trie.tokens, *way, *chain], keep, self.sides)
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,27 @@ class PassWalk:
     accepted_rows: int
 
 
-def deepest(sequence: SequenceState, buckets: TokenBuckets) -> int:
-    """How far below the root a pass may read: not beyond the end of the text, or of the cache's grain."""
+def deepest(sequence: SequenceState, buckets: TokenBuckets, root: Node | None = None) -> int:
+    """How far below the root a pass may read: not beyond the end of the text, or of the cache's grain. `root`: one
+    that it may have later."""
+    root = root or sequence.trie.root
     left = sequence.params.max_new_tokens - len(sequence.stopper.tokens)
-    return min(left, buckets.up_to(sequence.trie.root.position)) - 1
+    left -= root.position - sequence.trie.root.position
+    return min(left, buckets.up_to(root.position)) - 1
 
 
-def candidates(sequence: SequenceState, buckets: TokenBuckets, trees: bool, controller: Controller) -> list[Likely]:
+def candidates(
+    sequence: SequenceState, buckets: TokenBuckets, trees: bool, controller: Controller, root: Node | None = None
+) -> list[Likely]:
     """The guesses that the next pass may read, likeliest first by what the controller makes of their chances. `trees`:
-    they may branch.
+    they may branch. `root`: as of `deepest`.
 
     The pass that reads the end of a prompt has no guesses, though some may have come while other sequences had their
     turn: so many rows round in their own way, and what they leave in the cache is to be the same in every mode.
     """
     if not sequence.passes:
         return []
-    likely = sequence.trie.best(LIMIT - 1, deepest(sequence, buckets), controller.log_chance)
+    likely = sequence.trie.best(LIMIT - 1, deepest(sequence, buckets, root), controller.log_chance, root)
     return likely if trees else _chain(likely)
 
 

@@ -54,11 +54,12 @@ class LocalChannel:
         self._peer = self
         self.closed_cleanly, self.reason = False, ""
 
-    @staticmethod
-    def pair() -> tuple[LocalChannel, LocalChannel]:
+    @classmethod
+    def pair(cls) -> tuple[LocalChannel, LocalChannel]:
+        """The first end is of this class."""
         there: deque[Message] = deque()
         back: deque[Message] = deque()
-        one, other = LocalChannel(back, there), LocalChannel(there, back)
+        one, other = cls(back, there), LocalChannel(there, back)
         one._peer, other._peer = other, one
         return one, other
 

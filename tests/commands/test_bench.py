@@ -42,6 +42,10 @@ def test_every_mode_writes_what_the_target_alone_writes(made):
     same = target["identical_to_ar"]
     assert len(same) == 2 * len(bench.MODES) and set(same.values()) == {1.0}
     assert target["beside_the_forward_s"] > 0
+    host = target["host_s"]
+    assert all(0 < one[name] < 0.1 for one in host.values() for name in ("pass_s", "after_picks_s"))
+    assert host["tree"]["foreseen"] > 0 == host["ar"]["foreseen"]
+    assert "host time a pass, tree" in (made / "bench.md").read_text()
 
 
 def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made):

@@ -26,6 +26,9 @@ from pearl.drafters.tree import TreeSource
 from pearl.machine.transfers import on_host, sent
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.static_shapes.inputs import StaticInputs
+from pearl.models.verifier import VerifierModel
+from pearl.predict.host_time import DuringPasses
+from pearl.roles.drafter import Drafter
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
@@ -59,8 +62,8 @@ def gpu(monkeypatch) -> Iterator[Gpu]:
         yield gpu
 
 
-def loops(moved: Moved, static: bool, slots: int = 1) -> Target:
-    """A target and a drafter that is nearly as good; `static`: with forwards of static shape, as a GPU has them."""
+def models(moved: Moved, static: bool, slots: int = 1) -> tuple[VerifierModel, TreeSource]:
+    """Of a target and of a drafter that is nearly as good; `static`: their forwards have static shape, as on a GPU."""
     model, draft = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     torch.manual_seed(1)
     for weight in draft.parameters():
@@ -70,7 +73,12 @@ def loops(moved: Moved, static: bool, slots: int = 1) -> Target:
     if static:
         target.enable_static_shapes()
         drafter.enable_static_shapes()
-    return Target(target, ScriptedChannel(TreeSource(drafter), STEADY), ticks())
+    return target, TreeSource(drafter)
+
+
+def loops(moved: Moved, static: bool, slots: int = 1) -> Target:
+    target, source = models(moved, static, slots)
+    return Target(target, ScriptedChannel(source, STEADY), ticks())
 
 
 def write(target: Target, mode: str, params: SamplingParams) -> Text:
@@ -101,6 +109,17 @@ def test_a_pass_waits_once_and_a_draft_once(gpu, kind, mode, static):
     assert write(target, mode, PARAMS[kind]).tokens == expected.tokens
     forwards = target.draft_stats.forwards if target.draft_stats else 0
     assert len(target.passes) <= gpu.waits <= len(target.passes) + forwards
+
+
+def test_a_pass_that_was_prepared_while_the_picks_travelled_waits_no_more_than_others(gpu):
+    expected = write(loops(here, True), "pearl", GREEDY)
+    (reader, _), (_, source) = models(gpu.moved, True), models(here, True)  # a drafter that is no work of this device
+    channel, there = DuringPasses.pair()
+    channel.peer_step = Drafter(source, there, ticks()).step
+    target = Target(reader, channel, ticks())
+    assert write(target, "pearl", GREEDY).tokens == expected.tokens
+    assert 0 < target.next.used <= reader.static.foreseen
+    assert gpu.waits == len(target.passes)
 
 
 def test_texts_side_by_side_wait_once_a_pass_and_text(gpu):

@@ -78,6 +78,7 @@ class Setting:
     chunk: int  # guesses a turn
     script: tuple[Move, ...]
     beside: tuple[str, ...] = ()  # sources in the target's process
+    foresees: bool = False  # passes are prepared while the one before is under way, as on a GPU
 
     @property
     def model(self) -> TableModel:
@@ -254,6 +255,7 @@ def settings_of(draw: st.DrawFn, modes: Sequence[str], sources: Sequence[str], b
         source=draw(st.sampled_from(sources)),
         chance=draw(st.sampled_from([0.3, 0.7, 0.9])),
         chunk=draw(st.integers(1, 4)),
+        foresees=draw(st.booleans()),
         beside=tuple(draw(st.lists(st.sampled_from(BESIDE), max_size=draw(st.sampled_from([0, 3]))))) if beside else (),
         script=tuple(draw(st.lists(st.tuples(*[st.sampled_from([0, 1, 2, 9])] * 3), max_size=12))),
     )
@@ -277,6 +279,7 @@ def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedCh
     model = case.model
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
     target = Target(model, channel, ticks(), sources=case.make_sources_beside())
+    target.prepares = case.foresees
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
     return target, channel
