@@ -8,9 +8,10 @@ Knows: tries, chains, paths. Refuses to know: networks and how they are read (`r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,7 @@ class OnePassSource(DraftSource):
         self._ids: list[int] = []  # the same on the host
         self._size = 0  # one more than the last of them
         self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
+        self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked, see `_after`
 
     def of_vocabulary(self, vocabulary: Tensor | None) -> None:
         """Logits are over these tokens of the target's, int64 [D]; None: over all."""
@@ -192,6 +194,22 @@ class OnePassSource(DraftSource):
     def _is_own(self, query: RankQuery) -> bool:
         """Whether its guesses are numbered as the draft vocabulary is."""
         return bool(self._ids) and query.params.greedy and query.logits.shape[1] == len(self._ids)
+
+    def _each_after(self, queries: Sequence[RankQuery]) -> list[Guesses]:
+        """`_ranked` where guesses depend on the token before as well: a function of such tokens for each row."""
+        return [
+            [
+                functools.partial(self._after, row, next(self._hidden), at, one.params)
+                for row, at in zip(one.logits, one.positions, strict=True)
+            ]
+            for one in queries
+        ]
+
+    def _after(
+        self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
+    ) -> list[list[Guess]]:
+        """The guesses of one row after each of `tokens`.  row: [D], or over the target's vocabulary; hidden: [H]"""
+        raise NotImplementedError
 
     def known(self, state: Any, tokens: Sequence[int]) -> int:
         """How many of `tokens` are the trunk; what is beyond counts as a path."""

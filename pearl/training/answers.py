@@ -108,7 +108,8 @@ class RowCache(ForwardCache):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         if self._row is None and query.device.type == "cpu":
-            return products(query, key, value, self.mask, call)
+            # a product with a part of a buffer takes four times as long as copying it first
+            return products(query, key.contiguous(), value, self.mask, call)
         return super().attend(query, key, value, call)
 
     def _empty(self, like: Tensor) -> Tensor:

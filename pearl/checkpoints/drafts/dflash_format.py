@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pearl.checkpoints.drafts.feature_formats import plain_shapes
+from pearl.checkpoints.drafts.feature_formats import misfit, plain_shapes
 from pearl.checkpoints.drafts.files import DraftFiles, Shapes
 from pearl.drafters.dflash.shape import DFLASH, DSPARK, DFlashShape
 from pearl.errors import UsageError
@@ -151,19 +151,17 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
         128 if "head_dim" not in inner else shape.hidden // inner["num_attention_heads"]
     )
     wanted: dict[str, tuple[int, ...]] = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
+    rows = inner["num_attention_heads"] * head_dim
     for layer in range(shape.layers):
-        rows = inner["num_attention_heads"] * head_dim
         wanted[f"layers.{layer}.self_attn.q_proj.weight"] = (rows, shape.hidden)
     if shape.mapped:
         wanted["d2t"] = (shape.vocabulary,)
-    for tensor, there in wanted.items():
-        if tensor not in shapes:
-            raise UsageError(f"The weights of the draft {name} lack {tensor}: get the whole checkpoint again.")
-        if shapes[tensor] != there:
-            raise UsageError(
-                f"The weights of the draft {name} do not fit its config.json, which names {len(shape.features)} layers "
-                f"of {shape.hidden} numbers: by it {tensor} has the shape {list(there)} and not {list(shapes[tensor])}."
-            )
+    if tensor := misfit(name, shapes, wanted):
+        raise UsageError(
+            f"The weights of the draft {name} do not fit its config.json, which names {len(shape.features)} layers of "
+            f"{shape.hidden} numbers: by it {tensor} has the shape {list(wanted[tensor])} and not "
+            f"{list(shapes[tensor])}."
+        )
 
 
 def line(shape: DFlashShape, layers: int | None, envelope: bool) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 
-import torch
-from torch import Tensor
-
 from pearl.checkpoints.drafts.feature_formats import plain_name
+from pearl.checkpoints.drafts.feature_weights import mapped
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.config.inputs import brief
 from pearl.drafters.dflash.network import DFlashDrafter
@@ -22,7 +20,8 @@ def load(files: DraftFiles, shape: DFlashShape, known: int = 0) -> DFlashDrafter
     `CheckpointError`."""
     files = files.downloaded()
     tensors = {plain_name(name): tensor for name, tensor in files.tensors().items()}
-    drafter = DFlashDrafter(shape, _vocabulary(files.name, shape, tensors, min(known or shape.known, shape.known)))
+    known = min(known or shape.known, shape.known)
+    drafter = DFlashDrafter(shape, mapped(files.name, tensors["d2t"], known) if shape.mapped else None)
     kept = {name: tensor.float() for name, tensor in tensors.items() if not _UNUSED.match(name)}
     try:
         drafter.load_state_dict(kept)
@@ -31,17 +30,3 @@ def load(files: DraftFiles, shape: DFlashShape, known: int = 0) -> DFlashDrafter
             f"The weights of the draft {files.name} are not those that its config.json says ({brief(error, 300)})."
         ) from None
     return drafter
-
-
-def _vocabulary(name: str, shape: DFlashShape, tensors: dict[str, Tensor], known: int) -> Tensor | None:
-    """The target's ids of the tokens that can be drafted, int64 [D]: d2t says how far each is from the draft's own.
-    `known`: by the draft and its target."""
-    if not shape.mapped:
-        return None
-    ids = torch.arange(shape.vocabulary) + tensors["d2t"].long()
-    if not (int(ids.min()) >= 0 and int(ids.max()) < known):
-        raise CheckpointError(
-            f"The d2t of the draft {name} leads to tokens from {int(ids.min())} to {int(ids.max())}, and there are "
-            f"{known}: it is of another target, or damaged."
-        )
-    return ids

@@ -184,6 +184,16 @@ def _read(
     return ReadFormat(shape, numbering)
 
 
+def misfit(name: str, shapes: Shapes, wanted: Shapes) -> str | None:
+    """The first tensor that has another shape than is wanted. Raises `UsageError` for one that is missing."""
+    for tensor, there in wanted.items():
+        if tensor not in shapes:
+            raise UsageError(f"The weights of the draft {name} lack {tensor}: get the whole checkpoint again.")
+        if shapes[tensor] != there:
+            return tensor
+    return None
+
+
 def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
     """Raises `UsageError` where the shapes of the tensors are not those of the config."""
     if not shapes:
@@ -197,14 +207,11 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
     }
     if shape.mapped:
         wanted["d2t"] = (shape.vocabulary,)
-    for tensor, there in wanted.items():
-        if tensor not in shapes:
-            raise UsageError(f"The weights of the draft {name} lack {tensor}: get the whole checkpoint again.")
-        if shapes[tensor] != there:
-            raise UsageError(
-                f"The weights of the draft {name} do not fit its config.json, by which {tensor} has the shape "
-                f"{list(there)} and not {list(shapes[tensor])}: look at its sizes, head_dim and numbers of heads."
-            )
+    if tensor := misfit(name, shapes, wanted):
+        raise UsageError(
+            f"The weights of the draft {name} do not fit its config.json, by which {tensor} has the shape "
+            f"{list(wanted[tensor])} and not {list(shapes[tensor])}: look at its sizes, head_dim and numbers of heads."
+        )
     if shape.kind == PEAGLE:
         if "mask_hidden" not in shapes:
             raise UsageError(f"The weights of the draft {name} lack mask_hidden, by which P-EAGLE drafts in parallel.")

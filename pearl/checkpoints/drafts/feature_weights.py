@@ -32,23 +32,25 @@ def load(drafting: DraftDescription) -> FeatureDrafter:
     return FeatureDrafter.of(shape, vocabulary, dict(_named(shape, tensors)))
 
 
-def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor], known: int) -> Tensor:
+def mapped(name: str, d2t: Tensor, known: int) -> Tensor:
     """The target's ids of the tokens that can be drafted, int64 [V]: d2t says how far each is from the draft's own.
-    `known`: by the draft and its target.
-
-    Raises `CheckpointError`."""
-    if shape.kind == OURS:
-        return tensors["vocabulary"].long() if "vocabulary" in tensors else torch.zeros(shape.vocabulary).long()
-    ids = torch.arange(shape.vocabulary)
-    if not shape.mapped:
-        return ids
-    ids = ids + tensors["d2t"].long()
+    `known`: tokens that the draft and its target have. Raises `CheckpointError`."""
+    ids = torch.arange(len(d2t)) + d2t.long()
     if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < known):
         raise CheckpointError(
             f"The d2t of the draft {name} leads to tokens from {int(ids.min())} to {int(ids.max())}, and there are "
             f"{known}: it is of another target, or damaged."
         )
     return ids
+
+
+def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor], known: int) -> Tensor:
+    """The target's ids of the tokens that can be drafted, int64 [V].
+
+    Raises `CheckpointError`."""
+    if shape.kind == OURS:
+        return tensors["vocabulary"].long() if "vocabulary" in tensors else torch.zeros(shape.vocabulary).long()
+    return mapped(name, tensors["d2t"], known) if shape.mapped else torch.arange(shape.vocabulary)
 
 
 def _named(shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ Bits are of no account here: whatever is drafted, the target decides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +57,6 @@ class DFlashSource(OnePassSource):
         self.layers, self.device = drafter.shape.features, drafter.device
         self.forward = NetworkForward(drafter.read, drafter.device)
         self.of_vocabulary(drafter.vocabulary)
-        self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked
         self.begin(0, SamplingParams())
         self.time()
 
@@ -161,13 +160,7 @@ class DFlashSource(OnePassSource):
     def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         if self._drafter.markov_head is None and self._drafter.confidence_head is None:
             return super()._ranked(queries)
-        return [
-            [
-                functools.partial(self._after, row, next(self._hidden), at, one.params)
-                for row, at in zip(one.logits, one.positions, strict=True)
-            ]
-            for one in queries
-        ]
+        return self._each_after(queries)
 
     @torch.inference_mode()
     def _after(self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]):

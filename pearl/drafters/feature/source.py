@@ -113,13 +113,7 @@ class FeatureSource(OnePassSource):
     def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         if not self._drafter.shape.markov_rank:
             return super()._ranked(queries)
-        return [
-            [
-                functools.partial(self._after, row, next(self._hidden), at, one.params)
-                for row, at in zip(one.logits, one.positions, strict=True)
-            ]
-            for one in queries
-        ]
+        return self._each_after(queries)
 
     @torch.inference_mode()
     def _after(

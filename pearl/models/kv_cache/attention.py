@@ -111,7 +111,6 @@ def products(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, cal
     """The same by two products of matrices: for what torch's attention has no place for, and for many short texts side
     by side, which it takes twice as long for on a CPU."""
     wide, added = _packed(query, key, mask, call)
-    key = key.contiguous()  # a product with a part of a buffer takes four times as long as the copy
     return _by_hand(wide, key, value, added, call).reshape(*query.shape[:3], value.shape[-1])
 
 
