@@ -91,7 +91,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
         if (mask := shared_embeddings.mask_embedding(checkpoint.name)) is not None:
             shared_embeddings.place_mask(model, mask)
         count = count or shared_embeddings.vocabulary(checkpoint.name)
-        if kernel == "auto" and linear.wanted(kernel):
+        if kernel == "auto" and placed.on_cpu:
             kernel = "int8"  # so small a model spends its time on reading its weights
     cutting = isinstance(count, Tensor) or count > 0
     head = reduce_vocab(model, count, checked.tokenizer.all_special_ids) if cutting else None
@@ -116,14 +116,14 @@ def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     drafter.shape = replace(drafter.shape, depths=checked.drafting.shape.depths)
     dtype = "float32" if placed.on_cpu else "bfloat16"
     drafter.attach(checked.target.load_embeddings_and_head(config, dtype, Placement(("cpu",))))
-    packed = placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel))
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
-    if packed:
+    if placed.on_cpu:
+        kernel = linear.chosen(config.draft_kernel, torch.float32)
         if not drafter.shape.own_head:
             head = nn.ModuleList([drafter.head])
-            linear.pack(head, int8=config.draft_kernel == "int8")
+            linear.pack(head, kernel)
             drafter.replace_head(head[0])
-        linear.pack(drafter, int8=config.draft_kernel == "int8")
+        linear.pack(drafter, kernel)
     return drafter
 
 
@@ -141,10 +141,10 @@ def load_dflash(checked: Preflight) -> DFlashDrafter:
     target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
     drafter.attach(target.get_input_embeddings().weight, target.get_output_embeddings())
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16)
-    if placed.on_cpu and (config.draft_kernel == "int8" or linear.wanted(config.draft_kernel)):
-        head = nn.ModuleList([drafter.head])
-        linear.pack(drafter, int8=config.draft_kernel == "int8")
-        linear.pack(head, int8=config.draft_kernel == "int8")
+    if placed.on_cpu:
+        head, kernel = nn.ModuleList([drafter.head]), linear.chosen(config.draft_kernel, torch.float32)
+        linear.pack(drafter, kernel)
+        linear.pack(head, kernel)
         drafter.replace_head(head[0])
     return drafter
 

@@ -80,8 +80,8 @@ def load_plain(checked: Preflight, device: str) -> Any:
 def prepare(model: Any, kernel: str, placed: Placement) -> None:
     """Our attention, and our linear layers where they are wanted."""
     use_grouped_attention(model)
-    if placed.on_cpu and (kernel == "int8" or linear.wanted(kernel)):
-        linear.pack(model, int8=kernel == "int8")
+    if placed.on_cpu:
+        linear.pack(model, linear.chosen(kernel, model.dtype))
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

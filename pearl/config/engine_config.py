@@ -112,10 +112,15 @@ class EngineConfig:
         "on CPU keep each process to its cores, with as many threads; off: leave both as they are",
         MACHINE,
     )
-    kernel: str = setting("auto", choice("auto", "stock", "packed"), "linear layers of the target on CPU", MACHINE)
+    kernel: str = setting(
+        "auto",
+        choice("auto", "stock", "packed", "blocked"),
+        "linear layers of the target on CPU; blocked: bfloat16 weights as oneDNN multiplies them, packed: float16 ones",
+        MACHINE,
+    )
     draft_kernel: str = setting(
         "auto",
-        choice("auto", "stock", "packed", "int8"),
+        choice("auto", "stock", "packed", "blocked", "int8"),
         "the same for the drafter; int8: rounded weights; auto rounds those of distilled ones",
         MACHINE,
     )
@@ -207,8 +212,8 @@ class EngineConfig:
         one = "is for a target of one process: leave it out, or tensor_parallel_size."
         if self.load_in:
             raise UsageError(f"load_in {self.load_in} {one}")
-        if self.kernel == "packed":
-            raise UsageError(f"kernel packed {one}")
+        if self.kernel in ("packed", "blocked"):
+            raise UsageError(f"kernel {self.kernel} {one}")
 
     def check_mode(self, mode: str) -> None:
         """Refuses a mode that a target over several ranks does not have."""

@@ -23,13 +23,15 @@ LEAVES = 8  # rows of a drafter's forward at most, once its text is read
 
 @dataclass(frozen=True)
 class TokenBuckets:
-    """`safe`: row counts with equal bits, ascending. `cost_s[n - 1]`: seconds of a forward of n rows."""
+    """`safe`: row counts with equal bits, ascending. `cost_s[n - 1]`: seconds of a forward of n rows.
+    `pad_to`: those of the safe ones that no wider one is faster than; (): all."""
 
     safe: tuple[int, ...]
     cost_s: tuple[float, ...]
     exact: bool = True  # False: the bits depend on the row count whatever is done
     branches: bool = True  # a row beside the chain has the bits that it would have in it
     path_s: float = 0.0  # seconds that a pass takes longer for each path beside its chain
+    pad_to: tuple[int, ...] = ()
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TokenBuckets:
@@ -37,8 +39,8 @@ class TokenBuckets:
         return TokenBuckets(**_tuples(values))
 
     def pad(self, rows: int) -> int:
-        """The least safe count that holds `rows`; beyond what was tested, as many as they are."""
-        return next((count for count in self.safe if count >= rows), rows)
+        """The least count worth its time that holds `rows`; beyond what was tested, as many as they are."""
+        return next((count for count in self.pad_to or self.safe if count >= rows), rows)
 
     @property
     def most(self) -> int:

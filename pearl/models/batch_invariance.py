@@ -36,15 +36,16 @@ from pearl.core.token_buckets import (
     CannotBranch,
     TokenBuckets,
 )
-from pearl.models.linear import PackedLinear
+from pearl.models.linear import FIRST_ROWS, BlockedLinear, PackedLinear
 from pearl.models.timing import best_of, timed
 
 WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
 _PREFIX = 61  # tokens before the text under test
 _LONG_PREFIX = GRAIN + _PREFIX  # the same where texts share their passes: attention is a good part of those
+_GAIN = 0.97  # of the seconds of a count, at which a wider one is taken for it
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
-_TRIALS, _CANCELLING = 8, 32  # inputs of a product, and how many of its sums come to almost nothing
+_TRIALS, _CANCELLING = 8, FIRST_ROWS  # inputs of a product, and how many of its sums come to almost nothing
 _WIDEST = 1 << 14  # results of one row: those of a head are compared as logits
 
 Rows = dict[int, list[Tensor]]  # what the rows of a forward came to, [rows, *], by their count and for each offset
@@ -87,6 +88,8 @@ def products(model: nn.Module) -> list[Product]:
         if type(layer) is PackedLinear:
             compute, like, weight = layer.sums, layer.empty, torch.empty(0, layer.in_features)
             outputs = layer.out_features
+        elif type(layer) is BlockedLinear:
+            compute, like, weight, outputs = layer.__call__, layer.first_rows, layer.first_rows, layer.out_features
         elif type(layer) in (nn.Linear, Conv1D) and not isinstance(layer.weight, DTensor):
             weight = layer.weight.detach().T if type(layer) is Conv1D else layer.weight.detach()
             compute, like, outputs = layer.__call__, weight, len(weight)
@@ -137,13 +140,21 @@ def find_invariant_counts(
             break
     found = [{count: rows[: len(_OFFSETS)] for count, rows in logits.items()}, *(one.rows() for one in products)]
     safe = max((_agreeing(found, reference) for reference in logits), key=len)
-    costs = _rising([min(seconds[count]) for count in range(1, LIMIT + 1)])
+    measured = [min(seconds[count]) for count in range(1, LIMIT + 1)]
+    costs = _rising(measured)
     if len(safe) >= 3:
-        return TokenBuckets(safe, costs)
+        return TokenBuckets(safe, costs, pad_to=_worth_it(safe, measured))
     width = _one_width(read, text) if one_width else None
     if width is None:
         return TokenBuckets(ANY.safe, costs, exact=False)
     return TokenBuckets((width,), (costs[width - 1],) * LIMIT)
+
+
+def _worth_it(safe: Sequence[int], seconds: Sequence[float]) -> tuple[int, ...]:
+    """Without the counts that clearly take longer than a wider one: a pass is padded to that one instead. A library may
+    have another, slower kernel for a single row, or none that fits five."""
+    least = {count: min(seconds[wider - 1] for wider in safe if wider >= count) for count in safe}
+    return tuple(count for count in safe if _GAIN * seconds[count - 1] <= least[count])
 
 
 def _one_width(read: Callable[[Sequence[int], int], Tensor], text: Sequence[int]) -> int | None:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+FIRST_ROWS = 32  # of a weight, kept readable where the layer's own layout is not
 _PIECE = 1 << 18  # entries looked at together
+_USUAL_ROWS = 8  # of a pass, for which a layout is chosen
 
 
 class PackedLinear(nn.Module):
@@ -47,6 +49,22 @@ class PackedLinear(nn.Module):
         if self._bias is not None:
             y = y.add_(self._bias)
         return y
+
+
+class BlockedLinear(nn.Module):
+    """y = x W^T + b in bfloat16, W in the layout in which oneDNN multiplies it; torch's own layer would bring it into
+    that layout in every forward, which takes as long as the product of a few rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        """weight: bfloat16 [out, in]"""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.first_rows = weight[:FIRST_ROWS].clone()
+        self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
+        self.register_buffer("_bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._blocked, self._bias, "none", [], "")
 
 
 class Int8Linear(nn.Module):
@@ -109,11 +127,13 @@ class RowwiseInt8Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def wanted(kernel: str) -> bool:
-    """Whether to pack: `packed` yes, `stock` no, `auto` where the CPU has no bfloat16 products of its own."""
+def chosen(kernel: str, dtype: torch.dtype) -> str:
+    """What the layers of a model in that dtype become: stock, packed, blocked or int8, where `kernel` may be auto."""
     if kernel != "auto":
-        return kernel == "packed"
-    return "fbgemm" in torch.backends.quantized.supported_engines and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return kernel
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "blocked"
+    return "packed" if "fbgemm" in torch.backends.quantized.supported_engines else "stock"
 
 
 def shift_of(weight: Tensor) -> int | None:
@@ -136,23 +156,26 @@ def _exact(weight: Tensor, shift: int) -> bool:
     return True
 
 
-def pack(model: nn.Module, int8: bool = False) -> int:
-    """Replaces the model's linear layers in place where that is exact. Returns how many were left as they are.
-
-    `int8`: all of them, rounded.
-    """
+def pack(model: nn.Module, kernel: str) -> int:
+    """Replaces the model's linear layers in place, by packed ones where that is exact, by blocked ones where they are
+    in bfloat16, or by int8 ones. Returns how many were left as they are."""
     left = 0
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear and type(layer) is not Conv1D:
                 continue
             weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-            if int8:
-                setattr(parent, name, Int8Linear(weight, layer.bias))
-                continue
-            shift = shift_of(weight)
-            if shift is None:
+            if (made := _replaced(weight, layer.bias, kernel)) is None:
                 left += 1
-                continue
-            setattr(parent, name, PackedLinear(weight, layer.bias, shift))
+            else:
+                setattr(parent, name, made)
     return left
+
+
+def _replaced(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module | None:
+    if kernel == "int8":
+        return Int8Linear(weight, bias)
+    if kernel == "blocked":
+        return BlockedLinear(weight, bias) if weight.dtype == torch.bfloat16 else None
+    shift = shift_of(weight) if kernel == "packed" else None
+    return None if shift is None else PackedLinear(weight, bias, shift)

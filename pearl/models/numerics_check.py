@@ -140,7 +140,9 @@ def rows_check(plan: TokenBuckets) -> Check:
     elif plan.fixed:
         found = f"the bits depend on the row count here, so every pass has {plan.most} rows"
     else:
-        found = f"a pass is padded to one of {', '.join(map(str, plan.safe))}; these give equal bits here"
+        found = (
+            f"a pass is padded to one of {', '.join(map(str, plan.pad_to or plan.safe))}; these give equal bits here"
+        )
     return Check("rows", plan.exact, found)
 
 

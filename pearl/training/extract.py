@@ -122,8 +122,8 @@ class _Worker:
         self.job, self.chat = job, Chat(checked.tokenizer)
         self.model = load_plain(checked, device)
         self.ends = eos_ids(self.model, checked.tokenizer)
-        if device == "cpu" and linear.wanted("auto"):
-            linear.pack(self.model)
+        if device == "cpu":
+            linear.pack(self.model, linear.chosen("auto", self.model.dtype))
 
     def make(self, number: int):
         """One shard: the same whoever makes it, and whatever was made before."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import tiny
 import torch
-from numerics import FBGEMM, close_model, pair, random_prompt
+from numerics import close_model, pair, random_prompt
 from toys import EAGER, Right, ScriptedChannel, scrambled, ticks, together
 
 from pearl.core.params import SamplingParams
@@ -96,7 +96,7 @@ def ending(reader: VerifierModel) -> tuple[list[int], int]:
 @pytest.mark.parametrize("name, dtype", [("llama", "float32"), ("gpt2", "float32"), ("qwen2", "bfloat16")])
 def test_a_second_turn_has_the_same_bits_in_every_mode_and_reads_only_what_is_new(name, dtype):
     """The drafters know the reply: what follows the first text was read too, as a guess, where the mode allows it."""
-    reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
+    reader, _ = pair(name, dtype, "auto")
     first, eos = ending(reader)
     said, logits, rows, _ = talk(reader, SCHEDULES["ar"], None, eos)
     assert said[0] == first and rows == 1 + len(REPLY)
@@ -111,7 +111,7 @@ def test_a_second_turn_has_the_same_bits_in_every_mode_and_reads_only_what_is_ne
 
 
 def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
-    reader, _ = pair("llama", "float32", "packed" if FBGEMM else "stock")
+    reader, _ = pair("llama", "float32", "auto")
     target, prompt = Target(reader), random_prompt(61)
     first = together(target, prompt, SCHEDULES["ar"], PARAMS, (), str).tokens
     other = [*prompt, *first[:5], (first[5] + 1) % tiny.VOCABULARY, *REPLY]
@@ -124,7 +124,7 @@ def test_a_turn_that_does_not_begin_with_the_first_reads_what_differs():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sd", "tree"])
 def test_the_drafter_reads_only_what_is_new_too(mode, monkeypatch):
-    reader, _ = pair("llama", "float32", "packed" if FBGEMM else "stock")
+    reader, _ = pair("llama", "float32", "auto")
     draft = tiny.draft_model(close_model("llama", "float32", drift=0.1))
     longest: list[int] = []
     run = draft.run

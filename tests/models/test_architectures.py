@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from architectures import TABLE, Architecture, parameters, prompts, reference
-from numerics import FBGEMM, measured
+from numerics import measured
 from toys import ScriptedChannel, scrambled, ticks, together
 
 from pearl.core.params import SamplingParams
@@ -52,8 +52,8 @@ BFLOAT16_TABLE = [one for one in TABLE if one.name in BFLOAT16]
 def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
     """As loading prepares it."""
     model = architecture.model(dtype)
-    if dtype == "bfloat16" and FBGEMM:
-        linear.pack(model)
+    if dtype == "bfloat16":
+        linear.pack(model, linear.chosen("auto", model.dtype))
     reader = tiny.verifier(model, max_length=architecture.longest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pearl.models.batch_invariance._TIMING_S", 0.0)  # bits are compared once, and nothing is timed

@@ -19,7 +19,12 @@ from pearl.models.batch_invariance import find_invariant_counts, position_border
 from pearl.models.verifier import VerifierModel
 
 FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
-KERNELS = ["stock", pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm"))]
+BLOCKS = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+KERNELS = [
+    "stock",
+    pytest.param("packed", marks=pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")),
+    pytest.param("blocked", marks=pytest.mark.skipif(not BLOCKS, reason="a processor without bfloat16 products")),
+]
 
 
 def test_where_bits_never_change_every_count_is_safe():
@@ -139,9 +144,9 @@ def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel
 
 def make(name: str, kernel: str, dtype: str = "float32") -> VerifierModel:
     model = tiny.random_model(tiny.CONFIGS[name]()).bfloat16()  # weights that fit, as a bfloat16 checkpoint's do
-    model = model.to(getattr(torch, dtype))
-    if kernel == "packed":
-        assert linear.pack(model) == 0
+    model = model.to(torch.bfloat16 if kernel == "blocked" else getattr(torch, dtype))
+    if kernel != "stock":
+        assert linear.pack(model, kernel) == 0
     return tiny.verifier(model)
 
 
@@ -154,6 +159,22 @@ def test_a_pass_costs_no_more_than_one_of_more_rows(monkeypatch):
     )
     costs = find_invariant_counts(fake(lambda count, row: 0), VOCABULARY).cost_s
     assert list(costs) == sorted(costs)
+
+
+def test_a_pass_has_more_rows_where_those_take_less_time(monkeypatch):
+    """A library that is slow with less than six rows, and with eleven."""
+    seconds = {count: 1.0 + count / 100 + (count < 6 or count == 11) for count in range(1, LIMIT + 1)}
+    now, same = [0.0], fake(lambda count, row: 0)
+
+    def read(tokens, first):
+        now[0] += seconds.get(len(tokens), 1.0)
+        return same(tokens, first)
+
+    monkeypatch.setattr("pearl.models.batch_invariance.time.perf_counter", lambda: now[0])
+    plan = find_invariant_counts(read, VOCABULARY)
+    assert plan.safe == tuple(range(LEAST, LIMIT + 1))
+    assert plan.pad_to == (6, 7, 8, 9, 10, 12, 13, 14, 15, 16)
+    assert plan.pad(1) == 6 and plan.cost(1) == pytest.approx(1.06)
 
 
 def test_a_path_costs_what_it_makes_a_pass_longer(monkeypatch):

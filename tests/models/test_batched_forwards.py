@@ -15,7 +15,7 @@ import tiny
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from numerics import FBGEMM, TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
+from numerics import TREES, Plain, Step, Tree, close_model, measured, random_prompt, tree
 from tiers import tiered
 from toys import examples, falsified
 
@@ -29,7 +29,6 @@ from pearl.models.kv_cache.batch_cache import BatchCache
 from pearl.models.static_shapes.one_text import COUNTS
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
-KERNEL = "packed" if FBGEMM else "stock"
 NAMES, DTYPES = ("llama", "qwen3", "gpt2", "gemma3"), ("float32", "bfloat16")
 MODELS = [(name, dtype, False) for name in NAMES for dtype in DTYPES]
 STATIC = [("llama", "float32", True), ("llama", "bfloat16", True), ("gemma3", "float32", True)]  # of static shapes
@@ -43,8 +42,7 @@ def made(name: str, dtype: str, texts: int = TEXTS, static: bool = False) -> tup
     """A reader of several texts, and one for the reference, as loading prepares them. `static`: its forwards have
     static shapes."""
     model = close_model(name, dtype)
-    if KERNEL == "packed":
-        assert linear.pack(model) == 0
+    linear.pack(model, linear.chosen("auto", model.dtype))
     reader = tiny.verifier(model, batch_slots=texts)
     reader.rows = measured(reader)
     reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))

@@ -7,11 +7,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pearl.checkpoints import quantized
-from pearl.models import linear
-from pearl.models.linear import PackedLinear, pack, shift_of
+from pearl.models.linear import BlockedLinear, PackedLinear, chosen, pack, shift_of
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="a torch without fbgemm"
+)
+needs_blocks = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16 products"
 )
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # the relative error of one rounding
 
@@ -99,20 +101,20 @@ def test_packing_changes_the_layers_that_fit_and_no_other():
     inexact, embedding = parent.does_not, parent.not_linear
     with torch.no_grad():
         before = [parent.fits(x), parent.turned(x), parent.inner(x)]
-        assert pack(parent) == 1
+        assert pack(parent, "packed") == 1
         after = [parent.fits(x), parent.turned(x), parent.inner(x)]
     for layer in (parent.fits, parent.turned, parent.inner[1]):
         assert isinstance(layer, PackedLinear)
     assert parent.does_not is inexact and parent.not_linear is embedding
     torch.testing.assert_close(after, before)
-    assert pack(parent) == 1  # packed layers stay
+    assert pack(parent, "packed") == 1  # packed layers stay
 
 
 @needs_fbgemm
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "gpt2", "phi3"])
 def test_a_packed_model_says_what_the_model_says(name):
     models = [tiny.random_model(tiny.CONFIGS[name]()).bfloat16().float() for _ in range(2)]
-    assert pack(models[0]) == 0
+    assert pack(models[0], "packed") == 0
     assert not any(type(module) in (nn.Linear, Conv1D) for module in models[0].modules())
     text = torch.randint(tiny.VOCABULARY, (30,)).tolist()
     packed, plain = (tiny.verifier(model).read(text, 30) for model in models)
@@ -120,19 +122,41 @@ def test_a_packed_model_says_what_the_model_says(name):
     assert torch.equal(packed.argmax(-1), plain.argmax(-1))
 
 
+@needs_blocks
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 65])
+def test_a_blocked_layer_is_its_linear_layer(bias, rows):
+    layer = nn.Linear(100, 70, bias=bias).bfloat16()
+    x = torch.randn(2, rows, 100).bfloat16()
+    y = BlockedLinear(layer.weight.detach(), layer.bias)(x)
+    assert y.dtype == torch.bfloat16 and y.shape == (2, rows, 70)
+    assert_same_product(y, x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+@needs_blocks
+def test_blocks_are_for_layers_in_bfloat16():
+    parent = nn.ModuleDict({"fits": nn.Linear(16, 24).bfloat16(), "does_not": nn.Linear(16, 24)})
+    assert pack(parent, "blocked") == 1
+    assert isinstance(parent["fits"], BlockedLinear) and type(parent["does_not"]) is nn.Linear
+
+
 def test_who_asks_for_a_kernel_gets_it():
-    assert linear.wanted("packed") and not linear.wanted("stock")
+    for kernel in ("stock", "packed", "blocked", "int8"):
+        assert chosen(kernel, torch.bfloat16) == kernel
+    parent = Parent()
+    assert pack(parent, "stock") == 4 and type(parent.fits) is nn.Linear
 
 
-def test_a_cpu_with_bfloat16_products_keeps_them(monkeypatch):
+def test_a_cpu_with_bfloat16_products_multiplies_by_blocks_what_is_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert not linear.wanted("auto")
+    assert chosen("auto", torch.bfloat16) == "blocked"
+    assert chosen("auto", torch.float32) != "blocked"
 
 
 @needs_fbgemm
 def test_a_cpu_without_them_packs(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert linear.wanted("auto")
+    assert chosen("auto", torch.bfloat16) == chosen("auto", torch.float32) == "packed"
 
 
 def eight_bit_layers(outliers: int) -> tuple[torch.Tensor, nn.Module, torch.Tensor]:

@@ -63,14 +63,13 @@ MODELS = [
         dtype,
         kernel,
         marks=[
-            pytest.mark.skipif(kernel == "packed" and not FBGEMM, reason="no fbgemm"),
             *([] if name in ("llama", "gemma3") else [pytest.mark.slow]),
         ],
     )
     for name in (*NAMES, *CHAINS)
     for dtype in ("float32", "bfloat16")
-    for kernel in ("packed", "stock")
-    if (kernel == "packed" or name in ("llama", "gpt2")) and (dtype == "float32" or name in NAMES)
+    for kernel in ("auto", "stock")
+    if (kernel == "auto" or name in ("llama", "gpt2")) and (dtype == "float32" or name in NAMES)
 ]
 
 
@@ -125,14 +124,14 @@ def test_the_bits_do_not_depend_on_the_tree_around_a_token(name, dtype, kernel, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_these_models_read_side_branches(name, dtype):
     """So the trees above were trees. Where rows beside the chain have other bits, they would be chains."""
-    reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
+    reader, _ = pair(name, dtype, "auto")
     assert uses_grouped_attention(reader.model)
     assert reader.verifies_trees == reader.rows.branches == branches_agree(reader, reader.vocabulary)
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_where_branches_can_not_be_laid_over_the_chain_a_target_verifies_chains_only(name):
-    reader, _ = pair(name, "float32", "packed" if FBGEMM else "stock")
+    reader, _ = pair(name, "float32", "auto")
     assert not reader.verifies_trees
     target, wanted = texts(reader, name, "tree", 7)
     assert wanted == target[0]
@@ -167,7 +166,7 @@ def texts(reader: VerifierModel, name: str, mode: str, seed: int, temperature: f
 )
 def test_texts_of_close_logits_are_the_targets_own(name, dtype, monkeypatch):
     """The twin of the right token is often the drafter's other guess, so the text takes many a side branch."""
-    reader, _ = pair(name, dtype, "packed" if FBGEMM else "stock")
+    reader, _ = pair(name, dtype, "auto")
     taken, move = [], SlotCache.move
 
     def counting(self, rows, slot, layer=None):
@@ -379,7 +378,7 @@ def fails(reader: VerifierModel, reference: VerifierModel, most: int) -> bool:
 
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
-    reader, reference = pair("llama", "float32", "packed" if FBGEMM else "stock")
+    reader, reference = pair("llama", "float32", "auto")
     assert reader.rows.exact and reader.verifies_trees, "on this machine the mutants break what was not promised"
     assert not fails(reader, reference, 1)
     mutate(monkeypatch)

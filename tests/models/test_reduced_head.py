@@ -116,5 +116,5 @@ def test_an_8_bit_drafter_differs_by_rounding_only():
     assert rounded.dtype == torch.bfloat16 and 0 < error.abs().max() < 0.05
     model = random_model(CONFIGS["llama"]())
     expected = model(torch.tensor([TEXT])).logits[0, -1]
-    assert pack(model, int8=True) == 0
+    assert pack(model, "int8") == 0
     assert torch.corrcoef(torch.stack([expected, model(torch.tensor([TEXT])).logits[0, -1]]))[0, 1] > 0.98

@@ -8,7 +8,7 @@ import random
 import pytest
 import tiny
 import torch
-from numerics import FBGEMM, Recorder, prepared
+from numerics import Recorder, prepared
 from tiers import tiered
 
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, BatchedTokenBuckets, TokenBuckets
@@ -19,7 +19,6 @@ from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, PIE
 from pearl.models.static_shapes.recordings import Recordings
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
-PACKED = pytest.mark.skipif(not FBGEMM, reason="a torch without fbgemm")
 SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kernel here tells apart
 
 
@@ -41,7 +40,7 @@ def tree(rng: random.Random, most: int) -> tuple[int, list[tuple[int, int]]]:
     return chain, list(dict.fromkeys(sides))
 
 
-@pytest.mark.parametrize("kernel", ["stock", pytest.param("packed", marks=PACKED)])
+@pytest.mark.parametrize("kernel", ["stock", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", tiered(["llama", "qwen3", "gpt2"], lambda name: name == "llama"))
 def test_every_pass_has_the_bits_of_today(name, dtype, kernel):

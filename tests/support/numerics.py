@@ -57,8 +57,7 @@ def close_model(name: str, dtype: str, drift: float = 0.0) -> PreTrainedModel:
 def prepared(name: str, dtype: str, kernel: str) -> VerifierModel:
     """As loading prepares a target."""
     model = close_model(name, dtype)
-    if kernel == "packed":
-        assert linear.pack(model) == 0
+    assert linear.pack(model, linear.chosen(kernel, model.dtype)) == 0 or kernel == "stock"
     reader = tiny.verifier(model)
     reader.rows = measured(reader)
     reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
