@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
     def sums(self, x: Tensor) -> Tensor:
         """y before it is rounded to the layer's dtype, float32."""
-        y = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+        y = torch.ops.quantized.linear_dynamic_fp16(_rows(x), self._packed).view(*x.shape[:-1], self.out_features)
         if self._scale != 1:
             y = y.mul_(self._scale)
         if self._bias is not None:
@@ -84,7 +84,8 @@ class Int8Linear(nn.Module):
         self._packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x.float(), self._packed, True).to(self._dtype)
+        y = torch.ops.quantized.linear_dynamic(_rows(x), self._packed, True)
+        return y.view(*x.shape[:-1], y.shape[-1]).to(self._dtype)
 
 
 class RowwiseInt8Linear(nn.Module):
@@ -125,6 +126,11 @@ class RowwiseInt8Linear(nn.Module):
                 beside.addcmul_(alone[:, None], self.weight[:, column].float() * (self._scale / 127))
             y = (y.float() + beside).to(x.dtype)
         return y.view(*x.shape[:-1], -1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As these products take them: float32, and a single one as a matrix."""
+    return x.float() if x.dim() > 1 else x.float()[None]
 
 
 def chosen(kernel: str, dtype: torch.dtype) -> str:

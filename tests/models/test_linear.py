@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pearl.checkpoints import quantized
-from pearl.models.linear import BlockedLinear, PackedLinear, chosen, pack, shift_of
+from pearl.models.linear import BlockedLinear, Int8Linear, PackedLinear, chosen, pack, shift_of
 
 needs_fbgemm = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="a torch without fbgemm"
@@ -131,6 +131,22 @@ def test_a_blocked_layer_is_its_linear_layer(bias, rows):
     y = BlockedLinear(layer.weight.detach(), layer.bias)(x)
     assert y.dtype == torch.bfloat16 and y.shape == (2, rows, 70)
     assert_same_product(y, x, layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda weight: PackedLinear(weight, None, 0), id="packed", marks=needs_fbgemm),
+        pytest.param(lambda weight: BlockedLinear(weight, None), id="blocked", marks=needs_blocks),
+        pytest.param(lambda weight: Int8Linear(weight, None), id="int8", marks=needs_fbgemm),
+    ],
+)
+def test_a_layer_takes_rows_in_any_shape(make):
+    layer, x = make(torch.randn(24, 16).bfloat16()), torch.randn(2, 3, 16).bfloat16()
+    y = layer(x)
+    assert y.shape == (2, 3, 24) and layer(x[:0]).shape == (0, 3, 24)
+    assert layer(x[0, 0]).shape == (24,)
+    torch.testing.assert_close(layer(x[0, 0]), y[0, 0], atol=0.3, rtol=0)  # int8 rounds by the largest of a forward
 
 
 @needs_blocks
