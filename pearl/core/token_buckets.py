@@ -42,6 +42,11 @@ class TokenBuckets:
         """The least count worth its time that holds `rows`; beyond what was tested, as many as they are."""
         return next((count for count in self.pad_to or self.safe if count >= rows), rows)
 
+    def least(self, rows: int) -> int:
+        """The least safe count that holds `rows`, for an attention call of a part of a pass, which each row makes
+        longer."""
+        return next((count for count in self.safe if count >= rows), rows)
+
     @property
     def most(self) -> int:
         """The widest pass."""

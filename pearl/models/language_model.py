@@ -261,7 +261,8 @@ class LanguageModel:
     def placed(self, rows: ForwardRows, pads: int, batch_slot: int) -> SequenceRows:
         """Those rows, and some that only fill the forward, in the cache."""
         cache, chain, first = self._slots[batch_slot].cache, len(rows.slots), rows.first
-        cache.place_chain(first, len(rows.tokens) + pads, chain, rows.branches, rows.positions)
+        count, main = len(rows.tokens) + pads, self.rows.least(chain)
+        cache.place_chain(first, count, chain, rows.branches, rows.positions, main)
         padding = [rows.tokens[chain - 1]] * pads, [first] * pads
         return SequenceRows(batch_slot, [*rows.tokens, *padding[0]], [*rows.positions, *padding[1]], cache)
 
@@ -342,6 +343,6 @@ def _branches(chain: int, parents: Sequence[int], positions: Sequence[int], plan
     made = []
     for path, count in zip(paths, own, strict=True):
         mine = path[-count:]
-        queries = (*mine, *[mine[-1]] * (plan.pad(count) - count))
+        queries = (*mine, *[mine[-1]] * (plan.least(count) - count))
         made.append(Branch(positions[path[0]], tuple(path), queries, count))
     return made

@@ -116,7 +116,7 @@ class VerifierModel(LanguageModel):
     def forward_together(self, parts: Sequence[Part], joint: BatchedTokenBuckets) -> dict[int, Tensor]:
         """One forward of the rows of several sequences, of a row count of `joint`: logits [rows, V] by batch slot."""
         count, lengths = joint.pad(_rows(parts)), [len(rows.tokens) for _, rows in parts]
-        queries = [self.rows.pad(next((most for most in QUERY_COUNTS if most >= n), n)) for n in lengths]
+        queries = [self.rows.least(next((most for most in QUERY_COUNTS if most >= n), n)) for n in lengths]
         if self.shared and self.shared.supports(count):
             logits, states = self.shared(parts, max(queries), count)
             logits, states = logits.clone(), None if states is None else states.clone()

@@ -279,8 +279,8 @@ def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
     """A side row sees what lies behind it: its sibling's child, or the chain."""
     place = SlotCache.place_chain
 
-    def further(self, first, count, written, branches=(), positions=()):
-        place(self, first, count, written, branches, positions)
+    def further(self, *where):
+        place(self, *where)
         seen = [one.mask.visible for one in self.layout.branches]
         masks = [AttentionMask(visible | visible.roll(1, -1)) for visible in seen]
         calls = tuple(replace(one, mask=mask) for one, mask in zip(self.layout.branches, masks, strict=True))

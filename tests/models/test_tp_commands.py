@@ -46,7 +46,7 @@ COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Restore, st.builds(SlotTokens, st.integers(0, 3), tokens)),
     st.builds(KeepPrefixes, small),
     st.builds(BeginRound),
-    st.builds(SetBuckets, counts, st.booleans(), counts),
+    st.builds(SetBuckets, counts, counts, st.booleans(), counts),
     st.builds(CopyFirst, small),
     st.builds(KeepAlive),
     st.builds(Shutdown),

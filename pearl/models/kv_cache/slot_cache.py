@@ -56,6 +56,7 @@ class ForwardLayout:
     written: int  # how many rows that are
     seen: int  # slots read
     branches: tuple[BranchAttention, ...] = ()
+    main: AttentionMask | None = None  # of the first rows, where the others need no attention but their branch's
 
     @property
     def places(self) -> list[int]:
@@ -119,12 +120,18 @@ class SlotCache(ForwardCache):
         self._views: dict[int, KeyValue] = {}  # its part of the buffers, by layer, [1, kv heads, slots, head_dim]
 
     def place_chain(
-        self, first: int, count: int, written: int, branches: Sequence[Branch] = (), positions: Sequence[int] = ()
+        self,
+        first: int,
+        count: int,
+        written: int,
+        branches: Sequence[Branch] = (),
+        positions: Sequence[int] = (),
+        main: int | None = None,
     ) -> None:
         """The next forward has `count` rows; the first `written` go to the slots from `first`, each sees up to its own.
 
         The others are side rows (see `Branch`; `positions` are those of all rows but padding) and padding, which nobody
-        reads: what they see in the main call is of no account.
+        reads: what they see in the main call is of no account, and beyond its first `main` rows it has none of them.
         """
         assert first + written <= self.slots, "the cache is too short for this forward"
         assert not branches or count <= SCRATCH_SLOTS, "more side rows than there is room for"
@@ -139,7 +146,8 @@ class SlotCache(ForwardCache):
             mask = AttentionMask.chain(last[None], seen)
             rows = [SentOnce(one) for one in (self.slots + sources, queries, queries[: branch.own])]
             calls.append(BranchAttention(rows[0], rows[1], rows[2], mask))
-        self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls))
+        part = AttentionMask.chain(own[None, :main], seen) if main is not None and main < count else None
+        self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls), part)
         self.mask = AttentionMask.chain(own[None], seen)
 
     def place_nodes(self, slots: Tensor, mask: AttentionMask) -> None:
@@ -216,7 +224,11 @@ class SlotCache(ForwardCache):
         return bool(self.layout.branches)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
-        out = packed(query, key, value, self.mask, call)
+        if mask := self.layout.main:
+            out, rows = query.new_zeros(*query.shape[:3], value.shape[-1]), slice(0, mask.visible.shape[2])
+            out[:, :, rows] = packed(query[:, :, rows], key, value, mask, call)
+        else:
+            out = packed(query, key, value, self.mask, call)
         if self.layout.branches:
             owner = self.owner(key)
             if owner is None:

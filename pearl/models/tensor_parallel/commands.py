@@ -138,11 +138,12 @@ class SetBuckets(Command):
     """`rows` and `joint` are these from now on. What a row count costs is only the first rank's business."""
 
     safe: Ints
+    pad_to: Ints
     branches: bool
     joint: Ints  # empty: no forwards that several sequences share
 
     def run(self, shard: VerifierModel) -> object:
-        shard.rows = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches)
+        shard.rows = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches, pad_to=self.pad_to)
         shard.joint = BatchedTokenBuckets(self.joint, (0.0,) * len(self.joint)) if self.joint else None
         return None
 

@@ -115,7 +115,8 @@ class TensorParallelModel:
 
     def _settle(self) -> None:
         plan, joint = self._shard.rows, self._shard.joint
-        self._others.say(commands.SetBuckets(plan.pad_to or plan.safe, plan.branches, joint.counts if joint else ()))
+        counts = joint.counts if joint else ()
+        self._others.say(commands.SetBuckets(plan.safe, plan.pad_to, plan.branches, counts))
 
     def call(self, command: Command) -> Any:
         """Makes a call on all ranks, and returns what the first one's shard says."""
