@@ -1,6 +1,6 @@
 """Drafters that can't help: `pearl` and `tree` beside `ar` where drafting does not pay.
 
-    python scripts/never_slower.py --target DIR --draft DIR --limit 3 --max-new-tokens 128
+    python scripts/never_slower.py --limit 3 --max-new-tokens 128 [--target DIR --draft DIR]
 
 Three cases, one after the other, the modes of each interleaved problem by problem:
 
@@ -8,7 +8,8 @@ Three cases, one after the other, the modes of each interleaved problem by probl
     slow        the roles exchanged: the larger model drafts for the smaller
     unguessed   temperature 2: text that no drafter can guess
 
-The controller finds out by itself that it should not draft. Both models must be folders (or hub ids) of one family.
+The controller finds out by itself that it should not draft. Sources beside the target may still help it. A draft model
+that is a part of its target, as the embedded one, can't be one itself, so its case `slow` is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pearl.config import cli
+from pearl.config.engine_config import EngineConfig, model_path
 from pearl.tasks import humaneval
 
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = humaneval.load()
     problems = [problems[i] for i in cli.choose(len(problems), found.limit or 3, found.indices)]
 
+    from pearl.checkpoints import shared_embeddings
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
     from pearl.evaluation import harness, lines, results, tables
@@ -43,14 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     folder = Path(found.output or "results/never-slower")
     figures = {}
-    for name in ("random", "slow", "unguessed"):
+    whole = shared_embeddings.read(model_path(config.draft)) is None
+    for name in ("random", *["slow"] * whole, "unguessed"):
         results.check_output(folder / name)
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
-            "random": (replace(config, draft=_random(config.draft, Path(scratch))), params),
+            "random": (replace(config, draft=_random(config, Path(scratch))), params),
             "slow": (replace(config, target=config.draft, draft=config.target), params),
             "unguessed": (config, replace(params, temperature=2.0)),
         }
+        if not whole:
+            del cases["slow"]
         for name, (case, sampling) in cases.items():
             checked = preflight(case)
             tasks = []
@@ -72,15 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _random(draft: str, folder: Path) -> str:
-    """The draft model's architecture and tokenizer with random weights."""
+def _random(config: EngineConfig, folder: Path) -> str:
+    """The draft model's architecture and the target's tokenizer with random weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pearl.checkpoints.preflight import preflight
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(draft)).to(torch.bfloat16)
-    model.save_pretrained(folder / "random")
-    AutoTokenizer.from_pretrained(draft).save_pretrained(folder / "random")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path(config.draft)))
+    model.to(torch.bfloat16).save_pretrained(folder / "random")
+    preflight(config).tokenizer.save_pretrained(folder / "random")
     return str(folder / "random")
 
 

@@ -4,16 +4,20 @@ shows, they wait where they say and leave nothing on the host."""
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from numerics import Recorder
 from stand_in import DeviceTensor, Gpu
+from torch.distributed import HashStore
 from toys import EAGER, ScriptedChannel, scrambled, ticks, together
 from trained import drafter_for
 
+from pearl.core.features import DeviceFeatures
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
@@ -29,6 +33,8 @@ from pearl.drafters.pard import PardSource
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
+from pearl.wire import feature_transport
+from pearl.wire.feature_transport import FeatureTransport
 
 KINDS = ("eagle3", "peagle", "dflash", "dspark")
 GREEDY = SamplingParams(max_new_tokens=6, ignore_eos=True)
@@ -179,6 +185,55 @@ def test_a_pass_waits_for_picks_and_features_and_a_draft_once(gpu, kind, static,
     depths = 4 * 4 if kind == "dspark" else 1  # a Markov head is asked once for every depth of a leaf
     assert gpu.waits <= 2 * len(target.passes) + depths * drafting.forwards
     assert not static or drafting.forward.shapes
+
+
+class Belt:
+    """In place of nccl, both ends: what is sent is taken in the order of the streams, and no host waits for it."""
+
+    def __init__(self) -> None:
+        self.on_its_way: deque[torch.Tensor] = deque()
+        self.carried = 0
+
+    def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> SimpleNamespace:
+        self.on_its_way.append(tensors[0].clone())
+        return SimpleNamespace(is_completed=lambda: True, wait=lambda *_: True)
+
+    def recv(self, tensors: list[torch.Tensor], source: int, tag: int) -> SimpleNamespace:
+        tensors[0].copy_(self.on_its_way.popleft())
+        self.carried += 1
+        return SimpleNamespace(is_completed=lambda: True, wait=lambda *_: True)
+
+    def abort(self) -> None:
+        self.on_its_way.clear()
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "peagle", "dflash"])
+def test_features_go_from_device_to_device_and_the_host_waits_for_none(gpu, monkeypatch, kind):
+    """Less is waited for than where they travel in the verdicts: the copy to the host is gone."""
+    belt = Belt()
+    monkeypatch.setattr(feature_transport, "nccl_group", lambda store, rank, size: belt)
+    ends = [FeatureTransport(HashStore(), rank, torch.device("cuda:0")) for rank in (0, 1)]
+    with gpu.may_wait():
+        drafting = source_of(placed(gpu, network(kind)))
+    target = writer(drafting, moved=gpu.moved)
+    target._model.features_stay = True
+    deliver = target.channel.peer.deliver
+
+    def carried(count: int) -> None:
+        features = target.channel.peer.features
+        for at, one in enumerate(features):
+            if isinstance(one, DeviceFeatures) and one._work is None:
+                ends[0].send(one.rows)
+                features[at] = ends[1].receive(*one.shape)
+        deliver(count)
+
+    monkeypatch.setattr(target.channel.peer, "deliver", carried)
+    gpu.waits = drafting.forwards = 0
+    assert together(target, PROMPT, Schedule.of("tree"), GREEDY, decode=str) == alone(GREEDY)
+    assert target.draft_stats and not target.draft_stats.failed and drafting.forwards and belt.carried
+    assert gpu.waits <= len(target.passes) + drafting.forwards
+    for one in ends:
+        one.close()
 
 
 def test_texts_side_by_side_wait_as_often_as_one(gpu):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stand_in import Gpu, HiddenWait, PinnedReuse, WrongDevice
+from stand_in import DeviceTensor, Gpu, HiddenWait, PinnedReuse, WrongDevice
 from tiers import tiered
 from toys import Move, ScriptedChannel, Text, letters, ticks, together
 
@@ -26,6 +26,9 @@ from pearl.drafters.tree import TreeSource
 from pearl.machine.transfers import on_host, sent
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.static_shapes.inputs import StaticInputs
+from pearl.models.tensor_parallel import commands, ordered_sum
+from pearl.models.tensor_parallel.commands import TokenDeltas
+from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
 from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
@@ -133,6 +136,46 @@ def test_texts_side_by_side_wait_once_a_pass_and_text(gpu):
     expected, _ = texts(loops(here, False, slots=3))
     said, asks = texts(loops(gpu.moved, False, slots=3))
     assert said == expected and 0 < gpu.waits <= asks
+
+
+class Twin:
+    """Another rank of a target, which has the whole model too, so that it needs no sums: it does what it is told, from
+    the words that travel."""
+
+    def __init__(self, shard: VerifierModel):
+        self.shard, self.sent, self.heard = shard, TokenDeltas(), TokenDeltas()
+
+    def settle(self) -> None:
+        """It has nothing to load."""
+
+    def say(self, command: commands.Command) -> None:
+        commands.decode(command.words(self.sent), self.heard).run(self.shard)
+
+    def blamed(self, error: Exception) -> Exception:
+        return error
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_a_target_over_several_ranks_waits_no_more(gpu, mode):
+    expected = write(loops(here, False), mode, GREEDY)
+    (first, source), (second, _) = models(gpu.moved, False), models(gpu.moved, False)
+    target = Target(TensorParallelModel(first, Twin(second)), ScriptedChannel(source, STEADY), ticks())
+    assert write(target, mode, GREEDY).tokens == expected.tokens
+    assert gpu.waits <= len(target.passes) + target.draft_stats.forwards
+
+
+def test_sums_over_ranks_do_not_wait(gpu, monkeypatch):
+    parts = [torch.randn(4, 8, dtype=torch.bfloat16) for _ in range(3)]
+    here = [DeviceTensor(part.clone()) for part in parts]
+    monkeypatch.setattr(ordered_sum.dist, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(
+        ordered_sum.dist,
+        "all_gather",
+        lambda there, mine, group: [a.copy_(b) for a, b in zip(there, here, strict=True)],
+    )
+    total = here[0] + 0
+    ordered_sum.add_up(total)
+    assert torch.equal(total.values, (parts[0].float() + parts[1] + parts[2]).bfloat16()) and not gpu.waits
 
 
 # Faults
