@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 forks.plant()  # while there is one thread
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
 
-settings.register_profile("pearl", deadline=None, derandomize=True)
+settings.register_profile("pearl", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 settings.register_profile("search", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("pearl")

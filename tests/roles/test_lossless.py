@@ -161,7 +161,7 @@ class Forgetful:
 @pytest.mark.parametrize("temperature", tiered([0.0, 0.8], lambda temperature: temperature > 0))
 def test_without_its_cache_a_model_says_the_same(mode: str, temperature: float):
     params = SamplingParams(max_new_tokens=16, temperature=temperature, seed=3)
-    prompt, schedule = [5, 6, 7, 5, 6], Schedule.of(mode, 3)
+    prompt, schedule = [5, 6, 7, 5, 6], Schedule.of(mode, 3, max_draft_tokens=6)  # each leaf is a text to be read
     model, texts = random_model(CONFIGS["llama"]()), {}
     for wrap in (lambda model: model, Forgetful):
         for script in (EAGER, scrambled(1)):
