@@ -1,7 +1,8 @@
-"""Linear layers for CPUs without bfloat16 instructions: several rows for the price of one, and the same bits.
+"""Linear layers for CPUs: several rows for the price of one, and the same bits.
 
-There torch multiplies bfloat16 row by row (8 rows cost 8 times one row), and its float32 product of 2 or 3 rows costs
-as many single ones and rounds differently. Verifying guesses then has no advantage. FBGEMM's product with a weight
+With bfloat16 instructions that is oneDNN's product with a weight in its own layout (`BlockedLinear`). Without them
+torch multiplies bfloat16 row by row (8 rows cost 8 times one row), and its float32 product of 2 or 3 rows costs as many
+single ones and rounds differently. Verifying guesses then has no advantage. FBGEMM's product with a weight
 packed in float16 accumulates in float32, reads the weight once for six rows, and sums each row in the same order
 whatever the others hold (`batch_invariance` finds the row counts for which that is so, on the user's machine).
 
@@ -17,6 +18,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from pearl.errors import UsageError
 
 FIRST_ROWS = 32  # of a weight, kept readable where the layer's own layout is not
 _PIECE = 1 << 18  # entries looked at together
@@ -134,10 +137,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def chosen(kernel: str, dtype: torch.dtype) -> str:
-    """What the layers of a model in that dtype become: stock, packed, blocked or int8, where `kernel` may be auto."""
+    """What the layers of a model in that dtype become: stock, packed, blocked or int8, where `kernel` may be auto.
+    Raises `UsageError`."""
+    can_block = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if kernel == "blocked" and not can_block:
+        raise UsageError(
+            "The kernel blocked is for weights in bfloat16 on a processor with bfloat16 instructions, which this is "
+            "not: leave it out."
+        )
     if kernel != "auto":
         return kernel
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if can_block:
         return "blocked"
     return "packed" if "fbgemm" in torch.backends.quantized.supported_engines else "stock"
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pearl.checkpoints import quantized
+from pearl.errors import UsageError
 from pearl.models.linear import BlockedLinear, Int8Linear, PackedLinear, chosen, pack, shift_of
 
 needs_fbgemm = pytest.mark.skipif(
@@ -156,11 +157,20 @@ def test_blocks_are_for_layers_in_bfloat16():
     assert isinstance(parent["fits"], BlockedLinear) and type(parent["does_not"]) is nn.Linear
 
 
-def test_who_asks_for_a_kernel_gets_it():
+def test_who_asks_for_a_kernel_gets_it(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     for kernel in ("stock", "packed", "blocked", "int8"):
         assert chosen(kernel, torch.bfloat16) == kernel
     parent = Parent()
     assert pack(parent, "stock") == 4 and type(parent.fits) is nn.Linear
+
+
+def test_blocks_that_there_can_not_be_are_refused(monkeypatch):
+    with pytest.raises(UsageError, match="blocked is for weights in bfloat16"):
+        chosen("blocked", torch.float32)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(UsageError, match="which this is not: leave it out"):
+        chosen("blocked", torch.bfloat16)
 
 
 def test_a_cpu_with_bfloat16_products_multiplies_by_blocks_what_is_in_bfloat16(monkeypatch):
