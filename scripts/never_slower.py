@@ -47,16 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(found.output or "results/never-slower")
     figures = {}
     whole = shared_embeddings.read(model_path(config.draft)) is None
-    for name in ("random", *["slow"] * whole, "unguessed"):
+    for name in ("random", "slow", "unguessed") if whole else ("random", "unguessed"):
         results.check_output(folder / name)
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
             "random": (replace(config, draft=_random(config, Path(scratch))), params),
-            "slow": (replace(config, target=config.draft, draft=config.target), params),
+            **({"slow": (replace(config, target=config.draft, draft=config.target), params)} if whole else {}),
             "unguessed": (config, replace(params, temperature=2.0)),
         }
-        if not whole:
-            del cases["slow"]
         for name, (case, sampling) in cases.items():
             checked = preflight(case)
             tasks = []

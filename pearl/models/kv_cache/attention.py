@@ -108,8 +108,7 @@ def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call:
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
-    """The same by two products of matrices: for what torch's attention has no place for, and for many short texts side
-    by side, which it takes twice as long for on a CPU."""
+    """The same by two products of matrices, for what torch's attention has no place for."""
     wide, added = _packed(query, key, mask, call)
     return _by_hand(wide, key, value, added, call).reshape(*query.shape[:3], value.shape[-1])
 
