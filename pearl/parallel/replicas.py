@@ -77,9 +77,13 @@ class ReplicaGroup:
         return said["made"]
 
     def leave(self) -> None:
-        """The first replica goes last: its process may serve the store."""
+        """When the first replica has gathered everything: a launcher ends it as soon as one that failed is gone. It
+        goes last, as its process may serve the store."""
         if self._store is None:
             return
+        if self.first:
+            self._store.set("gathered", "")
+        self._wait("gathered")
         self._store.set(f"left-{self._name}", "")
         if self.first:
             for n in range(self._world.replicas):

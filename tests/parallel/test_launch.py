@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import psutil
@@ -24,7 +26,7 @@ from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
 from pearl.parallel.launch import arrange, deal, launch
-from pearl.parallel.replicas import ReplicaGroup, place
+from pearl.parallel.replicas import POLL_S, ReplicaGroup, place
 from pearl.parallel.world import World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -189,3 +191,16 @@ def test_what_the_first_replica_can_not_begin_is_raised_in_all(monkeypatch):
     for replica in (0, 1):
         with pytest.raises(StorageError, match=r"config\.json can't be written"):
             ReplicaGroup(World(0, 2, replica, 2)).complete(full, lambda units, name: None)
+
+
+def test_a_replica_leaves_when_the_first_has_gathered_everything(monkeypatch):
+    store, left = HashStore(), []
+    monkeypatch.setattr(launcher, "store", lambda: store)
+    first, second = (ReplicaGroup(World(0, 2, replica, 2)) for replica in (0, 1))
+    leaving = threading.Thread(target=lambda: (second.leave(), left.append("second")))
+    leaving.start()
+    time.sleep(3 * POLL_S)
+    assert not left  # the launcher would end the first one while it still gathers
+    first.leave()
+    leaving.join(timeout=30)
+    assert left == ["second"]
