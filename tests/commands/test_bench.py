@@ -60,11 +60,12 @@ def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made)
 
 
 @pytest.mark.slow
-def test_a_first_run_goes_through_all_of_its_steps(tmp_path, forking):
+def test_a_first_run_goes_through_all_of_its_steps(tmp_path, forking, monkeypatch):
+    monkeypatch.setenv("WITHOUT_DEFAULT", "1")  # the same step with other models
     done = run("gpu_first_run", tmp_path, forking)
     found = json.loads((tmp_path / "first_run.json").read_text())
     assert done.returncode == 0, (done.stdout, done.stderr)
-    for name in ("texts", "texts-seeded", "default", "default-seeded"):
+    for name in ("texts", "texts-seeded"):
         assert {mode: one["identical_to_ar"] for mode, one in found[name].items()} == dict.fromkeys(
             ("ar", "sd", "pearl", "tree"), 1.0
         )
