@@ -13,6 +13,7 @@ import tiny
 import torch
 from numerics import Recorder
 from stand_in import DeviceTensor, Gpu
+from tiers import tiered
 from torch.distributed import HashStore
 from toys import EAGER, ScriptedChannel, scrambled, ticks, together
 from trained import drafter_for
@@ -169,7 +170,7 @@ def placed(gpu: Gpu, drafter):
     return drafter
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, lambda kind: kind == "eagle3"))
 @pytest.mark.parametrize(
     "mode, params, static", [("tree", GREEDY, True), ("sd", SEEDED, False)], ids=["tree", "seeded"]
 )
@@ -236,6 +237,7 @@ def test_features_go_from_device_to_device_and_the_host_waits_for_none(gpu, monk
         one.close()
 
 
+@pytest.mark.slow
 def test_texts_side_by_side_wait_as_often_as_one(gpu):
     prompts = [[one, *PROMPT] for one in range(3)]
 

@@ -84,7 +84,7 @@ def endpoint():
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     server.asked, server.said, server.fails, server.raw = [], "Fine. [[8]]", [], ""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     yield server
     server.shutdown()

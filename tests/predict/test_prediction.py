@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import tiered
 
 from pearl.commands.predict import main
 from pearl.core import theory
@@ -90,7 +91,7 @@ def test_lock_step_waits_for_a_slow_drafter():
     assert speedup(by_hand(0.9, 0.01, tokens=30), "sd:2") < 0.03
 
 
-@pytest.mark.parametrize("mode", ["sd:2", "pearl", "tree"])
+@pytest.mark.parametrize("mode", tiered(["sd:2", "pearl", "tree"], lambda mode: mode != "tree"))
 def test_a_slower_wire_is_never_faster(mode: str):
     gains = [speedup(by_hand(0.8, 5.0, latency, tokens=400), mode) for latency in (0.0, 0.5, 4.0)]
     assert gains == sorted(gains, reverse=True)

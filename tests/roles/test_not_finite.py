@@ -48,7 +48,7 @@ def written(
 
 
 @pytest.mark.parametrize("way", tiered(WAYS, lambda way: way == "greedy"))
-@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("together", tiered([1, 3], lambda together: together == 3))
 @pytest.mark.parametrize("mode", ["ar", "sd", "pearl", "tree"])
 def test_a_text_ends_where_its_logits_are_not_finite_and_the_others_go_on(mode: str, together: int, way: str):
     params = SamplingParams(max_new_tokens=NEW, **WAYS[way])

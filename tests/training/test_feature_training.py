@@ -312,6 +312,7 @@ def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
     assert all(layer.mlp.down_proj.weight.grad.any() for layer in larger.layers), "what is added can learn"
 
 
+@pytest.mark.slow
 def test_a_markov_head_learns_what_follows_a_token_and_how_sure_it_is(folder, tmp_path):
     """Every slot is fed alike, so only the head can tell what follows the token that was drafted before."""
     values = {"epochs": 25.0, "micro": 4, "learning_rate": 1e-2, "anchors": 1.0, "kl": 0.2, "slots_after": 0.0}
