@@ -179,7 +179,6 @@ class Worker:
     def _run(self, key: RunKey) -> None:
         """Writes texts until none of this schedule is under way, or somebody else's turn has come."""
         schedule, places = key
-        memory.reset_peak()
         try:
             with (
                 self._runtime.target_for(schedule) as target,
@@ -190,6 +189,7 @@ class Worker:
             for handle in self._under_way:
                 handle.fail(error)
             self._under_way.clear()
+        memory.reset_peak()  # that of the next run; not when it begins, for somebody waits for its first token then
 
     def _write(self, target: Target, run: Iterator[Any], places: int) -> None:
         before = _bytes(target.channel)

@@ -27,6 +27,7 @@ from pearl.server.metrics import Metrics
 from pearl.server.texts import Feed, Hear, Text
 
 LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
+SHORT = 2000  # characters of a prompt that is encoded at once: about a millisecond
 LOOK_S = 1.0  # between two looks at the drafter
 _log = logging.getLogger("pearl.server")
 
@@ -217,6 +218,8 @@ class Service:
         return self.engine.runtime.checked.max_length
 
     async def encode(self, prompt: Any, **template: Any) -> list[int]:
-        """Beside the loop: a long prompt takes its time."""
+        """Beside the loop if it is long and takes its time: to change threads does too."""
         engine = self.engine
+        if isinstance(prompt, str) and len(prompt) <= SHORT:
+            return engine.encode(prompt, **template)
         return await asyncio.to_thread(lambda: engine.encode(prompt, **template))

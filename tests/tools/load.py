@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import random
 import statistics
@@ -136,26 +137,38 @@ def loaded(found: argparse.Namespace, words: list[str]) -> int:
 # The cost of being a server
 
 
-def asked_all(url: str, path: str, streams: int) -> None:
-    """In a process of its own: asks for all requests of a file, so many at once, and prints when each began to come."""
+def asked_together(url: str, path: str) -> None:
+    """In a process of its own: asks for all requests of a file at once, and prints how long each took."""
     asked = [Asked(one) for one in json.loads(Path(path).read_text())]
 
-    async def main() -> list[list[float]]:
-        turn = asyncio.Semaphore(streams)
-
-        async def one(client: httpx.AsyncClient, each: Asked) -> list[float]:
-            async with turn:
-                began, first = time.perf_counter(), 0.0
-                async with client.stream("POST", COMPLETE, json=each.body | {"stream": True}) as answer:
-                    async for line in answer.aiter_lines():
-                        if line and not first:
-                            first = time.perf_counter() - began
-                return [first, time.perf_counter() - began]
+    async def main() -> list[float]:
+        async def one(client: httpx.AsyncClient, each: Asked) -> float:
+            began = time.perf_counter()
+            async with client.stream("POST", COMPLETE, json=each.body | {"stream": True}) as answer:
+                await answer.aread()
+            return time.perf_counter() - began
 
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
             return await asyncio.gather(*(one(client, each) for each in asked))
 
     print(json.dumps(asyncio.run(main())))
+
+
+def asked_in_turn(url: str, path: str) -> None:
+    """In a process of its own: asks for one after the other over one connection, and prints when the first event of
+    each came. With the least that a client can be, as its own time is none of the server's."""
+    address = url.removeprefix("http://")
+    bodies = [json.dumps(one | {"stream": True}) for one in json.loads(Path(path).read_text())]
+    connection, firsts = http.client.HTTPConnection(address, timeout=600), []
+    connection.connect()
+    for body in bodies:
+        began = time.perf_counter()
+        connection.request("POST", COMPLETE, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        firsts.append(time.perf_counter() - began)
+        answer.read()
+    print(json.dumps(firsts))
 
 
 def overhead(found: argparse.Namespace, words: list[str]) -> int:
@@ -189,10 +202,10 @@ def overhead(found: argparse.Namespace, words: list[str]) -> int:
                 made.append(GenerationRequest(prompt, SamplingParams(**body)))
             return made
 
-        def client(streams: int) -> list[list[float]]:
-            """Seconds to the first byte and to the end of each, asked for by another process."""
-            command = [sys.executable, __file__, "--ask", one.url, str(path), str(streams)]
-            found: list[list[float]] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        def client(how: str) -> list[float]:
+            """Seconds of each, asked for by another process."""
+            command = [sys.executable, __file__, how, one.url, str(path)]
+            found: list[float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
             return found
 
         tokens = sum(each.body["max_tokens"] for each in asked)
@@ -202,7 +215,7 @@ def overhead(found: argparse.Namespace, words: list[str]) -> int:
             written = [said for _, said in engine.write(jobs()) if isinstance(said, Generation)]
             rates["engine"].append(tokens / (time.perf_counter() - began))
             assert len(written) == len(asked)
-            rates["server"].append(tokens / max(total for _, total in client(len(asked))))
+            rates["server"].append(tokens / max(client("--together")))
         own: list[float] = []  # seconds of the passes that read the prompts
 
         def hear(text: Any, said: Any) -> None:
@@ -210,7 +223,7 @@ def overhead(found: argparse.Namespace, words: list[str]) -> int:
                 own.append(text.latest.seconds)
 
         one.service.listeners.append(hear)
-        firsts = [first for first, _ in client(1)]
+        firsts = client("--in-turn")
         beside = [1e3 * (first - seconds) for first, seconds in zip(firsts, own, strict=True)]
     ratio = statistics.median(rates["server"]) / statistics.median(rates["engine"])
     print(
@@ -230,8 +243,8 @@ def overhead(found: argparse.Namespace, words: list[str]) -> int:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--ask"]:
-        asked_all(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    if asks := {"--together": asked_together, "--in-turn": asked_in_turn}.get(sys.argv[1] if sys.argv[1:] else ""):
+        asks(*sys.argv[2:])
         return 0
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--minutes", type=float, default=10)
