@@ -24,18 +24,26 @@ class TextDecoder:
     """A tokenizer, as far as a text needs it.
 
     `whole`: with special tokens; None: there are none. `is_byte`: whether a token is one byte, of a tokenizer that
-    decodes a run of them together."""
+    decodes a run of them together. `word`: a word's tokens, of a tokenizer that drops the space a text begins with
+    (those after SentencePiece do), but not a space behind a word; empty: nothing is dropped."""
 
     plain: Decode
     whole: Decode | None = None
     is_byte: Callable[[int], bool] = _never
+    word: tuple[int, ...] = ()
 
     @staticmethod
     def of(decode: Decode | TextDecoder) -> TextDecoder:
         return decode if isinstance(decode, TextDecoder) else TextDecoder(decode)
 
-    def shown(self, skip_special_tokens: bool) -> Decode:
-        return self.plain if skip_special_tokens or not self.whole else self.whole
+    def shown(self, skip_special_tokens: bool, leading_space: bool = False) -> Decode:
+        """`leading_space`: of a text that goes on behind another one, whose first space is the text's."""
+        decode = self.plain if skip_special_tokens or not self.whole else self.whole
+        if not (leading_space and self.word):
+            return decode
+        word = list(self.word)
+        size = len(decode(word))
+        return lambda tokens: decode(word + tokens)[size:]
 
 
 class Detokenizer:

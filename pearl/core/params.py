@@ -83,6 +83,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    leading_space: bool | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     bad_words: tuple[str, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] | None = None
@@ -113,9 +114,10 @@ class SamplingParams:
             value = getattr(self, name)
             if not kind.good(value) and (value is not None or name == "n"):
                 options.refuse(name, value, kind)
-        for name in ("include_stop_str_in_output", "skip_special_tokens"):
-            if not FLAG.good(getattr(self, name)):
-                options.refuse(name, getattr(self, name), FLAG)
+        for name in ("include_stop_str_in_output", "skip_special_tokens", "leading_space"):
+            value = getattr(self, name)
+            if not FLAG.good(value) and (value is not None or name != "leading_space"):
+                options.refuse(name, value, FLAG)
         if (self.min_tokens or 0) > self.max_new_tokens:
             raise UsageError(
                 f"min_tokens must be at most max_new_tokens, which is {self.max_new_tokens}, not {self.min_tokens}."
@@ -166,6 +168,7 @@ class SamplingParams:
             bad_words_ids=_without(self.bad_words_ids or (), eos),
             logits_processors=(),
             ignore_eos=False,
+            leading_space=None,
             logprobs=None,
             prompt_logprobs=None,
         )

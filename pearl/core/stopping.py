@@ -26,7 +26,7 @@ class Stopper:
         self.reason: str | int | None = None
         self.eos_ids = frozenset(eos_ids)
         self._params, decoder = params, TextDecoder.of(decode)
-        self._decode = decoder.shown(params.skip_special_tokens)
+        self._decode = decoder.shown(params.skip_special_tokens, bool(params.leading_space))
         self._ends = frozenset() if params.ignore_eos else self.eos_ids
         self._stops = frozenset(params.stop_token_ids)
         self._search = _StopSearch(params, decoder) if params.stop else None
@@ -124,9 +124,11 @@ class _StopSearch:
 
     def __init__(self, params: SamplingParams, decoder: TextDecoder):
         self._stops, self._include = params.stop, params.include_stop_str_in_output
-        self._shown = _Text(shown := decoder.shown(params.skip_special_tokens), decoder, self._stops)
-        others = [one for one in (decoder.plain, decoder.whole) if one and one is not shown] if self._stops else []
-        self._texts = [self._shown, *(_Text(one, decoder, self._stops) for one in others)]
+        skip, space = params.skip_special_tokens, bool(params.leading_space)
+        self._shown = _Text(decoder.shown(skip, space), decoder, self._stops)
+        self._texts = [self._shown]
+        if self._stops and decoder.whole:
+            self._texts.append(_Text(decoder.shown(not skip, space), decoder, self._stops))
 
     def add(self, token: int) -> str:
         """The characters shown that are settled now."""

@@ -92,6 +92,7 @@ def decoder(tokenizer: Any) -> TextDecoder:
         number for name, number in known if number is not None and tokenizer.convert_ids_to_tokens(number) == name
     )
     inside = _plain_inside(tokenizer)
+    *word, last = tokenizer("a b", add_special_tokens=False).input_ids or [0]
 
     def decode(tokens: Sequence[int], skip: bool = True) -> str:
         if inside is not None:
@@ -99,7 +100,10 @@ def decoder(tokenizer: Any) -> TextDecoder:
             return text
         return tokenizer.decode(list(tokens), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
-    return TextDecoder(decode, lambda tokens: decode(tokens, skip=False), single.__contains__)
+    drops = bool(word) and decode([last]) == "b" and decode([*word, last]).endswith(" b")
+    return TextDecoder(
+        decode, lambda tokens: decode(tokens, skip=False), single.__contains__, tuple(word) if drops else ()
+    )
 
 
 def _plain_inside(tokenizer: Any) -> Any:

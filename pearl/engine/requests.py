@@ -7,7 +7,7 @@ wrong with a request in the thread of whoever makes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypedDict
@@ -89,10 +89,13 @@ class RequestBuilder:
     ) -> GenerationHandle:
         """Not yet in the engine's thread. One that can't be written is over."""
         _refuse_samples([request.params])
-        new_stream = partial(TextStream, self.decoder, params=request.params)
+        own = request.params
+        if own.leading_space is None:
+            own = replace(own, leading_space=isinstance(request.prompt, str))
+        new_stream = partial(TextStream, self.decoder, params=own)
         handle = GenerationHandle(request, run, wake, new_stream, sink)
         try:
-            params = request.params.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
+            params = own.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
             params.check_vocabulary(self._runtime.checked.vocabulary)
             handle.params = params.with_seed()
             if params.rejection and run[0].drafts and self._runtime.config.synthetic:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids
+from pearl.core.detokenizer import TextDecoder
 from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats, Pass
 from pearl.core.stopping import Stopper
 from pearl.engine import Engine
+from pearl.engine.prompts import decoder
 from pearl.evaluation.harness import Decoder
 from pearl.machine import memory
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
@@ -41,7 +43,7 @@ class Baselines:
     def __init__(self, engine: Engine, checked: Preflight):
         self._engine, self._checked = engine, checked
         self._model: Any = engine.model.model
-        self._eos = eos_ids(self._model, engine.tokenizer)
+        self._eos, self._text = eos_ids(self._model, engine.tokenizer), decoder(engine.tokenizer)
 
     def decoders(self, names: Sequence[str]) -> dict[str, Decoder]:
         return {name: self._decoder(name) for name in names}
@@ -64,7 +66,7 @@ class Baselines:
         assert params.greedy, "a sample of transformers is not a seeded one"
         memory.reset_peak()
         eos = () if params.ignore_eos else self._eos
-        stopper = Stopper(params, eos, self._engine.decode)
+        stopper = Stopper(params, eos, self._text)
         ids = torch.tensor([list(prompt)], device=self._model.device)
         with _as_in_transformers(self._model, eos), _Watch(self._model) as watch, torch.inference_mode():
             self._model.generate(
@@ -73,7 +75,7 @@ class Baselines:
                 max_new_tokens=params.max_new_tokens,
                 do_sample=False,
                 logits_processor=LogitsProcessorList([self._only_shared_tokens]),
-                stopping_criteria=StoppingCriteriaList([_Stop(len(prompt), params.stop, self._engine.decode)]),
+                stopping_criteria=StoppingCriteriaList([_Stop(len(prompt), params, self._text)]),
                 streamer=watch,
                 **options,
             )
@@ -100,9 +102,10 @@ class Baselines:
 class _Stop(StoppingCriteria):
     """A stop string has come in the new text. transformers' own criterion looks into the prompt as well."""
 
-    def __init__(self, prompt: int, stop: Sequence[str], decode: Callable[[list[int]], str]):
-        self._prompt, self._stop, self._decode = prompt, stop, decode
-        self._window = WINDOW + 4 * max(map(len, stop), default=0)
+    def __init__(self, prompt: int, params: SamplingParams, text: TextDecoder):
+        self._prompt, self._stop = prompt, params.stop
+        self._decode = text.shown(params.skip_special_tokens, bool(params.leading_space))
+        self._window = WINDOW + 4 * max(map(len, params.stop), default=0)
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
         new = input_ids[0, self._prompt :][-self._window :].tolist() if self._stop else []

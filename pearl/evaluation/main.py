@@ -74,7 +74,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     count_processes(schedule, found.processes, world)
     checked = preflight(place(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)
     format = _format(config, checked.tokenizer)
-    params = config.params
+    params = replace(config.params, leading_space=format == "completion")
     if format == "completion" and not params.ignore_eos:
         params = replace(params, stop=config.benchmark.stop)
     every = [_task(config.benchmark, problem, format, checked.tokenizer) for problem in config.problems]

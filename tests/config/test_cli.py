@@ -56,6 +56,7 @@ LISTS = (  # and what has no place on a command line
         "stop_token_ids",
         "include_stop_str_in_output",
         "skip_special_tokens",
+        "leading_space",
         "n",
         "logprobs",
         "prompt_logprobs",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -121,23 +121,40 @@ def tokenizer(extra: tuple[str, ...] = (), merges: tuple[tuple[str, str], ...] =
     return fast
 
 
-def save_pair(folder: Path) -> tuple[str, str]:
+def after_sentencepiece() -> PreTrainedTokenizerFast:
+    """It begins texts with a special token and a space, neither of which is shown, as Llama 2 and Mistral do."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    pairs = [("\u2581", "t"), ("h", "e"), ("\u2581t", "he")]
+    words += map("".join, pairs)
+    numbers = {word: number for number, word in enumerate(words)}
+    bpe = Tokenizer(models.BPE(numbers, pairs, unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(parts)
+    bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
+
+
+def save_pair(folder: Path, words: PreTrainedTokenizerFast | None = None) -> tuple[str, str]:
     """A target of two layers in folder/target and, in folder/draft, a draft that is its first layer: often right.
 
     They share the tokenizer, and their embeddings are padded to different sizes, as in many families.
     """
-    sizes = SIZES | {"vocab_size": SHARED + 16, "max_position_embeddings": 512, "eos_token_id": 0}
+    words = words or tokenizer()
+    shared = max(SHARED, len(words))
+    sizes = SIZES | {"vocab_size": shared + 16, "max_position_embeddings": 512, "eos_token_id": 0}
     target = random_model(LlamaConfig(**sizes))
     with torch.no_grad():
         for out in (target.model.layers[1].self_attn.o_proj, target.model.layers[1].mlp.down_proj):
             out.weight *= 0.3  # the second layer has less to say
-    draft = random_model(LlamaConfig(**sizes | {"vocab_size": SHARED, "num_hidden_layers": 1}))
+    draft = random_model(LlamaConfig(**sizes | {"vocab_size": shared, "num_hidden_layers": 1}))
     weights = target.state_dict()
     kept = {name: weights[name][: len(weight)] for name, weight in draft.state_dict().items()}
     draft.load_state_dict(kept)
     for name, model in (("target", target), ("draft", draft)):
         model.save_pretrained(folder / name)
-        tokenizer().save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
     return str(folder / "target"), str(folder / "draft")
 
 

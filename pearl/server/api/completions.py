@@ -87,14 +87,13 @@ class CompletionAnswer(Answer):
         if not self.wants_logprobs(text):
             return None
         if text not in self._offsets:
-            self._offsets[text] = Offset(self.names, self.request.skip_special_tokens is not False)
+            self._offsets[text] = Offset(self.names, self.request.skip_special_tokens is not False, begins=prompt)
         found: list[Logprobs | None] = list(self.logprobs_of(text, first, tokens))
-        answer = None
         if prompt:
-            state, answer = text.handle.request.text, len(self.prompt(text))
+            state = text.handle.request.text
             tokens = [*self.prompt(text), *tokens]
             found = [*((state and state.prompt_logprobs) or ()), *found]
-        return completion_logprobs(tokens, found, self.names, self._as_ids, self._offsets[text], answer)
+        return completion_logprobs(tokens, found, self.names, self._as_ids, self._offsets[text])
 
     def _ids(self, text: Text, tokens: Sequence[int], prompt: bool) -> dict[str, Any]:
         if not self._with_ids:

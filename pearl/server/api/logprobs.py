@@ -15,14 +15,14 @@ LEAST = -9999.0  # what stands for minus infinity, which JSON has no word for
 class Offset:
     """Characters of a growing text that is shown. What is half a character counts with the bytes that complete it."""
 
-    def __init__(self, names: TokenNames, skip_special_tokens: bool = True):
-        self._names, self._skips, self._count = names, skip_special_tokens, 0
+    def __init__(self, names: TokenNames, skip_special_tokens: bool = True, begins: bool = True):
+        """`begins`: the first token is that of a text; else of one that goes on behind another."""
+        self._names, self._skips, self._count, self._begins = names, skip_special_tokens, 0, begins
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._begins = True  # a text that is decoded by itself
 
-    def after(self, token: int, anew: bool = False) -> int:
-        """Those before this token, which is added. `anew`: with it a text begins, as an answer behind an echo does."""
-        before, self._begins = self._count, self._begins or anew
+    def after(self, token: int) -> int:
+        """Those before this token, which is added."""
+        before = self._count
         if self._skips and self._names.is_special(token):
             return before
         spelt = self._names.bytes_of(token)
@@ -55,16 +55,14 @@ def completion_logprobs(
     names: TokenNames,
     as_ids: bool,
     offset: Offset,
-    anew: int | None = None,
 ) -> dict[str, Any]:
     """One entry for each token; a prompt's first token follows nothing and has none. The float of a token is the same
-    in both lists. `offset`: where the first token begins, moved on to the end; `anew`: place of the first one of the
-    answer, if a prompt comes before it."""
+    in both lists. `offset`: where the first token begins, moved on to the end."""
     return {
         "tokens": [names.key(token, as_ids) for token in tokens],
         "token_logprobs": [row and max(row[token], LEAST) for token, row in zip(tokens, found, strict=True)],
         "top_logprobs": [row and _by_text(row, names, as_ids) for row in found],
-        "text_offset": [offset.after(token, place == anew) for place, token in enumerate(tokens)],
+        "text_offset": [offset.after(token) for token in tokens],
     }
 
 

@@ -89,6 +89,7 @@ def sampling(request: ChatRequest | CompletionRequest, room: int) -> SamplingPar
         **values,
         n=request.n or 1,
         max_new_tokens=max(1, room if limit is None else limit),
+        leading_space=isinstance(request, CompletionRequest),
         logprobs=most if shown else None,
     )
 
