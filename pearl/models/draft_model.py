@@ -52,6 +52,11 @@ class DraftModel(LanguageModel):
     ):
         super().__init__(model, vocabulary, max_length, batch_slots, coarse, head=head)
 
+    @property
+    def draftable(self) -> set[int] | None:
+        """Tokens that it can guess before they have come; None: all."""
+        return self._head.draftable if self._head else None
+
     def read_leaves(self, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits [len(paths), V] of what follows `tokens` and each of `paths`, which may share their beginnings."""
         return self.read_leaves_together([LeavesQuery(0, tokens, paths)])[0]

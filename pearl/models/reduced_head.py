@@ -49,6 +49,11 @@ class ReducedVocabHead(nn.Module):
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def draftable(self) -> set[int]:
+        """Tokens that have a logit before they have come."""
+        return {*self._ids.tolist(), *self._always}
+
     def forget(self, batch_slot: int = 0) -> None:
         """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
         `observe_tokens` has told of a text, the whole head is read."""

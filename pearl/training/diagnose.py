@@ -1,5 +1,5 @@
 """Where a drafter stands, where it loses against its target, and whether it is read as it was meant: heads over hidden
-states, and models that guess several tokens a forward.
+states, models that guess several tokens a forward, and (by their first guesses alone) those that guess one.
 
     pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
 
@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from pearl.checkpoints.drafters import load_source
+from pearl.checkpoints.drafters import load_draft, load_source
+from pearl.checkpoints.drafts.kinds import CAUSAL_LM
 from pearl.checkpoints.preflight import Preflight, preflight
 from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
@@ -34,6 +35,7 @@ from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.one_pass import OnePassSource
 from pearl.errors import UsageError
+from pearl.models.draft_model import DraftModel
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.training.shards import Recorded, RecordedText
@@ -113,6 +115,38 @@ def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome
             pairs = zip((node.token for node in chain), choices, strict=False)
             right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             yield TreeOutcome(expected, _walked(trie, choices), tuple(map(math.exp, chances)), right)
+
+
+def by_token(
+    model: DraftModel, texts: Sequence[RecordedText], vocabulary: set[int] | None
+) -> Iterator[tuple[DraftOutcome, TreeOutcome]]:
+    """After every token of the answers what a model guesses that drafts one token a forward, read in one for a text."""
+    for text in texts:
+        tokens = text.tokens.tolist()
+        first = max(1, text.prompt) - 1
+        if len(tokens) < first + 2:
+            continue
+        model.forget()
+        logits = model.read(tokens[:-1], len(tokens) - 1 - first).float().clone()
+        if vocabulary is not None:  # it has read all of the text, but a rare token is draftable once it has come
+            for token in set(tokens) - vocabulary:
+                logits[: max(0, tokens.index(token) - first), token] = -torch.inf
+        chances, best = logits.softmax(-1).topk(5)
+        for at, guesses in enumerate(best.tolist()):
+            place = first + at
+            choice = int(text.top_ids[place, 0])
+            right, chance = guesses[0] == choice, float(chances[at, 0])
+            yield (
+                DraftOutcome(
+                    0,
+                    (right,),
+                    (choice in guesses,),
+                    vocabulary is None or choice in vocabulary or choice in tokens[: place + 1],
+                    choice in tokens[: place + 1],
+                    float(text.top_logp[place, 0].float().exp()),
+                ),
+                TreeOutcome(chance, int(right), (chance,), int(right)),
+            )
 
 
 def _walked(trie: Trie, choices: Sequence[int]) -> int:
@@ -240,18 +274,23 @@ class _Features:
         return model_fingerprint(self._model)
 
 
-def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str, Any]:
-    """The figures of the drafter `folder` along the last `count` texts recorded. Raises `UsageError`."""
+def run(folder: str, recorded: str, target: str | None, count: int, first: int | None = None) -> dict[str, Any]:
+    """The figures of the drafter `folder` along the last `count` texts recorded, or the `first` tokens of their
+    answers. Raises `UsageError`."""
     data = Recorded(Path(recorded))
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     config = EngineConfig(target=target or data.manifest.target, draft=folder, dtype=dtype)
     checked = preflight(config)
-    source = load_source(checked)
-    if not isinstance(source, OnePassSource | HeadSource):
-        raise UsageError(f"{folder} is a language model that guesses one token a forward: look at it with pearl score.")
+    assert checked.drafting, "a drafter was named"
     reads = _Features(checked)
     data.must_be_of(reads.fingerprint, config.target)
     texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
+    if first is not None:
+        texts = [text.first(text.prompt + first) for text in texts]
+    if checked.drafting.kind == CAUSAL_LM:
+        return _of_a_model(load_draft(checked, ahead=1)[0], texts)
+    source = load_source(checked)
+    assert isinstance(source, OnePassSource | HeadSource), "the other kinds of checkpoints"
     if source.layers and list(source.layers) != data.manifest.layers:
         texts = [reads.of(text, source.layers) for text in texts]
     vocabulary = None if source.vocabulary is None else set(source.vocabulary.tolist())
@@ -263,6 +302,16 @@ def run(folder: str, recorded: str, target: str | None, count: int) -> dict[str,
     figures["calibration"] = calibration(list(trees(source, texts)))
     if source.layers:
         figures["taps"] = taps(source, texts[-TAP_TEXTS:], reads, checked)
+    figures["warnings"] = warnings(figures)
+    return figures
+
+
+def _of_a_model(model: DraftModel, texts: Sequence[RecordedText]) -> dict[str, Any]:
+    places = list(by_token(model, texts, model.draftable))
+    if not places:
+        raise UsageError("No answer was recorded that has two tokens: extract longer ones.")
+    figures: dict[str, Any] = summary([place for place, _ in places])
+    figures["calibration"] = calibration([tree for _, tree in places])
     figures["warnings"] = warnings(figures)
     return figures
 

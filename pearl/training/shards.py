@@ -143,6 +143,13 @@ class RecordedText:
     top_ids: Tensor
     top_logp: Tensor
 
+    def first(self, count: int) -> RecordedText:
+        """Its first tokens."""
+        keep = slice(0, count)
+        return RecordedText(
+            self.tokens[keep], self.prompt, self.features[keep], self.top_ids[keep], self.top_logp[keep]
+        )
+
 
 def stacked(texts: Sequence[RecordedText]) -> tuple[Tensor, Tensor, Tensor]:
     """tokens [B, n], top_ids and top_logp [B, n, k]; what follows a shorter text is never noted."""

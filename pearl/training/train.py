@@ -32,7 +32,7 @@ from pearl.training.first_weights import go_on_from, mask_token_of, new_drafter
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective, RowLosses, frequent
 from pearl.training.recipes import FeatureRecipe
-from pearl.training.shards import Recorded, RecordedText, stacked
+from pearl.training.shards import Recorded, stacked
 
 RUN = 8  # features withheld in a row at most
 
@@ -86,7 +86,7 @@ class FeatureLearner:
 
     def batch(self, texts: Sequence[int]) -> Batch:
         """Without the first token of each text: before it there is no feature."""
-        some = [_cut(self._data[text], self._recipe.longest) for text in texts]
+        some = [self._data[text].first(self._recipe.longest) for text in texts]
         features = [text.features[:-1] for text in some]
         tokens, top_ids, top_logp = (part[:, 1:].to(self._device) for part in stacked(some))
         return Batch(
@@ -201,11 +201,6 @@ def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Ten
         covered = begins & (lengths > back)
         withheld[:, back:] |= covered[:, : covered.shape[1] - back]
     return withheld
-
-
-def _cut(text: RecordedText, longest: int) -> RecordedText:
-    keep = slice(0, longest)
-    return RecordedText(text.tokens[keep], text.prompt, text.features[keep], text.top_ids[keep], text.top_logp[keep])
 
 
 def run(recipe: FeatureRecipe) -> None:

@@ -25,7 +25,8 @@ from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.one_pass import DraftedText, OnePassSource
-from pearl.training.diagnose import TreeOutcome, calibration, outcomes, taps, trees, warnings
+from pearl.models.reduced_head import reduce_vocab
+from pearl.training.diagnose import TreeOutcome, by_token, calibration, outcomes, taps, trees, warnings
 from pearl.training.shards import RecordedText
 
 
@@ -165,3 +166,41 @@ def test_a_checkpoint_is_diagnosed_by_its_kind(recordings, tmp_path: Path, capsy
     assert ("taps" in figures) == (kind != "pard") and ("ahead 2" in figures) == (kind != "pard")
     if kind == "dflash":
         assert len(figures["ahead 2"]["top 1"]) == 2 and "ahead 4" not in figures, "what a block has room for"
+
+
+def of_a_model(vocabulary: int | None) -> tuple[list[int], RecordedText, Any]:
+    """A text, what a model says after each of its tokens, and the same model as a draft model, its head cut."""
+    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    tokens = torch.randint(3, tiny.VOCABULARY, (40,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logp, ids = model(tokens[None]).logits[0].log_softmax(-1).topk(4)
+    text = RecordedText(tokens, 10, torch.zeros(40, 0).bfloat16(), ids.int(), logp.half())
+    head = None if vocabulary is None else reduce_vocab(model, vocabulary)
+    return ids[:, 0].tolist(), text, tiny.draft_model(model, head=head)
+
+
+def test_a_model_that_guesses_one_token_is_looked_at_after_every_token_of_the_answer():
+    choices, text, model = of_a_model(None)
+    places, drafts = zip(*by_token(model, [text], model.draftable), strict=True)
+    assert len(places) == 30 and all(place.first == place.fifth == (True,) and place.draftable for place in places)
+    said = text.tokens.tolist()
+    assert [place.seen for place in places] == [choices[at] in said[: at + 1] for at in range(9, 39)]
+    assert all(draft.accepted == draft.chain_accepted == 1 and draft.chain == (draft.expected,) for draft in drafts)
+    assert len(list(by_token(model, [text.first(14)], None))) == 4
+
+
+def test_a_rare_token_can_be_drafted_once_it_has_come():
+    choices, text, model = of_a_model(60)
+    said, places = text.tokens.tolist(), [place for place, _ in by_token(model, [text], model.draftable)]
+    wanted = [choices[at] < 60 or choices[at] in said[: at + 1] for at in range(9, 39)]
+    assert [place.draftable for place in places] == wanted == [place.first[0] for place in places]
+    assert not all(wanted) and any(choices[at] >= 60 and there for at, there in zip(range(9, 39), wanted, strict=True))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_command_takes_a_draft_model(recordings, tmp_path: Path):
+    model, data = str(recordings[1] / "target"), str(recordings[1] / "data")
+    words = ["--drafter", model, "--target", model, "--data", data, "--first", "6"]
+    assert command.main([*words, "--json", str(tmp_path / "figures.json")]) == 0
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["ahead 0"]["places"] == 6 * 12 and len(found["calibration"]["depths"]) == 1

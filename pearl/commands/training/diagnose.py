@@ -14,12 +14,13 @@ def parser() -> cli.Parser:
         "--drafter",
         required=True,
         metavar="DIR",
-        help="what pearl train has written, or a folder or hub id: of an EAGLE, P-EAGLE, DFlash or DSpark head, or of "
-        "a PARD model",
+        help="what pearl train or pearl distill has written, or a folder or hub id: of an EAGLE, P-EAGLE, DFlash or "
+        "DSpark head, of a PARD model, or of a draft model",
     )
     made.add_argument("--data", required=True, metavar="DIR", help="texts that pearl extract has recorded")
     made.add_argument("--target", help="default: the one that has written the texts")
     made.add_argument("--texts", type=cli.at_least_one, default=64, help="of the last shards, at most")
+    made.add_argument("--first", type=cli.at_least_one, metavar="N", help="tokens of each answer; default: all")
     made.add_argument("--json", metavar="FILE", type=outputs.file, help="write the figures here as well")
     return made
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.machine.display import show_table
     from pearl.training import diagnose
 
-    figures = diagnose.run(found.drafter, found.data, found.target, found.texts)
+    figures = diagnose.run(found.drafter, found.data, found.target, found.texts, found.first)
     rows = {name.removeprefix("ahead "): row for name, row in figures.items() if name.startswith("ahead")}
     depths = max(len(row["top 1"]) for row in rows.values())
     print("top 1 (top 5), by how many tokens the drafter is ahead of the features")
