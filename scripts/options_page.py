@@ -28,7 +28,9 @@ Every option has one name. On the command line it is `--max-length 512`. In a YA
 `max_length: 512`; what stands on the command line wins. In Python the options of the pair and of the machine are
 arguments of `Engine.from_pretrained`, those of sampling are fields of `SamplingParams`, those of decoding belong to
 `Schedule.of`. `pearl COMMAND --help` lists the options of one command. What a pair says (`--pair`, or smollm2-135m
-where no model is named) takes the place of the defaults of `--target`, `--draft`, `--dtype` and `--load-in`.
+where no model is named) takes the place of the defaults of `--target`, `--draft`, `--dtype` and `--load-in`. Some
+commands have defaults of their own: `serve` has `--max-sequences 8` and `--mode pearl`; `chat` `--mode pearl` and
+`--max-new-tokens 512`; `eval` `--generation-config off`, and each benchmark its own `--max-new-tokens`.
 
 ## Commands
 
@@ -46,7 +48,7 @@ They are refused, with the new name in the sentence.
 """
 TAKEN_BY = {
     cli.PAIR: "`chat`, `serve`, `eval`, `doctor`; `selfcheck` those of the target",
-    cli.MACHINE: "`chat`, `serve`, `eval`, `doctor`; `selfcheck` those of the target",
+    cli.MACHINE: "`chat`, `serve`, `eval`, `doctor` (without `--processes`); `selfcheck` those of the target",
     cli.DECODING: "`chat`, `serve`, `eval`",
     "sampling": "`chat`, `eval`",
     cli.PROBLEMS: "`eval`",

@@ -4,7 +4,7 @@
 # was; a stage can be named, and a recording ends with the shard at hand after so many seconds:
 #
 #   DATA=folder bash scripts/train_smollm2.sh                    all of it
-#   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages: questions answers feature draft diagnose
+#   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages: questions answers feature draft pard diagnose
 #   DATA=folder SECONDS_AT_MOST=9000 bash scripts/train_smollm2.sh answers
 #
 # DATA holds gsm8k/train.jsonl (https://github.com/openai/grade-school-math). What lies there for the evaluations,

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(found.run) == by_numbers:
         raise UsageError("Name the folder of a run, or give both --a and --c.")
     if by_numbers and (found.a is None or found.c is None):
-        raise UsageError("Give both --a and --c: how often a guess is right, and passes per drafter forward.")
+        raise UsageError("Give both --a and --c: how often a guess is right, and drafter forwards per pass.")
 
     from pearl.machine.display import show_table
     from pearl.predict.prediction import HEAD, MODES, cells, predict

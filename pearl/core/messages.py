@@ -1,4 +1,4 @@
-"""What the two sides say to each other, and its layout in 32-bit words.
+"""What the two sides say to each other; `pearl.wire.codec` has the layout.
 
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
                          Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races), and
@@ -71,7 +71,7 @@ class Start:
 
 
 class DeviceTensor(Protocol):
-    """Features that lie on a device and may stay there, see `lane.DeviceFeatures`."""
+    """Features that lie on a device and may stay there, see `pearl.core.features.DeviceFeatures`."""
 
     @property
     def shape(self) -> tuple[int, int]: ...

@@ -11,7 +11,7 @@ written: the text is the target's in every mode.
     pearl-no-pre    no    yes   n | auto   its ablation: after a miss the target waits for guesses
     pearl-no-post   yes   no    n | auto   its ablation: the drafter waits for the verdict
     tree            yes   yes   auto       ours: one drafter forward extends several leaves, likely corrections among
-                                           them, and a pass verifies a tree (`pearl.core.controller` says how many)
+                                           them, and a pass verifies a tree (`core.control.controller` says how many)
 """
 
 from __future__ import annotations

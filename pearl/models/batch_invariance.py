@@ -183,7 +183,7 @@ def _rising(costs: Sequence[float]) -> tuple[float, ...]:
 
 
 def profile_path(reader: Any, vocabulary: int) -> float:
-    """Seconds that a pass takes longer for each path beside its chain. `reader` is a `model.LanguageModel`."""
+    """Seconds that a pass takes longer for each path beside its chain. `reader` is a `language_model.LanguageModel`."""
     generator = torch.Generator().manual_seed(3)
     *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX,), generator=generator).tolist()
     seconds: tuple[list[float], list[float]] = ([], [])
