@@ -5,7 +5,7 @@ Knows: transformers' loaders and what goes wrong in them. Refuses to know: targe
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pearl.checkpoints import embedded, hub, quantized, shared_embeddings, text_part
+from pearl.checkpoints.drafts.files import header
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
@@ -167,19 +168,15 @@ class Checkpoint:
 
 
 def _numbers_in(file: Path, kind: str) -> float:
-    """safetensors: eight bytes of header length, then JSON with the shape of every tensor. Towers' don't count."""
-    with open(file, "rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size)) if size < 1 << 28 else {}
-    header.pop("__metadata__", None)
+    """Towers' don't count. Raises `CheckpointError`."""
     found = 0.0
-    for name, tensor in header.items():
+    for name, (dtype, shape) in header(file).items():
         if text_part.TOWERS.search(name):
             continue
-        count: float = int(torch.Size(tensor["shape"]).numel())
+        count: float = math.prod(shape)
         if name.endswith("_blocks"):
             count *= 2
-        elif width := _PACKED.get(tensor["dtype"]):
+        elif width := _PACKED.get(dtype):
             count = count * width / BYTES[kind]
         found += count
     return found

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"{draft} drafts from features: look at it with pearl diagnose.")
 
     from pearl.checkpoints.drafters import load_draft
+    from pearl.checkpoints.drafts.kinds import CAUSAL_LM
     from pearl.checkpoints.preflight import preflight
     from pearl.checkpoints.targets import load_target
     from pearl.drafters.suffix import SuffixSource
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.draft == SUFFIX:
             scored = score_source(SuffixSource(), texts)
         else:
+            if config.draft != config.draft_checkpoint or not checked.drafting or checked.drafting.kind != CAUSAL_LM:
+                raise UsageError(f"{draft} is no language model by itself: look at a head with pearl diagnose.")
             model, _ = load_draft(checked, ahead=0)
             scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]
         scores[draft] = figures(scored)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pearl.errors import UsageError
+from pearl.errors import PearlError, UsageError
 
 _DEEPEST = 50  # levels of YAML in brackets
 
@@ -71,7 +71,7 @@ def sound(where: str, advice: str) -> Iterator[None]:
     version. Raises `UsageError` then; the error that told goes with it."""
     try:
         yield
-    except UsageError:
+    except PearlError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise UsageError(f"{where} is damaged ({type(error).__name__}: {brief(error, 80)}): {advice}.") from error

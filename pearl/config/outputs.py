@@ -37,7 +37,7 @@ def folder(name: str | Path) -> Path:
 
 def file(name: str) -> Path:
     """The same for a file, and the folders above it."""
-    path = Path(name)
+    path = Path(name).expanduser()
     try:
         if path.is_dir():
             raise UsageError(f"{path} is a folder: name a file.")

@@ -246,7 +246,8 @@ def _bias(value: Any) -> dict[int, float]:
     for token, bias in value.items():
         if not isinstance(bias, int | float) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
             raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.brief(bias)}.")
-        whole_word = isinstance(token, str) and token.isascii() and token.isdigit()  # as JSON has it
+        # as JSON has it; a token has no more digits
+        whole_word = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20
         found[_id("logit_bias", int(token) if whole_word else token)] = float(bias)
     return found
 

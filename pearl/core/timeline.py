@@ -98,10 +98,14 @@ def prepare(path: Path) -> None:
 def merge(path: Path) -> None:
     """Joins the parts into one trace, whose time 0 is the earliest event, and removes them.
 
-    The drafter's part may be absent: `ar` has no drafter. Raises `UsageError` where a part is damaged, and keeps both.
+    The drafter's part may be absent: `ar` has no drafter. Without the target's no text was written, and there is no
+    trace. Raises `UsageError` where a part is damaged, and keeps both.
     """
     parts = {role: part for role in ROLES if (part := _part(path, role)).exists()}
-    assert "target" in parts, "the target writes its own part before it joins them"
+    if "target" not in parts:
+        for part in parts.values():
+            part.unlink()
+        return
     events = sorted((event for part in parts.values() for event in _read_part(part)), key=_when)
     zero = events[0]["ts"] if events else 0.0
     messages: dict[tuple[str, int], int] = {}

@@ -35,8 +35,10 @@ class PromptEncoder:
         if is_chat(prompt):
             messages: Any = prompt
             return self._ids(self._written(messages, **template), special=False)
+        if given := [name for name, value in template.items() if value not in (None, False)]:
+            raise UsageError(f"{given[0]} is for the messages of a chat: this prompt holds none.")
         if template:
-            raise UsageError(f"{next(iter(template))} is for the messages of a chat: this prompt holds none.")
+            raise UsageError("A chat is a list of messages, each with a role and content: this prompt is none.")
         if isinstance(prompt, str):
             return self._ids(prompt, special)
         return token_ids(prompt)

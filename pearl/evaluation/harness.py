@@ -141,7 +141,8 @@ def writers(engine: Engine, schedules: Mapping[str, Schedule], batch_size: int) 
 def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> None:
     """Decodes every problem in every mode, or only these `units`, and adds each unit to `folder` once it is done; as
     many as the plan wants for its intervals and has time for, and one block of them however little that is."""
-    wanted = plan.units if units is None else [one for one in plan.units if one in set(units)]
+    asked = None if units is None else set(units)
+    wanted = plan.units if asked is None else [one for one in plan.units if one in asked]
     if wanted:
         _warm_up(plan)
     modes, tasks = tuple(plan.modes), {task.id: task for task in plan.tasks}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from pearl.config.inputs import sound
 from pearl.errors import UsageError
 from pearl.evaluation import lines, tables
 from pearl.tasks.data import DataSet, Record, texts
@@ -154,7 +155,10 @@ def judged(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         models = (line[name] for name in ("model", "model_1", "model_2") if name in line)
         return line["question_id"], line["turn"], *models
 
-    return {about(line): line for line in lines.mend(file)}
+    with sound(str(file), "name another --output, which pearl judge has written or will write"):
+        found = {about(line): line for line in lines.read(file)}
+    lines.mend(file)
+    return found
 
 
 def ratings(played: Sequence[Any], judgments: Mapping[tuple[Any, ...], dict[str, Any]]) -> str:

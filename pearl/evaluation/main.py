@@ -16,6 +16,7 @@ from typing import Any
 
 from pearl.config import cli
 from pearl.core.params import SamplingParams
+from pearl.errors import UsageError
 from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
@@ -60,6 +61,7 @@ def _narrow(config: EvalConfig, summary: dict[str, Any]) -> bool:
 
 def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     """The summary, in the first replica, and whether something is missing because a replica failed."""
+    from pearl.checkpoints.drafts.kinds import CAUSAL_LM
     from pearl.checkpoints.preflight import preflight  # slow imports: everything that can be refused has been
     from pearl.engine import Engine
     from pearl.engine.defaults import listed
@@ -73,6 +75,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     schedule = cli.hardest(config.schedules.values())
     count_processes(schedule, found.processes, world)
     checked = preflight(place(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)
+    if "hf-assisted" in config.baselines and not (checked.drafting and checked.drafting.kind == CAUSAL_LM):
+        raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     format = _format(config, checked.tokenizer)
     params = replace(config.params, leading_space=format == "completion")
     if format == "completion" and not params.ignore_eos:

@@ -108,13 +108,17 @@ def _event(event: dict[str, Any]) -> Event:
 
 
 def passes(events: Sequence[Event]) -> list[Verify]:
-    """The target's passes. A `hit` that was `prepared` tells of the last pass that began before it."""
+    """The target's passes. A `hit` that was `prepared` tells of the last pass of its text that began before it."""
     spans = [event for event in events if (event.role, event.phase, event.name) == ("target", "X", "verify")]
-    begins = [span.began for span in spans]
+    own: dict[Any, list[int]] = {}  # by sequence: which of the spans
+    for which, span in enumerate(spans):
+        own.setdefault(span.facts.get("sequence"), []).append(which)
     prepared = {
-        bisect_right(begins, event.began) - 1
+        mine[max(0, bisect_right(mine, event.began, key=lambda which: spans[which].began) - 1)]
         for event in events
-        if (event.role, event.phase, event.name) == ("target", "i", "hit") and event.facts.get("prepared")
+        if (event.role, event.phase, event.name) == ("target", "i", "hit")
+        and event.facts.get("prepared")
+        and (mine := own.get(event.facts.get("sequence")))
     }
     made = []
     for which, span in enumerate(spans):

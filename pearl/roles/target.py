@@ -172,6 +172,8 @@ class Target:
             while batch.ended:
                 yield batch.ended.pop(next(iter(batch.ended))), []
         finally:  # also where the caller stops listening
+            for sequence in batch.live.values():
+                self._beside.end(sequence)
             self._send([End(sequence) for sequence in batch.abandon()])
             self._drafter.await_stats()
             self._trace.save()
@@ -273,6 +275,9 @@ class Target:
                 if not first:
                     self._beside.judge(one, mine, walked, controller)
             self._beside.passed(self._clock() - since)
+        for one in sequences if self._beside else ():
+            if one.stopper.finish is not None:
+                self._beside.end(one)
 
         times = PassTimes(began, since, ready, read, self._clock())
         for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
@@ -329,7 +334,6 @@ class Target:
             said = self._shares.for_drafter(features) if self._drafter.channel else None
             return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
-        self._beside.end(sequence)
         return End(sequence.sequence)
 
     def _send(self, messages: Sequence[Message]) -> None:

@@ -35,6 +35,7 @@ _log = logging.getLogger("pearl.server")
 
 def listen(config: ServerConfig) -> socket.socket:
     """Raises `UsageError` where nobody can listen."""
+    sock = None
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -43,8 +44,10 @@ def listen(config: ServerConfig) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_S * 1000)
         sock.bind((config.host, config.port))
         sock.listen(BACKLOG)
-    except OSError as error:
-        why = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        if sock:
+            sock.close()
+        why = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"Nobody can listen at {config.host} port {config.port} ({why}): choose another --host or --port."
         ) from None

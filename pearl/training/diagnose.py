@@ -122,7 +122,7 @@ def by_token(
 ) -> Iterator[tuple[DraftOutcome, TreeOutcome]]:
     """After every token of the answers what a model guesses that drafts one token a forward, read in one for a text."""
     for text in texts:
-        tokens = text.tokens.tolist()
+        tokens = text.tokens[: model.max_length].tolist()
         first = max(1, text.prompt) - 1
         if len(tokens) < first + 2:
             continue
@@ -281,7 +281,8 @@ def run(folder: str, recorded: str, target: str | None, count: int, first: int |
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     config = EngineConfig(target=target or data.manifest.target, draft=folder, dtype=dtype)
     checked = preflight(config)
-    assert checked.drafting, "a drafter was named"
+    if not checked.drafting:
+        raise UsageError(f"{folder} drafts without weights: look at it with pearl score.")
     reads = _Features(checked)
     data.must_be_of(reads.fingerprint, config.target)
     texts = [data[number] for number in range(max(0, len(data) - count), len(data))]
@@ -326,5 +327,6 @@ def taps(source: Source, texts: Sequence[RecordedText], reads: Any, checked: Pre
         if shift and (min(layers) < 0 or max(layers) >= most):
             continue
         shown = [reads.of(text, layers) for text in texts]
-        found[name] = _share(place.first[0] for place in outcomes(source, shown, 0, None))
+        if places := [place.first[0] for place in outcomes(source, shown, 0, None)]:
+            found[name] = _share(places)
     return found

@@ -7,6 +7,7 @@ sampler that skips batches, draws its random numbers in an order that depends on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -66,9 +67,9 @@ def train(
     with Progress("training", total, done=step, quiet=not main) as progress:
         while step < total:
             _add(sums, _one_step(learner, recipe, texts, step, step / total, accelerator))
-            for weight in parameters:
-                if accelerator.num_processes > 1 and weight.grad is not None:
-                    weight.grad = accelerator.reduce(weight.grad, "sum")
+            for weight in parameters if accelerator.num_processes > 1 else ():  # all of them, as everybody does
+                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = accelerator.reduce(own, "sum")
             torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
             schedule.step()
@@ -212,8 +213,17 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 def _cut_log(path: Path, step: int) -> None:
     """Drops the lines after the checkpoint that a run resumes from."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        kept = [line for line in _logged(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, but for one that broke off where a machine or a disk gave out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _words(line: dict[str, float], total: int) -> str:
@@ -225,8 +235,7 @@ def plot(folder: Path) -> None:
     """Loss and accuracy over the steps, as PNG beside the log."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    lines = [line for line in lines if "rate" in line]
+    lines = [line for line in _logged(folder / LOG) if "rate" in line]
     figure = Figure(figsize=(7, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for name in sorted({name for line in lines for name in line} - {"step", "rate"}):

@@ -179,6 +179,8 @@ def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "scales its rotary angles by 'su'"),
         ({"ptd_token_id": 7}, "lack mask_hidden"),
         ({"model_type": "gemma4_assistant"}, "reads the keys and values of its target"),
+        ({"eagle_config": [2, 14, 25]}, r"config\.json of the draft .* is damaged"),
+        ({"architectures": 5}, r"config\.json of the draft .* is damaged"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, change: dict, sentence: str):

@@ -209,6 +209,14 @@ def test_a_pass_is_never_wider_than_the_schedule_the_machine_and_the_guesses_all
         assert taken == min(allowed), "what is fixed by hand is taken, whatever it costs"
 
 
+def test_a_first_pass_that_commits_nothing_leaves_the_rate_what_it_was_expected_to_be():
+    """Nothing is left to choose from at the second token, say."""
+    controller = Controller(TREE, costing(1.0, 1.33, 3.0))
+    before = controller.rate
+    controller.record_pass(1, 0, 1.0, 1.0)
+    assert controller.rate == before > 0
+
+
 def test_a_faster_run_has_higher_prices():
     """A row that pays in a run of one token a pass does not where a pass brings four."""
     plan, nodes = costing(1.0, 1.33, 3.0), chain(0.5)

@@ -155,3 +155,9 @@ def test_a_trace_that_is_off_takes_everything_and_keeps_nothing(path: Path):
     for name, method in inspect.getmembers(Trace, inspect.isfunction):
         if not name.startswith("_"):
             assert inspect.signature(getattr(type(OFF), name)) == inspect.signature(method), name
+
+
+def test_an_engine_that_wrote_no_text_leaves_no_trace_and_no_part(path: Path):
+    Trace("drafter", path).save()
+    merge(path)
+    assert not list(path.parent.iterdir())

@@ -131,3 +131,5 @@ def test_the_command_compares_drafters(tmp_path, monkeypatch, capsys):
     assert 0 < scores[draft]["overlap"] < 0.95
     assert command.main([*argv, "--draft", "feature:smollm2-135m-feature"]) == 2
     assert "drafts from features: look at it with pearl diagnose" in capsys.readouterr().err
+    assert command.main([*argv, "--draft", f"suffix,{draft}"]) == 2
+    assert "no language model by itself" in capsys.readouterr().err

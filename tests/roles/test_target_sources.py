@@ -253,3 +253,34 @@ def test_it_is_tried_again_and_stays_once_it_pays():
     passes_asked(trial, FIRST_TRIAL, right=0, seconds=0.01)
     asked = passes_asked(trial, 300, right=1, seconds=0.01)
     assert not any(asked[:FIRST_REST]) and all(asked[FIRST_REST:])
+
+
+@pytest.mark.parametrize("ending", ["of its own", "nobody wants it", "it is left"])
+def test_nothing_is_kept_of_a_text_that_is_over(ending: str):
+    case = replace(plain_case("tree", None, "right"), params=SamplingParams(max_new_tokens=20))
+    channel = ScriptedChannel(case.make_source(), case.script)
+    target = Target(case.model, channel, ticks(), sources=[RecyclingSource(), SuffixSource()])
+    passes: list[int] = []
+    wanted = (lambda: not passes) if ending == "nobody wants it" else lambda: True
+    request = SequenceRequest(case.prompt, case.params, Stopper(case.params, (), letters), wanted=wanted)
+    writing = target.write([request], case.schedule)
+    for _, committed in writing:
+        passes += committed
+        if ending == "it is left":
+            break
+    writing.close()
+    beside = target._beside
+    assert not beside._failed and not beside._processing
+    assert not any(getattr(one, name) for one in beside.asking.values() for name in ("_late",))
+
+
+def test_the_last_pass_of_a_text_is_judged_too():
+    judged: list[int] = []
+    case = replace(plain_case("tree", None, "right"), params=SamplingParams(max_new_tokens=20))
+    target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks(), sources=[RecyclingSource()])
+    (asking,) = target._beside.asking.values()
+    plain, over = asking.judge, asking.end
+    asking.judge = lambda *given: (judged.append(0), plain(*given))  # type: ignore[method-assign]
+    asking.end = lambda *given: (judged.append(1), over(*given))  # type: ignore[method-assign]
+    together(target, case.prompt, case.schedule, case.params)
+    assert judged == [0] * (len(target.passes) - 1) + [1]

@@ -220,6 +220,8 @@ def test_metrics_have_vllm_s_names_and_count(client):
         (b'{"prompt": "a", "best_of": 3}', "best_of"),
         (b'{"prompt": [99999]}', None),
         (b'{"prompt": "a", "min_tokens": 20, "max_tokens": 10}', "min_tokens"),
+        (b'{"prompt": "a", "modalities": "\\ud800"}', "modalities"),
+        (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
     ],
 )
 def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, body, param):
@@ -227,6 +229,13 @@ def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, bo
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", error
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize("calls", [5, True, {"function": 1}, [{"function": {"arguments": "[" * 100000}}]])
+def test_tool_calls_of_another_shape_are_refused_or_shown_as_they_are(client, calls):
+    message = {"role": "assistant", "content": "the", "tool_calls": calls}
+    answer = client.post(CHAT, json={"messages": [*MESSAGES, message, *MESSAGES], "max_tokens": 1})
+    assert answer.status_code == (200 if isinstance(calls, list) else 400), answer.text
 
 
 def test_a_request_that_the_engine_refuses_leaves_nothing_behind(server, client, caplog):
@@ -381,6 +390,9 @@ def test_a_server_whose_models_can_t_be_loaded_says_why_and_ends():
     with pytest.raises(UsageError, match="Nobody can listen"):
         run.listen(run.ServerConfig(port=taken.getsockname()[1]))
     taken.close()
+    for host in ("127..0.0.1", "x" * 64 + ".example"):
+        with pytest.raises(UsageError, match="Nobody can listen"):
+            run.listen(run.ServerConfig(host=host, port=0))
 
 
 def test_a_lost_drafter_degrades_and_makes_nobody_unwell():

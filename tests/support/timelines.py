@@ -29,7 +29,8 @@ def live(target: Trace, drafter: Trace, mode: str, sequence: int, at: float, pas
         target.span("verify", at, ended, sequence=sequence, hit=hit, **facts)
         position += facts["committed"]
         if mode != "ar":
-            target.instant("hit" if hit else "miss", ended, position=position, prepared=hit and missed)
+            facts = {"sequence": sequence, "position": position, "prepared": hit and missed}
+            target.instant("hit" if hit else "miss", ended, **facts)
             target.flow("verdict", message, ended, sent=True)
             for n in range(3):
                 began = at + n * DRAFT_S

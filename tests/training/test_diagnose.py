@@ -203,4 +203,5 @@ def test_the_command_takes_a_draft_model(recordings, tmp_path: Path):
     words = ["--drafter", model, "--target", model, "--data", data, "--first", "6"]
     assert command.main([*words, "--json", str(tmp_path / "figures.json")]) == 0
     found = json.loads((tmp_path / "figures.json").read_text())
+    assert command.main([*words, "--drafter", "suffix"]) == 2
     assert found["ahead 0"]["places"] == 6 * 12 and len(found["calibration"]["depths"]) == 1

@@ -146,10 +146,9 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
         raise UsageError(f"The block_size of the draft {name} leaves no token to guess: its config.json is damaged.")
     if not shapes:
         return
-    inner = {"num_attention_heads": 32, **shape.config}  # as transformers' Qwen3Config
-    head_dim = inner.get("head_dim") or (
-        128 if "head_dim" not in inner else shape.hidden // inner["num_attention_heads"]
-    )
+    inner = {"num_attention_heads": 32, **shape.config}  # as transformers' Qwen3Config, whose heads alone are 128 wide
+    usual = inner.get("model_type", "qwen3") == "qwen3" and "head_dim" not in inner
+    head_dim = inner.get("head_dim") or (128 if usual else shape.hidden // inner["num_attention_heads"])
     wanted: dict[str, tuple[int, ...]] = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
     rows = inner["num_attention_heads"] * head_dim
     for layer in range(shape.layers):

@@ -79,7 +79,7 @@ class DraftFiles:
             return _shapes_on_hub(self.name)
         found: dict[str, tuple[int, ...]] = {}
         for path in self._weights():
-            found |= _header(path) if path.suffix == ".safetensors" else _pickled_shapes(path)
+            found |= _shapes(path) if path.suffix == ".safetensors" else _pickled_shapes(path)
         return found
 
     def tensors(self) -> dict[str, Any]:
@@ -130,14 +130,20 @@ class DraftFiles:
         return found or sorted(path for path in self.folder.glob("*.bin") if path.name != "training_args.bin")
 
 
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """safetensors: eight bytes of header length, then JSON with the shape of every tensor."""
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape) in header(path).items()}
+
+
+def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a safetensors file: eight bytes of header length, then JSON. Raises
+    `CheckpointError`."""
     try:
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size)) if size < _LARGEST_HEADER else None
-        assert isinstance(header, dict)
-        return {name: tuple(one["shape"]) for name, one in header.items() if name != "__metadata__"}
+            said = json.loads(stream.read(size)) if size < _LARGEST_HEADER else None
+        assert isinstance(said, dict)
+        tensors = {name: one for name, one in said.items() if name != "__metadata__"}
+        return {name: (str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in tensors.items()}
     except (OSError, ValueError, AssertionError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a safetensors file: get the checkpoint again.") from None
 

@@ -17,12 +17,14 @@ Refuses to know: networks, and how one drafts (`pearl.checkpoints.drafters`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pearl.checkpoints.drafts import dflash_format, feature_formats, pard_format
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.config.engine_config import FEATURE, model_path
+from pearl.config.inputs import sound
 from pearl.drafters.dflash.shape import DFLASH, DSPARK
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE
 from pearl.errors import UsageError
@@ -75,7 +77,8 @@ class DraftKind:
 def describe(name: str, target: TargetFacts | None = None) -> DraftDescription:
     """What the checkpoint of that name is: a folder, a GGUF file or a hub id. Raises `UsageError`."""
     files = DraftFiles.of(name)
-    return kind_of(files).describe(files, target)
+    with readable(files):
+        return kind_of(files).describe(files, target)
 
 
 def with_depths(found: DraftDescription, depths: int) -> DraftDescription:
@@ -104,8 +107,15 @@ def is_causal_lm(name: str) -> bool:
 
 
 def kind_of(files: DraftFiles) -> DraftKind:
-    refuse(files)
-    return next(kind for kind in KINDS if kind.matches(files))
+    """Raises `UsageError` for what is no drafter that pearl reads."""
+    with readable(files):
+        refuse(files)
+        return next(kind for kind in KINDS if kind.matches(files))
+
+
+def readable(files: DraftFiles) -> AbstractContextManager[None]:
+    """Around looking at a config.json that anybody may have written."""
+    return sound(f"The config.json of the draft {files.name}", "get the checkpoint again")
 
 
 def refuse(files: DraftFiles) -> None:

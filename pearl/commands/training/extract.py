@@ -17,7 +17,7 @@ def parser() -> cli.Parser:
     add("--prompts", nargs="+", default=[], metavar="FILE", help="questions, a JSON object a line")
     add("--hub", nargs="+", default=[], metavar="NAME[:SPLIT]", help="questions from data sets of the hub")
     add("--self-written", type=int, default=0, metavar="N", help="this many instructions that the target writes itself")
-    add("--limit", type=int, help="only so many prompts, drawn from all")
+    add("--limit", type=cli.at_least_one, help="only so many prompts, drawn from all")
     add("--output", required=True, metavar="DIR", type=outputs.folder, help="of the texts; a second run goes on there")
     add("--layers", type=int, nargs="+", help="whose features to take; default: an early, a middle and a late one")
     add("--top-k", type=cli.at_least_one, default=32, help="likeliest next tokens to note")
@@ -35,8 +35,10 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     one_of("dtype", found.dtype, (*DTYPES, None))
-    if any(not 0 <= t < 100 for t in found.temperature) or found.self_written < 0:
-        raise UsageError("--temperature and --self-written must not be negative.")
+    if any(not 0 <= t < 100 for t in found.temperature):
+        raise UsageError("--temperature must hold numbers from 0 to below 100.")
+    if found.self_written < 0:
+        raise UsageError("--self-written must not be negative.")
     if not (found.prompts or found.hub or found.self_written):
         raise UsageError("Give --prompts, --hub or --self-written: without questions there are no answers.")
 

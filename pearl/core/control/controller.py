@@ -89,7 +89,7 @@ class Controller:
     @property
     def rate(self) -> float:
         """Tokens per second, over the last passes."""
-        return self._tokens / self._seconds if self._seconds else self._sequences / self._cost(self._sequences)
+        return self._tokens / self._seconds if self._tokens else self._sequences / self._cost(self._sequences)
 
     @property
     def acceptance(self) -> float:

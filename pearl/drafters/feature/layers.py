@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
+from pearl.errors import UsageError
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each [B, kv heads, R, head_dim]
 
@@ -58,6 +59,8 @@ class Mlp(nn.Module):
         self.gate_proj = nn.Linear(shape.hidden, shape.intermediate, bias=shape.mlp_bias)
         self.up_proj = nn.Linear(shape.hidden, shape.intermediate, bias=shape.mlp_bias)
         self.down_proj = nn.Linear(shape.intermediate, shape.hidden, bias=shape.mlp_bias)
+        if shape.activation not in ACT2FN:
+            raise UsageError(f"The draft's hidden_act is {shape.activation[:40]!r}, which transformers does not know.")
         self._activation = ACT2FN[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class Rotary:
 
     def __init__(self, shape: DrafterShape):
         config = LlamaConfig(
-            hidden_size=shape.hidden,
+            hidden_size=shape.heads * shape.head_dim,  # which a layer may map from and to another width
             num_attention_heads=shape.heads,
             head_dim=shape.head_dim,
             max_position_embeddings=shape.positions,

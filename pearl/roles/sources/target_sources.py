@@ -49,7 +49,6 @@ class TargetSources:
         return bool(self.asking)
 
     def begin(self, sequence: SequenceState, continues: bool) -> None:
-        self._failed = {one: failed for one, failed in self._failed.items() if not one.stopper.finish}
         rejection = sequence.params.rejection
         self._failed[sequence] = {source for source in self.asking if rejection and not source.draws}
         for source in self.asking:
@@ -61,12 +60,13 @@ class TargetSources:
                 self._try(source, [sequence], partial(source.predict, sequence.batch_slot, prediction))
 
     def end(self, sequence: SequenceState) -> None:
-        """It is over."""
+        """It is over, and so is all that was to be said of it."""
         for source, asking in self.asking.items():
             self._try(source, [sequence], partial(source.end, sequence.batch_slot))
             self._try(source, [sequence], partial(source.remember, sequence.trie.tokens))
             asking.end(sequence)
             self._processing.pop((sequence, source), None)
+        self._failed.pop(sequence, None)
 
     def grow(self, sequences: Sequence[SequenceState], controller: Controller) -> None:
         """Guesses of all that are worth asking, below the roots of these sequences: what a pass can read."""

@@ -26,7 +26,10 @@ def messages(given: Sequence[Message]) -> list[dict[str, Any]]:
         message = one.model_dump(exclude_none=True)
         message["role"] = "system" if one.role == "developer" else one.role
         message["content"] = text_of(one.content, f"messages.{number}.content")
-        for call in message.get("tool_calls") or ():
+        calls = message.get("tool_calls")
+        if calls is not None and not isinstance(calls, list):
+            raise bad(f"messages.{number}.tool_calls must be a list.", "messages")
+        for call in calls or ():
             _parse_arguments(call)
         if one.content is None and not message.get("tool_calls"):
             raise bad(f"messages.{number} has no content: give it a text.", "messages")
@@ -50,7 +53,7 @@ def _parse_arguments(call: Any) -> None:
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(function["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return
 
 

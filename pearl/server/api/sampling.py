@@ -67,7 +67,7 @@ def refuse(request: Sampled) -> None:
         if value not in (None, False, "", [], {}) and value != _NEUTRAL.get(name):
             raise bad(f"{name} is not supported by this server: leave it out.", name)
     if (modalities := extra.get("modalities")) not in (None, ["text"], []):
-        raise bad(f"modalities must be text, not {str(modalities)[:100]}.", "modalities")
+        raise bad(f"modalities must be text, not {str(modalities)[:100]!r}.", "modalities")
     wanted = getattr(request, "response_format", None)
     if wanted and wanted.type != "text":
         raise bad("response_format must be text: this server does not force a shape on texts.", "response_format")
