@@ -5,9 +5,8 @@ No torch here: whatever is wrong with a value is said before anything slow begin
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from pearl import options
@@ -274,13 +273,6 @@ class EngineConfig:
     def draft_checkpoint(self) -> str:
         """The one that has files, if there is any."""
         return next((name for name in self.draft_sources if name != SUFFIX), SUFFIX)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> EngineConfig:
-        return EngineConfig(**json.loads(text))
 
 
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,12 +11,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from pearl import __version__
-from pearl.server import errors, routes
+from pearl.server import errors, page_routes, routes
 from pearl.server.life import Service
 from pearl.server.limits import Limits
 from pearl.server.metrics import CONTENT_TYPE
-
-PAGE = "pearl.server.page_routes"
 
 
 def make_app(service: Service) -> FastAPI:
@@ -44,8 +40,7 @@ def make_app(service: Service) -> FastAPI:
     errors.install(app)
     _add_state(app, service)
     app.include_router(routes.make_router(service))
-    if importlib.util.find_spec(PAGE):
-        importlib.import_module(PAGE).add_page(app, service)
+    page_routes.add_page(app, service)
     app.add_middleware(Limits, config=service.config, metrics=service.metrics)
     if origin := service.config.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])

@@ -20,11 +20,11 @@ from pearl.server.texts import Text
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+FINISH = {"eos": "stop"}  # what OpenAI calls it; stop and length are called so here too
 TARGET = "target"  # the origin of a token that nobody had guessed
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
-_REASONS = {"eos": "stop"}  # what OpenAI calls an end of ours
 
 
 class Running(Protocol):
@@ -140,7 +140,7 @@ class Metrics:
             self.prepared.inc(bool(one.judged) and one.judged[-1].rank not in (0, None))
 
     def _end(self, text: Text, whole: Generation) -> None:
-        reason = _REASONS.get(whole.finish_reason, whole.finish_reason)
+        reason = FINISH.get(whole.finish_reason, whole.finish_reason)
         self._of(self._ended, finished_reason=reason).inc()
         self.whole.observe(text.ended_s - text.arrived)
         self.prompt_sizes.observe(whole.stats.prompt_tokens)

@@ -22,6 +22,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from pearl import __version__
+from pearl.server import streaming
 from pearl.server.hub import Hub
 
 FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
@@ -36,7 +37,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PROXIED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")  # headers of those who ask for somebody else
 FROM_PAGE = "x-pearl-page"  # a header that no other site can send
 
@@ -49,7 +49,7 @@ def add_page(app: FastAPI, service: Any) -> None:
     @app.get("/v1/pearl/events", include_in_schema=False)
     async def events(key: str = "") -> Response:
         service.engine  # noqa: B018 (raises where there is none yet)
-        return StreamingResponse(hub.stream(key[:64]), media_type="text/event-stream", headers=STREAM)
+        return StreamingResponse(hub.stream(key[:64]), media_type="text/event-stream", headers=streaming.HEADERS)
 
     @app.get("/v1/pearl/state", include_in_schema=False)
     async def state(request: Request) -> Response:

@@ -19,10 +19,11 @@ from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop
+from pearl.training.first_weights import spare_token
 from pearl.training.objective import frequent
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded
-from pearl.training.students.one_pass import OnePassStudent, mask_token
+from pearl.training.students.one_pass import OnePassStudent
 from pearl.training.students.student import Student, go_on_from, student_of
 
 
@@ -42,7 +43,7 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
         go_on_from(student, recipe.start)
     del target
     if recipe.one_pass > 1:
-        token = mask_token(checked.tokenizer, student.config.get_text_config().vocab_size)
+        token = spare_token(checked.tokenizer, student.config.get_text_config().vocab_size)
         learner: Student = OnePassStudent(student, data, vocabulary, recipe, mark, token)
     else:
         learner = Student(student, data, vocabulary, recipe, mark)

@@ -147,14 +147,19 @@ def grown(drafter: FeatureDrafter, shape: DrafterShape) -> FeatureDrafter:
     return larger
 
 
-def mask_token_of(tokenizer: Any, size: int) -> int:
-    """A token that no text has, for the rows of tokens that are not known: an id beyond the tokenizer's, else its
-    padding or another of its special tokens. `size`: rows of the target's embedding."""
+def spare_token(tokenizer: Any, size: int) -> int:
+    """An id for the mask rows that no text has: beyond the tokenizer's, else a special one that ends or begins nothing.
+    `size`: rows of the embedding."""
     if len(tokenizer) < size:
         return size - 1
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
-    spare = [one for one in (tokenizer.pad_token_id, *reversed(tokenizer.all_special_ids)) if one is not None]
-    return next((one for one in spare if one not in ends), size - 1)
+    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    added = {token: word for token, word in tokenizer.added_tokens_decoder.items() if word.special and token < size}
+    if tokenizer.chat_template:
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        taken |= set(tokenizer.encode(tokenizer.apply_chat_template(talk, tokenize=False)))
+    chat = str(tokenizer.chat_template or "")
+    spare = [token for token, word in added.items() if token not in taken and word.content not in chat]
+    return max(spare, default=size - 1)
 
 
 def _even(norm: Any, sample: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from pearl.drafters.feature.network import FeatureDrafter
 from pearl.errors import UsageError
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
-from pearl.training.first_weights import go_on_from, mask_token_of, new_drafter
+from pearl.training.first_weights import go_on_from, new_drafter, spare_token
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective, RowLosses, frequent
 from pearl.training.recipes import FeatureRecipe
@@ -223,7 +223,7 @@ def run(recipe: FeatureRecipe) -> None:
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
     size = target.get_output_embeddings().weight.shape[0]
-    mask_token = mask_token_of(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
+    mask_token = spare_token(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
     if recipe.start:
         drafter = go_on_from(recipe.start, target, recipe, layers)
     else:

@@ -105,11 +105,6 @@ def test_files_that_are_no_models_are_refused(tmp_path):
     EngineConfig(str(tmp_path))
 
 
-def test_a_config_survives_its_journey_to_the_drafter(pair):
-    config = EngineConfig(*pair, draft_load_in="4bit", double_quant=True, max_length=77)
-    assert EngineConfig.from_json(config.to_json()) == config
-
-
 def test_an_unknown_name_is_answered_with_the_nearest_one():
     with pytest.raises(UsageError, match=r"EngineConfig: unknown key 'draft_dtyp'; did you mean draft_dtype\?"):
         EngineConfig(draft_dtyp="float32")

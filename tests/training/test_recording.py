@@ -362,7 +362,7 @@ def test_questions_that_are_all_too_long_leave_a_shard_empty(extracting, tmp_pat
     "options, sentence",
     [
         (["--batch", 0], "--batch must be at least 1"),
-        (["--temperature", -1], "must not be negative"),
+        (["--temperature", -1], "from 0 to below 100"),
         (["--layers", 99], "layers 0 to 5"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
     ],

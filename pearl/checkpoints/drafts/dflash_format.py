@@ -9,10 +9,10 @@ many layers have run, so they are one more for the same layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pearl.checkpoints.drafts.feature_formats import misfit, plain_shapes
+from pearl.checkpoints.drafts.feature_formats import listed, misfit, plain_shapes
 from pearl.checkpoints.drafts.files import DraftFiles, Shapes
 from pearl.drafters.dflash.shape import DFLASH, DSPARK, DFlashShape
 from pearl.errors import UsageError
@@ -173,12 +173,7 @@ def line(shape: DFlashShape, layers: int | None, envelope: bool) -> str:
         parts.append("a confidence for each")
     several = "s" * (len(shape.features) > 1)
     of = f" of {layers}" if layers is not None else ""
-    parts.append(f"features after layer{several} {_listed(shape.features)}{of}")
-    ids = _listed([one + 1 for one in shape.features] if envelope else shape.features)
+    parts.append(f"features after layer{several} {listed(shape.features)}{of}")
+    ids = listed([one + 1 for one in shape.features] if envelope else shape.features)
     how = "say how many layers have run" if envelope else "name the layers"
     return f"{', '.join(parts)} (its ids {ids} {how})"
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    words = [str(one) for one in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

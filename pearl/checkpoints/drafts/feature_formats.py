@@ -282,8 +282,8 @@ def layer_ids(config: Mapping[str, Any], layers: int | None) -> tuple[tuple[int,
         elif sorted(ids) == sorted(one - 1 for one in usual):
             counts_inputs = False
     if counts_inputs:
-        return tuple(one - 1 for one in ids), f"its ids {_listed(ids)} say how many layers have run"
-    return ids, f"its ids {_listed(ids)} name the layers"
+        return tuple(one - 1 for one in ids), f"its ids {listed(ids)} say how many layers have run"
+    return ids, f"its ids {listed(ids)} name the layers"
 
 
 def line(shape: DrafterShape, layers: int | None, numbering: str = "") -> str:
@@ -300,7 +300,7 @@ def line(shape: DrafterShape, layers: int | None, numbering: str = "") -> str:
     elif shape.features:
         of = f" of {layers}" if layers is not None else ""
         one = "layer" if len(shape.features) == 1 else "layers"
-        parts.append(f"features after {one} {_listed(shape.features)}{of}")
+        parts.append(f"features after {one} {listed(shape.features)}{of}")
     elif shape.kind == OURS:
         parts.append("no features")
     else:
@@ -365,6 +365,6 @@ def _ours(files: DraftFiles) -> DrafterShape:
     return shape
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     words = [str(one) for one in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -158,11 +158,6 @@ class DFlashDrafter(nn.Module):
         turn = self._turn(c, positions)
         return [layer.self_attn.key_value(c, turn) for layer in self.layers]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its norms, its keys and its values."""
-        return self.norm.weight.dtype  # type: ignore[return-value]
-
     def read(self, numbers: Tensor, rows: Tensor | None, masks: list[Tensor], past: list[KeyValue]) -> list[Tensor]:
         """`block` as a `NetworkForward` calls it.  numbers: tokens and positions, int64 [2, R]"""
         return [self.block(numbers[0], numbers[1], masks, past)]

@@ -16,10 +16,9 @@ from pearl.core.params import SamplingParams
 from pearl.engine import Generation
 from pearl.server.api.schemas import ChatRequest, CompletionRequest
 from pearl.server.api.token_names import TokenNames
-from pearl.server.metrics import speculation
+from pearl.server.metrics import FINISH, speculation
 from pearl.server.texts import Text
 
-FINISH = {"eos": "stop"}  # what OpenAI calls it; stop and length are called so here too
 SUMMARY, DETAILED = "summary", "detailed"
 
 

@@ -75,21 +75,6 @@ def drop_rows(anchors: Tensor, depths: int, keep: float, least: float, generator
     return MaskRows(at[sorted_], depth[sorted_])
 
 
-def mask_token(tokenizer: Any, size: int) -> int:
-    """An id for the mask rows that no text has: beyond the tokenizer's, else a special one that ends or begins nothing.
-    `size`: rows of the embedding."""
-    if len(tokenizer) < size:
-        return size - 1
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    added = {token: word for token, word in tokenizer.added_tokens_decoder.items() if word.special and token < size}
-    if tokenizer.chat_template:
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        taken |= set(tokenizer.encode(tokenizer.apply_chat_template(talk, tokenize=False)))
-    chat = str(tokenizer.chat_template or "")
-    spare = [token for token, word in added.items() if token not in taken and word.content not in chat]
-    return max(spare, default=size - 1)
-
-
 class OnePassStudent(Student):
     """`loop.Learner`: learns the target's choices after every token of its answers, and further ahead."""
 

@@ -22,10 +22,11 @@ from pearl.commands.training import distill as command
 from pearl.config.engine_config import EngineConfig
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop
+from pearl.training.first_weights import spare_token
 from pearl.training.objective import NOTHING, Objective
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded, stacked
-from pearl.training.students.one_pass import MASK, OnePassStudent, drop_rows, mask_token
+from pearl.training.students.one_pass import MASK, OnePassStudent, drop_rows
 from pearl.training.students.student import student_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -166,7 +167,7 @@ def test_the_command_writes_a_pard_model_that_transformers_reads_and_one_that_bo
     given = ["--config", str(tmp_path / "r.yaml"), "--one-pass", "3", "--whole", str(tmp_path / "whole")]
     assert command.main([*given, "--match", "0"]) == 0
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    token = mask_token(AutoTokenizer.from_pretrained(toy), config["vocab_size"])
+    token = spare_token(AutoTokenizer.from_pretrained(toy), config["vocab_size"])
     assert (config["pard_token"], config["para_num"]) == (token, 3)
     whole, found = AutoModelForCausalLM.from_pretrained(
         tmp_path / "whole", dtype=torch.float32, output_loading_info=True
@@ -185,9 +186,9 @@ def test_the_command_writes_a_pard_model_that_transformers_reads_and_one_that_bo
 
 def test_an_id_that_no_text_has_stands_for_what_is_not_known(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(save_toy_target(tmp_path / "target"))
-    assert mask_token(tokenizer, len(tokenizer) + 3) == len(tokenizer) + 2, "one that the tokenizer has not"
+    assert spare_token(tokenizer, len(tokenizer) + 3) == len(tokenizer) + 2, "one that the tokenizer has not"
     spoken = set(tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)))
-    found = mask_token(tokenizer, len(tokenizer))
+    found = spare_token(tokenizer, len(tokenizer))
     assert found not in {*spoken, tokenizer.eos_token_id, tokenizer.bos_token_id}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
-    assert mask_token(tokenizer, len(tokenizer)) == tokenizer.convert_tokens_to_ids("<|spare|>")
+    assert spare_token(tokenizer, len(tokenizer)) == tokenizer.convert_tokens_to_ids("<|spare|>")
