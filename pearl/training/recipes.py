@@ -81,6 +81,7 @@ class FeatureRecipe(Recipe):
     fc_norm: bool = _value(True, FLAG, "a norm for each feature (EAGLE-3.1), which older engines do not read")
     markov_rank: int = _value(0, whole(), "of peagle: rank of a bias by the token before (DSpark); 0: none")
     reach: float = _value(0.0, _SHARE, "how much a token weighs by the chance that its place is reached (PARD-2)")
+    borrow: bool = _value(False, FLAG, "save it without its target's embedding: a few MB, for pearl alone")
     segments: int = _value(4, whole(1), "S, pieces in which slots are read, which saves memory")
     longest: int = _value(1024, whole(1), "tokens of a text; what is beyond is cut off")
 

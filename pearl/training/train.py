@@ -82,7 +82,7 @@ class FeatureLearner:
         return self._run(batch, self._anchors(batch, 1.0, None), 0.0)
 
     def save(self, folder: Path) -> None:
-        envelope.save(self.module, folder, self._recipe.depths, self._architecture)
+        envelope.save(self.module, folder, self._recipe.depths, self._architecture, self._recipe.borrow)
 
     def batch(self, texts: Sequence[int]) -> Batch:
         """Without the first token of each text: before it there is no feature."""

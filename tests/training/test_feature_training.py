@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import verifier
 from toys import EAGER, ScriptedChannel, examples, ticks, together
-from trained import TOP, WORDS, read_drafter, save_recorded, save_toy_target, small_target
+from trained import TOP, WORDS, bits_of, drafter_for, read_drafter, save_recorded, save_toy_target, small_target
 
 from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
@@ -332,6 +334,30 @@ def test_a_markov_head_learns_what_follows_a_token_and_how_sure_it_is(folder, tm
         )
         assert together(target, [1, 2, 3], Schedule.of(mode), params, decode=str) == own
         assert target.draft_stats and not target.draft_stats.failed and drafting.forwards
+
+
+def test_a_head_that_borrows_its_embedding_says_the_same_in_few_bytes(tmp_path):
+    target = small_target()
+    drafter = drafter_for(target, (0, 2), 4, kind="peagle", markov_rank=8).requires_grad_(False)
+    torch.nn.init.normal_(drafter.markov_w2.weight)
+    for name, borrows in (("whole", False), ("small", True)):
+        envelope.save(drafter, tmp_path / name, borrows=borrows)
+    whole, small = (read_drafter(tmp_path / name).requires_grad_(False) for name in ("whole", "small"))
+    assert small.shape == replace(whole.shape, own_embedding=False, own_mask=True)
+    assert "embed_tokens.weight" not in load_file(tmp_path / "small" / envelope.WEIGHTS)
+    text = [0, 2, 4, 6, 8, 10, 12]  # tokens that can be drafted: of others it does not know what follows
+    features = torch.randn(len(text) - 1, whole.shape.feature_row, generator=torch.Generator().manual_seed(1))
+    drafts = []
+    for one in (whole, small):
+        source = FeatureSource(one.attach(target))
+        source.begin(0, SamplingParams())
+        source.observe(bits_of(features), 0)
+        drafts.append(source.guess(text, [[]])[0])
+    for mine, theirs in zip(*drafts, strict=True):
+        assert [guess[0] for guess in mine] == [guess[0] for guess in theirs]
+        assert [guess[1] for guess in mine] == pytest.approx([guess[1] for guess in theirs], rel=0.03)  # bfloat16
+    wanted = recipe(tmp_path, tmp_path / "out", markov_rank=8, layers=2)
+    assert torch.equal(go_on_from(str(tmp_path / "small"), target, wanted, (0, 2)).mask_row, small.mask_row)
 
 
 class Interrupted(Exception):

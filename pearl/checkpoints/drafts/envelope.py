@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pearl.checkpoints.drafts.feature_formats import IDS
-from pearl.checkpoints.drafts.files import CONFIG, MARKOV, MARKOV_FILE, NOTE
+from pearl.checkpoints.drafts.files import CONFIG, MARKOV, MARKOV_FILE, MARKOV_TABLE, MASK_ROW, NOTE
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE, DrafterShape
 from pearl.machine.files import atomic_write
@@ -22,28 +22,34 @@ from pearl.machine.files import atomic_write
 VERSION = "0.9.0"  # of the package whose format this is
 WEIGHTS = "model.safetensors"
 _NAMES = {EAGLE3: "Eagle3Speculator", PEAGLE: "PEagleSpeculator"}
-_OTHER = ("vocabulary", "mask_row", *MARKOV)  # what has no place in the format
+_OTHER = ("vocabulary", MASK_ROW, *MARKOV)  # what has no place in the format
 
 
-def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: str = "") -> None:
+def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: str = "", borrows: bool = False) -> None:
     """`tokens`: of a draft, as the file recommends it; 0: as many as a forward gives, or 5. `architecture`: the class
-    of its target."""
+    of its target. `borrows`: without the target's embedding, for pearl alone, in few bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = drafter.shape
     config = _config(shape, tokens or (shape.depths if shape.parallel else 5), architecture)
     tensors = {name: part for name, part in drafter.state_dict().items() if not name.startswith(_OTHER)}
     stored = {name: part.detach().to("cpu", torch.bfloat16).contiguous() for name, part in tensors.items()}
-    if not shape.own_embedding:
+    borrows = borrows and not shape.own_embedding
+    if not (shape.own_embedding or borrows):
         stored["embed_tokens.weight"] = drafter.whole_embedding().to("cpu", torch.bfloat16).contiguous()
     if shape.mapped:
         stored |= _maps(drafter.vocabulary.cpu(), shape.known)
     with atomic_write(folder / WEIGHTS) as partial:
         save_file(stored, partial, metadata={"format": "pt"})
-    if shape.markov_rank:
-        more = {name: part.detach().cpu().contiguous() for name, part in drafter.state_dict().items()}
+    names = (*MARKOV, *([MASK_ROW] if borrows else []))
+    if beside := {name: part.detach().cpu() for name, part in drafter.state_dict().items() if name.startswith(names)}:
+        if borrows:
+            beside = {name: part.bfloat16() for name, part in beside.items()}
+            if MARKOV_TABLE in beside:  # after other tokens it says nothing then
+                beside[MARKOV_TABLE] = beside[MARKOV_TABLE][drafter.vocabulary.cpu()]
         with atomic_write(folder / MARKOV_FILE) as partial:
-            save_file({name: part for name, part in more.items() if name.startswith(MARKOV)}, partial)
+            save_file({name: part.contiguous() for name, part in beside.items()}, partial)
     note = {"fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
+    note |= {"borrows": True} if borrows else {}
     for name, values in ((CONFIG, config), (NOTE, note)):
         with atomic_write(folder / name) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -115,7 +115,8 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
     kind = PEAGLE if is_peagle(files) else EAGLE3 if is_eagle3(files) else EAGLE
     try:
         found = _read(files.name, kind, config, inner, shapes, layers)
-        return replace(found, shape=replace(found.shape, fingerprint=mark, markov_rank=int(rank)))
+        own = bool(files.note.get("borrows")) and kind == PEAGLE
+        return replace(found, shape=replace(found.shape, fingerprint=mark, markov_rank=int(rank), own_mask=own))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UsageError):
             raise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pearl.checkpoints.drafts import feature_formats
+from pearl.checkpoints.drafts.files import MARKOV_TABLE
 from pearl.checkpoints.drafts.kinds import DraftDescription
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
@@ -29,7 +30,11 @@ def load(drafting: DraftDescription) -> FeatureDrafter:
     tensors = {feature_formats.plain_name(name): tensor for name, tensor in files.tensors().items()}
     most = min(shape.known, drafting.fits.vocabulary) if drafting.fits else shape.known
     vocabulary = _vocabulary(drafting.files.name, shape, tensors, most)
-    return FeatureDrafter.of(shape, vocabulary, dict(_named(shape, tensors)))
+    named = dict(_named(shape, tensors))
+    if MARKOV_TABLE in named and len(named[MARKOV_TABLE]) < shape.known:
+        table = named[MARKOV_TABLE]
+        named[MARKOV_TABLE] = table.new_zeros(shape.known, table.shape[1]).index_copy_(0, vocabulary, table)
+    return FeatureDrafter.of(shape, vocabulary, named)
 
 
 def mapped(name: str, d2t: Tensor, known: int) -> Tensor:
