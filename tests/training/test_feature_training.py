@@ -356,7 +356,7 @@ def test_a_head_that_borrows_its_embedding_says_the_same_in_few_bytes(tmp_path):
     for mine, theirs in zip(*drafts, strict=True):
         assert [guess[0] for guess in mine] == [guess[0] for guess in theirs]
         assert [guess[1] for guess in mine] == pytest.approx([guess[1] for guess in theirs], rel=0.03, abs=1e-4)
-    wanted = recipe(tmp_path, tmp_path / "out", markov_rank=8, layers=2)
+    wanted = recipe(tmp_path, tmp_path / "out", markov_rank=8, depths=4, layers=2)
     assert torch.equal(go_on_from(str(tmp_path / "small"), target, wanted, (0, 2)).mask_row, small.mask_row)
 
 
