@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The drafters of the default target that come with this repository, from nothing: questions, the target's own answers,
-# the feature drafter, the small draft model, and that one trained on to guess five tokens a forward. On two CPU cores it takes a night. A run that was cut off goes on where it
-# was; a stage can be named, and a recording ends with the shard at hand after so many seconds:
+# the head over its hidden states, the small draft model, that one trained on (`more`), and then to guess five tokens a
+# forward (`pard`). On two CPU cores it takes a night. A run that was cut off goes on where it was; stages can be named,
+# and a recording ends with the shard at hand after so many seconds:
 #
-#   DATA=folder bash scripts/train_smollm2.sh                    all of it
-#   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages: questions answers feature draft pard diagnose
+#   DATA=folder bash scripts/train_smollm2.sh                    all: questions answers feature draft more pard diagnose
+#   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages
 #   DATA=folder SECONDS_AT_MOST=9000 bash scripts/train_smollm2.sh answers
 #
 # DATA holds gsm8k/train.jsonl (https://github.com/openai/grade-school-math). What lies there for the evaluations,
@@ -36,9 +37,19 @@ answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature
 
 feature() { accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml; }
 draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml; }
-pard() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-pard.yaml; }
-diagnose() { pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"; }
+more() {
+  accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-more.yaml \
+    --start results/distill-smollm2-135m
+}
+pard() {
+  accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-pard.yaml \
+    --start results/distill-smollm2-135m-more
+}
+diagnose() {
+  pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"
+  pearl diagnose --drafter results/distill-smollm2-135m-more --data "$texts"
+}
 
-for stage in "${@:-questions answers feature draft pard diagnose}"; do
+for stage in "${@:-questions answers feature draft more pard diagnose}"; do
   for one in $stage; do "$one"; done
 done
