@@ -27,6 +27,7 @@ from pearl.evaluation.tables import Column, markdown
 from pearl.machine import cores
 
 LENGTH = 4096
+MODES = ["ar", "pearl", "tree"]
 RIGHT = 0.85  # of the drafter's first guesses
 
 
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--pass-ms", type=float, default=50.0, help="what a target pass sleeps; a draft a third of it")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES, help="default: all of them")
     parser.add_argument("--json", metavar="FILE")
     found = parser.parse_args(argv)
     cpus = cores.available()
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     figures = {}
     for temperature in found.temperature:
-        for mode in ("ar", "pearl", "tree"):
+        for mode in found.mode:
             store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
             spawn = multiprocessing.get_context("spawn")
             out = spawn.Queue()

@@ -323,11 +323,9 @@ def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
 @pytest.mark.slow
 def test_what_a_pass_costs_beside_the_model_is_measured():
     small = ["--passes", "3", "--pass-ms", "2", "--vocabulary", "2000", "--temperature", "1"]
-    done = forks.run([sys.executable, ROOT / "scripts/bench_runtime.py", *small])
+    done = forks.run([sys.executable, ROOT / "scripts/bench_runtime.py", *small, "--mode", "ar", "tree"])
     assert done.returncode == 0, done.stderr
-    assert [line.split(" |")[0] for line in done.stdout.splitlines() if "T=" in line] == [
-        f"| {mode} T=1" for mode in ("ar", "pearl", "tree")
-    ]
+    assert [line.split(" |")[0] for line in done.stdout.splitlines() if "T=" in line] == ["| ar T=1", "| tree T=1"]
 
 
 # Slurm
