@@ -121,6 +121,8 @@ class Option:
         return [one] if self.several else one
 
     def _one(self, value: object, where: str) -> object:
+        if isinstance(value, bool) and not self.kind.flag and self.kind.read is str:
+            value = "on" if value else "off"  # which YAML reads as true and false
         if isinstance(value, str) and not self.kind.flag:
             value = self.kind.of_word(value)
         elif type(value) in (int, float) and self.kind.read is str and not self.kind.flag:

@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     speeds: dict[tuple[int, str], list[float]] = defaultdict(list)
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     same = told = 0
-    with Engine(launch(config, list(schedules.values())[-1], checked=checked)) as engine:
+    with Engine(launch(config, cli.hardest(schedules.values()), found.processes, checked)) as engine:
         engine.generate([list(p) for p in prompts[-2:]], replace(params, max_new_tokens=16))  # warm
         for turn in range(found.rounds):
             for size in found.sizes:
                 count = max(size, FEWEST)
-                first = turn * count % (len(prompts) - count)
+                first = turn * count % max(1, len(prompts) - count + 1)
                 texts = prompts[first : first + count]
                 for mode in found.mode:
                     began = time.perf_counter()

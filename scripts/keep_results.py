@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="*", type=Path, help="of runs; those without a summary are left out")
     parser.add_argument("--to", type=Path, default=DOCS, help="default: docs/results")
     found = parser.parse_args(argv)
+    found.to = found.to.absolute()
     ended = [folder for folder in found.folders if (folder / results.SUMMARY).exists()]
     if begun := [str(folder) for folder in found.folders if folder not in ended]:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)

@@ -4,7 +4,7 @@
 #   bash scripts/mem_scaling.sh              n = 1024 tokens, K = 8 depths
 #   N=2048 K=12 bash scripts/mem_scaling.sh
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 echo "| S | rows in memory | peak MB above the start | seconds |"
 echo "|--:|--:|--:|--:|"
 for segments in ${SEGMENTS:-1 2 4 8 16}; do

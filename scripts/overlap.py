@@ -35,9 +35,13 @@ def runs(text: str, words: int) -> set[Run]:
 
 
 def records(path: str) -> Iterator[str]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield "\n".join(texts(json.loads(line)))
+    for line in lines_of(path):
+        yield "\n".join(texts(json.loads(line)))
+
+
+def lines_of(path: str) -> list[str]:
+    """Not by `splitlines`: JSON may hold other separators of lines as they are."""
+    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def humaneval() -> Iterator[str]:
@@ -62,7 +66,7 @@ def main() -> int:
         known |= runs(text, options.words)
     total = taken = 0
     for path in options.questions:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = lines_of(path)
         kept = []
         for line in lines:
             common = runs("\n".join(texts(json.loads(line))), options.words) & known

@@ -10,7 +10,7 @@
 #   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
-if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh"; fi
+if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh" run; fi
 PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}
 MODES=${MODES:-ar ar-all sd pearl tree}

@@ -33,6 +33,7 @@ done
 front=""
 if [[ $balancer ]]; then
   config=$(mktemp)
+  trap 'rm -f "$config"' EXIT
   sed "/^    server /d; s/bind 127.0.0.1:8000/bind $host:$port/" configs/balancer/haproxy.cfg > "$config"
   printf '%s' "$servers" >> "$config"
   "$balancer" -f "$config" &

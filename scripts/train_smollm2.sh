@@ -22,9 +22,11 @@ questions() {
   python scripts/general_prompts.py 2400 > "$questions/general.jsonl"
   python scripts/prose_prompts.py 7000 > "$questions/prose.jsonl"
   head -n 2400 "$DATA/gsm8k/train.jsonl" > "$questions/gsm8k.jsonl"
-  shopt -s nullglob
-  python scripts/overlap.py "$questions"/*.jsonl --drop \
-    --against "$DATA"/gsm8k/test.jsonl "$DATA"/mgsm/*.jsonl "$DATA"/{mt_bench,spec_bench}/question.jsonl
+  local against=() one
+  for one in "$DATA"/gsm8k/test.jsonl "$DATA"/mgsm/*.jsonl "$DATA"/{mt_bench,spec_bench}/question.jsonl; do
+    [[ ! -e $one ]] || against+=("$one")
+  done
+  python scripts/overlap.py "$questions"/*.jsonl --drop --against "${against[@]}"
 }
 
 answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from pearl.config import cli, outputs
 from pearl.config.engine_config import DTYPES
+from pearl.config.inputs import brief
 from pearl.config.synthetic import SyntheticDraft
 from pearl.errors import UsageError
 
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.predict.shapes import bench, markdown, named
 
     device = found.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} can't be used here ({brief(error, 120)}): name cpu or cuda:0.") from None
 
     def keep(result: dict[str, Any]) -> None:
         shapes = [{**one, "plan": vars(one["plan"])} for one in result["shapes"]]

@@ -35,11 +35,17 @@ class Server:
     """`url`: of the server, with or without /v1."""
 
     def __init__(self, url: str, key: str | None = None):
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            fine = False
+        if not fine:
             raise UsageError(f"--url must be the address of a server, like http://127.0.0.1:8000, not {brief(url)}.")
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
         self._key = key or os.environ.get(KEY)
+        if self._key and not (self._key.isascii() and self._key.isprintable()):
+            raise UsageError("The key must be of printable ASCII letters, as it travels in a header.")
         models = self.get("/v1/models")
         try:
             self.model = str(models["data"][0]["id"])
@@ -76,10 +82,13 @@ class Server:
 
 def _reason(error: HTTPError) -> str:
     try:
-        said = json.load(error)
-        return str(said["error"]["message"] if isinstance(said["error"], dict) else said["error"])
+        return _message(json.load(error)["error"])
     except (ValueError, KeyError, TypeError, OSError):
         return f"{error.code} {error.reason}."
+
+
+def _message(error: Any) -> str:
+    return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 def events(answer: IO[bytes]) -> Iterator[Any]:
@@ -92,7 +101,7 @@ def events(answer: IO[bytes]) -> Iterator[Any]:
             return
         said = json.loads(data)
         if isinstance(said, dict) and said.get("error"):
-            raise PearlError(str(said["error"]["message"]))
+            raise PearlError(_message(said["error"]))
         yield said
 
 

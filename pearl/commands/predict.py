@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.predict.prediction import HEAD, MODES, cells, predict
 
     case = _case(found)
-    modes = found.modes or [*dict.fromkeys([*MODES, *(mode for mode in case.measured if mode != "ar-all")])]
+    ours = [mode for mode in case.measured if mode.partition(":")[0] in MODES]
+    modes = found.modes or [*dict.fromkeys([*MODES, *ours])]
     figures = predict(case, modes, found.seed)
     print(f"expected of {case.source}")
     show_table(HEAD, cells(case, figures))
@@ -59,6 +61,8 @@ def _case(found: argparse.Namespace) -> Any:
     from pearl.predict.prediction import by_hand
     from pearl.predict.replay import LATENCY_S, read_run
 
+    if found.latency is not None and not 0 <= found.latency < math.inf:
+        raise UsageError(f"--latency must be a number from 0, not {found.latency}.")
     if found.run:
         latency_s = LATENCY_S if found.latency is None else found.latency
         return read_run(Path(found.run), found.mode, latency_s, found.seed)

@@ -48,13 +48,15 @@ def parse(text: str) -> list[int]:
         for part in str(text).split(","):  # YAML reads a single core as a number
             first, dash, last = part.partition("-")
             named = range(int(first), int(last if dash else first) + 1)
+            if not named:
+                raise ValueError("the last before the first")
             cpus += named if len(named) <= _MOST else [-1]
     except (ValueError, OverflowError):
         raise UsageError(f"cores must be written like 0-3,8, not {text!r}.") from None
     if not cpus or not set(cpus) <= os.sched_getaffinity(0):
         there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         raise UsageError(f"cores {text} are not all available to this process; it may use {there}.")
-    return cpus
+    return [*dict.fromkeys(cpus)]
 
 
 def pin(cpus: list[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def peak() -> int:
     on_gpus = sum(map(cuda.max_memory_allocated, range(cuda.device_count()))) if cuda else 0
     if on_gpus:
         return on_gpus
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the whole process: some sandboxes say no more
 
 
 def _cuda():  # torch.cuda, if this process has opened it

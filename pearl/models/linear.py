@@ -157,6 +157,8 @@ def shift_of(weight: Tensor) -> int | None:
     if _exact(weight, 0):
         return 0
     largest = weight.abs().max().float().item()
+    if not math.isfinite(largest):
+        return None
     shift = 14 - math.floor(math.log2(largest))  # the largest entry just below float16's limit
     return shift if _exact(weight, shift) else None
 

@@ -83,6 +83,7 @@ def serve(
             if only:
                 raise
             _log.exception("the draft source failed, and the connection is made anew")
+            channel.abort("the draft source failed")  # a goodbye would say that no more is wanted
         if unwatch:
             unwatch()
         channel.close()

@@ -64,8 +64,8 @@ def by_hand(
     """
     if not 0.0 < c < math.inf:
         raise UsageError(f"The speed ratio c is target pass time / drafter forward time, so give c > 0 (got {c}).")
-    if latency < 0 or row_cost < 0:
-        raise UsageError("Give a latency and a cost of rows that are not negative.")
+    if not (0 <= latency < math.inf and 0 <= row_cost < math.inf):
+        raise UsageError("Give a latency and a cost of rows that are numbers from 0.")
     shape = [1 + row_cost * row for row in range(LIMIT)]
     rows = TokenBuckets(tuple(range(1, LIMIT + 1)), tuple(shape))
     draft_s = tuple(cost / c for cost in shape[:LEAVES])

@@ -25,7 +25,7 @@ import numpy as np
 
 from pearl.config.inputs import json_lines, parse_json, read_text, sound
 from pearl.core.records import SampleKey
-from pearl.core.schedule import OPTIONS
+from pearl.core.schedule import MODES, OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.core.trie import DRAFT, ORIGIN_NUMBER, RECYCLED
 from pearl.errors import UsageError
@@ -128,6 +128,8 @@ def _read_passes(folder: Path) -> dict[str, Texts]:
     lines = [line for _, line in json_lines(read_text(path, "The passes"), str(path))]
     modes: dict[str, Texts] = {}
     for line in lines:
+        if line["mode"].partition(":")[0] not in MODES or line["mode"] == "ar-all":
+            continue  # of other cores, attention and row counts
         if "judged" not in line:
             raise UsageError(f"{path} is of an earlier version, which kept no single guesses: record the run again.")
         modes.setdefault(line["mode"], {}).setdefault(SampleKey.of(line), []).append(line)

@@ -150,6 +150,8 @@ class _End:
     def wait(self, timeout_s: float | None = None) -> None:
         raise AssertionError("the drafter is stepped, it never waits")
 
+    def abort(self, reason: str) -> None: ...
+
     def close(self) -> None:
         pass
 

@@ -179,11 +179,15 @@ def _method(node: ast.stmt, name: str) -> Function | None:
 
 def _returns(node: ast.AST) -> bool:
     """Whether a function gives something back by itself: those inside it do so for themselves. Of a class any does."""
-    if isinstance(node, ast.Assign | ast.Return | ast.Yield | ast.YieldFrom):
-        return True
-    inside = ast.iter_child_nodes(node)
-    own = isinstance(node, ast.ClassDef)
-    return any(_returns(one) for one in inside if own or not isinstance(one, Function | ast.Lambda | ast.Assign))
+    left = [node]  # no recursion: a sum of a thousand terms is a thousand levels deep
+    while left:
+        one = left.pop()
+        if isinstance(one, ast.Assign | ast.Return | ast.Yield | ast.YieldFrom):
+            return True
+        own = isinstance(one, ast.ClassDef)
+        inside = ast.iter_child_nodes(one)
+        left += [part for part in inside if own or not isinstance(part, Function | ast.Lambda | ast.Assign)]
+    return False
 
 
 def _program(code: _Code, others: Sequence[_Code], prompt: str, name: str) -> str:

@@ -70,7 +70,8 @@ class DataSet(Generic[Problem]):
                 f"The {self.title} {self.unit}s can't be fetched here ({type(error).__name__}): download "
                 f"{self.url} where there is a network and name the file with {self.option} FILE."
             ) from error
-        return [self.parse(dict(record), index) for index, record in enumerate(records)]
+        where = f"{self.url}, record"
+        return [self._problem(dict(record), index, f"{where} {index + 1}") for index, record in enumerate(records)]
 
 
 def texts(record: Record, *names: str) -> list[str]:

@@ -49,9 +49,10 @@ class Question:
 
 def question(record: Record, _: int) -> Question:
     turns = record["turns"]
-    if not turns or not all(isinstance(turn, str) for turn in turns):
+    if not turns or isinstance(turns, str) or not all(isinstance(turn, str) for turn in turns):
         raise ValueError("no turns")
-    reference = tuple(record.get("reference") or ())
+    told = record.get("reference") or ()
+    reference = (told,) if isinstance(told, str) else tuple(told)
     return Question(int(record["question_id"]), str(record["category"]), tuple(turns), reference)
 
 

@@ -184,8 +184,8 @@ def score(
 
 
 def figures(problems: Sequence[Problem], answers: Sequence[Answer]) -> dict[str, Any]:
-    """pass@k for 1, 10, 100 and as many samples as there are: runs every program."""
-    samples = max(Counter(task_id for task_id, _ in answers).values())
+    """pass@k for 1, 10, 100 and as many samples as every problem has: runs every program."""
+    samples = min(Counter(task_id for task_id, _ in answers).values())
     ks = sorted({k for k in (1, 10, 100, samples) if k <= samples})
     passed = score(problems, answers, ks).pass_at_k
     return {"score": passed[1], "pass_at_1": passed[1], "pass_at_k": {str(k): value for k, value in passed.items()}}

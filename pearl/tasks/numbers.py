@@ -58,10 +58,12 @@ _AFTER = (
 
 # What goes on after a number: a sum and its result, or the other end of a range
 _GOES_ON = re.compile(
-    r"(?:\^\{?\d+\}?)?(?:\s+[^\W\d_]+|%|\s?/\s?[^\W\d_]+){0,3}?[\s)\]}$*]*(?:(?P<result>=|≈|equals\b|is\s+equal\s+to\b)|(?P<range>[-−–—]|to\b)"
+    r"(?:\^\{?\d+\}?)?(?:[^\S\n]+[^\W\d_]+|%|[^\S\n]?/[^\S\n]?[^\W\d_]+){0,3}?(?:[^\S\n]|[)\]}$*])*"
+    r"(?:\s*(?P<result>=|≈|equals\b|is\s+equal\s+to\b)|(?P<range>[-−–—]|to\b)"  # a result may stand in the next line
     r"|\*\*|[+*/×÷·x]|of\b|times\b|plus\b|minus\b|divided\s+by\b)[\s*([{$]*(?=[A-Z]{0,3}[^\w\s]*\d)"
 )
 _ENDS = re.compile(r"[.!?][\"'”)*_$]*\s+(?=\D)|\n|[。！？।]")
+_SOLUTION = re.compile(r"[\s*:]*\n.*=.*\n[^=]*\S.*=")  # below a heading: several lines of sums
 _ASIDE = re.compile(r"\s\([^()]*\)(?!\s*[-+*/×=])")
 _NOT = re.compile(
     r"\b(?:not|instead\s+of|rather\s+than)\s+[$€£]?\d[\d.,]*"
@@ -90,6 +92,7 @@ _MARKUP = (
     (r"\\(?:times|cdot)\b", "×"),
     (r"\\approx\b", "≈"),
     (r"(?m)^[ \t]*(?:\*\*)?\d{1,2}[.)][ \t]+(?=\S)", ""),  # numbers of a list
+    (r"(?m)^([ \t]*#{1,6}[ \t]*)(?:\*\*)?\d{1,2}[.)][ \t]+(?=\S.*\n\s*\S)", r"\1"),  # and of headings with text below
 )
 
 
@@ -150,7 +153,8 @@ def final_number(text: str, style: Style = ENGLISH) -> Decimal | None:
         text = re.sub(written, plain, text)
     marks = [(mark["sentence"], text[mark.end() :]) for mark in _MARK.finditer(text)]
     for begins, rest in reversed(marks):
-        if first := style.number.match(rest, _BETWEEN.match(rest).end()):  # type: ignore[union-attr]  # it may be empty
+        first = style.number.match(rest, _BETWEEN.match(rest).end())  # type: ignore[union-attr]  # it may be empty
+        if first and (begins or not _SOLUTION.match(rest)):
             return _result(rest, first, style)
         sentence = _ENDS.split(rest, maxsplit=1)[0]
         if begins and style.number.search(sentence):

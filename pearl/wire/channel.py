@@ -41,7 +41,11 @@ class Channel(Protocol):
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns when a message is there, the other side is lost, or the time is over."""
 
-    def close(self) -> None: ...
+    def abort(self, reason: str) -> None:
+        """Ends it for both sides without a goodbye: the other side may come again."""
+
+    def close(self) -> None:
+        """Says goodbye, if the other side is there."""
 
 
 class LocalChannel:
@@ -81,6 +85,9 @@ class LocalChannel:
     def wait(self, timeout_s: float | None = None) -> None:
         while not self._inbox and self.peer_step():
             pass
+
+    def abort(self, reason: str) -> None:
+        self._inbox.clear()
 
     def close(self) -> None:
         self._inbox.clear()

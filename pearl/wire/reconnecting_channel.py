@@ -165,6 +165,10 @@ class ReconnectingChannel:
             self._link.wait(left)
         self._limit.waited(self._clock())
 
+    def abort(self, reason: str) -> None:
+        if self._link:
+            self._link.abort(reason)
+
     def close(self) -> None:
         """Ends all attempts to reach the drafter, and says goodbye."""
         self._closing.set()
@@ -249,6 +253,7 @@ class ReconnectingChannel:
     def _connect(self, number: int, dead: Channel | None) -> None:
         """Makes connection `number`, or a later one; leaves it, or the news that there is none, to the target."""
         if dead:
+            dead.abort("it is lost")  # not by a goodbye, after which a launcher's drafter would not come again
             dead.close()
         while number <= self._restarts:
             if number and self._closing.wait(BACK_OFF_S * 4.0 ** min(number - 1, 3)):

@@ -102,6 +102,11 @@ def test_a_file_is_refused_with_what_the_option_takes(values, sentence, tmp_path
     assert sentence in str(caught.value) and "run.yaml" in str(caught.value)
 
 
+def test_on_and_off_may_stand_in_a_file_without_quotes(tmp_path):
+    found = parsed(tmp_path, {"cuda_graphs": True, "feature_transport": False})  # as YAML reads them
+    assert (found.cuda_graphs, found.feature_transport) == ("on", "off")
+
+
 def test_the_pair_gives_way_to_the_command_line():
     found = cli.parse(cli.parser("chat"), ["--pair", "self-qwen2.5-7b-4bit", "--draft-load-in", "8bit"])
     config, pair = cli.engine_config(found)

@@ -10,6 +10,7 @@ def test_cores_are_written_as_ranges(monkeypatch):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(8)))
     assert cores.parse("0-3,6") == [0, 1, 2, 3, 6]
     assert cores.parse("5") == [5]
+    assert cores.parse("0,0-1") == [0, 1]
     for text in ("", "x", "1-", "-1", "3-1", "0,,1", "0.5"):
         with pytest.raises(UsageError, match="cores"):
             cores.parse(text)

@@ -102,6 +102,13 @@ def test_every_row_and_table_is_one_that_the_commands_understand(name, tmp_path)
         assert tables.choose(values(table, "--columns")[0])
 
 
+@pytest.mark.parametrize("file", [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")], ids=lambda file: file.name)
+def test_a_script_says_itself_what_is_to_be_installed(file):
+    """What is sourced without a word takes those that the script was given."""
+    lines = [line for line in file.read_text().splitlines() if 'environment.sh"' in line]
+    assert all('environment.sh" run' in line or 'environment.sh" dev' in line for line in lines)
+
+
 def test_the_ablation_leaves_out_one_thing_at_a_time():
     *rows, _ = commands("scripts/ablation.sh")
     assert all(values(row, "--mode") == ["ar", "pearl-no-pre", "pearl-no-post", "pearl"] for row in rows)

@@ -112,7 +112,7 @@ def test_what_can_not_be_asked_is_said_in_one_sentence(engine_server, capsys, wo
 class _Foreign(BaseHTTPRequestHandler):
     """A server that speaks OpenAI's interface and nothing else."""
 
-    broken = False
+    broken, error = False, ""
 
     def do_GET(self):
         self._say(200, {"data": [{"id": "some"}]}) if self.path == "/v1/models" else self._say(404, {"detail": "no"})
@@ -125,11 +125,7 @@ class _Foreign(BaseHTTPRequestHandler):
         self.end_headers()
         for piece in said.split(" "):
             self.wfile.write(f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n".encode())
-        end = (
-            {"error": {"message": "It is tired."}}
-            if self.broken
-            else {"choices": [], "usage": {"completion_tokens": 2}}
-        )
+        end = {"error": self.error} if self.broken else {"choices": [], "usage": {"completion_tokens": 2}}
         self.wfile.write(f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n".encode())
 
     def _say(self, status: int, body: object) -> None:
@@ -157,8 +153,13 @@ def test_another_kind_of_server_is_talked_to_without_colours(foreign):
 
 def test_an_error_in_the_middle_of_an_answer_is_the_servers_own_sentence(foreign, monkeypatch):
     monkeypatch.setattr(_Foreign, "broken", True)
-    with pytest.raises(PearlError, match="It is tired"):
-        list(RemoteTalk(Server(foreign), {}, None).say("one"))
+    for error in ({"message": "It is tired."}, "It is tired."):
+        monkeypatch.setattr(_Foreign, "error", error)
+        with pytest.raises(PearlError, match="It is tired"):
+            list(RemoteTalk(Server(foreign), {}, None).say("one"))
+    for url, key, wrong in (("http://[::1", None, "--url must be"), (foreign, "ke\u1234", "printable ASCII")):
+        with pytest.raises(UsageError, match=wrong):
+            Server(url, key)
     with pytest.raises(UsageError, match="no model"):
         monkeypatch.setattr(_Foreign, "do_GET", lambda self: self._say(200, {}))
         Server(foreign)

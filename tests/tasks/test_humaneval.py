@@ -215,6 +215,13 @@ def test_human_evals_own_command_says_the_same_of_a_runs_file(tmp_path):
     assert re.search(r"'pass@1': (?:np\.float64\()?0\.625\b", done.stdout)
 
 
+def test_where_a_run_stopped_between_two_samples_of_a_problem_all_are_scored():
+    other = PROBLEMS[0]
+    whole = [(one.task_id, one.canonical_solution) for one in (ADD, other)]
+    found = BENCHMARK.score([ADD, other], [(ADD.task_id, "    pass\n"), *whole])
+    assert found["pass_at_k"] == {"1": 0.75}
+
+
 @pytest.mark.parametrize(
     "source",
     tiered(

@@ -77,6 +77,9 @@ class Doomed(ScriptedChannel):
                 break
         self.waited.append(self.time.now - began)
 
+    def abort(self, reason: str) -> None:
+        self.aborted = True
+
     def close(self) -> None:
         self.closed = True
 

@@ -42,9 +42,15 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return (done.stdout.strip() + ("+" if changed.stdout.strip() else "")) or None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=False).stdout.strip()
+
+    try:
+        found, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    except OSError:  # there is no git
+        return None
+    return (found + ("+" if changed else "")) or None
 
 
 def _processor() -> str:
