@@ -62,7 +62,7 @@ class DrafterProcess:
     @property
     def pid(self) -> int | None:
         """Of a drafter that we started, until it was reaped: then the number may be somebody else's."""
-        return self._child.pid if self._child and self._child.returncode is None else None
+        return self._child.pid if self._child and self._child.poll() is None else None
 
     @property
     def stopped(self) -> bool:

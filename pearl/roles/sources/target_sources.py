@@ -60,7 +60,9 @@ class TargetSources:
                 self._try(source, [sequence], partial(source.predict, sequence.batch_slot, prediction))
 
     def end(self, sequence: SequenceState) -> None:
-        """It is over, and so is all that was to be said of it."""
+        """It is over, and so is all that was to be said of it. One that never began is left alone."""
+        if sequence not in self._failed:
+            return
         for source, asking in self.asking.items():
             self._try(source, [sequence], partial(source.end, sequence.batch_slot))
             self._try(source, [sequence], partial(source.remember, sequence.trie.tokens))
