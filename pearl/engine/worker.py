@@ -113,6 +113,7 @@ class Worker:
     # In the thread
 
     def _live(self) -> None:
+        memory.reset_peak()  # what loading took is no text's
         error: BaseException = EngineClosedError("This engine was closed before the text was over.")
         try:
             with self._runtime.on_its_cores():

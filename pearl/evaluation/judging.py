@@ -156,8 +156,10 @@ def judged(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
         return line["question_id"], line["turn"], *models
 
     with sound(str(file), "name another --output, which pearl judge has written or will write"):
-        found = {about(line): line for line in lines.read(file)}
-    lines.mend(file)
+        values = lines.read(file)
+        found = {about(line): line for line in values}
+    if file.exists():
+        lines.settle(file, values)
     return found
 
 

@@ -275,7 +275,7 @@ class Target:
                 if not first:
                     self._beside.judge(one, mine, walked, controller)
             self._beside.passed(self._clock() - since)
-        for one in sequences if self._beside else ():
+        for one in sequences:
             if one.stopper.finish is not None:
                 self._beside.end(one)
 

@@ -77,8 +77,9 @@ class DraftKind:
 def describe(name: str, target: TargetFacts | None = None) -> DraftDescription:
     """What the checkpoint of that name is: a folder, a GGUF file or a hub id. Raises `UsageError`."""
     files = DraftFiles.of(name)
+    kind = kind_of(files)
     with readable(files):
-        return kind_of(files).describe(files, target)
+        return kind.describe(files, target)
 
 
 def with_depths(found: DraftDescription, depths: int) -> DraftDescription:
