@@ -6,6 +6,7 @@ total, or a ratio of two such, has one. The seed is fixed: the same facts give t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,9 +41,10 @@ def interval(totals: Totals, figure: Callable[..., Any]) -> list[float] | None:
     (a total to divide by is nought)."""
     if len(totals) < FEWEST:
         return None
-    from scipy.stats import bootstrap  # takes a second to load
+    from scipy.stats import DegenerateDataWarning, bootstrap  # takes a second to load
 
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # no value in a draw: said by None
         drawn = bootstrap(
             tuple(np.stack([*totals.values()], axis=1)),
             lambda *columns, axis=-1: figure(*(one.sum(axis) for one in columns)),
