@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -182,8 +183,9 @@ def pack(model: nn.Module, kernel: str) -> int:
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear and type(layer) is not Conv1D:
                 continue
-            weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-            if (made := _replaced(weight, layer.bias, kernel)) is None:
+            linear = cast(nn.Linear, layer)
+            weight = linear.weight.detach().T if type(layer) is Conv1D else linear.weight.detach()
+            if (made := _replaced(weight, linear.bias, kernel)) is None:
                 left += 1
             else:
                 setattr(parent, name, made)
