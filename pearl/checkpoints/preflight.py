@@ -152,6 +152,12 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         width = _width(config.draft_dtype or config.dtype)
         sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     elif files:
+        for option in ("draft_dtype", "draft_load_in"):
+            if getattr(config, option):
+                raise UsageError(
+                    f"{option} is for draft models: leave it out, as {files.name} drafts from hidden states, in "
+                    "float32 on a CPU and in bfloat16 on a GPU."
+                )
         numbers["draft"], kinds["draft"] = _numbers(files, placed["draft"])
         sizes["draft"] = 0.0
     texts = _texts(config, sizes["target"], max_length)

@@ -225,6 +225,8 @@ def engine_config(found: argparse.Namespace) -> tuple[EngineConfig, Pair | None]
     pair, target, draft = (getattr(found, name, None) for name in ("pair", "target", "draft"))
     named = load_pair(pair or EMBEDDED) if pair or not (target or draft) else None
     values: dict[str, Any] = {name: getattr(named, name) for name in BY_PAIR} if named else {}
+    if named and draft not in (None, named.draft):
+        values["draft_load_in"] = None  # said of the pair's own
     values["max_sequences"] = getattr(found, "batch_size", 1)
     names = {one.name: one.dest for one in options.of(EngineConfig)}
     values |= {name: value for name, dest in names.items() if (value := getattr(found, dest, None)) is not None}

@@ -84,13 +84,20 @@ def batches(texts: Sequence[Read], most: int) -> Iterator[list[Read]]:
 
 
 def score_model(draft: Any, texts: Sequence[Read], target: Any = None) -> list[Scored]:
-    """`draft`, `target`: `LanguageModel`s with batch slots for all of `texts`, which are read in one forward."""
+    """`draft`, `target`: `LanguageModel`s with batch slots for all of `texts`, which are read in one forward. Behind
+    the longest text that the draft reads it guesses nothing."""
     from pearl.models.scoring import read_whole
 
-    tokens = [text.tokens for text in texts]
+    short = [Read(text.tokens[: draft.max_length], min(text.first, draft.max_length)) for text in texts]
+    tokens = [text.tokens for text in short]
     said = read_whole(draft, tokens)
     other = read_whole(target, tokens) if target else [None] * len(texts)
-    return [_score(text, q, p) for text, q, p in zip(texts, said, other, strict=True)]
+    scored = []
+    for text, cut, q, p in zip(texts, short, said, other, strict=True):
+        one, behind = _score(cut, q, p), len(text.tokens) - max(text.first, len(cut.tokens))
+        overlaps = (*one.overlaps, *[0.0] * behind) if target else ()
+        scored.append(Scored((*one.ranks, *[max(RANKS)] * behind), overlaps))
+    return scored
 
 
 def _score(text: Read, q: Any, p: Any) -> Scored:

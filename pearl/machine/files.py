@@ -25,8 +25,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     _remove(partial)
     try:
+        mode = _usual_mode(partial)
         yield partial
         if partial.is_file():
+            partial.chmod(mode)  # safetensors lets nobody else read what it writes
             with open(partial, "rb") as written:
                 os.fsync(written.fileno())
         partial.replace(path)
@@ -34,6 +36,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _remove(partial)
         raise
+
+
+def _usual_mode(path: Path) -> int:
+    """Of a new file there, as the user's umask has it."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
 
 
 def _remove(path: Path) -> None:

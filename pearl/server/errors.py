@@ -60,6 +60,11 @@ def from_engine(error: BaseException, fields: frozenset[str] = frozenset()) -> A
     return APIError(500, f"The text could not be written ({type(error).__name__}: {error}).", "internal_error")
 
 
+def unexpected(error: BaseException) -> APIError:
+    """A fault of this server."""
+    return APIError(500, f"The server has met an error of its own ({type(error).__name__}).")
+
+
 def install(app: FastAPI) -> None:
     """Gives all errors of the framework that shape too."""
 
@@ -77,13 +82,9 @@ def install(app: FastAPI) -> None:
             error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers
         ).response
 
-    async def unexpected(_: Request, error: Any) -> JSONResponse:
-        return APIError(500, f"The server has met an error of its own ({type(error).__name__}).").response
-
     app.add_exception_handler(APIError, ours)
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def _first(error: RequestValidationError) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pearl.config.server_config import ServerConfig
-from pearl.server.errors import APIError
+from pearl.server.errors import APIError, unexpected
 from pearl.server.metrics import Metrics
 
 BODY_S = 30.0  # between two pieces of a body
@@ -53,6 +53,10 @@ class Limits:
             if began:
                 raise
             await error.response(scope, receive, numbered)
+        except Exception as error:
+            if not began:
+                await unexpected(error).response(scope, receive, numbered)
+            raise  # to the server's log
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         if self._key is None or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -143,9 +144,13 @@ async def _tell(server: Server, service: Service, where: str) -> None:
 
 
 def lines(service: Service, where: str) -> str:
-    """What works as it is: a line for a shell, and one for Python."""
-    key = " -H 'Authorization: Bearer $" + KEY + "'" if service.config.key else ""
-    key = key.replace("'", '"')
+    """What works as it is: a line for a shell, and one for Python. A key of the environment stays there; one that was
+    an argument is in the list of processes anyway."""
+    given, key, secret = service.config.api_key, "", '"none"'
+    if given:
+        key, secret = f" -H {shlex.quote(f'Authorization: Bearer {given}')}", repr(given)
+    elif service.config.key:
+        key, secret = f' -H "Authorization: Bearer ${KEY}"', f'__import__("os").environ["{KEY}"]'
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
     path = "chat/completions"
     ask = 'chat.completions.create(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=64, '
@@ -153,13 +158,12 @@ def lines(service: Service, where: str) -> str:
     if not service.engine.tokenizer.chat_template:
         body, path = '{"prompt": "The sky is", "max_tokens": 64}', "completions"
         ask, shown = 'completions.create(prompt="The sky is", max_tokens=64, ', ".choices[0].text"
-    secret = f'__import__("os").environ["{KEY}"]' if service.config.key else '"none"'
     code = f'import openai; c = openai.OpenAI(base_url="{where}/v1", api_key={secret}); '
     code += f'print(c.{ask}model="{service.model}"){shown})'
     return (
         f"{service.model} is served at {where}\n\n"
         f"  curl {where}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n\n"
-        f"  python -c '{code}'\n"
+        f"  python -c {shlex.quote(code)}\n"
     )
 
 

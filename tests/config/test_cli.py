@@ -111,6 +111,8 @@ def test_the_pair_gives_way_to_the_command_line():
     found = cli.parse(cli.parser("chat"), ["--pair", "self-qwen2.5-7b-4bit", "--draft-load-in", "8bit"])
     config, pair = cli.engine_config(found)
     assert pair and (config.target, config.draft_load_in, config.dtype) == (pair.target, "8bit", pair.dtype)
+    other, _ = cli.engine_config(cli.parse(cli.parser("chat"), ["--pair", "self-qwen2.5-7b-4bit", "--draft", "d"]))
+    assert (other.draft, other.draft_load_in) == ("d", None), "4bit is said of the pair's draft model"
     alone, none = cli.engine_config(cli.parse(cli.parser("chat"), ["--target", "t"]))
     assert none is None and (alone.target, alone.draft) == ("t", "suffix")
 

@@ -35,6 +35,7 @@ from trained import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pearl.checkpoints import quantized
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_target
 from pearl.config.engine_config import EngineConfig
@@ -578,6 +579,13 @@ def test_a_note_that_does_not_fit_is_refused(toy, drafter_folder, tmp_path, valu
     folder = changed(drafter_folder, tmp_path / "changed", **values)
     with pytest.raises(UsageError, match=sentence):
         preflight(EngineConfig(toy, f"feature:{folder}", dtype="float32"))
+
+
+@pytest.mark.parametrize("option, value", [("draft_dtype", "bfloat16"), ("draft_load_in", "8bit")])
+def test_options_of_draft_models_are_refused(toy, drafter_folder, monkeypatch, option, value):
+    monkeypatch.setattr(quantized, "need_bitsandbytes", lambda: None)
+    with pytest.raises(UsageError, match=f"{option} is for draft models: leave it out"):
+        preflight(EngineConfig(toy, f"feature:{drafter_folder}", dtype="float32", **{option: value}))
 
 
 def test_layers_that_the_target_does_not_have_are_refused(toy, drafter_folder, tmp_path):

@@ -48,6 +48,18 @@ def test_texts_side_by_side_score_as_alone():
         assert mine.overlaps == pytest.approx(alone.overlaps, abs=1e-5)
 
 
+def test_a_draft_model_guesses_nothing_behind_its_longest_text():
+    short = model(batch_slots=1)
+    short.max_length = 20
+    for first in (5, 25):
+        one = Read(text(32, 3), first)
+        (cut,), (whole,) = score_model(short, [one], model(seed=3)), score_model(model(), [one], model(seed=3))
+        within = max(0, 20 - first)
+        assert len(cut.ranks) == len(cut.overlaps) == 32 - first
+        assert cut.ranks == whole.ranks[:within] + (8,) * (32 - first - within)
+        assert cut.overlaps[within:] == (0.0,) * (32 - first - within)
+
+
 def test_a_rank_counts_the_guesses_before_it():
     one = Read(text(30, 2), 4)
     with torch.inference_mode():

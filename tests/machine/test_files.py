@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pearl.machine.files import atomic_write, cache_folder
 
@@ -17,6 +20,16 @@ def test_what_is_written_is_there_at_the_end_and_not_before(tmp_path: Path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_what_safetensors_writes_as_the_umask_says(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        with atomic_write(tmp_path / "weights") as partial:
+            save_file({"one": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("folder", [False, True])

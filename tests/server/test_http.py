@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from pearl.core.params import SamplingParams
 from pearl.errors import UsageError
 from pearl.server import limits, run, texts
 from pearl.server.life import Service
+from pearl.server.metrics import Metrics
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -267,6 +269,28 @@ def test_a_key_guards_v1_alone(engine):
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_the_lines_that_a_server_prints_bring_its_key(engine, monkeypatch):
+    monkeypatch.setenv("PEARL_API_KEY", "of the environment")
+    for options, wanted in (({}, "$PEARL_API_KEY"), ({"api_key": "it's given"}, "it's given")):
+        with servers.served(engine, **options) as one:
+            said = run.lines(one.service, one.url)
+        curl, python = (shlex.split(line) for line in said.splitlines() if line.startswith("  "))
+        assert f"Authorization: Bearer {wanted}" in curl and json.loads(curl[-1])["max_tokens"] == 64
+        compile(python[2], "line", "exec")
+        assert ("PEARL_API_KEY" if wanted.startswith("$") else wanted) in python[2]
+
+
+def test_a_fault_of_the_server_is_said_in_that_shape_and_numbered(engine, monkeypatch):
+    def broken(_: object) -> bytes:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(Metrics, "exposition", broken)
+    with servers.served(engine) as one, httpx.Client(base_url=one.url) as client:
+        answer = client.get("/metrics", headers={"x-request-id": "mine"})
+        assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine"
+        assert answer.json()["error"]["type"] == "server_error"
 
 
 def test_bodies_that_are_too_large_or_never_come_are_refused(engine, monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
-from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence
+from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, concatenated
 from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.machine.transfers import sent
@@ -211,7 +211,7 @@ class HeadReader:
         return part.end > part.kept or bool(part.new)
 
     def _forward(self, parts: Sequence[_Part]) -> None:
-        drafter, before = self.drafter, self.drafter.shape.first_row
+        before = self.drafter.shape.first_row
         rows, positions = [], []
         for part in parts:
             rows.append(self._rows(part))
@@ -222,7 +222,7 @@ class HeadReader:
             [positions],
             torch.cat(rows),
             [_joined(masks, [past[0][0].shape[2] for past in pasts])],
-            [_beside([past[layer] for past in pasts]) for layer in range(drafter.shape.layers)],
+            concatenated(pasts),
         )
         made, first = list(zip(new[::2], new[1::2], strict=True)), 0
         for part, own in zip(parts, rows, strict=True):
@@ -255,7 +255,7 @@ class HeadReader:
         if not part.new:
             return
         new = [(k[:, :, last : last + len(part.new)], v[:, :, last : last + len(part.new)]) for k, v in made]
-        state.drafted = [_beside(pair) for pair in zip(state.drafted, new, strict=True)] if state.drafted else new
+        state.drafted = concatenated([state.drafted, new]) if state.drafted else new
         for number, (parent, row, _) in enumerate(part.new):
             row.hidden, row.seen = hidden[last + number], (*parent.seen, state.count + number)
             parent.children[row.token] = row
@@ -281,9 +281,3 @@ def _joined(masks: Sequence[Tensor], past: Sequence[int]) -> Tensor:
     cached = torch.block_diag(*(mask[:, :count] for mask, count in zip(masks, past, strict=True)))
     new = torch.block_diag(*(mask[:, count:] for mask, count in zip(masks, past, strict=True)))
     return torch.cat([cached, new], 1).bool()
-
-
-def _beside(parts: Sequence[KeyValue]) -> KeyValue:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
