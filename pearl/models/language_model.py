@@ -144,7 +144,7 @@ class LanguageModel:
         """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
         state, but = self._slots[batch_slot], list(but)
         known = state.known(but, len(but))
-        state.cache.clear(known)
+        state.cache.clear(known, scratch=self.static is not None)
         self._slots[batch_slot] = SlotState(state.cache, but[:known], pieces=state.pieces[: known // PREFILL_CHUNK])
         if self._head:
             self._head.forget(batch_slot)

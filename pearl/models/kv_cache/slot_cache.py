@@ -155,13 +155,15 @@ class SlotCache(ForwardCache):
         self.layout = ForwardLayout(SentOnce(slots), len(slots), mask.visible.shape[-1])
         self.mask, self.first, self.high = mask, 0, max(self.high, int(slots.max()) + 1)
 
-    def clear(self, first: int) -> None:
+    def clear(self, first: int, scratch: bool = True) -> None:
         """Makes the slots from `first` on nought. A row that must not see them counts them nought times; but nought
-        times NaN is NaN, so a text with such keys or values would spoil the next."""
-        for buffers in self.buffers.all_layers():
-            for buffer in buffers:
-                buffer[self.batch_slot, :, first : self.high] = 0
-                buffer[self.batch_slot, :, self.slots :] = 0
+        times NaN is NaN, so a text with such keys or values would spoil the next. `scratch`: those of the rows that lie
+        in no slot too, of which only a forward of static shape reads what another one has written."""
+        buffers = [buffer[self.batch_slot] for pair in self.buffers.all_layers() for buffer in pair]
+        if first < self.high:
+            torch._foreach_zero_([buffer[:, first : self.high] for buffer in buffers])
+        if scratch and buffers:
+            torch._foreach_zero_([buffer[:, self.slots :] for buffer in buffers])
         self.high = min(self.high, first)
 
     def take(self, first: int, count: int) -> dict[int, KeyValue]:
