@@ -357,6 +357,21 @@ def test_drafting_that_brings_nothing_is_stopped_and_tried_ever_more_rarely(mode
     assert sum(drafted[1000:]) / 3000 < 1.5 * TRIAL / LONGEST_PAUSE, "it costs next to nothing, and it is still tried"
 
 
+def test_a_pause_ends_with_the_text_that_sources_beside_the_target_repeat():
+    """A copied part, which the target alone writes with five tokens a pass, and then a part of its own."""
+    controller = with_a_model(TREE)
+    run(controller, TRIAL, 1.4, 1.2)
+    for _ in range(PROBE + 3):
+        assert controller.paused
+        controller.record_pass(5, 5, 1.0, 1.0)
+    alone = 0
+    while controller.paused:
+        controller.record_pass(1, 1, 1.0, 1.0)
+        alone += 1
+    assert 5 < alone < 10
+    assert all(run(controller, LONGEST_TRIAL, 1.4, 1.2))
+
+
 def test_drafting_that_brings_much_is_never_stopped():
     assert all(run(with_a_model(TREE), 2000, 3, 1.2))
 

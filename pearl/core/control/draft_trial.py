@@ -4,15 +4,19 @@ Both models share caches and memory, so what the target makes alone is known onl
 
     trial    passes with a drafter; then the verdict: probe, pause, or another trial that is twice as long
     probe    the first few passes without one, once: they show what the target makes alone
-    pause    passes without one, each time twice as long
+    pause    passes without one, each time twice as long; over once the target alone is slower than the trial was, as
+             it is when sources beside it found much to repeat in a part of the text that has ended
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled each time that it was worth it
 PROBE = 4  # passes without drafting that show what the target makes alone
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
 MIN_SPEEDUP = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
+RESUME_SPEEDUP, LATELY = 1.1, 8  # a pause is over where the last trial was so much faster than so many passes alone
 CLEAR_SPEEDUP = 1.3  # times faster than the target was expected to be alone: no need for a probe
 
 
@@ -24,6 +28,8 @@ class DraftTrial:
         self._alone_tokens = self._alone_seconds = 0.0
         self._tokens, self._seconds, self._passes = 0, 0.0, 0  # since drafting was last judged
         self._length = TRIAL  # of this trial, in passes
+        self._drafted = 0.0  # tokens per second of the last trial
+        self._lately: deque[tuple[int, float]] = deque(maxlen=LATELY)  # tokens and seconds of passes of this pause
         self._next_pause, self._left = FIRST_PAUSE, 0  # and passes that are left of this one
         self._drafter_idle = False  # it has finished the forward that it was in when the pause began
 
@@ -37,9 +43,13 @@ class DraftTrial:
             if self._drafter_idle:
                 self._alone_tokens = 0.9 * self._alone_tokens + committed
                 self._alone_seconds = 0.9 * self._alone_seconds + seconds
+                self._lately.append((committed, seconds))
             self._left, self._drafter_idle = self._left - 1, True
-            if not self._left and self._passes:  # the probe is over
-                self._judge()
+            if self._passes:
+                if not self._left:  # the probe is over
+                    self._judge()
+            else:
+                self._end_early()
             return
         self._tokens, self._seconds, self._passes = self._tokens + committed, self._seconds + seconds, self._passes + 1
         if self._passes < self._length:
@@ -55,8 +65,16 @@ class DraftTrial:
             self._next_pause, self._length = FIRST_PAUSE, min(2 * self._length, LONGEST_TRIAL)
         else:
             self._pause(self._next_pause)
+            self._drafted = self._tokens / self._seconds
             self._next_pause, self._length = min(2 * self._next_pause, LONGEST_PAUSE), TRIAL
         self._tokens, self._seconds, self._passes = 0, 0.0, 0
 
+    def _end_early(self) -> None:
+        """If the target alone has become slower than drafting was."""
+        tokens, seconds = (sum(facts) for facts in zip((0, 0.0), *self._lately, strict=True))
+        if len(self._lately) == LATELY and self._drafted * seconds > RESUME_SPEEDUP * tokens:
+            self._left, self._alone_tokens, self._alone_seconds = 0, tokens, seconds
+
     def _pause(self, passes: int) -> None:
         self._left, self._drafter_idle = passes, False
+        self._lately.clear()
