@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import deque
 
 TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled each time that it was worth it
-PROBE = 4  # passes without drafting that show what the target makes alone
+PROBE = 6  # passes without drafting that show what the target makes alone
+MOST = 4  # tokens of a pass that count: longer ones are repeated text, which sources beside the target find anyway
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
 MIN_SPEEDUP = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
-RESUME_SPEEDUP, LATELY = 1.1, 8  # a pause is over where the last trial was so much faster than so many passes alone
+RESUME_SPEEDUP, LATELY = 1.1, 6  # a pause is over where the last trial was so much faster than so many passes alone
 CLEAR_SPEEDUP = 1.3  # times faster than the target was expected to be alone: no need for a probe
 
 
@@ -39,6 +40,7 @@ class DraftTrial:
 
     def passed(self, committed: int, seconds: float, sequences: int, expected_s: float) -> None:
         """A pass of so many sequences is over. `expected_s`: what one without guesses was measured to take."""
+        committed = min(committed, MOST * sequences)
         if self._left:
             if self._drafter_idle:
                 self._alone_tokens = 0.9 * self._alone_tokens + committed
