@@ -5,6 +5,7 @@ Knows: which of the bits' promises a target keeps here. Refuses to know: what dr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import UsageError
 from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
+from pearl.models.fused_layers import fuse
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
@@ -78,10 +80,11 @@ def load_plain(checked: Preflight, device: str) -> Any:
 
 
 def prepare(model: Any, kernel: str, placed: Placement) -> None:
-    """Our attention, and our linear layers where they are wanted."""
+    """Our attention, and our layers where they are wanted."""
     use_grouped_attention(model)
-    if placed.on_cpu:
-        linear.pack(model, linear.chosen(kernel, model.dtype))
+    if placed.on_cpu and (kernel := linear.chosen(kernel, model.dtype)) != "stock":
+        fuse(model, partial(linear.holds, kernel=kernel))
+        linear.pack(model, kernel)
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -175,6 +175,13 @@ def _exact(weight: Tensor, shift: int) -> bool:
     return True
 
 
+def holds(weight: Tensor, kernel: str) -> bool:
+    """Whether a layer of that kernel can hold a weight [out, in]."""
+    if kernel == "packed":
+        return shift_of(weight) is not None
+    return kernel == "int8" or (kernel == "blocked" and weight.dtype == torch.bfloat16)
+
+
 def pack(model: nn.Module, kernel: str) -> int:
     """Replaces the model's linear layers in place, by packed ones where that is exact, by blocked ones where they are
     in bfloat16, or by int8 ones. Returns how many were left as they are."""
@@ -193,9 +200,11 @@ def pack(model: nn.Module, kernel: str) -> int:
 
 
 def _replaced(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module | None:
+    if not holds(weight, kernel):
+        return None
     if kernel == "int8":
         return Int8Linear(weight, bias)
     if kernel == "blocked":
-        return BlockedLinear(weight, bias) if weight.dtype == torch.bfloat16 else None
-    shift = shift_of(weight) if kernel == "packed" else None
+        return BlockedLinear(weight, bias)
+    shift = shift_of(weight)
     return None if shift is None else PackedLinear(weight, bias, shift)

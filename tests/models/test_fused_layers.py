@@ -1,0 +1,66 @@
+"""Layers with fewer operations have the bits of transformers' own, and replace only what computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from architectures import TABLE, Architecture
+from transformers import GraniteConfig, PreTrainedConfig, PreTrainedModel, SmolLM3Config
+
+from pearl.models.fused_layers import FusedLayer, fuse
+from pearl.models.hidden_states import decoder_layers
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.transformers_interface import use_transformers_attention
+
+LIKE_LLAMA = {"llama", "llama tied", "qwen2", "qwen2 windows", "qwen3", "mistral", "exaone"}
+
+
+def fused(model: PreTrainedModel) -> int:
+    use_grouped_attention(model)
+    return fuse(model, lambda _: True)
+
+
+def tokens(count: int) -> list[int]:
+    return torch.randint(tiny.VOCABULARY, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("one", [one for one in TABLE if one.name in LIKE_LLAMA], ids=lambda one: one.name)
+def test_chains_and_branches_have_the_bits_of_transformers_layers(one: Architecture, dtype: str):
+    model = one.model(dtype)
+    assert fused(model) == len(decoder_layers(model))
+    branches = [(0, 3), (1, 4), (3, 5)]  # the token behind a row
+    wanted, found = (
+        tiny.verifier(of, max_length=one.longest).read(tokens(40), 3, branches) for of in (one.model(dtype), model)
+    )
+    assert torch.equal(found, wanted)
+
+
+def test_a_fused_model_holds_each_number_once_and_transformers_still_generates_with_it():
+    (one,) = [one for one in TABLE if one.name == "qwen2"]
+    model, plain = one.model(), one.model()
+    assert fused(model) and sum(map(torch.numel, model.parameters())) == sum(map(torch.numel, plain.parameters()))
+    use_transformers_attention(model)
+    prompt = torch.tensor([tokens(9)])
+    assert torch.equal(*(of.generate(prompt, max_new_tokens=12, do_sample=False) for of in (model, plain)))
+
+
+@pytest.mark.parametrize("residual", [1.0, 0.5])
+def test_a_multiplier_shows_in_what_a_layer_computes(residual: float):
+    model = tiny.random_model(GraniteConfig(**tiny.SIZES, residual_multiplier=residual))
+    assert fused(model) == (2 if residual == 1.0 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_without_positions_stays_as_it_is(dtype: torch.dtype):
+    config: PreTrainedConfig = SmolLM3Config(**tiny.SIZES | {"num_hidden_layers": 4}, no_rope_layers=[1, 1, 0, 1])
+    model = tiny.random_model(config).to(dtype)
+    fused(model)
+    assert [type(layer) is FusedLayer for layer in decoder_layers(model)] == [True, True, False, True]
+
+
+def test_a_weight_that_no_layer_of_ours_holds_is_left_alone():
+    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    use_grouped_attention(model)
+    assert fuse(model, lambda weight: weight.shape[0] < 100) == 0
