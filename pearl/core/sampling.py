@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pearl.core import noise
+from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
@@ -109,7 +110,7 @@ def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
         best, tokens = here[0].to(logits.dtype), here[1].long()
     else:
         logits = here
-        best, tokens = here.topk(_candidates(query))
+        best, tokens = top_k(here, _candidates(query))
     if params.greedy:
         logp = best.float().log_softmax(-1).tolist()
         if any(math.isnan(row[0]) for row in logp):  # of infinity too

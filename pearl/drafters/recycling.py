@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pearl.core import noise
+from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
 from pearl.core.trie import RECYCLED, Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
@@ -37,7 +37,6 @@ _BELIEF = 8.0  # what a probability says of itself counts as much as so many row
 _TRUST = 0.75, 0.45  # and how far it is believed at first, by the key
 _FORGET = 0.998  # of what was counted, from pass to pass
 _UNKNOWN = math.log(0.7)  # of a guess whose source had no probability
-_BLOCK = 64  # logits of which the best is found first
 _FACTOR = 0x9E3779B97F4A7C15
 _OTHER_FACTOR = 0xD1B54A32D192ED03
 _MASK = (1 << 64) - 1
@@ -72,7 +71,7 @@ class RecyclingSource(DraftSource):
 
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
         """Keeps the best tokens of each row, and learns from what was kept of it before."""
-        values, tokens = best_few(read.logits, KEPT)
+        values, tokens = top_k(read.logits, KEPT)
         best, kept = values.float().cpu().numpy(), tokens.to(torch.int32).cpu().numpy()
         width = best.shape[1]
         if not np.isfinite(best[:, 0]).all():
@@ -160,24 +159,6 @@ class RecyclingSource(DraftSource):
         judged += np.bincount(bins, minlength=_BINS)
         rights += np.bincount(bins, weights=right, minlength=_BINS)
         self._logp = np.log(np.clip(self._right / self._judged, 1e-6, 0.98)).tolist()
-
-
-def best_few(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`logits.topk(count)`, [R, count] each, several times as fast: the best lie in the blocks with the highest maxima,
-    so only these are sorted.  logits: [R, V]"""
-    rows, size = logits.shape
-    blocks = size // _BLOCK
-    if blocks <= 4 * count:
-        return logits.topk(min(count, size))
-    # a block has every so many-th token, so that the maxima are those of rows that lie one after the other
-    whole = logits[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks))
-    chosen = whole.amax(1).topk(count).indices  # [R, count]
-    tokens = (chosen[..., None] + torch.arange(0, blocks * _BLOCK, blocks, device=logits.device)).flatten(1)
-    if blocks * _BLOCK < size:
-        rest = torch.arange(blocks * _BLOCK, size, device=logits.device).expand(rows, -1)
-        tokens = torch.cat([tokens, rest], 1)
-    best, at = logits.gather(1, tokens).topk(count)
-    return best, tokens.gather(1, at)
 
 
 def _key(text: int, before: int, token: int, level: int) -> int:

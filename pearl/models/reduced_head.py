@@ -116,8 +116,8 @@ class ReducedVocabHead(nn.Module):
         count = len(self._rare_ids) if self._settled else len(self._rare)
         ids, rows = self._rare_ids[:count], self._rare_rows[:count]
         logits = x.new_full((*x.shape[:-1], self._size + 1), -torch.inf)
-        logits[..., self._ids] = self.frequent(x)
-        logits[..., ids] = (x.to(rows.dtype) @ rows.T).to(logits.dtype)
+        logits.index_copy_(-1, self._ids, self.frequent(x))
+        logits.index_copy_(-1, ids, (x.to(rows.dtype) @ rows.T).to(logits.dtype))
         return logits[..., : self._size]
 
     def _add(self, tokens: Iterable[int]) -> None:

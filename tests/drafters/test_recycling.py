@@ -6,15 +6,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from toys import examples
 
 from pearl.core import noise
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Trie
 from pearl.drafters.draft_source import RowsRead, TreeQuery
-from pearl.drafters.recycling import KEPT, PLACES, RecyclingSource, best_few
+from pearl.drafters.recycling import KEPT, PLACES, RecyclingSource
 
 V = 40
 
@@ -44,16 +41,6 @@ def grown(of: RecyclingSource, trie: Trie, most: int = 15, deepest: int = 9) -> 
             found[(*path, child.token)] = joint + child.logp
             stack.append(((*path, child.token), child, joint + child.logp))
     return found
-
-
-@examples(60)
-@given(st.integers(1, 5), st.integers(9, 2000), st.integers(1, 8), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_the_best_few_are_those_of_topk(count: int, size: int, most: int, dtype: torch.dtype):
-    logits = torch.randn(count, size, generator=torch.Generator().manual_seed(size)).to(dtype)
-    values, tokens = best_few(logits, most)
-    assert torch.equal(values, logits.topk(most).values)
-    assert torch.equal(logits.gather(1, tokens), values)
-    assert all(len(set(row)) == most for row in tokens.tolist())
 
 
 def test_what_followed_a_token_is_guessed_with_what_followed_that():

@@ -184,8 +184,11 @@ class SlotCache(ForwardCache):
         for buffer, states in zip(
             self.view(layer_idx, key_states, value_states), (key_states, value_states), strict=True
         ):
-            where = layout.slots if isinstance(layout.slots, slice) else layout.slots.on(buffer.device)
-            buffer[:, :, where] = states[:, :, : layout.written]
+            new = states[:, :, : layout.written]
+            if isinstance(layout.slots, slice):
+                buffer[:, :, layout.slots] = new
+            else:
+                buffer.index_copy_(2, layout.slots.on(buffer.device), new)
             if layout.branches:
                 buffer[:, :, self.slots : self.slots + states.shape[2]] = states
             seen.append(buffer[:, :, : layout.seen])
