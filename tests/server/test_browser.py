@@ -38,7 +38,10 @@ def server(browser, pair):
 def visit(browser, server):
     one = Visit(browser, accept_downloads=True)
     one.page.goto(server.url)
-    one.page.wait_for_selector("#status[data-is=ready]")
+    try:
+        one.page.wait_for_selector("#status[data-is=ready]")
+    except Exception as error:
+        raise AssertionError(f"{one.page.inner_text('#status')}: {server.service.engine.events}") from error
     yield one
     assert not one.errors
     assert all(url.startswith((server.url, "data:", "blob:")) for url in one.asked), "it asks its own server alone"
