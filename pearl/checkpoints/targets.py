@@ -5,7 +5,6 @@ Knows: which of the bits' promises a target keeps here. Refuses to know: what dr
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ def prepare(model: Any, kernel: str, placed: Placement) -> None:
     """Our attention, and our layers where they are wanted."""
     use_grouped_attention(model)
     if placed.on_cpu and (kernel := linear.chosen(kernel, model.dtype)) != "stock":
-        fuse(model, partial(linear.holds, kernel=kernel))
+        fuse(model, kernel)
         linear.pack(model, kernel)
 
 

@@ -28,7 +28,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         mode = _usual_mode(partial)
         yield partial
         if partial.is_file():
-            partial.chmod(mode)  # safetensors lets nobody else read what it writes
+            with contextlib.suppress(OSError):  # of a file system that has no modes
+                partial.chmod(mode)  # safetensors lets nobody else read what it writes
             with open(partial, "rb") as written:
                 os.fsync(written.fileno())
         partial.replace(path)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pearl.core.token_buckets import (
@@ -46,7 +47,7 @@ _GAIN = 0.97  # of the seconds of a count, at which a wider one is taken for it
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
 _TRIALS, _CANCELLING = 8, FIRST_ROWS  # inputs of a product, and how many of its sums come to almost nothing
-_WIDEST = 1 << 14  # results of one row: those of a head are compared as logits
+_WIDEST = 1 << 14  # results of one row: what a wider head computes is compared as logits
 
 Rows = dict[int, list[Tensor]]  # what the rows of a forward came to, [rows, *], by their count and for each offset
 
@@ -83,6 +84,7 @@ class Product:
 def products(model: nn.Module) -> list[Product]:
     """One linear layer of each kind and shape that a model has in this process, but for the head of a real one."""
     found: dict[object, Product] = {}
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     layer: Any
     for layer in model.modules():
         if type(layer) is PackedLinear:
@@ -96,7 +98,8 @@ def products(model: nn.Module) -> list[Product]:
         else:
             continue
         kind = type(layer), outputs, weight.shape[1], like.dtype, like.device
-        if outputs <= _WIDEST and kind not in found and like.device.type != "meta":
+        tried = outputs <= _WIDEST or layer is not head
+        if tried and kind not in found and like.device.type != "meta":
             found[kind] = Product(compute, _inputs(weight[:_CANCELLING].float().cpu()).to(like))
     return list(found.values())
 

@@ -6,14 +6,13 @@ projection another, and queries and keys are rotated together. The sums are the 
 
 Taken are the layers that are built as Llama's are (Qwen2's and Qwen3's, Mistral's and more): norm, attention with
 rotary positions, norm, gated MLP. A layer looks like one by its parts; that it is one is found out by asking both
-(`_computes_the_same`), as a multiplier or a layer without positions shows in no name. All others stay as they are.
+(`_compute_the_same`), as a multiplier or a layer without positions shows in no name. All others stay as they are.
 
 Letters: B sequences, R rows of each, H heads of queries, K of keys, D numbers of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,16 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pearl.models import linear
 from pearl.models.hidden_states import decoder_layers
-from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall
 from pearl.models.kv_cache.transformers_interface import ForwardCache, cache_argument, uses_grouped_attention
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # the parts of a layer
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_POSITIONS = (0, 1, 2, 5, 11, 23)  # of the rows with which two layers are compared
-_TOLERANCE = {torch.float32: 1e-4}  # of what a layer adds; and where products are rounded to fewer bits:
+_NEAR = 0, 1, 5, 23  # positions of rows with which two layers are compared, beside far ones
+_TOLERANCE = {torch.float32: 1e-4}  # of products that are added up otherwise; and where they are rounded to fewer bits:
 _COARSE = 2e-2
 
 
@@ -60,7 +60,7 @@ class FusedLayer(nn.Module):
         self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
         self.act_fn = mlp.act_fn
-        self._norms = RMSNorm(layer.input_layernorm), RMSNorm(layer.post_attention_layernorm)  # type: ignore[arg-type]
+        self.norms = RMSNorm(layer.input_layernorm), RMSNorm(layer.post_attention_layernorm)  # type: ignore[arg-type]
         self._head_norms = None
         if hasattr(attention, "q_norm"):
             self._head_norms = RMSNorm(attention.q_norm), RMSNorm(attention.k_norm)
@@ -72,17 +72,17 @@ class FusedLayer(nn.Module):
         self,
         hidden_states: Tensor,  # [B, R, hidden]
         attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,  # cosines and sines, [B, R, D]
+        *,
+        position_embeddings: tuple[Tensor, Tensor],  # cosines and sines, [B, R, D]
         **more: Any,
     ) -> Tensor:
-        assert position_embeddings is not None, "a layer of this kind rotates its queries and keys"
-        read = self.attended(self._norms[0](hidden_states), attention_mask, position_embeddings, more)
+        read = self.attended(self.norms[0](hidden_states), attention_mask, position_embeddings, **more)
         hidden_states = hidden_states + read
-        gate, up = self.gate_up(self._norms[1](hidden_states)).chunk(2, -1)
+        gate, up = self.gate_up(self.norms[1](hidden_states)).chunk(2, -1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)
 
     def attended(
-        self, x: Tensor, attention_mask: Tensor | None, angles: tuple[Tensor, Tensor], more: dict[str, Any]
+        self, x: Tensor, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], **more: Any
     ) -> Tensor:
         """What the attention over x [B, R, hidden] puts out."""
         attention = self.self_attn
@@ -92,7 +92,7 @@ class FusedLayer(nn.Module):
         if self._head_norms:
             query, key = turned[:, : self._queries], turned[:, self._queries :]
             turned = torch.cat([self._head_norms[0](query), self._head_norms[1](key)], 1)
-        turned = _rotated(turned, *angles)
+        turned = _rotated(turned, *position_embeddings)
         query, key = turned[:, : self._queries], turned[:, self._queries :]
         cache = more.get("cache", more.get("past_key_values"))
         if cache is not None:
@@ -102,23 +102,38 @@ class FusedLayer(nn.Module):
         return self.o_proj(out.reshape(batch, rows, -1))
 
 
-def fuse(model: PreTrainedModel, holds: Callable[[Tensor], bool]) -> int:
-    """Replaces the decoder layers that are built that way, in place. Returns how many were.
-
-    `holds`: whether a layer of our own could hold that weight, [out, in]."""
+def fuse(model: PreTrainedModel, kernel: str) -> int:
+    """Replaces the decoder layers that are built that way, in place, by ones of that kernel
+    (`pearl.models.linear.pack`). Returns how many were."""
     if not uses_grouped_attention(model) or not model._supports_sdpa:
         return 0
     stack, replaced = decoder_layers(model), 0
     for number, layer in enumerate(stack):
-        if not _looks_like_llamas(layer):
+        if sum(one is layer for one in stack) > 1 or (made := _fused(model, layer, kernel)) is None:
             continue
-        made = FusedLayer(layer)
-        if holds(made.qkv.weight) and holds(made.gate_up.weight) and _computes_the_same(model, layer, made):
-            for name in _ATTENTION:
-                delattr(layer.self_attn, name)  # their weights are in the memory once
-            stack[number] = made
-            replaced += 1
+        for name in _ATTENTION:
+            delattr(layer.self_attn, name)  # their weights are in the memory once
+        stack[number] = made
+        linear.pack(made, kernel)  # and those of one layer at a time twice
+        replaced += 1
     return replaced
+
+
+@torch.inference_mode()
+def _fused(model: PreTrainedModel, layer: nn.Module, kernel: str) -> FusedLayer | None:
+    """None if another layer would not compute what this one does: whatever goes wrong says so too."""
+    try:
+        if not _looks_like_llamas(layer):
+            return None
+        made = FusedLayer(layer)
+        weights = made.qkv.weight, made.gate_up.weight
+        return (
+            made
+            if all(linear.holds(one, kernel) for one in weights) and _compute_the_same(model, layer, made)
+            else None
+        )
+    except Exception:  # code of others may fail in any way
+        return None
 
 
 def _looks_like_llamas(layer: nn.Module) -> bool:
@@ -162,33 +177,47 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 class _Chain(ForwardCache):
-    """A few rows of a text of their own."""
+    """A few rows of a text of their own. Keeps what attention was asked for."""
 
     def __init__(self, rows: int):
         super().__init__()
         self.mask = AttentionMask.chain(torch.arange(rows)[None], rows)
+        self.asked: list[tuple[Tensor, Tensor, Tensor, LayerCall]] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
+        self.asked.append((query, key, value, call))
+        return super().attend(query, key, value, call)
 
-@torch.inference_mode()
-def _computes_the_same(model: PreTrainedModel, layer: nn.Module, made: FusedLayer) -> bool:
-    """Whether two layers, and their attentions, add the same to the same rows. What fails does not."""
-    weight = made.qkv.weight
+
+def _compute_the_same(model: PreTrainedModel, layer: nn.Module, made: FusedLayer) -> bool:
+    """Whether two layers make the same of the same rows, near and far from the beginning of a text: their norms, what
+    their attentions are asked for, what these put out, and what the layers add."""
+    weight, config = made.qkv.weight, model.config.get_text_config()
+    last = (getattr(config, "max_position_embeddings", None) or 24) - 1
+    positions = torch.tensor([[*_NEAR, last // 2, last]])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, len(_POSITIONS), weight.shape[1], generator=generator).to(weight.dtype)
-    positions, cache = torch.tensor([_POSITIONS]), _Chain(len(_POSITIONS))
-    try:
-        angles = model.base_model.rotary_emb(x, position_ids=positions)  # type: ignore[operator]
-        mask, more = cache.mask.visible, {"attention_cache": cache, "position_ids": positions}
-        more[cache_argument(type(layer).forward)] = cache
-        theirs = cast(Any, layer.self_attn)(x, attention_mask=mask, position_embeddings=angles, **more)[0]
-        whole = layer(x, attention_mask=mask, position_embeddings=angles, **more)
-        whole = whole[0] if isinstance(whole, tuple) else whole
-        ours = made.attended(x, mask, angles, more), made(x, mask, angles, **more) - x
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    x = torch.randn(1, positions.shape[1], weight.shape[1], generator=generator).to(weight.dtype)
+    theirs, ours = cast(Any, layer), made
+    norms = zip(ours.norms, (theirs.input_layernorm, theirs.post_attention_layernorm), strict=True)
+    if not all(torch.equal(mine(x), norm(x)) for mine, norm in norms):
+        return False
+    angles = model.base_model.rotary_emb(x, position_ids=positions)  # type: ignore[operator]
+    found = []
+    for attention, whole in ((theirs.self_attn, theirs), (ours.attended, ours)):
+        cache = _Chain(positions.shape[1])
+        more = {"attention_cache": cache, "position_ids": positions, cache_argument(type(layer).forward): cache}
+        options = {"attention_mask": cache.mask.visible, "position_embeddings": angles, **more}
+        out, y = attention(x, **options), whole(x, **options)
+        if not isinstance(y, Tensor):
+            return False
+        *asked, call = cache.asked[0]
+        found.append(([*asked, out[0] if isinstance(out, tuple) else out, y - x], call))
+    (wanted, their_call), (given, our_call) = found
+    if their_call[:4] != our_call[:4] or their_call.sinks is not our_call.sinks:
         return False
     allowed = _TOLERANCE.get(weight.dtype, _COARSE)
-    pairs = zip(ours, (theirs, whole - x), strict=True)
-    return all(bool((found - wanted).float().norm() <= allowed * wanted.float().norm()) for found, wanted in pairs)
+    pairs = zip(given, wanted, strict=True)
+    return all(bool((one - two).float().norm() <= allowed * two.float().norm()) for one, two in pairs)

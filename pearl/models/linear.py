@@ -179,14 +179,15 @@ def holds(weight: Tensor, kernel: str) -> bool:
     """Whether a layer of that kernel can hold a weight [out, in]."""
     if kernel == "packed":
         return shift_of(weight) is not None
-    return kernel == "int8" or (kernel == "blocked" and weight.dtype == torch.bfloat16)
+    return kernel != "blocked" or weight.dtype == torch.bfloat16
 
 
 def pack(model: nn.Module, kernel: str) -> int:
     """Replaces the model's linear layers in place, by packed ones where that is exact, by blocked ones where they are
     in bfloat16, or by int8 ones. Returns how many were left as they are."""
     left = 0
-    for parent in list(model.modules()):
+    # without the layers themselves, so that the memory of each is free as soon as it is replaced
+    for parent in [module for module in model.modules() if type(module) not in (nn.Linear, Conv1D)]:
         for name, layer in list(parent.named_children()):
             if type(layer) is not nn.Linear and type(layer) is not Conv1D:
                 continue
@@ -200,11 +201,9 @@ def pack(model: nn.Module, kernel: str) -> int:
 
 
 def _replaced(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module | None:
-    if not holds(weight, kernel):
+    if kernel == "packed":
+        shift = shift_of(weight)
+        return None if shift is None else PackedLinear(weight, bias, shift)
+    if kernel == "stock" or not holds(weight, kernel):
         return None
-    if kernel == "int8":
-        return Int8Linear(weight, bias)
-    if kernel == "blocked":
-        return BlockedLinear(weight, bias)
-    shift = shift_of(weight)
-    return None if shift is None else PackedLinear(weight, bias, shift)
+    return Int8Linear(weight, bias) if kernel == "int8" else BlockedLinear(weight, bias)

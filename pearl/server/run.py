@@ -144,13 +144,11 @@ async def _tell(server: Server, service: Service, where: str) -> None:
 
 
 def lines(service: Service, where: str) -> str:
-    """What works as it is: a line for a shell, and one for Python. A key of the environment stays there; one that was
-    an argument is in the list of processes anyway."""
-    given, key, secret = service.config.api_key, "", '"none"'
-    if given:
-        key, secret = f" -H {shlex.quote(f'Authorization: Bearer {given}')}", repr(given)
-    elif service.config.key:
+    """What works as it is: a line for a shell, and one for Python. A key is never among it."""
+    key, secret, first = "", '"none"', ""
+    if service.config.key:
         key, secret = f' -H "Authorization: Bearer ${KEY}"', f'__import__("os").environ["{KEY}"]'
+        first = f"These take the key from {KEY}, which their shell has to have:\n\n" if service.config.api_key else ""
     body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
     path = "chat/completions"
     ask = 'chat.completions.create(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=64, '
@@ -161,7 +159,7 @@ def lines(service: Service, where: str) -> str:
     code = f'import openai; c = openai.OpenAI(base_url="{where}/v1", api_key={secret}); '
     code += f'print(c.{ask}model="{service.model}"){shown})'
     return (
-        f"{service.model} is served at {where}\n\n"
+        f"{service.model} is served at {where}\n\n{first}"
         f"  curl {where}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n\n"
         f"  python -c {shlex.quote(code)}\n"
     )

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from architectures import TABLE, Architecture
-from transformers import GraniteConfig, PreTrainedConfig, PreTrainedModel, SmolLM3Config
+from transformers import GraniteConfig, Ministral3Config, PreTrainedConfig, PreTrainedModel, SmolLM3Config
 
 from pearl.models.fused_layers import FusedLayer, fuse
 from pearl.models.hidden_states import decoder_layers
@@ -18,7 +18,7 @@ LIKE_LLAMA = {"llama", "llama tied", "qwen2", "qwen2 windows", "qwen3", "mistral
 
 def fused(model: PreTrainedModel) -> int:
     use_grouped_attention(model)
-    return fuse(model, lambda _: True)
+    return fuse(model, "stock")
 
 
 def tokens(count: int) -> list[int]:
@@ -60,7 +60,31 @@ def test_a_layer_without_positions_stays_as_it_is(dtype: torch.dtype):
     assert [type(layer) is FusedLayer for layer in decoder_layers(model)] == [True, True, False, True]
 
 
+def test_a_factor_that_grows_with_the_position_is_seen_where_it_counts():
+    far = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
+    arguments = tiny.SIZES | {"max_position_embeddings": 256}
+    for beta, taken in ((0.1, 0), (None, 2)):
+        rope = far | ({"llama_4_scaling_beta": beta} if beta else {"llama_4_scaling_beta": 0.0})
+        assert fused(tiny.random_model(Ministral3Config(**arguments, rope_parameters=rope))) == taken
+
+
 def test_a_weight_that_no_layer_of_ours_holds_is_left_alone():
-    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    model = tiny.random_model(tiny.CONFIGS["llama"]())  # in float32
     use_grouped_attention(model)
-    assert fuse(model, lambda weight: weight.shape[0] < 100) == 0
+    assert fuse(model, "blocked") == 0
+
+
+def test_layers_that_fail_or_put_out_something_else_are_left_alone():
+    for harm in ("tuple", "error"):
+        model = tiny.random_model(tiny.CONFIGS["llama"]())
+        use_grouped_attention(model)
+        layer = decoder_layers(model)[0]
+        forward = layer.forward
+
+        def other(*inputs, forward=forward, harm=harm, **named):
+            if harm == "error":
+                raise IndexError(harm)
+            return (forward(*inputs, **named),)
+
+        layer.forward = other
+        assert fused(model) == 1

@@ -72,10 +72,11 @@ class DraftTrial:
         self._tokens, self._seconds, self._passes = 0, 0.0, 0
 
     def _end_early(self) -> None:
-        """If the target alone has become slower than drafting was."""
+        """If the target alone has become slower than drafting was. That may have been a few slow passes: what it makes
+        alone is measured anew before drafting is judged again."""
         tokens, seconds = (sum(facts) for facts in zip((0, 0.0), *self._lately, strict=True))
         if len(self._lately) == LATELY and self._drafted * seconds > RESUME_SPEEDUP * tokens:
-            self._left, self._alone_tokens, self._alone_seconds = 0, tokens, seconds
+            self._left, self._alone_tokens, self._alone_seconds = 0, 0.0, 0.0
 
     def _pause(self, passes: int) -> None:
         self._left, self._drafter_idle = passes, False

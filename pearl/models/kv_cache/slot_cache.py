@@ -160,7 +160,7 @@ class SlotCache(ForwardCache):
         times NaN is NaN, so a text with such keys or values would spoil the next. `scratch`: those of the rows that lie
         in no slot too, of which only a forward of static shape reads what another one has written."""
         buffers = [buffer[self.batch_slot] for pair in self.buffers.all_layers() for buffer in pair]
-        if first < self.high:
+        if buffers and first < self.high:
             torch._foreach_zero_([buffer[:, first : self.high] for buffer in buffers])
         if scratch and buffers:
             torch._foreach_zero_([buffer[:, self.slots :] for buffer in buffers])
