@@ -126,12 +126,8 @@ def _fused(model: PreTrainedModel, layer: nn.Module, kernel: str) -> FusedLayer 
         if not _looks_like_llamas(layer):
             return None
         made = FusedLayer(layer)
-        weights = made.qkv.weight, made.gate_up.weight
-        return (
-            made
-            if all(linear.holds(one, kernel) for one in weights) and _compute_the_same(model, layer, made)
-            else None
-        )
+        held = all(linear.holds(one.weight, kernel) for one in (made.qkv, made.gate_up))
+        return made if held and _compute_the_same(model, layer, made) else None
     except Exception:  # code of others may fail in any way
         return None
 
