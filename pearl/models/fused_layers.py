@@ -23,7 +23,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pearl.models import linear
 from pearl.models.hidden_states import decoder_layers
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall
-from pearl.models.kv_cache.transformers_interface import ForwardCache, cache_argument, uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import (
+    PLAIN,
+    ForwardCache,
+    cache_argument,
+    forward,
+    read_plainly,
+    uses_grouped_attention,
+)
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # the parts of a layer
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -116,7 +123,20 @@ def fuse(model: PreTrainedModel, kernel: str) -> int:
         stack[number] = made
         linear.pack(made, kernel)  # and those of one layer at a time twice
         replaced += 1
+    if replaced == len(stack):
+        setattr(model, PLAIN, _is_plain(model))
     return replaced
+
+
+@torch.inference_mode()
+def _is_plain(model: PreTrainedModel) -> bool:
+    """Whether a model of fused layers does nothing else with its tokens."""
+    positions = torch.tensor([_NEAR])
+    try:
+        with_mine = read_plainly(model, positions, positions, _Chain(len(_NEAR)))
+        return torch.equal(with_mine, forward(model, positions, positions, _Chain(len(_NEAR))))
+    except Exception:  # code of others may fail in any way
+        return False
 
 
 @torch.inference_mode()

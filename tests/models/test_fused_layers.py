@@ -11,7 +11,7 @@ from transformers import GraniteConfig, Ministral3Config, PreTrainedConfig, PreT
 from pearl.models.fused_layers import FusedLayer, fuse
 from pearl.models.hidden_states import decoder_layers
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
-from pearl.models.kv_cache.transformers_interface import use_transformers_attention
+from pearl.models.kv_cache.transformers_interface import PLAIN, use_transformers_attention
 
 LIKE_LLAMA = {"llama", "llama tied", "qwen2", "qwen2 windows", "qwen3", "mistral", "exaone"}
 
@@ -29,7 +29,7 @@ def tokens(count: int) -> list[int]:
 @pytest.mark.parametrize("one", [one for one in TABLE if one.name in LIKE_LLAMA], ids=lambda one: one.name)
 def test_chains_and_branches_have_the_bits_of_transformers_layers(one: Architecture, dtype: str):
     model = one.model(dtype)
-    assert fused(model) == len(decoder_layers(model))
+    assert fused(model) == len(decoder_layers(model)) and getattr(model, PLAIN)
     branches = [(0, 3), (1, 4), (3, 5)]  # the token behind a row
     wanted, found = (
         tiny.verifier(of, max_length=one.longest).read(tokens(40), 3, branches) for of in (one.model(dtype), model)
@@ -44,6 +44,13 @@ def test_a_fused_model_holds_each_number_once_and_transformers_still_generates_w
     use_transformers_attention(model)
     prompt = torch.tensor([tokens(9)])
     assert torch.equal(*(of.generate(prompt, max_new_tokens=12, do_sample=False) for of in (model, plain)))
+
+
+@pytest.mark.parametrize("more", [{"logits_scaling": 4.0}, {"embedding_multiplier": 3.0}])
+def test_what_a_model_does_around_its_layers_is_seen_too(more: dict):
+    model, plain = (tiny.random_model(GraniteConfig(**tiny.SIZES, **more)) for _ in range(2))
+    assert fused(model) == 2 and not getattr(model, PLAIN)
+    assert torch.equal(*(tiny.verifier(of).read(tokens(40), 3) for of in (model, plain)))
 
 
 @pytest.mark.parametrize("residual", [1.0, 0.5])

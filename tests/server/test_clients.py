@@ -207,7 +207,7 @@ def test_guidellm_measures(server, pair, tmp_path):
 
 @needs("schemathesis")
 def test_whatever_is_asked_no_answer_is_one_that_the_schema_does_not_name(pair, tmp_path):
-    """`PEARL_EXAMPLES=1500` asks ten thousand times, by all of its ways."""
+    """`PEARL_EXAMPLES=1900` asks ten thousand times, by all of its ways."""
     examples = os.environ.get("PEARL_EXAMPLES")
     phases = "examples,coverage,fuzzing" if examples else "fuzzing"
     with servers.engine(*pair, max_length=40) as engine, servers.served(engine) as one:
