@@ -8,6 +8,7 @@ where the two best logits all but tie, and how near they were is looked at.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,8 @@ from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree
+from pearl.models.fused_layers import fuse
+from pearl.models.kv_cache.attention_probe import use_grouped_attention
 from pearl.models.verifier import VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
@@ -52,8 +55,10 @@ BFLOAT16_TABLE = [one for one in TABLE if one.name in BFLOAT16]
 def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
     """As loading prepares it."""
     model = architecture.model(dtype)
-    if dtype == "bfloat16":
-        linear.pack(model, linear.chosen("auto", model.dtype))
+    kernel = linear.chosen("auto", model.dtype) if dtype == "bfloat16" else "stock"
+    use_grouped_attention(model)
+    fuse(model, kernel)
+    linear.pack(model, kernel)
     reader = tiny.verifier(model, max_length=architecture.longest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pearl.models.batch_invariance._TIMING_S", 0.0)  # bits are compared once, and nothing is timed
@@ -72,11 +77,11 @@ def alone(architecture: Architecture, dtype: str) -> list[list[int]]:
     ]
 
 
-def assert_modes_agree(architecture: Architecture, dtype: str) -> None:
-    """All of them with a drafter that is often right, and messages that come when they come."""
+def assert_modes_agree(architecture: Architecture, dtype: str, modes: Sequence[str]) -> None:
+    """With a drafter that is often right, and messages that come when they come."""
     wanted, reader = alone(architecture, dtype), target_model(architecture, dtype)
     draft = tiny.draft_model(architecture.model(dtype, drift=0.015), max_length=architecture.longest + 16)
-    for mode in ("sd", "pearl", "tree"):
+    for mode in modes:
         source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
         schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 4)
         passes = 0
@@ -99,7 +104,7 @@ def test_ar_writes_what_transformers_generate_writes(architecture: Architecture)
 
 @pytest.mark.parametrize("architecture", parameters(), scope="module")
 def test_every_mode_writes_what_ar_writes(architecture: Architecture):
-    assert_modes_agree(architecture, "float32")
+    assert_modes_agree(architecture, "float32", ("pearl", "tree"))  # and texts side by side are those of `sd`
     assert target_model(architecture, "float32").verifies_trees or not architecture.trees
 
 
@@ -126,7 +131,7 @@ def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architect
 @pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE), scope="module")
 def test_every_mode_writes_what_ar_writes_in_bfloat16(architecture: Architecture):
     assert target_model(architecture, "bfloat16").rows.exact, "on this machine nothing is promised"
-    assert_modes_agree(architecture, "bfloat16")
+    assert_modes_agree(architecture, "bfloat16", ("sd", "pearl", "tree"))
 
 
 @pytest.mark.slow
