@@ -21,7 +21,8 @@ MAX_SEQUENCES = 512
 MAX_RANKS = 64
 ONE_PROCESS = ("ar-all", "hf-assisted", "hf-prompt-lookup")  # modes of a target that is whole in its process
 ROLES = ("target", "draft")
-SUFFIX = "suffix"  # the draft source without weights
+SUFFIX = "suffix"  # the text itself
+WITHOUT_FILES = (SUFFIX,)  # draft sources that come from no checkpoint
 RECYCLING = "recycling"  # another one, for the target's process
 BESIDE_TARGET = (SUFFIX, RECYCLING)
 ALIASES = {"ngram": SUFFIX}  # earlier names of draft sources
@@ -259,7 +260,7 @@ class EngineConfig:
     @property
     def draft_has_files(self) -> bool:
         """A draft source is loaded from a checkpoint."""
-        return self.draft != SUFFIX and not self.synthetic
+        return self.draft not in WITHOUT_FILES and not self.synthetic
 
     @property
     def draft_sources(self) -> tuple[str, ...]:
@@ -272,7 +273,7 @@ class EngineConfig:
     @property
     def draft_checkpoint(self) -> str:
         """The one that has files, if there is any."""
-        return next((name for name in self.draft_sources if name != SUFFIX), SUFFIX)
+        return next((name for name in self.draft_sources if name not in WITHOUT_FILES), self.draft_sources[0])
 
 
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from pearl import options
-from pearl.config.engine_config import ALIASES, BESIDE_TARGET, DTYPES, FEATURE, LOADS, SUFFIX, model_path
+from pearl.config.engine_config import ALIASES, BESIDE_TARGET, DTYPES, FEATURE, LOADS, WITHOUT_FILES, model_path
 from pearl.config.inputs import parse_yaml, read_text
 from pearl.errors import UsageError
 from pearl.options import TEXT, Kind, choice, number, setting
@@ -177,7 +177,7 @@ def check(pair: Pair, machine: Machine) -> Fit:
 
 def _weights_gb(model: str, kind: str) -> float | None:
     """What the weights of a model take, as they lie on this machine, or by the registry; None if neither says so."""
-    if ALIASES.get(model, model) == SUFFIX:
+    if ALIASES.get(model, model) in WITHOUT_FILES:
         return 0.0
     place = model_path(model.removeprefix(FEATURE))
     files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf"), *place.glob("*.bin")]

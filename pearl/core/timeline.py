@@ -88,9 +88,14 @@ def flow_id(sequence: int, number: int) -> int:
 
 
 def prepare(path: Path) -> None:
-    """Refuses a path that can't become a trace, and removes the parts that a run which broke off has left there."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"The trace can't be written to {path}; name a file in a folder that exists.")
+    """Refuses a path that can't become a trace, and removes the parts that a run which broke off has left there. Its
+    folder is made: it may be that of a run which is about to begin."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The trace can't be written to {path} ({error.strerror}): name another file.") from None
+    if path.is_dir():
+        raise UsageError(f"The trace can't be written to {path}, which is a folder: name a file.")
     for role in ROLES:
         _part(path, role).unlink(missing_ok=True)
 

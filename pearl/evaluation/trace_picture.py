@@ -16,7 +16,7 @@ from pearl.core.timeline import ROLES
 from pearl.core.trie import ORIGINS, OWN
 from pearl.evaluation.trace import Event, Panel, Verify, Window
 
-WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.2  # inches; head and lanes are a panel's
+WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.4  # inches; head and lanes are a panel's
 # Heights in lanes. The target's bars grow up from the gap between the lanes, the drafter's down; messages cross it.
 HALF_GAP, THIN, HEADROOM = 0.2, 0.4, 0.3
 # Okabe and Ito's colours (the green is paler), which colour-blind readers can tell apart
@@ -38,7 +38,7 @@ LEGEND = {
     "miss": "in a miss",
     "prepared": "in a hit, but of a second branch",
     "plain": "pass without a drafter",
-    "draft": "draft",
+    "draft": "forward of the drafter",
     "wait": "wait",
 }
 CAPTION = (
@@ -180,7 +180,7 @@ def _draw_legend(figure: Any, kinds: set[str], origins: Sequence[str], bubbles: 
         handles=handles,
         loc="lower center",
         bbox_to_anchor=(centre, 0.28 / height),
-        ncols=len(handles),
+        ncols=len(handles) if len(handles) <= 5 else -(-len(handles) // 2),  # in two lines
         frameon=False,
         fontsize=9,
         handlelength=1.4,

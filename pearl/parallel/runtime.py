@@ -197,6 +197,14 @@ class Runtime:
         return {role: list(placed.devices) for role, placed in places.items()}
 
     @property
+    def _shares_a_core(self) -> bool:
+        """Two models that are to work at the same time."""
+        on_cpu = all(devices == ["cpu"] for devices in self.devices.values())
+        one_machine = self.processes == 2 and not self.layout.world.two_hosts
+        works = one_machine and on_cpu and self.config.pins and self.config.draft_has_files
+        return works and bool(set(self.target_cpus) & set(self.draft_cpus))
+
+    @property
     def description(self) -> str:
         """A few lines for a person: who runs where, and how the bits are kept equal."""
         lines = []
@@ -216,8 +224,9 @@ class Runtime:
         if self._workers and self._workers.pids:
             lines[0] += f" (the others were started as processes {', '.join(map(str, self._workers.pids))})"
         if self.drafter_pid:
-            started = f"no launcher started two processes, so the drafter was started as process {self.drafter_pid}"
-            lines[-1] += f" ({started})"
+            lines[-1] += f" (started as process {self.drafter_pid})"
+        if self._shares_a_core:
+            lines.append("cores: target and drafter share one, so of the modes that draft only sd can pay")
         if self.checked.drafting and self.layout.schedule.drafts:
             lines.append(f"draft: {self.checked.drafting.line}")
         if self.checked.beside:

@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
             self.force_exit = True
             return
-        _log.info("no new texts; %d are under way and finished", len(self._service.open))
+        _log.info("no new texts are taken; those under way (%d) will be finished", len(self._service.open))
         asyncio.get_running_loop().call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from pearl.config.inputs import as_text, json_lines, read_bytes
 from pearl.errors import UsageError
 
+PATIENCE_S = 2.0  # that a hub may take for one short answer
 Problem = TypeVar("Problem")
 Record = dict[str, Any]
 
@@ -41,6 +42,8 @@ class DataSet(Generic[Problem]):
         return self.read(Path(path)) if path else self._fetch()
 
     def read(self, file: Path) -> list[Problem]:
+        if file.is_dir():
+            raise UsageError(f"{file} is a folder: name the file in it that holds the {self.title} {self.unit}s.")
         data = read_bytes(file, f"The {self.title} {self.unit}s")
         try:
             data = gzip.decompress(data) if file.suffix == ".gz" else data
@@ -64,6 +67,8 @@ class DataSet(Generic[Problem]):
         try:
             from datasets import load_dataset
 
+            if not _hub_answers(self.hub[0]):
+                _ask_no_hub()
             records = load_dataset(*self.hub, **self.options)
         except Exception as error:  # one thing in many kinds: no network, no hub, no package
             raise UsageError(
@@ -72,6 +77,29 @@ class DataSet(Generic[Problem]):
             ) from error
         where = f"{self.url}, record"
         return [self._problem(dict(record), index, f"{where} {index + 1}") for index, record in enumerate(records)]
+
+
+def _hub_answers(name: str) -> bool:
+    """Asked once and briefly: `datasets` asks six times, and ever longer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if "/" in name:  # else a kind of file
+            HfApi().dataset_info(name, timeout=PATIENCE_S)
+    except HfHubHTTPError:  # it answers
+        return True
+    except Exception:  # of the HTTP library, which changes with the versions of the hub's
+        return False
+    return True
+
+
+def _ask_no_hub() -> None:
+    """In this process: what was downloaded before is found all the same."""
+    import datasets
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def texts(record: Record, *names: str) -> list[str]:

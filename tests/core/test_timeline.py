@@ -142,9 +142,12 @@ def test_what_a_broken_run_has_left_is_not_joined_with_the_next(path: Path):
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_the_run(path: Path):
-    for wrong in (path.parent, path.parent / "nowhere" / "run.json"):
-        with pytest.raises(UsageError, match="name a file in a folder that exists"):
+    (path.parent / "file").touch()
+    for wrong in (path.parent, path.parent / "file" / "run.json"):
+        with pytest.raises(UsageError, match="The trace can't be written to"):
             prepare(wrong)
+    prepare(path.parent / "new" / "run.json")  # the folder of the run that is to begin, perhaps
+    assert (path.parent / "new").is_dir()
 
 
 def test_a_trace_that_is_off_takes_everything_and_keeps_nothing(path: Path):

@@ -56,6 +56,7 @@ def test_without_data_and_hub_one_sentence_says_where_it_is(name, monkeypatch):
 
     for hub in (None, SimpleNamespace(load_dataset=unreachable)):  # no such package; a package without a network
         monkeypatch.setitem(sys.modules, "datasets", hub)
+        monkeypatch.setattr("pearl.tasks.data._hub_answers", lambda _: True)
         with pytest.raises(UsageError, match=r"^[^\n]*download https://\S+\.jsonl [^\n]* --data FILE\.$") as caught:
             BENCHMARKS[name].load(None)
         assert BENCHMARKS[name].title in str(caught.value)
@@ -65,7 +66,28 @@ def test_without_data_and_hub_one_sentence_says_where_it_is(name, monkeypatch):
 def test_what_the_hub_gives_is_read_like_a_file(tmp_path, name, monkeypatch):
     hub = SimpleNamespace(load_dataset=lambda *_, **__: SAMPLES[name])
     monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setattr("pearl.tasks.data._hub_answers", lambda _: True)
     assert BENCHMARKS[name].load(None) == loaded(tmp_path, name)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def silent(*_: object, **__: object) -> None:
+        asked.append(1)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", silent)
+    for library in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", False)
+    with pytest.raises(UsageError, match="can't be fetched here"):
+        BENCHMARKS["gsm8k"].load(None)
+    assert asked == [1]
+
+
+def test_a_folder_in_place_of_a_file_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UsageError, match="is a folder: name the file in it that holds the GSM8K problems"):
+        BENCHMARKS["gsm8k"].load(str(tmp_path))
 
 
 # Asking

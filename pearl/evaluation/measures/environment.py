@@ -47,7 +47,7 @@ def commit() -> str | None:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=False).stdout.strip()
 
     try:
-        found, changed = git("rev-parse", "HEAD"), git("status", "--porcelain")
+        found, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except OSError:  # there is no git
         return None
     return (found + ("+" if changed else "")) or None

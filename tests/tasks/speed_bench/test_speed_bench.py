@@ -38,6 +38,7 @@ def test_it_is_read_from_lines_parquet_a_folder_and_the_hub(tmp_path, monkeypatc
         return RECORDS
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("pearl.tasks.data._hub_answers", lambda _: True)
     lines = DATA.load(written(tmp_path, "speed_bench"))
     file = parquet(tmp_path / "speed" / "test.parquet", RECORDS)
     assert lines == DATA.load(file) == DATA.load(str(tmp_path / "speed"))
