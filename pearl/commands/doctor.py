@@ -173,7 +173,8 @@ def speed(pass_s: float, forward_s: float, a: float, measured: float) -> CheckRe
     expected = theory.speedup_pearl(a, c)
     found = (
         f"a pass takes {1e3 * pass_s:.1f} ms, a drafter forward {1e3 * forward_s:.1f} ms: c = {c:.1f}; "
-        f"a = {a:.2f} on one text; expected of pearl with a device for each {expected:.2f} x ar, measured {measured:.2f} x"
+        f"a = {a:.2f} on one text; expected of pearl with a device for each {expected:.2f} x ar, "
+        f"measured {measured:.2f} x"
     )
     if expected < 1.05:
         why = "the drafter is too slow" if c < 1.5 else "its guesses are too often wrong"
