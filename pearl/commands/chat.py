@@ -53,8 +53,7 @@ def parser() -> cli.Parser:
     made.add_argument("--url", metavar="URL", help="of a server to talk to; default: an engine of this program")
     made.add_argument("--api-key", metavar="KEY", help=f"of that server; default: what {chat_client.KEY} says")
     made.set_defaults(mode=[], generation_config="auto")
-    mode = next(action for action in made._actions if action.dest == "mode")
-    mode.help = f"one of {', '.join(MODES)}; sd:3 is sd with gamma 3 (default: pearl, or the server's)"
+    made.explain("mode", f"one of {', '.join(MODES)}; sd:3 is sd with gamma 3 (default: pearl, or the server's)")
     return made
 
 

@@ -28,9 +28,8 @@ def parser() -> cli.Parser:
     made = cli.parser("serve", *examples, take=("pair", "machine", "decoding"))
     made.take(options.of(ServerConfig))
     made.set_defaults(mode=["pearl"], generation_config="auto")
-    mode, places = (next(one for one in made._actions if one.dest == dest) for dest in ("mode", "max_sequences"))
-    places.help = f"texts that are written side by side (default: {PLACES})"
-    mode.help = f"of requests that name none, one of {', '.join(MODES)}; sd:3 is sd with gamma 3"
+    made.explain("max_sequences", f"texts that are written side by side (default: {PLACES})")
+    made.explain("mode", f"of requests that name none, one of {', '.join(MODES)}; sd:3 is sd with gamma 3")
     return made
 
 

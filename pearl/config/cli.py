@@ -101,6 +101,10 @@ class Parser(argparse.ArgumentParser):
         self.options: dict[str, Option] = {}
         self._named: dict[str, argparse._ArgumentGroup] = {}
 
+    def explain(self, dest: str, words: str) -> None:
+        """What an option is, where this command knows better."""
+        next(action for action in self._actions if action.dest == dest).help = words
+
     def take(self, some: Iterable[Option]) -> Parser:
         """Adds these options, each to the group that it names."""
         for one in some:
@@ -186,9 +190,8 @@ def parser(
         made.set_defaults(generation_config="off")  # what is measured is greedy unless the command line says otherwise
     if "max_new_tokens" in made.options:
         made.set_defaults(max_new_tokens=max_new_tokens)
-    for action in made._actions:
-        if action.dest == "mode" and baselines:
-            action.help = f"one or several of {', '.join((*MODES, *baselines))}; sd:3 is sd with gamma 3"
+    if baselines:
+        made.explain("mode", f"one or several of {', '.join((*MODES, *baselines))}; sd:3 is sd with gamma 3")
     return made
 
 

@@ -177,12 +177,9 @@ def _parts(module: nn.Module) -> set[str]:
 
 def _side_by_side(*layers: nn.Linear) -> nn.Linear:
     """One product for several of the same input."""
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if layers[0].bias is not None:
-        made.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
-    return made
+    return linear.linear_of(weight, torch.cat(biases) if biases else None)
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

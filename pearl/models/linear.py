@@ -132,6 +132,15 @@ class RowwiseInt8Linear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """torch's own layer with that weight [out, in], which is not copied."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
+
+
 def _rows(x: Tensor) -> Tensor:
     """As these products take them: float32, and a single one as a matrix."""
     return x.float() if x.dim() > 1 else x.float()[None]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.core.trie import shared_prefix
+from pearl.models.linear import linear_of
 
 _ROOM = 512  # rare tokens, at first
 FRESH = 0.1  # share of new rare tokens in the text of late, above which the whole head is read
@@ -35,8 +36,8 @@ class ReducedVocabHead(nn.Module):
     def __init__(self, head: nn.Linear, frequent: Tensor, always: Sequence[int] = ()):
         """frequent: int64 [N], ids; `always`: others beside them."""
         super().__init__()
-        self.frequent = _layer(head.weight.detach()[frequent])
-        self.all = _layer(head.weight.detach())
+        self.frequent = linear_of(head.weight.detach()[frequent])
+        self.all = linear_of(head.weight.detach())
         self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
         self._ids, self._size = frequent, head.out_features
         self._always = [token for token in always if token < head.out_features]
@@ -126,13 +127,6 @@ class ReducedVocabHead(nn.Module):
             self._known |= set(new)
             self._rare += new
             self._place(len(self._rare) - len(new))
-
-
-def _layer(weight: Tensor) -> nn.Linear:
-    """A head of these rows, without a copy."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
 
 
 def reduce_vocab(model: PreTrainedModel, frequent: Tensor | int, always: Sequence[int] = ()) -> ReducedVocabHead | None:

@@ -74,7 +74,7 @@ class DraftTrial:
     def _end_early(self) -> None:
         """If the target alone has become slower than drafting was. That may have been a few slow passes: what it makes
         alone is measured anew before drafting is judged again."""
-        tokens, seconds = (sum(facts) for facts in zip((0, 0.0), *self._lately, strict=True))
+        tokens, seconds = sum(t for t, _ in self._lately), sum(s for _, s in self._lately)
         if len(self._lately) == LATELY and self._drafted * seconds > RESUME_SPEEDUP * tokens:
             self._left, self._alone_tokens, self._alone_seconds = 0, 0.0, 0.0
 

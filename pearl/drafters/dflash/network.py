@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from pearl.drafters.dflash.shape import DFlashShape
+from pearl.models.linear import linear_of
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each [1, kv heads, rows, head_dim]
 Turn = tuple[Tensor, Tensor]  # cosines and sines, [rows, head_dim]
@@ -129,9 +130,7 @@ class DFlashDrafter(nn.Module):
         """Takes from the target what the checkpoint leaves out.  embedding: [V, H]"""
         if not self.shape.own_head and self.vocabulary is not None:
             rows: Any = head.weight
-            cut = nn.Linear(self.shape.hidden, len(self.vocabulary), bias=False, device="meta")
-            cut.weight = nn.Parameter(rows.detach()[self.vocabulary], requires_grad=False)
-            head = cut
+            head = linear_of(rows.detach()[self.vocabulary])
         self._borrowed = [embedding.detach(), head]
         return self
 

@@ -27,6 +27,7 @@ from pearl.drafters.feature.layers import KeyValue, Rotary, layers_of
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import CheckpointError, UsageError
 from pearl.models.fingerprint import final_norm, model_fingerprint, wrong_target_message
+from pearl.models.linear import linear_of
 
 __all__ = ["DrafterShape", "FeatureDrafter", "KeyValue"]
 
@@ -250,8 +251,4 @@ class FeatureDrafter(nn.Module):
 def _cut(head: Any, ids: Tensor) -> nn.Linear:
     """The rows of a head that belong to some tokens."""
     ids = ids.to(head.weight.device)
-    cut = nn.Linear(head.weight.shape[1], len(ids), bias=head.bias is not None, device="meta")
-    cut.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)
-    if head.bias is not None:
-        cut.bias = nn.Parameter(head.bias.detach()[ids], requires_grad=False)
-    return cut
+    return linear_of(head.weight.detach()[ids], None if head.bias is None else head.bias.detach()[ids])
