@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs 
 import figures
 
 from pearl.config import cli, outputs
-from pearl.evaluation import report, results
+from pearl.evaluation import metrics, report, results
 from pearl.evaluation.pages import kept
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "results"
 RAW_MODES = ("ar", "tree")
+ENOUGH = "a run with a wider one, as part of its speed-up, is told to be unfinished (default: 0.1)"
+FIGURES = "figures.json"  # of the raw lines: no summary, as those of a run know its config
 
 
 @cli.guarded
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("scripts/keep_results.py", about=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="of runs; those without a summary are left out")
     parser.add_argument("--to", type=Path, default=DOCS, help="default: docs/results")
+    parser.add_argument("--interval", type=float, default=0.1, help=ENOUGH)
     found = parser.parse_args(argv)
     found.to = found.to.absolute()
     ended = [folder for folder in found.folders if (folder / results.SUMMARY).exists()]
@@ -45,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs:
         pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
+        if not metrics.narrow(summary.get("widest_interval"), found.interval):  # an early round of many wants less
+            summary["unfinished"] = summary.get("left", 0)
         for told in summary["modes"].values():
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
         outputs.write_json(found.to / pair / f"{run.folder.name}.json", without_folders(summary))
         earlier = found.to / pair / f"{run.config.get('suite')}.json"  # of the first tokens of answers
-        if earlier.exists() and not run.unfinished and earlier.stem != run.folder.name:
+        if earlier.exists() and earlier.stem != run.folder.name:
             earlier.unlink()
             print(f"{earlier} is removed, as {run.folder.name} takes its place")
     with_raw = [run for run in runs if set(RAW_MODES) <= set(run.modes) and run.config.get("batch_size") == 1]
@@ -74,7 +79,7 @@ def keep_raw(run: report.Run, folder: Path) -> None:
         mine = "".join(line for line in lines if json.loads(line)["mode"] in RAW_MODES)
         outputs.write(folder / f"{name}.gz", gzip.compress(mine.encode(), mtime=0))
     kept_modes = {mode: run.modes[mode] for mode in RAW_MODES}
-    outputs.write_json(folder / results.SUMMARY, without_folders({"run": run.folder.name, "modes": kept_modes}))
+    outputs.write_json(folder / FIGURES, without_folders({"run": run.folder.name, "modes": kept_modes}))
 
 
 def without_folders(value: Any) -> Any:

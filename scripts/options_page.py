@@ -31,6 +31,7 @@ arguments of `Engine.from_pretrained`, those of sampling are fields of `Sampling
 where no model is named) takes the place of the defaults of `--target`, `--draft`, `--dtype` and `--load-in`. Some
 commands have defaults of their own: `serve` has `--max-sequences 8` and `--mode pearl`; `chat` `--mode pearl` and
 `--max-new-tokens 512`; `eval` `--generation-config off`, and each benchmark its own `--max-new-tokens`.
+`eval` also takes the modes `hf-assisted` and `hf-prompt-lookup`.
 
 ## Commands
 

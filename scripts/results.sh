@@ -37,6 +37,6 @@ for interval in $INTERVALS; do
 done
 ended
 if [[ ${1:-} == keep ]] && ((${#folders[@]})); then
-  run python scripts/keep_results.py "${folders[@]}" ${KEEP_TO:+--to "$KEEP_TO"}
+  run python scripts/keep_results.py "${folders[@]}" --interval "${INTERVALS##* }" ${KEEP_TO:+--to "$KEEP_TO"}
 fi
 table "Whole answers" --columns tokens_per_second,speedup_vs_ar,speedup_interval_95,speedup_vs_ar_all,identical_to_ar,tokens_per_pass,acceptance_length,acceptance,score --plots speedup length equal_devices latency

@@ -10,6 +10,7 @@ from typing import Any
 
 from pearl.config import cli, outputs
 from pearl.errors import UsageError
+from pearl.evaluation import results
 
 
 def parser() -> cli.Parser:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if by_numbers and (found.a is None or found.c is None):
         raise UsageError("Give both --a and --c: how often a guess is right, and drafter forwards per pass.")
 
+    if found.run and not (Path(found.run) / results.SUMMARY).is_file():
+        raise UsageError(f"{found.run} holds no finished run: name a folder with a {results.SUMMARY}.")
     from pearl.machine.display import show_table
     from pearl.predict.prediction import HEAD, MODES, cells, predict
 

@@ -15,6 +15,7 @@ from pearl.config.server_config import ServerConfig
 from pearl.core.schedule import MODES
 from pearl.errors import UsageError
 from pearl.machine import launcher
+from pearl.server import sockets
 
 PLACES = 8
 
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (schedule,) = schedules.values()
     server = ServerConfig(**{one.name: getattr(found, one.dest) for one in options.of(ServerConfig)})
     model = server.served_model_name or (pair.name if pair and not found.target else named(config.target))
+    sock = sockets.listen(server) if launcher.speaks() else None
     try:
         import uvicorn  # noqa: F401 (an extra, which what follows needs)
 
@@ -59,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def make() -> Engine:
         return Engine.from_pretrained(**asdict(config), mode=schedule, processes=found.processes)
 
-    if not launcher.speaks():
+    if sock is None:
         make()  # lives in there, and ends with the target
         return 0
-    run.serve(server, model, make, run.listen(server))
+    run.serve(server, model, make, sock)
     return 0
 
 

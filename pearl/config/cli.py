@@ -105,6 +105,12 @@ class Parser(argparse.ArgumentParser):
         """What an option is, where this command knows better."""
         next(action for action in self._actions if action.dest == dest).help = words
 
+    def format_help(self) -> str:
+        shape = self._get_formatter()
+        words = [shape._format_args(one, one.dest.upper()) for one in self._get_positional_actions()]
+        self.usage = " ".join([self.command, "[options]", *words])
+        return super().format_help()
+
     def take(self, some: Iterable[Option]) -> Parser:
         """Adds these options, each to the group that it names."""
         for one in some:
@@ -242,11 +248,13 @@ def sampling(found: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingPar
     return SamplingParams(**values | {"seed": values["seed"] or 0}, stop=tuple(stop))
 
 
-def schedules(found: argparse.Namespace, besides: Collection[str] = ()) -> dict[str, Schedule]:
+def schedules(found: argparse.Namespace, besides: Sequence[str] = ()) -> dict[str, Schedule]:
     """The schedule of each mode to run, by its name. Those named in `besides` have none."""
     settings = {one.name: getattr(found, one.dest) for one in schedule.OPTIONS}
     if not found.mode:
-        raise UsageError(f"Name at least one mode: {', '.join(MODES)}.")
+        raise UsageError(f"Name at least one mode: {', '.join((*MODES, *besides))}.")
+    for name in found.mode:
+        schedule.refuse_unknown_mode(name.partition(":")[0], (*MODES, *besides))
     return {name: Schedule.of(name, **settings) for name in found.mode if name not in besides}
 
 

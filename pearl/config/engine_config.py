@@ -68,7 +68,7 @@ class EngineConfig:
     double_quant: bool = setting(False, FLAG, "quantize the constants of 4-bit weights too", PAIR)
     trust_remote_code: bool = setting(False, FLAG, "run code that comes with a checkpoint", PAIR)
     generation_config: str = setting(
-        "auto", choice("auto", "off"), "defaults of the checkpoint for what a request does not say", PAIR
+        "auto", choice("auto", "off"), "what the checkpoint says where a request says nothing", PAIR
     )
     max_length: int = setting(4096, whole(2), "tokens of a text, prompt included", PAIR)
     max_sequences: int = setting(

@@ -16,6 +16,7 @@ written: the text is the target's in every mode.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pearl.core.token_buckets import LIMIT
@@ -65,6 +66,14 @@ MAX_DRAFT_TOKENS = Option(
 OPTIONS = (GAMMA, DRAFT_BATCH, MAX_VERIFY_TOKENS, MAX_DRAFT_TOKENS)
 
 
+def refuse_unknown_mode(mode: str, known: Sequence[str]) -> None:
+    """Raises `UsageError` for a mode that is none of them."""
+    if mode not in known:
+        near = nearest(mode, known)
+        hint = f"; did you mean {near}?" if near else "."
+        raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(known)}.")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One mode. `gamma` None is `auto`: no block; as many guesses as have arrived (post-verify), or the block length
@@ -95,10 +104,7 @@ class Schedule:
         (auto). Raises `UsageError` on anything else.
         """
         mode, _, own = str(mode).partition(":")
-        if mode not in _MODES:
-            near = nearest(mode, MODES)
-            hint = f"; did you mean {near}?" if near else "."
-            raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(MODES)}.")
+        refuse_unknown_mode(mode, MODES)
         pre, post, leaves = _MODES[mode]
         block = _number(GAMMA, gamma if mode == "tree" else own or gamma)
         some = _number(DRAFT_BATCH, own if own and mode == "tree" else draft_batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,25 +80,38 @@ class Run:
 def load(places: Sequence[Path]) -> list[Run]:
     """The runs in these folders, or, of a folder that is none, all below it; named by what of their paths differs.
 
-    Raises UsageError for a place without a finished run.
+    A summary that was kept without its run (docs/results/PAIR/RUN.json) is one too, as a file or in a folder that
+    holds no whole run. Raises UsageError for a place without a finished run.
     """
-    folders: list[Path] = []
+    found: dict[Path, Run] = {}
     for place in places:
-        found = [file.parent for file in sorted(place.rglob(results.SUMMARY))]
-        if not found:
+        whole = {file.parent: file for file in sorted(place.rglob(results.SUMMARY))}
+        single = [place] if place.is_file() else sorted(place.rglob("*.json"))
+        some = [run_of(file, folder) for folder, file in whole.items()] or [*filter(None, map(kept, single))]
+        if not some:
             raise UsageError(f"{place} holds no finished run: name folders with a {results.SUMMARY}.")
-        folders += found
-    folders = list(dict.fromkeys(folders))
-    runs: list[Run] = []
-    shared = _shared_parent(folders)
-    for folder in folders:
-        file = folder / results.SUMMARY
-        facts = parse_json(read_text(file, "The summary"), str(file))
-        with sound(str(file), "make the run again"):
-            config, environment, modes = (dict(**facts[name]) for name in ("config", "environment", "modes"))
-        name, rest = str(folder.absolute().relative_to(shared)), (facts.get("unfinished", 0), facts.get("starts", ()))
-        runs.append(Run(folder, name, config, environment, modes, *rest))
-    return runs
+        found |= {run.folder: run for run in some}
+    shared = _shared_parent(list(found))
+    names = {folder: folder.absolute().relative_to(shared) for folder in found}
+    return [
+        replace(run, name=str(names[folder].with_suffix("") if folder.is_file() else names[folder]))
+        for folder, run in found.items()
+    ]
+
+
+def kept(file: Path) -> Run | None:
+    """The run of a kept summary; None for a file of something else."""
+    facts = parse_json(read_text(file, "The summary"), str(file))
+    return run_of(file, file) if isinstance(facts, dict) and {"config", "environment", "modes"} <= set(facts) else None
+
+
+def run_of(file: Path, folder: Path) -> Run:
+    """The run of a summary. Raises `UsageError` where that is damaged."""
+    facts = parse_json(read_text(file, "The summary"), str(file))
+    with sound(str(file), "make the run again"):
+        config, environment, modes = (dict(**facts[name]) for name in ("config", "environment", "modes"))
+    rest = facts.get("unfinished", 0), facts.get("starts", ())
+    return Run(folder, folder.name, config, environment, modes, *rest)
 
 
 def all_of_a_kind(runs: Sequence[Run]) -> None:

@@ -21,38 +21,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pearl.config.server_config import KEY, ServerConfig
 from pearl.engine import Engine
-from pearl.errors import UsageError
 from pearl.server.app import make_app
 from pearl.server.errors import bad
 from pearl.server.life import Service
 
 CLOSE_S = 5  # for connections to end after the last text
-STUCK_S = 300  # a client that takes nothing for so long is gone
 SILENT_S = 30  # for the first request of a connection to come
 KEEP_S = 75  # between two requests of one: longer than balancers keep theirs, so that they close first
-BACKLOG = 2048
 _log = logging.getLogger("pearl.server")
-
-
-def listen(config: ServerConfig) -> socket.socket:
-    """Raises `UsageError` where nobody can listen."""
-    sock = None
-    try:
-        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STUCK_S * 1000)
-        sock.bind((config.host, config.port))
-        sock.listen(BACKLOG)
-    except (OSError, UnicodeError) as error:
-        if sock:
-            sock.close()
-        why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"Nobody can listen at {config.host} port {config.port} ({why}): choose another --host or --port."
-        ) from None
-    return sock
 
 
 class _Connection(H11Protocol):

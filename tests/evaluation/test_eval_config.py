@@ -52,7 +52,7 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
             "A synthetic draft knows the text of a seed",
         ),
         (["--mode", "hf-assisted", "--draft", "synthetic:0.8"], "hf-assisted needs a draft model"),
-        (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'"),
+        (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'; did you mean hf-assisted?"),
     ],
 )
 def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, more, sentence):

@@ -99,6 +99,33 @@ def test_what_is_not_there_is_refused_in_a_sentence(two, tmp_path, monkeypatch, 
         assert sentence in capsys.readouterr().err
 
 
+def test_kept_summaries_stand_beside_whole_runs(two, tmp_path):
+    """As docs/results holds them: without the lines of their runs."""
+    kept = tmp_path / "docs" / "pair.of.two"
+    kept.mkdir(parents=True)
+    for name in ("gsm8k-t0", "gsm8k-t1"):
+        (kept / f"{name}.json").write_text((two[0] / results.SUMMARY).read_text())
+    (kept / "figures.json").write_text('{"modes": {}}')
+    runs = report.load([kept, two[1]])
+    assert [run.name for run in runs] == [
+        "docs/pair.of.two/gsm8k-t0",
+        "docs/pair.of.two/gsm8k-t1",
+        "results/large/gsm8k",
+    ]
+    assert [run.name for run in report.load([kept / "gsm8k-t0.json"])] == ["gsm8k-t0"]
+    output = tmp_path / "page.html"
+    assert script("report").main([str(kept), "--output", str(output)]) == 0
+    assert "gsm8k-t1" in output.read_text()
+
+
+def test_a_table_is_written_only_where_it_is_asked_for(two, tmp_path, monkeypatch, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert script("table").main([str(two[0])]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert script("table").main([str(two[0]), "--plots", "speedup"]) == 2
+    assert "--output" in capsys.readouterr().err
+
+
 def test_a_damaged_summary_is_named(tmp_path):
     (tmp_path / results.SUMMARY).write_text("{")
     with pytest.raises(UsageError, match=r"summary\.json is not JSON"):

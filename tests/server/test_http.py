@@ -14,9 +14,10 @@ import httpx
 import pytest
 import servers
 
+from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
 from pearl.errors import UsageError
-from pearl.server import limits, run, texts
+from pearl.server import limits, run, sockets, texts
 from pearl.server.life import Service
 from pearl.server.metrics import Metrics
 from pearl.wire.reconnecting_channel import DrafterEvent
@@ -408,16 +409,16 @@ def test_a_server_whose_models_can_t_be_loaded_says_why_and_ends():
     def load() -> object:
         raise UsageError("The target is not there.")
 
-    config = run.ServerConfig(port=0)
+    config = ServerConfig(port=0)
     with pytest.raises(UsageError, match="not there"):
-        run.serve(config, "tiny", load, run.listen(config))
-    taken = run.listen(config)
+        run.serve(config, "tiny", load, sockets.listen(config))
+    taken = sockets.listen(config)
     with pytest.raises(UsageError, match="Nobody can listen"):
-        run.listen(run.ServerConfig(port=taken.getsockname()[1]))
+        sockets.listen(ServerConfig(port=taken.getsockname()[1]))
     taken.close()
     for host in ("127..0.0.1", "x" * 64 + ".example"):
         with pytest.raises(UsageError, match="Nobody can listen"):
-            run.listen(run.ServerConfig(host=host, port=0))
+            sockets.listen(ServerConfig(host=host, port=0))
 
 
 def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
@@ -425,7 +426,7 @@ def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
     engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(batch_slots=1))
 
     async def main() -> None:
-        service = Service(lambda: engine, run.ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]
+        service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]
         service.start()
         await service.settled.wait()
         service._look(engine)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine, Generation
-from pearl.server import run
+from pearl.server import run, sockets
 from pearl.server.life import Service
 
 LENGTH, PLACES = 300, 2
@@ -51,7 +51,7 @@ class Served:
         config = ServerConfig(port=0, **options)
         self.service = Service(make if callable(make) else lambda: _Kept(make), config, "tiny")  # type: ignore[arg-type,return-value]
         self.server = run.Server(self.service)
-        sock = run.listen(config)
+        sock = sockets.listen(config)
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._loop = asyncio.new_event_loop()

@@ -1,6 +1,7 @@
-"""`pearl table`: a table of runs, printed as Markdown, written as CSV, with plots beside it. The scripts end with it.
+"""`pearl table`: a table of runs, printed as Markdown. The scripts end with it.
 
-Writes table.md, table.csv and a PNG a plot into --output. Says on standard error why runs should not be compared.
+With --output, table.md, table.csv and a PNG a plot go into that folder. Says on standard error why runs should not be
+compared.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pearl.config import cli, outputs
+from pearl.errors import UsageError
 from pearl.evaluation import plots, report, tables
 from pearl.evaluation.pages import sweeps
 
@@ -20,7 +22,9 @@ COLUMNS = ",".join(
 
 
 def parser() -> cli.Parser:
-    made = cli.Parser("table", "results/smollm2-135m --columns speedup_vs_ar,tokens_per_pass --plots speedup")
+    made = cli.Parser(
+        "table", "results/smollm2-135m --columns speedup_vs_ar,tokens_per_pass --plots speedup --output table"
+    )
     add = made.add_argument
     add("folders", metavar="FOLDER", nargs="+", type=Path, help="results of a run")
     add("--title", default="Results", help="of the table")
@@ -28,13 +32,15 @@ def parser() -> cli.Parser:
     add("--by-category", action="store_true", help="a row a category, where a run has any")
     add("--plots", nargs="*", default=[], help=f"of {', '.join(plots.PLOTS)}")
     add("--sweep", help=f"a plot against what was varied, of {', '.join(sweeps.SWEEPS)}")
-    add("--output", metavar="DIR", type=outputs.folder, help="default: the folder that holds the first")
+    add("--output", metavar="DIR", type=outputs.folder, help="table.md, table.csv and the plots go there")
     return made
 
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
+    if (found.plots or found.sweep) and not found.output:
+        raise UsageError("Say by --output which folder the plots go to.")
     columns, runs = tables.choose(found.columns), report.load(found.folders)
     report.all_of_a_kind(runs)
     pictures = plots.of(runs, found.plots)
@@ -46,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = ("run", "category", "mode") if found.by_category else ("run", "mode")
     table = tables.markdown(*tables.cells(labels, columns, rows), labels=len(labels))
     print(f"{found.title}\n\n{table}")
-    output = found.output or found.folders[0].parent
-    outputs.write(output / "table.md", f"{found.title}\n\n{table}\n")
-    outputs.write(output / "table.csv", tables.comma_separated(labels, columns, rows))
-    for name, png in pictures.items():
-        outputs.write(output / f"{name}.png", png)
-    print(f"\nwritten to {output}")
+    if found.output:
+        outputs.write(found.output / "table.md", f"{found.title}\n\n{table}\n")
+        outputs.write(found.output / "table.csv", tables.comma_separated(labels, columns, rows))
+        for name, png in pictures.items():
+            outputs.write(found.output / f"{name}.png", png)
+        print(f"\nwritten to {found.output}")
     return 0

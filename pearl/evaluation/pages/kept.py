@@ -6,12 +6,12 @@ Every line says which text, how long, and which machine. Pictures are PNG, with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pearl.config.engine_config import EMBEDDED
-from pearl.config.inputs import parse_json, read_text
-from pearl.evaluation import plots, tables
+from pearl.evaluation import plots, report, tables
 from pearl.evaluation.report import Run
 
 TITLES = {
@@ -54,15 +54,12 @@ BEGIN, END = "<!-- figures of docs/results -->", "<!-- end of figures -->"
 
 def load(folder: Path) -> list[Run]:
     """The runs whose summaries are kept there, a folder a pair."""
-    runs = []
-    files = folder.glob("*/*.json")
-    for file in sorted(files, key=lambda file: (file.parent.name != EMBEDDED, file.parent.name, file.stem)):
-        facts = parse_json(read_text(file, "The summary"), str(file))
-        if "environment" in facts:
-            name = f"{file.parent.name}/{file.stem}"
-            rest = facts.get("unfinished", 0), facts.get("starts", ())
-            runs.append(Run(file, name, facts["config"], facts["environment"], facts["modes"], *rest))
-    return runs
+
+    def place(file: Path) -> tuple[bool, str, str]:
+        return file.parent.name != EMBEDDED, file.parent.name, file.stem
+
+    files = sorted(folder.glob("*/*.json"), key=place)
+    return [replace(run, name=f"{run.folder.parent.name}/{run.folder.stem}") for run in map(report.kept, files) if run]
 
 
 def page(folder: Path) -> dict[str, str | bytes]:

@@ -112,7 +112,7 @@ def test_the_docs_ten_lines_compute_a_runs_figures_again(pair, tmp_path, monkeyp
     assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 11
     names: dict = {}
     exec(compile(code, "figures.md", "exec"), names)
-    told = json.loads((tmp_path / "docs/results/raw/summary.json").read_text())["modes"]["sd:2"]
+    told = json.loads((tmp_path / "docs/results/raw/figures.json").read_text())["modes"]["sd:2"]
     assert names["acceptance_length"] == pytest.approx(told["acceptance_length"])
     assert names["speedup"] == pytest.approx(told["speedup_vs_ar"])
     assert np.asarray(names["interval"]) == pytest.approx(told["speedup_interval_95"])
