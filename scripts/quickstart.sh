@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a result: installs pearl, then decodes real HumanEval problems with the embedded default model in two
-# processes, alone (ar) and in parallel (pearl, tree), interleaved problem by problem, and prints one table. They are
-# not scored: the model is too small to solve them.
+# processes, alone (ar) and in parallel (pearl, tree), interleaved problem by problem, and prints two tables: of whole
+# answers, and without the part that repeats the question. They are not scored: the model is too small to solve them.
 # Further options go to eval/humaneval.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
