@@ -26,6 +26,7 @@ _HOME = {
     "WorkerLostError": "pearl.errors",
     "EngineClosedError": "pearl.errors",
     "StorageError": "pearl.errors",
+    "NonFiniteLogits": "pearl.errors",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -40,7 +40,7 @@ class Unreachable(Exception):
     """The drafter could not be reached this time; the message says why. Nobody but the runtime meets it."""
 
 
-class NonFiniteLogits(ArithmeticError):
+class NonFiniteLogits(PearlError, ArithmeticError):
     """A model's logits are not finite numbers (NaN or infinity), so they say nothing of the next token."""
 
     def __init__(self, dtype: object):

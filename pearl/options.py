@@ -210,10 +210,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return near[0] if near else ""
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """How a sentence about an unknown word ends."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else "."
+
+
 def refuse(name: str, value: object, kind: Kind) -> NoReturn:
     """Raises the `UsageError` that says what `name` takes."""
-    near = nearest(value, kind.choices) if isinstance(value, str) else ""
-    end = f"; did you mean {near}?" if near else "."
+    end = did_you_mean(value, kind.choices) if isinstance(value, str) else "."
     if kind.choices and AUTO not in kind.wanted.split()[-1:]:
         raise UsageError(f"{name} {brief(value)} is unknown; choose from {', '.join(kind.choices)}{end}")
     raise UsageError(f"{name} must be {kind.wanted}, not {brief(value)}{end}")

@@ -28,7 +28,6 @@ from pearl.errors import PearlError, UsageError
 FAINT, END = "\033[2m", "\033[0m"
 COLOURS = {  # by origin; one that is not here has the drafter's
     DRAFT: ("green", "\033[32m"),
-    "mtp": ("magenta", "\033[35m"),
     "feature": ("magenta", "\033[35m"),
     "suffix": ("yellow", "\033[33m"),
     "recycled": ("blue", "\033[34m"),

@@ -10,7 +10,7 @@ from pearl.config import cli
 from pearl.errors import UsageError
 from pearl.evaluation import eval_config
 from pearl.evaluation import main as evaluation
-from pearl.options import nearest
+from pearl.options import did_you_mean
 from pearl.tasks.benchmark import Benchmark
 
 BENCHMARKS = {
@@ -44,7 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("The benchmark comes first, and options behind it: pearl eval gsm8k --limit 20.")
     name, *rest = words
     if name not in BENCHMARKS:
-        near = nearest(name, BENCHMARKS)
-        hint = f"; did you mean {near}?" if near else "."
-        raise UsageError(f"There is no benchmark {name!r}{hint} Choose from {', '.join(BENCHMARKS)}.")
+        end = did_you_mean(name, BENCHMARKS)
+        raise UsageError(f"There is no benchmark {name!r}{end} Choose from {', '.join(BENCHMARKS)}.")
     return evaluation.main(benchmark(name), rest)

@@ -152,10 +152,11 @@ class Parser(argparse.ArgumentParser):
         before |= {f"--{_dashed(one.name)}": one.flag for one in SHARED if one.hidden}
         if word in before:
             raise UsageError(f"The option {word} is called {before[word]} now.")
-        near = options.nearest(word, known) if word.startswith("-") else ""
-        end = f"; did you mean {near}?" if near else "."
-        what = f"There is no option {brief(word)}" if word.startswith("-") else f"{brief(word)!r} has no meaning here"
-        raise UsageError(f"{what}{end} `{self.command} --help` lists what there is.")
+        if word.startswith("-"):
+            what = f"There is no option {brief(word)}{options.did_you_mean(word, known)}"
+        else:
+            what = f"{brief(word)!r} has no meaning here."
+        raise UsageError(f"{what} `{self.command} --help` lists what there is.")
 
     def error(self, message: str) -> NoReturn:
         said = message.removeprefix("argument ").replace(": must", " must", 1)

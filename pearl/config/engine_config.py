@@ -72,7 +72,7 @@ class EngineConfig:
     )
     max_length: int = setting(4096, whole(2), "tokens of a text, prompt included", PAIR)
     max_sequences: int = setting(
-        1, whole(1, MAX_SEQUENCES), "texts side by side that there is memory for; default: a batch", PAIR
+        1, whole(1, MAX_SEQUENCES), "texts side by side that there is memory for; in eval as many as --batch-size", PAIR
     )
     cache_gb: float = setting(
         0.0, number(0, 1e6, "a number of gigabytes, or 0"), "of their keys and values at most; 0: no limit", PAIR
@@ -87,7 +87,7 @@ class EngineConfig:
     prefix_cache_gb: float | None = setting(
         None,
         number(0, 1e6, "a number of gigabytes, or 0"),
-        "of prompts' keys and values that each side keeps over texts; 0: none; default: a sixteenth of what is free",
+        "of prompts' keys and values that each side keeps; 0: none; default: a sixteenth of what is free, 2 GB at most",
         PAIR,
         word="prefix_cache",
     )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
-from pearl.options import Option, nearest, whole
+from pearl.options import Option, did_you_mean, whole
 
 # mode: (pre_verify, post_verify, draft_batch)
 _MODES: dict[str, tuple[bool, bool, int | None]] = {
@@ -69,9 +69,7 @@ OPTIONS = (GAMMA, DRAFT_BATCH, MAX_VERIFY_TOKENS, MAX_DRAFT_TOKENS)
 def refuse_unknown_mode(mode: str, known: Sequence[str]) -> None:
     """Raises `UsageError` for a mode that is none of them."""
     if mode not in known:
-        near = nearest(mode, known)
-        hint = f"; did you mean {near}?" if near else "."
-        raise UsageError(f"There is no mode {mode!r}{hint} Choose from {', '.join(known)}.")
+        raise UsageError(f"There is no mode {mode!r}{did_you_mean(mode, known)} Choose from {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ DRAFT, RECYCLED = "draft", "recycled"
 # as it has read more of the text.
 ORIGINS = (
     DRAFT,  # a smaller model
-    "mtp",  # heads that came with the target
     "feature",  # a drafter that reads the target's hidden states
     "suffix",  # what followed such tokens before
     RECYCLED,  # what the target itself would have said after such a token

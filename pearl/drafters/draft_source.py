@@ -20,7 +20,7 @@ from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import DRAFT, Node, Trie
 
-MAX_CHILDREN = 6  # guesses after a node at most
+MAX_CHILDREN = 6  # guesses after a node at most, of a source that does not rank further
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
 
 Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from

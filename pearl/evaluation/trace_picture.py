@@ -28,7 +28,7 @@ FILL = {
     "plain": "#56B4E9",
     "draft": "#5DBB9D",
 }
-BY = {"draft": "#5DBB9D", "mtp": "#CC79A7", "feature": "#CC79A7", "suffix": "#F0E442", "recycled": "#8C6BB1"}
+BY = {"draft": "#5DBB9D", "feature": "#CC79A7", "suffix": "#F0E442", "recycled": "#8C6BB1"}
 BY_OTHERS, STRIP = "#5DBB9D", 0.14  # an origin without a colour of its own; lanes that the committed tokens take
 INK, PALE, BUBBLE = "#333333", "#B0B0B0", "#F5EDBE"
 WAIT: dict[str, Any] = dict(facecolor="white", edgecolor=PALE, hatch="////", linewidth=0)

@@ -52,7 +52,8 @@ class PromptReader:
         return count > 0
 
     def read_on(self, sequence: SequenceState) -> bool:
-        """Reads a piece of a prompt, while other sequences wait. True: but the last, which is for the first pass."""
+        """Reads a piece of a prompt, or scores one, while others wait. True, and nothing is read: only the last piece
+        is left, which is for the first pass."""
         if _to_score(sequence):
             self._score(sequence)
             return False

@@ -1,4 +1,4 @@
-"""The target's role (rank 0): walk the tries. It decides every token, and it is a correct decoder by itself.
+"""The target's role (rank 0): it verifies draft trees, decides every token, and is a correct decoder by itself.
 
     take the nodes that have arrived          wait for them only where the schedule asks for it
     choose those that pay                     gamma guesses, or the likeliest, a tree

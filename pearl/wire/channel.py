@@ -30,7 +30,7 @@ class Channel(Protocol):
 
     @property
     def lost(self) -> bool:
-        """The other side is gone, and nothing it sent is left to receive."""
+        """Nothing is to be waited for: the other side is gone, or late, and nothing it sent is left to receive."""
 
     def send(self, *messages: Message) -> None:
         """They travel together. Never waits for the other side."""
