@@ -41,7 +41,7 @@ from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.controllers import Controllers
-from pearl.roles.guess_waiter import GuessWaiter
+from pearl.roles.drafter_inbox import DrafterInbox
 from pearl.roles.next_pass import NextPass
 from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
@@ -79,11 +79,11 @@ class Target:
         self._prompts = PromptReader(model, clock, prefill_tokens)
         self._beside = TargetSources(sources, clock, model.rows)
         self.next, self.prepares = NextPass(model, clock), False  # the latter: even where picks are here at once
-        self._drafter = GuessWaiter(self._batch, self._controllers.take_costs, clock, trace)
+        self._inbox = DrafterInbox(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
         """It is told of everything from now on; None: nobody is. May be called from any thread."""
-        self._drafter.watcher = watcher
+        self._inbox.watcher = watcher
 
     @property
     def idle(self) -> bool:
@@ -150,7 +150,7 @@ class Target:
         sequence that is not `wanted` any more ends before the next pass.
         """
         assert self.channel or not schedule.drafts, "a schedule that drafts needs a channel"
-        self._schedule, self._drafter.channel = schedule, self.channel if schedule.drafts else None
+        self._schedule, self._inbox.channel = schedule, self.channel if schedule.drafts else None
         batch, slots = self._batch, min(batch_slots, self._model.batch_slots)
         batch.open(slots)
         queue, more = iter(requests), True
@@ -166,16 +166,16 @@ class Target:
                 if batch.live:
                     yield from self._turn()
                 elif more:
-                    self._drafter.take()
-                yield from ((sequence, []) for sequence in self._drafter.over())
-            self._drafter.await_stats()
+                    self._inbox.take()
+                yield from ((sequence, []) for sequence in self._inbox.over())
+            self._inbox.await_stats()
             while batch.ended:
                 yield batch.ended.pop(next(iter(batch.ended))), []
         finally:  # also where the caller stops listening
             for sequence in batch.live.values():
                 self._beside.end(sequence)
             self._send([End(sequence) for sequence in batch.abandon()])
-            self._drafter.await_stats()
+            self._inbox.await_stats()
             self._trace.save()
 
     def _begin(self, request: SequenceRequest) -> None:
@@ -190,9 +190,9 @@ class Target:
         if self._beside:
             self._beside.begin(sequence, bool(continues))
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
-        if watcher := self._drafter.watcher:
+        if watcher := self._inbox.watcher:
             watcher.began(sequence)
-        if self._drafter.channel:
+        if self._inbox.channel:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
             params = sequence.params.for_drafter(sequence.stopper.eos_ids)
             told = sequence.sequence, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
@@ -223,11 +223,11 @@ class Target:
 
     def _await_guesses(self, sequences: list[SequenceState], patient: bool) -> list[SequenceState]:
         """Those that are ready for a pass. `patient`: nothing else is to be done meanwhile."""
-        self._drafter.take()
-        if not self._drafter.channel:
+        self._inbox.take()
+        if not self._inbox.channel:
             return sequences
         controller = self._controllers.choose(self._schedule, sequences)
-        return self._drafter.await_guesses(sequences, self._schedule, controller, patient)
+        return self._inbox.await_guesses(sequences, self._schedule, controller, patient)
 
     def _pass(self, sequences: list[SequenceState], began: float, since: float) -> Iterator[Written]:
         """The loop at the top of this page, once: for sequences that have read their prompts, or for one that is to
@@ -246,14 +246,14 @@ class Target:
         p = self._forward([rows.query(one) for one, rows in zip(sequences, chosen, strict=True)])
         coming = [begin_picks(*one) for one in zip(sequences, chosen, p, strict=True)]
         read = self._clock()
-        self._drafter.take()  # what arrived meanwhile may already tell hit from miss
+        self._inbox.take()  # what arrived meanwhile may already tell hit from miss
         if len(sequences) == 1 and not first:
             self._prepare(sequences[0], chosen[0], coming[0], controller)
         if picks.wait(coming):  # a GPU was still at work
             read = self._clock()
+        # walk and commit
         heard = zip(sequences, chosen, strict=True) if beside else ()
         contexts = [rows.contexts(one.trie.tokens) for one, rows in heard]  # before the walk moves the root
-        # walk and commit
         walks = [
             verify(one, rows.nodes, found, controller, logits, partial(self._read_root, one))
             for one, rows, found, logits in zip(sequences, chosen, coming, p, strict=True)
@@ -263,29 +263,52 @@ class Target:
             committed = sum(len(one.committed) for one in walks)
             controller.record_pass(rows, committed, read - ready, self._clock() - since, paths, len(sequences))
         plan = controller.plan
-        told = [
+        # send the verdicts: the drafter is at work again
+        features = [
             None if one.error else self._prompts.features(one, rows.nodes, walked)
             for one, rows, walked in zip(sequences, chosen, walks, strict=True)
         ]
-        self._send([self._verdict(*one, plan) for one in zip(sequences, walks, told, strict=True)])
-        if beside:  # the drafter is at work again
-            read_rows = map(RowsRead, contexts, p)
-            for one, mine, walked, read_of, features in zip(sequences, chosen, walks, read_rows, told, strict=True):
-                self._beside.hear(one, read_of, self._shares.for_beside(features))
-                if not first:
-                    self._beside.judge(one, mine, walked, controller)
+        self._send([self._verdict(*one, plan) for one in zip(sequences, walks, features, strict=True)])
+        if beside:
+            read_rows = list(map(RowsRead, contexts, p))
+            self._tell_beside(sequences, chosen, walks, read_rows, features, None if first else controller)
             self._beside.passed(self._clock() - since)
         for one in sequences:
             if one.stopper.finish is not None:
                 self._beside.end(one)
-
-        times = PassTimes(began, since, ready, read, self._clock())
-        for sequence, rows_of_one, walked in zip(sequences, chosen, walks, strict=True):
-            pass_recorder.record(sequence, rows_of_one, walked, plan, times, len(sequences))
-            pass_recorder.draw(sequence, times, self._trace, drafts=self._drafter.channel is not None)
-            if watcher := self._drafter.watcher:
-                watcher.passed(sequence, rows_of_one, walked, times)
+        self._record(sequences, chosen, walks, plan, PassTimes(began, since, ready, read, self._clock()))
         yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True) if walked.committed)
+
+    def _tell_beside(
+        self,
+        sequences: Sequence[SequenceState],
+        chosen: Sequence[PassRows],
+        walks: Sequence[PassWalk],
+        read: Sequence[RowsRead],
+        features: Sequence[Features | None],
+        controller: Controller | None,
+    ) -> None:
+        """What a pass has read, to the sources in this process. `controller`: judges their guesses; None: there were
+        none."""
+        for one, rows, walked, read_of, states in zip(sequences, chosen, walks, read, features, strict=True):
+            self._beside.hear(one, read_of, self._shares.for_beside(states))
+            if controller:
+                self._beside.judge(one, rows, walked, controller)
+
+    def _record(
+        self,
+        sequences: Sequence[SequenceState],
+        chosen: Sequence[PassRows],
+        walks: Sequence[PassWalk],
+        plan: DraftPlan,
+        times: PassTimes,
+    ) -> None:
+        """A pass in the statistics, in the trace, and to who watches."""
+        for one, rows, walked in zip(sequences, chosen, walks, strict=True):
+            pass_recorder.record(one, rows, walked, plan, times, len(sequences))
+            pass_recorder.draw(one, times, self._trace, drafts=self._inbox.channel is not None)
+            if watcher := self._inbox.watcher:
+                watcher.passed(one, rows, walked, times)
 
     def _prepare(self, sequence: SequenceState, rows: PassRows, coming: Picks, controller: Controller) -> None:
         """The next pass, while the picks of this one are on their way; anew when more guesses have come meanwhile."""
@@ -297,7 +320,7 @@ class Target:
                 changes = sequence.trie.changes
                 self.next.prepare(sequence, rows, controller)
             time.sleep(0)  # who receives messages needs the interpreter too
-            self._drafter.take()
+            self._inbox.take()
 
     def _choose(self, sequences: list[SequenceState], controller: Controller) -> list[PassRows]:
         """The rows of a pass: what was prepared, if the walk has gone there, or those that pay."""
@@ -331,11 +354,11 @@ class Target:
         """What the drafter is told of a pass. A sequence that is over gives its slot back."""
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
-            said = self._shares.for_drafter(features) if self._drafter.channel else None
+            said = self._shares.for_drafter(features) if self._inbox.channel else None
             return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
         return End(sequence.sequence)
 
     def _send(self, messages: Sequence[Message]) -> None:
-        if self._drafter.channel and messages:
-            self._drafter.channel.send(*messages)
+        if self._inbox.channel and messages:
+            self._inbox.channel.send(*messages)

@@ -19,7 +19,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.engine import Engine
 from pearl.errors import CheckpointError, EngineClosedError, UsageError
-from pearl.roles import guess_waiter
+from pearl.roles import drafter_inbox
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -391,7 +391,7 @@ def test_a_target_that_waits_for_guesses_notices_the_drafters_death(engine, pair
 
 @pytest.mark.slow
 def test_a_drafter_that_hangs_costs_no_token(engine, pair, monkeypatch):
-    monkeypatch.setattr(guess_waiter, "STATS_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(drafter_inbox, "STATS_TIMEOUT_S", 0.5)
     with opened(*pair) as hanging:
         params = replace(GREEDY, max_new_tokens=250)
         stream = hanging.stream(PROMPT, params, mode="pearl")

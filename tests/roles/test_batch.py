@@ -32,7 +32,7 @@ from pearl.core.schedule import MODES, Schedule
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.verifier import SequenceQuery
-from pearl.roles.guess_waiter import GuessWaiter
+from pearl.roles.drafter_inbox import DrafterInbox
 from pearl.roles.target import Target
 
 
@@ -213,7 +213,7 @@ def give_a_verdict_to_the_wrong_text(patch: pytest.MonkeyPatch) -> None:
 
 def hang_guesses_into_the_first_text(patch: pytest.MonkeyPatch) -> None:
     """What the drafter says of a text is taken for another's: its roots are not theirs."""
-    right = GuessWaiter.take
+    right = DrafterInbox.take
 
     def take(self):
         live = dict(self._batch.live)
@@ -223,7 +223,7 @@ def hang_guesses_into_the_first_text(patch: pytest.MonkeyPatch) -> None:
         right(self)
         self._batch.live = live
 
-    patch.setattr(GuessWaiter, "take", take)
+    patch.setattr(DrafterInbox, "take", take)
 
 
 def share_one_end(patch: pytest.MonkeyPatch) -> None:

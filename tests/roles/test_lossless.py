@@ -33,7 +33,7 @@ from toys import (
     together,
 )
 
-import pearl.roles.guess_waiter
+import pearl.roles.drafter_inbox
 import pearl.roles.verification
 from pearl.core.logits.penalties import Penalties
 from pearl.core.messages import Nodes, Verdict
@@ -90,7 +90,7 @@ def test_nothing_of_a_text_reaches_the_next(
     """A hasty target does not wait for the drafter's report, so late guesses do arrive during the next text."""
     with pytest.MonkeyPatch.context() as patch:
         if hasty:
-            patch.setattr(pearl.roles.guess_waiter, "STATS_TIMEOUT_S", 0.0)
+            patch.setattr(pearl.roles.drafter_inbox, "STATS_TIMEOUT_S", 0.0)
         model = case.model
         target = Target(model, ScriptedChannel(case.make_source(), case.script), ticks())
         for params in requests:

@@ -132,10 +132,10 @@ def test_nobody_hears_the_words_of_a_text_without_a_label(server, listen):
 def test_where_nobody_reads_any_more_the_engine_is_not_watched(server):
     listener = Listener(server, "mine")
     write(server, "mine/1")
-    assert server.service.engine.runtime.target._drafter.watcher
+    assert server.service.engine.runtime.target._inbox.watcher
     listener.close()
     deadline = time.monotonic() + 30
-    while server.service.engine.runtime.target._drafter.watcher:
+    while server.service.engine.runtime.target._inbox.watcher:
         write(server)
         assert time.monotonic() < deadline
 

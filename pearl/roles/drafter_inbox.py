@@ -1,4 +1,4 @@
-"""The target's ear: takes what the drafter says, and waits for it only where that is asked for or pays."""
+"""What the drafter sends, at the target: taken as it comes, and waited for only where that is asked for or pays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pearl.wire.channel import Channel, Clock
 STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after a sequence; it may be in a forward
 
 
-class GuessWaiter:
+class DrafterInbox:
     """`channel`: to the drafter, None while the schedule has none."""
 
     def __init__(
