@@ -45,16 +45,16 @@ class Pass:
     position: int  # of the root
     rows: int  # read: new tokens of the text, the root and the guesses, without padding
     offered: int  # guesses among them
-    sides: int  # of those: beside the chain,
-    paths: int  # on so many paths
+    sides: int  # guesses beside the chain
+    paths: int  # on which those lie
     tested: int  # places of the walk at which there were guesses; the last may have come during the pass (pre-verify)
     accepted: int  # of those: where one was right
     committed: int
     hit: bool  # the new root was among the guesses that had arrived
     judged: tuple[GuessOutcome, ...]  # place by place along the walk, up to the first without guesses
-    block: int  # decided after the pass: the block length in force,
-    branches: int  # rows of a draft,
-    ahead: int  # and how deep the drafter may guess; 0: not to speculate
+    block: int  # the block length in force, decided after the pass
+    branches: int  # rows of a draft, decided after the pass
+    ahead: int  # how deep the drafter may guess, decided after the pass; 0: not to speculate
     patience_s: float  # decided before it: the longest wait for a first guess
     waited_s: float  # before the pass, for guesses
     forward_s: float

@@ -2,7 +2,8 @@
 
 A small model spends a third of its forward between the products of matrices: each operation of torch takes a few
 microseconds, and a layer of transformers has some seventy. Here queries, keys and values are one product, gate and up
-projection another, and queries and keys are rotated together. The sums are the same, in the same order.
+projection another, and queries and keys are rotated together. On the architectures that are tried the bits stay the
+same.
 
 Taken are the layers that are built as Llama's are (Qwen2's and Qwen3's, Mistral's and more): norm, attention with
 rotary positions, norm, gated MLP. A layer looks like one by its parts; that it is one is found out by asking both
@@ -37,8 +38,8 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _NEAR = 0, 1, 5, 23  # positions of rows with which two layers are compared, beside far ones
-_TOLERANCE = {torch.float32: 1e-4}  # of products that are added up otherwise; and where they are rounded to fewer bits:
-_COARSE = 2e-2
+_TOLERANCE = {torch.float32: 1e-4}  # of products that are added up otherwise
+_COARSE = 2e-2  # where they are rounded to fewer bits
 
 
 class RMSNorm:

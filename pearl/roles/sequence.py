@@ -49,9 +49,9 @@ class SequenceState:
         self.draft_stats: DraftStats | None = None
         self.hit = False  # the last walk ended on a node that had arrived
         self.wait_budget_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
-        self.placed = now  # when it took its slot,
-        self.began: float | None = None  # when its prompt's turn came,
-        self.ended = 0.0  # and when it was over
+        self.placed = now  # when it took its slot
+        self.began: float | None = None  # when its prompt's turn came
+        self.ended = 0.0  # when it was over
         self.cached = 0  # tokens of the prompt that need no reading
         self.read, self.reading_s = 0, 0.0  # tokens of the prompt that are read by now, and for how long
         self.features: list[Features] = []  # of all tokens but the last, if the model tells them
