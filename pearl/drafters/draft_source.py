@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,9 +24,18 @@ MAX_CHILDREN = 6  # guesses after a node at most, of a source that does not rank
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
 
 Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
-# guesses, each after the one before it; a source that knows how likely each is says so (see `trie.Node.logp`), and one
-# that unites others says last whose guess it is
-Chain = Sequence[tuple[int, Proposal] | tuple[int, Proposal, float] | tuple[int, Proposal, float, str]]
+
+
+class DraftGuess(NamedTuple):
+    """One token of a chain."""
+
+    token: int
+    proposal: Proposal  # empty: nothing was drawn
+    logp: float = 0.0  # how likely it is, of a source that knows it (see `trie.Node.logp`)
+    origin: str = ""  # of a source that unites others: whose guess it is
+
+
+Chain = Sequence[tuple[int, Proposal] | DraftGuess]  # guesses, each after the one before it
 Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
 
 
@@ -151,18 +160,18 @@ class DraftSource:
         """What the last pass of the target has said. Only asked of a source in the target's process."""
 
 
-def whole(guess: Any, origin: str) -> tuple[int, Proposal, float, str]:
-    """A guess of a `Chain` with what it may leave out; `origin`: of the source that was asked."""
-    token, proposal, *known = guess
-    return token, proposal, known[0] if known else 0.0, known[1] if len(known) > 1 else origin
+def named(chain: Chain, origin: str) -> list[DraftGuess]:
+    """The guesses of a chain with all that they may leave out; `origin`: of the source that was asked."""
+    guesses = (DraftGuess(*guess) for guess in chain)
+    return [guess if guess.origin else guess._replace(origin=origin) for guess in guesses]
 
 
 def grow_chain(query: TreeQuery, chain: Chain, origin: str) -> Grown:
     """The nodes of a chain below the root of a trie."""
     node, grown = query.trie.root, []
-    for token, proposal, logp, whose in (whole(guess, origin) for guess in chain):
-        there = token in node.children
-        below = query.trie.grow(node, token, proposal, logp, whose)
+    for guess in named(chain, origin):
+        there = guess.token in node.children
+        below = query.trie.grow(node, *guess)
         assert below is not None, "a source extends the tree that it was given"
         if not there:
             grown.append((node, below))

@@ -32,9 +32,9 @@ from pearl.drafters.draft_source import (
     MIN_PATH_LOGP,
     Chain,
     ChainQuery,
+    DraftGuess,
     DraftSource,
     Grown,
-    Proposal,
     TreeQuery,
 )
 from pearl.drafters.suffix_automaton import SEPARATOR, Place, SuffixAutomaton
@@ -267,13 +267,13 @@ class SuffixSource(DraftSource):
         for token in query.path:
             joint += _log(dict(index.likely(spot)).get(token, 0.0))
             spot = index.after(spot, token)
-        chain: list[tuple[int, Proposal, float]] = []
+        chain: list[DraftGuess] = []
         while len(chain) < min(query.room, self._most) and (likely := index.likely(spot)):
             token, chance = likely[0]
             joint += _log(chance)
             if joint < MIN_CHAIN_LOGP:
                 break
-            chain.append((token, (), _log(chance)))
+            chain.append(DraftGuess(token, (), _log(chance)))
             spot = index.after(spot, token)
         return query.allowed(chain)
 

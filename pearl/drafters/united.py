@@ -15,7 +15,7 @@ import torch
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource, Grown, TreeQuery, grow_chain, whole
+from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource, Grown, TreeQuery, grow_chain, named
 
 _log = logging.getLogger(__name__)
 Query = TypeVar("Query", ChainQuery, TreeQuery)
@@ -60,7 +60,7 @@ class UnitedSource(DraftSource):
             open_ = [query for query in self._live(one, queries) if not found.get(query.batch_slot)]
             chains = one.propose_batch(open_) if open_ else []
             for query, chain in zip(open_, chains, strict=True):
-                found[query.batch_slot] = [whole(guess, one.origin) for guess in chain]
+                found[query.batch_slot] = named(chain, one.origin)
 
         self._each([query.batch_slot for query in queries], propose)
         return [found.get(query.batch_slot, []) for query in queries]

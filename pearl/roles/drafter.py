@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from pearl.core.messages import Costs, DraftStats, End, Nodes, SentSeparately, Start, Verdict
 from pearl.core.timeline import OFF, Trace, flow_id
-from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, whole
+from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, named
 from pearl.machine import memory
 from pearl.roles.drafted_sequence import DraftedSequence
 from pearl.roles.sources.guarded_source import GuardedSource
@@ -133,8 +133,8 @@ class Drafter:
         for sequence, guesses in found.items():
             chain = sequence.trie.chain()
             leaf, grown = chain[-1] if chain else sequence.trie.root, []
-            for token, proposal, logp, origin in (whole(guess, self._source.origin) for guess in guesses or []):
-                node = sequence.trie.grow(leaf, token, proposal, logp, origin)
+            for guess in named(guesses or [], self._source.origin):
+                node = sequence.trie.grow(leaf, *guess)
                 assert node is not None, "the drafter's own root is up to date with its own text"
                 grown.append((leaf, node))
                 leaf = node
