@@ -86,7 +86,7 @@ def test_a_chain_is_the_likeliest_way_on_and_goes_no_further_than_it_is_likely(t
     chain = source.propose_batch([ChainQuery(0, tokens, tuple(path), room)])[0]
     assert len(chain) <= room
     joint, said = 0.0, tokens + path
-    for token, proposal, logp in chain:
+    for token, proposal, logp, _ in chain:
         assert proposal == () and logp < 0
         best = matches(tokens, said[len(tokens) :])
         assert token in {one for _, after in best for one in after}, "it followed some match"
@@ -159,7 +159,7 @@ def test_chances_are_learned_from_the_text():
     chances = []
     for source in (loop, drawing):
         source.begin(0, SamplingParams())
-        chances.append(sum(math.exp(logp) for _, _, logp in source.propose(text, 1)))
+        chances.append(sum(math.exp(guess.logp) for guess in source.propose(text, 1)))
     assert chances[1] < 0.1 < 0.5 < chances[0]
 
 

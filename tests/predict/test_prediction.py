@@ -327,7 +327,7 @@ def test_a_run_that_says_too_little_is_refused(tmp_path: Path, break_it: Callabl
     [
         ([], "folder of a run"),
         (["here", "--a", "0.5", "--c", "2"], "folder of a run"),
-        (["nowhere"], "nowhere holds no passes.jsonl"),
+        (["nowhere"], "nowhere holds no finished run"),
         (["--a", "0.5"], "both --a and --c"),
         (["--a", "1.5", "--c", "2"], "from 0 to 1"),
         (["--a", "0.5", "--c", "0"], "c > 0"),

@@ -238,7 +238,8 @@ def test_the_kept_results_are_whole_answers_greedy_and_sampled():
     ], "all tables with wide intervals come first"
     assert all(540 < int(values(row, "--seconds")[0]) <= 600 for row in rows)
     assert keep[:2] == ["python", "scripts/keep_results.py"]
-    assert keep[2:] == [f"results/mine-tokens-512/gsm8k-t{temperature}" for temperature in (0, 1)]
+    folders = [f"results/mine-tokens-512/gsm8k-t{temperature}" for temperature in (0, 1)]
+    assert keep[2:] == [*folders, "--interval", "0.1"]
 
 
 @pytest.mark.slow
