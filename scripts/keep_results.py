@@ -1,6 +1,7 @@
 """Runs into docs/results/: their summaries, the raw lines of one, and the page with its pictures.
 
-    python scripts/keep_results.py results/smollm2-135m-tokens-512/*      a run goes to docs/results/PAIR/RUN.json
+    python scripts/keep_results.py results/smollm2-135m-tokens-512/*      a run goes to docs/results/PAIR/RUN.json,
+                                                                          a synthetic one to PAIR/RUN-synthetic.json
     python scripts/keep_results.py                                        makes the page and its pictures again
 
 What names this machine's folders is cut to the last part of a path. The raw lines (docs/results/raw) are of the run
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=DOCS, help="default: docs/results")
     parser.add_argument("--interval", type=float, default=0.1, help=ENOUGH)
     found = parser.parse_args(argv)
-    found.to = found.to.absolute()
+    found.to = found.to.resolve()
     ended = [folder for folder in found.folders if (folder / results.SUMMARY).exists()]
     if begun := [str(folder) for folder in found.folders if folder not in ended]:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
@@ -48,25 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in runs:
         pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
-        if not metrics.narrow(summary.get("widest_interval"), found.interval):  # an early round of many wants less
+        summary["wanted_interval"] = found.interval  # an early round of many wants less
+        if not metrics.narrow(summary.get("widest_interval"), found.interval):
             summary["unfinished"] = summary.get("left", 0)
         for told in summary["modes"].values():
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
-        outputs.write_json(found.to / pair / f"{run.folder.name}.json", without_folders(summary))
+        name = f"{run.folder.name}{results.in_names(run.kind)}"  # in nobody's place but its own kind's
+        outputs.write_json(found.to / pair / f"{name}.json", without_folders(summary))
         earlier = found.to / pair / f"{run.config.get('suite')}.json"  # of the first tokens of answers
-        if earlier.exists() and earlier.stem != run.folder.name:
+        if earlier.exists() and earlier.stem != name and not run.kind:
             earlier.unlink()
             print(f"{earlier} is removed, as {run.folder.name} takes its place")
-    with_raw = [run for run in runs if set(RAW_MODES) <= set(run.modes) and run.config.get("batch_size") == 1]
-    if with_raw:
+    alone = [run for run in runs if run.config.get("batch_size") == 1 and not run.kind]
+    if with_raw := [run for run in alone if set(RAW_MODES) <= set(run.modes)]:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
     for name, content in kept.page(found.to).items():
         outputs.write(found.to / name, content)
     if found.to == DOCS:
         figures.main()
-    readme = found.to.parents[1] / "README.md"
-    if readme.exists():
+    readme = found.to.parent.parent / "README.md"  # of the tree whose docs/results this is
+    if found.to.parts[-2:] == ("docs", "results") and readme.exists():
         outputs.write(readme, kept.in_readme(readme.read_text(encoding="utf-8"), kept.load(found.to)))
     print(f"written to {found.to}")
     return 0

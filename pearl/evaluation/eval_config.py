@@ -79,7 +79,7 @@ class EvalConfig:
         engine, skipped = self.engine, summary.get("skipped_too_long", 0)
         count = summary.get("problems", len(self.problems) - skipped)
         problems = f"{count} problem{'s' * (count != 1)}" + (f" ({skipped} too long, skipped)" if skipped else "")
-        label = ", SYNTHETIC acceptance" if engine.synthetic else ", warm memory" if engine.memory else ""
+        label = ", SYNTHETIC acceptance" * bool(engine.synthetic) + ", warm memory" * bool(engine.memory)
         return f"{self.benchmark.title}, {problems}, {engine.target} <- {engine.draft}, {engine.dtype}{label}"
 
     @property

@@ -187,11 +187,12 @@ def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
                 samples = talks.setdefault(key.task, [])
                 samples.append([text]) if key.turn == 0 else samples[-1].append(text)
         if benchmark.files:
-            for file, value in benchmark.files(problems, talks, mode).items():
+            for file, value in benchmark.files(problems, talks, f"{mode}{kind}").items():
+    kind = results.in_names(results.kind(vars(config.engine)))
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 lines.write_json(folder / file, value)
         if benchmark.export:
-            name = f"{Path(config.engine.target).name}-{mode.replace(':', '-')}"
+            name = f"{Path(config.engine.target).name}-{mode.replace(':', '-')}{kind}"
             (folder / "model_answer").mkdir(exist_ok=True)
             lines.settle(folder / "model_answer" / f"{name}.jsonl", benchmark.export(problems, talks, name))
     lines.write_json(folder / results.SUMMARY, summary)

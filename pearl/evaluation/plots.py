@@ -69,7 +69,7 @@ def _bars(
                 label=mode if mode not in axes.get_legend_handles_labels()[1] else None,
             )
     axes.axhline(line, color="#333333", linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(len(runs)), [run.name for run in runs], rotation=20 if len(runs) > 3 else 0)
+    axes.set_xticks(range(len(runs)), [run.label for run in runs], rotation=20 if len(runs) > 3 else 0)
     axes.set_ylabel(label)
     figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside upper center")  # over no bar
     note(axes, told)
@@ -96,7 +96,7 @@ def note(axes: Any, intervals: Sequence[Sequence[float] | None]) -> None:
 def depth(runs: Sequence[Run]) -> bytes | None:
     """Lines: of the guesses at each depth whose parents were accepted, the share that was."""
     curves = {
-        f"{run.name}, {mode}": (shares, figures.get("acceptance_by_depth_interval_95") or [None] * len(shares))
+        f"{run.label}, {mode}": (shares, figures.get("acceptance_by_depth_interval_95") or [None] * len(shares))
         for run in runs
         for mode, figures in run.modes.items()
         if (shares := figures.get("acceptance_by_depth"))
@@ -119,7 +119,7 @@ def latency(runs: Sequence[Run]) -> bytes | None:
     """Lines: the share of tokens that took at most so long, each pass spread evenly over the tokens it committed; the
     band is that share's interval."""
     curves = {
-        f"{run.name}, {mode}": found
+        f"{run.label}, {mode}": found
         for run in runs
         for mode, texts in run.texts.items()
         if (found := uncertainty.shares_by_latency(texts))

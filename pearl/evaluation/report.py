@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pearl.config.inputs import parse_json, read_text, sound
-from pearl.config.synthetic import SYNTHETIC
 from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results, tables
@@ -43,33 +42,43 @@ class Run:
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     modes: Mapping[str, tables.Figures]
-    unfinished: int = 0  # work units that are still to be decoded
-    starts: Sequence[Mapping[str, Any]] = ()  # of a run that was made in pieces, one each
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else its summary says
 
     @cached_property
     def texts(self) -> dict[str, dict[SampleKey, GenerationStats]]:
         return results.read(self.folder)[0]
 
     @property
-    def synthetic(self) -> bool:
-        """Its drafter was told how often to be right: no figure of it is one of a drafter."""
-        return str(self.config.get("resolved", {}).get("draft", "")).startswith(SYNTHETIC)
+    def resolved(self) -> Mapping[str, Any]:
+        """The options of its engine."""
+        return self.config.get("resolved", {})
 
-    @property
-    def warm(self) -> bool:
-        """Guesses were taken from earlier texts too."""
-        return bool(self.config.get("resolved", {}).get("memory"))
+    @cached_property
+    def kind(self) -> tuple[str, ...]:
+        """What it is beside a plain run: synthetic, warm; nothing."""
+        return results.kind(self.resolved)
 
     @property
     def label(self) -> str:
-        """Its name, and what it is beside a plain run."""
-        kind = ", ".join([*["synthetic"] * self.synthetic, *["warm memory"] * self.warm])
-        return f"{self.name} ({kind})" if kind else self.name
+        """Its name and kind."""
+        return f"{self.name} ({', '.join(self.kind)})" if self.kind else self.name
+
+    @property
+    def rest(self) -> str:
+        """What there is still to do, as a sentence goes on; nothing of a run that has ended."""
+        units, widest = self.facts.get("unfinished", 0), self.facts.get("widest_interval")
+        wanted = self.facts.get("wanted_interval") or self.config.get("stop_at_interval")
+        if not units:
+            return ""
+        if not wanted:
+            return f"{units} work unit{'s are' if units > 1 else ' is'} left"
+        known = f"is {widest:.0%} of its speed-up" if widest else "is not known of so few problems"
+        return f"the widest interval {known}, and is to become {wanted:.0%}"
 
     @property
     def commits(self) -> list[str]:
-        """Of its code."""
-        said = [one.get("commit") for one in self.starts] or [self.environment.get("commit")]
+        """Of its code; of each piece of a run that was made in pieces."""
+        said = [one.get("commit") for one in self.facts.get("starts", ())] or [self.environment.get("commit")]
         return list(dict.fromkeys(map(str, said)))
 
     @property
@@ -109,25 +118,25 @@ def run_of(file: Path, folder: Path) -> Run:
     """The run of a summary. Raises `UsageError` where that is damaged."""
     facts = parse_json(read_text(file, "The summary"), str(file))
     with sound(str(file), "make the run again"):
-        config, environment, modes = (dict(**facts[name]) for name in ("config", "environment", "modes"))
-    rest = facts.get("unfinished", 0), facts.get("starts", ())
-    return Run(folder, folder.name, config, environment, modes, *rest)
+        config, environment, modes = (dict(**facts.pop(name)) for name in ("config", "environment", "modes"))
+    return Run(folder, folder.name, config, environment, modes, facts)
 
 
 def all_of_a_kind(runs: Sequence[Run]) -> None:
     """Raises `UsageError` where synthetic runs would stand beside real ones, or warm beside cold ones."""
-    synthetic = [run.name for run in runs if run.synthetic]
-    if synthetic and len(synthetic) < len(runs):
-        raise UsageError(
-            f"{', '.join(synthetic)}: runs with a synthetic draft, which don't stand in a table with real ones: give "
-            "them one of their own."
-        )
-    warm = [run.name for run in runs if run.warm]
-    if warm and len(warm) < len(runs):
-        raise UsageError(
-            f"{', '.join(warm)}: runs with a memory of earlier texts (warm), which don't stand in a table with cold "
-            "ones: give them one of their own."
-        )
+    sentences = {
+        "synthetic": "runs with a synthetic draft, which don't stand in a table with real ones",
+        "warm memory": "runs with a memory of earlier texts (warm), which don't stand in a table with cold ones",
+    }
+    for kind, sentence in sentences.items():
+        such = [run.name for run in runs if kind in run.kind]
+        if such and len(such) < len(runs):
+            raise UsageError(f"{', '.join(such)}: {sentence}: give them one of their own.")
+
+
+def by_kind(runs: Sequence[Run]) -> dict[tuple[str, ...], list[Run]]:
+    """Those of one kind together, plain ones first."""
+    return {kind: [run for run in runs if run.kind == kind] for kind in sorted({run.kind for run in runs})}
 
 
 def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
@@ -151,15 +160,19 @@ def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
 
 def doubts(runs: Sequence[Run]) -> list[str]:
     """Why these runs' figures should not be compared, a sentence each; none if nothing speaks against it."""
-    found = list(_differences(runs, "environment", ENVIRONMENT))
+    found = list(_differences(runs, lambda run: run.environment, ENVIRONMENT))
+    measured = [run for run in runs if any(figures.get("millijoules_per_token") for figures in run.modes.values())]
+    found += _differences(measured, lambda run: run.environment, ["energy"])
     for benchmark in dict.fromkeys(run.config.get("suite") for run in runs):
         same = [run for run in runs if run.config.get("suite") == benchmark]
-        found += [f"Of {benchmark}: {sentence}" for sentence in _differences(same, "config", OF_A_BENCHMARK)]
+        told = [*_differences(same, lambda run: run.config, OF_A_BENCHMARK)]
+        told += _differences([run for run in same if "problems" in run.facts], lambda run: run.facts, ["problems"])
+        found += [f"Of {benchmark}: {sentence}" for sentence in told]
         for target in dict.fromkeys(_target(run) for run in same):
             found += _drift([run for run in same if _target(run) == target])
     for run in runs:
-        if run.unfinished:
-            found.append(f"{run.name} is not finished: {run.unfinished} work units are left.")
+        if run.rest:
+            found.append(f"{run.name} is not finished: {run.rest}.")
         if len(run.commits) > 1:
             found.append(f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}.")
         for mode, figures in run.modes.items():
@@ -170,11 +183,11 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _differences(runs: Sequence[Run], part: str, keys: Sequence[str]) -> Iterator[str]:
+def _differences(runs: Sequence[Run], said: Callable[[Run], Mapping[str, Any]], keys: Sequence[str]) -> Iterator[str]:
     for key in keys:
         values: dict[str, list[str]] = {}
         for run in runs:
-            values.setdefault(str(getattr(run, part).get(key, RULES.get(key))), []).append(run.name)
+            values.setdefault(str(said(run).get(key, RULES.get(key))), []).append(run.name)
         if len(values) > 1:
             told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
             yield f"{key} differs: {told}."
@@ -191,8 +204,7 @@ def _drift(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _target(run: Run) -> tuple[Any, ...]:
-    resolved = run.config.get("resolved", {})
-    return resolved.get("target"), resolved.get("dtype"), resolved.get("target_device"), resolved.get("target_cores")
+    return tuple(run.resolved.get(name) for name in ("target", "dtype", "target_device", "target_cores"))
 
 
 def _shared_parent(folders: Sequence[Path]) -> Path:
@@ -210,16 +222,15 @@ def page(
 ) -> str:
     """An HTML page that needs no other file: doubts, tables, pictures (PNG by caption), and how each run was made.
 
-    Runs with a synthetic draft have tables of their own. `beside`: the rows of a table with other engines, and why they
+    Synthetic and warm runs have tables of their own. `beside`: the rows of a table with other engines, and why they
     should not be compared.
     """
     from jinja2 import Environment, FileSystemLoader
 
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    kinds = [[run for run in runs if run.synthetic == synthetic] for synthetic in (False, True)]
     return pages.get_template("report.html").render(
         title=title,
-        sections=[_section(some, columns) for some in kinds if some],
+        sections=[_section(some, columns) for some in by_kind(runs).values()],
         others=tables.cells(("engine", "what"), OF_OTHERS, beside[0]) if beside[0] else None,
         other_doubts=beside[1],
         pictures=[(name, base64.b64encode(png).decode()) for name, png in pictures.items()],
@@ -231,7 +242,7 @@ def _section(runs: Sequence[Run], columns: Sequence[str]) -> dict[str, Any]:
     by_category = rows(runs, categories=True)
     kept = [name for name in columns if any(name in figures for _, figures in by_category)]
     return {
-        "synthetic": runs[0].synthetic,
+        "kind": runs[0].kind,
         "doubts": doubts(runs),
         "figures": tables.cells(("run", "mode"), columns, rows(runs)),
         "by_category": tables.cells(("run", "category", "mode"), kept, by_category) if by_category else None,

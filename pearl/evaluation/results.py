@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from pearl.config import outputs
 from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
+from pearl.config.synthetic import SyntheticDraft
 from pearl.core.messages import DraftStats
 from pearl.core.records import GenerationStats, GuessOutcome, Pass, SampleKey
 from pearl.core.trie import DRAFT
@@ -59,6 +60,18 @@ class WorkUnit(NamedTuple):
     task: str
     sample: int
     repeat: int
+
+
+def kind(resolved: Mapping[str, Any]) -> tuple[str, ...]:
+    """What keeps the run of such an engine from standing beside plain ones: a draft that was told how often to be
+    right, guesses from earlier texts. Nothing of a plain one."""
+    told = {"synthetic": SyntheticDraft.of(resolved.get("draft")), "warm memory": resolved.get("memory")}
+    return tuple(name for name, is_so in told.items() if is_so)
+
+
+def in_names(kind: Sequence[str]) -> str:
+    """What it adds to names of files."""
+    return "".join(f"-{word.partition(' ')[0]}" for word in kind)
 
 
 def digest(prompts: Iterable[tuple[str, Sequence[int]]]) -> str:

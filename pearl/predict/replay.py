@@ -29,6 +29,7 @@ from pearl.core.schedule import MODES, OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
 from pearl.core.trie import DRAFT, ORIGIN_NUMBER, RECYCLED
 from pearl.errors import UsageError
+from pearl.evaluation import results
 from pearl.predict.beside import SourceBeside
 from pearl.predict.replay_beside import places_of, sources_beside
 from pearl.predict.script import VOCABULARY, DraftedToken, Script, Times
@@ -76,6 +77,7 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
     if not any(map(_judged_places, modes[mode].values())):
         raise UsageError(f"In {folder} no guess of mode {mode} was judged: record one that drafts, tree or pearl.")
     figures, config = summary["modes"].get(mode) or {}, summary["config"]
+    kind = "".join(f" ({word})" for word in results.kind(config.get("resolved", {})))
     times = _times(modes, mode, summary, latency_s)
     beside = sources_beside(config, summary["environment"])
     others = {one.origin for one in beside} | {RECYCLED}
@@ -100,7 +102,7 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
         own=confirmed / own if own and confirmed is not None else OWN,
         settings={one.name: next((config[n] for n in (one.name, *one.was) if n in config), None) for one in OPTIONS},
         measured={m: f["speedup_vs_ar"] for m, f in summary["modes"].items() if f.get("speedup_vs_ar")},
-        source=f"{folder}, the guesses of mode {mode}",
+        source=f"{folder}{kind}, the guesses of mode {mode}",
         notes=_notes(times, chains),
         beside=beside,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 from evaluations import options, run, written
@@ -64,6 +65,8 @@ def test_what_can_not_be_done_is_refused_in_a_sentence(pair, tmp_path, capsys, m
 def test_one_problem_is_no_plural(pair, tmp_path):
     config = eval_config.read(gsm8k.BENCHMARK, options(pair, written(tmp_path, "gsm8k"), tmp_path, "--limit", "1"))
     assert config.title({}).startswith("GSM8K, 1 problem, ")
+    told = replace(config, engine=replace(config.engine, draft="synthetic:0.8", memory=8.0)).title({})
+    assert told.endswith(", SYNTHETIC acceptance, warm memory")
     assert config.title({"skipped_too_long": 1}).startswith("GSM8K, 0 problems (1 too long, skipped), ")
 
 

@@ -101,6 +101,13 @@ def test_the_second_prompt_holds_the_first_answer(finished):
 def test_the_second_turn_reads_only_what_is_new(finished):
     texts, _ = results.read(finished["mt_bench"])
     for runs in texts.values():
+
+
+def test_answers_that_a_synthetic_draft_sped_up_are_in_files_that_say_so(pair, tmp_path, capsys):
+    synthetic = ("--draft", "synthetic:0.8", "--limit", "1")
+    assert run("mt_bench", *options(pair, written(tmp_path, "mt_bench"), tmp_path / "out", *synthetic)) == 0
+    assert set(answers(tmp_path / "out")) == {"target-ar-synthetic.jsonl", "target-sd-3-synthetic.jsonl"}
+    assert "SYNTHETIC" in capsys.readouterr().out
         for key, text in runs.items():
             before = runs[key._replace(turn=0)]
             known = before.prompt_tokens if key.turn else 0

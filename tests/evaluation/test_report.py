@@ -173,6 +173,54 @@ def test_a_baseline_that_moved_between_runs_is_noticed(tmp_path):
     assert doubts(tmp_path / "other", {"config": {"resolved": {"target": "another"}}}, ar=2.5, sd=1.0) == []
 
 
+def changed(folder: Path, **facts: object) -> Path:
+    """A run whose summary says these, too."""
+    file = folder / results.SUMMARY
+    lines.write_json(file, json.loads(file.read_text()) | facts)
+    return folder
+
+
+def test_runs_of_parts_of_a_benchmark_are_noticed(tmp_path):
+    """Both were stopped by their intervals, one after more problems than the other."""
+    runs = [changed(make(tmp_path / name), problems=n) for name, n in (("a", 40), ("b", 120))]
+    assert report.doubts(report.load(runs)) == ["Of gsm8k: problems differs: 40 in a; 120 in b."]
+    assert report.doubts(report.load([runs[0], make(tmp_path / "early")])) == []
+
+
+@pytest.mark.parametrize(
+    "facts, config, told",
+    [
+        ({"unfinished": 3}, {}, "3 work units are left."),
+        (
+            {"unfinished": 3, "widest_interval": 0.32},
+            {"stop_at_interval": 0.1},
+            "the widest interval is 32% of its speed-",
+        ),
+        (
+            {"unfinished": 3, "widest_interval": 0.32, "wanted_interval": 0.2},
+            {"stop_at_interval": 0.5},
+            "to become 20%.",
+        ),
+        ({"unfinished": 3, "widest_interval": None}, {"stop_at_interval": 0.1}, "is not known of so few problems, and"),
+        ({"unfinished": 0, "left": 3, "widest_interval": 0.05}, {"stop_at_interval": 0.1}, ""),
+    ],
+)
+def test_a_run_that_is_not_finished_says_what_is_missing(tmp_path, facts, config, told):
+    """Of one that is to stop at an interval that is not the problems that are left."""
+    (run,) = report.load([changed(make(tmp_path / "a", config=config), **facts)])
+    assert told in f"{run.rest}." and len(report.doubts([run])) == bool(told)
+
+
+def test_energy_of_other_counters_is_noticed(tmp_path):
+    counters = {"a": ["package-0"], "b": ["package-0", "1 GPU"]}
+    runs = [make(tmp_path / name, environment={"energy": energy}) for name, energy in counters.items()]
+    assert report.doubts(report.load(runs)) == [], "no energy is told"
+    for folder in runs:
+        changed(folder, modes={"ar": {"tokens_per_second": 1.0, "millijoules_per_token": 5.0}})
+    (told,) = report.doubts(report.load(runs))
+    assert told == "energy differs: ['package-0'] in a; ['package-0', '1 GPU'] in b."
+
+
 def test_texts_that_are_not_the_targets_are_noticed(tmp_path):
     folder = make(tmp_path / "a")
     summary = json.loads((folder / results.SUMMARY).read_text())
@@ -234,3 +282,8 @@ def test_warm_runs_say_so_and_do_not_stand_beside_cold_ones(tmp_path):
         report.all_of_a_kind(runs)
     report.all_of_a_kind(runs[1:])
     assert {labels[0] for labels, _ in report.rows(runs[1:])} == {"warm (warm memory)"}
+    file = tmp_path / "page.html"
+    assert script("report").main([str(tmp_path / "results"), "--plots", "speedup", "--output", str(file)]) == 0
+    before, after = file.read_text().split("<h2>Warm memory</h2>")
+    assert "warm" not in before.split("<body>")[1] and "cold" not in after.split("<h2>speedup</h2>")[0]
+    assert "<h2>speedup (warm memory)</h2>" in after

@@ -220,6 +220,11 @@ def test_other_verdicts_make_another_prediction(tmp_path: Path):
     assert speedup(read_run(wrong), "sd:4") < 0.8 * speedup(read_run(right), "sd:4")
 
 
+def test_what_a_synthetic_run_predicts_says_that_it_is_one(tmp_path: Path):
+    told = record(tmp_path, lambda _, summary: summary["config"].update(resolved={"draft": "synthetic:0.8"}))
+    assert read_run(told).source.startswith(f"{tmp_path} (synthetic), the guesses of mode sd:4")
+
+
 def test_a_slower_drafter_of_the_run_is_slower_in_every_mode(tmp_path: Path):
     def slow(passes, summary):
         summary["modes"]["sd:4"]["draft_forwards"] = 7

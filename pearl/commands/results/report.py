@@ -29,12 +29,14 @@ def parser() -> cli.Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
-    real = [run for run in runs if not run.synthetic]
-    pictures = plots.of(real or runs, found.plots)
-    if not real:
-        pictures = {f"{name} (synthetic)": png for name, png in pictures.items()}
-    engines = others.load(found.others)
-    beside = others.rows(engines, real) if engines else [], list(others.doubts(engines, real))
+    kinds = report.by_kind(runs)
+    pictures: dict[str, bytes] = {}
+    for kind, some in kinds.items():
+        of_kind = f" ({', '.join(kind)})" if kind else ""
+        pictures |= {f"{name}{of_kind}": png for name, png in plots.of(some, found.plots).items()}
+    engines, real = others.load(found.others), [some for kind, some in kinds.items() if "synthetic" not in kind]
+    ours = real[0] if real else []  # plain ones, or warm ones that say so
+    beside = others.rows(engines, ours) if engines else [], list(others.doubts(engines, ours))
     outputs.write(found.output, report.page(found.title, runs, columns, pictures, beside))
     print(f"written to {found.output}")
     return 0

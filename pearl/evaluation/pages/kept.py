@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config.engine_config import EMBEDDED
-from pearl.evaluation import plots, report, tables
+from pearl.evaluation import plots, report, results, tables
 from pearl.evaluation.report import Run
 
 TITLES = {
@@ -48,6 +48,10 @@ PLOTS = {  # each where its interval is known of some mode
     "length": "acceptance_length_interval_95",
     "energy": "millijoules_per_token_interval_95",
 }
+KINDS = {
+    "synthetic": "**Synthetic**: the drafter was told how often to be right. ",
+    "warm memory": "**Warm**: guesses were taken from earlier texts too. ",
+}
 IN_A_LINE = ("sd", "pearl", "tree")
 BEGIN, END = "<!-- figures of docs/results -->", "<!-- end of figures -->"
 
@@ -70,12 +74,12 @@ def page(folder: Path) -> dict[str, str | bytes]:
     for pair in dict.fromkeys(run.name.partition("/")[0] for run in runs):
         mine = [run for run in runs if run.name.startswith(f"{pair}/")]
         made: dict[str, bytes] = {}
-        for kind in ("", "synthetic-"):
-            some = [run for run in mine if run.synthetic == bool(kind)]
+        for kind, some in report.by_kind(mine).items():
             names = [
                 name for name, key in PLOTS.items() if any(of.get(key) for run in some for of in run.modes.values())
             ]
-            made |= {f"{pair}-{kind}{name}.png": png for name, png in plots.of(some, names).items()}
+            drawn = plots.of(some, names)
+            made |= {f"{pair}{results.in_names(kind)}-{name}.png": png for name, png in drawn.items()}
         shown = "\n".join(f"![{name} of every mode]({name})\n" for name in made)
         parts.append(f"## {pair}\n\n{shown}\n" + "\n".join(map(section, mine)))
         pictures |= made
@@ -90,9 +94,9 @@ def section(run: Run) -> str:
                 rows.append(((f"{mode}{what}",), some))
     columns = [name for name in COLUMNS if any(figures.get(name) is not None for _, figures in rows)]
     table = tables.markdown(*tables.cells(labels, columns, rows))
-    label = "**Synthetic**: the drafter was told how often to be right. " if run.synthetic else ""
-    if run.unfinished:
-        label += f"**Not finished**: {run.unfinished} problems are left, and intervals are wider than they will be. "
+    label = "".join(KINDS[word] for word in run.kind)
+    if run.rest:
+        label += f"**Not finished**: {run.rest}. "
     commits = f"commit{'s' * (len(run.commits) > 1)} {', '.join(one[:10] for one in run.commits)}"
     command = f"```\n{run.command}\n```"
     return f"### {text_of(run)}\n\n{label}{machine(run)}, {commits}:\n\n{command}\n\n{table}\n{by_category(run)}"
@@ -125,7 +129,7 @@ def text_of(run: Run) -> str:
     temperature = config.get("temperature") or 0
     warm = f", temperature {temperature:g}" if temperature else ", greedy"
     title = TITLES.get(str(config.get("suite")), str(config.get("suite")))
-    so_far = " so far" if run.unfinished else ""
+    so_far = " so far" if run.rest else ""
     return f"{title}{format}, {texts} texts{so_far} of up to {config.get('max_new_tokens')} tokens{warm}"
 
 
@@ -137,10 +141,10 @@ def machine(run: Run) -> str:
 
 
 def in_lines(runs: Sequence[Run]) -> str:
-    """The README's table. A line says which text, how long, which machine, and how many times as fast as `ar` each mode
-    was."""
+    """The README's table, of plain runs. A line says which text, how long, which machine, and how many times as fast as
+    `ar` each mode was."""
     rows = []
-    for run in (run for run in runs if not run.synthetic):
+    for run in (run for run in runs if not run.kind):
         told = (speedup(run.modes.get(mode, {})) for mode in IN_A_LINE)
         rows.append([f"{text_of(run)}; {run.name.partition('/')[0]}; {machine(run)}", *told])
     return tables.markdown(["text; models; machine", *IN_A_LINE], rows)
