@@ -303,8 +303,8 @@ def summary(
                 for key, index in metrics.divergences(runs[mode], ar)
             ]
     if any(task.repeats for task in plan.tasks):
-        cut = {mode: repeats.left_out(texts, _repeats(tasks), engine.decode) for mode, texts in runs.items()}
-        for mode, figures in metrics.summarise({mode: texts for mode, texts in cut.items() if texts}).items():
+        cut = repeats.left_out(runs, _repeats(tasks), engine.decode)
+        for mode, figures in metrics.summarise(cut).items():
             modes[mode]["without_repeats"] = {name: figures[name] for name in metrics.BY_CATEGORY if name != SAME}
     events = [asdict(event) for event in engine.events]
     return {

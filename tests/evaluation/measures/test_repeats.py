@@ -42,15 +42,38 @@ def run(*committed: int):
 
 def test_passes_that_wrote_a_token_of_it_are_left_out_whole():
     """Characters 5 to 11 are tokens 2 to 5."""
-    runs = {SampleKey("a"): run(1, 1, 3, 2, 4)}
-    left = repeats.left_out(runs, lambda *_: (5, 11), decode)[SampleKey("a")]
+    runs = {"sd": {SampleKey("a"): run(1, 1, 3, 2, 4)}}
+    left = repeats.left_out(runs, lambda *_: (5, 11), decode)["sd"][SampleKey("a")]
     assert [one.committed for one in left.passes] == [1, 1, 4] and left.tokens == (0, 1, 7, 8, 9, 10)
     assert left.seconds == 3.0
     assert repeats.left_out(runs, lambda *_: (0, 0), decode) == runs
     assert repeats.left_out(runs, lambda *_: (0, 22), decode) == {}
 
 
+def test_the_time_that_a_prompt_takes_stays_in_every_mode_however_much_the_first_pass_commits():
+    """transformers' assisted generation guesses in it already. Its tokens and guesses of the part do not count."""
+    modes = {mode: {SampleKey("a"): run(*committed)} for mode, committed in (("ar", [1] * 8), ("hf", [6, 2]))}
+    left = repeats.left_out(modes, lambda *_: (2, 8), decode)
+    ar, hf = (left[mode][SampleKey("a")] for mode in ("ar", "hf"))
+    assert ar.tokens == hf.tokens == (0, 4, 5, 6, 7) and (ar.seconds, hf.seconds) == (5.0, 2.0)
+    assert [one.committed for one in hf.passes] == [3, 2] and hf.passes[0].verified == 0
+    from_the_start = repeats.left_out(modes, lambda *_: (0, 8), decode)
+    assert [[one.committed for one in runs[SampleKey("a")].passes] for runs in from_the_start.values()] == [
+        [0, 1, 1, 1, 1],
+        [2, 2],
+    ]
+
+
+def test_all_modes_are_told_of_the_same_texts():
+    """One mode wrote the end of the part and all that follows it in one pass."""
+    keys = SampleKey("a"), SampleKey("b")
+    modes = {"ar": {key: run(*[1] * 8) for key in keys}, "sd": {keys[0]: run(2, 6), keys[1]: run(2, 4, 2)}}
+    left = repeats.left_out(modes, lambda *_: (0, 8), decode)
+    assert {mode: set(runs) for mode, runs in left.items()} == {"ar": {keys[1]}, "sd": {keys[1]}}
+
+
 def test_what_is_left_is_compared_with_what_is_left_of_ar():
-    ar, mine = ({SampleKey("a"): run(*committed)} for committed in ([1] * 8, [2, 2, 2, 2]))
-    parts = {mode: repeats.left_out(runs, lambda *_: (0, 8), decode) for mode, runs in (("ar", ar), ("sd", mine))}
-    assert metrics.summarise(parts)["sd"]["speedup_vs_ar"] == 2.0
+    """Five passes of a token against the prompt's pass and two of two tokens."""
+    modes = {mode: {SampleKey("a"): run(*committed)} for mode, committed in (("ar", [1] * 8), ("sd", [2] * 4))}
+    parts = repeats.left_out(modes, lambda *_: (2, 8), decode)
+    assert metrics.summarise(parts)["sd"]["speedup_vs_ar"] == pytest.approx(5 / 3)
