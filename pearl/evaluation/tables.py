@@ -22,6 +22,7 @@ class Column:
     heading: str
     form: str
     means: str
+    between: str = " "  # the numbers of a list
 
     def cell(self, value: Any) -> str:
         """`value`, a number or a list of them (an interval, a row of depths), as a person reads it."""
@@ -30,14 +31,14 @@ class Column:
         if isinstance(value, list | tuple) and isinstance(value[0], list | tuple):
             return " ".join("/".join(map(self.cell, one)) for one in value)
         if isinstance(value, list | tuple):
-            return " to ".join(map(self.cell, value)) if len(value) == 2 else " ".join(map(self.cell, value))
+            return self.between.join(map(self.cell, value))
         return self.form.format(value)
 
 
 COLUMNS: dict[str, Column] = {
     "tokens_per_second": Column("tok/s", "{:.2f}", "tokens a second"),
     "speedup_vs_ar": Column("x ar", "{:.2f}", "so many times ar's"),
-    "speedup_interval_95": Column("95 %", "{:.2f}", "its interval"),
+    "speedup_interval_95": Column("95 %", "{:.2f}", "its interval", " to "),
     "speedup_vs_ar_all": Column("x ar-all", "{:.2f}", "times ar's on all devices"),
     "decode_speedup_vs_ar": Column("x ar, decoding", "{:.2f}", "times ar's without prompts"),
     "predicted_speedup": Column("expected", "{:.2f}", "speed-up by theory"),
@@ -45,7 +46,7 @@ COLUMNS: dict[str, Column] = {
     "tokens_per_pass": Column("tok/pass", "{:.2f}", "tokens a target forward"),
     "tokens_per_rejection": Column("tok/miss", "{:.2f}", "tokens to the next wrong guess"),
     "acceptance_length": Column("AL", "{:.2f}", "acceptance length, tokens a verification"),
-    "acceptance_length_interval_95": Column("AL 95 %", "{:.2f}", "its interval"),
+    "acceptance_length_interval_95": Column("AL 95 %", "{:.2f}", "its interval", " to "),
     "acceptance": Column("acc", "{:.2f}", "share of tested guesses that were right"),
     "draft_acceptance_rate": Column("acc of drafted", "{:.2f}", "share of verified rows that were right"),
     "acceptance_by_depth": Column("acc by depth", "{:.2f}", "conditional acceptance, guess by guess"),

@@ -45,10 +45,18 @@ def test_every_column_says_what_it_means():
         (None, "-"),
         ([], "-"),
         (1.234, "1.23"),
-        ([1.0, 2.0], "1.00 to 2.00"),
+        ([1.0, 2.0], "1.00 2.00"),
         ([1.0, None, 0.5], "1.00 - 0.50"),
         ([[2, 3]], "2.00/3.00"),
     ],
 )
 def test_cells_are_written_for_people(value, cell):
     assert tables.Column("x", "{:.2f}", "").cell(value) == cell
+
+
+def test_an_interval_reaches_from_to_and_two_depths_are_two_figures():
+    interval, depths = "speedup_interval_95", "acceptance_by_depth"
+    _, ((_, *cells),) = tables.cells(
+        ["mode"], [interval, depths], [(["sd:2"], {interval: [1, 2], depths: [0.85, 0.7]})]
+    )
+    assert cells == ["1.00 to 2.00", "0.85 0.70"]

@@ -42,6 +42,7 @@ COMPARED = {
     "max_new_tokens": ("config", "max_new_tokens"),
     "temperature": ("config", "temperature"),
     "batch_size": ("config", "batch_size"),
+    "problems": ("facts", "problems"),
     "processor": ("environment", "processor"),
 }
 _WORDS = {"prompts": "digest of the prompts", "processor": "processor", "batch_size": "texts side by side"}
@@ -104,20 +105,23 @@ def rows(others: Sequence[Other], runs: Sequence[Run]) -> list[tables.Row]:
     theirs: list[tables.Row] = [
         ((one.label, one.facts.get("note") or one.facts["command"]), one.figures) for one in others
     ]
-    return theirs + [((f"pearl, {run.name}", mode), figures) for run in runs for mode, figures in run.modes.items()]
+    return theirs + [((f"pearl, {run.label}", mode), figures) for run in runs for mode, figures in run.modes.items()]
 
 
 def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
     """Why a result should not be compared with ours, a sentence each."""
-    for one in others:
+    if others and not runs:
+        yield "None of our runs has a real draft, so that there is nothing to compare them with."
+    for one in others if runs else ():
         untold = [_word(name) for name in COMPARED if one.facts.get(name) is None]
         if untold:
             yield f"{one.label} does not say: {', '.join(untold)}."
         for name, (part, key) in COMPARED.items():
             said = one.facts.get(name)
-            ours = {str(_of(run, part, key)) for run in runs}
-            if said is not None and ours != {str(said)}:
-                yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(sorted(ours))} in ours."
+            ours = [getattr(run, part).get(key) for run in runs]
+            if said is not None and {_plain(name, value) for value in ours} != {_plain(name, said)}:
+                told = sorted({"nothing said" if value is None else str(value) for value in ours})
+                yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(told)} in ours."
         for name in ("acceptance_length", "acceptance"):
             if one.facts.get(name) is None and any(figures.get(name) for run in runs for figures in run.modes.values()):
                 yield f"{one.label} does not say its {name.replace('_', ' ')}."
@@ -133,7 +137,8 @@ def _word(name: str) -> str:
     return _WORDS.get(name, name.replace("_", " "))
 
 
-def _of(run: Run, part: str, key: str) -> Any:
-    if part == "environment":
-        return run.environment.get(key)
-    return (run.config.get("resolved", {}) if part == "resolved" else run.config).get(key)
+def _plain(name: str, value: Any) -> Any:
+    """A value as it is compared: 0 is 0.0, and a benchmark has its name with either line."""
+    if isinstance(value, int | float):
+        return value
+    return str(value).replace("-", "_") if name == "benchmark" else str(value)

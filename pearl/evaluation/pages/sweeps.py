@@ -4,11 +4,15 @@ input_length    prompt tokens          categories of one run
 draft_length    guesses a block        modes of one run (sd:1, sd:2, ...); what finds its length itself: a level
 temperature     temperature            a run each
 concurrency     texts side by side     a run each: tokens a second of all against time per token of each
+
+A curve is of one mode and one pair; runs that are not plain say what they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pearl.errors import UsageError
@@ -17,43 +21,64 @@ from pearl.evaluation.plots import note, panels_of, png_of, spread, style
 from pearl.evaluation.report import Run
 
 Point = tuple[float, tables.Figures]
-Curves = dict[str, list[Point]]  # by mode, in order
+Curves = dict[str, list[Point]]  # by mode, and pair where there are several, in order
+
+
+def names(runs: Sequence[Run]) -> Callable[[Run, str], str]:
+    """What the curve of a mode of a run is called."""
+
+    def pair(run: Run) -> tuple[str, ...]:
+        return tuple(str(run.resolved.get(name)) for name in ("target", "draft"))
+
+    pairs = {pair(run) for run in runs}
+    short = {one: " <- ".join(Path(name).name for name in one) for one in pairs}
+    if len(set(short.values())) < len(pairs):
+        short = {one: " <- ".join(one) for one in pairs}
+
+    def name(run: Run, mode: str) -> str:
+        kind = f" ({', '.join(run.kind)})" if run.kind else ""
+        return f"{short[pair(run)]}, {mode}{kind}" if len(pairs) > 1 else f"{mode}{kind}"
+
+    return name
 
 
 def by_category(runs: Sequence[Run]) -> Curves:
     """Of categories that are numbers."""
     curves: Curves = {}
+    name = names(runs)
     for run in runs:
         for mode, figures in run.modes.items():
-            for name, some in (figures.get("by_category") or {}).items():
-                if name.isdigit():
-                    curves.setdefault(mode, []).append((float(name), some))
+            for category, some in (figures.get("by_category") or {}).items():
+                if category.isdigit():
+                    curves.setdefault(name(run, mode), []).append((float(category), some))
     return _sorted(curves)
 
 
 def by_gamma(runs: Sequence[Run]) -> Curves:
     """Of modes with a block length in their name; one without is the same at all of them."""
-    names = [mode for run in runs for mode in run.modes]
-    lengths = sorted({float(mode.partition(":")[2]) for mode in names if mode.partition(":")[2].isdigit()})
+    modes = [mode for run in runs for mode in run.modes]
+    lengths = sorted({float(mode.partition(":")[2]) for mode in modes if mode.partition(":")[2].isdigit()})
     curves: Curves = {}
+    name = names(runs)
     for run in runs:
         for mode, figures in run.modes.items():
-            name, _, gamma = mode.partition(":")
+            plain, _, gamma = mode.partition(":")
             if gamma.isdigit():
-                curves.setdefault(name, []).append((float(gamma), figures))
+                curves.setdefault(name(run, plain), []).append((float(gamma), figures))
             elif mode != "ar":
-                curves[f"{mode}, auto"] = [(length, figures) for length in lengths]
+                curves[name(run, f"{mode}, auto")] = [(length, figures) for length in lengths]
     return _sorted(curves)
 
 
-def by_option(name: str) -> Callable[[Sequence[Run]], Curves]:
+def by_option(option: str) -> Callable[[Sequence[Run]], Curves]:
     """Of runs that differ in an option."""
 
     def curves(runs: Sequence[Run]) -> Curves:
         found: Curves = {}
+        name = names(runs)
         for run in runs:
             for mode, figures in run.modes.items():
-                found.setdefault(mode, []).append((float(run.config.get(name) or 0), figures))
+                found.setdefault(name(run, mode), []).append((float(run.config.get(option) or 0), figures))
         return _sorted(found)
 
     return curves
@@ -65,7 +90,6 @@ def _sorted(curves: Curves) -> Curves:
 
 def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
     """The speed-up over `ar`, and below it the acceptance length."""
-    curves = {mode: points for mode, points in curves.items() if mode != "ar"}
     figure, upper = panels_of(7.0, 6.0, 2)
     drawn: list[Any] = []  # intervals
     for axes, key, label in zip(
@@ -122,10 +146,15 @@ def pareto(runs: Sequence[Run]) -> bytes | None:
     return png_of(figure)
 
 
+def _beside_ar(runs: Sequence[Run]) -> list[Run]:
+    """Without `ar`, which the others are compared with."""
+    return [replace(run, modes={mode: some for mode, some in run.modes.items() if mode != "ar"}) for run in runs]
+
+
 SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
-    "input_length": lambda runs: curve(by_category(runs), "tokens of the prompt", logarithmic=True),
-    "draft_length": lambda runs: curve(by_gamma(runs), "guesses a block"),
-    "temperature": lambda runs: curve(by_option("temperature")(runs), "temperature"),
+    "input_length": lambda runs: curve(by_category(_beside_ar(runs)), "tokens of the prompt", logarithmic=True),
+    "draft_length": lambda runs: curve(by_gamma(_beside_ar(runs)), "guesses a block"),
+    "temperature": lambda runs: curve(by_option("temperature")(_beside_ar(runs)), "temperature"),
     "concurrency": pareto,
 }
 

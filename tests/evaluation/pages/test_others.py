@@ -54,6 +54,39 @@ def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path)
 
 
 @pytest.mark.parametrize(
+    "name, said, same",
+    [
+        ("temperature", 0, True),
+        ("batch_size", 1.0, True),
+        ("batch_size", 2, False),
+        ("benchmark", "mt-bench", True),
+        ("benchmark", "spec_bench", False),
+        ("problems", 80, True),
+        ("problems", 40, False),
+        ("max_new_tokens", 32, False),
+        ("temperature", [0], False),
+    ],
+)
+def test_values_are_compared_as_what_they_are(tmp_path, name, said, same):
+    config = {"suite": "mt_bench", "temperature": 0.0, "batch_size": 1}
+    run = report.Run(tmp_path, "ours", config, {}, {}, {"problems": 80})
+    told = list(others.doubts(others.load([written(tmp_path / "theirs.json", THEIRS | {name: said})]), [run]))
+    assert (
+        any(f"{name.replace('batch_size', 'texts side by side').replace('_', ' ')} differs" in one for one in told)
+        != same
+    )
+
+
+def test_beside_synthetic_runs_alone_nothing_is_compared(tmp_path):
+    file, page = written(tmp_path / "theirs.json", THEIRS), tmp_path / "page.html"
+    assert (
+        script("report").main([str(kept(tmp_path / "told", "synthetic:0.8")), "--others", file, "--output", str(page)])
+        == 0
+    )
+    assert "nothing to compare them with" in page.read_text() and "differs" not in page.read_text()
+
+
+@pytest.mark.parametrize(
     "change, sentence",
     [
         ({"tokens": 0}, "tokens must be a whole number above 0, not 0"),
@@ -81,7 +114,10 @@ def test_the_page_has_a_table_of_them(tmp_path, capsys):
 
 
 def test_synthetic_runs_are_named_so_and_have_a_table_of_their_own(tmp_path, capsys):
-    real, synthetic = kept(tmp_path / "results" / "real"), kept(tmp_path / "results" / "told", "synthetic:0.8")
+    real, synthetic = (
+        kept(tmp_path / "results" / "real", "synthetic-model"),
+        kept(tmp_path / "results" / "told", "synthetic:0.8"),
+    )
     runs = report.load([tmp_path / "results"])
     assert [labels for labels, _ in report.rows(runs)] == [("real", "tree"), ("told (synthetic)", "tree")]
     page = report.page("all", runs, ["acceptance"], {})

@@ -60,6 +60,23 @@ def test_each_sweep_finds_what_was_varied():
         sweeps.draw("speed", warm)
 
 
+def test_a_curve_is_of_one_mode_and_one_pair():
+    runs = [
+        made(f"{target} {t}", {"tree": figures(2 - t)}, temperature=t, resolved={"target": target, "draft": "small"})
+        for target in ("org/large", "other")
+        for t in (0.0, 1.0)
+    ]
+    found = sweeps.by_option("temperature")(runs)
+    assert {name: len(points) for name, points in found.items()} == {
+        "large <- small, tree": 2,
+        "other <- small, tree": 2,
+    }
+    told = made(
+        "told", {"sd:1": figures(1.2), "tree": figures(1.1)}, resolved={"target": "t", "draft": "synthetic:0.8"}
+    )
+    assert set(sweeps.by_gamma([told])) == {"sd (synthetic)", "tree, auto (synthetic)"}
+
+
 def test_an_interval_reaches_to_both_sides_and_is_not_made_up():
     below, above = spread([2.0, 1.0], [[1.5, 2.75], None])
     assert below[0] == 0.5 and above[0] == 0.75 and spread([1.0], [None]) is None
