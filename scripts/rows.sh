@@ -2,7 +2,8 @@
 #
 #   PAIR      pairs of the registry (pearl pairs) or YAML files; default: smollm2-135m
 #   LIMIT     problems of each task; default: all.  TOKENS: new tokens of a text; default: the task's
-#   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl; default: the hub
+#   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl, and speed_bench/
+#             (what prepare_data.py writes); default: the hub
 #   OPTIONS   further options of every run.  RESULTS: where all goes; default: results
 #   MODES     of runs that several tables share; default: ar ar-all sd pearl tree
 #   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
@@ -25,6 +26,7 @@ data_of() {
     gsm8k) echo "$DATA/gsm8k/test.jsonl" ;;
     mgsm) echo "$DATA/mgsm/mgsm.jsonl" ;;
     mt_bench | spec_bench) echo "$DATA/$1/question.jsonl" ;;
+    speed_bench) echo "$DATA/speed_bench" ;;
   esac; fi
 }
 
@@ -45,7 +47,7 @@ needs() {
 from pearl.commands.eval import benchmark
 from pearl.config.cli import guarded
 tasks = zip(sys.argv[1::2], sys.argv[2::2])
-sys.exit(guarded(lambda _: not all(benchmark(name).load(file or None) for name, file in tasks))())" "${words[@]}"
+sys.exit(guarded(lambda _: not all(benchmark(name).problems(file or None) for name, file in tasks))())" "${words[@]}"
 }
 
 # over: whether a run that is begun now would have less than half a minute

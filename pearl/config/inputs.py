@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 from pearl.errors import PearlError, UsageError
 
+_HALF = re.compile("[\ud800-\udfff]")
 _DEEPEST = 50  # levels of YAML in brackets
 
 
@@ -48,10 +50,17 @@ def parse_json(text: str, where: str) -> Any:
 
 def json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
     """The values of the lines that are not empty, with the numbers of the lines. Not splitlines: JSON may hold
-    characters such as U+2028 unescaped, which end a line only there."""
+    characters such as U+2028 unescaped, which end a line only there. Half a surrogate pair, which JSON may hold too, is
+    refused: no tokenizer reads it."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, parse_json(line, f"{where}, line {number}")
+            value = parse_json(line, f"{where}, line {number}")
+            if "\\ud" in line.lower() and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
+                raise UsageError(
+                    f"{where}, line {number} holds half a character (\\u{ord(half[0]):04x}): a text was cut inside an "
+                    "emoji or its like. Write it whole, or leave it out."
+                )
+            yield number, value
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         config.check_mode(mode)
     if found.resume and not found.output:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
-    problems = choose(benchmark, benchmark.load(found.data), found)
+    problems = choose(benchmark, benchmark.problems(found.data), found)
     folder = Path(found.output or time.strftime(f"results/{benchmark.name}-%Y%m%d-%H%M%S")).expanduser()
     until = began + (math.inf if found.seconds is None else found.seconds)
     return EvalConfig(benchmark, found, words, config, pair, schedules, baselines, params, problems, folder, until)

@@ -7,6 +7,7 @@ and what an answer is worth is the benchmark's business (`pearl.tasks`).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -81,7 +82,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     params = replace(config.params, leading_space=format == "completion")
     if format == "completion" and not params.ignore_eos:
         params = replace(params, stop=config.benchmark.stop)
-    every = [_task(config.benchmark, problem, format, checked.tokenizer) for problem in config.problems]
+    problems = _askable(config, format, checked.tokenizer)
+    every = [_task(config.benchmark, problem, format, checked.tokenizer) for problem in problems]
     tasks, too_long, left_out = harness.fitting(every, params, checked.max_length)
     if too_long and not (found.skip_too_long and tasks):
         raise too_long
@@ -154,6 +156,18 @@ def _format(config: EvalConfig, tokenizer: Any) -> str:
 
 def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> Any:
     from pearl.evaluation.harness import Task
+def _askable(config: EvalConfig, format: Any, tokenizer: Any) -> list[Any]:
+    """The problems without those that would not be what they say; how many these are, and why, is printed."""
+    why_not = [config.benchmark.why_not(problem, format, tokenizer) for problem in config.problems]
+    reasons = Counter(filter(None, why_not))
+    asked = [problem for problem, why in zip(config.problems, why_not, strict=True) if not why]
+    if not asked:
+        raise UsageError(f"No problem can be asked, as {'; '.join(reasons)}.")
+    for why, count in reasons.items() if launcher.speaks() else ():
+        print(f"{count} problem{'s are' if count > 1 else ' is'} left out, as {why}")
+    return asked
+
+
 
     def prompt(answers: Sequence[str]) -> tuple[int, ...]:
         text = benchmark.prompt(problem, answers, format, tokenizer)

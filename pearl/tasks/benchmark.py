@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from pearl.errors import UsageError
 from pearl.tasks.prompts import ChatTokenizer, Format
 
 Problem = TypeVar("Problem")
@@ -53,3 +55,16 @@ class Benchmark(Generic[Problem]):
     files: Callable[[Sequence[Problem], Conversations, str], dict[str, Any]] | None = None
     # the problems as another scorer reads them, which must have those of this run only
     problem_lines: Callable[[Sequence[Problem]], list[dict[str, Any]]] | None = None
+    # why a problem would not be what it says of itself if this model were asked, as a sentence goes on; None: it is
+    why_not: Callable[[Problem, Format, ChatTokenizer], str | None] = lambda *_: None
+
+    def problems(self, path: str | None) -> list[Problem]:
+        """What `load` finds. Raises `UsageError` where two have one name: texts of both would count as one's."""
+        found = self.load(path)
+        twice = [name for name, count in Counter(map(self.identify, found)).items() if count > 1]
+        if twice:
+            raise UsageError(
+                f"{path or f'The data of {self.title}'} has the problem {twice[0]} more than once"
+                f"{f', and {len(twice) - 1} others too' * (len(twice) > 1)}: give one data set at a time."
+            )
+        return found

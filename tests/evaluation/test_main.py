@@ -13,12 +13,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
 from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
-from pearl.evaluation import lines, results
+from pearl.errors import UsageError
+from pearl.evaluation import lines, main, results
 from pearl.tasks import fastchat, mt_bench
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -72,6 +74,16 @@ def test_all_problems_are_there_and_all_their_turns(finished, name):
     assert len(turns) == sum(len(record.get("turns", "x")) for record in SAMPLES[name])
 
 
+def test_problems_that_would_not_be_what_they_say_are_left_out_aloud(capsys):
+    benchmark = SimpleNamespace(why_not=lambda problem, *_: "they are odd" if problem % 2 else None)
+    config = SimpleNamespace(benchmark=benchmark, problems=[1, 2, 3])
+    assert main._askable(config, "chat", None) == [2]
+    assert capsys.readouterr().out == "2 problems are left out, as they are odd\n"
+    config.problems = [1]
+    with pytest.raises(UsageError, match="No problem can be asked, as they are odd"):
+        main._askable(config, "chat", None)
+
+
 def test_scores_are_there_where_there_is_something_to_score(finished):
     scores = {name: summary(folder)["modes"]["sd:3"]["score"] for name, folder in finished.items()}
     assert scores["gsm8k"] is not None and scores["mgsm"] is not None
@@ -91,6 +103,13 @@ def test_answers_are_left_for_other_tools_a_file_a_mode(finished, name):
         assert all(len(answer["choices"][0]["wall_time"]) == n for answer, n in zip(answers, counts, strict=True))
 
 
+def test_answers_that_a_synthetic_draft_sped_up_are_in_files_that_say_so(pair, tmp_path, capsys):
+    synthetic = ("--draft", "synthetic:0.8", "--limit", "1")
+    assert run("mt_bench", *options(pair, written(tmp_path, "mt_bench"), tmp_path / "out", *synthetic)) == 0
+    assert set(answers(tmp_path / "out")) == {"target-ar-synthetic.jsonl", "target-sd-3-synthetic.jsonl"}
+    assert "SYNTHETIC" in capsys.readouterr().out
+
+
 def test_the_second_prompt_holds_the_first_answer(finished):
     lines = [json.loads(line) for line in (finished["mt_bench"] / results.SAMPLES).read_text().splitlines()]
     talk = [line for line in lines if line["task_id"] == "81" and line["mode"] == "ar"]
@@ -101,13 +120,6 @@ def test_the_second_prompt_holds_the_first_answer(finished):
 def test_the_second_turn_reads_only_what_is_new(finished):
     texts, _ = results.read(finished["mt_bench"])
     for runs in texts.values():
-
-
-def test_answers_that_a_synthetic_draft_sped_up_are_in_files_that_say_so(pair, tmp_path, capsys):
-    synthetic = ("--draft", "synthetic:0.8", "--limit", "1")
-    assert run("mt_bench", *options(pair, written(tmp_path, "mt_bench"), tmp_path / "out", *synthetic)) == 0
-    assert set(answers(tmp_path / "out")) == {"target-ar-synthetic.jsonl", "target-sd-3-synthetic.jsonl"}
-    assert "SYNTHETIC" in capsys.readouterr().out
         for key, text in runs.items():
             before = runs[key._replace(turn=0)]
             known = before.prompt_tokens if key.turn else 0

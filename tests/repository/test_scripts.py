@@ -149,6 +149,8 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
     assert {option: values(row, option)[0] for option in chosen} == chosen
     assert values(row, "--data") == ["d/mt_bench/question.jsonl"]
     assert values(row, "--output") == ["results/mine-limit-3-tokens-9/mt_bench"]
+    (row, _) = commands("scripts/main_results.sh", TASKS="speed_bench", DATA="d")
+    assert values(row, "--data") == ["d/speed_bench"]
 
 
 def test_all_of_them_end_on_one_page():
@@ -255,6 +257,24 @@ def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_pa
     assert made == {"humaneval-chat-t0", "humaneval-completion-t0"}
     page = (kept / "README.md").read_text()
     assert "HumanEval (chat), 1 texts of up to 3 tokens, greedy" in page and str(tmp_path) not in page
+
+
+@pytest.mark.slow
+def test_speed_bench_and_a_sweep_run_on_the_default_pair(tmp_path, forking):
+    """Three tokens of a problem."""
+    (tmp_path / "speed_bench").mkdir()
+    written(tmp_path / "speed_bench", "speed_bench")
+    settings = {"READY": "1", "LAUNCH": "python", "LIMIT": "1", "TOKENS": "3", "RESULTS": str(tmp_path / "results")}
+    settings |= {"MODES": "ar sd:1", "OPTIONS": "--no-score --processes 1", "DATA": str(tmp_path), "PATH": forking}
+    for script, more in (("main_results", {"TASKS": "speed_bench"}), ("sweep_temperature", {"TEMPERATURES": "1"})):
+        done = bash(f"scripts/{script}.sh", **settings, **more)
+        assert done.returncode == 0, done.stderr
+    runs = {file.parent: json.loads(file.read_text()) for file in tmp_path.glob(f"results/*/*/{results.SUMMARY}")}
+    assert {folder.name for folder in runs} == {"speed_bench", "humaneval-temperature-1"}
+    assert {of["identical_to_ar"] for one in runs.values() for of in one["modes"].values()} == {1.0}
+    (folder,) = (folder for folder in runs if folder.name == "speed_bench")
+    assert {file.name for file in (folder / "speed_bench").iterdir()} == {"ar", "sd-1"}
+    assert (tmp_path / "results" / "tables" / "sweep_temperature" / "temperature.png").exists()
 
 
 @pytest.mark.slow

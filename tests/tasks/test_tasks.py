@@ -50,6 +50,24 @@ def test_a_line_that_is_no_problem_is_named_and_told_what_it_must_be(tmp_path, n
 
 
 @EVERY
+def test_half_a_character_is_named_with_its_line(tmp_path, name):
+    """JSON may hold it, and no tokenizer reads it."""
+    first, second, *_ = SAMPLES[name]
+    assert BENCHMARKS[name].load(written(tmp_path, name, [first | {"note": "\U0001f600 \\ud83d"}]))
+    with pytest.raises(UsageError, match=rf"{name}\.jsonl, line 2 holds half a character \(\\ud83d\): a text was cut"):
+        BENCHMARKS[name].load(written(tmp_path, name, [first, second | {"note": "\ud83d"}]))
+
+
+@pytest.mark.parametrize("name", ["mgsm", "mt_bench", "spec_bench"])
+def test_two_problems_of_one_name_are_refused(tmp_path, name):
+    """As of two files behind one another: texts of both would count as one's."""
+    file = written(tmp_path, name, [*SAMPLES[name], SAMPLES[name][0]])
+    with pytest.raises(UsageError, match=r"has the problem \S+ more than once: give one data set at a time"):
+        BENCHMARKS[name].problems(file)
+    assert BENCHMARKS[name].problems(written(tmp_path, name)) == loaded(tmp_path, name)
+
+
+@EVERY
 def test_without_data_and_hub_one_sentence_says_where_it_is(name, monkeypatch):
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("offline")

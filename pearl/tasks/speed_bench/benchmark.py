@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +74,6 @@ class SpeedBench(DataSet[Problem]):
                 f"SPEED-Bench has no config {path}, and there is no such file: choose {', '.join(CONFIGS)}."
             )
         problems = self._of_hub(config) if config else self.read(Path(str(path)))
-        if twice := [name for name, count in Counter(one.question_id for one in problems).items() if count > 1]:
-            raise UsageError(f"{path or HUB} has the question_id {twice[0]} more than once: give one config at a time.")
         known = [one for one in problems if not one.only_named]
         if len(known) < len(problems):
             where = f"{len(problems) - len(known)} of {len(problems)} prompts of {path or HUB} are only named there"
@@ -95,18 +92,20 @@ class SpeedBench(DataSet[Problem]):
         ).load(None)
 
     def read(self, file: Path) -> list[Problem]:
-        """JSON lines, a parquet file, or a folder of parquet files as prepare_data.py writes them."""
-        files = sorted(file.rglob("*.parquet")) if file.is_dir() else [file]
-        if file.is_dir() and not files:
-            raise UsageError(f"{file} holds no parquet file: name the folder that prepare_data.py wrote, or a file.")
+        """JSON lines, a parquet file, or a folder of either as prepare_data.py writes them."""
+        files = sorted(file.rglob("*.parquet")) or sorted(file.rglob("*.jsonl")) if file.is_dir() else [file]
+        if not files:
+            raise UsageError(
+                f"{file} holds no parquet file and no JSON lines: name a folder that prepare_data.py wrote, or a file."
+            )
         if files[0].suffix != ".parquet" or not files[0].exists():
-            return super().read(file)
+            return [problem for one in files for problem in super(SpeedBench, self).read(one)]
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
 
         try:
             records = [record for one in files for record in read_table(one).to_pylist()]
-        except (ArrowException, OSError) as error:
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"{file} cannot be read as parquet: {' '.join(str(error).split())[:160].rstrip('.')}."
             ) from None

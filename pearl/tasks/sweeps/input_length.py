@@ -2,7 +2,8 @@
 
 A prompt asks what a text is about. The text is a part of a file (`--data`), or of the modules of Python's own library:
 prose and code that people wrote, on every machine. Its length in tokens is the category, so that a run tells every
-figure by length; `--skip-too-long` leaves out what a model does not read.
+figure by length; `--skip-too-long` leaves out what a model does not read. A length that the text does not reach, or
+that the chat template alone is above, is left out aloud: no prompt repeats its text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _LETTERS = 8  # of a token, more than any text of these has
 class Problem:
     length: int  # of the prompt, in tokens
     number: int
-    source: str  # from where the text is, at least as long
+    source: str  # from where the text is; no part of it comes twice
 
     @property
     def task_id(self) -> str:
@@ -53,27 +54,41 @@ def load(path: str | None = None) -> list[Problem]:
     for length in LENGTHS:
         for number in range(EACH):
             begin = len(whole) * number // EACH
-            text = (whole + "\n" + whole)[begin : begin + _LETTERS * length]
+            text = (whole + "\n" + whole)[begin : begin + min(len(whole), _LETTERS * length)]
             problems.append(Problem(length, number, text))
     return sorted(problems, key=lambda one: one.number)  # the first ones are of every length
 
 
 def prompt(problem: Problem, _: Sequence[str], format: Format, tokenizer: ChatTokenizer) -> str:
     """The longest beginning of the text with which the prompt has no more tokens than its length."""
-    prompts.check(format)
-
-    def asked(letters: int) -> str:
-        question = QUESTION.format(text=problem.source[:letters])
-        return question if format == "completion" else prompts.chat([question], tokenizer)
-
-    def tokens(letters: int) -> int:
-        return len(tokenizer(asked(letters), add_special_tokens=format != "chat").input_ids)  # type: ignore[operator]
-
     low, high = 0, len(problem.source)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if tokens(middle) <= problem.length else (low, middle - 1)
-    return asked(low)
+        fits = _tokens(problem, middle, format, tokenizer) <= problem.length
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return _asked(problem, low, format, tokenizer)
+
+
+def why_not(problem: Problem, format: Format, tokenizer: ChatTokenizer) -> str | None:
+    """Why the prompt would not have its length."""
+    if _tokens(problem, 0, format, tokenizer) > problem.length:
+        return f"what stands around the text is above {problem.length} tokens already"
+    letters = len(problem.source)
+    if _tokens(problem, letters, format, tokenizer) < problem.length:
+        return f"{letters:,} letters of this text are below {problem.length} tokens: give more --data for that length"
+    return None
+
+
+def _asked(problem: Problem, letters: int, format: Format, tokenizer: ChatTokenizer) -> str:
+    prompts.check(format)
+    question = QUESTION.format(text=problem.source[:letters])
+    return question if format == "completion" else prompts.chat([question], tokenizer)
+
+
+def _tokens(problem: Problem, letters: int, format: Format, tokenizer: ChatTokenizer) -> int:
+    """Of a prompt with so many letters of the text."""
+    asked = _asked(problem, letters, format, tokenizer)
+    return len(tokenizer(asked, add_special_tokens=format != "chat").input_ids)  # type: ignore[operator]
 
 
 BENCHMARK = Benchmark(
@@ -85,4 +100,5 @@ BENCHMARK = Benchmark(
     identify=lambda problem: problem.task_id,
     prompt=prompt,
     category=lambda problem: str(problem.length),
+    why_not=why_not,
 )

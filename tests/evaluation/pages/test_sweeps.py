@@ -106,6 +106,23 @@ def test_a_prompt_has_its_length_and_holds_real_text(format):
         assert len(said) in range(4 * one.length - 3, 4 * one.length + 1) and one.source[:40].strip() in said
 
 
+class Talkative(Tokenizer):
+    def apply_chat_template(self, conversation, **options) -> str:
+        return "You are helpful. " * 40 + super().apply_chat_template(conversation, **options)
+
+
+def test_a_length_that_the_text_does_not_reach_or_the_template_is_above_is_left_out(tmp_path):
+    """Two thousand letters are five hundred tokens, and those of the question."""
+    (tmp_path / "text.txt").write_text("".join(f"{n:04}" for n in range(500)))
+    problems = input_length.load(str(tmp_path / "text.txt"))
+    told = [input_length.why_not(one, "chat", Tokenizer()) for one in problems[:7]]
+    assert told[:3] == [None] * 3 and all("of this text are below" in str(why) for why in told[3:])
+    assert told[3].startswith("2,000 letters of this text are below 1024 tokens")
+    assert max(len(one.source) for one in problems) == 2000, "no part of the text comes twice"
+    above, fits, *_ = (input_length.why_not(one, "chat", Talkative()) for one in problems)
+    assert above == "what stands around the text is above 128 tokens already" and fits is None
+
+
 def test_a_file_may_be_the_text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("a b c")

@@ -41,7 +41,9 @@ def test_it_is_read_from_lines_parquet_a_folder_and_the_hub(tmp_path, monkeypatc
     monkeypatch.setattr("pearl.tasks.data._hub_answers", lambda _: True)
     lines = DATA.load(written(tmp_path, "speed_bench"))
     file = parquet(tmp_path / "speed" / "test.parquet", RECORDS)
-    assert lines == DATA.load(file) == DATA.load(str(tmp_path / "speed"))
+    (tmp_path / "lines").mkdir()
+    written(tmp_path / "lines", "test", RECORDS)
+    assert lines == DATA.load(file) == DATA.load(str(tmp_path / "speed")) == DATA.load(str(tmp_path / "lines"))
     assert lines == DATA.load(None) == DATA.load("throughput_32k")
     assert asked == [(("nvidia/SPEED-Bench", name), {"split": "test"}) for name in ("qualitative", "throughput_32k")]
     assert len(CONFIGS) == 6 and [one.tier for one in lines] == [None, "low_entropy"]
@@ -78,7 +80,7 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
 )
 def test_what_is_no_prompt_is_named(tmp_path, records, told):
     with pytest.raises(UsageError, match=told):
-        DATA.load(written(tmp_path, "broken", records))
+        BENCHMARK.problems(written(tmp_path, "broken", records))
 
 
 def test_files_that_cant_be_read_are_told_so(tmp_path):
