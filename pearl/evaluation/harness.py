@@ -69,6 +69,7 @@ class Plan:
     begin_round: Callable[[], object] = lambda: None
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
     interval: float | None = None  # stop once those of all speed-ups are at most this part of them
+    meter: EnergyMeter | None = None  # of what writes one text at a time
     until: float = math.inf  # begin nothing that will end later, by `time.monotonic`, as far as one can tell
 
     @property
@@ -234,10 +235,9 @@ def _written(
     if plan.batch_size > 1 and mode in plan.writers:
         yield from _side_by_side(talks, plan.writers[mode], ProgressLine(progress, mode), skip)
         return
-    meter = EnergyMeter()
     for talk in talks:
         try:
-            yield from talk.alone(plan.modes[mode], meter)
+            yield from talk.alone(plan.modes[mode], plan.meter)
         except TooLong as error:
             skip(talk, error)
 

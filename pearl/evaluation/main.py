@@ -123,6 +123,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
 def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], params: SamplingParams) -> Any:
     """What is decoded: these tasks in all modes."""
     from pearl.evaluation import harness
+    from pearl.evaluation.measures.environment import energy_meter
 
     modes, found = harness.decoders(engine, config.schedules), config.found
     if config.baselines:
@@ -142,6 +143,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         lambda: engine.exclusively(engine.runtime.begin_round),
         found.skip_too_long,
         found.stop_at_interval,
+        energy_meter(engine),
         config.until,
     )
 
@@ -154,8 +156,6 @@ def _format(config: EvalConfig, tokenizer: Any) -> str:
     return "chat" if tokenizer.chat_template else "completion"
 
 
-def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> Any:
-    from pearl.evaluation.harness import Task
 def _askable(config: EvalConfig, format: Any, tokenizer: Any) -> list[Any]:
     """The problems without those that would not be what they say; how many these are, and why, is printed."""
     why_not = [config.benchmark.why_not(problem, format, tokenizer) for problem in config.problems]
@@ -168,6 +168,8 @@ def _askable(config: EvalConfig, format: Any, tokenizer: Any) -> list[Any]:
     return asked
 
 
+def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> Any:
+    from pearl.evaluation.harness import Task
 
     def prompt(answers: Sequence[str]) -> tuple[int, ...]:
         text = benchmark.prompt(problem, answers, format, tokenizer)
@@ -186,6 +188,7 @@ def _askable(config: EvalConfig, format: Any, tokenizer: Any) -> list[Any]:
 def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
     """Scores each mode's answers and writes what other tools read; then the summary, which ends the run."""
     benchmark, folder = config.benchmark, config.folder
+    kind = results.in_names(results.kind(vars(config.engine)))
     texts, completions = results.read(folder)
     written = {key.task for runs in texts.values() for key in runs}
     problems = [problem for problem in config.problems if benchmark.identify(problem) in written]
@@ -202,7 +205,6 @@ def _score(config: EvalConfig, summary: dict[str, Any]) -> None:
                 samples.append([text]) if key.turn == 0 else samples[-1].append(text)
         if benchmark.files:
             for file, value in benchmark.files(problems, talks, f"{mode}{kind}").items():
-    kind = results.in_names(results.kind(vars(config.engine)))
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 lines.write_json(folder / file, value)
         if benchmark.export:

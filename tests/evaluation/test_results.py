@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from evaluations import text
@@ -72,6 +74,13 @@ def undisturbed(tmp_path_factory):
 
 
 # What a run leaves
+
+
+def test_each_text_has_the_energy_that_was_used_meanwhile(tmp_path):
+    told = itertools.count(0.0, 1.5)
+    harness.run(replace(plan(problems=2), meter=SimpleNamespace(joules=lambda: next(told))), tmp_path)
+    texts = [text for runs in results.read(tmp_path)[0].values() for text in runs.values()]
+    assert texts and {text.energy_j for text in texts} == {1.5}
 
 
 def test_facts_come_back_as_they_were(tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 from pearl import __version__
 from pearl.engine import Engine
+from pearl.machine.energy import EnergyMeter
 
 
 def environment(engine: Engine) -> dict[str, Any]:
@@ -33,9 +34,20 @@ def environment(engine: Engine) -> dict[str, Any]:
         "load": os.getloadavg(),
         "rows": asdict(engine.model.rows),
         "draft_costs": engine.runtime.target.draft_costs,
+        "energy": energy_meter(engine).counted,
         "beside": engine.runtime.target.sources_beside,
         "command": sys.argv,
     }
+
+
+def energy_meter(engine: Engine) -> EnergyMeter:
+    """One that tells nothing where the machine's energy is not that of a text: replicas share the machine, a part of
+    this one is on another, or the target writes texts in between that a synthetic draft has to know."""
+    world = engine.runtime.layout.world
+    here = world.local_replicas == 1 and not world.two_hosts and world.local_tp_size == world.tp_size
+    if not here or engine.config.synthetic:
+        return EnergyMeter(())
+    return EnergyMeter({device.partition(":")[0] for some in engine.runtime.devices.values() for device in some})
 
 
 def commit() -> str | None:
