@@ -1,8 +1,8 @@
-"""Results as SPEED-Bench's own framework writes them (NVIDIA/Model-Optimizer, examples/specdec_bench, metrics/).
+"""Results to hold beside those of SPEED-Bench's own framework (NVIDIA/Model-Optimizer, examples/specdec_bench).
 
-    speed_bench/MODE/specbench_results.json    acceptance lengths: of each request, each category, all
-    speed_bench/MODE/timing.json               tokens a second, of all and of a request
-    speed_bench/MODE/by_group.json             ours: both by category, sub-category and entropy tier, with counts
+    speed_bench/MODE/specbench_results.json    acceptance lengths: of each request, each category, all; its keys
+    speed_bench/MODE/timing.json               tokens a second, of all and of a request; in a form of ours
+    speed_bench/MODE/by_group.json             both by category, sub-category and entropy tier, with counts; ours too
 
 There a step is a decode step of a text, with or without a draft; of each turn the last is left out, and the first if it
 is one token (it read the prompt). A request's acceptance length is the mean over its steps; a category's the mean over
@@ -117,7 +117,7 @@ def _grouped(asked: Sequence[Asked], values: Mapping[str, float], kind: str) -> 
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
-    """With the framework's four digits."""
+    """With four digits."""
     told: dict[str, Any] = {"min": min(values), "max": max(values), "mean": fmean(values), "std": pstdev(values)}
     quantiles = {f"{q}": f"{np.percentile(values, 100 * q):.4f}" for q in (0.25, 0.5, 0.75)}
     return {name: f"{value:.4f}" for name, value in told.items()} | {"quantiles": quantiles}
