@@ -306,7 +306,7 @@ def test_results_are_made_in_pieces_whenever_the_session_ends(small, tmp_path):
         assert {figures["identical_to_ar"] for figures in one["modes"].values()} == {1.0} and one["left"] == 0
     page = (kept / "README.md").read_text()
     assert "MT-bench (chat), 24 texts of up to 8 tokens, temperature 1" in page and str(tmp_path) not in page
-    raw = json.loads((kept / "raw" / results.SUMMARY).read_text())["run"]
+    raw = json.loads((kept / "raw" / "figures.json").read_text())["run"]
     assert raw in pages and (kept / "raw" / "passes.jsonl.gz").exists()
     done = bash("scripts/results.sh", **settings | {"OPTIONS": settings["OPTIONS"] + " --seed 7"}, MINUTES="10")
     assert done.returncode == 2 and "was begun with seed 0, not 7" in done.stderr
