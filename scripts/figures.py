@@ -88,7 +88,10 @@ def kept(task: str) -> dict[str, Any]:
 
 def speedup() -> Picture:
     """Bars of each mode on each task, with the interval that holds 95 % of the bootstrap."""
-    modes, bar, gap, left, floor, unit = ("ar-all", "sd", "pearl", "tree"), 32, 40, 46, 268, 78
+    modes, bar, gap, left, floor = ("ar-all", "sd", "pearl", "tree"), 32, 40, 46, 268
+    runs = {task: kept(task) for task in TASKS}
+    top = max(run["modes"][mode]["speedup_interval_95"][1] for run in runs.values() for mode in modes)
+    unit = 192 / top  # pixels
     group = len(modes) * bar + gap
     made = Picture(left + len(TASKS) * group, 336, "Speed-up over ar by task and mode")
     made.text(14, 24, "How many times as fast as the target alone on one core (ar)", "title")
@@ -96,12 +99,12 @@ def speedup() -> Picture:
         made.box(14 + 160 * number, 37, 11, 11, mode)
         told = {"ar-all": "ar-all (both cores)"}.get(mode, mode)
         made.text(30 + 160 * number, 47, told, "small")
-    for level in (0.5, 1.0, 1.5, 2.0, 2.5):
+    for level in (step / 2 for step in range(1, int(2 * top) + 1)):
         y = floor - unit * level
         made.line([(left - 6, y), (made.width - 14, y)], "ink" if level == 1 else "thin")
         made.text(left - 10, y + 4, f"{level:g}", "small pale", "end")
     for number, (task, name) in enumerate(TASKS.items()):
-        run = kept(task)["modes"]
+        run = runs[task]["modes"]
         x = left + 12 + number * group
         for mode in modes:
             low, high = run[mode]["speedup_interval_95"]
@@ -114,10 +117,10 @@ def speedup() -> Picture:
         made.text(middle, floor + 18, name, anchor="middle")
         made.text(middle, floor + 33, f"{run['ar']['sequences']} texts", "small pale", "middle")
     made.line([(left - 6, floor), (made.width - 14, floor)], "ink")
-    lengths = sorted({kept(task)["config"]["max_new_tokens"] for task in TASKS})
-    processor = kept("humaneval")["environment"]["processor"]
+    lengths = sorted({run["config"]["max_new_tokens"] for run in runs.values()})
+    processors = dict.fromkeys(run["environment"]["processor"] for run in runs.values())
     tokens = f"up to {' or '.join(map(str, lengths))} tokens"
-    what = f"SmolLM2-135M and its draft model, {tokens} a text, 2 cores of {processor}; lines: 95 % intervals"
+    what = f"SmolLM2-135M, {tokens}, 2 cores of {' or '.join(processors)}; 95 % intervals"
     made.text(14, made.height - 10, what, "small pale")
     return made
 
