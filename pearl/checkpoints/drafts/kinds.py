@@ -65,21 +65,24 @@ class DraftDescription:
 
 @dataclass(frozen=True)
 class DraftKind:
-    """A row of the table. `describe` raises `UsageError` where the checkpoint can't be used, or not with this target
-    (None: it is not known yet)."""
+    """A row of the table."""
 
     name: str
     matches: Callable[[DraftFiles], bool]
-    describe: Callable[[DraftFiles, TargetFacts | None], DraftDescription]
+    says: Callable[[DraftFiles, TargetFacts | None], DraftDescription]
     is_causal_lm: bool = False  # transformers loads it as a language model, with a tokenizer
+
+    def describe(self, files: DraftFiles, target: TargetFacts | None = None) -> DraftDescription:
+        """`target`: None where it is not known yet. Raises `UsageError` where the checkpoint can't be used, or not with
+        this target."""
+        with readable(files):
+            return self.says(files, target)
 
 
 def describe(name: str, target: TargetFacts | None = None) -> DraftDescription:
     """What the checkpoint of that name is: a folder, a GGUF file or a hub id. Raises `UsageError`."""
     files = DraftFiles.of(name)
-    kind = kind_of(files)
-    with readable(files):
-        return kind.describe(files, target)
+    return kind_of(files).describe(files, target)
 
 
 def with_depths(found: DraftDescription, depths: int) -> DraftDescription:
