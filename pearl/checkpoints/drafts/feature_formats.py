@@ -75,21 +75,19 @@ def is_eagle3(files: DraftFiles) -> bool:
         return True
     shapes = plain_shapes(files) if _may_be_head(config) else {}
     reads_pairs = shapes.get("layers.0.self_attn.q_proj.weight", (0, 0))[1] == 2 * config.get("hidden_size", -1)
-    return ("fc.weight" in shapes and reads_pairs) or (not shapes and "draft_vocab_size" in config)
+    return reads_pairs or (not shapes and "draft_vocab_size" in config)
 
 
 def is_eagle(files: DraftFiles) -> bool:
     if "speculators_model_type" in files.config or not _may_be_head(files.config):
         return False
-    if files.folder is None and not files.shapes and files.config["num_hidden_layers"] == 1:
-        files = files.downloaded()  # a hub does not say what a .bin holds
     shapes, hidden = plain_shapes(files), files.config.get("hidden_size", -1)
     return shapes.get("fc.weight") == (hidden, 2 * hidden) and "layers.0.self_attn.q_proj.weight" in shapes
 
 
 def is_some_head(files: DraftFiles) -> bool:
     """Whether it can't be a language model."""
-    return files.folder is not None and _may_be_head(files.config) and "fc.weight" in plain_shapes(files)
+    return _may_be_head(files.config) and "fc.weight" in plain_shapes(files)
 
 
 def _may_be_head(config: Mapping[str, Any]) -> bool:

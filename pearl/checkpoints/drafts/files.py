@@ -76,9 +76,12 @@ class DraftFiles:
 
     @functools.cached_property
     def shapes(self) -> Shapes:
-        """Of every tensor, without reading one; empty where a hub does not say. Raises `CheckpointError`."""
+        """Of every tensor, without reading one; empty where a hub does not say. What a `.bin` of one layer holds, its
+        config may leave open: that one is downloaded. Raises `CheckpointError`."""
         if self.folder is None:
-            return _shapes_on_hub(self.name)
+            told = _shapes_on_hub(self.name)
+            is_open = self.config.get("num_hidden_layers") == 1 and "draft_vocab_size" not in self.config
+            return self.downloaded().shapes if is_open and not told else told
         found: dict[str, tuple[int, ...]] = {}
         for path in self._weights():
             found |= _shapes(path) if path.suffix == ".safetensors" else _pickled_shapes(path)
