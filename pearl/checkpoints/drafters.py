@@ -99,8 +99,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     longest = min(checked.max_length + ahead, longest_sequence(model.config))
     coarse = not placed.on_cpu
     vocabulary = min(checked.vocabulary, model.config.get_text_config().vocab_size)
-    if vocabulary < checked.vocabulary:
-        read_unknown_tokens(model)
+    read_unknown_tokens(model.get_input_embeddings(), checked.vocabulary)
     reader = DraftModel(model, vocabulary, longest, head, checked.texts, coarse)
     costs = calibrate_draft(reader, checked, kernel, len(head) if head else 0)
     if mb := prefix_cache_mb(checked.config, placed):

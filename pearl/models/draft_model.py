@@ -165,16 +165,17 @@ class DraftModel(LanguageModel):
             first += length
 
 
-def read_unknown_tokens(model: PreTrainedModel) -> None:
-    """Lets a draft model read tokens that its embedding has no row for, which its target may write: as its last one.
+def read_unknown_tokens(part: nn.Module, tokens: int) -> None:
+    """Lets a drafter read those of its target's `tokens` that its tables have no row for: as their last one. `part`: of
+    it, whose embeddings are all of tokens.
 
     Guesses after such a token are poorer, and no more.
     """
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[assignment]
-    last = embedding.num_embeddings - 1
 
-    def known(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens, *others = inputs
-        return tokens.clamp(max=last), *others
+    def known(table: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        asked, *others = inputs
+        return asked.clamp(max=len(table.weight) - 1), *others  # type: ignore[arg-type]
 
-    embedding.register_forward_pre_hook(known)
+    for table in part.modules():
+        if isinstance(table, nn.Embedding) and len(table.weight) < tokens:
+            table.register_forward_pre_hook(known)

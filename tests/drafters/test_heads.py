@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,15 @@ FEATURES = torch.randn(40, 2 * 64, generator=torch.Generator().manual_seed(1)).b
 def plain(drafter: FeatureDrafter, text: list[int], known: int, path: list[int]) -> torch.Tensor:
     """Logits after the path, every row read anew and alone: with features up to `known`, then by its own state."""
     past: Any = None
-    x = None
+    x, windows = None, drafter.shape.windows or (0,) * len(drafter.layers)
     with torch.no_grad():
         for position, token in enumerate([*text, *path][1:], 1):
             if position <= known:
                 x = drafter.fused(FEATURES[position - 1])
             assert x is not None
             row = drafter.rows(torch.tensor([[token]]), x.view(1, 1, -1))
-            hidden, made = drafter.stack(row, torch.tensor([position]), torch.ones(1, position).bool(), past)
+            masks = [torch.arange(1, position + 1)[None] > position - (window or position) for window in windows]
+            hidden, made = drafter.stack(row, torch.tensor([position]), masks, past)
             past = (
                 made
                 if past is None
@@ -132,10 +134,18 @@ TOKENS = st.integers(0, WORDS - 1)
 PATHS = st.lists(st.lists(TOKENS, max_size=4).map(tuple), min_size=1, max_size=4, unique=True)
 
 
+@functools.cache
+def windowed() -> FeatureDrafter:
+    """Its first layer sees three positions, its second all."""
+    drafter = drafter_for(model_of("llama"), (0, 1), 4, 2, kind="eagle3").requires_grad_(False)
+    drafter.shape = replace(drafter.shape, windows=(3, 0))
+    return drafter
+
+
 @examples(25)
-@given(st.lists(TOKENS, min_size=2, max_size=9), PATHS, st.integers(1, 2), st.data())
-def test_logits_are_those_of_a_plain_reading(text: list[int], paths: list[tuple[int, ...]], layers: int, data):
-    drafter = network("eagle3", layers)
+@given(st.lists(TOKENS, min_size=2, max_size=9), PATHS, st.sampled_from([1, 2, "windowed"]), st.data())
+def test_logits_are_those_of_a_plain_reading(text: list[int], paths: list[tuple[int, ...]], layers: Any, data):
+    drafter = windowed() if layers == "windowed" else network("eagle3", layers)
     reader = HeadReader(drafter, 100)
     reader.begin(0, continues=False)
     known = data.draw(st.integers(1, len(text) - 1))
@@ -143,6 +153,22 @@ def test_logits_are_those_of_a_plain_reading(text: list[int], paths: list[tuple[
     found = reader.read_leaves_together([LeavesQuery(0, text, paths)])[0][:, drafter.vocabulary]
     for row, path in zip(found, paths, strict=True):
         torch.testing.assert_close(row, plain(drafter, text, known, list(path)), atol=2e-3, rtol=1e-3)
+
+
+def test_a_window_reaches_over_rows_that_were_drafted_before():
+    drafter, text = windowed(), [3, 1, 4, 1, 5]
+    reader = HeadReader(drafter, 100)
+    reader.begin(0, continues=False)
+    reader.observe(bits_of(FEATURES[:4]), 0)
+    reader.read_leaves_together([LeavesQuery(0, text, [(9, 2, 6), (8, 7)])])
+    found = reader.read_leaves_together([LeavesQuery(0, text, [(9, 2, 6, 5), (9, 4), (8, 7, 1, 2)])])[0]
+    for row, path in zip(found, ([9, 2, 6, 5], [9, 4], [8, 7, 1, 2]), strict=True):
+        torch.testing.assert_close(row[drafter.vocabulary], plain(drafter, text, 4, path), atol=2e-3, rtol=1e-3)
+    reader.observe(bits_of(FEATURES[4:6]), 0)
+    found = reader.read_leaves_together([LeavesQuery(0, [*text, 9, 2], [()])])[0][0, drafter.vocabulary]
+    torch.testing.assert_close(found, plain(drafter, [*text, 9, 2], 6, []), atol=2e-3, rtol=1e-3)
+    state = reader._sequences[0]
+    assert state.places(1, 7, 6) == [*range(1, 7), 7, 8], "6 and 5 hang below the end of the text"
 
 
 def test_rows_are_read_anew_once_their_features_have_come():

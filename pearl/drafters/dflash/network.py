@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from pearl.drafters.dflash.shape import DFlashShape
+from pearl.models.draft_model import read_unknown_tokens
 from pearl.models.linear import linear_of
 
 KeyValue = tuple[Tensor, Tensor]  # of one layer, each [1, kv heads, rows, head_dim]
@@ -128,6 +129,7 @@ class DFlashDrafter(nn.Module):
 
     def attach(self, embedding: Tensor, head: nn.Module) -> DFlashDrafter:
         """Takes from the target what the checkpoint leaves out.  embedding: [V, H]"""
+        read_unknown_tokens(self, len(embedding))
         if not self.shape.own_head and self.vocabulary is not None:
             rows: Any = head.weight
             head = linear_of(rows.detach()[self.vocabulary])
@@ -163,8 +165,9 @@ class DFlashDrafter(nn.Module):
 
     def block(self, tokens: Tensor, positions: Tensor, masks: Sequence[Tensor], past: Sequence[KeyValue]) -> Tensor:
         """Hidden states for the head, [R, H].  tokens, positions: int64 [R]; masks: a layer's, bool [R, past + R]"""
-        weight = self.embed_tokens.weight if self.shape.own_embedding else self._borrowed[0]
-        x = F.embedding(tokens, weight) * self.shape.embedding_scale
+        own = self.shape.own_embedding
+        x = self.embed_tokens(tokens) if own else F.embedding(tokens, self._borrowed[0])
+        x = x * self.shape.embedding_scale
         turn = self._turn(x, positions)
         for layer, mask, one in zip(self.layers, masks, past, strict=True):
             x = layer(x, turn, mask, one)

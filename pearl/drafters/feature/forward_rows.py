@@ -108,6 +108,16 @@ def batch_mask(blocks: Sequence[RowBlock]) -> Tensor:
     return torch.cat([cached, new], 1).bool()
 
 
+def layer_masks(mask: Tensor, windows: Sequence[int], rows: Sequence[int], keys: Sequence[int]) -> list[Tensor]:
+    """What each layer sees, bool [R, S + R]: all that `mask` says, or of it the last positions as far as its window
+    reaches, a row's own among them. `rows`, `keys`: positions of the R rows and of the S keys before them."""
+    if not windows:
+        return [mask]
+    behind = torch.tensor(rows)[:, None] - torch.tensor([*keys, *rows])
+    made = {window: mask & (behind < window) if 0 < window <= max(rows) else mask for window in set(windows)}
+    return [made[window] for window in windows]
+
+
 def tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tensor:
     """bool [rows, kept + rows]; `groups`: first row and count of each leaf's path and slots, after the fresh rows."""
     rows = fresh + sum(count for _, count in groups)

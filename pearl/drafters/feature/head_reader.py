@@ -21,7 +21,7 @@ from torch import Tensor
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
-from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, concatenated
+from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, concatenated, layer_masks
 from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.machine.transfers import sent
@@ -68,6 +68,13 @@ class HeadSequence(FeatureSequence):
             (torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
             for (k, v), (more_k, more_v) in zip(trunk, self.drafted, strict=True)
         ]
+
+    def places(self, first: int, kept: int, last: int) -> list[int]:
+        """The positions that `past` is of; `first`: of the trunk's first row, `last`: of its end."""
+        drafted = [0] * self.count
+        for row in self.root.below():
+            drafted[row.seen[-1]] = last + len(row.seen)
+        return [*range(first, kept), *drafted]
 
     def follow(self, trunk: Sequence[int]) -> int:
         """Moves the tree to where the trunk ends now. Returns how many of its positions need not be read."""
@@ -218,12 +225,12 @@ class HeadReader:
             positions += [*range(part.kept, part.end), *(position for _, _, position in part.new)]
         masks = [part.mask(before) for part in parts]
         pasts = [part.state.past(part.kept - before) for part in parts]
-        hidden, *new = self.forward(
-            [positions],
-            torch.cat(rows),
-            [_joined(masks, [past[0][0].shape[2] for past in pasts])],
-            concatenated(pasts),
-        )
+        mask, windows = _joined(masks, [past[0][0].shape[2] for past in pasts]), self.drafter.shape.windows
+        keys: list[int] = []
+        for part in parts if windows else ():
+            keys += part.state.places(before, part.kept, len(part.trunk) - 1)
+        masks = layer_masks(mask, windows, positions, keys)
+        hidden, *new = self.forward([positions], torch.cat(rows), masks, concatenated(pasts))
         made, first = list(zip(new[::2], new[1::2], strict=True)), 0
         for part, own in zip(parts, rows, strict=True):
             self._keep(part, hidden, made, first)

@@ -15,17 +15,17 @@ Shapes: B texts, R rows, H hidden, W numbers of a row (H or 2 H), F features, V 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pearl.config.inputs import brief
 from pearl.drafters.feature.layers import KeyValue, Rotary, layers_of
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
-from pearl.errors import CheckpointError, UsageError
+from pearl.errors import UsageError
+from pearl.models.draft_model import read_unknown_tokens
 from pearl.models.fingerprint import final_norm, model_fingerprint, wrong_target_message
 from pearl.models.linear import linear_of
 
@@ -44,7 +44,7 @@ class FeatureDrafter(nn.Module):
         self.shape = shape
         self.register_buffer("vocabulary", vocabulary.clone())
         hidden, kind = shape.hidden, shape.kind
-        if shape.features and kind != EAGLE:
+        if shape.features and shape.fuses and kind != EAGLE:
             self.fc = nn.Linear(shape.feature_row, hidden, bias=shape.fc_bias)
         if shape.fc_norm:
             self.fc_norm = nn.ModuleList(nn.RMSNorm(shape.width, shape.eps) for _ in shape.features)
@@ -77,13 +77,10 @@ class FeatureDrafter(nn.Module):
 
     @staticmethod
     def of(shape: DrafterShape, vocabulary: Tensor, tensors: Mapping[str, Tensor]) -> FeatureDrafter:
-        """With weights, in float32, and nothing attached. Raises `CheckpointError`."""
+        """With weights, in float32, and nothing attached. Raises `RuntimeError` for tensors of another network."""
         drafter = FeatureDrafter(shape, vocabulary)
         floats = {name: tensor.float() for name, tensor in tensors.items()} | {"vocabulary": vocabulary}
-        try:
-            drafter.load_state_dict(floats)
-        except RuntimeError as error:
-            raise CheckpointError(f"The draft's weights do not fit its config ({brief(error)}).") from None
+        drafter.load_state_dict(floats)
         return drafter
 
     def attach(self, target: Any) -> FeatureDrafter:
@@ -95,7 +92,9 @@ class FeatureDrafter(nn.Module):
         if shape.fingerprint and model_fingerprint(target) != shape.fingerprint:
             raise UsageError(wrong_target_message(shape.target))
         head = None if shape.own_head else _cut(target.get_output_embeddings(), self.vocabulary)
-        embedding = None if shape.own_embedding else target.get_input_embeddings().weight.detach()
+        known = target.get_input_embeddings().weight
+        embedding = None if shape.own_embedding else known.detach()
+        read_unknown_tokens(self, len(known))
         self._target = [embedding, final_norm(target) if shape.kind == OURS else None, head]
         return self
 
@@ -133,7 +132,7 @@ class FeatureDrafter(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[..., H] of token ids."""
-        return F.embedding(tokens, self.embedding)
+        return self.embed_tokens(tokens) if self.shape.own_embedding else F.embedding(tokens, self._target[0])
 
     @property
     def embedding(self) -> Tensor:
@@ -144,7 +143,7 @@ class FeatureDrafter(nn.Module):
         """x of features [..., F]: [..., H]."""
         shape = self.shape
         features = features.to(self.dtype)
-        if shape.kind == EAGLE:
+        if shape.kind == EAGLE or not shape.fuses:
             return features
         if shape.input_norm:
             features = self.input_norm(features)
@@ -208,24 +207,25 @@ class FeatureDrafter(nn.Module):
     # What follows
 
     def stack(
-        self, x: Tensor, positions: Tensor, mask: Tensor, past: list[KeyValue] | None = None
+        self, x: Tensor, positions: Tensor, mask: Tensor | Sequence[Tensor], past: list[KeyValue] | None = None
     ) -> tuple[Tensor, list[KeyValue]]:
-        """The layers.  x: [B, R, W]; positions: int64 [R]; mask: bool [R, past + R].
+        """The layers.  x: [B, R, W]; positions: int64 [R]; mask: bool [R, past + R], or one for each layer.
 
         Returns hidden states [B, R, H], and each layer's new keys and values.
         """
         turn = self._rotary[0].turns(positions, x)
         made = []
-        for number, layer in enumerate(self.layers):
-            x, new = layer(x, turn, mask, past[number] if past else None)
+        masks = [mask] * len(self.layers) if isinstance(mask, Tensor) else mask
+        for number, (layer, seen) in enumerate(zip(self.layers, masks, strict=True)):
+            x, new = layer(x, turn, seen, past[number] if past else None)
             made.append(new)
         return x, made
 
     def read(self, numbers: Tensor, rows: Tensor | None, masks: list[Tensor], past: list[KeyValue]) -> list[Tensor]:
-        """`stack` of one text as a `NetworkForward` calls it; `numbers`: positions. Returns hidden states [R, H], and
-        keys and values, layer by layer."""
+        """`stack` of one text as a `NetworkForward` calls it; `numbers`: positions; `masks`: one, or one a layer.
+        Returns hidden states [R, H], and keys and values, layer by layer."""
         assert rows is not None, "rows that are more than numbers"
-        hidden, made = self.stack(rows[None], numbers[0], masks[0], past)
+        hidden, made = self.stack(rows[None], numbers[0], masks if self.shape.windows else masks[0], past)
         return [hidden[0], *(one for pair in made for one in pair)]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class DrafterShape:
     output_bias: bool = False  # of what comes out of attention
     mlp_bias: bool = False
     fc_bias: bool = False
+    fuses: bool = True  # `fc` maps the features to its width; else the one feature is x as it is
+    windows: tuple[int, ...] = ()  # by layer, of what it sees of the text, 0: all; empty: every layer sees all
     qk_norm: bool = False  # a norm of every head's queries and keys (Qwen3)
     fc_norm: bool = False  # one of each feature, before `fc`
     input_norm: bool = False  # one of all features together, before `fc`

@@ -29,6 +29,7 @@ from pearl.drafters.feature.forward_rows import (
     FeatureSequence,
     batch_mask,
     concatenated,
+    layer_masks,
     rows_of,
 )
 from pearl.drafters.feature.network import FeatureDrafter
@@ -97,7 +98,10 @@ class FeatureSource(OnePassSource):
             wanted += [first + row for row in mine]
             first += len(rows)
         past = [one.state.cache.upto(block.kept) for one, block in zip(queries, blocks, strict=True)]
-        hidden, *new = self.forward([positions], torch.cat(inputs), [batch_mask(blocks)], concatenated(past))
+        before = drafter.shape.first_row
+        keys = [position for block in blocks for position in range(before, before + block.kept)]
+        masks = layer_masks(batch_mask(blocks), drafter.shape.windows, positions, keys)
+        hidden, *new = self.forward([positions], torch.cat(inputs), masks, concatenated(past))
         made = list(zip(new[::2], new[1::2], strict=True))
         first = 0
         for one, block in zip(queries, blocks, strict=True):
