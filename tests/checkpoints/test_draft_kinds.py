@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from heads import assert_refused, save_target_config
 from safetensors.torch import save_file
 
 from pearl.checkpoints.drafts.feature_formats import IDS, layer_ids
-from pearl.checkpoints.drafts.kinds import TargetFacts, describe, with_depths
+from pearl.checkpoints.drafts.files import DraftFiles
+from pearl.checkpoints.drafts.kinds import TargetFacts, describe, kind_of, with_depths
 from pearl.commands import pairs
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import PearlError
@@ -39,6 +41,11 @@ ENVELOPE: dict[str, Any] = {
     "speculators_config": {"verifier": {"name_or_path": "org/its-target"}},
 }
 TARGET = TargetFacts("org/its-target", HIDDEN, LAYERS, WORDS)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_target_config(tmp_path_factory.mktemp("target"), TARGET)
 
 
 def tensors(first: str = "midlayer.", features: int = 3) -> dict[str, torch.Tensor]:
@@ -85,6 +92,16 @@ def test_an_envelope_is_known_by_its_type_and_a_p_eagle_head_by_its_mask(tmp_pat
     for config in (parallel, FLAT | {"ptd_token_id": 7}):
         found = describe(checkpoint(tmp_path / "b", config, masked), TARGET)
         assert found.kind == "peagle" and found.shape.mask_token == 7 and "tokens a forward" in found.line
+
+
+def test_deepspecs_eagle3_head_names_the_layers_whose_outputs_it_reads(tmp_path: Path):
+    said = {"architectures": ["Qwen3Eagle3Model"], "model_type": "qwen3", "head_dim": 4, "num_target_layers": LAYERS}
+    config = FLAT | said | {"target_layer_ids": [1, 7, 13, 19, 25], "draft_vocab_size": None}
+    own = {name: torch.zeros(WORDS, HIDDEN) for name in ("lm_head.weight", "embed_tokens.weight")}
+    weights = tensors("layers.0.", features=5) | own
+    found = describe(checkpoint(tmp_path, config, {name: weights[name] for name in weights if name != "d2t"}), TARGET)
+    assert found.kind == "eagle3" and found.features == (1, 7, 13, 19, 25)
+    assert found.shape.own_embedding and found.shape.vocabulary == WORDS and "name the layers" in found.line
 
 
 def test_an_eagle1_head_is_known_by_the_shape_of_its_fc(tmp_path: Path):
@@ -139,6 +156,7 @@ def test_how_many_tokens_a_forward_guesses_may_be_asked_for(tmp_path: Path):
         ({"pard_token": "<mask>"}, "pard_token of the draft .* is '<mask>'"),
         ({"pard_token": None, "spd_type": "pard2"}, "does not name pard_token"),
         ({"para_num": "many"}, "para_num of the draft .* is 'many'"),
+        ({"para_num": 65}, "para_num of the draft .* is 65: it must be a number of tokens from 1 to 64"),
     ],
 )
 def test_a_pard_config_that_does_not_say_what_it_needs_is_refused(tmp_path: Path, change: dict, sentence: str):
@@ -156,6 +174,9 @@ def test_a_pard_config_that_does_not_say_what_it_needs_is_refused(tmp_path: Path
         ({"eagle_config": {IDS: [2, 14, 25]}}, (1, 13, 24)),
         ({IDS: [3, 9, 20]}, (2, 8, 19)),
         ({"eagle_config": {IDS: [3, 9, 20]}}, (3, 9, 20)),
+        ({"eagle_config": {IDS: [20, 24, 28]}}, (19, 23, 27)),  # of 28 layers none is number 28
+        ({"target_layer_ids": [2, 14, 25]}, (2, 14, 25)),  # of DeepSpec, whose ids name layers
+        ({"target_layer_ids": [1, 7, 13, 19, 25]}, (1, 7, 13, 19, 25)),
         ({"speculators_model_type": "eagle3", IDS: None}, (1, 13, 24)),
         ({"speculators_model_type": "eagle3", IDS: [1, 13, 24]}, (0, 12, 23)),  # its one meaning, whatever the numbers
     ],
@@ -181,11 +202,100 @@ def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected
         ({"model_type": "gemma4_assistant"}, "reads the keys and values of its target"),
         ({"eagle_config": [2, 14, 25]}, r"config\.json of the draft .* is damaged"),
         ({"architectures": 5}, r"config\.json of the draft .* is damaged"),
+        (
+            {"architectures": ["Phi3ForCausalLMEagle3"], "model_type": "phi3"},
+            "has phi3 layers, and pearl reads heads of",
+        ),
+        ({"eagle_config": {IDS: [1, 13, 29]}}, "reads the outputs of the layers 0, 12, 28, and"),
+        ({"num_target_layers": 36}, "trained for a target of 36 layers"),
+        ({"eagle_config": {"use_aux_hidden_state": False}, "target_hidden_size": 24}, "reads the 24 of its target as"),
+        ({"num_attention_heads": None}, "lacks a value that it needs"),
+        ({"num_attention_heads": 0}, "num_attention_heads of the draft .* is 0: its"),
+        ({"num_attention_heads": float("inf")}, "lacks a value that it needs, or has another form"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of the draft .* is 1000000000: its"),
+        ({"num_key_value_heads": 3}, "has 4 heads and 3 of keys and values"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps of the draft .* is inf"),
+        ({"rope_theta": -1}, "rope_theta of the draft .* is -1"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "does not name low_freq_factor, high_freq_factor: add"),
+        ({"rope_scaling": {"type": "linear"}}, "does not name factor: add"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention, sliding_attention for 1 layer, and pearl"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types of the draft .* are chunked_attention"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, change: dict, sentence: str):
-    with pytest.raises(PearlError, match=sentence):
-        describe(checkpoint(tmp_path, FLAT | {"architectures": ["LlamaForCausalLMEagle3"]} | change, tensors()), TARGET)
+def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, target: str, change: dict, sentence: str):
+    name = checkpoint(tmp_path, FLAT | {"architectures": ["LlamaForCausalLMEagle3"]} | change, tensors())
+    assert_refused(name, TARGET, target, sentence)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"speculators_config": {"verifier": "org/its-target"}}, r"config\.json of the draft .* is damaged"),
+        ({"speculators_config": {"proposal_methods": ["greedy"]}}, r"config\.json of the draft .* is damaged"),
+        (
+            {"speculators_config": {"proposal_methods": [{"speculative_tokens": 10**9}]}},
+            "speculative_tokens of the draft .* is 1000000000: it must be a number of tokens from 1 to 64",
+        ),
+        ({"mask_token_id": WORDS}, "mask token of the draft .* is 50, which is none of the 50"),
+        (
+            {
+                "mask_token_id": WORDS + 1,
+                "transformer_layer_config": ENVELOPE["transformer_layer_config"] | {"vocab_size": 60},
+            },
+            "mask_token_id of the draft .* is 51, and .*its-target embeds 50",
+        ),
+    ],
+)
+def test_an_envelope_that_can_not_be_meant_is_refused(tmp_path: Path, target: str, change: dict, sentence: str):
+    config = ENVELOPE | {"speculators_model_type": "peagle", "mask_token_id": 7} | change
+    name = checkpoint(tmp_path, config, tensors() | {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)})
+    assert_refused(name, TARGET, target, sentence)
+
+
+def test_what_an_architecture_says_of_layers_counts_before_the_model_type(tmp_path: Path):
+    config = FLAT | {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "phi3"}
+    assert describe(checkpoint(tmp_path, config, tensors()), TARGET).kind == "eagle3"
+
+
+def test_a_head_may_read_what_is_behind_the_targets_last_norm_as_it_is(tmp_path: Path):
+    config = FLAT | {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {"use_aux_hidden_state": False}}
+    weights = {name: part for name, part in tensors().items() if name != "fc.weight"}
+    found = describe(checkpoint(tmp_path, config, weights), TARGET)
+    assert found.kind == "eagle3" and found.features == (LAYERS,) and found.feature_width == HIDDEN
+    assert found.line == "EAGLE-3 head, 1 layer, 20 draft tokens, features behind the target's last norm"
+
+
+def test_layers_may_see_a_window(tmp_path: Path):
+    window = {"layer_types": ["sliding_attention"], "sliding_window": 9}
+    for model_type, more, expected in (
+        ("llama", {}, (9,)),
+        ("qwen3", {"use_sliding_window": True}, (9,)),
+        ("qwen3", {}, ()),  # as transformers reads it
+    ):
+        inner = ENVELOPE["transformer_layer_config"] | window | {"model_type": model_type, "head_dim": 4} | more
+        found = describe(checkpoint(tmp_path, ENVELOPE | {"transformer_layer_config": inner}, tensors()), TARGET)
+        assert found.shape.windows == expected
+
+
+def test_a_bin_on_a_hub_is_looked_at_where_its_config_leaves_open_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = {name: value for name, value in FLAT.items() if name != "draft_vocab_size"}
+    whole = tensors() | {"lm_head.weight": torch.zeros(WORDS, HIDDEN)}
+    del whole["d2t"]
+    checkpoint(tmp_path / "head", config, whole, pickled=True)
+    checkpoint(tmp_path / "other", config, tensors("stack.0."), pickled=True)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", _nothing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: tmp_path / name / file)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: tmp_path / name)
+    head, other = DraftFiles("head"), DraftFiles("other")
+    assert kind_of(head).describe(head, TARGET).features == (1, 13, 24)
+    with pytest.raises(PearlError, match=r"has the fc\.weight of a head over hidden states"):
+        kind_of(other).describe(other, TARGET)
+
+
+def _nothing(*_: object):
+    raise FileNotFoundError
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from heads import assert_refused, save_target_config
 from safetensors.torch import save_file
 from torch import Tensor
 from toys import EAGER, ScriptedChannel, extend, scrambled, ticks, together
@@ -256,9 +257,9 @@ def save_zlab(folder: Path, seed: int = 0, **more: Any) -> tuple[dict[str, Tenso
 
 
 def by_hand(
-    tensors: dict[str, Tensor], config: dict[str, Any], text: Sequence[int], path: Sequence[int] = ()
+    tensors: dict[str, Tensor], config: dict[str, Any], text: Sequence[int], path: Sequence[int] = (), first: int = 1
 ) -> Tensor:
-    """The formula, row by row and head by head: logits of the block's rows but the anchor's."""
+    """The formula, row by row and head by head: logits of the block's rows from the first one that guesses."""
     embedding, head = borrowed()
     dim, groups = config["head_dim"], config["num_attention_heads"] // config["num_key_value_heads"]
     anchor = len(text) - 1
@@ -293,7 +294,7 @@ def by_hand(
         inside, mlp = normed(x, f"layers.{layer}.post_attention_layernorm"), f"layers.{layer}.mlp."
         gate, up = inside @ tensors[f"{mlp}gate_proj.weight"].T, inside @ tensors[f"{mlp}up_proj.weight"].T
         x = x + (torch.nn.functional.silu(gate) * up) @ tensors[f"{mlp}down_proj.weight"].T
-    return (normed(x, "norm") @ head.T)[1 + len(path) :]
+    return (normed(x, "norm") @ head.T)[first + len(path) :]
 
 
 @pytest.mark.parametrize("path", [(), (7, 8), (1, 2, 3)])
@@ -301,6 +302,82 @@ def test_its_logits_are_those_of_the_formula(tmp_path, path: tuple[int, ...]):
     tensors, config = save_zlab(tmp_path)
     _, table = block_of(ours(tmp_path, borrowed()), TEXT[: ANCHOR + 1], path)
     torch.testing.assert_close(table, by_hand(tensors, config, TEXT[: ANCHOR + 1], path), atol=1e-4, rtol=1e-4)
+
+
+RANK = 6
+SAID = {"mask_token_id": MASK, "target_layer_ids": [-1, 2], "markov_rank": RANK, "markov_head_type": "vanilla"}
+SURE = {"enable_confidence_head": True, "confidence_head_with_markov": True}
+DSPARKS = {  # as SpecForge writes them, and as DSpark's authors do, whose DFlash is of the same class
+    "specforge": {"architectures": ["DSparkDraftModel"], "dflash_config": SAID | SURE | {"projector_type": "dspark"}},
+    "deepspec": {"architectures": ["Qwen3DSparkModel"], "dflash_config": None} | SAID | SURE,
+    "deepspec-dflash": {"architectures": ["Qwen3DSparkModel"], "dflash_config": None}
+    | SAID
+    | {"markov_rank": 0, "enable_confidence_head": False},
+}
+
+
+def save_dspark(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Their own embedding and head are those that DeepSpec's files hold."""
+    tensors, config = save_zlab(folder)
+    config = {name: value for name, value in (config | DSPARKS[kind]).items() if value is not None}
+    generator = torch.Generator().manual_seed(8)
+    if kind != "deepspec-dflash":
+        shapes = {"markov_w1": (WORDS, RANK), "markov_w2": (WORDS, RANK)}
+        tensors |= {f"markov_head.{one}.weight": torch.randn(at, generator=generator) for one, at in shapes.items()}
+        tensors["confidence_head.proj.weight"] = torch.randn(1, HIDDEN + RANK, generator=generator)
+        tensors["confidence_head.proj.bias"] = torch.randn(1, generator=generator)
+    if kind != "specforge":
+        tensors["embed_tokens.weight"], tensors["lm_head.weight"] = borrowed()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors, config
+
+
+@pytest.mark.parametrize("path", [(), (7, 8)])
+@pytest.mark.parametrize("kind", DSPARKS)
+def test_where_dspark_was_trained_each_row_guesses_what_follows_it(tmp_path, kind: str, path: tuple[int, ...]):
+    tensors, config = save_dspark(tmp_path, kind)
+    drafter = ours(tmp_path, borrowed(0 if kind == "specforge" else 1))
+    found = describe(str(tmp_path), TARGET)
+    assert found.features == (-1, 2) and "features after layers -1 (the embeddings) and 2 of 3" in found.line
+    assert found.line.startswith(
+        f"{'DFlash' if kind == 'deepspec-dflash' else 'DSpark'} head, 2 layers, {BLOCK} tokens a forward"
+    )
+    hidden, table = block_of(drafter, TEXT[: ANCHOR + 1], path)
+    expected = by_hand(tensors, config, TEXT[: ANCHOR + 1], path, first=0)
+    torch.testing.assert_close(table, expected, atol=1e-4, rtol=1e-4)
+    bias, sure = drafter.after(torch.tensor([7]), hidden[0])
+    if kind == "deepspec-dflash":
+        assert bias is None and sure is None
+        return
+    before = tensors["markov_head.markov_w1.weight"][7]
+    torch.testing.assert_close(bias[0], tensors["markov_head.markov_w2.weight"] @ before, atol=1e-4, rtol=1e-4)
+    looked = tensors["confidence_head.proj.weight"] @ torch.cat([hidden[0], before])
+    chance = (looked + tensors["confidence_head.proj.bias"]).sigmoid()
+    torch.testing.assert_close(sure.exp(), chance, atol=1e-4, rtol=1e-4)
+
+
+def test_a_token_that_its_own_tables_lack_is_read_as_the_last_one(tmp_path):
+    """Of a fine-tune with more tokens than the target that the head was trained for."""
+    save_dspark(tmp_path, "deepspec")
+    made = describe(str(tmp_path), TargetFacts("a fine-tune", HIDDEN, 3, WORDS + 4))
+    drafter = dflash_weights.load(made.files, made.shape, WORDS + 4)
+    drafter.attach(torch.zeros(WORDS + 4, HIDDEN), torch.nn.Linear(HIDDEN, WORDS + 4, bias=False))
+    drafter.place("cpu", torch.float32)
+    unknown, last = (block_of(drafter, [*TEXT[:ANCHOR], token]) for token in (WORDS + 2, WORDS - 1))
+    assert torch.equal(unknown[1], last[1])
+    assert torch.equal(*(drafter.after(torch.tensor([one]), last[0][0])[0] for one in (WORDS + 2, WORDS - 1)))
+
+
+def test_layers_of_a_vision_models_text_are_qwen3s(tmp_path):
+    """And all sections of its rotary angles are the ordinary ones in a text."""
+    tensors, config = save_zlab(tmp_path)
+    rope = {"rope_type": "mrope", "mrope_section": [2, 2, 2], "mrope_interleaved": True, "rope_theta": 500.0}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"model_type": "qwen3_vl_text", "rope_parameters": None, "rope_scaling": rope})
+    )
+    _, table = block_of(ours(tmp_path, borrowed()), TEXT[: ANCHOR + 1])
+    torch.testing.assert_close(table, by_hand(tensors, config, TEXT[: ANCHOR + 1]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("more", [{}, WINDOWED, WINDOWED | {"is_causal": False}, {"is_causal": True}])
@@ -480,22 +557,36 @@ def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"model_type": "gemma3"}, "has gemma3 layers, and pearl reads DFlash of"),
+        ({"architectures": ["DFlash"], "model_type": "gemma3"}, "has gemma3 layers, and pearl reads heads of"),
         ({"architectures": ["DFlash2DraftModel"]}, "is a DFlash2 head, whose selector"),
         ({"dflash_config": {"mask_token_id": 40, "target_layer_ids": [0, 2]}}, "mask_token_id of the draft .* is 40"),
         ({"dflash_config": {"mask_token_id": 39, "target_layer_ids": [0, 1, 2]}}, "names 3 layers of 64 numbers"),
         ({"dflash_config": {"target_layer_ids": [0, 2]}}, "lacks a value that it needs"),
         ({"dflash_config": {"mask_token_id": 39, "target_layer_ids": [0, 9]}}, "the small target has 3 layers"),
-        ({"num_target_layers": 36}, "trained for a target of 36 layers, and the small target has 3"),
+        ({"num_target_layers": 36}, "trained for a target of 36 layers, and .*the small target has 3"),
         ({"markov_rank": 4, "markov_head_type": "rnn"}, "is recurrent"),
         ({"block_size": 1}, "leaves no token to guess"),
+        ({"block_size": 10**9}, "block_size of the draft .* is 1000000000: it must be a number of tokens from 1 to 64"),
+        ({"dflash_config": [39]}, r"config\.json of the draft .* is damaged"),
+        ({"dflash_config": SAID | {"projector_type": "domino"}}, "has a projector of the type 'domino'"),
+        ({"dflash_config": SAID | {"target_layer_ids": [-2, 2]}}, "the small target has 3 layers"),
+        ({"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "scales its rotary angles by 'su'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "does not name factor: add"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types of the draft .* are sliding_attention for 2 layers"),
+        ({"head_dim": None}, r"by it layers.0.self_attn.q_proj.weight has the shape \[64, 64\]"),
+        ({"num_attention_heads": 0}, "num_attention_heads of the draft .* is 0: its"),
+        ({"hidden_size": float("inf")}, "lacks a value that it needs, or has another form"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_weights_are_loaded(tmp_path, change: dict, sentence: str):
+def test_what_does_not_fit_is_refused_before_weights_are_loaded(tmp_path, target: str, change: dict, sentence: str):
     _, config = save_zlab(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(PearlError, match=sentence):
-        describe(str(tmp_path), TARGET)
+    assert_refused(str(tmp_path), TARGET, target, sentence)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> str:
+    return save_target_config(tmp_path_factory.mktemp("target"), TARGET)
 
 
 def test_a_head_of_another_target_is_refused(tmp_path):
@@ -512,6 +603,9 @@ def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path):
     found = describe(str(tmp_path), TARGET)
     with pytest.raises(PearlError, match=r"are not those that its config\.json says"):
         dflash_weights.load(DraftFiles.of(str(tmp_path)), found.shape)
+    save_zlab(tmp_path, hidden_act="snake")
+    with pytest.raises(PearlError, match=r"no network can be made of it .*snake"):
+        dflash_weights.load(DraftFiles.of(str(tmp_path)), describe(str(tmp_path), TARGET).shape)
 
 
 def test_the_small_target_is_what_these_heads_are_for():

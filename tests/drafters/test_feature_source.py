@@ -611,7 +611,7 @@ def test_weights_that_are_not_whole_are_refused(toy, drafter_folder, tmp_path, h
     with pytest.raises(CheckpointError, match=sentence):
         read_drafter(folder)
     folder = changed(drafter_folder, tmp_path / "other", layers=3)
-    with pytest.raises(CheckpointError, match=r"do not fit its config .*[Mm]issing"):
+    with pytest.raises(CheckpointError, match=r"are not those that its config\.json says.*[Mm]issing"):
         read_drafter(folder)
 
 

@@ -37,6 +37,7 @@ def read(reader: HeadReader, features: torch.Tensor, text: list[int], paths: lis
     return reader.read_leaves_together([LeavesQuery(0, text, paths)])[0]
 
 
+WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "use_sliding_window": True}
 CASES = {
     "plain": {},
     "llama3 rope": {
@@ -105,8 +106,13 @@ def test_the_first_greedy_chain_is_theirs(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "case",
-    [{}, {"layer": "qwen3", "num_hidden_layers": 3, "norm_before_residual": True}, {"fc_norm": True, "seed": 4}],
-    ids=["plain", "qwen3, three layers", "norm of each feature"],
+    [
+        {},
+        {"layer": "qwen3", "num_hidden_layers": 3, "norm_before_residual": True},
+        {"fc_norm": True, "seed": 4},
+        {"layer": "qwen3", "num_hidden_layers": 2, **WINDOWED},
+    ],
+    ids=["plain", "qwen3, three layers", "norm of each feature", "windows"],
 )
 def test_what_one_forward_of_p_eagle_drafts_is_theirs(tmp_path: Path, case: dict):
     model = oracle("peagle", mask_token_id=6, **case)
@@ -120,6 +126,20 @@ def test_what_one_forward_of_p_eagle_drafts_is_theirs(tmp_path: Path, case: dict
         source.begin(0, SamplingParams())
         source.observe(bits(features[: trunk - 1]))
         torch.testing.assert_close(source.guess(TEXT[:trunk], [[]])[0], theirs[trunk - 2], atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_layer_with_a_window_says_is_theirs(tmp_path: Path):
+    """Of first guesses: in later steps of their training the window stays where it was at the first."""
+    model = oracle("eagle3", num_hidden_layers=2, **WINDOWED)
+    model.save_pretrained(tmp_path)
+    drafter = loaded(tmp_path)
+    assert drafter.shape.windows == (4, 0)
+    features = torch.randn(len(TEXT) - 1, drafter.shape.feature_row, generator=GENERATOR).bfloat16()
+    theirs = their_logits(model, features, TEXT[1:], steps=1)[0]
+    reader = HeadReader(drafter, 100)
+    for trunk in (4, 8, 11):
+        mine = read(reader, features, TEXT[:trunk], [()])[0, drafter.vocabulary]
+        torch.testing.assert_close(mine, theirs[trunk - 2], atol=1e-4, rtol=1e-4)
 
 
 class Raw(FeatureSource):

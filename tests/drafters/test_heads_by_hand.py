@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pearl.checkpoints.drafts.feature_weights import load
 from pearl.checkpoints.drafts.kinds import TargetFacts, describe
 from pearl.drafters.feature.head_reader import HeadReader
-from pearl.errors import CheckpointError
+from pearl.errors import CheckpointError, PearlError
 from pearl.models.draft_model import LeavesQuery
 
 H, WORDS, DRAFTED = 16, 30, (0, 2, 5, 9, 11, 29)
@@ -52,8 +52,8 @@ TEXT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
 class Bare:
     """Of a target what a head takes."""
 
-    def __init__(self):
-        self._table = torch.nn.Embedding(WORDS, H)
+    def __init__(self, words: int = WORDS):
+        self._table = torch.nn.Embedding(words, H)
         torch.nn.init.normal_(self._table.weight, std=0.5)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
@@ -67,10 +67,19 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
     return made | {"d2t": d2t, "t2d": torch.zeros(WORDS).bool().index_fill(0, torch.tensor(DRAFTED), True)}
 
 
+WINDOWED = {"layer_types": ["sliding_attention"], "sliding_window": 3}
+LAST = {"eagle_config": {"use_aux_hidden_state": False}}
+
+
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-@pytest.mark.parametrize("flags", [{}, {"norm_output": True, "rope_theta": 500.0}, {"norm_before_residual": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"norm_output": True, "rope_theta": 500.0}, {"norm_before_residual": True}, WINDOWED, LAST],
+)
 def test_logits_are_those_of_the_formulas(tmp_path: Path, flags: dict, pickled: bool):
     weights, config = tensors(seed=1), CONFIG | flags
+    if flags == LAST:
+        del weights["fc.weight"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     if pickled:
         torch.save(weights, tmp_path / "pytorch_model.bin")
@@ -79,9 +88,10 @@ def test_logits_are_those_of_the_formulas(tmp_path: Path, flags: dict, pickled: 
     target = Bare()
     drafter = load(describe(str(tmp_path), TARGET)).attach(target).requires_grad_(False)
     assert drafter.vocabulary.tolist() == list(DRAFTED)
-    features = torch.randn(6, 3 * H).bfloat16()
+    features = torch.randn(6, drafter.shape.feature_row).bfloat16()
     table = target.get_input_embeddings().weight.detach()
-    expected = chain_logits(weights, config, table, features.float(), TEXT)
+    window = flags.get("sliding_window", 0)
+    expected = chain_logits(weights, config, table, features.float(), TEXT, window=window)
     reader = HeadReader(drafter, 100)
     reader.begin(0, continues=False)
     reader.observe(features.view(torch.int16).numpy(), 0)
@@ -89,6 +99,30 @@ def test_logits_are_those_of_the_formulas(tmp_path: Path, flags: dict, pickled: 
     found = reader.read_leaves_together([LeavesQuery(0, TEXT[:7], paths)])[0]
     torch.testing.assert_close(found[:, drafter.vocabulary], torch.stack(expected[5:9]), atol=1e-4, rtol=1e-4)
     assert not found[:, 1].isfinite().any(), "what can't be drafted has no chance"
+
+
+def test_a_token_that_its_own_embedding_lacks_is_read_as_the_last_one(tmp_path: Path):
+    """Of a fine-tune with more tokens than the target that the head was trained for."""
+    table = torch.randn(WORDS, H)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(tensors(seed=1) | {"embed_tokens.weight": table}, tmp_path / "model.safetensors")
+    facts = TargetFacts("a fine-tune", H, 28, WORDS + 4)
+    drafter = load(describe(str(tmp_path), facts)).attach(Bare(WORDS + 4)).requires_grad_(False)
+    features, found = torch.randn(3, 3 * H).bfloat16(), []
+    for token in (WORDS + 2, WORDS - 1):
+        reader = HeadReader(drafter, 100)
+        reader.begin(0, continues=False)
+        reader.observe(features.view(torch.int16).numpy(), 0)
+        found.append(reader.read_leaves_together([LeavesQuery(0, [3, 1, token, 4], [(), (token,)])])[0])
+    assert torch.equal(*found)
+
+
+def test_what_no_network_can_be_made_of_is_refused_when_it_is_loaded(tmp_path: Path):
+    save_file(tensors(seed=1), tmp_path / "model.safetensors")
+    for change in ({"rope_scaling": {"type": "linear", "factor": "two"}}, {"hidden_act": "snake"}):
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+        with pytest.raises(PearlError, match=r"no network can be made of it|hidden_act is 'snake'"):
+            load(describe(str(tmp_path), TARGET))
 
 
 def test_a_map_that_leads_out_of_the_vocabulary_is_refused(tmp_path: Path):

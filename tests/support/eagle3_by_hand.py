@@ -28,9 +28,10 @@ def chain_logits(
     features: Tensor,
     tokens: Sequence[int],
     prefix: str = "midlayer.",
+    window: int = 0,
 ) -> list[Tensor]:
     """Logits over the draft vocabulary after each of `tokens` but the first. features: [known, 3 T], of the first
-    positions; beyond them its own hidden state stands in."""
+    positions; beyond them its own hidden state stands in. `window`: positions that are seen; 0: all."""
     heads, groups, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
     part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     keys: list[Tensor] = []
@@ -38,7 +39,9 @@ def chain_logits(
     found, h = [], torch.zeros(0)
     for position in range(1, len(tokens)):
         known = position - 1 < len(features)
-        x = part["fc.weight"] @ features[position - 1] if known else h
+        x = features[position - 1] if known else h
+        if known and "fc.weight" in part:
+            x = part["fc.weight"] @ x
         normed = norm(x, part["hidden_norm.weight"], eps)
         pair = torch.cat([norm(embedding[tokens[position]], part["input_layernorm.weight"], eps), normed])
         q, k, v = (
@@ -48,8 +51,9 @@ def chain_logits(
         theta = config.get("rope_theta", 10000.0)
         keys.append(turned(k, position, theta).repeat_interleave(heads // groups, 0))
         values.append(v.repeat_interleave(heads // groups, 0))
-        scores = torch.einsum("hd,nhd->hn", turned(q, position, theta), torch.stack(keys)) / q.shape[1] ** 0.5
-        seen = torch.einsum("hn,nhd->hd", scores.softmax(-1), torch.stack(values)).flatten()
+        near_keys, near_values = torch.stack(keys[-window:]), torch.stack(values[-window:])
+        scores = torch.einsum("hd,nhd->hn", turned(q, position, theta), near_keys) / q.shape[1] ** 0.5
+        seen = torch.einsum("hn,nhd->hd", scores.softmax(-1), near_values).flatten()
         h = (normed if config.get("norm_before_residual") else x) + part["self_attn.o_proj.weight"] @ seen
         inner = norm(h, part["post_attention_layernorm.weight"], eps)
         gate = torch.nn.functional.silu(part["mlp.gate_proj.weight"] @ inner)

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, Qwen3Config
 
 from pearl.checkpoints.drafts.feature_weights import load
 from pearl.checkpoints.drafts.kinds import TargetFacts, describe
+from pearl.checkpoints.preflight import preflight
+from pearl.config.engine_config import EngineConfig
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.errors import PearlError
 
 SIZES = dict(
     vocab_size=50,
@@ -28,6 +32,7 @@ SIZES = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+_LAYERS_SAY = ("rope_parameters", "attention_bias", "layer_types", "sliding_window", "use_sliding_window")
 LAYERS = 28  # of the target that they are for
 TARGET = TargetFacts("its target", 32, LAYERS, 50)
 DRAFTED = (0, 3, 4, 9, 17, 20, 21, 30, 33, 41, 44, 49)  # the cut vocabulary
@@ -42,9 +47,7 @@ def oracle(kind: str, layer: str = "llama", seed: int = 0, cut: bool = True, ids
     from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
 
-    sizes = SIZES | {
-        name: flags.pop(name) for name in list(flags) if name in SIZES or name in ("rope_parameters", "attention_bias")
-    }
+    sizes = SIZES | {name: flags.pop(name) for name in list(flags) if name in SIZES or name in _LAYERS_SAY}
     inner = (LlamaConfig if layer == "llama" else Qwen3Config)(**sizes)
     inner._attn_implementation = "eager"
     made = SpeculatorsConfig(
@@ -75,6 +78,23 @@ def oracle(kind: str, layer: str = "llama", seed: int = 0, cut: bool = True, ids
             model.d2t.copy_(drafted - torch.arange(len(drafted)))
             model.t2d[drafted] = True
     return model.eval()
+
+
+def save_target_config(folder: Path, facts: TargetFacts) -> str:
+    """A target of those facts and of no weights, as far as a preflight reads it."""
+    sizes = dict(hidden_size=facts.hidden, num_hidden_layers=facts.layers, vocab_size=facts.vocabulary)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
+    LlamaConfig(**sizes, **heads, max_position_embeddings=512).save_pretrained(folder / facts.name)
+    tiny.tokenizer().save_pretrained(folder / facts.name)
+    return str(folder / facts.name)
+
+
+def assert_refused(draft: str, facts: TargetFacts, target: str, sentence: str) -> None:
+    """In that sentence, by whatever describes a draft; `target`: a folder of those facts."""
+    with pytest.raises(PearlError, match=sentence):
+        describe(draft, facts)
+    with pytest.raises(PearlError, match=sentence):
+        preflight(EngineConfig(target, draft))
 
 
 def loaded(folder: Path | str, target: TargetFacts = TARGET) -> FeatureDrafter:

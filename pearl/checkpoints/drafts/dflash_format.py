@@ -1,10 +1,12 @@
 """DFlash and DSpark checkpoints: what config.json and the tensors' shapes say of one. No torch here.
 
     z-lab      config.json of a Qwen3 with `dflash_config` beside it; no embedding and no head, which are the target's
+    DeepSpec   the same keys at the top, an own embedding and head; its DFlash is a DSpark without DSpark's two heads
     envelope   `speculators_model_type` dflash or dspark; an own head where the vocabulary is cut (`d2t`)
 
-z-lab's `target_layer_ids` name the layer whose output is read; `aux_hidden_state_layer_ids` of the envelope say how
-many layers have run, so they are one more for the same layers.
+`target_layer_ids` name the layer whose output is read; `aux_hidden_state_layer_ids` of the envelope say how many layers
+have run, so they are one more for the same layers. Row j of a block guesses the token at its own position, and the one
+after it where DSpark's training made it.
 """
 
 from __future__ import annotations
@@ -14,21 +16,30 @@ from typing import Any
 
 from pearl.checkpoints.drafts.feature_formats import listed, misfit, plain_shapes
 from pearl.checkpoints.drafts.files import DraftFiles, Shapes
+from pearl.checkpoints.drafts.layer_config import LayerConfig, tokens_ahead
 from pearl.drafters.dflash.shape import DFLASH, DSPARK, DFlashShape
 from pearl.errors import UsageError
 
-MODEL_TYPES = ("qwen3", "qwen2", "llama")  # whose configs describe the layers, which are Qwen3's in all
 _TITLES = {DFLASH: "DFlash head", DSPARK: "DSpark head"}
-_HIDDEN, _LAYERS, _WORDS = 4096, 32, 151936  # of a Qwen3Config that does not say: the envelope leaves these out
-_OTHER = ("auto_map", "architectures", "dflash_config", "quantization_config")
+_LAYERS = 32  # of an envelope that does not say: it leaves out what a Qwen3Config has by default
+_QWENS = "DFlashDraftModel"  # whose layers are Qwen3's, whatever `model_type` says
+_MARKOV, _CONFIDENCE = "markov_head.markov_w1.weight", "confidence_head.proj.weight"
 
 
 def is_dflash(files: DraftFiles) -> bool:
     config = files.config
     if kind := config.get("speculators_model_type"):
         return kind in (DFLASH, DSPARK)
-    named = any("dflash" in str(name).lower() for name in config.get("architectures") or ())
-    return named or "target_layer_ids" in (config.get("dflash_config") or {})
+    at_top = "target_layer_ids" in config and "mask_token_id" in config
+    return at_top or _named(config, DFLASH) or _named(config, DSPARK) or "target_layer_ids" in _inside(config)
+
+
+def _inside(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("dflash_config") or {}
+
+
+def _named(config: Mapping[str, Any], kind: str) -> bool:
+    return any(kind in str(name).lower() for name in config.get("architectures") or ())
 
 
 def read(files: DraftFiles) -> DFlashShape:
@@ -41,8 +52,10 @@ def read(files: DraftFiles) -> DFlashShape:
     shapes = plain_shapes(files)
     _refuse(files.name, config, inner, shapes)
     try:
-        shape = _read(config, inner, shapes, envelope)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        shape = _read(files.name, config, inner, shapes, envelope)
+    except UsageError:
+        raise
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"The config.json of the draft {files.name} (DFlash) lacks a value that it needs, or has another form "
             f"({type(error).__name__}: {error})."
@@ -52,14 +65,8 @@ def read(files: DraftFiles) -> DFlashShape:
 
 
 def _refuse(name: str, config: Mapping[str, Any], inner: Mapping[str, Any], shapes: Shapes) -> None:
-    model_type = inner.get("model_type", "qwen3")
-    if model_type not in MODEL_TYPES:
-        raise UsageError(
-            f"The draft {name} has {str(model_type)[:40]} layers, and pearl reads DFlash of {', '.join(MODEL_TYPES)}."
-        )
-    said = {**inner, **config, **(config.get("dflash_config") or {})}
-    second = any("dflash2" in str(one).lower() for one in config.get("architectures") or ())
-    if second or "selector_rank" in said or any("candidate_selector." in one for one in shapes):
+    said = {**inner, **config, **_inside(config)}
+    if _named(config, "dflash2") or "selector_rank" in said or any("candidate_selector." in one for one in shapes):
         raise UsageError(
             f"The draft {name} is a DFlash2 head, whose selector pearl does not have: choose a DFlash or DSpark one."
         )
@@ -68,6 +75,11 @@ def _refuse(name: str, config: Mapping[str, Any], inner: Mapping[str, Any], shap
             f"The draft {name} has convolutions or a GRU in its block (DFlash2, Domino), which pearl does not have: "
             "choose a DFlash or DSpark head."
         )
+    if said.get("projector_type") not in (None, DFLASH, DSPARK):
+        raise UsageError(
+            f"The draft {name} has a projector of the type {str(said['projector_type'])[:40]!r}, and pearl knows "
+            f"{DFLASH} and {DSPARK}: choose a DFlash or DSpark head."
+        )
     if said.get("markov_head_type", "vanilla") == "rnn" and said.get("markov_rank"):
         raise UsageError(
             f"The Markov head of the draft {name} is recurrent (rnn), and a tree has no one past: choose a vanilla or "
@@ -75,47 +87,70 @@ def _refuse(name: str, config: Mapping[str, Any], inner: Mapping[str, Any], shap
         )
 
 
-def _read(config: Mapping[str, Any], inner: Mapping[str, Any], shapes: Shapes, envelope: bool) -> DFlashShape:
-    said: dict[str, Any] = {**config, **(config.get("dflash_config") or {})}
-    layers, hidden = int(inner.get("num_hidden_layers", _LAYERS)), int(inner.get("hidden_size", _HIDDEN))
-    known = int(inner.get("vocab_size", _WORDS))
-    own_head = "lm_head.weight" in shapes
-    vocabulary = shapes["lm_head.weight"][0] if own_head else said.get("draft_vocab_size") or known
-    dspark = said.get("speculators_model_type") == DSPARK
+def _read(
+    name: str, config: Mapping[str, Any], inner: Mapping[str, Any], shapes: Shapes, envelope: bool
+) -> DFlashShape:
+    said: dict[str, Any] = {**config, **_inside(config)}
+    qwens = not envelope and _QWENS in (config.get("architectures") or ())
+    own = LayerConfig.of(name, inner, "qwen3" if qwens else inner.get("model_type", "qwen3"), _LAYERS)
+    head, kind = shapes.get("lm_head.weight"), said.get("speculators_model_type")
+    dspark = DSPARK in (kind, said.get("projector_type")) or (not envelope and _named(config, DSPARK))
     from_anchor = bool(said.get("sample_from_anchor", dspark))
-    kinds = list(inner.get("layer_types") or ["full_attention"] * layers)
-    window = int(inner.get("sliding_window") or 0)
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    both_ways = bool(said.get("sliding_window_non_causal")) if envelope else False
-    whole = None if envelope else said.get("is_causal")
-    rank = int(said.get("markov_rank", 256 if dspark else 0))
-    sure = bool(said.get("enable_confidence_head", dspark))
+    if envelope:
+        both_ways = bool(said.get("sliding_window_non_causal"))
+        causal = tuple(window > 0 and not both_ways for window in own.windows)
+    else:
+        whole = said.get("is_causal")
+        causal = own.sliding if whole is None else (bool(whole),) * own.layers
+    usual = kind == DSPARK  # what an envelope leaves out then, and other files say by their tensors
+    rank = int(said.get("markov_rank", shapes.get(_MARKOV, (0, 256 * usual))[1]) or 0)
+    wide = shapes.get(_CONFIDENCE, (1, own.hidden + rank * bool(said.get("confidence_head_with_markov", True))))[1]
+    sure = _CONFIDENCE in shapes if shapes else bool(said.get("enable_confidence_head", usual))
+    block = tokens_ahead(name, "block_size", said.get("block_size") or (8 if envelope else 16))
     return DFlashShape(
-        kind=DSPARK if dspark or rank else DFLASH,
-        features=_features(said, layers, envelope),
-        hidden=hidden,
-        layers=layers,
-        depths=int(said.get("block_size") or (8 if envelope else 16)) - (not from_anchor),
+        kind=DSPARK if rank or sure or usual else DFLASH,
+        features=_features(said, own.layers, envelope),
+        hidden=own.hidden,
+        layers=own.layers,
+        depths=block - (not from_anchor),
         mask_token=int(said["mask_token_id"]),
-        vocabulary=int(vocabulary),
-        known=known,
-        config={name: value for name, value in inner.items() if name not in _OTHER},
-        own_head=own_head,
+        vocabulary=int(head[0] if head else said.get("draft_vocab_size") or own.known),
+        known=own.known,
+        config=_as_qwen3(own),
+        own_head=head is not None,
         own_embedding="embed_tokens.weight" in shapes,
         mapped="d2t" in shapes,
         from_anchor=from_anchor,
-        windows=windows,
-        causal=tuple((bool(one) and not both_ways) if whole is None else bool(whole) for one in windows),
+        windows=own.windows,
+        causal=causal,
         window_from_anchor=envelope,
         markov_rank=rank,
         gated=said.get("markov_head_type") == "gated",
         confidence=sure,
-        confident_markov=sure and rank > 0 and bool(said.get("confidence_head_with_markov", True)),
+        confident_markov=sure and rank > 0 and wide > own.hidden,
         embedding_scale=float(said.get("input_embedding_scale") or 1.0),
         output_scale=float(said.get("output_multiplier") or 1.0),
         softcap=float(said.get("final_logit_softcapping") or 0.0),
         target=str(((said.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path") or ""),
     )
+
+
+def _as_qwen3(own: LayerConfig) -> dict[str, Any]:
+    """As transformers reads it."""
+    return {
+        "vocab_size": own.known,
+        "hidden_size": own.hidden,
+        "intermediate_size": own.intermediate,
+        "num_hidden_layers": own.layers,
+        "num_attention_heads": own.heads,
+        "num_key_value_heads": own.kv_heads,
+        "head_dim": own.head_dim,
+        "hidden_act": own.activation,
+        "max_position_embeddings": own.positions,
+        "rms_norm_eps": own.eps,
+        "rope_parameters": own.rope,
+        "attention_bias": own.attention_bias,
+    }
 
 
 def _features(said: Mapping[str, Any], layers: int, envelope: bool) -> tuple[int, ...]:
@@ -146,11 +181,8 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
         raise UsageError(f"The block_size of the draft {name} leaves no token to guess: its config.json is damaged.")
     if not shapes:
         return
-    inner = {"num_attention_heads": 32, **shape.config}  # as transformers' Qwen3Config, whose heads alone are 128 wide
-    usual = inner.get("model_type", "qwen3") == "qwen3" and "head_dim" not in inner
-    head_dim = inner.get("head_dim") or (128 if usual else shape.hidden // inner["num_attention_heads"])
     wanted: dict[str, tuple[int, ...]] = {"fc.weight": (shape.hidden, len(shape.features) * shape.hidden)}
-    rows = inner["num_attention_heads"] * head_dim
+    rows = shape.config["num_attention_heads"] * shape.config["head_dim"]
     for layer in range(shape.layers):
         wanted[f"layers.{layer}.self_attn.q_proj.weight"] = (rows, shape.hidden)
     if shape.mapped:

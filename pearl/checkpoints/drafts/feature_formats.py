@@ -10,7 +10,7 @@ No torch here.
 Layers are counted in two ways. EAGLE-3 takes the *inputs* of the layers 2, L // 2 and L - 3, as vLLM and `speculators`
 count: id k is what k layers have made, the output of layer k - 1. SGLang and SpecForge name the layer whose *output* it
 is. A file that holds the numbers of one way in the key of the other was moved there unchanged, so the numbers decide
-where they can only mean one thing.
+where they can only mean one thing. DeepSpec's `target_layer_ids` name the layer whose output it is.
 """
 
 from __future__ import annotations
@@ -21,21 +21,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pearl.checkpoints.drafts.files import DraftFiles, Shapes
+from pearl.checkpoints.drafts.layer_config import LayerConfig, tokens_ahead
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import UsageError
 
-IDS = "eagle_aux_hidden_state_layer_ids"
-_LARGE = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6}
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-_DEFAULTS: dict[str, dict[str, Any]] = {  # of layers that the network knows: what transformers takes for a missing key
-    "llama": _LARGE | {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
-    "qwen3": _LARGE | _QWEN | {"head_dim": 128},
-    "qwen2": _LARGE | _QWEN,
-}
+IDS, _OUTPUTS = "eagle_aux_hidden_state_layer_ids", "target_layer_ids"
 _TITLES = {EAGLE: "EAGLE head", EAGLE3: "EAGLE-3 head", PEAGLE: "P-EAGLE head", OURS: "feature drafter"}
 _DEPTHS = 5  # of a P-EAGLE head whose file does not say for how many tokens it was trained
-_ROPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-_PREFIX = re.compile(r"^(draft_model\.|model\.)+")
+_LLAMAS = {"LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM"}  # whose layers are Llama's, whatever `model_type` says
+_PREFIX = re.compile(r"^(draft_model\.|model\.|logit_head\.)+")
 _AUX_NORMS = {"aux_norm_low": 0, "aux_norm_mid": 1, "aux_norm_high": 2}
 
 
@@ -115,9 +109,9 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
         found = _read(files.name, kind, config, inner, shapes, layers)
         own = bool(files.note.get("borrows")) and kind == PEAGLE
         return replace(found, shape=replace(found.shape, fingerprint=mark, markov_rank=int(rank), own_mask=own))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"The config.json of the draft {files.name} ({kind}) lacks a value that it needs, or has another form "
             f"({type(error).__name__}: {error})."
@@ -127,50 +121,45 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
 def _read(
     name: str, kind: str, config: Mapping[str, Any], inner: Mapping[str, Any], shapes: Shapes, layers: int | None
 ) -> ReadFormat:
-    model_type = inner.get("model_type", "llama" if inner is config else "qwen3")
-    if model_type not in _DEFAULTS:
-        raise UsageError(
-            f"The draft {name} has {str(model_type)[:40]} layers, and pearl reads heads of "
-            f"{', '.join(_DEFAULTS)} layers."
-        )
-    if "sliding_attention" in (inner.get("layer_types") or ()):
-        raise UsageError(f"The draft {name} has layers that see a window only, which pearl does not read in a head.")
-    inner = _DEFAULTS[model_type] | dict(inner)
-    hidden, heads = int(inner["hidden_size"]), int(inner["num_attention_heads"])
-    head_dim = int(inner.get("head_dim") or hidden // heads)
-    known = int(inner["vocab_size"])
-    width = int(config.get("target_hidden_size") or hidden)
-    features, numbering = _features(name, kind, config, shapes, width, layers)
-    vocabulary = shapes["lm_head.weight"][0] if "lm_head.weight" in shapes else config.get("draft_vocab_size") or known
+    flat = inner is config
+    llamas = flat and _LLAMAS.intersection(config.get("architectures") or ())
+    model_type = "llama" if llamas else inner.get("model_type", "llama" if flat else "qwen3")
+    own = LayerConfig.of(name, inner, model_type, layers=1)
+    width = int(config.get("target_hidden_size") or own.hidden)
+    fuses = kind == EAGLE or not _reads_last(config)
+    features, numbering = _features(name, kind, config, shapes, width, layers) if fuses else _last(layers)
+    head = shapes.get("lm_head.weight")
     shape = DrafterShape(
         kind=kind,
         features=features,
-        layers=int(inner.get("num_hidden_layers", 1)),
-        vocabulary=int(vocabulary),
-        known=known,
-        hidden=hidden,
-        intermediate=int(inner["intermediate_size"]),
-        heads=heads,
-        kv_heads=int(inner.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        eps=float(inner.get("rms_norm_eps", 1e-6)),
-        rope=_known_rope(name, rope_of(inner)),
-        positions=int(inner.get("max_position_embeddings") or 2048),
-        depths=_depths(config) if kind == PEAGLE else 1,
+        fuses=fuses,
+        layers=own.layers,
+        vocabulary=int(head[0] if head else config.get("draft_vocab_size") or own.known),
+        known=own.known,
+        hidden=own.hidden,
+        intermediate=own.intermediate,
+        heads=own.heads,
+        kv_heads=own.kv_heads,
+        head_dim=own.head_dim,
+        eps=own.eps,
+        rope=own.rope,
+        windows=own.windows if any(own.windows) else (),
+        positions=own.positions,
+        depths=_depths(name, config) if kind == PEAGLE else 1,
         feature_width=width,
         target=_verifier(config),
-        activation=str(inner.get("hidden_act", "silu")),
-        attention_bias="layers.0.self_attn.q_proj.bias" in shapes or (not shapes and bool(inner.get("attention_bias"))),
+        activation=own.activation,
+        attention_bias="layers.0.self_attn.q_proj.bias" in shapes or (not shapes and own.attention_bias),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         mlp_bias="layers.0.mlp.up_proj.bias" in shapes,
         fc_bias="fc.bias" in shapes,
         qk_norm="layers.0.self_attn.q_norm.weight" in shapes or (not shapes and model_type == "qwen3"),
-        fc_norm="fc_norm.0.weight" in shapes or bool(config.get("fc_norm") or config.get("use_aux_norm")),
-        input_norm="input_norm.weight" in shapes or bool(config.get("norm_before_fc")),
+        fc_norm=fuses and ("fc_norm.0.weight" in shapes or bool(config.get("fc_norm") or config.get("use_aux_norm"))),
+        input_norm=fuses and ("input_norm.weight" in shapes or bool(config.get("norm_before_fc"))),
         norm_before_residual=bool(config.get("norm_before_residual", False)),
         norm_output=bool(config.get("norm_output", False)),
         own_embedding="embed_tokens.weight" in shapes and kind != EAGLE,
-        own_head="lm_head.weight" in shapes,
+        own_head=head is not None,
         mapped="d2t" in shapes,
         mask_token=_mask_token(config) if kind == PEAGLE else None,
     )
@@ -179,7 +168,7 @@ def _read(
             f"The draft {name} norms what it reads (add_para_norm, HASS), which pearl does not do in an EAGLE-1 head: "
             "choose an EAGLE-3 head."
         )
-    _check(name, shape, shapes, known)
+    _check(name, shape, shapes)
     return ReadFormat(shape, numbering)
 
 
@@ -193,7 +182,7 @@ def misfit(name: str, shapes: Shapes, wanted: Shapes) -> str | None:
     return None
 
 
-def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
+def _check(name: str, shape: DrafterShape, shapes: Shapes) -> None:
     """Raises `UsageError` where the shapes of the tensors are not those of the config."""
     if not shapes:
         return
@@ -218,19 +207,24 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes, known: int) -> None:
             raise UsageError(
                 f"The config.json of the draft {name} names no mask token: add mask_token_id, as it was trained with."
             )
-        if not 0 <= shape.mask_token < known:
+        if not 0 <= shape.mask_token < shape.known:
             raise UsageError(
-                f"The mask token of the draft {name} is {shape.mask_token}, which is none of the {known} tokens that "
-                "it knows: its config.json is not that of its weights."
+                f"The mask token of the draft {name} is {shape.mask_token}, which is none of the {shape.known} tokens "
+                "that it knows: its config.json is not that of its weights."
             )
+    if shape.width != shape.hidden and (shape.kind == EAGLE or not shape.fuses):
+        raise UsageError(
+            f"The draft {name} is {shape.hidden} numbers wide and reads the {shape.width} of its target as they are: "
+            "its config.json is not that of its weights."
+        )
     if shape.width != shape.hidden and not shape.own_embedding:
         raise UsageError(
             f"The draft {name} is {shape.hidden} numbers wide and its target {shape.width}, and it lacks embed_tokens, "
             "which it needs of its own then: get the whole checkpoint again."
         )
-    if shape.vocabulary < known and not shape.mapped:
+    if shape.vocabulary < shape.known and not shape.mapped:
         raise UsageError(
-            f"The draft {name} drafts {shape.vocabulary} of {known} tokens, and it lacks d2t, which says which: "
+            f"The draft {name} drafts {shape.vocabulary} of {shape.known} tokens, and it lacks d2t, which says which: "
             "get the whole checkpoint again."
         )
 
@@ -240,7 +234,7 @@ def _features(
 ) -> tuple[tuple[int, ...], str]:
     """The layers whose outputs are read, and how their ids were understood."""
     if kind == EAGLE:
-        return ((layers,) if layers is not None else ()), ""
+        return _last(layers)
     if "fc.weight" not in shapes and shapes:
         raise UsageError(f"The weights of the draft {name} lack fc.weight: get the whole checkpoint again.")
     found, numbering = layer_ids(config, layers)
@@ -248,7 +242,8 @@ def _features(
     if found and count != len(found) and not named_ids(config):
         raise UsageError(
             f"The fc.weight of the draft {name} reads {count:g} hidden states of {width} numbers, and its config.json "
-            f"does not name their layers: add {IDS}."
+            f"does not name their layers: add {IDS}, which say how many layers have run (id k: the output of layer "
+            "k - 1, counted from 0)."
         )
     if found and count != len(found):
         raise UsageError(
@@ -258,10 +253,20 @@ def _features(
     return found, numbering
 
 
+def _reads_last(config: Mapping[str, Any]) -> bool:
+    """Whether an EAGLE-3 network reads what EAGLE-1 does, the hidden state behind the target's last norm, as it is."""
+    return (config.get("eagle_config") or {}).get("use_aux_hidden_state", config.get("use_aux_hidden_state")) is False
+
+
+def _last(layers: int | None) -> tuple[tuple[int, ...], str]:
+    return ((layers,) if layers is not None else ()), ""
+
+
 def named_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """As the file has them; empty if it names none."""
     top, nested = config.get(IDS), (config.get("eagle_config") or {}).get(IDS)
-    return tuple(int(one) for one in (nested if top is None else top) or ())
+    found = next((one for one in (top, nested, config.get(_OUTPUTS)) if one is not None), None)
+    return tuple(int(one) for one in found or ())
 
 
 def layer_ids(config: Mapping[str, Any], layers: int | None) -> tuple[tuple[int, ...], str]:
@@ -270,13 +275,13 @@ def layer_ids(config: Mapping[str, Any], layers: int | None) -> tuple[tuple[int,
     Empty where it names none and the target is not known. `layers`: of the target. Worked example, 28 layers: the ids
     2, 14, 25 at the top and 1, 13, 24 in `eagle_config` are both the outputs of the layers 1, 13 and 24.
     """
-    top, ids = config.get(IDS), named_ids(config)
+    ids, nested = named_ids(config), config.get("eagle_config") or {}
     usual = (2, layers // 2, layers - 3) if layers is not None else ()
     if not ids:
         return tuple(one - 1 for one in usual), "by default: its config.json names none"
-    counts_inputs = top is not None
-    if "speculators_model_type" not in config:
-        if sorted(ids) == sorted(usual):
+    counts_inputs = config.get(IDS) is not None
+    if "speculators_model_type" not in config and (counts_inputs or nested.get(IDS) is not None):
+        if sorted(ids) == sorted(usual) or (layers is not None and max(ids) >= layers):  # no layer has that number
             counts_inputs = True
         elif sorted(ids) == sorted(one - 1 for one in usual):
             counts_inputs = False
@@ -294,7 +299,7 @@ def line(shape: DrafterShape, layers: int | None, numbering: str = "") -> str:
     ]
     if shape.parallel:
         parts.append(f"{shape.depths} tokens a forward")
-    if shape.kind == EAGLE:
+    if shape.kind == EAGLE or not shape.fuses:
         parts.append("features behind the target's last norm")
     elif shape.features:
         of = f" of {layers}" if layers is not None else ""
@@ -307,31 +312,9 @@ def line(shape: DrafterShape, layers: int | None, numbering: str = "") -> str:
     return ", ".join(parts) + (f" ({numbering})" if numbering else "")
 
 
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers' `rope_parameters`, from either of its styles. Where nothing is said, 10000: that is what the
-    networks were trained with, whatever their target has."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope["rope_theta"] = float(rope["rope_theta"])
-    return rope
-
-
-def _known_rope(name: str, rope: dict[str, Any]) -> dict[str, Any]:
-    """Of a text all three sections of `mrope` are at the same position: the ordinary angles. Raises `UsageError`."""
-    if rope["rope_type"] == "mrope":
-        rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-    if rope["rope_type"] not in _ROPES:
-        raise UsageError(
-            f"The draft {name} scales its rotary angles by {str(rope['rope_type'])[:40]!r}, and pearl knows "
-            f"{', '.join(_ROPES)}."
-        )
-    return rope
-
-
-def _depths(config: Mapping[str, Any]) -> int:
+def _depths(name: str, config: Mapping[str, Any]) -> int:
     said = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    return max(2, int(said[0].get("speculative_tokens") or _DEPTHS))
+    return max(2, tokens_ahead(name, "speculative_tokens", said[0].get("speculative_tokens") or _DEPTHS))
 
 
 def _mask_token(config: Mapping[str, Any]) -> int | None:
@@ -365,5 +348,5 @@ def _ours(files: DraftFiles) -> DrafterShape:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    words = [str(one) for one in numbers]
+    words = ["-1 (the embeddings)" if one == -1 else str(one) for one in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -5,6 +5,7 @@ Knows: what tensors are called in which file, and which are of no use. Refuses t
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from pearl.checkpoints.drafts import feature_formats
 from pearl.checkpoints.drafts.files import MARKOV_TABLE
 from pearl.checkpoints.drafts.kinds import DraftDescription
+from pearl.config.inputs import brief
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
-from pearl.errors import CheckpointError
+from pearl.errors import CheckpointError, PearlError
 
 _UNUSED = re.compile(r"t2d$|verifier_|.*rotary_emb\.|.*inv_freq$")
 _LATER_NORM = re.compile(r"(layers\.[1-9]\d*\.)hidden_norm\.")
@@ -34,7 +36,22 @@ def load(drafting: DraftDescription) -> FeatureDrafter:
     if MARKOV_TABLE in named and len(named[MARKOV_TABLE]) < shape.known:
         table = named[MARKOV_TABLE]
         named[MARKOV_TABLE] = table.new_zeros(shape.known, table.shape[1]).index_copy_(0, vocabulary, table)
-    return FeatureDrafter.of(shape, vocabulary, named)
+    with fitting(drafting.files.name):
+        return FeatureDrafter.of(shape, vocabulary, named)
+
+
+@contextlib.contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Around making the network that a config.json says, and giving it the tensors. Raises `CheckpointError`."""
+    try:
+        yield
+    except (PearlError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch and transformers raise many kinds for one thing: these do not fit together
+        raise CheckpointError(
+            f"The weights of the draft {name} are not those that its config.json says, or no network can be made of it "
+            f"({type(error).__name__}: {brief(error, 300)})."
+        ) from None
 
 
 def mapped(name: str, d2t: Tensor, known: int) -> Tensor:
@@ -70,6 +87,8 @@ def _named(shape: DrafterShape, tensors: Mapping[str, Tensor]) -> Iterator[tuple
         if name == "lm_head.weight" and not shape.own_head:
             continue
         if name == "embed_tokens.weight" and not shape.own_embedding:
+            continue
+        if name.startswith("fc.") and not shape.fuses:  # of no use then, as vLLM reads it too
             continue
         if shape.kind == EAGLE:
             name = re.sub(r"^fc\.", "in_proj.", name)

@@ -169,19 +169,9 @@ def _describe_pard(files: DraftFiles, target: TargetFacts | None) -> DraftDescri
 def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
     shape, warnings = dflash_format.read(files), []
     if target is not None:
-        said = files.config.get("num_target_layers")
-        if said is not None and said != target.layers:
-            raise UsageError(
-                f"The draft {files.name} was trained for a target of {said} layers, and {target.name} has "
-                f"{target.layers}: name its target."
-            )
         reads = shape.features, shape.hidden, shape.vocabulary, shape.target
-        _fit(files.name, *reads, target, target.vocabulary, range(target.layers))
-        if shape.mask_token >= target.vocabulary and not shape.own_embedding:
-            raise UsageError(
-                f"The mask_token_id of the draft {files.name} is {shape.mask_token}, and {target.name} embeds "
-                f"{target.vocabulary} tokens: name its target."
-            )
+        _fit(files, *reads, target, target.vocabulary, range(-1, target.layers))
+        _mask_fits(files.name, shape.mask_token, shape.own_embedding, target)
         warnings += _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
     row = len(shape.features) * shape.hidden
@@ -195,7 +185,9 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
         ours = shape.kind == OURS  # drafts from a part of the vocabulary
         width = shape.width if shape.features else target.hidden  # without features it reads the text alone
         reads = shape.features, width, shape.vocabulary, shape.target
-        _fit(files.name, *reads, target, target.vocabulary - ours, range(-1, target.layers + 1))
+        last = ours or bool(files.note) or shape.kind == EAGLE or not shape.fuses  # they may read behind the last norm
+        _fit(files, *reads, target, target.vocabulary - ours, range(-1, target.layers + last))
+        _mask_fits(files.name, shape.mask_token, shape.own_embedding or shape.own_mask, target)
         warnings += [] if ours else _named_another(files.name, shape.target, target)
     layers = target.layers if target else None
     line = feature_formats.line(shape, layers, read.numbering)
@@ -205,7 +197,7 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
 
 
 def _fit(
-    name: str,
+    files: DraftFiles,
     reads: tuple[int, ...],
     hidden: int,
     drafts: int,
@@ -216,7 +208,13 @@ def _fit(
 ) -> None:
     """Raises `UsageError` where a network can't read what this target says. `reads`: layers, of width `hidden`;
     `there`: the numbers that they may have. `drafts`: how many tokens; `most`: at most."""
-    theirs = f"trained for {trained_for}, " if trained_for else ""
+    name, theirs = files.name, f"trained for {trained_for}, " if trained_for else ""
+    said = files.config.get("num_target_layers")
+    if said is not None and said != target.layers:
+        raise UsageError(
+            f"The draft {name} was trained for a target of {said} layers, and {target.name} has {target.layers}: name "
+            "its target."
+        )
     if hidden != target.hidden:
         raise UsageError(
             f"The draft {name} was {theirs}for hidden states of {hidden} numbers, and {target.name} has "
@@ -232,6 +230,15 @@ def _fit(
         raise UsageError(
             f"The draft {name} reads the outputs of the layers {listed}, and {target.name} has {target.layers} layers: "
             "name its target."
+        )
+
+
+def _mask_fits(name: str, mask_token: int | None, own: bool, target: TargetFacts) -> None:
+    """Raises `UsageError` for a mask token that the target has no embedding of, unless the draft has its `own`."""
+    if mask_token is not None and mask_token >= target.vocabulary and not own:
+        raise UsageError(
+            f"The mask_token_id of the draft {name} is {mask_token}, and {target.name} embeds {target.vocabulary} "
+            "tokens: name its target."
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pearl.checkpoints.drafts.files import DraftFiles
+from pearl.checkpoints.drafts.layer_config import tokens_ahead
 from pearl.errors import UsageError
 
 DEPTHS = 8  # of a checkpoint that does not say
@@ -43,15 +44,12 @@ def read(files: DraftFiles) -> PardShape:
             "token of its mask rows: add what it was trained with."
         )
     words = config.get("vocab_size")
-    if not _whole(token, 0) or (isinstance(words, int) and token >= words):
+    if type(token) is not int or token < 0 or (isinstance(words, int) and token >= words):
         raise UsageError(
             f"The pard_token of the draft {files.name} is {token!r}, which is none of the {words} tokens that it "
             "knows: its config.json is not that of its weights."
         )
-    depths = config.get("para_num") or DEPTHS
-    if not _whole(depths, 1):
-        raise UsageError(f"The para_num of the draft {files.name} is {depths!r}: it must be a number of tokens.")
-    return PardShape(token, depths)
+    return PardShape(token, tokens_ahead(files.name, "para_num", config.get("para_num") or DEPTHS))
 
 
 def line(files: DraftFiles, shape: PardShape) -> str:
@@ -65,7 +63,3 @@ def line(files: DraftFiles, shape: PardShape) -> str:
     if second:
         parts.append("without features of the target")
     return ", ".join(parts)
-
-
-def _whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least

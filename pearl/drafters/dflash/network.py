@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from pearl.drafters.dflash.shape import DFlashShape
@@ -34,9 +34,9 @@ Turn = tuple[Tensor, Tensor]  # cosines and sines, [rows, head_dim]
 class BlockAttention(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        bias = bool(getattr(config, "attention_bias", False))  # a Qwen2Config has none
+        bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=bias)
@@ -107,7 +107,7 @@ class DFlashDrafter(nn.Module):
         """vocabulary: int64 [D], the target's ids of the tokens that can be drafted; None: all."""
         super().__init__()
         self.shape = shape
-        config: Any = AutoConfig.for_model(**{"model_type": "qwen3", **shape.config})
+        config: Any = Qwen3Config(**shape.config)
         self.fc = nn.Linear(len(shape.features) * shape.hidden, shape.hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(shape.hidden, eps=config.rms_norm_eps)
         self.layers: Any = nn.ModuleList(BlockLayer(config) for _ in range(shape.layers))
