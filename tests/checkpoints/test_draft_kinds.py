@@ -302,6 +302,7 @@ def _nothing(*_: object):
     "change, sentence",
     [
         ({"d2t": torch.zeros(DRAFTED - 3)}, r"by which d2t has the shape \[20\] and not \[17\]"),
+        ({"embed_tokens.weight": torch.zeros(9, HIDDEN)}, r"by which embed_tokens.weight has the shape \[50, 16\]"),
         ({"fc.weight": torch.zeros(HIDDEN, 5 * HIDDEN)}, f"does not name their layers: add {IDS}"),
         (
             {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)},

@@ -185,6 +185,11 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
     rows = shape.config["num_attention_heads"] * shape.config["head_dim"]
     for layer in range(shape.layers):
         wanted[f"layers.{layer}.self_attn.q_proj.weight"] = (rows, shape.hidden)
+        wanted[f"layers.{layer}.mlp.up_proj.weight"] = (shape.config["intermediate_size"], shape.hidden)
+    if shape.own_embedding:
+        wanted["embed_tokens.weight"] = (shape.known, shape.hidden)
+    if shape.markov_rank:
+        wanted[_MARKOV] = (shape.known, shape.markov_rank)
     if shape.mapped:
         wanted["d2t"] = (shape.vocabulary,)
     if tensor := misfit(name, shapes, wanted):

@@ -193,6 +193,8 @@ def _check(name: str, shape: DrafterShape, shapes: Shapes) -> None:
         "layers.0.mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
         f"{last}mlp.down_proj.weight": (shape.hidden, shape.intermediate),
     }
+    if shape.own_embedding:
+        wanted["embed_tokens.weight"] = (shape.known, shape.hidden)
     if shape.mapped:
         wanted["d2t"] = (shape.vocabulary,)
     if tensor := misfit(name, shapes, wanted):
