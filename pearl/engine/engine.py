@@ -236,7 +236,7 @@ class Engine:
 
     def write(
         self,
-        jobs: Iterable[GenerationRequest | None],
+        requests: Iterable[GenerationRequest | None],
         *,
         mode: str | Schedule | None = None,
         gamma: int | str | None = None,
@@ -245,20 +245,20 @@ class Engine:
         """Texts side by side: yields each request with the tokens that a pass has committed of it, and at last with all
         of it. A list of requests is handed over at once. From any other iterable a request is taken when there is a
         place for it; it yields None when there is none yet. One that is refused fails alone, as in `generate`."""
-        return self._write(jobs, self._requests.run_key(mode, gamma, batch_size))
+        return self._write(requests, self._requests.run_key(mode, gamma, batch_size))
 
-    def _write(self, jobs: Iterable[GenerationRequest | None], run: RunKey) -> Iterator[Written]:
-        queue, more, places = iter(jobs), True, run[1]
+    def _write(self, requests: Iterable[GenerationRequest | None], run: RunKey) -> Iterator[Written]:
+        queue, more, places = iter(requests), True, run[1]
         news: News = SimpleQueue()
         live: set[GenerationHandle] = set()
         try:
             while more or live:
-                while more and (isinstance(jobs, list | tuple) or _under_way(live) < places):
-                    job: Any = next(queue, _NO_MORE)
-                    more = job is not _NO_MORE
-                    if not isinstance(job, GenerationRequest):
+                while more and (isinstance(requests, list | tuple) or _under_way(live) < places):
+                    request: Any = next(queue, _NO_MORE)
+                    more = request is not _NO_MORE
+                    if not isinstance(request, GenerationRequest):
                         break
-                    handle = self._requests.handle(job, run, self._wake, news)
+                    handle = self._requests.handle(request, run, self._wake, news)
                     live.add(handle)
                     if not handle.refused:
                         self._worker.submit(handle)

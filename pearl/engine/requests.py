@@ -119,7 +119,7 @@ class RequestBuilder:
     ) -> RunKey:
         """Raises `UsageError` for what this engine has no processes, no drafter or no places for."""
         made_for, slots = self._runtime.schedule, self._runtime.model.batch_slots
-        schedule = as_schedule(mode or made_for, gamma)
+        schedule = as_schedule(mode or made_for, gamma, made_for)
         self._runtime.config.check_mode(schedule.mode)
         if schedule.drafts and not self._runtime.target.channel:
             raise UsageError(
@@ -150,13 +150,16 @@ def check_names(settings: Mapping[str, Any]) -> None:
     options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
 
 
-def as_schedule(mode: str | Schedule, gamma: int | str | None) -> Schedule:
-    """`gamma` None: the mode's own."""
-    if not isinstance(mode, Schedule):
+def as_schedule(mode: str | Schedule, gamma: int | str | None, made_for: Schedule | None = None) -> Schedule:
+    """`gamma` None: the mode's own. `made_for`: whose settings a mode has that is given by its name."""
+    if isinstance(mode, Schedule):
+        mode, made_for = mode.mode, mode
+    if made_for is None:
         return Schedule.of(mode, gamma)
-    if gamma is None:
-        return mode
-    return Schedule.of(mode.mode, gamma, mode.draft_batch or None, mode.max_verify_tokens, mode.max_draft_tokens)
+    if mode == made_for.mode and gamma is None:
+        return made_for
+    leaves = made_for.draft_batch if made_for.mode == "tree" else None  # of other modes it is no setting
+    return Schedule.of(mode, gamma, leaves, made_for.max_verify_tokens, made_for.max_draft_tokens)
 
 
 def _refuse_samples(params: Sequence[SamplingParams]) -> None:
