@@ -67,11 +67,33 @@ class Stopper:
         return self._decode(self.tokens)[: self._cut]
 
 
+class _Beginning:
+    """How much of a stop string, short of all of it, a growing text ends with (Knuth, Morris and Pratt 1977): each
+    character is looked at a few times, however long the string is."""
+
+    def __init__(self, stop: str):
+        self._stop, self.size = stop, 0
+        self._shorter = [0, 0]  # by size: the longest beginning that this one ends with; as far as it was needed
+
+    def add(self, piece: str) -> None:
+        for letter in piece:
+            size = self._after(self.size, letter)
+            if size == len(self._shorter):
+                self._shorter.append(self._after(self._shorter[-1], letter))
+            self.size = size if size < len(self._stop) else self._shorter[size]
+
+    def _after(self, size: int, letter: str) -> int:
+        while size and self._stop[size] != letter:
+            size = self._shorter[size]
+        return size + (self._stop[size] == letter)
+
+
 class _Text:
     """One of the texts in which stop strings are looked for."""
 
     def __init__(self, decode: Decode, decoder: TextDecoder, stops: Sequence[str]):
         self._detokenizer, self._stops = Detokenizer(decode, decoder.is_byte), stops
+        self._beginnings = [_Beginning(stop) for stop in stops if len(stop) > 1]
         self._reach = max(map(len, stops), default=1) - 1  # settled characters before a token that a stop may begin at
         self._before = self._piece = ""  # settled before the last token, as far back as `reach`, and by it
         self._tail = ""
@@ -102,10 +124,10 @@ class _Text:
         return at if at < 0 else start + at
 
     def may_begin(self) -> int:
-        """From where on the settled text may be the beginning of a stop string."""
-        said = self._before + self._piece
-        sizes = (size for stop in self._stops for size in range(1, len(stop)) if said.endswith(stop[:size]))
-        return self._detokenizer.settled - max(sizes, default=0)
+        """From where on the settled text may be the beginning of a stop string. To be asked once after each token."""
+        for one in self._beginnings:
+            one.add(self._piece)
+        return self._detokenizer.settled - max((one.size for one in self._beginnings), default=0)
 
     def place_in(self, other: _Text, place: int) -> int:
         """Where a place of this text is in the other one, of the same tokens. One within a token counts from its end,
@@ -155,7 +177,7 @@ class _StopSearch:
         return stop, cut
 
     def certain(self) -> int:
-        """Characters shown that are no part of a stop string, whatever follows."""
+        """Characters shown that are no part of a stop string, whatever follows. To be asked once after each token."""
         return min(text.place_in(self._shown, text.may_begin()) for text in self._texts)
 
 
@@ -185,8 +207,8 @@ class TextStream:
         if token in self._hidden:
             return ""
         self._held += self._search.add(token)
-        found = self._search.found()
-        certain = found[1] if found else self._search.certain()
+        certain, found = self._search.certain(), self._search.found()
+        certain = found[1] if found else certain
         count = max(0, min(certain - self._count, len(self._held)))
         piece, self._held = self._held[:count], self._held[count:]
         self._count += count

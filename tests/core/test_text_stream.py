@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from toys import examples
 
 from pearl.core.detokenizer import TextDecoder
 from pearl.core.params import SamplingParams
-from pearl.core.stopping import Stopper, TextStream
+from pearl.core.stopping import Stopper, TextStream, _Beginning
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 TEXTS = st.text(st.sampled_from("ab \n\u00e9\u8868\u60c5\uff1b\U0001f389\U0001f468\u200d"), min_size=1, max_size=12)
@@ -192,6 +193,23 @@ def test_a_token_costs_the_same_however_long_the_text_is():
         for token in range(2000):
             stream.add([token])
         assert sum(sizes) < 2000 * 60
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=6))
+def test_what_may_begin_a_stop_string_is_known_letter_by_letter(pieces: list[str], stop: str):
+    beginning, said = _Beginning(stop), ""
+    for piece in pieces:
+        beginning.add(piece)
+        said += piece
+        sizes = (size for size in range(1, len(stop)) if said.endswith(stop[:size]))
+        assert beginning.size == max(sizes, default=0)
+
+
+def test_a_token_costs_the_same_however_long_a_stop_string_is():
+    stream = TextStream(lambda tokens: "a" * len(tokens), SamplingParams(stop="a" * 100_000 + "b"))
+    began = time.process_time()
+    assert [stream.add([0]) for _ in range(300)] == [""] * 300, "all of it may be the beginning"
+    assert time.process_time() - began < 3, "not a tenth of a second each"
 
 
 def test_a_character_comes_with_its_last_byte_and_a_stop_string_never():
