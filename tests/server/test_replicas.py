@@ -65,6 +65,7 @@ def until_healthy(port: int, *alive: subprocess.Popen) -> None:
 def asked(port: int, number: int, **headers: str) -> tuple[str, str]:
     """An answer, and the replica that has written it."""
     body = {"prompt": f"the thing {number % 4}", "max_tokens": 20, "seed": number % 4, "temperature": 1}
+    body |= {"user": "x" * (100_000 if number % 8 == 0 else 1)}  # more than a balancer holds unless it is told to
     made = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body).encode(),
