@@ -3,7 +3,9 @@
 The engine is watched only while there is somebody. It never waits: what it says goes into a row of limited length, and
 from there into one of each reader; where a row is full, the event is dropped and counted, and the reader is told how
 many. A reader learns the words of its own texts alone, those with its key in their label; of all others it learns when
-passes were.
+passes were. One whose connection broke finds its texts again if it comes back soon.
+
+A stream begins with `hello`: which server it is (numbers of sequences are one server's), and its time.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -23,10 +26,12 @@ from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
 from pearl.server import seen
+from pearl.server.life import is_degraded
 from pearl.server.seen import Event, Seen, Teller
 
 RAW, READER = 2000, 500  # events that may wait for the loop, and for a reader
 LOOK_S, ALIVE_S = 0.3, 10.0  # between two looks at the drafter; of silence, until a reader is told that all is well
+LINGER_S = 10.0  # that an engine is watched on after its last reader
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +78,8 @@ class Hub:
         self._teller: Teller | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+        self._run = secrets.token_hex(8)
         self.zero = time.perf_counter()
         self.told = 0  # events
 
@@ -81,7 +88,7 @@ class Hub:
         reader = Reader(key)
         self._enter(reader)
         try:
-            yield b": welcome\n\n"
+            yield b": welcome\n\n" + _line({"e": "hello", "run": self._run, "t": self.now()})
             while not self._service.stopping.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(reader.news.wait(), ALIVE_S)
@@ -89,7 +96,7 @@ class Hub:
                 if not reader.waiting:
                     yield b": well\n\n"
                 while reader.waiting:
-                    yield b"data: " + json.dumps(reader.waiting.popleft(), separators=(",", ":")).encode() + b"\n\n"
+                    yield _line(reader.waiting.popleft())
         finally:
             self._leave(reader)
 
@@ -99,23 +106,31 @@ class Hub:
 
     def _enter(self, reader: Reader) -> None:
         self._readers.add(reader)
-        if len(self._readers) == 1:
-            engine = self._service.engine
+        if self._lingering:
+            self._lingering.cancel()
+            self._lingering = None
+        engine = self._service.engine
+        engine.watch(self)
+        if not self._looking:
             self._loop = asyncio.get_running_loop()
             self._teller = self._teller or Teller(self.zero, lambda ids: engine.tokenizer.decode(ids))
-            engine.watch(self)
             self._looking = asyncio.create_task(self._look(engine))
 
     def _leave(self, reader: Reader) -> None:
         self._readers.discard(reader)
         if not self._readers:
-            with contextlib.suppress(Exception):  # the engine may be gone
-                self._service.engine.watch(None)
-            if self._looking:
-                self._looking.cancel()
-            if self._teller:
-                self._teller.forget()
-            self._raw.clear()
+            self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._end)
+
+    def _end(self) -> None:
+        """Nobody has come back."""
+        with contextlib.suppress(Exception):  # the engine may be gone
+            self._service.engine.watch(None)
+        if self._looking:
+            self._looking.cancel()
+            self._looking = None
+        if self._teller:
+            self._teller.forget()
+        self._raw.clear()
 
     async def _look(self, engine: Engine) -> None:
         """Tells what becomes of the drafter, also while no text is under way; wakes the readers when all is over."""
@@ -124,8 +139,10 @@ class Hub:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), LOOK_S)
             events = await asyncio.to_thread(lambda: engine.events)
-            for one in events[known:]:
-                self._spread("", told := {"e": "drafter", "kind": one.kind, "what": one.what, "t": self.now()}, told)
+            for count, one in enumerate(events[known:], known + 1):
+                told = {"e": "drafter", "kind": one.kind, "what": one.what, "t": self.now()}
+                told["degraded"] = is_degraded(events[:count])
+                self._spread("", told, told)
             known = len(events)
         for reader in self._readers:
             reader.news.set()
@@ -169,3 +186,7 @@ class Hub:
             return
         except Exception:
             _log.exception("what a pass did could not be noted")
+
+
+def _line(event: Event) -> bytes:
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from servers import Served, recorded
 
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
-from pearl.engine import Generation
+from pearl.engine import Generation, GenerationHandle
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 WORDS = "the thing and the other"
@@ -52,6 +53,27 @@ def visit(browser, server):
 def written(server):
     with recorded(server.service) as texts:
         yield texts
+
+
+@pytest.fixture(scope="module")
+def wordy(server: Served) -> tuple[str, list[int]]:
+    """Some words with a long answer, and that answer."""
+    some = [f"{WORDS} {number}" for number in range(12)]
+    prompts = [server.service.engine.encode([{"role": "user", "content": words}]) for words in some]
+    texts = server.service.engine.generate(prompts, SamplingParams(max_new_tokens=400), mode="ar")
+    return max(((words, text.tokens) for words, text in zip(some, texts, strict=True)), key=lambda one: len(one[1]))
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Each pass takes a while."""
+    say = GenerationHandle.say
+
+    def slow(self: GenerationHandle, tokens: list[int]) -> None:
+        time.sleep(0.03)
+        say(self, tokens)
+
+    monkeypatch.setattr(GenerationHandle, "say", slow)
 
 
 def ask(visit: Visit, words: str = WORDS, tokens: int = 60, mode: str = "tree", temperature: str = "0") -> None:
@@ -116,6 +138,7 @@ def test_a_token_says_its_pass_depth_and_probability_to_mouse_and_keyboard(visit
     assert len(said) > 1
     page.keyboard.press("Enter")
     assert page.locator("#tree .node.on").count() >= 1
+    assert page.inner_text("#tip").split("\n")[0] in page.text_content("#heard"), "it is read out too"
     page.keyboard.press("Escape")
     assert page.locator("#tip").is_hidden()
     page.locator("#tab-chat").focus()
@@ -139,6 +162,61 @@ def test_the_tree_of_each_pass_has_its_rows_and_its_way(visit, written):
         return new Set(pen.getImageData(0, 0, 900, 150).data).size; }""")
     assert drawn > 4, "the lanes are drawn"
     assert page.locator("#depths .row").count() >= 1 and page.locator("#origins .row").count() >= 2
+
+
+def test_escape_closes_what_is_shown_of_a_token_before_it_ends_an_answer(visit, wordy, slowly):
+    page = visit.page
+    ask(visit, wordy[0], 400, "ar")
+    page.locator("#talk .tok").first.hover()
+    page.wait_for_selector("#tip:not([hidden])")
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden() and page.locator("#stop").is_enabled()
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send:enabled")
+    visit.until("document.querySelector('.told').textContent.includes('stopped')")
+
+
+def test_a_new_talk_ends_the_answer_under_way_and_knows_nothing_of_it(server, visit, wordy, slowly):
+    page, bodies = visit.page, []
+    page.on("request", lambda one: bodies.append(one.post_data_json) if one.method == "POST" else None)
+    ask(visit, wordy[0], 400, "ar")
+    page.wait_for_selector("#talk .tok")
+    page.click("#new")
+    page.wait_for_selector("#send:enabled")
+    servers.until(lambda: not server.service.open)
+    ask(visit, tokens=20)
+    settled(visit)
+    assert [one["content"] for one in bodies[-1]["messages"]] == [WORDS]
+    assert page.locator("#talk .asked").count() == 1
+
+
+def test_the_page_comes_back_to_a_server_that_was_started_anew(browser, server, tmp_path):
+    engine, visit = server.service.engine, Visit(browser, accept_downloads=True)
+    page = visit.page
+    with servers.served(engine) as first:
+        page.goto(first.url)
+        page.wait_for_selector("#status[data-is=ready]")
+        ask(visit, tokens=20)
+        settled(visit)
+    page.wait_for_selector("#status[data-is=bad]")
+    with servers.served(engine, port=first.port) as second:
+        page.wait_for_selector("#status[data-is=ready]")
+        with recorded(second.service) as written:
+            ask(visit, tokens=20)
+            settled(visit)
+        assert visit.tokens() == kinds(second, written[0])
+        drawn = page.evaluate("""() => { const pen = document.querySelector('#lanes').getContext('2d');
+            return new Set(pen.getImageData(0, 0, 900, 150).data).size; }""")
+        assert drawn > 4, "the lanes are drawn"
+        with page.expect_download() as coming:
+            page.click("#save")
+        coming.value.save_as(tmp_path / "run.json")
+        visit.close()
+    run = json.loads((tmp_path / "run.json").read_text())
+    moments = [one["t"][4] if one["e"] == "pass" else one["t"] for one in run["events"] if one["e"] != "dropped"]
+    assert max(moments) - min(moments) < 120_000 and all(one <= other + 100 for one, other in pairwise(moments)), (
+        "one clock, whatever the server's"
+    )
 
 
 @pytest.mark.parametrize("alone", ["ar", "ar-all"])
@@ -194,9 +272,9 @@ def test_a_page_asks_for_the_key_and_keeps_it_until_the_tab_is_closed(browser, s
         visit.close()
 
 
-def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written):
+def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written, wordy):
     page, before = visit.page, server.service.engine.runtime.drafter_pid
-    words, tokens = longest(server)
+    words, tokens = wordy
     ask(visit, words, 400)
     page.wait_for_selector("#talk .tok")
     page.click("#kill")
@@ -206,14 +284,6 @@ def test_the_text_goes_on_when_the_page_kills_the_drafter(server, visit, written
     page.wait_for_selector("#notes li[data-kind=back]", timeout=60_000)
     page.wait_for_selector("#status[data-is=ready]")
     assert server.service.engine.runtime.drafter_pid != before
-
-
-def longest(server: Served) -> tuple[str, list[int]]:
-    """Some words with a long answer, and that answer."""
-    some = [f"{WORDS} {number}" for number in range(12)]
-    prompts = [server.service.engine.encode([{"role": "user", "content": words}]) for words in some]
-    texts = server.service.engine.generate(prompts, SamplingParams(max_new_tokens=400), mode="ar")
-    return max(((words, text.tokens) for words, text in zip(some, texts, strict=True)), key=lambda one: len(one[1]))
 
 
 def test_a_saved_run_is_shown_again_without_a_server(browser, visit, tmp_path):
@@ -242,6 +312,14 @@ def test_a_saved_run_is_shown_again_without_a_server(browser, visit, tmp_path):
     replayed(visit, wanted)
     page.click("#closereplay")
     assert page.locator("#ask").is_visible() and visit.tokens() == wanted
+
+    run["events"] = [one | ({"tokens": [{}]} if one["e"] == "pass" else {}) for one in run["events"]]
+    for damaged in ("{", "[]", json.dumps(run), json.dumps(run | {"events": 5})):
+        (tmp_path / "damaged.json").write_text(damaged)
+        page.set_input_files("#file", tmp_path / "damaged.json")
+        visit.until("document.querySelector('#status').textContent.includes('no saved run')")
+        assert page.locator("#ask").is_visible() and visit.tokens() == wanted, "what was shown stays"
+        page.evaluate("document.querySelector('#status').textContent = ''")
 
 
 def replayed(visit: Visit, wanted: list[tuple[str, str, int]]) -> None:

@@ -129,7 +129,31 @@ def test_nobody_hears_the_words_of_a_text_without_a_label(server, listen):
     assert not any(one.keys() & {"tokens", "tree"} for one in listener.until_over())
 
 
-def test_where_nobody_reads_any_more_the_engine_is_not_watched(server):
+def test_who_comes_back_soon_hears_on_of_the_text_that_it_asked_for(server):
+    async def main() -> tuple[list[dict], list[dict], str]:
+        hub = Hub(SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event()))
+        writing: asyncio.Task[str] | None = None
+        found: list[list[dict]] = [[], []]
+        for number, heard in enumerate(found):
+            async with aclosing(hub.stream("mine")) as stream:
+                async for line in stream:
+                    heard += [json.loads(part[6:]) for part in line.split(b"\n") if part.startswith(b"data: ")]
+                    writing = writing or asyncio.create_task(asyncio.to_thread(write, server, "mine/1", max_tokens=300))
+                    if heard[-1].get("finish") or (number == 0 and heard[-1]["e"] == "pass"):
+                        break
+        assert writing
+        text = await writing
+        hub._end()
+        return *found, text
+
+    before, after, text = asyncio.run(main())
+    assert before[0]["e"] == after[0]["e"] == "hello" and before[0]["run"] == after[0]["run"]
+    tokens = [token for one in after if one["e"] == "pass" for token in one["tokens"]]
+    assert tokens and all(text[token["at"] :].startswith(token["text"]) for token in tokens), "each where it stands"
+
+
+def test_where_nobody_reads_any_more_the_engine_is_not_watched(server, monkeypatch):
+    monkeypatch.setattr(hubs, "LINGER_S", 0.1)
     listener = Listener(server, "mine")
     write(server, "mine/1")
     assert server.service.engine.runtime.target._inbox.watcher
@@ -189,7 +213,9 @@ def test_a_drafter_is_killed_by_the_page_of_this_machine_alone(server, monkeypat
     ]
     for headers in refused:
         status, _, said = answered(server, "/v1/pearl/kill", "POST", **headers)
-        assert status == 403 and json.loads(said)["error"]["message"].endswith(".") and not killed
+        error = json.loads(said)["error"]
+        assert status == 403 and error["message"].endswith(".") and not killed
+        assert (error["type"], error["code"], error["param"]) == ("permission_error", "refused", None)
     assert json.loads(answered(server, "/v1/pearl/state", **refused[1])[2])["may_kill"] is False
     assert json.loads(answered(server, "/v1/pearl/state")[2])["may_kill"] is True
     assert answered(server, "/v1/pearl/kill", "POST", **page)[0] == 200 and killed == [4_000_000_000]
@@ -230,6 +256,20 @@ def test_words_and_lines_stand_out_in_light_and_dark(selector):
     for name in INKS:
         assert contrast(colours[name], colours["card"]) >= 4.5, name
     assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
+
+
+def test_parts_have_their_roles_and_tabs_are_alone_in_their_list():
+    page = resources.files("pearl.server").joinpath("page", "index.html").read_text()
+    found = dict(re.findall(r'id="(\w+)" role="(\w+)"', page))
+    assert (found["talk"], found["tree"], found["tip"]) == ("log", "region", "tooltip")
+    (tabs,) = re.findall(r'<div role="tablist".*?</div>', page, re.DOTALL)
+    assert tabs.count("<button") == tabs.count('<button role="tab"') == 2
+    assert 'id="heard" class="sr" aria-live="polite"' in page
+
+
+def test_nothing_that_is_read_is_made_pale():
+    for selector, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", STYLE):
+        assert "disabled" in selector or not re.search(r"(?<!-)opacity", rule), selector
 
 
 def test_kinds_differ_by_their_line_where_somebody_sees_no_colours():
