@@ -20,6 +20,7 @@ from typing import Any
 
 from pearl.commands import chat_client
 from pearl.config import cli
+from pearl.config.server_config import KEY
 from pearl.core.schedule import MODES
 from pearl.core.stopping import Decode, TextStream
 from pearl.core.trie import DRAFT, OWN
@@ -50,7 +51,7 @@ def parser() -> cli.Parser:
     made = cli.parser("chat", *examples, take=("pair", "machine", "decoding", "sampling"), max_new_tokens=512)
     made.add_argument("--system", metavar="TEXT", help="what the model is told before the talk")
     made.add_argument("--url", metavar="URL", help="of a server to talk to; default: an engine of this program")
-    made.add_argument("--api-key", metavar="KEY", help=f"of that server; default: what {chat_client.KEY} says")
+    made.add_argument("--api-key", metavar="KEY", help=f"of that server; default: what {KEY} says")
     made.set_defaults(mode=[], generation_config="auto")
     made.explain("mode", f"one of {', '.join(MODES)}; sd:3 is sd with gamma 3 (default: pearl, or the server's)")
     return made

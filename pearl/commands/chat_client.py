@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from pearl.config.inputs import brief
+from pearl.config.server_config import KEY
 from pearl.core.trie import OWN
 from pearl.errors import PearlError, UsageError
+from pearl.server import TARGET
 
-KEY = "PEARL_API_KEY"  # of the environment
 PATIENCE_S = 0.25  # for the origin of words that have come
 QUIET_S = 3600.0  # that a server may say nothing, reading a long prompt
-TARGET = "target"  # the origin of the target's own tokens, in events
 Piece = tuple[str, str]  # words, and who had guessed them
 
 

@@ -1,7 +1,9 @@
 """What a checkpoint's generation_config.json asks for: applied to the fields of a request that nobody has set.
 
 As in transformers, a checkpoint that does not sample is greedy whatever its temperature says, and as in vLLM only what
-the file says counts. The ends of a text are no defaults: they hold always (`pearl.checkpoints.targets.eos_ids`).
+the file says counts. Clients of a server expect what OpenAI and vLLM do: a request that names no temperature is sampled
+with what the file says, else with 1, unless the file says in so many words that it does not sample (`served`). The ends
+of a text are no defaults: they hold always (`pearl.checkpoints.targets.eos_ids`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Defaults:
     applied: dict[str, Any] = field(default_factory=dict)  # fields of `SamplingParams`
     left_out: dict[str, Any] = field(default_factory=dict)  # what changes texts in transformers, but not here
     wanted: bool = True
+    served: dict[str, Any] = field(default_factory=lambda: {"temperature": 1.0})  # how a server samples beside that
 
     @staticmethod
     def of(config: Any, wanted: bool = True, vocabulary: int | None = None) -> Defaults:
@@ -43,15 +46,17 @@ class Defaults:
         target. What can't be meant here is left out, lest every request be refused."""
         said: Mapping[str, Any] = config.to_diff_dict() if config is not None else {}
         said = {name: value for name, value in said.items() if name in vars(type(config)()) and _counts(name, value)}
-        samples = bool(said.get("do_sample"))
+        sampled = {name: said[name] for name in SAMPLED if name in said}
         applied = {ALWAYS[name]: value for name, value in said.items() if name in ALWAYS}
-        if samples:
-            applied |= {"temperature": 1.0} | {name: said[name] for name in SAMPLED if name in said}
+        if said.get("do_sample"):
+            applied |= {"temperature": 1.0} | sampled
         refused = {name: value for name, value in applied.items() if not _is_good(name, value, vocabulary)}
         applied = {name: value for name, value in applied.items() if name not in refused}
         left_out = {name: said[name] for name in said if name not in (*ALWAYS, *SAMPLED, "do_sample")} | refused
         if wanted:
-            return Defaults(applied, left_out)
+            good = {name: value for name, value in sampled.items() if _is_good(name, value, vocabulary)}
+            greedy = getattr(config, "do_sample", None) is False
+            return Defaults(applied, left_out, served={"temperature": 0.0} if greedy else {"temperature": 1.0} | good)
         return Defaults({}, applied | left_out, wanted=False)
 
     def not_applied(self, params: SamplingParams) -> dict[str, Any]:

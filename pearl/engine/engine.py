@@ -22,7 +22,7 @@ from pearl.core.schedule import MODES, Schedule
 from pearl.engine.defaults import Defaults
 from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, gathered
 from pearl.engine.handle import GenerationHandle, Reading, RunKey, Said, Sink
-from pearl.engine.prompts import ChatTemplate, are_several
+from pearl.engine.prompts import ChatTemplate, PromptEncoder, are_several
 from pearl.engine.requests import Params, RequestBuilder, Settings, as_schedule
 from pearl.engine.worker import Worker
 from pearl.errors import EngineClosedError, UsageError
@@ -204,12 +204,35 @@ class Engine:
             request = GenerationRequest(request, params or SamplingParams())
         elif params is not None:
             raise UsageError("A GenerationRequest has params of its own: give them there.")
-        handle = self._requests.handle(request, self._requests.run_key(mode, gamma, batch_size), self._wake, sink)
-        if handle.refused:
-            raise handle.refused
-        handle.prediction = self._requests.prediction(prediction or ())
-        self._worker.submit(handle)
+        (handle,) = self.prepare(
+            [request], mode=mode, gamma=gamma, batch_size=batch_size, sink=sink, prediction=prediction
+        )
+        self.begin(handle)
         return handle
+
+    def prepare(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        mode: str | Schedule | None = None,
+        gamma: int | str | None = None,
+        batch_size: int | None = None,
+        sink: Sink | None = None,
+        prediction: Sequence[int] | None = None,
+    ) -> list[GenerationHandle]:
+        """What `submit` does before it asks: checks, and what takes long of many requests or of long ones. `begin` asks
+        for the texts. Raises `UsageError` for the first that can't be written."""
+        run, guesses = self._requests.run_key(mode, gamma, batch_size), self._requests.prediction(prediction or ())
+        handles = [self._requests.handle(request, run, self._wake, sink) for request in requests]
+        for handle in handles:
+            if handle.refused:
+                raise handle.refused
+            handle.prediction = guesses
+        return handles
+
+    def begin(self, handle: GenerationHandle) -> None:
+        """Asks for a text that is prepared, and returns at once. Raises `EngineClosedError`."""
+        self._worker.submit(handle)
 
     def submit_all(
         self,
@@ -284,7 +307,12 @@ class Engine:
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True, **template: Unpack[ChatTemplate]) -> list[int]:
         """The token ids of a prompt, as `generate` reads it; of messages as `chat` does. `add_special_tokens`: of a
         text, those that the tokenizer puts around it. Raises `UsageError`."""
-        return self._requests.prompts.encode(prompt, add_special_tokens, **template)
+        return self.prompts.encode(prompt, add_special_tokens, **template)
+
+    @property
+    def prompts(self) -> PromptEncoder:
+        """What `encode` asks, with ways for an event loop."""
+        return self._requests.prompts
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""

@@ -5,8 +5,10 @@ Knows: a tokenizer and its chat template. Refuses to know: models. May be used f
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, TypedDict, Unpack
 
 from pearl.core.detokenizer import TextDecoder
@@ -24,32 +26,74 @@ class ChatTemplate(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None  # what else the template takes, such as enable_thinking
 
 
+class PromptTooLong(UsageError):
+    """It has more tokens than it may have."""
+
+
 class PromptEncoder:
     """One tokenizer, both ways."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer, self._turn = tokenizer, threading.Lock()  # a call of a tokenizer may set its truncation
 
-    def encode(self, prompt: Prompt, special: bool = True, **template: Unpack[ChatTemplate]) -> list[int]:
-        """The token ids. `special`: with those that the tokenizer puts around a text. Raises `UsageError`."""
+    def encode(
+        self, prompt: Prompt, special: bool = True, at_most: int | None = None, **template: Unpack[ChatTemplate]
+    ) -> list[int]:
+        """The token ids. `special`: with those that the tokenizer puts around a text. `at_most`: a text that is sure to
+        have more tokens is refused before it is read. Raises `UsageError`."""
         if is_chat(prompt):
             messages: Any = prompt
-            return self._ids(self._written(messages, **template), special=False)
+            return self._ids(self._written(messages, **template), False, at_most)
         if given := [name for name, value in template.items() if value not in (None, False)]:
             raise UsageError(f"{given[0]} is for the messages of a chat: this prompt holds none.")
         if template:
             raise UsageError("A chat is a list of messages, each with a role and content: this prompt is none.")
         if isinstance(prompt, str):
-            return self._ids(prompt, special)
+            return self._ids(prompt, special, at_most)
         return token_ids(prompt)
 
-    def _ids(self, text: str, special: bool) -> list[int]:
+    def at_once(self, prompt: str | Sequence[int], special: bool = True) -> list[int] | None:
+        """The same for an event loop, which can't wait: None while another thread is at a text."""
+        if not isinstance(prompt, str):
+            return token_ids(prompt)
+        if not self._turn.acquire(blocking=False):
+            return None
+        try:
+            return self._read(prompt, special)
+        finally:
+            self._turn.release()
+
+    def _ids(self, text: str, special: bool, at_most: int | None = None) -> list[int]:
+        if at_most is not None and len(text) > at_most * self._longest:
+            raise PromptTooLong(
+                f"The prompt has {len(text)} characters, which is more than the {at_most} tokens that a text may have "
+                "can stand for: shorten it."
+            )
+        with self._turn:
+            return self._read(text, special)
+
+    def _read(self, text: str, special: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"The prompt holds half a character at {error.start}: it is no text.") from None
-        with self._turn:
-            return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+        return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+
+    @cached_property
+    def _longest(self) -> float:
+        """Characters that a token stands for at most. Byte-level tokenizers that know every byte and drop nothing have
+        one letter for each; a token of others may stand for a word that is not known, or for a run of spaces."""
+        inside, vocabulary = getattr(self._tokenizer, "backend_tokenizer", None), self._tokenizer.get_vocab()
+        if inside is None or type(inside.model).__name__ != "BPE":
+            return math.inf
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        pieces, composed = str(inside.pre_tokenizer), {"None": 1, "NFC()": 4}  # of four characters at most
+        strips = any(one.lstrip or one.rstrip for one in self._tokenizer.added_tokens_decoder.values())
+        drops = strips or "Removed" in pieces or not vocabulary.keys() >= {*ByteLevel.alphabet()}
+        if drops or "ByteLevel" not in pieces or str(inside.normalizer) not in composed:
+            return math.inf
+        return composed[str(inside.normalizer)] * max(map(len, vocabulary))
 
     def _written(
         self,

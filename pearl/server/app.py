@@ -43,7 +43,13 @@ def make_app(service: Service) -> FastAPI:
     page_routes.add_page(app, service)
     app.add_middleware(Limits, config=service.config, metrics=service.metrics)
     if origin := service.config.cors_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=[origin], allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=[origin],
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After", "x-should-retry", "x-request-id"],
+        )
     return app
 
 
@@ -52,6 +58,8 @@ def _add_state(app: FastAPI, service: Service) -> None:
         503: {"description": "It is being loaded, is shutting down, or has failed."}
     }
 
+    @app.head("/health", include_in_schema=False)
+    @app.head("/ping", include_in_schema=False)
     @app.get("/health", responses=unwell)
     @app.get("/ping", responses=unwell, include_in_schema=False)
     async def health() -> Response:

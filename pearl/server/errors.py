@@ -11,10 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from pearl.engine.prompts import PromptTooLong
 from pearl.errors import EngineClosedError, UsageError
 
+TOO_LONG = "context_length_exceeded"
 _log = logging.getLogger("pearl.server")
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class APIError(Exception):
@@ -53,11 +55,18 @@ def from_engine(error: BaseException, fields: frozenset[str] = frozenset()) -> A
     if isinstance(error, UsageError):
         said = str(error)
         word = said.split(" ", 1)[0]
+        if isinstance(error, PromptTooLong):
+            return bad(said, code=TOO_LONG)
         return bad(said, word if word in fields else None)
     if isinstance(error, EngineClosedError):
-        return APIError(503, "The engine is closed.", "shutting_down")
+        dead = error.__cause__ is not None  # its thread has failed; else somebody has closed it
+        return engine_dead() if dead else APIError(503, "The engine is closed.", "shutting_down")
     _log.error("a text has failed (%s: %s)", type(error).__name__, error)
     return APIError(500, f"The text could not be written ({type(error).__name__}: {error}).", "internal_error")
+
+
+def engine_dead() -> APIError:
+    return APIError(503, "The engine is dead: the server must be started anew.", "engine_dead")
 
 
 def unexpected(error: BaseException) -> APIError:

@@ -15,21 +15,35 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
-from pearl.engine import Engine, Generation, GenerationRequest
+from pearl.engine import Engine, Generation, GenerationHandle, GenerationRequest
 from pearl.engine.handle import Said
 from pearl.errors import EngineClosedError
-from pearl.server.errors import APIError
+from pearl.server.errors import APIError, engine_dead
 from pearl.server.metrics import Metrics
 from pearl.server.texts import Feed, Hear, Text
+from pearl.wire.reconnecting_channel import DrafterEvent
 
-LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
-SHORT = 2000  # characters of a prompt that is encoded at once: about a millisecond
+Result = TypeVar("Result")
+LOADING, READY, DEGRADED, DRAINING, FAILED = "loading", "ready", "degraded", "draining", "failed"
+SHORT = 2000  # bytes, characters or tokens that are worked at in the loop: about a millisecond
+EACH = 250  # that a text counts for beside its own
 LOOK_S = 1.0  # between two looks at the drafter
 _log = logging.getLogger("pearl.server")
+
+
+async def beside(size: float, work: Callable[[], Result]) -> Result:
+    """What `work` returns: in a thread beside the loop if it takes its time. To change threads does too."""
+    return work() if size <= SHORT else await asyncio.to_thread(work)
+
+
+def is_degraded(events: Sequence[DrafterEvent]) -> bool:
+    """Whether the target is alone: its drafter is lost, and not back."""
+    kinds = [one.kind for one in events if one.kind in ("lost", "alone", "back")]
+    return kinds[-1:] not in ([], ["back"])
 
 
 class Service:
@@ -82,8 +96,7 @@ class Service:
 
     def _look(self, engine: Engine) -> None:
         events = engine.events
-        last = next((one.kind for one in reversed(events) if one.kind in ("lost", "alone", "back")), "back")
-        self.degraded, self.metrics.events = last != "back", events
+        self.degraded, self.metrics.events = is_degraded(events), events
 
     @property
     def engine(self) -> Engine:
@@ -94,11 +107,15 @@ class Service:
 
     @property
     def status(self) -> str:
-        return "degraded" if self.state == READY and self.degraded else self.state
+        if self.state != READY:
+            return self.state
+        if self.engine.closed:
+            return FAILED
+        return DEGRADED if self.degraded else READY
 
     @property
     def healthy(self) -> bool:
-        return self.state == READY and not (self._engine and self._engine.closed)
+        return self.status in (READY, DEGRADED)
 
     async def drain(self) -> None:
         """Lets running texts finish, as long as the config allows; those that have not finished end then."""
@@ -131,7 +148,7 @@ class Service:
             raise APIError(503, "The server is shutting down.", "shutting_down", headers={"Retry-After": "30"})
         engine = self.engine
         if self.state == FAILED or engine.closed:
-            raise APIError(503, "The engine is dead: the server must be started anew.", "engine_dead")
+            raise engine_dead()
 
     def check_model(self, name: str | None) -> None:
         if name and name != self.model:
@@ -152,7 +169,7 @@ class Service:
                 headers={"Retry-After": str(retry)},
             )
 
-    def submit(
+    async def submit(
         self,
         asked: Sequence[tuple[list[int], SamplingParams]],
         mode: str | None = None,
@@ -160,17 +177,24 @@ class Service:
         prediction: list[int] | None = None,
         arrived: float | None = None,
         label: str = "",
+        size: float = math.inf,
     ) -> Feed:
-        """Asks for a text of each prompt with its params; those who watch know them by `label`. Raises `APIError`, and
-        `UsageError`."""
+        """Asks for a text of each prompt with its params; those who watch know them by `label`. `size`: of the request,
+        see `SHORT`. Raises `APIError`, and `UsageError`."""
         self.check_open()
         self.check_room(len(asked))
-        engine = self.engine
-        feed = Feed(self._hear, self.config.request_timeout_s)
+        engine, feed = self.engine, Feed(self._hear, self.config.request_timeout_s)
+
+        def prepared() -> list[GenerationHandle]:
+            requests = [GenerationRequest(prompt, own, label=label) for prompt, own in asked]
+            return engine.prepare(requests, mode=mode, gamma=gamma, sink=feed, prediction=prediction)
+
         try:
-            for index, (prompt, params) in enumerate(asked):
-                request = GenerationRequest(prompt, params, label=label)
-                handle = engine.submit(request, mode=mode, gamma=gamma, sink=feed, prediction=prediction)
+            handles = await beside(size + EACH * len(asked), prepared)
+            self.check_open()
+            self.check_room(len(asked))  # others may have come meanwhile
+            for index, handle in enumerate(handles):
+                engine.begin(handle)
                 text = Text(index, handle, arrived or time.perf_counter())
                 feed.add(text)
                 self.open.add(text)
@@ -217,9 +241,13 @@ class Service:
     def max_length(self) -> int:
         return self.engine.runtime.checked.max_length
 
-    async def encode(self, prompt: Any, **template: Any) -> list[int]:
-        """Beside the loop if it is long and takes its time: to change threads does too."""
-        engine = self.engine
-        if isinstance(prompt, str) and len(prompt) <= SHORT:
-            return engine.encode(prompt, **template)
-        return await asyncio.to_thread(lambda: engine.encode(prompt, **template))
+    async def encode(
+        self, prompts: Sequence[Any], special: bool = True, at_most: int | None = None, **template: Any
+    ) -> list[list[int]]:
+        """The token ids of each, see `PromptEncoder.encode`; never waits in the loop for those of another request."""
+        encoder = self.engine.prompts
+        if not template and sum(EACH + len(one) for one in prompts) <= SHORT:
+            found = [ids for one in prompts if (ids := encoder.at_once(one, special)) is not None]
+            if len(found) == len(prompts):
+                return found
+        return await asyncio.to_thread(lambda: [encoder.encode(one, special, at_most, **template) for one in prompts])

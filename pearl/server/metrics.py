@@ -16,12 +16,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pearl.core.records import Pass
 from pearl.engine import Generation
 from pearl.engine.handle import Said
+from pearl.server import TARGET
 from pearl.server.texts import Text
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FINISH = {"eos": "stop"}  # what OpenAI calls it; stop and length are called so here too
-TARGET = "target"  # the origin of a token that nobody had guessed
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -164,7 +164,8 @@ def drafted_in(one: Pass) -> int:
 
 def speculation(passes: Iterable[Pass], detailed: bool = False) -> dict[str, Any]:
     """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A tree verifies
-    more guesses than can be accepted: all of them count as drafted."""
+    more guesses than can be accepted: all of them count as drafted. vLLM's histogram by draft length is left out: the
+    lists of steps say the same."""
     steps = [(one.accepted, drafted) for one in passes if (drafted := drafted_in(one))]
     accepted, drafted = (sum(column) for column in zip(*steps, strict=True)) if steps else (0, 0)
     most = max((drafted for _, drafted in steps), default=0)

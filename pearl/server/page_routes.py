@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from pearl import __version__
 from pearl.server import streaming
+from pearl.server.errors import APIError
 from pearl.server.hub import Hub
 
 FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
@@ -53,7 +54,7 @@ def add_page(app: FastAPI, service: Any) -> None:
 
     @app.get("/v1/pearl/state", include_in_schema=False)
     async def state(request: Request) -> Response:
-        told = {"version": __version__, "status": service.status, "model": service.model, "now": hub.now()}
+        told = {"version": __version__, "status": service.status, "model": service.model}
         if service.healthy:
             told |= _state(service) | {"may_kill": _may_kill(request, service) is None}
         return JSONResponse(told)
@@ -61,7 +62,7 @@ def add_page(app: FastAPI, service: Any) -> None:
     @app.post("/v1/pearl/kill", include_in_schema=False)
     async def kill(request: Request) -> Response:
         if refusal := _may_kill(request, service):
-            return JSONResponse({"error": {"message": refusal, "type": "permission_error", "code": "refused"}}, 403)
+            raise APIError(403, refusal, "refused")
         pid = service.engine.runtime.drafter_pid
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(pid, signal.SIGKILL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,8 +27,8 @@ from pearl.server.api.schemas import (
     TokenizeRequest,
 )
 from pearl.server.api.token_names import TokenNames
-from pearl.server.errors import bad, from_engine
-from pearl.server.life import Service
+from pearl.server.errors import TOO_LONG, bad, from_engine
+from pearl.server.life import EACH, Service, beside
 
 LABEL = "X-Pearl-Label"  # by which a page that watches knows its texts again
 _MEANINGS = {
@@ -80,7 +82,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/detokenize", responses=_TOKENS)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        return JSONResponse({"prompt": writer.detokenize(body)})
+        return JSONResponse({"prompt": await writer.detokenize(body)})
 
     @router.get("/tokenizer_info", responses=_errors(503))
     async def tokenizer_info() -> Response:
@@ -114,38 +116,50 @@ class Writer:
         return self._names
 
     async def answer(
-        self, request: Request, body: ChatRequest | CompletionRequest, make: Callable[[Any], Awaitable[Answer]]
+        self, request: Request, body: ChatRequest | CompletionRequest, make: Callable[[Any, float], Awaitable[Answer]]
     ) -> Response:
         arrived, service = time.perf_counter(), self._service
+        size = math.inf if body.bad_words else float(request.headers.get("content-length", "inf"))
         service.check_open()
         service.check_model(body.model)
         sampling.refuse(body)
         try:
-            answer = await make(body)
+            answer = await make(body, size)
             answer.prediction = await self._prediction(body.prediction)
             label = request.headers.get(LABEL, "")[:64]
-            feed = service.submit(answer.asked.texts, body.mode, body.gamma, answer.prediction, arrived, label)
+            texts, guesses = answer.asked.texts, answer.prediction
+            feed = await service.submit(texts, body.mode, body.gamma, guesses, arrived, label, size)
         except PearlError as error:
             raise from_engine(error, sampling.FIELDS) from None
         if body.stream:
             return streaming.stream(feed, answer, service.release)
         return await streaming.whole(request, feed, answer, service.release)
 
-    async def chat(self, body: ChatRequest) -> Answer:
+    async def chat(self, body: ChatRequest, size: float) -> Answer:
+        """`size`: bytes of the request, which what it asks for is no larger than."""
         if body.echo:
             raise bad("echo is for /v1/completions: leave it out.", "echo")
-        ids = await self._service.encode(chat.messages(body.messages), **chat.template(body))
-        asked = Asked([ids], [self._params(body, ids)])
-        return ChatAnswer(body, asked, self._service.model, self.names, self._metrics(body))
+        service, given = self._service, chat.messages(body.messages)
+        ids = await service.encode([given], at_most=service.max_length, **chat.template(body))
+        asked = await self._asked(body, ids, size)
+        return ChatAnswer(body, asked, service.model, self.names, self._metrics(body))
 
-    async def completion(self, body: CompletionRequest) -> Answer:
+    async def completion(self, body: CompletionRequest, size: float) -> Answer:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise bad("best_of must be n: this server shows every text that it writes.", "best_of")
-        special = body.add_special_tokens is not False
-        ids = [await self._service.encode(one, add_special_tokens=special) for one in completions.prompts(body)]
-        asked = Asked(ids, [self._params(body, one) for one in ids])
-        echoed = [self._spelt(one, body) for one in ids] if body.echo else ()
+        service, special = self._service, body.add_special_tokens is not False
+        ids = await service.encode(completions.prompts(body), special, service.max_length)
+        asked = await self._asked(body, ids, size)
+        echoed = await beside(size, lambda: [self._spelt(one, body) for one in ids]) if body.echo else ()
         return CompletionAnswer(body, asked, self._service.model, self.names, self._metrics(body), echoed)
+
+    async def _asked(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]], size: float) -> Asked:
+        def made() -> Asked:
+            asked = Asked(prompts, [self._params(body, one) for one in prompts])
+            asked.texts  # noqa: B018 (made once, here)
+            return asked
+
+        return await beside(size + EACH * len(prompts) * (body.n or 1), made)
 
     def _spelt(self, ids: list[int], body: CompletionRequest) -> str:
         text: str = self._service.engine.tokenizer.decode(
@@ -160,13 +174,13 @@ class Writer:
                 f"This model's maximum context length is {length} tokens. The prompt has {len(ids)}, and {needed} are "
                 "to be written: shorten one of them.",
                 "messages" if isinstance(body, ChatRequest) else "prompt",
-                "context_length_exceeded",
+                TOO_LONG,
             )
-        return sampling.sampling(body, length - len(ids))
+        return sampling.sampling(body, length - len(ids), self._service.engine.defaults.served)
 
     async def _prediction(self, given: Prediction | None) -> list[int] | None:
         text = chat.text_of(given.content, "prediction.content") if given else None
-        return await self._service.encode(text, add_special_tokens=False) if text else None
+        return (await self._service.encode([text], special=False))[0] if text else None
 
     def _metrics(self, body: ChatRequest | CompletionRequest) -> str | None:
         wanted = body.spec_decode_metrics or self._service.config.per_request_spec_decode_metrics
@@ -179,22 +193,24 @@ class Writer:
             raise bad("Give either prompt or messages.", "prompt")
         try:
             if body.messages is not None:
-                ids = await service.encode(chat.messages(body.messages), **chat.template(body))
+                (ids,) = await service.encode([chat.messages(body.messages)], **chat.template(body))
             else:
-                special = body.add_special_tokens is not False
-                ids = await service.encode(body.prompt, add_special_tokens=special)
+                (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False)
         except UsageError as error:
             raise from_engine(error) from None
         found = {"count": len(ids), "max_model_len": service.max_length, "tokens": ids}
-        return found | {"token_strs": list(map(self.names.text_of, ids)) if body.return_token_strs else None}
+        if not body.return_token_strs:
+            return found | {"token_strs": None}
+        return found | {"token_strs": await beside(len(ids), lambda: list(map(self.names.text_of, ids)))}
 
-    def detokenize(self, body: DetokenizeRequest) -> str:
+    async def detokenize(self, body: DetokenizeRequest) -> str:
         service = self._service
         service.check_model(body.model)
         size = service.engine.runtime.checked.vocabulary
         if (highest := max(body.tokens, default=0)) >= size:
             raise bad(f"tokens must be below {size}, the vocabulary, not {highest}.", "tokens")
-        text: str = service.engine.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)
+        decode = partial(service.engine.tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False)
+        text: str = await beside(len(body.tokens), decode)
         return text
 
     def tokenizer_info(self) -> dict[str, Any]:

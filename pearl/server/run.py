@@ -1,13 +1,15 @@
 """One process that listens: its socket, its signals, and what it says of itself.
 
 It listens before the models are there, so that whoever asks meets 503 and no closed door. SIGTERM, or Ctrl-C, lets
-running texts finish; a second one ends it at once.
+running texts finish; a second one ends it at once, with all processes that it has started.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import shlex
 import socket
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any
 
 import h11
 import prometheus_client
+import psutil
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -26,17 +29,35 @@ from pearl.server.errors import bad
 from pearl.server.life import Service
 
 CLOSE_S = 5  # for connections to end after the last text
-SILENT_S = 30  # for the first request of a connection to come
+SILENT_S = 30  # for the header of a request to come, from its first byte on; of the first, from the connection on
 KEEP_S = 75  # between two requests of one: longer than balancers keep theirs, so that they close first
 _log = logging.getLogger("pearl.server")
 
 
 class _Connection(H11Protocol):
-    """One that has asked for nothing in all that time is closed."""
+    """One whose next request does not come in all that time is closed."""
+
+    _silence: asyncio.TimerHandle | None = None  # while a header is awaited
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(SILENT_S, self._close_silent)
+        self._silence = self.loop.call_later(SILENT_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle and not self.cycle.response_complete:
+            self._end_silence()
+        elif not self._silence:  # uvicorn waits no more for a connection that has said something
+            self._silence = self.loop.call_later(SILENT_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_silence()
+        super().connection_lost(exc)
+
+    def _end_silence(self) -> None:
+        if self._silence:
+            self._silence.cancel()
+            self._silence = None
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is told so in the shape of all errors."""
@@ -46,10 +67,6 @@ class _Connection(H11Protocol):
         parts = [self.conn.send(event) for event in (start, h11.Data(data=body), h11.EndOfMessage())]
         self.transport.write(b"".join(part for part in parts if part))
         self.transport.close()
-
-    def _close_silent(self) -> None:
-        if self.cycle is None and self.transport and not self.transport.is_closing():
-            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -73,12 +90,12 @@ class Server(uvicorn.Server):
         )
         self._service = service
         self._draining: asyncio.Task[None] | None = None
+        self._told = False  # to end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining or not self.started:
-            super().handle_exit(sig, frame)
-            self.force_exit = True
-            return
+        if self._told:
+            _end_at_once(sig)
+        self._told = True
         _log.info("no new texts are taken; those under way (%d) will be finished", len(self._service.open))
         asyncio.get_running_loop().call_soon_threadsafe(self.drain)
 
@@ -90,6 +107,14 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         await self._service.drain()
         self.should_exit = True
+
+
+def _end_at_once(sig: int) -> None:
+    """Nothing is waited for: a thread that loads models, or is in a pass, can't be stopped."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(128 + sig)
 
 
 def serve(config: ServerConfig, model: str, make: Callable[[], Engine], sock: socket.socket) -> None:
@@ -125,15 +150,15 @@ def lines(service: Service, where: str) -> str:
     if service.config.key:
         key, secret = f' -H "Authorization: Bearer ${KEY}"', f'__import__("os").environ["{KEY}"]'
         first = f"These take the key from {KEY}, which their shell has to have:\n\n" if service.config.api_key else ""
-    body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'
+    body = '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64, "temperature": 0}'
     path = "chat/completions"
-    ask = 'chat.completions.create(messages=[{"role": "user", "content": "Why is the sky blue?"}], max_tokens=64, '
+    ask = 'chat.completions.create(messages=[{"role": "user", "content": "Why is the sky blue?"}], '
     shown = ".choices[0].message.content"
     if not service.engine.tokenizer.chat_template:
-        body, path = '{"prompt": "The sky is", "max_tokens": 64}', "completions"
-        ask, shown = 'completions.create(prompt="The sky is", max_tokens=64, ', ".choices[0].text"
+        body, path = '{"prompt": "The sky is", "max_tokens": 64, "temperature": 0}', "completions"
+        ask, shown = 'completions.create(prompt="The sky is", ', ".choices[0].text"
     code = f'import openai; c = openai.OpenAI(base_url="{where}/v1", api_key={secret}); '
-    code += f'print(c.{ask}model="{service.model}"){shown})'
+    code += f'print(c.{ask}max_tokens=64, temperature=0, model="{service.model}"){shown})'
     return (
         f"{service.model} is served at {where}\n\n{first}"
         f"  curl {where}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n\n"

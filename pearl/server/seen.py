@@ -20,7 +20,7 @@ from pearl.core.stopping import TextStream
 from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
-from pearl.server.metrics import TARGET
+from pearl.server import TARGET
 
 Event = dict[str, Any]
 MOST = 1000  # texts that may be under way

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pearl.engine import Generation
 from pearl.server.api.answers import Answer
 from pearl.server.errors import APIError, from_engine
+from pearl.server.life import beside
 from pearl.server.texts import PING, Feed
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -29,7 +30,8 @@ Release = Callable[[Feed], None]
 
 
 def event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """In ASCII: there are readers that take U+2028 and the like for the end of a line."""
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 def met(error: BaseException) -> APIError:
@@ -51,7 +53,8 @@ async def whole(request: Request, feed: Feed, answer: Answer, release: Release) 
             reading.result()
         except Exception as error:
             raise met(error) from None
-        return JSONResponse(answer.whole(feed.texts))
+        size = sum(len(one.handle.prompt) + one.tokens for one in feed.texts)
+        return await beside(size, lambda: JSONResponse(answer.whole(feed.texts)))
     finally:
         reading.cancel()
         leaving.cancel()

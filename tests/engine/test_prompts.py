@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from transformers import GenerationConfig
 
@@ -17,6 +19,7 @@ import pearl
 from pearl import Engine, SamplingParams
 from pearl.engine.async_engine import AsyncEngine
 from pearl.engine.defaults import Defaults
+from pearl.engine.prompts import PromptEncoder
 from pearl.errors import NonFiniteLogits, PearlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -225,6 +228,29 @@ def test_samples_have_seeds_of_their_own_and_come_with_the_first(engine):
             way(PROMPT, params)
 
 
+# Token ids
+
+
+@pytest.mark.parametrize(
+    ("words", "longest"), [(tiny.tokenizer(), len("<|assistant|>")), (tiny.after_sentencepiece(), math.inf)]
+)
+def test_a_text_that_is_sure_to_be_too_long_is_refused_before_it_is_read(words, longest):
+    encoder = PromptEncoder(words)
+    assert encoder._longest == longest
+    text = "<|assistant|>" * 5
+    assert len(encoder.encode(text, at_most=5)) >= 5
+    if longest < math.inf:
+        with pytest.raises(UsageError, match="66 characters, which is more than the 5 tokens"):
+            encoder.encode(text + "a", at_most=5)
+
+
+def test_an_event_loop_is_not_kept_waiting_by_another_text():
+    encoder = PromptEncoder(tiny.tokenizer())
+    assert encoder.at_once("the thing") == encoder.encode("the thing") and encoder.at_once([3, 4]) == [3, 4]
+    with encoder._turn:  # somebody else's text is read
+        assert encoder.at_once("the thing") is None
+
+
 def test_all_names_of_the_package_are_there():
     for name in pearl.__all__:
         assert getattr(pearl, name)
@@ -245,6 +271,23 @@ def test_a_checkpoint_that_does_not_sample_is_greedy_whatever_its_temperature_sa
     off = Defaults.of(GenerationConfig(do_sample=True, temperature=0.7), wanted=False)
     assert not off.applied and "temperature 0.7 not applied (generation_config is off)" in off.description
     assert Defaults.of(None).description == Defaults.of(GenerationConfig(eos_token_id=[0, 3])).description == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "served"),
+    [
+        ({}, {"temperature": 1.0}),
+        ({"temperature": 0.7, "top_k": 20}, {"temperature": 0.7, "top_k": 20}),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": False}, {"temperature": 0.0}),
+        ({"top_p": 7.0}, {"temperature": 1.0}),
+    ],
+)
+def test_a_server_samples_where_nobody_says_otherwise(said, served):
+    assert Defaults.of(GenerationConfig(**said)).served == served
+    assert (
+        Defaults.of(GenerationConfig(**said), wanted=False).served == Defaults.of(None).served == {"temperature": 1.0}
+    )
 
 
 def test_what_a_checkpoint_asks_for_in_vain_is_said_and_what_changes_no_text_is_not():

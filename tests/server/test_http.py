@@ -1,31 +1,21 @@
-"""What goes over the wire, byte by byte: events, errors, limits, and the life of a server."""
+"""What goes over the wire, byte by byte: answers, events, and what is refused."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
-import socket
-import threading
-import time
-from types import SimpleNamespace
 
 import httpx
 import pytest
 import servers
+from servers import CHAT, COMPLETE, LONG, MESSAGES, streamed, text_of, until
 
-from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
-from pearl.errors import UsageError
-from pearl.server import limits, run, sockets, texts
-from pearl.server.life import Service
+from pearl.engine.prompts import PromptEncoder
+from pearl.server import run, streaming
 from pearl.server.metrics import Metrics
-from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
-MESSAGES = [{"role": "user", "content": "the thing"}]
-LONG = {"prompt": "the", "max_tokens": 120, "ignore_eos": True, "seed": 1, "temperature": 1}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +34,6 @@ def server(engine):
 def client(server):
     with httpx.Client(base_url=server.url, timeout=30) as made:
         yield made
-
-
-def streamed(client: httpx.Client, path: str, **body: object) -> list:
-    with client.stream("POST", path, json=body | {"stream": True}) as answer:
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-        return servers.events(answer.iter_lines())
-
-
-def until(true, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.005)
 
 
 # Answers
@@ -101,12 +78,8 @@ def test_log_probabilities_of_a_prompt_are_as_many_as_its_tokens_and_one(engine,
         stats = engine.generate(ids, SamplingParams(max_new_tokens=1, temperature=0.0, prompt_logprobs=1))
         own = [row[token] for row, token in zip(stats.prompt_logprobs[1:], ids[1:], strict=True)]
         assert found["token_logprobs"][1:-1] == own
-    echoed = servers_text(streamed(client, COMPLETE, **asked | {"prompt": prompt}))
+    echoed = text_of(streamed(client, COMPLETE, **asked | {"prompt": prompt}))
     assert echoed == answer["choices"][0]["text"]
-
-
-def servers_text(events: list) -> str:
-    return "".join(choice["text"] for one in events[:-1] for choice in one["choices"])
 
 
 def test_two_tokens_of_one_text_are_told_apart(client):
@@ -129,7 +102,7 @@ def test_a_stop_string_ends_a_text_before_it(client):
     cut = client.post(COMPLETE, json=LONG | {"max_tokens": 60, "stop": stops}).json()["choices"][0]
     assert cut["text"] == whole[: whole.index(stops[-1])] and cut["stop_reason"] == stops[-1]
     assert cut["finish_reason"] == "stop"
-    assert servers_text(streamed(client, COMPLETE, **LONG | {"max_tokens": 60, "stop": stops})) == cut["text"]
+    assert text_of(streamed(client, COMPLETE, **LONG | {"max_tokens": 60, "stop": stops})) == cut["text"]
 
 
 def test_processors_work_in_every_mode(client):
@@ -153,7 +126,7 @@ def test_processors_work_in_every_mode(client):
 
 
 def test_what_was_drafted_is_told_on_request_in_vllm_s_shape(client):
-    body = {"prompt": "the", "max_tokens": 40, "ignore_eos": True}
+    body = {"prompt": "the", "max_tokens": 40, "ignore_eos": True, "temperature": 0}
     assert "metrics" not in client.post(COMPLETE, json=body).json()
     told = client.post(COMPLETE, json=body | {"spec_decode_metrics": "detailed"}).json()["metrics"]
     one = told["speculative_decoding"]
@@ -176,6 +149,21 @@ def test_a_prediction_changes_no_token_and_is_counted(client):
     assert answer["choices"][0]["message"]["content"] == plain
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] > 0 and details["rejected_prediction_tokens"] > 0
+
+
+def test_a_text_whose_temperature_nobody_names_is_sampled(client):
+    body = {"prompt": "the", "max_tokens": 30, "ignore_eos": True, "n": 3}
+    texts = {choice["text"] for choice in client.post(COMPLETE, json=body).json()["choices"]}
+    assert len(texts) == 3
+    greedy = client.post(COMPLETE, json=body | {"temperature": 0}).json()["choices"]
+    assert len({choice["text"] for choice in greedy}) == 1
+    seeded = [client.post(COMPLETE, json=body | {"seed": 5, "mode": mode}).json()["choices"] for mode in ("ar", "sd")]
+    assert seeded[0] == seeded[1]
+
+
+def test_a_line_of_a_stream_is_one_line_for_every_reader():
+    (line, *rest) = streaming.event({"text": "a\u2028b\u2029c\x85d\x0be"}).decode().splitlines()
+    assert json.loads(line.removeprefix("data: "))["text"] == "a\u2028b\u2029c\x85d\x0be" and rest == [""]
 
 
 def test_tokens_are_made_and_read(engine, client):
@@ -223,6 +211,7 @@ def test_metrics_have_vllm_s_names_and_count(client):
         (b'{"prompt": "a", "best_of": 3}', "best_of"),
         (b'{"prompt": [99999]}', None),
         (b'{"prompt": "a", "min_tokens": 20, "max_tokens": 10}', "min_tokens"),
+        (b'{"prompt": "a", "stop": ["' + b"x" * 20000 + b'"]}', "stop"),
         (b'{"prompt": "a", "modalities": "\\ud800"}', "modalities"),
         (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
     ],
@@ -239,6 +228,14 @@ def test_tool_calls_of_another_shape_are_refused_or_shown_as_they_are(client, ca
     message = {"role": "assistant", "content": "the", "tool_calls": calls}
     answer = client.post(CHAT, json={"messages": [*MESSAGES, message, *MESSAGES], "max_tokens": 1})
     assert answer.status_code == (200 if isinstance(calls, list) else 400), answer.text
+
+
+def test_a_prompt_that_is_sure_to_be_too_long_is_not_even_read(client, monkeypatch):
+    monkeypatch.setattr(PromptEncoder, "_read", lambda *_: pytest.fail("it was read"))
+    long = "the " * 5000
+    for path, body in ((COMPLETE, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_request_that_the_engine_refuses_leaves_nothing_behind(server, client, caplog):
@@ -260,6 +257,13 @@ def test_addresses_and_methods_that_are_not_there_are_said_in_that_shape_too(cli
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     answer = client.get(CHAT)
     assert answer.status_code == 405 and answer.json()["error"]["message"]
+
+
+def test_health_may_be_asked_for_its_head_and_a_page_elsewhere_reads_when_to_come_back(engine):
+    with servers.served(engine, cors_origin="https://example.org") as one, httpx.Client(base_url=one.url) as client:
+        answer = client.head("/health", headers={"Origin": "https://example.org"})
+        assert answer.status_code == 200 and not answer.content
+        assert {"Retry-After", "x-request-id"} <= {*answer.headers["access-control-expose-headers"].split(", ")}
 
 
 def test_a_key_guards_v1_alone(engine):
@@ -293,146 +297,3 @@ def test_a_fault_of_the_server_is_said_in_that_shape_and_numbered(engine, monkey
         answer = client.get("/metrics", headers={"x-request-id": "mine"})
         assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine"
         assert answer.json()["error"]["type"] == "server_error"
-
-
-def test_bodies_that_are_too_large_or_never_come_are_refused(engine, monkeypatch):
-    monkeypatch.setattr(limits, "BODY_S", 0.1)
-    with servers.served(engine, max_body_mb=0.01) as one, httpx.Client(base_url=one.url) as client:
-        large = json.dumps({"prompt": "a" * 20000}).encode()
-        assert client.post(COMPLETE, content=large).status_code == 413
-        parts = (large[at : at + 1000] for at in range(0, len(large), 1000))
-        assert client.post(COMPLETE, content=parts).json()["error"]["code"] == "request_too_large"
-        with socket.create_connection(("127.0.0.1", one.port)) as half:
-            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
-            assert b" 408 " in half.recv(1000)
-        with socket.create_connection(("127.0.0.1", one.port)) as garbage:
-            garbage.sendall(b"\x00\xff nothing\r\n\r\n")
-            assert b'"type":"invalid_request_error"' in garbage.recv(1000)
-
-
-# Life
-
-
-def test_a_full_queue_is_429_and_who_waits_gets_the_text_of_its_own(engine, client):
-    asked = [LONG | {"max_tokens": 8, "seed": seed} for seed in range(3)]
-    answers: list = [None] * 3
-    with servers.served(engine, queue=1) as one, servers.busy(engine) as go_on:
-
-        def ask(number: int) -> None:
-            answers[number] = httpx.post(one.url + COMPLETE, json=asked[number], timeout=30).json()
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-        for thread in threads:
-            thread.start()
-        until(lambda: len(one.service.open) == 3)
-        answer = httpx.post(one.url + COMPLETE, json=LONG)
-        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == "queue_full"
-        assert httpx.get(one.url + "/health").status_code == 200
-        go_on()
-        for thread in threads:
-            thread.join()
-    alone = [client.post(COMPLETE, json=one).json()["choices"][0]["text"] for one in asked]
-    assert [one["choices"][0]["text"] for one in answers] == alone
-
-
-def test_who_leaves_frees_the_place(server, client):
-    ended = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"}'
-    with client.stream("POST", COMPLETE, json=LONG | {"stream": True, "n": 2}) as answer:
-        next(answer.iter_lines())
-    until(lambda: not server.service.open, 2)
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(server.url + COMPLETE, json=LONG, timeout=0.05)
-    until(lambda: not server.service.open, 2)
-    until(lambda: f"{ended} " in client.get("/metrics").text, 2)
-
-
-def test_a_long_silence_is_bridged_and_a_time_limit_ends_it(engine, monkeypatch):
-    monkeypatch.setattr(texts, "PING_S", 0.05)
-    with (
-        servers.served(engine, request_timeout_s=0.4) as one,
-        servers.busy(engine),
-        httpx.Client(base_url=one.url, timeout=30) as client,
-    ):
-        role, *pings, error = streamed(client, CHAT, messages=MESSAGES)
-        assert role["choices"][0]["delta"]["role"] == "assistant" and len(pings) > 2 and set(pings) == {"ping"}
-        assert error["error"]["code"] == "timeout"
-        answer = client.post(COMPLETE, json=LONG)
-        assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false"
-
-
-def test_draining_finishes_what_runs_and_takes_nothing_new(engine, client):
-    whole = client.post(COMPLETE, json=LONG).json()["choices"][0]["text"]
-    one = servers.Served(engine)
-    asked = LONG | {"stream": True}
-    with servers.busy(engine) as go_on, httpx.stream("POST", one.url + COMPLETE, json=asked, timeout=30) as answer:
-        one.drain()
-        until(lambda: one.service.state == "draining")
-        assert httpx.get(one.url + "/health").json() == {"status": "draining"}
-        refused = httpx.post(one.url + COMPLETE, json=LONG)
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "shutting_down"
-        go_on()
-        found = servers.events(answer.iter_lines())
-    assert found[-1] == "DONE" and servers_text(found) == whole
-    until(lambda: one.ended)
-
-
-def test_a_drain_that_takes_too_long_tells_those_it_ends(engine):
-    asked = LONG | {"stream": True}
-    with (
-        servers.busy(engine),
-        servers.served(engine, drain_timeout_s=0.2) as one,
-        httpx.stream("POST", one.url + COMPLETE, json=asked, timeout=30) as answer,
-    ):
-        one.drain()
-        (error,) = servers.events(answer.iter_lines())
-    assert error["error"]["code"] == "shutting_down"
-
-
-def test_while_models_load_and_after_they_have_failed_it_is_503(engine):
-    enough = threading.Event()
-
-    def load() -> object:
-        enough.wait(30)
-        raise UsageError("The target is not there.")
-
-    with servers.served(load, settled=False) as one:
-        until(lambda: one.server.started)
-        assert httpx.get(one.url + "/health").json() == {"status": "loading"}
-        assert httpx.post(one.url + COMPLETE, json=LONG).json()["error"]["code"] == "loading"
-        enough.set()
-        until(lambda: one.service.settled.is_set())
-        assert httpx.get(one.url + "/health").status_code == 503
-
-
-def test_a_server_whose_models_can_t_be_loaded_says_why_and_ends():
-    def load() -> object:
-        raise UsageError("The target is not there.")
-
-    config = ServerConfig(port=0)
-    with pytest.raises(UsageError, match="not there"):
-        run.serve(config, "tiny", load, sockets.listen(config))
-    taken = sockets.listen(config)
-    with pytest.raises(UsageError, match="Nobody can listen"):
-        sockets.listen(ServerConfig(port=taken.getsockname()[1]))
-    taken.close()
-    for host in ("127..0.0.1", "x" * 64 + ".example"):
-        with pytest.raises(UsageError, match="Nobody can listen"):
-            sockets.listen(ServerConfig(host=host, port=0))
-
-
-def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
-    events = [DrafterEvent(1.0, "lost", "the drafter is lost")]
-    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(batch_slots=1))
-
-    async def main() -> None:
-        service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]
-        service.start()
-        await service.settled.wait()
-        service._look(engine)  # type: ignore[arg-type]
-        assert service.healthy and service.status == "degraded"
-        events.append(DrafterEvent(2.0, "back", "the drafter is back"))
-        service._look(engine)  # type: ignore[arg-type]
-        assert service.status == "ready"
-
-    asyncio.run(main())

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,9 @@ from pearl.server import run, sockets
 from pearl.server.life import Service
 
 LENGTH, PLACES = 300, 2
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "the thing"}]
+LONG = {"prompt": "the", "max_tokens": 120, "ignore_eos": True, "seed": 1, "temperature": 1}
 
 
 def engine(target: str, draft: str, **options: Any) -> Engine:
@@ -48,7 +52,7 @@ class Served:
 
     def __init__(self, make: Engine | Callable[[], Any], settled: bool = True, **options: Any):
         """`make`: an engine, or what loads one. `settled`: wait until it is there."""
-        config = ServerConfig(port=0, **options)
+        config = ServerConfig(**{"port": 0} | options)
         self.service = Service(make if callable(make) else lambda: _Kept(make), config, "tiny")  # type: ignore[arg-type,return-value]
         self.server = run.Server(self.service)
         sock = sockets.listen(config)
@@ -134,3 +138,22 @@ def events(lines: Iterator[str]) -> list[Any]:
         elif line:
             found.append(json.loads(line.removeprefix("data: ")))
     return found
+
+
+def streamed(client: Any, path: str, **body: object) -> list[Any]:
+    """The events that a client of httpx is told."""
+    with client.stream("POST", path, json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        return events(answer.iter_lines())
+
+
+def text_of(chunks: list[Any]) -> str:
+    """Of a stream of completions, the text of all choices."""
+    return "".join(choice["text"] for one in chunks[:-1] for choice in one["choices"])
+
+
+def until(true: Callable[[], object], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)

@@ -5,6 +5,7 @@ A field is honoured, or refused where leaving it out would change the text, or i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pearl.core.params import SamplingParams
@@ -12,6 +13,7 @@ from pearl.server.api.schemas import ChatRequest, CompletionRequest, Sampled
 from pearl.server.errors import bad
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
+MOST_STOP = 1 << 14  # characters of all stop strings: each is looked for at every token, beside all other texts
 _SAME = (  # names and meanings are the engine's
     "temperature",
     "top_k",
@@ -73,10 +75,13 @@ def refuse(request: Sampled) -> None:
         raise bad("response_format must be text: this server does not force a shape on texts.", "response_format")
 
 
-def sampling(request: ChatRequest | CompletionRequest, room: int) -> SamplingParams:
-    """`room`: tokens that the context has behind the prompt. Raises `UsageError` and `APIError`."""
-    values = {name: value for name in _SAME if (value := getattr(request, name)) is not None}
+def sampling(request: ChatRequest | CompletionRequest, room: int, defaults: Mapping[str, Any]) -> SamplingParams:
+    """`room`: tokens that the context has behind the prompt; `defaults`: of fields that the request leaves out. Raises
+    `UsageError` and `APIError`."""
+    values = {**defaults} | {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     values["stop"] = tuple(one for one in _listed(request.stop) if one)
+    if (letters := sum(map(len, values["stop"]))) > MOST_STOP:
+        raise bad(f"stop must have {MOST_STOP} characters at most, all strings together, not {letters}.", "stop")
     if request.seed is not None:
         values["seed"] = request.seed & (1 << 63) - 1
     limit = _limit(request)
