@@ -119,7 +119,8 @@ class Hub:
     def _leave(self, reader: Reader) -> None:
         self._readers.discard(reader)
         if not self._readers:
-            self._lingering = asyncio.get_running_loop().call_later(LINGER_S, self._end)
+            linger = 0.0 if self._service.stopping.is_set() else LINGER_S
+            self._lingering = asyncio.get_running_loop().call_later(linger, self._end)
 
     def _end(self) -> None:
         """Nobody has come back."""
