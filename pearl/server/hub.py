@@ -5,7 +5,8 @@ from there into one of each reader; where a row is full, the event is dropped an
 many. A reader learns the words of its own texts alone, those with its key in their label; of all others it learns when
 passes were. One whose connection broke finds its texts again if it comes back soon.
 
-A stream begins with `hello`: which server it is (numbers of sequences are one server's), and its time.
+A stream begins with `hello`: which server it is (numbers of sequences are one server's), its time, and whether its
+drafter is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from pearl.core.messages import Nodes
@@ -26,11 +27,12 @@ from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
 from pearl.server import seen
-from pearl.server.life import is_degraded
+from pearl.server.life import LOOK_S, is_degraded
 from pearl.server.seen import Event, Seen, Teller
+from pearl.wire.reconnecting_channel import DrafterEvent
 
 RAW, READER = 2000, 500  # events that may wait for the loop, and for a reader
-LOOK_S, ALIVE_S = 0.3, 10.0  # between two looks at the drafter; of silence, until a reader is told that all is well
+ALIVE_S = 10.0  # of silence, until a reader is told that all is well
 LINGER_S = 10.0  # that an engine is watched on after its last reader
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Served(Protocol):
     """What is asked of the service."""
 
     stopping: asyncio.Event
+    events: Sequence[DrafterEvent]
 
     @property
     def engine(self) -> Engine: ...
@@ -88,7 +91,8 @@ class Hub:
         reader = Reader(key)
         self._enter(reader)
         try:
-            yield b": welcome\n\n" + _line({"e": "hello", "run": self._run, "t": self.now()})
+            degraded = is_degraded(self._service.events)
+            yield b": welcome\n\n" + _line({"e": "hello", "run": self._run, "t": self.now(), "degraded": degraded})
             while not self._service.stopping.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(reader.news.wait(), ALIVE_S)
@@ -114,7 +118,7 @@ class Hub:
         if not self._looking:
             self._loop = asyncio.get_running_loop()
             self._teller = self._teller or Teller(self.zero, lambda ids: engine.tokenizer.decode(ids))
-            self._looking = asyncio.create_task(self._look(engine))
+            self._looking = asyncio.create_task(self._look(len(self._service.events)))
 
     def _leave(self, reader: Reader) -> None:
         self._readers.discard(reader)
@@ -133,13 +137,14 @@ class Hub:
             self._teller.forget()
         self._raw.clear()
 
-    async def _look(self, engine: Engine) -> None:
-        """Tells what becomes of the drafter, also while no text is under way; wakes the readers when all is over."""
-        known, stopping = len(await asyncio.to_thread(lambda: engine.events)), self._service.stopping
+    async def _look(self, known: int) -> None:
+        """Tells what becomes of the drafter behind so many events, also while no text is under way; wakes the readers
+        when all is over."""
+        stopping = self._service.stopping
         while not stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), LOOK_S)
-            events = await asyncio.to_thread(lambda: engine.events)
+            events = self._service.events
             for count, one in enumerate(events[known:], known + 1):
                 told = {"e": "drafter", "kind": one.kind, "what": one.what, "t": self.now()}
                 told["degraded"] = is_degraded(events[:count])

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 LOADING, READY, DEGRADED, DRAINING, FAILED = "loading", "ready", "degraded", "draining", "failed"
 SHORT = 2000  # bytes, characters or tokens that are worked at in the loop: about a millisecond
 EACH = 250  # that a text counts for beside its own
-LOOK_S = 1.0  # between two looks at the drafter
+LOOK_S = 0.3  # between two looks at the drafter
 _log = logging.getLogger("pearl.server")
 
 
@@ -52,7 +52,8 @@ class Service:
     def __init__(self, make: Callable[[], Engine], config: ServerConfig, model: str):
         """`make` loads an engine, which the service closes; `model`: its name to clients."""
         self._make, self.config, self.model = make, config, model
-        self.state, self.degraded = LOADING, False
+        self.state = LOADING
+        self.events: Sequence[DrafterEvent] = ()  # of the drafter, as last seen
         self.created = int(time.time())
         self.metrics = Metrics(model, self)
         self.listeners: list[Hear] = []  # are told whatever is said of any text, in the loop: they must be quick
@@ -95,8 +96,11 @@ class Service:
             await asyncio.sleep(LOOK_S)
 
     def _look(self, engine: Engine) -> None:
-        events = engine.events
-        self.degraded, self.metrics.events = is_degraded(events), events
+        self.events = engine.events
+
+    @property
+    def degraded(self) -> bool:
+        return is_degraded(self.events)
 
     @property
     def engine(self) -> Engine:

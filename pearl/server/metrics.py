@@ -31,7 +31,10 @@ class Running(Protocol):
     """What is asked of the service at the time of reading."""
 
     open: set[Text]
-    degraded: bool
+    events: Sequence[DrafterEvent]
+
+    @property
+    def degraded(self) -> bool: ...
 
     @property
     def running(self) -> int: ...
@@ -47,7 +50,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model, "engine": "0"}
         self._children: dict[tuple[Counter, str], Any] = {}
-        self.events: Sequence[DrafterEvent] = ()  # of the drafter, as last seen
         self._gauges(service)
         self.drafts = self._counter("vllm:spec_decode_num_drafts", "passes that have verified guesses")
         self.draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "guesses that were verified")
@@ -81,7 +83,7 @@ class Metrics:
         self._gauge("vllm:kv_cache_usage_perc", "share of the cache in use").set_function(lambda: service.cache_share)
         self._gauge("pearl_drafter_lost", "1: the target goes on alone").set_function(lambda: float(service.degraded))
         restarts = self._gauge("pearl_drafter_restarts", "times that a lost drafter has come back")
-        restarts.set_function(lambda: sum(one.kind == "back" for one in self.events))
+        restarts.set_function(lambda: sum(one.kind == "back" for one in service.events))
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(name, help, [*self._labels], registry=self.registry).labels(**self._labels)

@@ -17,7 +17,7 @@ NAME = re.compile(r"\b((?:vllm:|pearl_)\w+)")
 
 def exposed() -> dict[str, set[str]]:
     """Names of all samples of a server that has written a text, with their labels."""
-    metrics = Metrics("tiny", SimpleNamespace(running=0, open=set(), cache_share=0.0, degraded=False))
+    metrics = Metrics("tiny", SimpleNamespace(running=0, open=set(), cache_share=0.0, degraded=False, events=()))
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])

@@ -21,6 +21,7 @@ from servers import Served
 
 from pearl.server import hub as hubs
 from pearl.server.hub import Hub
+from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 OTHER_HOST = rb"(?:https?:)?//(?!www\.w3\.org/2000/svg)[a-z0-9.-]+\.[a-z]{2,}/"
@@ -131,7 +132,7 @@ def test_nobody_hears_the_words_of_a_text_without_a_label(server, listen):
 
 def test_who_comes_back_soon_hears_on_of_the_text_that_it_asked_for(server):
     async def main() -> tuple[list[dict], list[dict], str]:
-        hub = Hub(SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event()))
+        hub = Hub(SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[]))
         writing: asyncio.Task[str] | None = None
         found: list[list[dict]] = [[], []]
         for number, heard in enumerate(found):
@@ -169,7 +170,7 @@ def test_a_slow_reader_misses_events_is_told_how_many_and_delays_nobody(server, 
     monkeypatch.setattr(hubs, "READER", 5)
 
     async def main() -> tuple[list[dict], list[dict]]:
-        service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event())
+        service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[])
         hub = Hub(service)
         async with aclosing(hub.stream("mine")) as slow, aclosing(hub.stream("mine")) as quick:
             assert await anext(slow) and await anext(quick)
@@ -225,6 +226,24 @@ def test_what_the_page_is_told_of_the_server_is_so(server):
     told = json.loads(answered(server, "/v1/pearl/state")[2])
     assert told["modes"] == ["ar", "ar-all", "sd"] and told["mode"] == "sd", "one process can't work in parallel"
     assert told["status"] == "ready" and told["chat"] and told["places"] == 2 and told["max_length"] == 400
+
+
+def test_whoever_comes_learns_at_once_and_later_whether_the_drafter_is_lost(server):
+    lost = DrafterEvent(1.0, "lost", "the drafter is lost")
+    service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[lost])
+
+    async def main() -> list[dict]:
+        hub = Hub(service)
+        async with aclosing(hub.stream("mine")) as stream:
+            first = await anext(stream)
+            service.events = [lost, DrafterEvent(2.0, "back", "the drafter is back")]
+            second = await anext(stream)
+        hub._end()
+        return [json.loads(line.rpartition(b"data: ")[2]) for line in (first, second)]
+
+    hello, back = asyncio.run(main())
+    assert (hello["e"], hello["degraded"]) == ("hello", True)
+    assert (back["e"], back["kind"], back["degraded"]) == ("drafter", "back", False)
 
 
 # Colours

@@ -165,13 +165,19 @@ async function listen() {
   }
 }
 
-// A stream begins: the server says who it is, and the time.
-function meet({ run, t }) {
+// A stream begins: the server says who it is, the time, and how its drafter is.
+function meet({ run, t, degraded }) {
   if (run !== clock.run) {
     Object.assign(clock, { run, shift: Math.round(performance.now() - t) });
     live.renew();
   }
   clock.offset = performance.now() - t - clock.shift;
+  sayDegraded(degraded);
+}
+
+function sayDegraded(is) {
+  if (is) say("degraded: the target writes alone", "degraded");
+  else say("ready", "ready");
 }
 
 function hear(event) {
@@ -180,9 +186,7 @@ function hear(event) {
   if (event.spans) event.spans = event.spans.map(moved);
   if (event.t !== undefined) clock.offset = Math.min(clock.offset, performance.now() - momentOf(event));
   live.feed(event);
-  if (event.e !== "drafter") return;
-  if (event.degraded) say("degraded: the target writes alone", "degraded");
-  else say("ready", "ready");
+  if (event.e === "drafter") sayDegraded(event.degraded);
 }
 
 async function problem(response) {
