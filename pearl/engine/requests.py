@@ -153,7 +153,7 @@ def check_names(settings: Mapping[str, Any]) -> None:
 def as_schedule(mode: str | Schedule, gamma: int | str | None, made_for: Schedule | None = None) -> Schedule:
     """`gamma` None: the mode's own. `made_for`: whose settings a mode has that is given by its name."""
     if isinstance(mode, Schedule):
-        mode, made_for = mode.mode, mode
+        made_for, mode = mode, mode.mode
     if made_for is None:
         return Schedule.of(mode, gamma)
     if mode == made_for.mode and gamma is None:
