@@ -64,7 +64,7 @@ class PromptEncoder:
             self._turn.release()
 
     def _ids(self, text: str, special: bool, at_most: int | None = None) -> list[int]:
-        if at_most is not None and len(text) > at_most * self._longest:
+        if at_most is not None and self._least(text) > at_most:
             raise PromptTooLong(
                 f"The prompt has {len(text)} characters, which is more than the {at_most} tokens that a text may have "
                 "can stand for: shorten it."
@@ -79,21 +79,26 @@ class PromptEncoder:
             raise UsageError(f"The prompt holds half a character at {error.start}: it is no text.") from None
         return list(self._tokenizer(text, add_special_tokens=special).input_ids)
 
-    @cached_property
-    def _longest(self) -> float:
-        """Characters that a token stands for at most. Byte-level tokenizers that know every byte and drop nothing have
-        one letter for each; a token of others may stand for a word that is not known, or for a run of spaces."""
-        inside, vocabulary = getattr(self._tokenizer, "backend_tokenizer", None), self._tokenizer.get_vocab()
-        if inside is None or type(inside.model).__name__ != "BPE":
-            return math.inf
-        from tokenizers.pre_tokenizers import ByteLevel
+    def _least(self, text: str) -> float:
+        """Tokens that a text has at least, without reading it; 0 where nobody can say."""
+        longest, dropped = self._bounds
+        return (len(text) - sum(map(text.count, dropped))) / longest
 
+    @cached_property
+    def _bounds(self) -> tuple[float, str]:
+        """Characters that a token stands for at most, and those that stand in no token. Byte-level tokenizers have a
+        letter for each byte; a token of others may stand for a word that is not known, or for a run of spaces."""
+        inside, known = getattr(self._tokenizer, "backend_tokenizer", None), self._tokenizer.get_vocab()
+        if inside is None or type(inside.model).__name__ != "BPE":
+            return math.inf, ""
         pieces, composed = str(inside.pre_tokenizer), {"None": 1, "NFC()": 4}  # of four characters at most
         strips = any(one.lstrip or one.rstrip for one in self._tokenizer.added_tokens_decoder.values())
-        drops = strips or "Removed" in pieces or not vocabulary.keys() >= {*ByteLevel.alphabet()}
+        unknown = {byte for letter, byte in byte_alphabet().items() if letter not in known}
+        drops = strips or "Removed" in pieces or any(0x80 <= byte < 0xC0 for byte in unknown)  # a character's last byte
         if drops or "ByteLevel" not in pieces or str(inside.normalizer) not in composed:
-            return math.inf
-        return composed[str(inside.normalizer)] * max(map(len, vocabulary))
+            return math.inf, ""
+        longest = composed[str(inside.normalizer)] * max(map(len, known))
+        return longest, "".join(chr(byte) for byte in unknown if byte < 0x80)
 
     def _written(
         self,
@@ -126,6 +131,14 @@ class PromptEncoder:
     def plain_ids(self, text: str) -> list[int]:
         """Without the special tokens of a beginning."""
         return self._ids(text, special=False)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte of each letter that byte-level tokenizers write it with: printable ones are themselves, the others
+    follow one another from 256 on (Radford et al. 2019, GPT-2's encoder)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def decoder(tokenizer: Any) -> TextDecoder:

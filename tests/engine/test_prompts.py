@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import shutil
 from dataclasses import replace
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import pearl
 from pearl import Engine, SamplingParams
 from pearl.engine.async_engine import AsyncEngine
 from pearl.engine.defaults import Defaults
-from pearl.engine.prompts import PromptEncoder
+from pearl.engine.prompts import PromptEncoder, byte_alphabet
 from pearl.errors import NonFiniteLogits, PearlError, UsageError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -231,17 +231,24 @@ def test_samples_have_seeds_of_their_own_and_come_with_the_first(engine):
 # Token ids
 
 
-@pytest.mark.parametrize(
-    ("words", "longest"), [(tiny.tokenizer(), len("<|assistant|>")), (tiny.after_sentencepiece(), math.inf)]
-)
-def test_a_text_that_is_sure_to_be_too_long_is_refused_before_it_is_read(words, longest):
-    encoder = PromptEncoder(words)
-    assert encoder._longest == longest
-    text = "<|assistant|>" * 5
-    assert len(encoder.encode(text, at_most=5)) >= 5
-    if longest < math.inf:
-        with pytest.raises(UsageError, match="66 characters, which is more than the 5 tokens"):
-            encoder.encode(text + "a", at_most=5)
+def test_a_text_that_is_sure_to_be_too_long_is_refused_before_it_is_read():
+    encoder, text = PromptEncoder(tiny.tokenizer()), "<|assistant|>" * 5
+    assert len(encoder.encode(text, at_most=5)) == 5, "a token has 13 characters at most"
+    with pytest.raises(UsageError, match="66 characters, which is more than the 5 tokens"):
+        encoder.encode(text + "a", at_most=5)
+    assert PromptEncoder(tiny.after_sentencepiece())._least(text) == 0, "a word that is not known may be one token"
+
+
+def test_what_a_tokenizer_drops_counts_for_nothing():
+    def encoder(without: int) -> PromptEncoder:
+        letters = [letter for letter, byte in byte_alphabet().items() if byte != without]
+        bpe = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return PromptEncoder(PreTrainedTokenizerFast(tokenizer_object=bpe))
+
+    some, text = encoder(4), "a" + "\x04" * 1000
+    assert some.encode(text, at_most=5) == some.encode("a") and some._least(text) == 1
+    assert encoder(0x80)._least(text) == 0, "it drops characters of several bytes"
 
 
 def test_an_event_loop_is_not_kept_waiting_by_another_text():

@@ -10,6 +10,8 @@ import functools
 import re
 from typing import Any
 
+from pearl.engine.prompts import byte_alphabet
+
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -21,7 +23,7 @@ class TokenNames:
         self._added = set(tokenizer.get_added_vocab().values())
         self._specials = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
         inside = getattr(tokenizer, "backend_tokenizer", None)
-        self._bytes = _alphabet() if inside is not None and "ByteLevel" in str(inside.decoder) else None
+        self._bytes = byte_alphabet() if inside is not None and "ByteLevel" in str(inside.decoder) else None
         self.bytes_of = functools.lru_cache(1 << 16)(self._bytes_of)
         self.text_of = functools.lru_cache(1 << 16)(self._text_of)
         self.drops_space = functools.lru_cache(1 << 10)(self._drops_space)
@@ -56,11 +58,3 @@ class TokenNames:
 
     def key(self, token: int, as_id: bool) -> str:
         return f"token_id:{token}" if as_id else self.text_of(token)
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte of each letter that byte-level tokenizers write it with: printable ones are themselves, the others
-    follow one another from 256 on (Radford et al. 2019, GPT-2's encoder)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
