@@ -96,7 +96,7 @@ def section(run: Run) -> str:
     table = tables.markdown(*tables.cells(labels, columns, rows))
     label = "".join(KINDS[word] for word in run.kind)
     if run.rest:
-        label += f"**Not finished**: {run.rest}. "
+        label += f"**Not finished**: {run.rest}.\n\n"
     commits = f"commit{'s' * (len(run.commits) > 1)} {', '.join(one[:10] for one in run.commits)}"
     command = f"```\n{run.command}\n```"
     return f"### {text_of(run)}\n\n{label}{machine(run)}, {commits}:\n\n{command}\n\n{table}\n{by_category(run)}"
