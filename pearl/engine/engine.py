@@ -199,14 +199,12 @@ class Engine:
         before an edit (OpenAI's `prediction`). Guesses are taken from it beside the target, unless `target_draft` is
         none or the mode has blocks; it changes no text. Raises `UsageError`, `EngineClosedError`.
         """
-        request = prompt
-        if not isinstance(request, GenerationRequest):
-            request = GenerationRequest(request, params or SamplingParams())
+        if not isinstance(prompt, GenerationRequest):
+            prompt = GenerationRequest(prompt, params or SamplingParams())
         elif params is not None:
             raise UsageError("A GenerationRequest has params of its own: give them there.")
-        (handle,) = self.prepare(
-            [request], mode=mode, gamma=gamma, batch_size=batch_size, sink=sink, prediction=prediction
-        )
+        run = {"mode": mode, "gamma": gamma, "batch_size": batch_size}
+        (handle,) = self.prepare([prompt], sink=sink, prediction=prediction, **run)
         self.begin(handle)
         return handle
 
@@ -214,15 +212,13 @@ class Engine:
         self,
         requests: Sequence[GenerationRequest],
         *,
-        mode: str | Schedule | None = None,
-        gamma: int | str | None = None,
-        batch_size: int | None = None,
         sink: Sink | None = None,
         prediction: Sequence[int] | None = None,
+        **settings: Any,
     ) -> list[GenerationHandle]:
         """What `submit` does before it asks: checks, and what takes long of many requests or of long ones. `begin` asks
-        for the texts. Raises `UsageError` for the first that can't be written."""
-        run, guesses = self._requests.run_key(mode, gamma, batch_size), self._requests.prediction(prediction or ())
+        for the texts. `settings`: mode, gamma, batch_size. Raises `UsageError` for the first that can't be written."""
+        run, guesses = self._requests.run_key(**settings), self._requests.prediction(prediction or ())
         handles = [self._requests.handle(request, run, self._wake, sink) for request in requests]
         for handle in handles:
             if handle.refused:
@@ -276,7 +272,7 @@ class Engine:
         live: set[GenerationHandle] = set()
         try:
             while more or live:
-                while more and (isinstance(requests, list | tuple) or _under_way(live) < places):
+                while more and (isinstance(requests, list | tuple) or sum(one.lives for one in live) < places):
                     request: Any = next(queue, _NO_MORE)
                     more = request is not _NO_MORE
                     if not isinstance(request, GenerationRequest):
@@ -402,8 +398,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _under_way(handles: Iterable[GenerationHandle]) -> int:
-    """How many of these texts hold a place, or wait for one. A text gives its place back before its record is whole."""
-    return sum(1 for one in handles if not (one.request.text and one.request.text.stopper.finish))

@@ -50,6 +50,11 @@ class GenerationHandle(Future[Generation]):
         self._own: SimpleQueue[tuple[GenerationHandle, Said]] = SimpleQueue()
         self._sink = sink or self._own
 
+    @property
+    def lives(self) -> bool:
+        """It holds a place, or waits for one: a text that is over gives it back before its record is whole."""
+        return not (self.request.text and self.request.text.stopper.finish)
+
     # As its reader sees it
 
     def abort(self) -> None:

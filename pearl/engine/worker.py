@@ -86,9 +86,8 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Texts that hold a place: one that is over gives it back before its record is whole."""
-        texts = [handle.request.text for handle in list(self._under_way)]
-        return sum(1 for text in texts if not (text and text.stopper.finish))
+        """Texts that hold a place."""
+        return sum(handle.lives for handle in list(self._under_way))
 
     def call(self, work: Callable[[], Result], now: bool = False) -> Result:
         """What `work` returns in the engine's thread: `now` between two passes, else while no text is under way."""
