@@ -63,7 +63,8 @@ def describe(name: str) -> int:
     numbers = sum(math.prod(shape) for shape in found.files.shapes.values())
     size = f"{numbers / 1e6:,.1f} million weights" if numbers else ""
     verifier = found.target and f"Target: {found.target}."
-    print("\n".join(filter(None, (f"{found.line}.", verifier, size and f"Size: {size}."))))
+    said = "\n".join(filter(None, (f"{found.line}.", verifier, size and f"Size: {size}.")))
+    print(said.encode(errors="backslashreplace").decode())  # a config.json may hold half a character
     return 0
 
 

@@ -1,7 +1,8 @@
 """One process that listens: its socket, its signals, and what it says of itself.
 
 It listens before the models are there, so that whoever asks meets 503 and no closed door. SIGTERM, or Ctrl-C, lets
-running texts finish; a second one ends it at once, with all processes that it has started.
+running texts finish; a second one, or one while models are loaded, ends it at once, with all processes that it has
+started.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Server(uvicorn.Server):
         self._told = False  # to end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._told:
+        if self._told or not self._service.settled.is_set():  # while models are loaded there is no text to finish
             _end_at_once(sig)
         self._told = True
         _log.info("no new texts are taken; those under way (%d) will be finished", len(self._service.open))

@@ -382,3 +382,17 @@ def test_pairs_describes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Target: org/its-target." in said and "million weights" in said
     assert pairs.main([checkpoint(tmp_path / "medusa", {"medusa_num_heads": 2}, {})]) == 2
     EngineConfig(draft=name)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model_type": None}])
+def test_a_folder_without_a_model_is_refused(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PearlError, match=r"is no model: a config\.json with a model_type is needed"):
+        describe(str(tmp_path))
+
+
+def test_half_a_character_in_a_config_does_not_end_its_description(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "\\ud83d"}')
+    assert pairs.describe(str(tmp_path)) == 0
+    assert capsys.readouterr().out == "\\ud83d language model.\n"

@@ -57,14 +57,13 @@ from pearl.roles.target import Target
 
 NAMES = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "gemma", "gemma2", "gemma3")
 CHAINS = ("deepseek",)  # its attention can't lay a branch over the chain
+QUICK = [("llama", "float32", "auto"), ("llama", "bfloat16", "auto"), ("gemma3", "float32", "auto")]
 MODELS = [
     pytest.param(
         name,
         dtype,
         kernel,
-        marks=[
-            *([] if name in ("llama", "gemma3") else [pytest.mark.slow]),
-        ],
+        marks=[] if (name, dtype, kernel) in QUICK else [pytest.mark.slow],
     )
     for name in (*NAMES, *CHAINS)
     for dtype in ("float32", "bfloat16")

@@ -355,6 +355,7 @@ def test_a_mode_that_the_run_does_not_hold_is_refused(tmp_path: Path):
         read_run(record(tmp_path), "tree")
 
 
+@pytest.mark.slow
 def test_a_source_beside_the_target_fills_what_the_drafter_leaves():
     """A slow drafter leaves passes that read the root alone; what a forward costs decides whether it is worth them."""
     alone, cheap, dear, wrong = (

@@ -155,6 +155,10 @@ def _describe_causal_lm(files: DraftFiles, target: TargetFacts | None) -> DraftD
             f"The draft {files.name} has the fc.weight of a head over hidden states, and its other weights are none "
             "that pearl knows: it reads EAGLE-1, EAGLE-3, P-EAGLE, DFlash and DSpark."
         )
+    if files.folder and files.folder.is_dir() and not isinstance(files.config.get("model_type"), str):
+        raise UsageError(
+            f"The draft folder {files.name} is no model: a config.json with a model_type is needed, and its weights."
+        )
     kind = str(files.config.get("model_type", "")) or ("GGUF" if files.folder and files.folder.is_file() else "")
     layers = files.config.get("num_hidden_layers")
     parts = [f"{kind} language model".strip(), f"{layers} layers" if layers else ""]
