@@ -71,7 +71,7 @@ def test_greedy_texts_are_transformers_own(name: str):
     assert len(different) > len(ways) / 2, "most settings change the texts of so small a model"
 
 
-@pytest.mark.parametrize("mode", ["ar", "sd", "tree"])
+@pytest.mark.parametrize("mode", ["ar", pytest.param("sd", marks=pytest.mark.slow), "tree"])
 def test_logprobs_are_transformers_log_softmax(mode: str):
     model = random_model(CONFIGS["llama"]())
     settings = dict(max_new_tokens=TOKENS, repetition_penalty=1.3, temperature=0.8, seed=3, ignore_eos=True)
