@@ -96,7 +96,9 @@ def load(places: Sequence[Path]) -> list[Run]:
     for place in places:
         whole = {file.parent: file for file in sorted(place.rglob(results.SUMMARY))}
         single = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        some = [run_of(file, folder) for folder, file in whole.items()] or [*filter(None, map(kept, single))]
+        some = [_run(_facts(file), file, folder) for folder, file in whole.items()] or [
+            *filter(None, map(kept, single))
+        ]
         if not some:
             raise UsageError(f"{place} holds no finished run: name folders with a {results.SUMMARY}.")
         found |= {run.folder: run for run in some}
@@ -110,13 +112,17 @@ def load(places: Sequence[Path]) -> list[Run]:
 
 def kept(file: Path) -> Run | None:
     """The run of a kept summary; None for a file of something else."""
-    facts = parse_json(read_text(file, "The summary"), str(file))
-    return run_of(file, file) if isinstance(facts, dict) and {"config", "environment", "modes"} <= set(facts) else None
+    facts = _facts(file)
+    told = isinstance(facts, dict) and {"config", "environment", "modes"} <= set(facts)
+    return _run(facts, file, file) if told else None
 
 
-def run_of(file: Path, folder: Path) -> Run:
-    """The run of a summary. Raises `UsageError` where that is damaged."""
-    facts = parse_json(read_text(file, "The summary"), str(file))
+def _facts(file: Path) -> Any:
+    return parse_json(read_text(file, "The summary"), str(file))
+
+
+def _run(facts: Any, file: Path, folder: Path) -> Run:
+    """The run of what a summary holds. Raises `UsageError` where that is damaged."""
     with sound(str(file), "make the run again"):
         config, environment, modes = (dict(**facts.pop(name)) for name in ("config", "environment", "modes"))
     return Run(folder, folder.name, config, environment, modes, facts)

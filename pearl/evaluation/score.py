@@ -156,10 +156,6 @@ def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, voc
 
 def _tokens(part: Any, encode: Callable[[str], Sequence[int]], vocabulary: int, where: str) -> list[int]:
     if isinstance(part, str):
-        try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"{where} holds half a character at {error.start}: it is no text.") from None
         return [*encode(part)]
     if not isinstance(part, list) or not all(type(one) is int and 0 <= one < vocabulary for one in part):
         raise UsageError(f"{where}: prompt and text must be texts, or lists of token ids below {vocabulary}.")

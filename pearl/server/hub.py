@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 import time
@@ -26,7 +25,7 @@ from pearl.engine import Engine
 from pearl.roles.pass_recorder import PassTimes
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
-from pearl.server import seen
+from pearl.server import seen, streaming
 from pearl.server.life import LOOK_S, is_degraded
 from pearl.server.seen import Event, Seen, Teller
 from pearl.wire.reconnecting_channel import DrafterEvent
@@ -92,7 +91,9 @@ class Hub:
         self._enter(reader)
         try:
             degraded = is_degraded(self._service.events)
-            yield b": welcome\n\n" + _line({"e": "hello", "run": self._run, "t": self.now(), "degraded": degraded})
+            yield b": welcome\n\n" + streaming.event(
+                {"e": "hello", "run": self._run, "t": self.now(), "degraded": degraded}
+            )
             while not self._service.stopping.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(reader.news.wait(), ALIVE_S)
@@ -100,7 +101,7 @@ class Hub:
                 if not reader.waiting:
                     yield b": well\n\n"
                 while reader.waiting:
-                    yield _line(reader.waiting.popleft())
+                    yield streaming.event(reader.waiting.popleft())
         finally:
             self._leave(reader)
 
@@ -192,7 +193,3 @@ class Hub:
             return
         except Exception:
             _log.exception("what a pass did could not be noted")
-
-
-def _line(event: Event) -> bytes:
-    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"

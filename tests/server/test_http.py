@@ -18,24 +18,6 @@ from pearl.server.metrics import Metrics
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(scope="module")
-def engine(pair):
-    with servers.engine(*pair) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with servers.served(engine) as one:
-        yield one
-
-
-@pytest.fixture
-def client(server):
-    with httpx.Client(base_url=server.url, timeout=30) as made:
-        yield made
-
-
 # Answers
 
 

@@ -32,24 +32,6 @@ from pearl.wire.reconnecting_channel import DrafterEvent
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-@pytest.fixture(scope="module")
-def engine(pair):
-    with servers.engine(*pair) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with servers.served(engine) as one:
-        yield one
-
-
-@pytest.fixture
-def client(server):
-    with httpx.Client(base_url=server.url, timeout=30) as made:
-        yield made
-
-
 def test_bodies_that_are_too_large_or_never_come_are_refused(engine, monkeypatch):
     monkeypatch.setattr(limits, "BODY_S", 0.1)
     with servers.served(engine, max_body_mb=0.01) as one, httpx.Client(base_url=one.url) as client:
