@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,8 @@ from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 
 READ_BLOCK = 32  # slots read are a multiple of this
+TOGETHER = 16  # rows of one attention call on a CPU; it reads as many slots of each as the longest of them has
+DRAW_BLOCK = 256  # tokens whose chances are summed before one of them is drawn
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class RowCache(ForwardCache):
         self._buffers: dict[int, KeyValue] = {}
         self._row: int | None = None  # of the text that is read alone
         self._places = torch.zeros(0, dtype=torch.int64)  # of one token a row, else
-        self._each: list[AttentionMask] = []  # what each of those rows sees
+        self._parts: list[tuple[slice, AttentionMask]] = []  # neighbours among those rows, and what they see
 
     def read_one(self, row: int, count: int) -> None:
         """The next forward reads the first `count` tokens of one row."""
@@ -90,7 +93,8 @@ class RowCache(ForwardCache):
         """The next forward reads one token of each of the first rows, at `places`."""
         self._row, self._places = None, places
         self.mask = self._mask(places)
-        self._each = [self._mask(place) for place in places.split(1)]
+        starts = range(0, len(places), TOGETHER)
+        self._parts = [(slice(at, at + TOGETHER), self._mask(places[at : at + TOGETHER])) for at in starts]
 
     def _mask(self, places: Tensor) -> AttentionMask:
         seen = min(self._shape[1], -(-(int(places.max()) + 1) // READ_BLOCK) * READ_BLOCK)
@@ -115,9 +119,8 @@ class RowCache(ForwardCache):
         if self._row is not None or query.device.type != "cpu":
             return super().attend(query, key, value, call)
         out = query.new_empty(*query.shape[:3], value.shape[-1])
-        for row, mask in enumerate(self._each):
+        for part, mask in self._parts:
             seen = slice(0, mask.visible.shape[-1])
-            part = slice(row, row + 1)
             out[part] = packed(query[part], key[part, :, seen], value[part, :, seen], mask, call)
         return out
 
@@ -157,8 +160,11 @@ class Writer:
 
     @torch.inference_mode()
     def answers(self, requests: Iterable[AnswerRequest]) -> Iterator[tuple[int, RecordedAnswer]]:
-        """Each request's number and answer, as they are finished. The same requests give the same answers."""
-        waiting = enumerate(requests)
+        """Each request's number and answer, as they are finished. The same requests give the same answers.
+
+        Long prompts come first: then the last row, which fills a gap, is hardly ever longer than its new neighbours.
+        """
+        waiting = iter(sorted(enumerate(requests), key=lambda entry: -len(entry[1].prompt)))
         live: list[tuple[int, RecordedAnswer]] = []  # by row
         while True:
             while len(live) < self._rows and (entry := next(waiting, None)) is not None:
@@ -221,9 +227,21 @@ class Writer:
     def _pick(self, requests: list[AnswerRequest], logits: Tensor) -> list[int]:
         picks = logits.argmax(-1)
         drawn = [row for row, request in enumerate(requests) if request.temperature > 0]
-        if drawn:  # by the inverse of the distribution: ten times as fast as multinomial, which draws for every token
+        if drawn:
             heat = torch.tensor([[requests[row].temperature] for row in drawn])
-            sums = (logits[drawn] / heat).softmax(-1).cumsum(-1, dtype=torch.float64)
-            where = torch.rand(len(drawn), 1, generator=self._generator, dtype=torch.float64) * sums[:, -1:]
-            picks[drawn] = torch.searchsorted(sums, where, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+            picks[drawn] = self._draw((logits[drawn] / heat).softmax(-1))
         return picks.tolist()
+
+    def _draw(self, chances: Tensor) -> Tensor:
+        """A token of each row: a block of tokens, and then one of it, which takes a tenth of the time of running sums
+        over all tokens. chances: [rows, V]"""
+        blocks = F.pad(chances, (0, -chances.shape[1] % DRAW_BLOCK)).unflatten(1, (-1, DRAW_BLOCK))
+        block = self._one_of(blocks.sum(-1))
+        token = block * DRAW_BLOCK + self._one_of(blocks[torch.arange(len(block)), block])
+        return token.clamp_(max=chances.shape[1] - 1)
+
+    def _one_of(self, weights: Tensor) -> Tensor:
+        """A place of each row, by the inverse of the running sum of its weights. weights: [rows, n]"""
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        where = torch.rand(len(weights), 1, generator=self._generator, dtype=torch.float64) * sums[:, -1:]
+        return torch.searchsorted(sums, where, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
