@@ -122,8 +122,8 @@ class _Worker:
         self.job, self.chat = job, Chat(checked.tokenizer)
         self.model = load_plain(checked, device)
         self.ends = eos_ids(self.model, checked.tokenizer)
-        if device == "cpu":
-            linear.pack(self.model, linear.chosen("auto", self.model.dtype))
+        if device == "cpu" and (kernel := linear.chosen("auto", self.model.dtype)) != "blocked":
+            linear.pack(self.model, kernel)  # the blocked layout is for the few rows of a pass: many are slower with it
 
     def make(self, number: int):
         """One shard: the same whoever makes it, and whatever was made before."""
