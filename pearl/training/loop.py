@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
 from pearl.machine.files import atomic_write
+from pearl.training.optimizers import optimizer_of
 from pearl.training.recipes import Recipe
 
 CHECKPOINT, LOG, RECIPE = "checkpoint.pt", "log.jsonl", "recipe.json"
@@ -56,7 +57,7 @@ def train(
     main = accelerator.is_main_process
     total = max(1, round(recipe.epochs * len(texts) / recipe.batch))
     parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
-    optimizer = _optimizer(parameters, recipe, accelerator.device)
+    optimizer = optimizer_of(parameters, recipe, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
     step = _resume(folder, learner.module, optimizer, schedule, recipe)
     if main:
@@ -136,19 +137,6 @@ def _rate(step: int, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
-
-
-def _optimizer(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; with 8-bit states on GPUs where bitsandbytes is installed."""
-    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay}
-    if device.type == "cuda":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-
-            return AdamW8bit(parameters, **options)
-        except ImportError:
-            pass
-    return torch.optim.AdamW(parameters, **options)
 
 
 def _checkpoint(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, step: int) -> None:

@@ -18,6 +18,7 @@ from pearl.errors import UsageError
 from pearl.machine import launcher
 from pearl.options import FLAG, TEXT, Kind, choice, number, setting, whole
 
+ADAMW, MUON = "adamw", "muon"
 _AMOUNT = number(0, sys.float_info.max, "a number from 0")
 _SHARE = number(0, 1)
 
@@ -39,7 +40,10 @@ class Recipe:
     micro: int = _value(1, whole(1), "texts of one forward")
     learning_rate: float = _value(1e-3, _AMOUNT, "the highest one")
     warmup: float = _value(0.03, _SHARE, "share of the steps in which it rises")
-    weight_decay: float = _value(0.01, _AMOUNT, "of AdamW")
+    optimizer: str = _value(
+        ADAMW, choice(ADAMW, MUON), "adamw, or muon for matrices, which learns more of as many texts"
+    )
+    weight_decay: float = _value(0.01, _AMOUNT, "of the optimizer")
     clip: float = _value(1.0, _AMOUNT, "norm of the gradient at most")
     vocabulary: int = _value(8192, whole(1), "tokens that can be drafted")
     kl: float = _value(0.5, _SHARE, "0: the target's choice counts; 1: the shape of its likeliest tokens")

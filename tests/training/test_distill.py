@@ -226,8 +226,9 @@ def test_only_the_answers_count(data, tmp_path):
     assert padded["loss"] == pytest.approx(together["loss"], rel=1e-4), "what pads a text changes nothing"
 
 
-def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(data, tmp_path):
-    values = {"epochs": 2.0, "checkpoint_every": 2, "match": 0.1, "match_after": (0, -1)}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_that_was_cut_off_and_resumed_is_the_run_that_was_not(data, tmp_path, optimizer):
+    values = {"optimizer": optimizer, "epochs": 2.0, "checkpoint_every": 2, "match": 0.1, "match_after": (0, -1)}
     whole, parts = recipe(data, tmp_path / "whole", **values), recipe(data, tmp_path / "parts", **values)
     check_resumed(student, whole, parts)
     name = "model.safetensors"

@@ -81,7 +81,7 @@ class Sampled(Body):
     mode: Annotated[str, Field(max_length=64)] | None = Field(
         None, description="how it is decoded: ar, sd, pearl, tree, ...; the text is the same"
     )
-    gamma: Annotated[int, Field(ge=1, le=1024)] | str | None = None
+    gamma: Annotated[int, Field(ge=0, le=1024)] | str | None = None
     spec_decode_metrics: Literal["off", "summary", "detailed"] | None = Field(
         None, description="tell what was drafted and accepted, in vLLM's shape"
     )
