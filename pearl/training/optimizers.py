@@ -1,0 +1,61 @@
+"""What turns gradients into steps.
+
+AdamW (Loshchilov and Hutter 2019) fits everywhere. Muon (Jordan 2024) takes the momentum of a matrix to the nearest
+orthogonal one, so that rare directions move as far as common ones; its steps have AdamW's size (Liu et al. 2025,
+"Muon is scalable for LLM training", equation 4), so one learning rate serves both. What is no matrix stays with AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pearl.training.recipes import ADAMW, Recipe
+
+
+def optimizer_of(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's."""
+    if recipe.optimizer == ADAMW:
+        return _adamw(weights, recipe, device)
+    matrices = [weight for weight in weights if weight.ndim == 2]
+    others = [weight for weight in weights if weight.ndim != 2]
+    muon = torch.optim.Muon(
+        matrices, recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return Together(muon, _adamw(others, recipe, device)) if others else muon
+
+
+def _adamw(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """With 8-bit states on GPUs where bitsandbytes is installed."""
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (0.9, 0.95), "weight_decay": recipe.weight_decay}
+    if device.type == "cuda":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(weights, **options)
+        except ImportError:
+            pass
+    return torch.optim.AdamW(weights, **options)
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of weights of its own, as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self._parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})  # the very groups of the parts
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
