@@ -6,7 +6,7 @@ has its own length: keys lie at slot = position of their row, and a mask hides w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -185,6 +185,25 @@ class Writer:
                     live[row] = live[-1]
                     live.pop()
 
+    @torch.inference_mode()
+    def read(self, prompt: Sequence[int], answer: Sequence[int]) -> RecordedAnswer:
+        """An answer that is there already, with what the target knew at its tokens."""
+        count = len(prompt) + len(answer) - 1  # the last token is never read
+        assert count < self._slots, "a text must fit its row"
+        request = AnswerRequest(tuple(prompt), len(answer), ())
+        self._cache.read_one(0, count)
+        tokens, positions = torch.tensor([[*prompt, *answer]])[:, :count], torch.arange(count)[None]
+        logits = forward(self._model, tokens, positions, self._cache, keep=len(answer))[0].float().cpu()
+        states = self._taps.states()[0] if self._taps else logits[:, :0]
+        recorded = RecordedAnswer.empty(request, states.shape[-1], self._top)
+        if self._taps:
+            recorded.features[:count] = states
+        if self._top:
+            noted = slice(len(prompt) - 1, count)
+            recorded.top_ids[noted], recorded.top_logp[noted] = self._likeliest(logits)
+        recorded.tokens += answer
+        return recorded
+
     def _start(self, row: int, request: AnswerRequest) -> RecordedAnswer:
         """Reads a prompt and picks the first token of its answer."""
         assert len(request.prompt) + request.most <= self._slots, "a text must fit its row"
@@ -218,11 +237,14 @@ class Writer:
     def _note(self, answers: list[RecordedAnswer], logits: Tensor) -> None:
         if not self._top:
             return
-        best, ids = logits.topk(self._top)
-        best -= logits.logsumexp(-1, keepdim=True)
-        for answer, one_best, one_ids in zip(answers, best, ids, strict=True):
+        for answer, one_ids, one_best in zip(answers, *self._likeliest(logits), strict=True):
             at = len(answer.tokens) - 1
             answer.top_ids[at], answer.top_logp[at] = one_ids, one_best
+
+    def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens of each row, and the logs of their probabilities. logits: [rows, V]"""
+        best, ids = logits.topk(self._top)
+        return ids, best - logits.logsumexp(-1, keepdim=True)
 
     def _pick(self, requests: list[AnswerRequest], logits: Tensor) -> list[int]:
         picks = logits.argmax(-1)

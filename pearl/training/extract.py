@@ -1,9 +1,12 @@
 """Records what a frozen target writes, and what it knew while it wrote: the data that drafters are trained on.
 
     pearl extract --prompts questions.jsonl --self-written 1000 --output data/smollm2
+    pearl extract --texts dialogues.jsonl --output data/smollm2                       answers that are there already
 
-The answers are the target's own, since its own tokens are what a drafter has to guess. A shard holds the answers to a
-fixed range of prompts and is written whole; a run that was interrupted goes on with the shards that are missing.
+The answers are the target's own, since its own tokens are what a drafter has to guess; answers that somebody else wrote
+are read several times as fast as they are written, and teach what the target would have said there. A shard holds the
+answers to a fixed range of prompts and is written whole; a run that was interrupted goes on with the shards that are
+missing.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
 from pearl.training import prompts, shards
 from pearl.training.answers import AnswerRequest, RecordedAnswer, Writer
-from pearl.training.prompts import Chat, Conversation
+from pearl.training.prompts import Chat, Conversation, Dialogue
 
 INSTRUCTION = 160  # tokens of an instruction that the target writes itself, at most
 CALM = 0.7  # the temperature at which it does so
+
+
+Asked = Conversation | Dialogue | None  # None: the target writes it itself
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ExtractionJob:
     config: EngineConfig
     folder: Path
     layers: tuple[int, ...]
-    questions: tuple[Conversation | None, ...]  # None: the target writes it itself
+    questions: tuple[Asked, ...]
     threads: int
 
 
@@ -53,7 +59,8 @@ def run(options: Any) -> None:
     devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
     workers = options.workers or (gpus or len(os.sched_getaffinity(0)))
     dtype = options.dtype or ("bfloat16" if gpus else "float32")
-    questions: list[Conversation | None] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
+    questions: list[Asked] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
+    questions += [dialogue for path in options.texts for dialogue in prompts.dialogues(path)]
     random.Random(options.seed).shuffle(questions)
     config = EngineConfig(target=options.target, dtype=dtype)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
@@ -85,18 +92,18 @@ def run(options: Any) -> None:
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
 
 
-def _plan(options: Any, config: EngineConfig, questions: tuple[Conversation | None, ...], threads: int):
+def _plan(options: Any, config: EngineConfig, questions: tuple[Asked, ...], threads: int):
     """The job and the manifest that its folder must have. Reads the target's weights once, for its fingerprint."""
     model = load_plain(preflight(config), "cpu")
     text = model.config.get_text_config()
     layers = tuple(options.layers or default_layers(text.num_hidden_layers))
     HiddenStateHooks(model, layers).remove()
-    asked = "\n".join("\n".join(question or ("",)) for question in questions)
+    asked = "\n".join("\n".join(_said(question) or ("",)) for question in questions)
     names = ("self_written", "max_new_tokens", "max_length", "seed", "shard", "batch")
     settings = {
         "questions": len(questions),
         "questions_sha256": hashlib.sha256(asked.encode()).hexdigest()[:16],
-        "prompts": [Path(path).name for path in options.prompts] + options.hub,
+        "prompts": [Path(path).name for path in (*options.prompts, *options.texts)] + options.hub,
         "temperatures": list(options.temperature),
         "dtype": config.dtype,
         **{name: getattr(options, name) for name in names},
@@ -111,6 +118,10 @@ def _plan(options: Any, config: EngineConfig, questions: tuple[Conversation | No
         count=-(-len(questions) // options.shard),
     )
     return ExtractionJob(options, config, Path(options.output), layers, questions, threads), manifest
+
+
+def _said(question: Asked) -> Conversation | None:
+    return question.said if isinstance(question, Dialogue) else question
 
 
 class _Worker:
@@ -132,12 +143,13 @@ class _Worker:
         asked = job.questions[first : first + options.shard]
         seed = options.seed * 1_000_003 + number
         own = self._instructions(asked.count(None), seed)
-        talks = [[next(own)] if question is None else list(question) for question in asked]
+        talks = [list(question or (next(own),)) for question in asked if not isinstance(question, Dialogue)]
         taps = HiddenStateHooks(self.model, job.layers)
         writer = Writer(self.model, options.batch, options.max_length, taps, options.top_k, seed)
         answers: list[RecordedAnswer] = []
-        for turn in range(max(map(len, talks))):
+        for turn in range(max(map(len, talks), default=0)):
             answers += self._turn(writer, talks, turn, first)
+        answers += [text for one in asked if isinstance(one, Dialogue) for text in self._read(writer, one)]
         taps.remove()
         return shards.write(job.folder, number, answers)
 
@@ -160,6 +172,16 @@ class _Worker:
             words = str(self.chat.tokenizer.decode(answer.response, skip_special_tokens=True)).strip()
             talk.insert(2 * turn + 1, words)
         return found
+
+    def _read(self, writer: Writer, dialogue: Dialogue) -> Iterator[RecordedAnswer]:
+        """Every answer of a dialogue, up to the first turn that is too long."""
+        options = self.job.options
+        for turn in range(1, len(dialogue.said), 2):
+            prompt = self.chat.prompt(dialogue.said[:turn])
+            answer = self.chat.answer(dialogue.said[turn])[: options.max_new_tokens]
+            if len(prompt) + options.max_new_tokens > options.max_length:
+                return
+            yield writer.read(prompt, answer)
 
     def _instructions(self, count: int, seed: int) -> Iterator[str]:
         if not count:

@@ -1,7 +1,8 @@
 """What a target is asked for its own training data: questions from files or the hub, or ones that it writes itself.
 
 A conversation is what a user says, one turn or several; the target's chat template makes prompts of it, as at
-inference, with the target's own answers in between. A model without a template reads one turn as it is.
+inference, with the target's own answers in between. A model without a template reads one turn as it is. A dialogue has
+its answers already: those of a data set, or of an earlier recording.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,13 @@ from pearl.errors import UsageError
 
 COLUMNS = ("prompt", "question", "instruction")  # where a record may keep its question; or "messages", or "turns"
 Conversation = tuple[str, ...]  # the user's turns
-_MARK = "\u241e"  # stands where a user's words stand in a chat template
+_MARK = "\u241e"  # stands where somebody's words stand in a chat template
+
+
+class Dialogue(NamedTuple):
+    """What was said by turns, the user first, the assistant last."""
+
+    said: tuple[str, ...]
 
 
 def from_jsonl(path: str) -> list[Conversation]:
@@ -28,6 +35,29 @@ def from_jsonl(path: str) -> list[Conversation]:
     if not found:
         raise UsageError(f"{path} holds no prompt; it must have one JSON object a line.")
     return found
+
+
+def dialogues(path: str) -> list[Dialogue]:
+    """Those of a file of JSON lines, `{"messages": [...]}`, as chat data sets have them; what comes before a user's
+    first words, or after the last answer, is left out. Raises `UsageError` with the line that is no dialogue."""
+    found = []
+    for number, record in json_lines(read_text(path, "The texts"), path):
+        turns = record.get("messages") if isinstance(record, dict) else None
+        turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        turns = list(itertools.dropwhile(lambda turn: turn.get("role") != "user", turns))
+        turns = turns[: len(turns) - len(turns) % 2]
+        roles = [turn.get("role") for turn in turns]
+        said = tuple(turn.get("content") for turn in turns)
+        if not said or roles != ["user", "assistant"] * (len(roles) // 2) or not all(map(_says, said)):
+            raise UsageError(
+                f"{path}, line {number} is no dialogue: give it messages, of a user and an assistant by turns."
+            )
+        found.append(Dialogue(said))
+    return found
+
+
+def _says(words: Any) -> bool:
+    return isinstance(words, str) and bool(words.strip())
 
 
 def from_hub(name: str) -> list[Conversation]:
@@ -50,7 +80,7 @@ def _conversation(record: Any, where: str) -> Conversation:
         turns = record.get("messages") or record.get("turns") or ()
         said = [_words(turn) for turn in turns] if isinstance(turns, list) else []
         for texts in [[one for one in said if one is not None], *([record.get(column)] for column in COLUMNS)]:
-            if texts and all(isinstance(text, str) and text.strip() for text in texts):
+            if texts and all(map(_says, texts)):
                 return tuple(texts)
     raise UsageError(f"{where} holds no question: give it a text under {', '.join(COLUMNS)}, or messages.")
 
@@ -73,6 +103,13 @@ class Chat:
         if not self.tokenizer.chat_template:
             return tuple(self.tokenizer("\n\n".join(said)).input_ids)
         return self._ids(self._turns(said, add_generation_prompt=True))
+
+    def answer(self, words: str) -> tuple[int, ...]:
+        """What an assistant writes, with the token that ends it."""
+        if not self.tokenizer.chat_template:
+            return (*self._ids(words), *[token for token in [self.tokenizer.eos_token_id] if token is not None])
+        after = self._turns(["", _MARK]).partition(_MARK)[2]
+        return (*self._ids(words), *self._ids(after)[:1])
 
     def opening(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens up to where a user's words begin, and those of which one ends them.

@@ -87,6 +87,17 @@ def test_features_and_choices_are_those_of_a_plain_forward(recorded_answers):
         assert not answer.features[-1].any(), "never read"
 
 
+def test_an_answer_that_is_read_has_what_one_that_was_written_has(recorded_answers):
+    model = small_target()
+    writer = Writer(model, 1, 64, HiddenStateHooks(model, (0, 1)), TOP)
+    for number, request in enumerate(requests()):
+        written, read = recorded_answers[number], writer.read(request.prompt, recorded_answers[number].response)
+        assert (read.tokens, read.response) == (written.tokens, written.response)
+        assert torch.equal(read.top_ids, written.top_ids)
+        torch.testing.assert_close(read.top_logp, written.top_logp, atol=2e-2, rtol=1e-2)
+        torch.testing.assert_close(read.features, written.features, atol=2e-2, rtol=2e-2)
+
+
 def test_sampled_answers_depend_on_the_seed_alone():
     asked = requests(4, temperature=1.0)
     first, again, other = (written(asked, 2, seed=seed) for seed in (1, 1, 2))
@@ -237,6 +248,16 @@ def test_a_prompt_is_the_one_that_a_chat_would_have():
         Chat(tokenizer).opening()
 
 
+def test_an_answer_ends_as_a_chat_would_end_it():
+    tokenizer = tiny.tokenizer()
+    chat = Chat(tokenizer)
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi the"}, {"role": "assistant", "content": "and then"}], tokenize=False
+    )
+    assert shown.startswith(tokenizer.decode([*chat.prompt(["hi the"]), *chat.answer("and then")]))
+    assert len(chat.answer("and then")) == len(tokenizer("and then", add_special_tokens=False).input_ids) + 1
+
+
 # The whole of it, in one process
 
 
@@ -335,6 +356,36 @@ def test_a_second_turn_follows_the_targets_own_answer(extracting, tmp_path, toy)
     assert first.tokens.tolist() == only.tokens.tolist(), "the first turn knows nothing of the second"
     answer = chat.tokenizer.decode(first.tokens[first.prompt :], skip_special_tokens=True).strip()
     assert second.tokens[: second.prompt].tolist() == list(chat.prompt(["hi the", answer, "and then"]))
+
+
+def test_answers_of_others_are_read_as_they_are(extracting, tmp_path, toy):
+    path, words = tmp_path / "texts.jsonl", ["hi the", "and then", "hi", "the the"]
+    messages = [{"role": role, "content": said} for role, said in zip(["user", "assistant"] * 2, words, strict=True)]
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "be brief"}, *messages]}) + "\n")
+    assert extracting("read", "--texts", path, "--self-written", 0, "--limit", 99, "--shard", 99) == 0
+    chat, data = Chat(AutoTokenizer.from_pretrained(toy)), Recorded(tmp_path / "read")
+    assert len(data) == 9, "two answers beside those to seven questions"
+    for turn, text in zip((1, 3), (data[7], data[8]), strict=True):
+        assert text.tokens[: text.prompt].tolist() == list(chat.prompt(words[:turn]))
+        assert text.tokens[text.prompt :].tolist() == list(chat.answer(words[turn]))[:6]
+        assert (text.top_ids[text.prompt - 1 : -1] >= 0).all() and (text.top_ids[-1] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "hi"}',
+        '{"messages": []}',
+        '{"messages": [{"role": "user", "content": "hi"}]}',
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}',
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "user", "content": "you"}]}',
+    ],
+)
+def test_a_line_without_an_answer_is_named(tmp_path, line):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' + line)
+    with pytest.raises(UsageError, match=r"texts\.jsonl, line 2 is no dialogue: give it messages"):
+        prompts.dialogues(str(path))
 
 
 def test_a_folder_takes_no_run_with_other_settings(extracting, tmp_path, capsys):

@@ -16,6 +16,7 @@ def parser() -> cli.Parser:
     add("--dtype", help=f"{', '.join(DTYPES)}; default: float32 on CPU, else bfloat16")
     add("--prompts", nargs="+", default=[], metavar="FILE", help="questions, a JSON object a line")
     add("--hub", nargs="+", default=[], metavar="NAME[:SPLIT]", help="questions from data sets of the hub")
+    add("--texts", nargs="+", default=[], metavar="FILE", help="dialogues whose answers are read, not written")
     add("--self-written", type=int, default=0, metavar="N", help="this many instructions that the target writes itself")
     add("--limit", type=cli.at_least_one, help="only so many prompts, drawn from all")
     add("--output", required=True, metavar="DIR", type=outputs.folder, help="of the texts; a second run goes on there")
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--temperature must hold numbers from 0 to below 100.")
     if found.self_written < 0:
         raise UsageError("--self-written must not be negative.")
-    if not (found.prompts or found.hub or found.self_written):
-        raise UsageError("Give --prompts, --hub or --self-written: without questions there are no answers.")
+    if not (found.prompts or found.hub or found.texts or found.self_written):
+        raise UsageError("Give --prompts, --hub, --texts or --self-written: without questions there are no answers.")
 
     from pearl.training import extract
 
