@@ -176,17 +176,21 @@ def doubts(runs: Sequence[Run]) -> list[str]:
         found += [f"Of {benchmark}: {sentence}" for sentence in told]
         for target in dict.fromkeys(_target(run) for run in same):
             found += _drift([run for run in same if _target(run) == target])
+    if rest := [f"{run.name} ({run.rest})" for run in runs if run.rest]:
+        found.append(f"Not finished: {', '.join(rest)}.")
     for run in runs:
-        if run.rest:
-            found.append(f"{run.name} is not finished: {run.rest}.")
         if len(run.commits) > 1:
             found.append(f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}.")
-        for mode, figures in run.modes.items():
-            if (equal := figures.get("identical_to_ar")) is not None and equal < 1:
-                found.append(f"In {run.name}, {1 - equal:.1%} of the texts of {mode} are not those of ar.")
-            if figures.get("drafter_failures"):
-                found.append(f"In {run.name}, the drafter of {mode} failed in {figures['drafter_failures']} texts.")
+        if other := [f"{mode} {1 - equal:.1%}" for mode, equal in _of_modes(run, "identical_to_ar") if equal < 1]:
+            found.append(f"In {run.name}, texts that are not those of ar: {', '.join(other)}.")
+        if failed := [f"{mode} in {texts} texts" for mode, texts in _of_modes(run, "drafter_failures") if texts]:
+            found.append(f"In {run.name}, the drafter failed: {', '.join(failed)}.")
     return found
+
+
+def _of_modes(run: Run, figure: str) -> list[tuple[str, float]]:
+    """That figure of every mode that has it."""
+    return [(mode, figures[figure]) for mode, figures in run.modes.items() if figures.get(figure) is not None]
 
 
 def _differences(runs: Sequence[Run], said: Callable[[Run], Mapping[str, Any]], keys: Sequence[str]) -> Iterator[str]:

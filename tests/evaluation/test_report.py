@@ -228,8 +228,8 @@ def test_texts_that_are_not_the_targets_are_noticed(tmp_path):
     lines.write_json(folder / results.SUMMARY, summary)
     told = report.doubts(report.load([folder]))
     assert told == [
-        "In a, 25.0% of the texts of sd are not those of ar.",
-        "In a, the drafter of sd failed in 2 texts.",
+        "In a, texts that are not those of ar: sd 25.0%.",
+        "In a, the drafter failed: sd in 2 texts.",
     ]
 
 
