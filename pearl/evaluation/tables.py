@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pearl.errors import UsageError
+from pearl.options import did_you_mean
 
 Figures = Mapping[str, Any]
 
@@ -94,7 +95,9 @@ def choose(words: str) -> list[str]:
     names = [name for name in words.split(",") if name]
     for name in names:
         if name not in COLUMNS:
-            raise UsageError(f"There is no column {name!r}: choose from {', '.join(COLUMNS)}.")
+            raise UsageError(
+                f"There is no column {name!r}{did_you_mean(name, COLUMNS)} Choose from {', '.join(COLUMNS)}."
+            )
     return names
 
 

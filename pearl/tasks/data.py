@@ -61,7 +61,7 @@ class DataSet(Generic[Problem]):
                 raise TypeError("no object")
             return self.parse(record, index)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"{where} is not a {self.title} {self.unit}: it must be {self.needs}.") from error
+            raise UsageError(f"{where} is no {self.title} {self.unit}: it must be {self.needs}.") from error
 
     def _fetch(self) -> list[Problem]:
         try:

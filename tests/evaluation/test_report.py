@@ -88,7 +88,7 @@ def test_a_folder_stands_for_all_runs_below_it(two, tmp_path):
     "words, sentence",
     [
         (["nowhere"], "nowhere holds no finished run"),
-        (["results", "--columns", "speed"], "There is no column 'speed'"),
+        (["results", "--columns", "speedup"], "There is no column 'speedup'; did you mean speedup_vs_ar? Choose"),
         (["results", "--plots", "pie"], "There is no plot 'pie'"),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_file_in_the_original_format_is_read_whole(tmp_path, name):
 def test_a_line_that_is_no_problem_is_named_and_told_what_it_must_be(tmp_path, name):
     for broken in (dict.fromkeys(SAMPLES[name][0]), [], {"question": 1}):
         file = written(tmp_path, name, [SAMPLES[name][0], broken])
-        told = rf"{name}\.jsonl, line 2 is not a {BENCHMARKS[name].title} problem: it must be an object with"
+        told = rf"{name}\.jsonl, line 2 is no {BENCHMARKS[name].title} problem: it must be an object with"
         with pytest.raises(UsageError, match=told):
             BENCHMARKS[name].load(file)
 
