@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
@@ -69,6 +70,7 @@ def choice(*names: str) -> Kind:
 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str) and bool(value))
+PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value), os.path.expanduser)
 WORD = Kind("text", lambda value: isinstance(value, str | int) and not isinstance(value, bool))  # like 0-3, or 0
 
 
@@ -116,12 +118,14 @@ class Option:
         if value is None:
             return self.default
         if self.several and isinstance(value, list):
+            if nested := next((one for one in value if isinstance(one, list)), None):
+                refuse(where, nested, self.kind)
             return [self._one(one, where) for one in value]
         one = self._one(value, where)
         return [one] if self.several else one
 
     def _one(self, value: object, where: str) -> object:
-        if isinstance(value, bool) and not self.kind.flag and self.kind.read is str:
+        if isinstance(value, bool) and {"on", "off"} & {*self.kind.choices}:
             value = "on" if value else "off"  # which YAML reads as true and false
         if isinstance(value, str) and not self.kind.flag:
             value = self.kind.of_word(value)

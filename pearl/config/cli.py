@@ -23,7 +23,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
 from pearl.errors import CheckpointError, PearlError, StorageError, UsageError
 from pearl.machine import launcher, logs
-from pearl.options import TEXT, WORD, Option, whole
+from pearl.options import PATH, TEXT, WORD, Option, whole
 
 BASELINES = ("hf-assisted", "hf-prompt-lookup")  # transformers' own ways, beside ours: pearl.evaluation.baselines
 # what a pair says, unless the command line does
@@ -52,7 +52,7 @@ _RUN = (
     Option("limit", None, whole(1), "only the first so many problems", PROBLEMS),
     Option("indices", None, WORD, "only these problems, like 0,3,10-20", PROBLEMS),
     Option("batch_size", 1, whole(1), "texts decoded side by side", PROBLEMS),
-    Option("output", None, TEXT, "the folder of results; default: a new one under results/", PROBLEMS),
+    Option("output", None, PATH, "the folder of results; default: a new one under results/", PROBLEMS),
 )
 SHARED = (*_RUN, *options.of(EngineConfig), *schedule.OPTIONS, *_SAMPLING)  # all that several commands take
 TITLES = {
@@ -190,7 +190,7 @@ def parser(
 ) -> Parser:
     """A command line with the shared options of the groups `take`, without those named in `but`."""
     made = Parser(command, *examples, about=about)
-    made.add_argument("--config", metavar="FILE", help="a YAML file with any of these options")
+    made.add_argument("--config", metavar="FILE", help="a YAML file with any of these options but --log-level")
     made.take(one for group in TITLES if group in take for one in SHARED if one.group == group and one.name not in but)
     made.set_defaults(**{name: None for name in (*BY_PAIR, "max_sequences") if name in made.options})
     if "generation_config" in made.options:

@@ -13,7 +13,7 @@ from pearl import options
 from pearl.config.synthetic import SYNTHETIC, SyntheticDraft
 from pearl.errors import UsageError
 from pearl.machine import cores
-from pearl.options import FLAG, WORD, Kind, choice, number, setting, whole
+from pearl.options import FLAG, PATH, WORD, Kind, choice, number, setting, whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 LOADS = ("8bit", "4bit")
@@ -83,7 +83,7 @@ class EngineConfig:
         "MB of earlier texts that guesses are taken from, beside the target; 0: none",
         PAIR,
     )
-    memory_file: str | None = setting(None, WORD, "where they are loaded from, and saved at the end", PAIR)
+    memory_file: str | None = setting(None, PATH, "where they are loaded from, and saved at the end", PAIR)
     prefix_cache_gb: float | None = setting(
         None,
         number(0, 1e6, "a number of gigabytes, or 0"),
@@ -168,7 +168,7 @@ class EngineConfig:
         MACHINE,
         was=("draft_restarts",),
     )
-    trace: str | None = setting(None, WORD, "a file for the timeline of both processes (Chrome trace format)", MACHINE)
+    trace: str | None = setting(None, PATH, "a file for the timeline of both processes (Chrome trace format)", MACHINE)
 
     def __post_init__(self) -> None:
         if isinstance(self.draft, str):

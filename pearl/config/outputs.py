@@ -37,12 +37,12 @@ def folder(name: str | Path) -> Path:
 
 def file(name: str) -> Path:
     """The same for a file, and the folders above it."""
-    path = Path(name).expanduser()
     try:
+        path = Path(name).expanduser()
         if path.is_dir():
             raise UsageError(f"{path} is a folder: name a file.")
         writable = os.access(path, os.W_OK)
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a user who is not there
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"Nothing can be written to {brief(name)} ({reason}): name another place.") from None
     if not writable:  # as where it is still to be made

@@ -22,14 +22,14 @@ from pearl.core.params import NEUTRAL, SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.machine import launcher
-from pearl.options import FLAG, TEXT, Option, choice, number, whole
+from pearl.options import FLAG, PATH, Option, choice, number, whole
 from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.prompts import FORMATS
 
 EXAMPLES = ("--limit 10", "--pair qwen2.5-0.5b-7b --mode ar sd pearl tree", "--output results/mine --resume")
 TASK = (
     Option("format", None, choice(*FORMATS), "how to ask; default: the pair's, or chat if the model has it", "task"),
-    Option("data", None, TEXT, "the problems in their original format; default: fetched or shipped", "task"),
+    Option("data", None, PATH, "the problems in their original format; default: fetched or shipped", "task"),
     Option("share", 1.0, number(1e-9, 1.0, "above 0 and at most 1"), "only the first part of each category", "task"),
     Option("no_score", False, FLAG, "do not judge the answers", "task"),
     Option("repeats", 1, whole(1), "how often to do all of it, for narrower intervals", "task"),
@@ -133,10 +133,17 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
         raise UsageError("A synthetic draft knows the text of a seed: leave --sampling rejection out.")
     for mode in found.mode:
         config.check_mode(mode)
+    if found.stop_at_interval and (found.mode == ["ar"] or "ar" not in found.mode):
+        raise UsageError("--stop-at-interval is about speed-ups over ar: name ar and another --mode.")
+    if found.max_sequences and found.batch_size > found.max_sequences:
+        raise UsageError(
+            f"--batch-size {found.batch_size} is more than --max-sequences {found.max_sequences}: raise the latter, or "
+            "leave it out."
+        )
     if found.resume and not found.output:
         raise UsageError("--resume needs --output, the folder of the run that is to go on.")
     problems = choose(benchmark, benchmark.problems(found.data), found)
-    folder = Path(found.output or time.strftime(f"results/{benchmark.name}-%Y%m%d-%H%M%S")).expanduser()
+    folder = Path(found.output or time.strftime(f"results/{benchmark.name}-%Y%m%d-%H%M%S"))
     until = began + (math.inf if found.seconds is None else found.seconds)
     return EvalConfig(benchmark, found, words, config, pair, schedules, baselines, params, problems, folder, until)
 

@@ -73,6 +73,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     from pearl.parallel.world import World
 
     found, world = config.found, World.join(config.engine.tensor_parallel_size, config.engine.start_timeout_s)
+    if found.stop_at_interval and world.replicas > 1:
+        raise UsageError("--stop-at-interval needs all texts so far, which no replica has: start 2 processes.")
     schedule = cli.hardest(config.schedules.values())
     count_processes(schedule, found.processes, world)
     checked = preflight(place(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)

@@ -6,6 +6,7 @@ records. Only committed tokens count.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -201,7 +202,7 @@ def _beside_ar(runs: Runs, ar: Runs, figures: Figures) -> Figures:
         if mine
         else None,
         "first_divergence_gaps": None,  # who has the model says
-        "predicted_speedup": _predicted(next(iter(runs.values())).mode, figures, ar) if mine else None,
+        "predicted_speedup": _predicted([*runs.values()], figures, ar) if mine else None,
     }
 
 
@@ -220,14 +221,22 @@ def by_origin(passes: Sequence[Pass]) -> dict[str, dict[str, int]]:
 
 def occupancy(texts: Sequence[GenerationStats]) -> float | None:
     """The share of the places that texts were at, while more were waiting for one: from the first text of a batch to
-    the start of its last. None if no text had another beside it."""
+    the start of its last. None if no text had another beside it, or if several engines wrote at a time, whose places
+    the texts do not tell apart."""
     taken = available = 0.0
     for batch in _batches(texts):
+        if _most_at_a_time(batch) > max(text.places for text in batch):
+            return None
         last = max(text.began_s for text in batch)
         first = min(text.began_s for text in batch)
         taken += sum(min(text.ended_s, last) - text.began_s for text in batch)
         available += max(text.places for text in batch) * (last - first)
     return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
+
+
+def _most_at_a_time(texts: Sequence[GenerationStats]) -> int:
+    begun_and_ended = sorted([(text.began_s, 1) for text in texts] + [(text.ended_s, -1) for text in texts])
+    return max(itertools.accumulate(change for _, change in begun_and_ended))
 
 
 def _batches(texts: Sequence[GenerationStats]) -> list[list[GenerationStats]]:
@@ -273,16 +282,18 @@ def divergences(runs: Runs, ar: Runs) -> list[tuple[SampleKey, int]]:
     return found
 
 
-def _predicted(mode: str, figures: dict[str, Any], ar: Runs) -> float | None:
-    """What theory expects of the acceptance and the speed ratio that this run had (docs/explanations/theory.md)."""
+def _predicted(texts: Sequence[GenerationStats], figures: dict[str, Any], ar: Runs) -> float | None:
+    """What theory expects of the acceptance and the speed ratio that this run had, and in `sd` of its usual block
+    length (docs/explanations/theory.md). Of `pearl` it knows the form without blocks."""
+    mode, block = texts[0].mode, round(_percentile([p.block for p in _decoding(texts)]))
     a, draft_ms = figures["acceptance"], figures["draft_forward_ms"]
-    if a is None or not draft_ms or mode not in ("sd", "pearl"):
+    if a is None or not draft_ms or not block or mode not in ("sd", "pearl") or (mode == "pearl" and block > 1):
         return None
     pass_ms = _percentile([1e3 * p.forward_s for p in _decoding([*ar.values()])])
     if not pass_ms:
         return None
     c = pass_ms / draft_ms
-    return theory.speedup_sd(a, c, theory.best_gamma(a, c)) if mode == "sd" else theory.speedup_pearl(a, c)
+    return theory.speedup_sd(a, c, block) if mode == "sd" else theory.speedup_pearl(a, c)
 
 
 def _speedup(mine: Sequence[GenerationStats], theirs: Sequence[GenerationStats], first_pass: int = 0) -> float | None:

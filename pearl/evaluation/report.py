@@ -95,10 +95,10 @@ def load(places: Sequence[Path]) -> list[Run]:
     found: dict[Path, Run] = {}
     for place in places:
         whole = {file.parent: file for file in sorted(place.rglob(results.SUMMARY))}
-        single = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        some = [_run(_facts(file), file, folder) for folder, file in whole.items()] or [
-            *filter(None, map(kept, single))
-        ]
+        some = [_run(_facts(file), file, folder) for folder, file in whole.items()]
+        if not some:
+            single = [kept(place)] if place.is_file() else map(_kept_below, sorted(place.rglob("*.json")))
+            some = [run for run in single if run]
         if not some:
             raise UsageError(f"{place} holds no finished run: name folders with a {results.SUMMARY}.")
         found |= {run.folder: run for run in some}
@@ -115,6 +115,14 @@ def kept(file: Path) -> Run | None:
     facts = _facts(file)
     told = isinstance(facts, dict) and {"config", "environment", "modes"} <= set(facts)
     return _run(facts, file, file) if told else None
+
+
+def _kept_below(file: Path) -> Run | None:
+    """The same of a file that nobody has named: None where it is no JSON either."""
+    try:
+        return kept(file)
+    except UsageError:
+        return None
 
 
 def _facts(file: Path) -> Any:
@@ -197,7 +205,8 @@ def _differences(runs: Sequence[Run], said: Callable[[Run], Mapping[str, Any]], 
     for key in keys:
         values: dict[str, list[str]] = {}
         for run in runs:
-            values.setdefault(str(said(run).get(key, RULES.get(key))), []).append(run.name)
+            value = said(run).get(key, RULES.get(key))
+            values.setdefault(f"{value:g}" if isinstance(value, float) else str(value), []).append(run.name)
         if len(values) > 1:
             told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
             yield f"{key} differs: {told}."

@@ -16,7 +16,7 @@ from pearl.config.inputs import parse_yaml, read_text
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE
 from pearl.errors import UsageError
 from pearl.machine import launcher
-from pearl.options import FLAG, TEXT, Kind, choice, number, setting, whole
+from pearl.options import FLAG, PATH, TEXT, Kind, choice, number, setting, whole
 
 ADAMW, MUON = "adamw", "muon"
 _AMOUNT = number(0, sys.float_info.max, "a number from 0")
@@ -31,8 +31,8 @@ def _value(default: Any, kind: Kind, help: str, **facts: Any) -> Any:
 class Recipe:
     """What every training has."""
 
-    data: str = _value(MISSING, TEXT, "the folder of recorded texts")
-    output: str = _value(MISSING, TEXT, "the folder of the drafter")
+    data: str = _value(MISSING, PATH, "the folder of recorded texts")
+    output: str = _value(MISSING, PATH, "the folder of the drafter")
     target: str = _value(EMBEDDED, TEXT, "whose texts they are")
     start: str | None = _value(None, TEXT, "what an earlier run saved: begin with its weights, not the target's")
     epochs: float = _value(4.0, _AMOUNT, "how often every text is shown")

@@ -89,6 +89,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         ({"cache_gb": math.nan}, "cache_gb must be a number of gigabytes, or 0, not nan."),
         ({"dtype": "bf16"}, "dtype 'bf16' is unknown; choose from float32, bfloat16, float16; did you mean bfloat16?"),
         ({"mode": {"a": 1}}, "mode must be text, not {'a': 1}."),
+        ({"mode": [["ar", "tree"]]}, "mode must be text, not ['ar', 'tree']."),
+        ({"trace": False}, "trace must be a path, not False."),
+        ({"output": False}, "output must be a path, not False."),
         ({"max_tokens": 5}, "unknown key 'max_tokens'; did you mean max_new_tokens?"),
         ({"target_tp": 2}, "unknown key 'target_tp'; it is called tensor_parallel_size now."),
         ({"width": 3}, "unknown key 'width'; it is called max_verify_tokens now."),
@@ -100,6 +103,12 @@ def test_a_file_is_refused_with_what_the_option_takes(values, sentence, tmp_path
     with pytest.raises(UsageError) as caught:
         parsed(tmp_path, values)
     assert sentence in str(caught.value) and "run.yaml" in str(caught.value)
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path / "t.json")
+    assert parsed(tmp_path, {"trace": "~/t.json"}).trace == parsed(tmp_path, {}, "--trace=~/t.json").trace == home
 
 
 def test_on_and_off_may_stand_in_a_file_without_quotes(tmp_path):

@@ -238,3 +238,4 @@ def test_occupancy_of_a_worked_example():
     assert occupancy(batch) == pytest.approx((3 + 2 + 1) / 8)
     again = [replace(one, began_s=one.began_s + 100, ended_s=one.ended_s + 100) for one in batch]
     assert occupancy(batch + again) == pytest.approx(6 / 8)
+    assert occupancy(batch + batch) is None, "two engines wrote at a time"

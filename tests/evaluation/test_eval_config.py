@@ -53,6 +53,10 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
             "A synthetic draft knows the text of a seed",
         ),
         (["--mode", "hf-assisted", "--draft", "synthetic:0.8"], "hf-assisted needs a draft model"),
+        (["--mode", "sd,pearl", "--stop-at-interval", "0.1"], "name ar and another --mode"),
+        (["--mode", "ar", "--stop-at-interval", "0.1"], "name ar and another --mode"),
+        (["--batch-size", "8", "--max-sequences", "4"], "--batch-size 8 is more than --max-sequences 4"),
+        (["--output", "~nobody-here/x"], "(Could not determine home directory.): name another place"),
         (["--mode", "hf-asisted"], "There is no mode 'hf-asisted'; did you mean hf-assisted?"),
     ],
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from evaluations import text
 
+from pearl.core import theory
 from pearl.core.messages import DraftStats
 from pearl.core.records import GenerationStats, GuessOutcome, SampleKey
 from pearl.evaluation import metrics
@@ -74,3 +75,16 @@ def test_percentiles_count_a_value_as_often_as_its_weight():
     assert metrics._percentile([1.0, 2.0, 3.0, 4.0]) == 2.0
     assert metrics._percentile([1.0, 2.0, 3.0], 50, [1, 1, 3]) == 3.0
     assert metrics._percentile([3.0, 1.0], 95, [99, 1]) == 3.0 and metrics._percentile([]) == 0.0
+
+
+def test_theory_is_asked_for_the_block_length_that_a_run_had():
+    figures = {"acceptance": 0.5, "draft_forward_ms": 10.0}
+    ar = {SampleKey("a"): replace(text("ar", (1,)), passes=(replace(text("ar", (1,)).passes[0], forward_s=0.04),) * 3)}
+
+    def predicted(mode: str, block: int) -> float | None:
+        one = text(mode, (1,))
+        blocks = tuple(replace(p, block=block) for p in one.passes)
+        return metrics._predicted([replace(one, passes=blocks)], figures, ar)
+
+    assert [predicted("sd", gamma) for gamma in (1, 3)] == [theory.speedup_sd(0.5, 4.0, gamma) for gamma in (1, 3)]
+    assert predicted("pearl", 1) == theory.speedup_pearl(0.5, 4.0) and predicted("pearl", 3) is None

@@ -149,7 +149,7 @@ def test_runs_of_one_kind_are_comparable(tmp_path):
     [
         ({"environment": {"commit": "def"}}, "commit differs: abc in a; def in b."),
         ({"environment": {"processor": "another"}}, "processor differs: a CPU in a; another in b."),
-        ({"config": {"temperature": 1.0}}, "Of gsm8k: temperature differs: 0.0 in a; 1.0 in b."),
+        ({"config": {"temperature": 1.0}}, "Of gsm8k: temperature differs: 0 in a; 1 in b."),
         ({"config": {"prompts": "q"}}, "Of gsm8k: prompts differs: p in a; q in b."),
     ],
 )
@@ -160,7 +160,7 @@ def test_what_differs_between_runs_is_named(tmp_path, second, sentence):
 def test_a_run_of_before_penalties_had_none(tmp_path):
     assert doubts(tmp_path / "off", {"config": {"repetition_penalty": 1.0, "min_tokens": 0}}) == []
     (sentence,) = doubts(tmp_path / "on", {"config": {"repetition_penalty": 1.1}})
-    assert sentence == "Of gsm8k: repetition_penalty differs: 1.0 in a; 1.1 in b."
+    assert sentence == "Of gsm8k: repetition_penalty differs: 1 in a; 1.1 in b."
 
 
 def test_other_tasks_may_have_other_prompts(tmp_path):

@@ -37,10 +37,12 @@ HEAD = """\
 # Results that are kept
 
 Made of the summaries in this folder by `python scripts/keep_results.py`; `bash scripts/results.sh keep` runs what is
-kept and ends with it. Bars have 95 % intervals. [Figures](../reference/figures.md) says what each column is. Where
-there is a folder `raw`, it has the lines of one run, of which its figures can be
-[computed again](../reference/figures.md#computed-again-from-the-lines). `bench_batch.json` is of several texts side by
-side, by `scripts/bench_batch.py`. The [log](../log.md) has what else was measured, and what did not work.
+kept and ends with it; `--interval` says how narrow the intervals of a finished run are, whatever its command stopped
+at. Texts of transformers' own modes (`hf-*`) leave `ar`'s at near-ties. Bars have 95 % intervals.
+[Figures](../reference/figures.md) says what each column is. Where there is a folder `raw`, it has the lines of one run,
+of which its figures can be [computed again](../reference/figures.md#computed-again-from-the-lines). `bench_batch.json`
+is of several texts side by side, by `scripts/bench_batch.py`. The [log](../log.md) has what else was measured, and what
+did not work.
 """
 PLOTS = {  # each where its interval is known of some mode
     "speedup": "speedup_interval_95",
