@@ -255,7 +255,8 @@ def accept_or_resample(scores: Tensor, guess: Node, seed: int, dtype: torch.dtyp
     share = float(p[guess.token])
     if math.isnan(share):
         raise NonFiniteLogits(dtype or scores.dtype)
-    if noise.uniform(seed, guess.position, noise.ACCEPT) * q[guess.token] < share:
+    drawn_with = q.get(guess.token, 0.0)  # 0: of a source that has not drawn what it says
+    if drawn_with and noise.uniform(seed, guess.position, noise.ACCEPT) * drawn_with < share:
         return guess.token
     left = residual(p, q)
     if not left.any():  # p is q but for rounding

@@ -208,7 +208,7 @@ class TextStream:
             return ""
         self._held += self._search.add(token)
         certain, found = self._search.certain(), self._search.found()
-        certain = found[1] if found else certain
+        certain = min(certain, found[1]) if found else certain
         count = max(0, min(certain - self._count, len(self._held)))
         piece, self._held = self._held[:count], self._held[count:]
         self._count += count

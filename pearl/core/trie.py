@@ -29,6 +29,7 @@ ORIGINS = (
     RECYCLED,  # what the target itself would have said after such a token
     "synthetic",  # made up, for measurements
 )
+FORGET_EVERY = 256  # tokens of a text after which those who name nodes forget what lies behind
 OWN = ""  # in place of an origin: a token of the target's own, which nobody had guessed
 ORIGIN_NUMBER = {origin: number for number, origin in enumerate(ORIGINS)}
 
@@ -203,6 +204,9 @@ def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _kill(children: dict[int, Node]) -> None:
-    for node in children.values():
+    """A loop, as a chain may be deeper than Python's stack."""
+    left = [*children.values()]
+    while left:
+        node = left.pop()
         node.dead = True
-        _kill(node.children)
+        left += node.children.values()

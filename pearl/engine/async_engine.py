@@ -8,7 +8,7 @@ async with AsyncEngine.from_pretrained() as engine:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from itertools import chain
 from typing import Any, Unpack
@@ -45,7 +45,7 @@ class AsyncEngine:
         return await self._generate(messages, params, template, options)
 
     async def _generate(self, prompt: Any, params: Params, template: ChatTemplate | None, settings: Any) -> Any:
-        asked = self.engine.submit_all(prompt, params, template=template, **settings)
+        asked = await _asked(lambda: self.engine.submit_all(prompt, params, template=template, **settings))
         try:
             texts = gathered([[await _ended(handle) for handle in samples] for samples in asked])
         finally:  # also where the task is cancelled
@@ -77,7 +77,7 @@ class AsyncEngine:
         self, prompt: Prompt | GenerationRequest, params: SamplingParams | None, **settings: Any
     ) -> AsyncGenerator[tuple[GenerationHandle, list[int] | Generation], None]:
         sink = _LoopSink()
-        handle = self.engine.submit(prompt, params, sink=sink, **settings)
+        ((handle,),) = await _asked(lambda: [[self.engine.submit(prompt, params, sink=sink, **settings)]])
         try:
             while True:
                 said = await sink.said.get()
@@ -102,6 +102,22 @@ class AsyncEngine:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+async def _asked(ask: Callable[[], list[list[GenerationHandle]]]) -> list[list[GenerationHandle]]:
+    """Asks in another thread, as checks and tokens of a long prompt take a while. What nobody awaits is aborted."""
+    asking = asyncio.ensure_future(asyncio.to_thread(ask))
+    try:
+        return await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        asking.add_done_callback(_abort)
+        raise
+
+
+def _abort(asked: asyncio.Future[list[list[GenerationHandle]]]) -> None:
+    if not asked.cancelled() and not asked.exception():
+        for handle in chain.from_iterable(asked.result()):
+            handle.abort()
 
 
 async def _ended(handle: GenerationHandle) -> Generation:

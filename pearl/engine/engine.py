@@ -275,7 +275,7 @@ class Engine:
                 while more and (isinstance(requests, list | tuple) or sum(one.lives for one in live) < places):
                     request: Any = next(queue, _NO_MORE)
                     more = request is not _NO_MORE
-                    if not isinstance(request, GenerationRequest):
+                    if request is None or not more:
                         break
                     handle = self._requests.handle(request, run, self._wake, news)
                     live.add(handle)

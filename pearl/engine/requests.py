@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, TypedDict
 
 from pearl import options
+from pearl.config.inputs import brief
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import TextStream
@@ -88,13 +89,15 @@ class RequestBuilder:
         template: ChatTemplate | None = None,
     ) -> GenerationHandle:
         """Not yet in the engine's thread. One that can't be written is over."""
-        _refuse_samples([request.params])
+        if not isinstance(request, GenerationRequest):
+            raise UsageError(f"A text is asked for by a GenerationRequest, not by {brief(request)}.")
         own = request.params
         if own.leading_space is None:
             own = replace(own, leading_space=isinstance(request.prompt, str))
         new_stream = partial(TextStream, self.decoder, params=own)
         handle = GenerationHandle(request, run, wake, new_stream, sink)
         try:
+            _refuse_samples([own])
             params = own.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
             params.check_vocabulary(self._runtime.checked.vocabulary)
             handle.params = params.with_seed()

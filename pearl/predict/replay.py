@@ -71,6 +71,8 @@ def read_run(folder: Path, mode: str | None = None, latency_s: float = LATENCY_S
 
 def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Case:
     modes, summary = _read_passes(folder), _read_summary(folder)
+    if (summary["config"].get("batch_size") or 1) > 1:
+        raise UsageError(f"{folder} has texts side by side, whose passes are shared: record one with --batch-size 1.")
     mode = mode or max(modes, key=lambda name: sum(map(_judged_places, modes[name].values())))
     if mode not in modes:
         raise UsageError(f"{folder} holds no mode {mode!r}: choose from {', '.join(modes)}.")

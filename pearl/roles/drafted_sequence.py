@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import DraftPlan, DraftStats, Guess, Nodes, Start, Verdict
-from pearl.core.trie import Node, Trie
+from pearl.core.trie import FORGET_EVERY, Node, Trie
 from pearl.drafters.draft_source import Grown
 
 
@@ -22,6 +22,8 @@ class DraftedSequence:
     stats: DraftStats
     processing: LogitsProcessing | None
     ids: dict[Node, int] = field(default_factory=dict)  # the names that the target knows the nodes by
+    named: int = 0  # how many nodes have had one
+    forgotten: int = 0  # the position before which nodes have none any more
     drafted: int = 0  # guesses since the chain began
     exhausted_at: int = -1  # the root position for which the target knows that no more will come
 
@@ -34,7 +36,9 @@ class DraftedSequence:
         return sequence
 
     def name(self, node: Node) -> int:
-        return self.ids.setdefault(node, len(self.ids))
+        if node not in self.ids:
+            self.ids[node], self.named = self.named, self.named + 1
+        return self.ids[node]
 
     def count(self, **more: float) -> None:
         stats = self.stats
@@ -46,7 +50,12 @@ class DraftedSequence:
         misses, prepared = _foreseen(self.trie.root, verdict.tokens)
         hit = self.trie.commit(verdict.tokens)
         assert self.trie.root.position == verdict.position, "a verdict was lost"
-        self.plan = verdict.plan
+        self.plan, root = verdict.plan, self.trie.root
+        if root.position >= self.forgotten + FORGET_EVERY:
+            self.ids = {
+                node: name for node, name in self.ids.items() if node.position >= root.position and not node.dead
+            }
+            self.forgotten = root.position
         if not self.trie.root.children:
             self.drafted = 0
         self.count(verdicts=1, hits=int(hit), misses=misses, prepared=prepared)

@@ -82,7 +82,7 @@ class Drafter:
         hit = sequence.apply(verdict)
         if verdict.features is not None and self._source.layers:
             assert not isinstance(verdict.features, SentSeparately), "a channel puts in what came another way"
-            self._source.observe(verdict.features, sequence.batch_slot)
+            self._guarded.observe(sequence, verdict.features)
         now = self._clock()
         self._trace.instant("hit" if hit else "miss", now, sequence=verdict.sequence, position=verdict.position)
         self._trace.flow("verdict", flow_id(verdict.sequence, verdict.position), now, sent=False)

@@ -13,7 +13,8 @@ from pearl.roles.sequence import SequenceState
 from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
 
-STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after a sequence; it may be in a forward
+STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after the last sequence; it may be in a forward
+STATS_PATIENCE_S = 0.5  # for them while others are under way: nobody's finished text waits for a drafter that is busy
 
 
 class DrafterInbox:
@@ -88,9 +89,9 @@ class DrafterInbox:
         self.take()
 
     def over(self) -> list[SequenceState]:
-        """The sequences that have ended and of which nothing more will be known; they are forgotten here."""
-        known = not self.channel or self.channel.lost
-        over = [one for one in self._batch.ended.values() if one.draft_stats or known]
+        """The sequences that have ended and of which nothing more is known soon; they are forgotten here."""
+        known, long_ago = not self.channel or self.channel.lost, self._clock() - STATS_PATIENCE_S
+        over = [one for one in self._batch.ended.values() if one.draft_stats or known or one.ended < long_ago]
         for one in over:
             del self._batch.ended[one.sequence]
         return over

@@ -13,7 +13,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.trie import Node, Trie, shared_prefix
+from pearl.core.trie import FORGET_EVERY, Node, Trie, shared_prefix
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class SequenceState:
         self._nodes: dict[int, Node] = {}  # by the drafter's id
         self._arrived: set[Node] = set()  # those that the drafter knows
         self._exhausted_at = -1
+        self._forgotten = 0  # the position before which nodes are forgotten
 
     def fail(self, error: Exception) -> None:
         """It ends here."""
@@ -92,6 +93,8 @@ class SequenceState:
     def hang(self, message: Nodes) -> None:
         """Hangs the nodes that have arrived into the trie; those of a dead branch fall away."""
         at = message.position
+        if at >= self._forgotten + FORGET_EVERY:
+            self._forget(at)
         assert at <= self.trie.root.position, "the drafter's root can't be ahead of the text"
         self._nodes.setdefault(message.root, Node(self.trie.tokens[at], at))
         for guess in message.guesses:
@@ -102,3 +105,9 @@ class SequenceState:
                 self._arrived.add(node)
         if message.exhausted:
             self._exhausted_at = at
+
+    def _forget(self, at: int) -> None:
+        """Lets go of nodes that no guess can follow any more: dead ones, and those before the drafter's root, `at`."""
+        self._nodes = {id: node for id, node in self._nodes.items() if node.position >= at and not node.dead}
+        self._arrived = {node for node in self._arrived if node.position >= at and not node.dead}
+        self._forgotten = at

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pearl.core.messages import Costs, DraftStats, Message, Nodes
+from pearl.core.messages import Costs, DraftStats, Guess, Message, Nodes
 
 _IDS = 1 << 32  # of nodes, that one drafter may give
 _ROUNDING = 1e-3
@@ -32,7 +32,15 @@ def fault(message: Message, vocabulary: int, roots: tuple[int, int] | None) -> s
             return f"log-probability {guess.logp}"
         if not all(0 <= token < vocabulary and 0 <= q <= 1 + _ROUNDING for token, q in guess.proposal):
             return "a probability that is none"
+        if guess.proposal and not _drawn(guess):
+            return f"token {guess.token}, which can't come from what it was drawn from"
     return ""
+
+
+def _drawn(guess: Guess) -> bool:
+    """Whether it may come from its proposal, which is a distribution or a part of one."""
+    chances = dict(guess.proposal)
+    return chances.get(guess.token, 0.0) > 0 and sum(chances.values()) <= 1 + len(chances) * _ROUNDING
 
 
 def offset_ids(message: Message, connection: int) -> Message:

@@ -17,6 +17,7 @@ BINS = 10 + len(LOW)  # of a source's probability
 FIRST_ACCEPTANCE = 0.7  # until something is known
 _WEIGHT = 4.0  # of the source's own probability, in observed guesses
 _WEIGHT_OF_ALL = 12.0  # at one depth, of what was observed at all depths
+_LEAST = 1e-6  # nothing is impossible, whatever was seen
 _FORGET = 0.98  # of what was observed, from guess to guess
 _DEPTHS = (1, 2, 4, 8)  # the least depths of each class
 
@@ -35,7 +36,8 @@ class _Counts:
 
     def rate(self, b: int, depth: int) -> float:
         of_all, at = self.accepted[b] / self.judged[b], _class(depth)
-        return (self.accepted_at[at][b] + _WEIGHT_OF_ALL * of_all) / (self.judged_at[at][b] + _WEIGHT_OF_ALL)
+        rate = (self.accepted_at[at][b] + _WEIGHT_OF_ALL * of_all) / (self.judged_at[at][b] + _WEIGHT_OF_ALL)
+        return max(rate, _LEAST)
 
     def learn(self, b: int, depth: int, accepted: bool) -> None:
         at = _class(depth)

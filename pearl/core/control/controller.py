@@ -161,7 +161,7 @@ class Controller:
     def _choose(self, candidates: Sequence[Sequence[Likely]]) -> list[list[Likely]]:
         """Every path beside the chains has a price of its own, so the best choice may leave out some whose nodes are
         likelier than others on a chain."""
-        schedule, room = self._schedule, self._buckets.most - len(candidates)
+        schedule, room = self._schedule, max(0, self._buckets.most - len(candidates))
         each = min(schedule.max_verify_tokens or self._each.most, self._each.most) - 1
         if schedule.gamma is not None or schedule.max_verify_tokens is not None:
             most = each if schedule.gamma is None else min(each, schedule.gamma)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from pearl.core.messages import Features
 from pearl.core.timeline import Trace
 from pearl.drafters.draft_source import DraftSource
 from pearl.roles.batch_limit import BatchLimit
@@ -38,6 +39,13 @@ class GuardedSource:
                 self.source.expect(sequence.batch_slot, start.prompt, start.reference)
         except Exception:
             self._fail([sequence])
+
+    def observe(self, sequence: DraftedSequence, features: Features) -> None:
+        if not sequence.stats.failed:
+            try:
+                self.source.observe(features, sequence.batch_slot)
+            except Exception:
+                self._fail([sequence])
 
     def end(self, sequence: DraftedSequence) -> None:
         try:
