@@ -17,7 +17,7 @@ from pearl.core.control.draft_trial import FIRST_PAUSE, LONGEST_PAUSE, LONGEST_T
 from pearl.core.control.wait_policy import SHORT_WAIT_FRACTION
 from pearl.core.schedule import MAX_AHEAD, Schedule
 from pearl.core.theory import best_gamma
-from pearl.core.token_buckets import ANY, LEAVES, LIMIT, TokenBuckets
+from pearl.core.token_buckets import ANY, LEAVES, LIMIT, BatchedTokenBuckets, TokenBuckets
 from pearl.core.trie import Likely, Trie, path_numbers
 
 FREE = ("pearl", "pearl-no-pre", "tree")
@@ -207,6 +207,23 @@ def test_a_pass_is_never_wider_than_the_schedule_the_machine_and_the_guesses_all
     assert 0 <= taken <= min(allowed)
     if width or schedule.gamma is not None:
         assert taken == min(allowed), "what is fixed by hand is taken, whatever it costs"
+
+
+@pytest.mark.parametrize("schedule", [Schedule.of("pearl"), Schedule.of("pearl", 4), TREE], ids=str)
+@pytest.mark.parametrize("texts", [3, 4, 8, 300])
+def test_texts_without_number_read_their_roots_and_no_more_than_fits(schedule: Schedule, texts: int):
+    joint = BatchedTokenBuckets((2, 4), (1.0, 1.0))
+    chosen = Controller(schedule, ANY, joint).choose([chain(*[0.9] * 10)] * texts)
+    rows = texts + sum(map(len, chosen))
+    assert rows <= max(texts, joint.most) and (rows == 4 or texts != 3 or schedule.gamma), "the fourth row is free"
+
+
+def test_a_source_that_was_never_right_may_still_be():
+    """However long: the logarithm of nothing would end every text."""
+    rates = AcceptanceRates()
+    for _ in range(40_000):
+        rates.learn(0.0, False)
+    assert 0 < rates.of(0.0) < 1e-3 and math.isfinite(Controller(TREE, ANY).log_chance(chain(1.0)[0].node, 1))
 
 
 def test_a_first_pass_that_commits_nothing_leaves_the_rate_what_it_was_expected_to_be():

@@ -269,6 +269,13 @@ def test_a_guess_of_zero_probability_is_never_accepted():
         assert accept_or_resample(scores, Node(1, 3, proposal=((1, 0.5), (0, 0.5))), seed) != 1
 
 
+def test_a_guess_that_is_not_in_what_it_was_drawn_from_is_not_accepted():
+    scores = torch.tensor([0.0, 0.0, 0.0])
+    said = {accept_or_resample(scores, Node(1, 3, proposal=((0, 0.5), (2, 0.5))), seed) for seed in range(50)}
+    assert said == {1}, "what p has more than q is at that token alone"
+    assert {accept_or_resample(scores, Node(1, 3, proposal=((0, 0.1),)), seed) for seed in range(50)} == {0, 1, 2}
+
+
 def test_a_guess_made_for_certain_is_accepted_with_its_probability():
     scores = torch.tensor([0.2, 0.3, 0.5]).log()
     accepted = sum(accept_or_resample(scores, Node(2, 3), seed) == 2 for seed in range(3000))

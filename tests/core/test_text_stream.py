@@ -223,3 +223,20 @@ def test_a_run_of_bytes_is_certain_only_when_it_is_over():
     words = Fallback("\u8868\u60c5a", lambda _: 1)
     stream = TextStream(TextDecoder(words.decode, None, words.is_byte))
     assert [stream.add([token]) for token in range(7)] == [""] * 6 + ["\u8868\u60c5a"]
+
+
+def test_a_stop_string_that_does_not_count_yet_lets_nothing_out():
+    """A special token that may not end the text yet stands between both halves of a stop string that may."""
+    words = ["ba", "ab", "<s>"]
+
+    def decode(tokens) -> str:
+        return "".join(words[token] for token in tokens if token < 2)
+
+    def whole(tokens) -> str:
+        return "".join(words[token] for token in tokens)
+
+    params = SamplingParams(stop=("aa", "<s>"), min_tokens=2, max_new_tokens=9)
+    decoder = TextDecoder(decode, whole)
+    stopper, stream = Stopper(params, (), decoder), TextStream(decoder, params)
+    pieces = "".join(stream.add(stopper.take([token])) for token in (0, 2, 1))
+    assert stopper.text == "b" and stopper.text.startswith(pieces)

@@ -135,6 +135,16 @@ def test_the_subtree_below_a_hit_is_kept_and_its_siblings_die():
     assert (right.dead, after.dead, wrong.dead, lost.dead) == (False, False, True, True)
 
 
+def test_a_chain_deeper_than_pythons_stack_dies_at_once():
+    trie = Trie([1])
+    node, deep = trie.root, []
+    for token in range(5000):
+        node = trie.grow(node, token)
+        deep.append(node)
+    trie.commit([99])
+    assert all(one.dead for one in deep)
+
+
 def test_a_chain_follows_first_guesses_and_is_cut_where_asked():
     trie = Trie([0])
     one = trie.grow(trie.root, 1)

@@ -102,6 +102,16 @@ def test_jobs_come_when_they_come(serial, alone):
     assert sorted(done.values()) == wanted
 
 
+def test_a_request_that_is_none_fails_alone_and_what_is_no_request_is_named(serial, alone):
+    two = GenerationRequest(PROMPTS[0], replace(PARAMS[0], n=2))
+    texts = [said for _, said in serial.write([two, GenerationRequest(PROMPTS[1], PARAMS[1])]) if said is not None]
+    over = [one for one in texts if isinstance(one, Generation)]
+    assert sorted(one.finish_reason for one in over) == sorted(["error", alone[1].finish_reason])
+    assert alone[1].tokens in [one.tokens for one in over]
+    with pytest.raises(UsageError, match="by a GenerationRequest, not by"):
+        list(serial.write(["the"]))
+
+
 def test_waiting_for_a_request_takes_no_time_of_a_core(serial, alone):
     def late():
         yield GenerationRequest(PROMPTS[0], PARAMS[0])

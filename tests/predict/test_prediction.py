@@ -304,6 +304,10 @@ def of_ar_alone(folder: Path) -> None:
     record(folder, lambda passes, summary: [one.update(judged=[]) for one in passes] and None)
 
 
+def of_texts_side_by_side(folder: Path) -> None:
+    record(folder, lambda passes, summary: summary["config"].update(batch_size=4))
+
+
 def without_rows(folder: Path) -> None:
     record(folder, lambda passes, summary: summary["environment"].pop("rows"))
 
@@ -317,6 +321,7 @@ def without_rows(folder: Path) -> None:
         (lambda folder: (folder / "passes.jsonl").write_text("{"), "is not JSON"),
         (of_an_earlier_version, "record the run again"),
         (of_ar_alone, "no guess"),
+        (of_texts_side_by_side, "record one with --batch-size 1"),
         (without_rows, "does not say what rows cost"),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from batch_cases import Asked, Case, cases, check, requests, small
@@ -19,20 +20,25 @@ from toys import (
     ScriptedChannel,
     TableModel,
     Text,
+    WireEnd,
     examples,
     falsified,
+    letters,
     ticks,
 )
 
 import pearl.roles.drafter
 import pearl.roles.target
-from pearl.core.messages import Nodes, Verdict
+from pearl.core.messages import DraftPlan, DraftStats, End, Nodes, Start, Verdict
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import MODES, Schedule
+from pearl.core.stopping import Stopper
+from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.verifier import SequenceQuery
 from pearl.roles.drafter_inbox import DrafterInbox
+from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
 
 
@@ -245,3 +251,38 @@ MUTANTS = [give_a_verdict_to_the_wrong_text, hang_guesses_into_the_first_text, s
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     mutate(monkeypatch)
     assert falsified(check, cases(modes=DRAFTING), most=2000)
+
+
+def test_a_finished_text_does_not_wait_for_a_drafter_that_is_busy():
+    """As with another text's long prompt: its statistics would come after that."""
+    channel = ScriptedChannel(ModelSource(TableModel(seed=1)), [(9, 9, 9)] * 4 + [(0, 0, 0)] * 5000)
+    target = Target(TableModel(), channel, ticks(1e-2))
+    params = [SamplingParams(max_new_tokens=count) for count in (8, 200)]
+    asked = [SequenceRequest((0, 1), one, Stopper(one, (), letters)) for one in params]
+    written = {1: 0, 2: 0}
+    for sequence, tokens in target.write(asked, Schedule.of("pearl"), 2):
+        written[sequence.sequence] += len(tokens)
+        if not tokens:
+            break
+    assert sequence.sequence == 1 and written[1] == 8 and written[2] < 150
+
+
+def test_a_source_that_can_not_read_what_the_target_saw_costs_its_drafting_alone():
+    class Full(DraftSource):
+        layers = (1,)
+
+        def observe(self, features, batch_slot) -> None:
+            raise RuntimeError("no room")
+
+    end = WireEnd()
+    drafter = pearl.roles.drafter.Drafter(Full(), end)
+    seeded, features = SamplingParams(seed=0).with_defaults(), np.zeros((2, 4), np.int16)
+    end.inbox += [
+        Start(1, Schedule.of("pearl"), seeded, (1, 2), DraftPlan()),
+        Verdict(1, 2, DraftPlan(), (3,), features),
+    ]
+    drafter.step()
+    end.inbox.append(End(1))
+    drafter.step()
+    (stats,) = [message for message in end.sent if isinstance(message, DraftStats)]
+    assert stats.failed

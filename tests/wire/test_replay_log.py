@@ -39,6 +39,20 @@ def test_a_root_is_where_the_text_has_been(position: int, wrong: bool):
     assert not fault(Nodes(1, 0, position, False), 10, roots=None), "of a text that is over nobody knows"
 
 
+@pytest.mark.parametrize(
+    "proposal, wrong",
+    [
+        ((), False),
+        (((3, 1.0),), False),
+        (((3, 0.4), (5, 0.5)), False),
+        (((5, 0.9),), True),
+        (((3, 0.9), (5, 0.9)), True),
+    ],
+)
+def test_a_guess_comes_from_the_distribution_that_it_names(proposal, wrong: bool):
+    assert bool(fault(Nodes(1, 0, 1, False, (Guess(1, 0, 3, proposal),)), 10, roots=(1, 4))) is wrong
+
+
 def test_only_nodes_have_ids_to_offset():
     nodes = Nodes(1, 0, 1, False, (Guess(1, 0, 3),))
     assert offset_ids(nodes, 0) == nodes
