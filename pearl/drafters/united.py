@@ -7,7 +7,6 @@ whole raise. The order is the user's: what answers at once is best named first.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ import torch
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource, Grown, TreeQuery, grow_chain, named
+from pearl.machine.logs import FailureLog
 
 _log = logging.getLogger(__name__)
 Query = TypeVar("Query", ChainQuery, TreeQuery)
@@ -36,7 +36,7 @@ class UnitedSource(DraftSource):
         self.layers, self.device = (readers[0].layers, readers[0].device) if readers else ((), None)
         self.costs = next((one.costs for one in sources if one.costs), ())
         self._failed: dict[int, set[DraftSource]] = {}  # by batch slot
-        self._reasons: set[str] = set()
+        self._failures = FailureLog(_log)
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         self._failed[batch_slot] = set()
@@ -104,7 +104,4 @@ class UnitedSource(DraftSource):
                 self._failed[slot].add(one)
             if any(len(self._failed[slot]) == len(self.sources) for slot in slots):
                 raise
-            reason = traceback.format_exc()
-            if reason not in self._reasons:
-                self._reasons.add(reason)
-                _log.warning("one of several draft sources failed; the others go on.\n%s", reason)
+            self._failures.tell("one of several draft sources failed; the others go on.")

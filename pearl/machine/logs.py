@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -46,3 +47,18 @@ def set_level(name: str) -> None:
 
 def level() -> int:
     return logging.getLogger("pearl").getEffectiveLevel()
+
+
+class FailureLog:
+    """Warns of each failure once, with its traceback: what fails may do so in every text."""
+
+    def __init__(self, log: logging.Logger):
+        self._log = log
+        self._told: set[str] = set()
+
+    def tell(self, sentence: str) -> None:
+        """To be called where the failure is handled."""
+        reason = traceback.format_exc()
+        if reason not in self._told:
+            self._told.add(reason)
+            self._log.warning("%s\n%s", sentence, reason)

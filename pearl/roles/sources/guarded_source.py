@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from pearl.core.messages import Features
 from pearl.core.timeline import Trace
 from pearl.drafters.draft_source import DraftSource
+from pearl.machine.logs import FailureLog
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.drafted_sequence import DraftedSequence
 from pearl.wire.channel import Clock
@@ -28,7 +28,7 @@ class GuardedSource:
     def __init__(self, source: DraftSource, clock: Clock, trace: Trace):
         self.source, self._clock, self._trace = source, clock, trace
         self._limit = BatchLimit("draft")
-        self._reasons: set[str] = set()  # of failures
+        self._failures = FailureLog(_log)
         self.spans: deque[float] = deque(maxlen=2 * 64)  # of a sequence that is timed: see `Nodes`
 
     def begin(self, sequence: DraftedSequence, continues: bool) -> None:
@@ -94,9 +94,6 @@ class GuardedSource:
             self._trace.span("draft", began, ended, rows=max(1, more["rows"]), **at)
 
     def _fail(self, sequences: Sequence[DraftedSequence]) -> None:
-        reason = traceback.format_exc()
-        if reason not in self._reasons:  # once each: a source that fails may do so in every sequence
-            self._reasons.add(reason)
-            _log.warning("the draft source failed; the target goes on alone there.\n%s", reason)
+        self._failures.tell("the draft source failed; the target goes on alone there.")
         for sequence in sequences:
             sequence.stats = replace(sequence.stats, failed=True)

@@ -8,7 +8,6 @@ more (`pearl.roles.sources.asking`). One that raises is not asked again for that
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,6 +16,7 @@ from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
 from pearl.core.token_buckets import TokenBuckets
 from pearl.drafters.draft_source import DraftSource, Grown, RowsRead, TreeQuery, grow_chain
+from pearl.machine.logs import FailureLog
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.sequence import SequenceState
 from pearl.roles.sources.asking import Asking, UnlessAtRest, WhereForwardsPay
@@ -43,7 +43,7 @@ class TargetSources:
         self._failed: dict[SequenceState, set[DraftSource]] = {}
         # each has its own, as it counts what the logits have that it is shown: a drafter's may know fewer tokens
         self._processing: dict[tuple[SequenceState, DraftSource], LogitsProcessing | None] = {}
-        self._reasons: set[str] = set()
+        self._failures = FailureLog(_log)
 
     def __bool__(self) -> bool:
         return bool(self.asking)
@@ -144,10 +144,7 @@ class TargetSources:
         try:
             work()
         except Exception:
-            reason = traceback.format_exc()
-            if reason not in self._reasons:  # once each: a source that fails may do so in every text
-                self._reasons.add(reason)
-                _log.warning("a draft source beside the target failed; the text goes on without it.\n%s", reason)
+            self._failures.tell("a draft source beside the target failed; the text goes on without it.")
             for one in sequences:
                 self._failed[one].add(source)
 
