@@ -223,6 +223,64 @@ def test_every_script_runs_and_run_twice_does_nothing_twice(small):
     assert [(file, file.stat().st_mtime_ns) for file in sorted(results_at.glob("*/*/samples.jsonl"))] == before
 
 
+@pytest.mark.slow
+def test_the_sweeps_and_speed_bench_run_with_the_default_pair_and_end_on_one_page(tmp_path, door, forking):
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pearl"
+    (tmp_path / "pearl").mkdir()
+    for converted in cache.glob("smollm2*"):  # which takes 20 s
+        (tmp_path / "pearl" / converted.name).symlink_to(converted)
+    settings = {
+        "PAIR": "smollm2-135m",
+        "LIMIT": "1",
+        "TOKENS": "8",
+        "MODES": "ar tree",
+        "SIZES": "1 2",
+        "TEMPERATURES": "0 1",
+        "MAX_LENGTH": "512",
+        "READY": "1",
+        "LAUNCH": shlex.join(door.command(2)),
+        "RESULTS": str(tmp_path / "results"),
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PATH": forking,
+    }
+    for name in SWEEPS:
+        done = bash(f"scripts/{name}.sh", **settings)
+        assert done.returncode == 0, done.stderr
+        (picture,) = (tmp_path / "results" / "tables" / name).glob("*.png")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    folder, data = tmp_path / "results" / "speed_bench", written(tmp_path, "speed_bench")
+    words = ["eval/speed_bench.py", "--data", data, "--mode", "ar", "tree", "--max-new-tokens", "8"]
+    command = ["-c", f"{settings['LAUNCH']} {shlex.join(words)} --output {folder}"]
+    done = bash(*command, **settings)
+    assert done.returncode == 0, done.stderr
+    other = {
+        "name": "other",
+        "tokens": 80,
+        "seconds": 2.0,
+        "acceptance_length": 2.5,
+        "command": "serve",
+        "version": "1",
+    }
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    page = tmp_path / "report.html"
+    words = [
+        "eval/report.py",
+        str(tmp_path / "results"),
+        "--others",
+        str(tmp_path / "other.json"),
+        "--output",
+        str(page),
+    ]
+    assert bash("-c", shlex.join(["python", *words]), **settings).returncode == 0
+    summaries = [json.loads(file.read_text()) for file in (tmp_path / "results").rglob(results.SUMMARY)]
+    assert len(summaries) == 2 + 1 + 2 + 1, "concurrencies, input length, temperatures, SPEED-Bench"
+    assert all(mode["identical_to_ar"] == 1.0 for summary in summaries for mode in summary["modes"].values())
+    assert {"writing", "low_entropy"} <= set(
+        json.loads((folder / results.SUMMARY).read_text())["modes"]["tree"]["by_category"]
+    )
+    assert "speed_bench" in page.read_text() and "other" in page.read_text()
+
+
 def test_the_kept_results_are_whole_answers_greedy_and_sampled():
     *rows, _ = commands("scripts/results.sh", DATA="d", INTERVALS="0.1")
     names = [Path(values(row, "--output")[0]).name for row in rows]
