@@ -2,7 +2,8 @@
 
 AdamW (Loshchilov and Hutter 2019) fits everywhere. Muon (Jordan 2024) takes the momentum of a matrix to the nearest
 orthogonal one, so that rare directions move as far as common ones; its steps have AdamW's size (Liu et al. 2025,
-"Muon is scalable for LLM training", equation 4), so one learning rate serves both. What is no matrix stays with AdamW.
+"Muon is scalable for LLM training", equation 4), so one learning rate serves both. It is for hidden layers: vectors,
+and tables of tokens such as embeddings and heads, stay with AdamW.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ from torch import nn
 
 from pearl.training.recipes import ADAMW, Recipe
 
+TABLE = 8  # a matrix with more rows for each column, or the other way round, is a table
+
 
 def optimizer_of(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
     """The recipe's."""
     if recipe.optimizer == ADAMW:
         return _adamw(weights, recipe, device)
-    matrices = [weight for weight in weights if weight.ndim == 2]
-    others = [weight for weight in weights if weight.ndim != 2]
+    matrices = [weight for weight in weights if _of_a_hidden_layer(weight)]
+    others = [weight for weight in weights if not _of_a_hidden_layer(weight)]
     muon = torch.optim.Muon(
         matrices, recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return Together(muon, _adamw(others, recipe, device)) if others else muon
+
+
+def _of_a_hidden_layer(weight: nn.Parameter) -> bool:
+    return weight.ndim == 2 and max(weight.shape) <= TABLE * min(weight.shape)
 
 
 def _adamw(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:

@@ -33,6 +33,14 @@ def test_a_step_of_muon_moves_all_directions_of_a_matrix_alike():
     assert torch.allclose(vector.detach(), -0.01 * vector.grad.sign(), rtol=1e-3)  # AdamW's first step
 
 
+def test_a_table_of_tokens_stays_with_adamw():
+    table, matrix = nn.Parameter(torch.zeros(90, 10)), nn.Parameter(torch.zeros(80, 10))
+    optimizer = made("muon", [table, matrix])
+    assert isinstance(optimizer, Together)
+    muon, adamw = optimizer._parts
+    assert muon.param_groups[0]["params"] == [matrix] and adamw.param_groups[0]["params"] == [table]
+
+
 def test_a_schedule_reaches_both_parts_and_after_a_resume_too():
     matrix, vector = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
     optimizer = made("muon", [matrix, vector])
