@@ -255,7 +255,7 @@ def _times(modes: dict[str, Texts], mode: str, summary: dict[str, Any], latency_
         pass_s.append((sum(found) + PRIOR * scale * cost) / (len(found) + PRIOR) + overhead_s)
     costs = tuple(environment.get("draft_costs") or ())
     draft_s: tuple[float, ...] = ()
-    if _forwards(figures.get(mode) or {}):
+    if (figures.get(mode) or {}).get("draft_forwards"):
         draft_s = _draft_s(modes, figures, shares, costs or (1.0,) * LEAVES, pass_s[rows.pad(1) - 1], crowding)
     prompts = _prompt_crowding(modes, shares)
     return Times(rows, tuple(pass_s), draft_s, costs, latency_s, crowding, prompts, scale * rows.path_s)
@@ -313,25 +313,11 @@ def _draft_s(
     busy_s = expected_s = 0.0
     for mode, texts in modes.items():
         facts = figures.get(mode) or {}
-        if forwards := _forwards(facts):
-            rows = max(1.0, (facts.get("draft_rows") or 0) / forwards)
+        if forwards := facts.get("draft_forwards"):
+            rows = max(1.0, facts["draft_rows"] / forwards)
             later = (forwards - len(texts)) * float(np.interp(rows, range(1, len(costs) + 1), costs))
             prompts = sum(passes[0]["forward_s"] for passes in texts.values()) / pass_s * costs[0]
             slower = 1 + shares[mode].both / shares[mode].drafter * (crowding - 1)
             expected_s += (later + prompts) * slower
-            busy_s += _busy_s(facts)
+            busy_s += facts["draft_busy_s"]
     return tuple(busy_s / expected_s * cost for cost in costs)
-
-
-def _forwards(figures: Mapping[str, Any]) -> int:
-    """Of the drafter, in a mode; also of a run that did not count them."""
-    counted, forward_ms = figures.get("draft_forwards"), figures.get("draft_forward_ms")
-    if counted is None and forward_ms:
-        return round(1e3 * _busy_s(figures) / forward_ms)
-    return counted or 0
-
-
-def _busy_s(figures: Mapping[str, Any]) -> float:
-    """Seconds that the drafter worked; an earlier run tells the share of its seconds only."""
-    told = figures.get("draft_busy_s")
-    return figures["drafter_busy"] * figures["seconds"] if told is None else told

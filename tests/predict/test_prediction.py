@@ -185,7 +185,8 @@ def record(folder: Path, change: Callable[[list[dict[str, Any]], dict[str, Any]]
     passes.append(a_pass("sd:4", 9, 1, 0, 2.0, 0.0) | {"judged": [{"rank": 0, "q": [1.0]}]})
     passes.append(a_pass("sd:4", 10, 4, 3, 1.0, 0.0))
     passes += [a_pass("sd:4", at, 5, 4, 1.0, 1.0) for at in (14, 19, 24)]
-    drafted = {"draft_forwards": 16, "drafter_busy": 4.25 / 9, "target_busy": 6 / 9, "target_waiting": 3 / 9}
+    drafted = {"draft_forwards": 16, "draft_rows": 16, "draft_busy_s": 4.25}
+    drafted |= {"drafter_busy": 4.25 / 9, "target_busy": 6 / 9, "target_waiting": 3 / 9}
     summary = {
         "config": {"gamma": "auto"},
         "environment": {"rows": {"safe": list(range(1, 17)), "cost_s": [1.0] * 16, "exact": True}, "draft_costs": []},
