@@ -267,7 +267,7 @@ def other() -> None:
     """The second process of a check."""
     import torch.distributed as dist
 
-    from pearl.parallel.child import end_with_parent
+    from pearl.machine.parent import end_with_parent
     from pearl.wire.process_channel import ProcessChannel
 
     end_with_parent(os.getppid(), "the doctor", "doctor's second process")

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -21,9 +20,9 @@ import psutil
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import CheckpointError, UsageError
 from pearl.machine import logs
+from pearl.machine.parent import end_with_parent
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -95,32 +94,3 @@ def is_stopped(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     return False
-
-
-def end_with_parent(parent: int, whose: str, role: str) -> None:
-    """Of a process that we started, a program of ours: it ends, with one line and exit code 1, when its parent has
-    ended. At once, as it may be in a forward, or waiting for a device, and has nothing to save."""
-
-    def end_now() -> None:
-        _log.warning("%s (process %d) has ended, so the %s ends too.", whose, parent, role)
-        os._exit(1)
-
-    when_orphaned(parent, end_now)
-
-
-def when_orphaned(parent: int, then: Callable[[], None]) -> Callable[[], None]:
-    """Calls `then`, in a thread of its own, once `parent` is not this process's parent any more. Returns what ends the
-    watch.
-
-    By looking now and then. The kernel's own signal (PR_SET_PDEATHSIG) comes when the *thread* that started a child
-    ends, and a lost drafter is started anew by a thread that ends."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            if over.wait(_LOOK_S):
-                return
-        then()
-
-    threading.Thread(target=watch, name="pearl-parent", daemon=True).start()
-    return over.set

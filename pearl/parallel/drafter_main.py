@@ -30,7 +30,8 @@ from pearl.drafters.text_memory import TextMemory
 from pearl.drafters.united import UnitedSource
 from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
-from pearl.parallel.child import TargetGone, guarded, received, when_orphaned
+from pearl.machine.parent import when_orphaned
+from pearl.parallel.child import TargetGone, guarded, received
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
 from pearl.parallel.world import LOCAL
 from pearl.roles.drafter import Drafter

@@ -5,17 +5,22 @@
 
 The answers are the target's own, since its own tokens are what a drafter has to guess; answers that somebody else wrote
 are read several times as fast as they are written, and teach what the target would have said there. A shard holds the
-answers to a fixed range of prompts and is written whole; a run that was interrupted goes on with the shards that are
-missing.
+answers to a fixed range of prompts and is written whole. Ctrl-C ends a run with the shards at hand, and the next one
+goes on with those that are missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
 import random
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ from pearl.checkpoints.targets import eos_ids, load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
+from pearl.machine.parent import end_with_parent
 from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
@@ -74,19 +80,16 @@ def run(options: Any) -> None:
     manifest.shards = [shard for shard in manifest.shards if shard.number in done]
     missing = [number for number in range(manifest.count) if number not in done]
     manifest.write(job.folder)
-    spawn = multiprocessing.get_context("spawn")
-    places = spawn.SimpleQueue()
-    for worker in range(workers):
-        places.put(devices[worker % len(devices)])
-    with (
-        Progress("shards", manifest.count, done=len(done)) as progress,
-        spawn.Pool(workers, _begin, (job, places)) as pool,
-    ):
-        for shard in pool.imap_unordered(_make, missing):
-            manifest.shards = sorted([*manifest.shards, shard], key=lambda one: one.number)
+    with Progress("shards", manifest.count, done=len(done)) as progress:
+
+        def take(shard: shards.Shard) -> None:
+            manifest.shards = sorted({*manifest.shards, shard}, key=lambda one: one.number)
             manifest.write(job.folder)
             progress.advance()
             print(f"{shard.name}: {shard.texts} texts, {shard.tokens} tokens, {shard.responses} of answers", flush=True)
+
+        with _workers(job, [devices[worker % len(devices)] for worker in range(workers)]) as pool:
+            _make_all(missing, pool, workers, take)
     total = sum(shard.responses for shard in manifest.shards)
     texts = sum(shard.texts for shard in manifest.shards)
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
@@ -122,6 +125,62 @@ def _plan(options: Any, config: EngineConfig, questions: tuple[Asked, ...], thre
 
 def _said(question: Asked) -> Conversation | None:
     return question.said if isinstance(question, Dialogue) else question
+
+
+@contextlib.contextmanager
+def _workers(job: ExtractionJob, devices: list[str]) -> Iterator[Executor]:
+    """A process for each device that is named, which `_make`s shards there. An error ends them at once.
+
+    Raises `UsageError` if one of them was killed."""
+    spawn = multiprocessing.get_context("spawn")
+    places = spawn.SimpleQueue()
+    for device in devices:
+        places.put(device)
+    pool = ProcessPoolExecutor(len(devices), spawn, _begin, (job, places, os.getpid()))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UsageError(
+            "A worker was killed: too little memory is the usual reason. Take fewer --workers or a smaller --batch; "
+            "the same command goes on with what is missing."
+        ) from None
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_all(numbers: list[int], pool: Executor, workers: int, take: Callable[[shards.Shard], None]) -> None:
+    """Hands shards over as they are made; a shard may come twice. No more are begun than there are workers, so that an
+    interruption ends with those at hand, and a second one at once."""
+    left, begun = numbers[::-1], list[Future[shards.Shard]]()
+    try:
+        while left or begun:
+            while left and len(begun) < workers:
+                with _uninterrupted():
+                    begun.append(pool.submit(_make, left.pop()))
+            wait(begun, return_when=FIRST_COMPLETED)
+            for future in [one for one in begun if one.done()]:
+                take(future.result())
+                begun.remove(future)
+    except KeyboardInterrupt:
+        if begun:
+            print("The shards at hand are made to the end; Ctrl-C again ends at once.", file=sys.stderr, flush=True)
+        for future in as_completed(begun):
+            take(future.result())
+        raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block. A process that is started in it never hears of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -198,9 +257,10 @@ _place: tuple[ExtractionJob, str] | None = None  # of this process
 _worker: _Worker | None = None
 
 
-def _begin(job: ExtractionJob, devices: Any) -> None:
+def _begin(job: ExtractionJob, devices: Any, parent: int) -> None:
     """In a new worker process; `devices` is a queue that has one for each."""
     global _place
+    end_with_parent(parent, "pearl extract", "worker")
     _place = (job, devices.get())
 
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 from pearl.config.engine_config import DRAFT, EMBEDDED
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine
-from pearl.parallel.child import WorkerSpec, end_with_parent
+from pearl.machine.parent import end_with_parent
+from pearl.parallel.child import WorkerSpec
 
 KINDS = ("kill", "stop", "pause", "exit", "exception", "memory", "garbage", "nonsense", "broken", "late")
 MODES = ("pearl", "sd", "pearl-no-pre", "pearl-no-post", "tree")

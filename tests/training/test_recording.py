@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import queue
-import types
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -261,30 +267,19 @@ def test_an_answer_ends_as_a_chat_would_end_it():
 # The whole of it, in one process
 
 
-class Here:
-    """A pool that works in this process, and crashes before its `crash`-th shard."""
+class Here(Executor):
+    """Makes shards in this process, and is interrupted before its `crash`-th one."""
 
     def __init__(self, crash: int):
         self._left = crash
 
-    SimpleQueue = queue.SimpleQueue
-
-    def Pool(self, workers: int, begin, args):
-        begin(*args)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def imap_unordered(self, make, numbers):
-        for number in reversed(list(numbers)):
-            self._left -= 1
-            if self._left < 0:
-                raise KeyboardInterrupt
-            yield make(number)
+    def submit(self, make: Callable, *given: Any) -> Future:  # type: ignore[override]
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+        made: Future = Future()
+        made.set_result(make(*given))
+        return made
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +298,12 @@ def extracting(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
     def run(output: str, *options: object, target: str = toy, crash: int = 99) -> int:
-        monkeypatch.setattr(extract, "multiprocessing", types.SimpleNamespace(get_context=lambda _: Here(crash)))
+        @contextlib.contextmanager
+        def workers(job: extract.ExtractionJob, devices: list[str]) -> Iterator[Executor]:
+            monkeypatch.setattr(extract, "_place", (job, devices[0]))
+            yield Here(crash)
+
+        monkeypatch.setattr(extract, "_workers", workers)
         monkeypatch.setattr(extract, "_worker", None)
         monkeypatch.setattr(extract, "INSTRUCTION", 16)
         given = ["--target", target, "--prompts", questions, "--self-written", 3, "--max-new-tokens", 6]
@@ -322,12 +322,12 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(extracting, tmp_pat
     assert extracting("whole") == 0
     assert extracting("parts", crash=1) == 130
     begun = Manifest.read(tmp_path / "parts")
-    assert begun is not None and [shard.number for shard in begun.shards] == [2] and begun.count == 3
+    assert begun is not None and [shard.number for shard in begun.shards] == [0] and begun.count == 3
     made = content(tmp_path / "parts")
-    time = (tmp_path / "parts" / shards.shard_name(2)).stat().st_mtime_ns
-    assert made[shards.shard_name(2)] == content(tmp_path / "whole")[shards.shard_name(2)]
+    written = (tmp_path / "parts" / shards.shard_name(0)).stat().st_mtime_ns
+    assert made[shards.shard_name(0)] == content(tmp_path / "whole")[shards.shard_name(0)]
     assert extracting("parts") == 0
-    assert (tmp_path / "parts" / shards.shard_name(2)).stat().st_mtime_ns == time, "it was not made twice"
+    assert (tmp_path / "parts" / shards.shard_name(0)).stat().st_mtime_ns == written, "it was not made twice"
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
     # What it has recorded is the target's own text, with the chat template of inference.
@@ -343,6 +343,86 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing(extracting, tmp_pat
     (tmp_path / "parts" / shards.shard_name(0)).unlink()
     assert extracting("parts") == 0
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+class Slow(Executor):
+    """Takes what it is given and is at it for ever, or until `finish`."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, Future]] = []
+
+    def submit(self, make: Callable, number: int) -> Future:  # type: ignore[override]
+        self.begun.append((number, Future()))
+        return self.begun[-1][1]
+
+    def finish(self, number: int) -> None:
+        self.begun[number][1].set_result(number)
+
+
+def test_an_interruption_ends_with_the_shards_at_hand(monkeypatch):
+    pool, taken = Slow(), []
+
+    def interrupted(*_: object, **__: object) -> None:
+        pool.finish(1)
+        pool.finish(0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extract, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract._make_all([0, 1, 2, 3], pool, 2, taken.append)  # type: ignore[arg-type]
+    assert sorted(taken) == [0, 1] and len(pool.begun) == 2, "no more are begun than are at work"
+
+
+@pytest.fixture
+def recording(toy, tmp_path):
+    """The command with two workers, in processes and a session of their own."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps({"prompt": f"question {i}"}) for i in range(40)))
+    words = ["--target", toy, "--prompts", questions, "--workers", 2, "--shard", 2, "--max-new-tokens", 60]
+    command = [sys.executable, "-m", "pearl", "extract", *map(str, words), "--output", str(tmp_path / "data")]
+    made = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    yield made
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(made.pid, signal.SIGKILL)
+    made.communicate()
+
+
+def workers_of(command: subprocess.Popen) -> list[psutil.Process]:
+    """Both of them, once they are there."""
+    for _ in range(600):
+        children = psutil.Process(command.pid).children()
+        found = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+        if len(found) == 2:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("there are no workers")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_a_recording_with_a_sentence(recording):
+    workers_of(recording)[0].kill()
+    _, said = recording.communicate(timeout=120)
+    assert recording.returncode == 2 and "error: A worker was killed: too little memory is the usual reason" in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_heard_by_the_command_alone_which_ends_with_the_shards_at_hand(recording, tmp_path):
+    workers = workers_of(recording)
+    os.killpg(recording.pid, signal.SIGINT)
+    printed, said = recording.communicate(timeout=120)
+    assert recording.returncode == 130 and "Traceback" not in said and "The shards at hand" in said
+    manifest = Manifest.read(tmp_path / "data")
+    assert manifest and [shard.number for shard in manifest.shards] == [0, 1] and "shard-00001" in printed
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command(recording):
+    workers = workers_of(recording)
+    time.sleep(1)
+    recording.terminate()
+    assert recording.wait(20) == -signal.SIGTERM
+    assert not psutil.wait_procs(workers, 60)[1]
 
 
 def test_a_second_turn_follows_the_targets_own_answer(extracting, tmp_path, toy):
