@@ -13,7 +13,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,7 @@ def train(
 ) -> Figures:
     """Trains to the end of the recipe, from a checkpoint if its folder has one. Returns the validation's figures.
 
-    Raises `UsageError` if the folder's checkpoint is of another recipe.
+    Raises `UsageError` if the folder's checkpoint is of another recipe, or of fewer texts.
     """
     folder = Path(recipe.output)
     main = accelerator.is_main_process
@@ -59,7 +59,7 @@ def train(
     parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
     optimizer = optimizer_of(parameters, recipe, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
-    step = _resume(folder, learner.module, optimizer, schedule, recipe)
+    step = _resume(folder, learner.module, optimizer, schedule, recipe, len(texts))
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
@@ -84,7 +84,7 @@ def train(
                 print(_words(line, total), flush=True)
                 sums.clear()
             if main and (step % recipe.checkpoint_every == 0 or last):
-                _checkpoint(folder, learner.module, optimizer, schedule, recipe, step)
+                _checkpoint(folder, learner.module, optimizer, schedule, recipe, len(texts), step)
                 learner.save(folder)
     accelerator.wait_for_everyone()
     found = means(tested(learner, held_out)) if main else {}
@@ -139,35 +139,40 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
 
 
-def _checkpoint(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, step: int) -> None:
+def _checkpoint(
+    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: int, step: int
+) -> None:
     state = {
         "module": _trained(module),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "recipe": asdict(recipe),
+        "texts": texts,
         "step": step,
     }
     with atomic_write(folder / CHECKPOINT) as partial:
         torch.save(state, partial)
 
 
-def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe) -> int:
-    """The step that the folder's checkpoint has come to, its state taken over; 0 if there is none."""
+def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: int) -> int:
+    """The step that the folder's checkpoint has come to, its state taken over; 0 if there is none.
+
+    Of other texts it would be another training: their order and what can be drafted follow from all of them."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before, now = state["recipe"], asdict(recipe)
+        now = asdict(recipe)
+        before = {one.name: state["recipe"].get(one.name, one.default) for one in fields(recipe)}  # some may be new
+        texts_before = state.get("texts", texts)
     except Exception as error:  # torch raises many kinds for a broken file
         raise UsageError(f"{path} can't be read ({type(error).__name__}): delete it to begin again.") from None
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items() if before.get(name) != value
-    ]
-    if changed:
-        raise UsageError(
-            f"{folder} holds a run of another recipe ({'; '.join(changed)}): name another output, or delete {path}."
-        )
+    instead = f"name another output, or delete {path}"
+    if changed := [f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]]:
+        raise UsageError(f"{folder} holds a run of another recipe ({'; '.join(changed)}): {instead}.")
+    if texts_before != texts:
+        raise UsageError(f"{folder} holds a run over {texts_before} texts, and now there are {texts}: {instead}.")
     module.load_state_dict(state["module"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

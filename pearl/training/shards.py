@@ -16,6 +16,7 @@ lost or a crash cut off is found before anything trains on it.
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,10 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pearl.errors import UsageError
+from pearl.machine import launcher
 from pearl.machine.files import atomic_write
 from pearl.training.answers import RecordedAnswer
 from pearl.training.objective import NOTHING
 
+_log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -169,6 +172,10 @@ class Recorded:
         manifest = Manifest.read(folder)
         if manifest is None or not manifest.shards:
             raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
+        if len(manifest.shards) < manifest.count and launcher.speaks():
+            _log.warning(
+                "%s has %d of %d shards so far: pearl extract goes on.", folder, len(manifest.shards), manifest.count
+            )
         self.manifest, self._features = manifest, features
         self._files: list[tuple[Any, list[int], list[int]]] = []  # open, offsets, prompts
         self._places: list[tuple[int, int]] = []  # (file, text in it)

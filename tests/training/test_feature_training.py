@@ -414,6 +414,26 @@ def test_a_folder_takes_no_run_of_another_recipe(folder, tmp_path):
     assert (tmp_path / "out" / envelope.WEIGHTS).read_bytes() == before
 
 
+def test_a_run_does_not_go_on_over_more_texts(tmp_path):
+    """Which tokens can be drafted, and the order of the texts, would be others."""
+    data = save_recorded(tmp_path / "data", small_target())
+    run(recipe(data, tmp_path / "out", epochs=1.0))
+    save_recorded(data, small_target(), shards_=4)
+    with pytest.raises(UsageError, match=r"holds a run over 8 texts, and now there are 12: name another output"):
+        run(recipe(data, tmp_path / "out", epochs=1.0))
+
+
+def test_a_run_of_before_an_option_was_there_goes_on(folder, tmp_path):
+    run(recipe(folder, tmp_path / "out", epochs=1.0))
+    path = tmp_path / "out" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    del state["recipe"]["optimizer"], state["texts"]
+    torch.save(state, path)
+    run(recipe(folder, tmp_path / "out", epochs=1.0))
+    with pytest.raises(UsageError, match=r"another recipe .optimizer was 'adamw' and is 'muon'.: name another output"):
+        run(recipe(folder, tmp_path / "out", epochs=1.0, optimizer="muon"))
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None], ids=["empty", "broken", "truncated"])
 def test_a_broken_checkpoint_is_refused(folder, tmp_path, content: bytes | None):
     run(recipe(folder, tmp_path / "out", epochs=0.5))
@@ -455,7 +475,7 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
         ("{data: d, output: o, epochs: .inf}", "epochs must be a number from 0"),
         ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
         ("{data: d, output: o, bf16: 1}", "bf16"),
-        ("{data: [d], output: o}", "data must be text"),
+        ("{data: [d], output: o}", "data must be a path"),
         ("{data: d, output: o, algorithm: eagle3, markov_rank: 8}", "markov_rank is for peagle"),
         ("{data: d, output: o, features: []}", "features must name at least one layer"),
         ("{data: d, output: o, depths: 1}", "depths must be 2 or more: peagle learns several tokens"),

@@ -152,6 +152,17 @@ def test_the_last_shards_are_held_out(folder):
         data.split(3)
 
 
+def test_a_recording_that_is_not_finished_is_read_with_a_warning(folder, caplog):
+    Recorded(folder)
+    assert not caplog.messages
+    manifest = Manifest.read(folder)
+    assert manifest
+    manifest.count = 9
+    manifest.write(folder)
+    Recorded(folder)
+    assert caplog.messages == [f"{folder} has 3 of 9 shards so far: pearl extract goes on."]
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -374,11 +385,12 @@ def test_an_interruption_ends_with_the_shards_at_hand(monkeypatch):
 
 
 @pytest.fixture
-def recording(toy, tmp_path):
-    """The command with two workers, in processes and a session of their own."""
+def recording(request, toy, tmp_path):
+    """The command with two workers, in processes and a session of their own; texts of a shard: 2, or the parameter."""
+    shard = getattr(request, "param", 2)
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("\n".join(json.dumps({"prompt": f"question {i}"}) for i in range(40)))
-    words = ["--target", toy, "--prompts", questions, "--workers", 2, "--shard", 2, "--max-new-tokens", 60]
+    questions.write_text("\n".join(json.dumps({"prompt": f"question {i}"}) for i in range(10 * shard)))
+    words = ["--target", toy, "--prompts", questions, "--workers", 2, "--shard", shard, "--max-new-tokens", 60]
     command = [sys.executable, "-m", "pearl", "extract", *map(str, words), "--output", str(tmp_path / "data")]
     made = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     yield made
@@ -417,12 +429,15 @@ def test_ctrl_c_is_heard_by_the_command_alone_which_ends_with_the_shards_at_hand
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_command(recording):
+@pytest.mark.parametrize("recording", [4000], indirect=True)
+def test_workers_end_with_the_command_however_long_a_shard_takes(recording):
     workers = workers_of(recording)
-    time.sleep(1)
+    while not all(any("libtorch_cpu" in one.path for one in worker.memory_maps()) for worker in workers):
+        time.sleep(0.1)
+    time.sleep(8)  # so that they have begun; one that has not ends anyway
     recording.terminate()
     assert recording.wait(20) == -signal.SIGTERM
-    assert not psutil.wait_procs(workers, 60)[1]
+    assert not psutil.wait_procs(workers, 15)[1]
 
 
 def test_a_second_turn_follows_the_targets_own_answer(extracting, tmp_path, toy):
