@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_plain
 from pearl.config.engine_config import EngineConfig
@@ -30,7 +28,7 @@ from pearl.training.students.student import Student, go_on_from, student_of
 def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     """Distils by a recipe and says what came of it. `whole`: a folder for the model with its embeddings. Raises
     `UsageError`."""
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    accelerator = loop.accelerator_of(recipe)
     data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
     target = load_plain(checked, str(accelerator.device))

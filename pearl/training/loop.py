@@ -46,6 +46,11 @@ class Learner(Protocol):
     def save(self, folder: Path) -> None: ...
 
 
+def accelerator_of(recipe: Recipe) -> Accelerator:
+    """Of the processes that were started. Without a GPU accelerate finds them only if it is told to be on the CPU."""
+    return Accelerator(mixed_precision="bf16" if recipe.bf16 else "no", cpu=not torch.cuda.is_available())
+
+
 def train(
     learner: Learner, recipe: Recipe, texts: Sequence[int], held_out: Sequence[int], accelerator: Accelerator
 ) -> Figures:

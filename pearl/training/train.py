@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pearl.checkpoints.drafts import envelope
@@ -208,7 +207,7 @@ def run(recipe: FeatureRecipe) -> None:
 
     Raises `UsageError`.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.bf16 else "no")
+    accelerator = loop.accelerator_of(recipe)
     data = Recorded(Path(recipe.data))
     layers = data.manifest.layers if recipe.features is None else recipe.features
     if list(layers) != data.manifest.layers:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from accelerate import Accelerator
@@ -269,6 +270,38 @@ def test_the_command_refuses_texts_of_another_target(distilled, tmp_path, capsys
     assert command.main(["--config", str(distilled / "r.yaml"), "--data", str(tmp_path / "data")]) != 0
     assert "whose weights are not those of" in capsys.readouterr().err
     assert command.main([]) != 0 and "Give --config" in capsys.readouterr().err
+
+
+SCRIPT = """
+import sys
+import torch
+from pearl.commands.training import distill
+from pearl.training import loop
+
+torch.set_num_threads(1)
+loop.plot = lambda folder: None
+sys.exit(distill.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_gpu_share_every_step(distilled, toy, tmp_path):
+    """They make the weights of one, up to rounding, and write one log."""
+    words = ["--config", str(distilled / "r.yaml"), "--batch", "4"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert command.main([*words, "--output", str(alone)]) == 0
+    program = programs.start(
+        tmp_path, SCRIPT, *words, "--output", str(both), launcher=programs.torchrun(), CUDA_VISIBLE_DEVICES=""
+    )
+    printed, said = program.communicate(timeout=200)
+    assert program.returncode == 0 and printed.count("validation: ") == 1, said
+    logs = [[json.loads(line) for line in (one / loop.LOG).read_text().splitlines()] for one in (alone, both)]
+    assert [line["step"] for line in logs[1]] == [line["step"] for line in logs[0]] == [2, 2]
+    one, two = (torch.load(folder / loop.CHECKPOINT, weights_only=True)["module"] for folder in (alone, both))
+    begun = dict(student_of(loaded(toy), (0, 4)).named_parameters())
+    for name, tensor in one.items():
+        moved, off = tensor - begun[name], two[name] - tensor
+        assert off.norm() < 0.02 * moved.norm(), name
 
 
 def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):
