@@ -4,7 +4,8 @@ states, models that guess several tokens a forward, and (by their first guesses 
     pearl diagnose --drafter results/feature-smollm2-135m --data data/smollm2-135m
 
 Drafts along recorded texts as the runtime would: the target has read so far, the drafter `ahead` tokens more, whose
-features it has to do without. Compares each depth's guesses with the target's own choices. Beside that
+features it has to do without. Compares each depth's guesses with the target's own choices, where the text that was
+recorded goes on as the target would: elsewhere, as in sampled answers, nobody knows its later choices. Beside that
 
     calibration   the length of a draft by its own probabilities, of the tree and of its best chain, against what came
                   true
@@ -160,12 +161,15 @@ def _walked(trie: Trie, choices: Sequence[int]) -> int:
 
 
 def _roots(source: Source, text: RecordedText, ahead: int) -> Iterator[int]:
-    """Places of an answer; the source knows the features up to each."""
+    """Places of an answer from which on the text is the target's own; the source knows the features up to each."""
     bits = text.features.view(torch.int16).numpy() if source.layers else None
     source.begin(0, SamplingParams())
     told = 0
     last = min(len(text.tokens), source.longest) - ahead - source.depths
+    chosen = (text.tokens[1:] == text.top_ids[:-1, 0]).tolist()  # after each token, whether the text goes on with it
     for root in range(max(1, text.prompt), last, EVERY):
+        if not all(chosen[root + ahead : root + ahead + source.depths - 1]):
+            continue
         if bits is not None:
             source.observe(bits[told:root], 0)
             told = root
@@ -298,7 +302,10 @@ def run(folder: str, recorded: str, target: str | None, count: int, first: int |
     lags = AHEAD if source.layers else AHEAD[:1]  # where nothing is read of the target, nothing is ever missing
     seen = [place for ahead in lags for place in outcomes(source, texts, ahead, vocabulary)]
     if not seen:
-        raise UsageError("The recorded answers are shorter than the drafter's depths: extract longer ones.")
+        raise UsageError(
+            "In no recorded answer the target goes on for as many tokens as the drafter guesses: extract longer ones, "
+            "some of them greedy."
+        )
     figures = summary(seen)
     figures["calibration"] = calibration(list(trees(source, texts)))
     if source.layers:

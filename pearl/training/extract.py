@@ -202,43 +202,47 @@ class _Worker:
         asked = job.questions[first : first + options.shard]
         seed = options.seed * 1_000_003 + number
         own = self._instructions(asked.count(None), seed)
-        talks = [list(question or (next(own),)) for question in asked if not isinstance(question, Dialogue)]
+        talks = {n: list(one or (next(own),)) for n, one in enumerate(asked) if not isinstance(one, Dialogue)}
         taps = HiddenStateHooks(self.model, job.layers)
         writer = Writer(self.model, options.batch, options.max_length, taps, options.top_k, seed)
-        answers: list[RecordedAnswer] = []
-        for turn in range(max(map(len, talks), default=0)):
-            answers += self._turn(writer, talks, turn, first)
-        answers += [text for one in asked if isinstance(one, Dialogue) for text in self._read(writer, one)]
+        answers: list[list[RecordedAnswer]] = [
+            list(self._read(writer, one)) if isinstance(one, Dialogue) else [] for one in asked
+        ]
+        for turn in range(max(map(len, talks.values()), default=0)):
+            for question, answer in self._turn(writer, talks, turn, first):
+                answers[question].append(answer)
         taps.remove()
-        return shards.write(job.folder, number, answers)
+        return shards.write(job.folder, number, [answer for some in answers for answer in some])
 
-    def _turn(self, writer: Writer, talks: list[list[str]], turn: int, first: int) -> list[RecordedAnswer]:
-        """Answers to this turn of every conversation that has it. An answer is put after its question; a conversation
-        that grew too long ends."""
+    def _turn(
+        self, writer: Writer, talks: dict[int, list[str]], turn: int, first: int
+    ) -> Iterator[tuple[int, RecordedAnswer]]:
+        """Answers to this turn of every conversation that has it, and which one it is. An answer is put after its
+        question; a conversation that grew too long ends."""
         options, asked, requests = self.job.options, [], []
-        for place, talk in enumerate(talks):
+        for place, (number, talk) in enumerate(talks.items()):
             said = talk[: 2 * turn + 1]
             if len(said) == 2 * turn + 1 and said[-1]:
                 prompt = self.chat.prompt(said)
                 if len(prompt) + options.max_new_tokens <= options.max_length:
                     temperature = options.temperature[(first + place) % len(options.temperature)]
                     requests.append(AnswerRequest(prompt, options.max_new_tokens, self.ends, temperature))
-                    asked.append(talk)
+                    asked.append(number)
                     continue
             del talk[2 * turn :]
         found = [answer for _, answer in sorted(writer.answers(requests), key=lambda entry: entry[0])]
-        for talk, answer in zip(asked, found, strict=True):
+        for number, answer in zip(asked, found, strict=True):
             words = str(self.chat.tokenizer.decode(answer.response, skip_special_tokens=True)).strip()
-            talk.insert(2 * turn + 1, words)
-        return found
+            talks[number].insert(2 * turn + 1, words)
+            yield number, answer
 
     def _read(self, writer: Writer, dialogue: Dialogue) -> Iterator[RecordedAnswer]:
         """Every answer of a dialogue, up to the first turn that is too long."""
         options = self.job.options
         for turn in range(1, len(dialogue.said), 2):
             prompt = self.chat.prompt(dialogue.said[:turn])
-            answer = self.chat.answer(dialogue.said[turn])[: options.max_new_tokens]
-            if len(prompt) + options.max_new_tokens > options.max_length:
+            answer = self.chat.answer(dialogue.said[turn], self.ends)[: options.max_new_tokens]
+            if len(prompt) + len(answer) > options.max_length:
                 return
             yield writer.read(prompt, answer)
 

@@ -8,7 +8,7 @@ its answers already: those of a data set, or of an earlier recording.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from pearl.errors import UsageError
 
 COLUMNS = ("prompt", "question", "instruction")  # where a record may keep its question; or "messages", or "turns"
 Conversation = tuple[str, ...]  # the user's turns
+BETWEEN = "\n\n"  # what is said by turns, for a model without a chat template
 _MARK = "\u241e"  # stands where somebody's words stand in a chat template
 
 
@@ -53,6 +54,8 @@ def dialogues(path: str) -> list[Dialogue]:
                 f"{path}, line {number} is no dialogue: give it messages, of a user and an assistant by turns."
             )
         found.append(Dialogue(said))
+    if not found:
+        raise UsageError(f"{path} holds no dialogue; it must have one JSON object a line.")
     return found
 
 
@@ -101,15 +104,17 @@ class Chat:
     def prompt(self, said: Sequence[str]) -> tuple[int, ...]:
         """Of what the user and the target have said by turns, the user first and last."""
         if not self.tokenizer.chat_template:
-            return tuple(self.tokenizer("\n\n".join(said)).input_ids)
+            return tuple(self.tokenizer(BETWEEN.join(said)).input_ids)
         return self._ids(self._turns(said, add_generation_prompt=True))
 
-    def answer(self, words: str) -> tuple[int, ...]:
-        """What an assistant writes, with the token that ends it."""
+    def answer(self, words: str, ends: Collection[int]) -> tuple[int, ...]:
+        """What an assistant writes, with the token that ends it: the first one of `ends` that the template has there,
+        as some templates put a space before it."""
         if not self.tokenizer.chat_template:
-            return (*self._ids(words), *[token for token in [self.tokenizer.eos_token_id] if token is not None])
+            end = self.tokenizer.eos_token_id
+            return (*self._ids(BETWEEN + words), *([] if end is None else [end]))
         after = self._turns(["", _MARK]).partition(_MARK)[2]
-        return (*self._ids(words), *self._ids(after)[:1])
+        return (*self._ids(words), *[token for token in self._ids(after) if token in ends][:1])
 
     def opening(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens up to where a user's words begin, and those of which one ends them.

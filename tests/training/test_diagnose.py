@@ -90,6 +90,22 @@ def test_every_place_has_guesses_of_each_depth_and_a_tree(kind: str):
     assert all(0 < place.expected <= drafting.depths + 1e-3 and place.accepted >= 0 for place in worth)
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "peagle"])
+def test_places_where_the_text_leaves_the_targets_choices_are_left_out(kind: str):
+    """What the target chooses after a token that was drawn says nothing about a guess after the one it would choose."""
+    drafter = drafter_for(small_target(), (0, 2), 3, kind=kind).requires_grad_(False)
+    drafting = FeatureSource(drafter) if kind == "peagle" else HeadSource(HeadReader(drafter, 100))
+    text = recorded()  # its places are 4, 9, 14, 19
+    count = len(list(outcomes(drafting, [text], 0, None)))
+    last = 9 + drafting.depths  # the last token that is guessed at the place 9
+    for drawn, left_out in ((9, 0), (10, 1), (last - 1, 1), (last, 0)):
+        tokens = text.tokens.clone()
+        tokens[drawn] = (tokens[drawn] + 1) % 40
+        other = RecordedText(tokens, text.prompt, text.features, text.top_ids, text.top_logp)
+        assert len(list(outcomes(drafting, [other], 0, None))) == count - left_out, drawn
+        assert len(list(trees(drafting, [other]))) == count - left_out
+
+
 def test_calibration_is_by_what_was_expected():
     found = calibration(
         [TreeOutcome(0.5, 1, (0.4,), 1), TreeOutcome(2.5, 2, (0.8, 0.4), 1), TreeOutcome(2.1, 4, (0.9, 0.5), 2)]

@@ -267,12 +267,26 @@ def test_a_prompt_is_the_one_that_a_chat_would_have():
 
 def test_an_answer_ends_as_a_chat_would_end_it():
     tokenizer = tiny.tokenizer()
-    chat = Chat(tokenizer)
+    chat, newline = Chat(tokenizer), tokenizer("\n").input_ids
     shown = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi the"}, {"role": "assistant", "content": "and then"}], tokenize=False
     )
-    assert shown.startswith(tokenizer.decode([*chat.prompt(["hi the"]), *chat.answer("and then")]))
-    assert len(chat.answer("and then")) == len(tokenizer("and then", add_special_tokens=False).input_ids) + 1
+    answer = chat.answer("and then", newline)
+    assert shown.startswith(tokenizer.decode([*chat.prompt(["hi the"]), *answer]))
+    words = tokenizer("and then", add_special_tokens=False).input_ids
+    assert list(answer) == [*words, *newline]
+    tokenizer.chat_template = tiny.CHAT.replace("\n", " <|end|>")  # as that of Llama 2
+    assert list(chat.answer("and then", (0,))) == [*words, 0], "the space is no end"
+    assert list(chat.answer("and then", (99,))) == words, "a template may name no token that ends the target's answers"
+
+
+def test_without_a_template_a_dialogue_is_paragraphs():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    chat = Chat(tokenizer)
+    answer = chat.answer("and then", (0,))
+    assert tokenizer.decode([*chat.prompt(["hi the"]), *answer]) == "hi the\n\nand then<|end|>"
+    assert [*chat.prompt(["hi the"]), *answer[:-1]] == list(chat.prompt(["hi the", "and then"]))
 
 
 # The whole of it, in one process
@@ -308,7 +322,7 @@ def extracting(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
-    def run(output: str, *options: object, target: str = toy, crash: int = 99) -> int:
+    def run(output: str, *options: object, prompts: Sequence[object] = (questions,), crash: int = 99) -> int:
         @contextlib.contextmanager
         def workers(job: extract.ExtractionJob, devices: list[str]) -> Iterator[Executor]:
             monkeypatch.setattr(extract, "_place", (job, devices[0]))
@@ -317,7 +331,8 @@ def extracting(toy, tmp_path, monkeypatch):
         monkeypatch.setattr(extract, "_workers", workers)
         monkeypatch.setattr(extract, "_worker", None)
         monkeypatch.setattr(extract, "INSTRUCTION", 16)
-        given = ["--target", target, "--prompts", questions, "--self-written", 3, "--max-new-tokens", 6]
+        given = ["--target", toy, *(["--prompts", *prompts] if prompts else []), "--self-written", 3]
+        given += ["--max-new-tokens", 6]
         given += ["--max-length", 60, "--batch", 2, "--shard", 4, "--top-k", TOP, "--output", tmp_path / output]
         return command.main([*map(str, given), *map(str, options)])
 
@@ -460,10 +475,24 @@ def test_answers_of_others_are_read_as_they_are(extracting, tmp_path, toy):
     assert extracting("read", "--texts", path, "--self-written", 0, "--limit", 99, "--shard", 99) == 0
     chat, data = Chat(AutoTokenizer.from_pretrained(toy)), Recorded(tmp_path / "read")
     assert len(data) == 9, "two answers beside those to seven questions"
-    for turn, text in zip((1, 3), (data[7], data[8]), strict=True):
+    prompts_of = [text.tokens[: text.prompt].tolist() for text in data]
+    first = prompts_of.index(list(chat.prompt(words[:1])))
+    assert first < 7, "they are where their question is, not behind what was written"
+    for turn, text in zip((1, 3), (data[first], data[first + 1]), strict=True):
         assert text.tokens[: text.prompt].tolist() == list(chat.prompt(words[:turn]))
-        assert text.tokens[text.prompt :].tolist() == list(chat.answer(words[turn]))[:6]
+        assert text.tokens[text.prompt :].tolist() == list(chat.answer(words[turn], (0,)))[:6]
         assert (text.top_ids[text.prompt - 1 : -1] >= 0).all() and (text.top_ids[-1] == -1).all()
+
+
+def test_a_dialogue_that_fits_is_read_though_a_longer_answer_would_not(extracting, tmp_path, toy):
+    path, chat = tmp_path / "texts.jsonl", Chat(AutoTokenizer.from_pretrained(toy))
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    fits = len(chat.prompt(["hi"])) + len(chat.answer("ok", (0,)))
+    for length, texts in ((fits, 1), (fits - 1, 0)):
+        options = ["--max-length", length, "--texts", path, "--self-written", 0]
+        assert extracting(str(length), *options, prompts=()) == 0
+        assert len(Recorded(tmp_path / str(length))) == texts
 
 
 @pytest.mark.parametrize(
@@ -481,6 +510,12 @@ def test_a_line_without_an_answer_is_named(tmp_path, line):
     path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' + line)
     with pytest.raises(UsageError, match=r"texts\.jsonl, line 2 is no dialogue: give it messages"):
         prompts.dialogues(str(path))
+
+
+def test_a_file_without_dialogues_is_refused(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match=r"texts\.jsonl holds no dialogue"):
+        prompts.dialogues(str(tmp_path / "texts.jsonl"))
 
 
 def test_a_folder_takes_no_run_with_other_settings(extracting, tmp_path, capsys):
