@@ -69,7 +69,8 @@ class FrameConnection:
         return size
 
     def release(self, patience_s: float) -> None:
-        """Waits until what was sent before has left, and lets go of it."""
+        """Waits until what was sent before has left, and lets go of it. One thread at a time: gloo tells one waiter
+        alone that a send has ended."""
         for _ in range(len(self._sent)):
             work, frame = self._sent[0]
             try:
