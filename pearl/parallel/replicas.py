@@ -35,6 +35,14 @@ class ReplicaGroup:
     def first(self) -> bool:
         return self._world.replica == 0
 
+    def of_first(self, name: str, mine: str) -> str:
+        """What the first replica has, in all of them, where each would have one of its own."""
+        if self._store is None:
+            return mine
+        if self.first:
+            self._store.set(name, mine)
+        return self._wait(name)
+
     def complete(self, find: Callable[[], Sequence[Any]], work: Callable[[list[Any], str], None]) -> dict[str, str]:
         """Shares out what there is to do, and waits until all replicas have done their part.
 

@@ -440,8 +440,8 @@ TWO_REPLICAS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node
 FAILING = """
 import os, sys
 sys.path.insert(0, {root!r})
+from pearl.evaluation import eval_config, results
 from pearl.evaluation import main as evaluation
-from pearl.evaluation import results
 from pearl.tasks import gsm8k
 
 append, done = results.append, []
@@ -453,6 +453,7 @@ def fails_in_the_second_replica(folder, *lines):
     append(folder, *lines)
 
 results.append = fails_in_the_second_replica
+eval_config.time.strftime = lambda _: "shared" + "-later" * (os.environ["RANK"] != "0")
 sys.exit(evaluation.main(gsm8k.BENCHMARK, sys.argv[1:]))
 """
 
@@ -461,15 +462,18 @@ sys.exit(evaluation.main(gsm8k.BENCHMARK, sys.argv[1:]))
 def test_replicas_share_a_data_set_and_what_a_failing_one_left_is_done_later(pair, tmp_path, door):
     records = [{"question": f"How many are {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(6)]
     data = written(tmp_path, "gsm8k", records)
-    arguments = options(pair, data, tmp_path / "shared", "--resume")
+    unnamed = options(pair, data, "shared")
+    place = unnamed.index("--output")
+    del unnamed[place : place + 2]  # a clock names the folder, and the second replica's is late
     (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
-    child = launch(tmp_path, arguments, *TWO_REPLICAS, "failing.py")
+    child = launch(tmp_path, unnamed, *TWO_REPLICAS, "failing.py")
     printed, _ = child.communicate(timeout=300)
     assert child.returncode != 0 and not (tmp_path / "shared" / results.SUMMARY).exists(), printed
     assert "replica-1 failed (RuntimeError: out of memory); what it left is done with --resume" in printed
     done = {line[0] for line in said(tmp_path / "shared")}
-    assert done == {"GSM8K/0", "GSM8K/2", "GSM8K/4", "GSM8K/1"}
+    assert done == {"GSM8K/0", "GSM8K/2", "GSM8K/4", "GSM8K/1"} and not (tmp_path / "shared-later").exists()
 
+    arguments = options(pair, data, tmp_path / "shared", "--resume")
     forked = subprocess.run([*door.command(4), str(ROOT / "eval" / "gsm8k.py"), *arguments], cwd=tmp_path, check=False)
     assert forked.returncode == 0
     assert summary(tmp_path / "shared")["modes"]["sd:3"]["identical_to_ar"] == 1.0
