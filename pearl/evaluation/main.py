@@ -93,9 +93,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         checked.check_prompt(task.prompt(()), params.max_new_tokens)
     with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         group = ReplicaGroup(world)
-        config = replace(
-            config, folder=Path(group.of_first("folder", str(config.folder)))
-        )  # a clock may name it
+        config = replace(config, folder=Path(group.of_first("folder", str(config.folder))))  # a clock may name it
         if group.first:
             print(engine.runtime.description)
             if own := engine.defaults.not_applied(params):
