@@ -38,6 +38,12 @@ if [[ $balancer ]]; then
   printf '%s' "$servers" >> "$config"
   "$balancer" -f "$config" &
   front=$!
+  sleep 1
+  if ! kill -0 "$front" 2>/dev/null; then # it has said why, such as a port that is taken
+    stop
+    wait
+    exit 1
+  fi
   echo "$replicas replicas are served at http://$host:$port as soon as they are loaded"
 else
   echo "haproxy is not installed: the replicas are at the ports from $((port + 1)) to $((port + replicas))"

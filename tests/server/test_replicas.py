@@ -193,6 +193,14 @@ def test_a_slurm_job_serves_at_a_port_of_its_own(stand_ins, tmp_path):
     assert all("--host 127.0.0.1" in line for line in said[:4])
 
 
+def test_a_balancer_that_can_not_serve_ends_the_replicas(stand_ins, tmp_path):
+    (tmp_path / "haproxy").write_text("#!/bin/sh\nexit 1\n")
+    script = ["bash", str(ROOT / "scripts" / "serve_replicas.sh")]
+    done = subprocess.run(script, env=stand_ins | {"REPLICAS": "2"}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "are served at" not in done.stdout
+    assert (tmp_path / "said").read_text().splitlines()[2:] == ["drained"] * 2
+
+
 def test_too_few_gpus_are_refused(stand_ins):
     settings = stand_ins | {"REPLICAS": "3", "SLURM_GPUS_ON_NODE": "4"}
     script = ["bash", str(ROOT / "scripts" / "serve_replicas.sh")]
