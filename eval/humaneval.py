@@ -9,17 +9,13 @@ The same as `pearl eval humaneval`: prints a table, writes samples.jsonl, passes
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands import eval
+from pearl.commands.eval import script
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return eval.main(["humaneval", *(sys.argv[1:] if argv is None else argv)])
-
+main = script("humaneval")
 
 if __name__ == "__main__":
     sys.exit(main())

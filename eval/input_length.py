@@ -8,17 +8,13 @@ The same as `pearl eval input-length`. scripts/sweep_input_length.sh draws it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands import eval
+from pearl.commands.eval import script
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return eval.main(["input-length", *(sys.argv[1:] if argv is None else argv)])
-
+main = script("input-length")
 
 if __name__ == "__main__":
     sys.exit(main())

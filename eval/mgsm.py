@@ -9,17 +9,13 @@ The same as `pearl eval mgsm`: prints a table, writes samples.jsonl, passes.json
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands import eval
+from pearl.commands.eval import script
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return eval.main(["mgsm", *(sys.argv[1:] if argv is None else argv)])
-
+main = script("mgsm")
 
 if __name__ == "__main__":
     sys.exit(main())

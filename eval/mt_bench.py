@@ -10,17 +10,13 @@ Each mode's answers go to model_answer/ in the format of FastChat's llm_judge; `
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
-from pearl.commands import eval
+from pearl.commands.eval import script
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return eval.main(["mt-bench", *(sys.argv[1:] if argv is None else argv)])
-
+main = script("mt-bench")
 
 if __name__ == "__main__":
     sys.exit(main())

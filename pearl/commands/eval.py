@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pearl.config import cli
 from pearl.errors import UsageError
@@ -34,6 +34,11 @@ def parser() -> cli.Parser:
     made.usage = "pearl eval BENCHMARK [options]"
     made.add_argument("benchmark", metavar="BENCHMARK", choices=tuple(BENCHMARKS), help=", ".join(BENCHMARKS))
     return made
+
+
+def script(name: str) -> Callable[..., int]:
+    """The `main` of a file in `eval/`: the command with this benchmark."""
+    return lambda argv=None: main([name, *(sys.argv[1:] if argv is None else argv)])
 
 
 @cli.guarded

@@ -140,10 +140,8 @@ class ProcessChannel:
                 messages = tuple(map(self._handed_over, messages))
                 beside = sum(map(self._send_features, messages))
             return beside + self._connection.send(pack(messages))
-        except OSError as error:
-            self._lose(_why(error))
-        except RuntimeError as error:
-            self._lose(f"features could not be sent: {brief(error, 120)}")
+        except (OSError, RuntimeError) as error:
+            self._lose(_why(error, "sent"))
         return 0
 
     def _send_beats(self) -> None:
@@ -159,10 +157,8 @@ class ProcessChannel:
                 self._connection.release(2 * self._silence_s)  # the receiver finds out earlier what silence is
                 if self._transport:
                     self._transport.release(2 * self._silence_s)
-        except OSError as error:
-            self._lose(_why(error))
-        except RuntimeError as error:
-            self._lose(f"features could not be sent: {brief(error, 120)}")
+        except (OSError, RuntimeError) as error:
+            self._lose(_why(error, "sent"))
 
     def _receive_all(self) -> None:
         try:
@@ -181,14 +177,8 @@ class ProcessChannel:
                 self.bytes_received += frame_bytes(count)
                 for message in messages:
                     self._inbox.put(self._completed(message))
-        except Garbage as error:
-            self._lose(f"it sent what can't be read: {error}")
-        except OSError as error:
-            self._lose(_why(error))
-        except MemoryError:
-            self._lose("it sent a message that memory does not suffice for")
-        except RuntimeError as error:
-            self._lose(f"features could not be received: {brief(error, 120)}")
+        except (Garbage, MemoryError, OSError, RuntimeError) as error:
+            self._lose(_why(error, "received"))
 
     def _handed_over(self, message: Message) -> Message:
         """Features that lie on a device, for which there is no transport, go through the host."""
@@ -242,7 +232,14 @@ class ProcessChannel:
             self._transport.close()
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, features: str) -> str:
+    """`features`: what should have become of some where it is no error of the connection."""
+    if isinstance(error, Garbage):
+        return f"it sent what can't be read: {error}"
+    if isinstance(error, MemoryError):
+        return "it sent a message that memory does not suffice for"
     if isinstance(error, TimeoutError):
         return "it was silent for too long"
-    return "the connection was closed"
+    if isinstance(error, OSError):
+        return "the connection was closed"
+    return f"features could not be {features}: {brief(error, 120)}"
