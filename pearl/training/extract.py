@@ -11,15 +11,10 @@ goes on with those that are missing.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import multiprocessing
 import os
 import random
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +27,7 @@ from pearl.checkpoints.targets import eos_ids, load_plain
 from pearl.config.engine_config import EngineConfig
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
-from pearl.machine.parent import end_with_parent
+from pearl.machine.worker_pool import SPAWN, make_all, workers
 from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
@@ -63,13 +58,13 @@ def run(options: Any) -> None:
     """Records what is missing of what the options of `pearl extract` ask for. Raises `UsageError`."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = tuple(f"cuda:{i}" for i in range(gpus)) or ("cpu",)
-    workers = options.workers or (gpus or len(os.sched_getaffinity(0)))
+    count = options.workers or (gpus or len(os.sched_getaffinity(0)))
     dtype = options.dtype or ("bfloat16" if gpus else "float32")
     questions: list[Asked] = [*prompts.read(options.prompts, options.hub), *[None] * options.self_written]
     questions += [dialogue for path in options.texts for dialogue in prompts.dialogues(path)]
     random.Random(options.seed).shuffle(questions)
     config = EngineConfig(target=options.target, dtype=dtype)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
     job, manifest = _plan(options, config, tuple(questions[: options.limit]), threads)
     job.folder.mkdir(parents=True, exist_ok=True)
     if before := shards.Manifest.read(job.folder):
@@ -80,6 +75,9 @@ def run(options: Any) -> None:
     manifest.shards = [shard for shard in manifest.shards if shard.number in done]
     missing = [number for number in range(manifest.count) if number not in done]
     manifest.write(job.folder)
+    places = SPAWN.SimpleQueue()
+    for worker in range(count):
+        places.put(devices[worker % len(devices)])
     with Progress("shards", manifest.count, done=len(done)) as progress:
 
         def take(shard: shards.Shard) -> None:
@@ -88,8 +86,14 @@ def run(options: Any) -> None:
             progress.advance()
             print(f"{shard.name}: {shard.texts} texts, {shard.tokens} tokens, {shard.responses} of answers", flush=True)
 
-        with _workers(job, [devices[worker % len(devices)] for worker in range(workers)]) as pool:
-            _make_all(missing, pool, workers, take)
+        try:
+            with workers(count, _begin, job, places) as pool:
+                make_all(pool, _make, missing, count, take)
+        except BrokenProcessPool:
+            raise UsageError(
+                "A worker was killed: too little memory is the usual reason. Take fewer --workers or a smaller "
+                "--batch; the same command goes on with what is missing."
+            ) from None
     total = sum(shard.responses for shard in manifest.shards)
     texts = sum(shard.texts for shard in manifest.shards)
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
@@ -125,62 +129,6 @@ def _plan(options: Any, config: EngineConfig, questions: tuple[Asked, ...], thre
 
 def _said(question: Asked) -> Conversation | None:
     return question.said if isinstance(question, Dialogue) else question
-
-
-@contextlib.contextmanager
-def _workers(job: ExtractionJob, devices: list[str]) -> Iterator[Executor]:
-    """A process for each device that is named, which `_make`s shards there. An error ends them at once.
-
-    Raises `UsageError` if one of them was killed."""
-    spawn = multiprocessing.get_context("spawn")
-    places = spawn.SimpleQueue()
-    for device in devices:
-        places.put(device)
-    pool = ProcessPoolExecutor(len(devices), spawn, _begin, (job, places, os.getpid()))
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UsageError(
-            "A worker was killed: too little memory is the usual reason. Take fewer --workers or a smaller --batch; "
-            "the same command goes on with what is missing."
-        ) from None
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _make_all(numbers: list[int], pool: Executor, workers: int, take: Callable[[shards.Shard], None]) -> None:
-    """Hands shards over as they are made; a shard may come twice. No more are begun than there are workers, so that an
-    interruption ends with those at hand, and a second one at once."""
-    left, begun = numbers[::-1], list[Future[shards.Shard]]()
-    try:
-        while left or begun:
-            while left and len(begun) < workers:
-                with _uninterrupted():
-                    begun.append(pool.submit(_make, left.pop()))
-            wait(begun, return_when=FIRST_COMPLETED)
-            for future in [one for one in begun if one.done()]:
-                take(future.result())
-                begun.remove(future)
-    except KeyboardInterrupt:
-        if begun:
-            print("The shards at hand are made to the end; Ctrl-C again ends at once.", file=sys.stderr, flush=True)
-        for future in as_completed(begun):
-            take(future.result())
-        raise
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block. A process that is started in it never hears of it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -261,10 +209,9 @@ _place: tuple[ExtractionJob, str] | None = None  # of this process
 _worker: _Worker | None = None
 
 
-def _begin(job: ExtractionJob, devices: Any, parent: int) -> None:
+def _begin(job: ExtractionJob, devices: Any) -> None:
     """In a new worker process; `devices` is a queue that has one for each."""
     global _place
-    end_with_parent(parent, "pearl extract", "worker")
     _place = (job, devices.get())
 
 

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from pearl.commands.training import extract as command
 from pearl.errors import UsageError
+from pearl.machine import worker_pool
 from pearl.models import hidden_states
 from pearl.models.fingerprint import model_fingerprint
 from pearl.models.hidden_states import HiddenStateHooks, default_layers
@@ -324,11 +325,11 @@ def extracting(toy, tmp_path, monkeypatch):
 
     def run(output: str, *options: object, prompts: Sequence[object] = (questions,), crash: int = 99) -> int:
         @contextlib.contextmanager
-        def workers(job: extract.ExtractionJob, devices: list[str]) -> Iterator[Executor]:
-            monkeypatch.setattr(extract, "_place", (job, devices[0]))
+        def workers(_: int, begin: Callable[..., None], *given: object) -> Iterator[Executor]:
+            begin(*given)
             yield Here(crash)
 
-        monkeypatch.setattr(extract, "_workers", workers)
+        monkeypatch.setattr(extract, "workers", workers)
         monkeypatch.setattr(extract, "_worker", None)
         monkeypatch.setattr(extract, "INSTRUCTION", 16)
         given = ["--target", toy, *(["--prompts", *prompts] if prompts else []), "--self-written", 3]
@@ -385,7 +386,7 @@ class Slow(Executor):
         self.begun[number][1].set_result(number)
 
 
-def test_an_interruption_ends_with_the_shards_at_hand(monkeypatch):
+def test_an_interruption_ends_with_what_is_at_hand(monkeypatch):
     pool, taken = Slow(), []
 
     def interrupted(*_: object, **__: object) -> None:
@@ -393,9 +394,9 @@ def test_an_interruption_ends_with_the_shards_at_hand(monkeypatch):
         pool.finish(0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(extract, "wait", interrupted)
+    monkeypatch.setattr(worker_pool, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        extract._make_all([0, 1, 2, 3], pool, 2, taken.append)  # type: ignore[arg-type]
+        worker_pool.make_all(pool, int, [0, 1, 2, 3], 2, taken.append)
     assert sorted(taken) == [0, 1] and len(pool.begun) == 2, "no more are begun than are at work"
 
 
@@ -435,9 +436,11 @@ def test_a_killed_worker_ends_a_recording_with_a_sentence(recording):
 @pytest.mark.slow
 def test_ctrl_c_is_heard_by_the_command_alone_which_ends_with_the_shards_at_hand(recording, tmp_path):
     workers = workers_of(recording)
+    recording.send_signal(signal.SIGINT)  # as `timeout` does, to the command and then to all
+    time.sleep(0.1)
     os.killpg(recording.pid, signal.SIGINT)
     printed, said = recording.communicate(timeout=120)
-    assert recording.returncode == 130 and "Traceback" not in said and "The shards at hand" in said
+    assert recording.returncode == 130 and "Traceback" not in said and "at hand is made to the end" in said
     manifest = Manifest.read(tmp_path / "data")
     assert manifest and [shard.number for shard in manifest.shards] == [0, 1] and "shard-00001" in printed
     assert not any(worker.is_running() for worker in workers)
