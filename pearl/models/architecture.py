@@ -11,14 +11,31 @@ from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS
 
 def bytes_of_a_sequence(config: PretrainedConfig, tokens: int, width: int) -> int:
     """Of the keys and values of one sequence, in numbers of `width` bytes."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots = -(-tokens // GRAIN) * GRAIN + SCRATCH_SLOTS
-    return 2 * config.num_hidden_layers * heads * head_dim * slots * width
+    layers = layers_of(config)
+    own = len(layers) - (getattr(config.get_text_config(), "num_kv_shared_layers", None) or 0)
+    return sum(map(_numbers_of_a_token, layers[:own])) * slots * width
 
 
-_OWN_MASKS = {  # settings of models whose own mask is more than causal
+def layers_of(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config by which each layer is made. Where layers differ (Gemma 4), newer versions of transformers have one of
+    each, and refuse to tell of all what differs."""
+    text = config.get_text_config()
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+
+
+def _numbers_of_a_token(layer: PretrainedConfig) -> int:
+    """That a layer keeps."""
+    if latent := getattr(layer, "kv_lora_rank", None):
+        return int(latent + layer.qk_rope_head_dim)
+    heads = getattr(layer, "num_key_value_heads", None)
+    if getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False):
+        heads = 1
+    head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(2 * (heads or layer.num_attention_heads) * head_dim)
+
+
+_OWN_MASKS = {  # settings of models whose own mask is more than causal ("vision": of pictures' tokens only)
     "attention_types": "local masks of its own",
     "use_bidirectional_attention": "masks in which tokens see what follows them, so it does not write texts",
 }
@@ -34,13 +51,14 @@ def longest_sequence(config: PretrainedConfig) -> int:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if other or not hasattr(config, "num_attention_heads"):
+    if other or not hasattr(layers_of(config)[0], "num_attention_heads"):
         what = ", ".join(sorted(other)) or config.model_type
         raise UsageError(
             f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer"
             " (docs/explanations/hybrids.md says why)."
         )
-    if own := next((why for name, why in _OWN_MASKS.items() if getattr(config, name, None)), None):
+    said = {name: getattr(config, name, None) for name in _OWN_MASKS}
+    if own := next((_OWN_MASKS[name] for name, value in said.items() if value and value != "vision"), None):
         raise UsageError(f"{config.model_type} makes {own}: choose another model.")
     limits = [getattr(config, "max_position_embeddings", None), rope_border(config)]
     if kept := getattr(config, "keep_window_size", None):  # Doge's mask leaves out tokens once there are more slots

@@ -14,6 +14,7 @@ from pearl.checkpoints.drafts import feature_weights, kinds
 from pearl.checkpoints.drafts.kinds import TargetFacts
 from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
 from pearl.errors import UsageError
+from pearl.models.architecture import layers_of
 from pearl.models.fingerprint import final_norm, model_fingerprint
 from pearl.models.hidden_states import decoder_layers
 from pearl.training.recipes import FeatureRecipe
@@ -69,8 +70,9 @@ def _begin_as(layer: nn.Module, start: dict[str, Tensor], pair: bool) -> None:
     if pair and _NORM in start:
         start = start | {"hidden_norm.weight": start[_NORM], _NORM: mine[_NORM]}
         for name in (f"self_attn.{one}_proj.weight" for one in "qkv"):
-            if name in start and start[name].shape[1] * 2 == mine[name].shape[1]:
-                start[name] = torch.cat([0.1 * mine[name].chunk(2, 1)[0], start[name].float()], 1)
+            half = mine[name].chunk(2, 1)[0]
+            if name in start and start[name].shape == half.shape:
+                start[name] = torch.cat([0.1 * half, start[name].float()], 1)
     if all(name in start and start[name].shape == weight.shape for name, weight in mine.items()):
         layer.load_state_dict({name: start[name].float() for name in mine})
 
@@ -79,7 +81,7 @@ def _shape(
     target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int], vocabulary: int, mask_token: int | None
 ) -> DrafterShape:
     made = DrafterShape.of_target(
-        target.config,
+        layers_of(target.config)[0],
         kind=recipe.algorithm,
         features=tuple(layers),
         layers=recipe.layers,

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, Phi3Config, PreTrainedTokenizerFast
+from transformers import Gemma4TextConfig, MambaConfig, Phi3Config, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pearl.checkpoints import checkpoint
@@ -72,6 +72,12 @@ def test_a_text_ends_where_rotary_embeddings_would_change_all_its_positions(tmp_
     checked.check_prompt([1] * 150, 50)
     with pytest.raises(UsageError, match=r"150 tokens and max_new_tokens 51 are more than the 200.*rotary embeddings"):
         checked.check_prompt([1] * 150, 51)
+
+
+def test_a_model_whose_layers_have_heads_of_two_sizes_is_target_and_draft(tmp_path):
+    sizes = tiny.SIZES | {"vocab_size": tiny.SHARED, "layer_types": ["sliding_attention", "full_attention"]}
+    name = save_config(tmp_path, Gemma4TextConfig(**sizes, head_dim=16, global_head_dim=32))
+    assert preflight(EngineConfig(name, name)).draft
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])

@@ -50,7 +50,7 @@ WHOLE = {  # the class of the whole's config, the text part's arguments, the tow
 }
 CLIP = TOWER | {"model_type": "clip_vision_model", "patch_size": 14}
 IDS = {"image_token_id": 150, "video_token_id": 151, "image_token_index": 150, "video_token_index": 151}
-GEMMA4 = dict(head_dim=16, global_head_dim=16, sliding_window=64, vocab_size_per_layer_input=tiny.SHARED)
+GEMMA4 = dict(head_dim=16, global_head_dim=32, sliding_window=64, vocab_size_per_layer_input=tiny.SHARED)
 GEMMA4 |= dict(hidden_size_per_layer_input=8, num_kv_shared_layers=0, pad_token_id=0, final_logit_softcapping=30.0)
 GEMMA4["layer_types"] = ["sliding_attention", "full_attention"]
 INTERNVL = TOWER | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [14, 14]}

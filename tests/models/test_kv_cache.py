@@ -5,9 +5,12 @@ import functools
 import pytest
 import tiny
 import torch
+from architectures import Architecture, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    Gemma3TextConfig,
+    Gemma4TextConfig,
     JambaConfig,
     LlamaConfig,
     MambaConfig,
@@ -21,7 +24,7 @@ from transformers import (
 from pearl.core.token_buckets import GRAIN, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
-from pearl.models.architecture import longest_sequence, rope_border
+from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
 from pearl.models.kv_cache.slot_cache import KVBuffers, SlotCache
 from pearl.models.kv_cache.transformers_interface import GROUPED, grouped_sdpa
 from pearl.models.verifier import VerifierModel
@@ -255,6 +258,25 @@ def test_a_text_is_no_longer_than_the_models_positions_or_the_border_of_its_rota
     dynamic = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
     assert longest_sequence(LlamaConfig(**tiny.SIZES, rope_parameters=dynamic)) == tiny.LENGTH
     assert rope_border(LlamaConfig(**tiny.SIZES)) is None
+
+
+@pytest.mark.parametrize("architecture", parameters())
+def test_what_a_config_says_of_keys_and_values_is_what_the_model_takes(architecture: Architecture):
+    model = architecture.model()
+    reader = tiny.verifier(model)
+    reader.read([1, 2, 3], 1)
+    taken = sum(buffer.nbytes for pair in reader.buffers.all_layers() for buffer in pair)
+    assert bytes_of_a_sequence(model.config, reader.buffers.slots, 4) == taken
+
+
+def test_a_mask_that_lets_pictures_see_ahead_is_no_hindrance_to_texts():
+    assert longest_sequence(Gemma4TextConfig(use_bidirectional_attention="vision"))
+    for ahead in (
+        Gemma3TextConfig(use_bidirectional_attention=True),
+        Gemma4TextConfig(use_bidirectional_attention="all"),
+    ):
+        with pytest.raises(UsageError, match="masks in which tokens see what follows them"):
+            longest_sequence(ahead)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import Gemma4TextConfig
 
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
@@ -150,6 +151,13 @@ def asked(folder: Path) -> Path:
 def test_models_that_can_not_be_spread_are_refused(name, count, says):
     with pytest.raises(UsageError, match=says):
         shards.check(tiny.CONFIGS[name](), count, "it")
+
+
+def test_each_layer_has_its_own_number_of_heads():
+    sizes = tiny.SIZES | {"num_key_value_heads": 2, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    config = Gemma4TextConfig(**sizes, layer_types=["sliding_attention", "full_attention"], head_dim=16)
+    with pytest.raises(UsageError, match="does not divide the 1 key-value heads of it"):
+        shards.check(config, 2, "it")
 
 
 def test_a_quantized_checkpoint_is_refused():

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import verifier
 from toys import EAGER, ScriptedChannel, examples, ticks, together
 from trained import TOP, WORDS, bits_of, drafter_for, read_drafter, save_recorded, save_toy_target, small_target
+from transformers import Gemma4TextConfig
 
 from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
@@ -110,6 +111,12 @@ def learner(made: FeatureRecipe, vocabulary: Sequence[int] = range(WORDS)) -> Fe
     drafter = new_drafter(target, made, layers, torch.tensor(list(vocabulary)), sample, MASK)
     drafter.place("cpu", torch.float32)
     return FeatureLearner(drafter, data, made, torch.device("cpu"), WORDS)
+
+
+def test_a_target_whose_layers_have_heads_of_two_sizes_gets_a_head_like_its_first_layer(folder):
+    sizes = tiny.SIZES | {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+    config = Gemma4TextConfig(**sizes, head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0)
+    assert new_drafter(tiny.random_model(config), recipe(folder), (0, 2), torch.arange(WORDS)).shape.head_dim == 16
 
 
 def test_a_token_meets_the_feature_of_the_token_before_it(folder):
@@ -241,8 +248,8 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, algorit
 
     model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
     taps = HiddenStateHooks(model, (0, 2))
-    own = together(Target(verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
-    target = Target(verifier(model, hooks=taps), ScriptedChannel(source_of(drafter), EAGER), ticks())
+    own = together(Target(tiny.verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
+    target = Target(tiny.verifier(model, hooks=taps), ScriptedChannel(source_of(drafter), EAGER), ticks())
     assert together(target, [1, 2, 3], Schedule.of("tree"), params, decode=str) == own
 
     lines = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]
@@ -326,11 +333,11 @@ def test_a_markov_head_learns_what_follows_a_token_and_how_sure_it_is(folder, tm
     drafter = read_drafter(tmp_path / "out").attach(small_target()).requires_grad_(False)
     assert drafter.shape.markov_rank == 16 and torch.equal(drafter.markov_w2.weight, some.module.markov_w2.weight)
     model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
-    own = together(Target(verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
+    own = together(Target(tiny.verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
     drafting = FeatureSource(drafter)
     for mode in ("sd", "tree"):
         target = Target(
-            verifier(model, hooks=HiddenStateHooks(model, (0, 2))), ScriptedChannel(drafting, EAGER), ticks()
+            tiny.verifier(model, hooks=HiddenStateHooks(model, (0, 2))), ScriptedChannel(drafting, EAGER), ticks()
         )
         assert together(target, [1, 2, 3], Schedule.of(mode), params, decode=str) == own
         assert target.draft_stats and not target.draft_stats.failed and drafting.forwards

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from pearl.core.messages import Features
 from pearl.core.token_buckets import BatchedTokenBuckets, CannotBranch, Check, TokenBuckets
 from pearl.errors import UsageError, WorkerLostError
+from pearl.models.architecture import layers_of
 from pearl.models.language_model import SideRow
 from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import Command, SlotTokens
@@ -167,10 +168,15 @@ def check(config: PretrainedConfig, ranks: int, name: str) -> None:
         raise UsageError(f"{name} is quantized, and a target over several ranks is not: choose the plain checkpoint.")
     if not any(key.endswith(_HEADS) and style == "colwise" for key, style in plan.items()):
         return  # the attention is whole on every rank
-    heads = text.num_attention_heads
+    for layer in layers_of(config):
+        _check_heads(layer, ranks, name)
+
+
+def _check_heads(layer: PretrainedConfig, ranks: int, name: str) -> None:
+    heads = layer.num_attention_heads
     for what, count in (
         ("attention heads", heads),
-        ("key-value heads", getattr(text, "num_key_value_heads", None) or heads),
+        ("key-value heads", getattr(layer, "num_key_value_heads", None) or heads),
     ):
         if count % ranks:
             fit = [n for n in range(2, count + 1) if count % n == 0 and heads % n == 0]
