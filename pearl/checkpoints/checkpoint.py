@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pearl.errors import CheckpointError, UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
 
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # of a split file
 _PACKED = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}  # bytes of what holds several numbers, or a small one
 
 
@@ -69,6 +71,11 @@ class Checkpoint:
         self, role: str, config: EngineConfig, own_tokenizer: bool = True
     ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]:
         """The config and, if the model has its own, the tokenizer. Raises `UsageError`."""
+        if self.gguf_file and (part := _PART.search(self.gguf_file)) and int(part[1]) > 1:
+            raise UsageError(
+                f"The {role} {self.gguf_file} is one of {int(part[1])} parts of a GGUF file: merge them first "
+                "(llama-gguf-split --merge FIRST_PART OUTPUT)."
+            )
         arguments = self.arguments(config)
         try:
             found = AutoConfig.from_pretrained(self.name, **arguments)
@@ -146,7 +153,7 @@ class Checkpoint:
                 f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(error, 300)})."
             ) from error
         model, found = loaded
-        if found["missing_keys"] and not self.gguf_file and shared_embeddings.read(self.name) is None:
+        if found["missing_keys"] and shared_embeddings.read(self.name) is None:
             some = ", ".join(sorted(found["missing_keys"])[:3])
             raise CheckpointError(
                 f"The weights of {self.name} lack {len(found['missing_keys'])} tensors (such as {some}), which would "

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,13 +13,27 @@ from safetensors.torch import save_file
 
 from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.drafters import load_draft
+from pearl.checkpoints.drafts import kinds
+from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config.engine_config import EngineConfig
 from pearl.core.params import SamplingParams
 from pearl.core.token_buckets import LEAVES
 from pearl.engine import Engine
-from pearl.errors import UsageError
+from pearl.errors import CheckpointError, UsageError
+
+GGUF_LAYER = dict(
+    attn_norm=(64,),
+    ffn_norm=(64,),
+    attn_q=(64, 64),
+    attn_k=(32, 64),
+    attn_v=(32, 64),
+    attn_output=(64, 64),
+    ffn_gate=(96, 64),
+    ffn_up=(96, 64),
+    ffn_down=(64, 96),
+)
 
 
 def test_of_a_pair_with_embeddings_padded_differently_the_drafter_is_cut_and_the_target_is_not(pair):
@@ -39,6 +56,50 @@ def test_a_draft_reads_tokens_that_it_does_not_know(pair):
     assert draft.read(text, 3).isfinite().all()
     torch.testing.assert_close(draft.read(text, 1), draft.read([5, tiny.SHARED - 1, 7], 1))
     assert draft.read_leaves(text, [(), (tiny.SHARED + 3,)]).shape == (2, tiny.SHARED)
+
+
+def write_gguf(path: Path, layers: int = 2) -> Path:
+    """A random Llama of two layers, of which the file holds so many."""
+    shapes = {f"blk.{layer}.{name}": shape for layer in range(layers) for name, shape in GGUF_LAYER.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_context_length, tiny.LENGTH),
+        (writer.add_embedding_length, 64),
+        (writer.add_block_count, 2),
+        (writer.add_feed_forward_length, 96),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+        (writer.add_rope_freq_base, 1e4),
+        (writer.add_vocab_size, 64),
+    ):
+        add(value)
+    for name, shape in ({"token_embd": (64, 64), "output_norm": (64,), "output": (64, 64)} | shapes).items():
+        writer.add_tensor(f"{name}.weight", np.random.default_rng(0).standard_normal(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_that_lacks_layers_is_refused_and_a_part_of_one_before_it_is_read(tmp_path):
+    def load(path: Path):
+        return Checkpoint.of(str(path)).load(EngineConfig(), "float32", None, Placement(("cpu",)))
+
+    assert len(load(write_gguf(tmp_path / "whole.gguf")).model.layers) == 2
+    with pytest.raises(CheckpointError, match="lack 9 tensors"):
+        load(write_gguf(tmp_path / "cut.gguf", layers=1))
+    (tmp_path / "parts").mkdir()
+    for part in (1, 2):
+        (tmp_path / "parts" / f"x-0000{part}-of-00002.gguf").touch()
+    with pytest.raises(UsageError, match=r"x-00001-of-00002\.gguf is one of 2 parts of a GGUF file: merge them first"):
+        preflight(EngineConfig(str(tmp_path / "parts")))
+
+
+def test_a_folder_with_a_gguf_file_alone_is_a_draft(tmp_path):
+    write_gguf(tmp_path / "draft.gguf")
+    assert kinds.describe(str(tmp_path)).line == kinds.describe(str(tmp_path / "draft.gguf")).line
 
 
 def test_a_context_too_short_for_the_measurements_at_start_is_refused(pair, tmp_path):

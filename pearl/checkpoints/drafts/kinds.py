@@ -155,11 +155,13 @@ def _describe_causal_lm(files: DraftFiles, target: TargetFacts | None) -> DraftD
             f"The draft {files.name} has the fc.weight of a head over hidden states, and its other weights are none "
             "that pearl knows: it reads EAGLE-1, EAGLE-3, P-EAGLE, DFlash and DSpark."
         )
-    if files.folder and files.folder.is_dir() and not isinstance(files.config.get("model_type"), str):
+    folder = files.folder
+    is_gguf = folder is not None and (folder.is_file() or (not files.config and any(folder.glob("*.gguf"))))
+    if folder and not is_gguf and not isinstance(files.config.get("model_type"), str):
         raise UsageError(
             f"The draft folder {files.name} is no model: a config.json with a model_type is needed, and its weights."
         )
-    kind = str(files.config.get("model_type", "")) or ("GGUF" if files.folder and files.folder.is_file() else "")
+    kind = str(files.config.get("model_type", "")) or ("GGUF" if is_gguf else "")
     layers = files.config.get("num_hidden_layers")
     parts = [f"{kind} language model".strip(), f"{layers} layers" if layers else ""]
     return DraftDescription(CAUSAL_LM, files, ", ".join(filter(None, parts)))
