@@ -172,8 +172,16 @@ TABLE: tuple[Architecture, ...] = (
         "llama4",
         "Llama4TextConfig",
         dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=96)
-        | {"attention_chunk_size": 24, "layer_types": ["chunked_attention", "full_attention"]},
+        | {"attention_chunk_size": 24, "layer_types": ["chunked_attention", "full_attention"]}
+        | {"no_rope_layers": [1, 0], "floor_scale": 16, "attn_scale": 1.0},  # whose queries grow with the position
         quick=True,
+    ),
+    _of_experts(  # layers with different numbers of heads
+        "laguna",
+        "LagunaConfig",
+        EXPERTS
+        | {"head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 32}
+        | {"num_attention_heads_per_layer": [4, 2], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     ),
     _of_experts(
         "dots1",

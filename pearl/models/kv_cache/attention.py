@@ -44,7 +44,7 @@ class AttentionMask:
         None: no chain. `windowed`: of no chain, what layers with windows see."""
         self.visible, self.last = visible, last
         self._windowed = dict(windowed or {})
-        self._added: dict[torch.device, Tensor] = {}
+        self._added: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     @staticmethod
     def chain(last: Tensor, slots: int) -> AttentionMask:
@@ -82,13 +82,13 @@ class AttentionMask:
     def added(self, groups: int, like: Tensor) -> Tensor:
         """The mask of `groups` heads that share a key, as it is added to scores like these, [B, 1, groups * R, S].
 
-        It is made once for all layers of a forward: the kernel would make it of a bool mask anew in each.
+        It is made once for layers of a forward that are alike: the kernel would make it of a bool mask anew in each.
         """
-        if like.device not in self._added:
-            seen = self.visible.repeat(1, 1, groups, 1)
-            seen = sent(seen, like.device)
-            self._added[like.device] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
-        return self._added[like.device]
+        alike = groups, like.device, like.dtype
+        if alike not in self._added:
+            seen = sent(self.visible.repeat(1, 1, groups, 1), like.device)
+            self._added[alike] = torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
+        return self._added[alike]
 
 
 Backend = Callable[[Tensor, Tensor, Tensor, AttentionMask, LayerCall], Tensor]

@@ -24,6 +24,7 @@ from pearl.models.kv_cache.transformers_interface import (
     GROUPED,
     WINDOW,
     ForwardCache,
+    RowsBefore,
     cache_argument,
     uses_grouped_attention,
 )
@@ -56,6 +57,7 @@ class _ProbeCache(ForwardCache):
         self.windows: dict[Window, None] = {}
         self.asked: set[int] = set()
         self.keys: dict[int, Tensor] = {}
+        self.before = RowsBefore(torch.arange(2))
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
         self.keys[layer_idx] = key_states

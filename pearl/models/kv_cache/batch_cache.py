@@ -47,7 +47,7 @@ class BatchCache(ForwardCache):
         self._slices, self._buffers = slices, slices[0].cache.buffers
         assert all(one.cache.buffers is self._buffers for one in slices), "who shares a forward shares buffers"
         self._groups = list(_groups(slices))
-        self._gathered: tuple[Tensor, Tensor] | None = None  # see `_gather`
+        self._gathered: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}  # see `_gather`
         self._made: list[tuple[int, Tensor]] = []  # layers, and the keys that each has made in this forward
         written: list[int] = []  # rows of the forward, some of them twice, and where each is written
         batch_slots: list[int] = []
@@ -101,9 +101,9 @@ class BatchCache(ForwardCache):
     def _gather(self, heads: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which of the forward's [rows * heads] each query is, [sequences, heads, queries] of each group; and which of
         the queries each row's is. A query that repeats a sequence's last row comes after that; rows of no sequence take
-        the first.
+        the first. Made once for all layers of a forward that have so many heads there.
         """
-        if self._gathered is None:
+        if (heads, device) not in self._gathered:
             slices = iter(self._slices)
             there, back = [], torch.zeros(rows, heads, dtype=torch.int64)
             first = 0
@@ -114,8 +114,9 @@ class BatchCache(ForwardCache):
                     places = first + torch.arange(heads * group.queries).view(heads, group.queries)
                     back[one.rows.start : one.rows.stop] = places[:, : len(one.rows)].T
                     first += heads * group.queries
-            self._gathered = sent(torch.cat([one.flatten() for one in there]), device), sent(back.flatten(), device)
-        return self._gathered
+            both = torch.cat([one.flatten() for one in there]), back.flatten()
+            self._gathered[heads, device] = sent(both[0], device), sent(both[1], device)
+        return self._gathered[heads, device]
 
 
 def _groups(slices: Sequence[SequenceSlice]) -> Iterator[AttentionGroup]:

@@ -19,12 +19,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pearl.core.token_buckets import CannotBranch
-from pearl.machine.transfers import sent
+from pearl.machine.transfers import SentOnce, sent
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 
 GROUPED = "pearl_grouped"  # the name of our attention in a model's config
 PLAIN = "pearl_plain"  # attribute of a model that `read_plainly` reads as it reads itself
 WINDOW = "pearl_window"  # attribute of an attention module: its `Window`, or None
+
+
+class RowsBefore:
+    """What a layer gets that asks how many rows came before its own, to number these from there on (Llama 4's). Rows
+    beside a chain or of several texts have no such number: whatever it adds this to becomes their positions."""
+
+    def __init__(self, positions: Tensor):
+        """positions: [rows]"""
+        self._positions = SentOnce(positions)
+
+    def __radd__(self, rows: Tensor) -> Tensor:
+        return self._positions.on(rows.device)
 
 
 class ForwardCache(Cache):
@@ -37,6 +49,7 @@ class ForwardCache(Cache):
         super().__init__(layers=[])
         self.attended = False  # the attention function of the forward has found this cache
         self.first = 0  # position of the next forward's first row, if it reads one chain
+        self.before: RowsBefore | None = None  # of the next forward's rows, if it reads one row of a batch
 
     @property
     def must_attend(self) -> bool:
@@ -47,8 +60,8 @@ class ForwardCache(Cache):
         """The attention of the rows over what `update` returned, [B, heads, rows, head_dim]."""
         return packed(query, key, value, self.mask, call)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.first
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        return self.first if layer_idx is None or self.before is None else self.before
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.first
@@ -68,7 +81,9 @@ def forward(
     if getattr(model, PLAIN, False) and uses_grouped_attention(model):
         return read_plainly(model, tokens, positions, cache, keep)
     arguments: dict[str, Any] = {cache_argument(type(model).forward): cache, "use_cache": True}
+    cache.before = None
     if uses_grouped_attention(model):
+        cache.before = RowsBefore(positions[0]) if len(positions) == 1 else None
         arguments |= {"attention_cache": cache, "attention_mask": sent(cache.mask.visible, model.device)}
     else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
         # slots behind the last row are padding: with none, transformers gives a single row no mask at all
