@@ -89,8 +89,10 @@ class VerifierModel(LanguageModel):
             tokens = list(one.tokens)
             new, sides = self.begin(one.batch_slot, tokens, one.keep, one.side_rows, LIMIT)
             count, first = len(new) + len(sides), len(tokens) - len(new)
-            if self.shared and count > LIMIT:  # it has no shape, and alone it would have none
-                found[one.batch_slot] = self.forward(new, first, count, sides, batch_slot=one.batch_slot)
+            if count > (min(LIMIT, self.joint.most) if self.shared else self.joint.most):  # no shared one is that wide
+                pads = self.rows.pad(count) - count
+                logits = self.forward(new, first, count + pads, sides, pads, one.batch_slot)
+                found[one.batch_slot] = logits[:count]
                 continue
             if _rows(parts) + count > self.joint.most:
                 found |= self.forward_together(parts, self.joint)

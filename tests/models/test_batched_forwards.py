@@ -107,6 +107,18 @@ def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, static, 
     check(reader, reference, lengths, rounds)
 
 
+@pytest.mark.parametrize("most", [2, 8, 17])
+def test_a_text_with_more_rows_than_any_shared_forward_has_one_of_its_own(most: int):
+    reader = tiny.verifier(close_model("llama", "float32"), batch_slots=2)
+    queries = [SequenceQuery(slot, random_prompt(40 + slot), 4 + 8 * slot) for slot in (0, 1)]
+    wanted = [reader.read(one.tokens, one.keep, batch_slot=one.batch_slot) for one in queries]
+    for slot in (0, 1):
+        reader.forget(batch_slot=slot)
+    reader.joint = BatchedTokenBuckets(tuple(range(2, most + 1)), (1.0,) * (most - 1))
+    for found, logits in zip(reader.read_together(queries), wanted, strict=True):
+        torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
+
+
 # Break the code on purpose: the property has to fail.
 
 
