@@ -134,8 +134,8 @@ class Checkpoint:
             whole = AutoConfig.from_pretrained(self.name, **self.arguments(config))
             if (part := text_part.config_of(self.name, whole)) is not whole:
                 arguments |= {"config": part, "key_mapping": text_part.NAMES}
-        if architecture is not None:
-            arguments["config"] = architecture
+        if architecture is not None:  # of what layers left out would read there may be tables, which shrink to nothing
+            arguments |= {"config": architecture, "ignore_mismatched_sizes": True}
         if memory := placed.max_memory():
             arguments["max_memory"] = memory
         if load_in:
@@ -153,10 +153,12 @@ class Checkpoint:
                 f"says, and safetensors, as pickles are refused ({type(error).__name__}: {brief(error, 300)})."
             ) from error
         model, found = loaded
-        if found["missing_keys"] and shared_embeddings.read(self.name) is None:
-            some = ", ".join(sorted(found["missing_keys"])[:3])
+        unfit = {key for key, *_ in found["mismatched_keys"] if model.get_parameter(key).numel()}
+        lacking = unfit.union(found["missing_keys"])
+        if lacking and shared_embeddings.read(self.name) is None:
+            some = ", ".join(sorted(lacking)[:3])
             raise CheckpointError(
-                f"The weights of {self.name} lack {len(found['missing_keys'])} tensors (such as {some}), which would "
+                f"The weights of {self.name} lack {len(lacking)} tensors (such as {some}), which would "
                 "be random numbers: get the whole checkpoint again."
             )
         model.eval()

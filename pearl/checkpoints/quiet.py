@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 
 import transformers.modeling_gguf_pytorch_utils as gguf
@@ -47,7 +48,9 @@ def _silence() -> Iterator[None]:
     _BITSANDBYTES.setLevel(logging.ERROR)
     gguf.tqdm = functools.partial(bar, disable=None)  # None: unless it is a terminal
     try:
-        yield
+        with warnings.catch_warnings():  # of models without layers
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            yield
     finally:
         gguf.tqdm = bar
         _BITSANDBYTES.setLevel(level)

@@ -1,13 +1,15 @@
-"""What a feature drafter takes from its target: embedding, final norm and head. And how it knows its target again."""
+"""How a feature drafter knows its target again: by its embedding and its final norm."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from pearl.models.hidden_states import final_norm
 
 _STRIDE = 61  # rows of the embedding that are looked at
 
@@ -28,19 +30,10 @@ def wrong_target_message(name: str) -> str:
     )
 
 
-def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm between the last decoder layer and the head."""
-    base = model.base_model
-    found = next((getattr(base, name) for name in ("norm", "ln_f", "final_layernorm") if hasattr(base, name)), None)
-    assert found is not None, "a transformers decoder ends in a norm"
-    return found
-
-
 def model_fingerprint(model: PreTrainedModel) -> str:
     """The fingerprint of a loaded target."""
-    return fingerprint(
-        _whole(model.get_input_embeddings().get_parameter("weight")), _whole(final_norm(model).get_parameter("weight"))
-    )
+    norm = getattr(final_norm(model), "weight", torch.empty(0))  # OLMo's has none
+    return fingerprint(_whole(model.get_input_embeddings().get_parameter("weight")), _whole(norm))
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pearl.errors import UsageError
-from pearl.models.fingerprint import final_norm
+
+_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f")  # beside the layers
 
 
 def default_layers(count: int) -> tuple[int, ...]:
@@ -66,3 +67,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     assert stacks, "a transformers decoder keeps its layers in one list"
     return stacks[0]
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last decoder layer and the head."""
+    stack = decoder_layers(model)
+    beside = next(dict(module.named_children()) for module in model.modules() if stack in module.children())
+    found = next((beside[name] for name in _NORMS if name in beside), None)
+    assert found is not None, "a transformers decoder ends in a norm"
+    return found

@@ -15,8 +15,8 @@ from pearl.checkpoints.drafts.kinds import TargetFacts
 from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
 from pearl.errors import UsageError
 from pearl.models.architecture import layers_of
-from pearl.models.fingerprint import final_norm, model_fingerprint
-from pearl.models.hidden_states import decoder_layers
+from pearl.models.fingerprint import model_fingerprint
+from pearl.models.hidden_states import decoder_layers, final_norm
 from pearl.training.recipes import FeatureRecipe
 
 _NORM = "input_layernorm.weight"
@@ -54,7 +54,7 @@ def new_drafter(
         fc.weight[:, -width:] += torch.diag(spreads[-1])
         drafter.lm_head.weight.copy_(head.weight[vocabulary])
         norm: Any = final_norm(target)
-        drafter.norm.weight.copy_(norm.weight)
+        drafter.norm.weight.copy_(getattr(norm, "weight", torch.ones(width)))
     stack = decoder_layers(target)
     last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):

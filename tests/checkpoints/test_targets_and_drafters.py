@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from architectures import parameters
 from safetensors.torch import save_file
 
 from pearl.checkpoints.checkpoint import Checkpoint
@@ -22,6 +23,8 @@ from pearl.core.params import SamplingParams
 from pearl.core.token_buckets import LEAVES
 from pearl.engine import Engine
 from pearl.errors import CheckpointError, UsageError
+from pearl.models.fingerprint import model_fingerprint
+from pearl.models.hidden_states import HiddenStateHooks
 
 GGUF_LAYER = dict(
     attn_norm=(64,),
@@ -56,6 +59,25 @@ def test_a_draft_reads_tokens_that_it_does_not_know(pair):
     assert draft.read(text, 3).isfinite().all()
     torch.testing.assert_close(draft.read(text, 1), draft.read([5, tiny.SHARED - 1, 7], 1))
     assert draft.read_leaves(text, [(), (tiny.SHARED + 3,)]).shape == (2, tiny.SHARED)
+
+
+@pytest.mark.parametrize("architecture", parameters())
+def test_embeddings_and_head_can_be_had_without_layers_and_are_known_by_their_fingerprint(architecture, tmp_path):
+    model = architecture.model()
+    model.save_pretrained(tmp_path)
+    bare = Checkpoint(str(tmp_path)).load_embeddings_and_head(EngineConfig(), "float32", Placement(("cpu",)))
+    assert torch.equal(bare.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert torch.equal(bare.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    assert model_fingerprint(bare) == model_fingerprint(model)
+    HiddenStateHooks(model, [model.config.num_hidden_layers])  # what its last norm puts out
+
+
+def test_without_layers_too_embeddings_have_the_shape_that_the_config_says(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "cut")
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    (tmp_path / "cut" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    with pytest.raises(CheckpointError, match="lack 2 tensors"):
+        Checkpoint(str(tmp_path / "cut")).load_embeddings_and_head(EngineConfig(), "float32", Placement(("cpu",)))
 
 
 def write_gguf(path: Path, layers: int = 2) -> Path:

@@ -26,7 +26,8 @@ from pearl.drafters.feature.layers import KeyValue, Rotary, layers_of
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import UsageError
 from pearl.models.draft_model import read_unknown_tokens
-from pearl.models.fingerprint import final_norm, model_fingerprint, wrong_target_message
+from pearl.models.fingerprint import model_fingerprint, wrong_target_message
+from pearl.models.hidden_states import final_norm
 from pearl.models.linear import linear_of
 
 __all__ = ["DrafterShape", "FeatureDrafter", "KeyValue"]

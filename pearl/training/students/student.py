@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from pearl.checkpoints import shared_embeddings
 from pearl.config.engine_config import model_path
 from pearl.errors import UsageError
-from pearl.models import fingerprint
-from pearl.models.hidden_states import HiddenStateHooks, decoder_layers
+from pearl.models.hidden_states import HiddenStateHooks, decoder_layers, final_norm
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective
 from pearl.training.recipes import DistillRecipe
@@ -43,7 +42,7 @@ def student_of(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     student.set_output_embeddings(target.get_output_embeddings())
     for mine, layer in zip(decoder_layers(student), layers, strict=True):
         mine.load_state_dict(stack[layer].state_dict())
-    fingerprint.final_norm(student).load_state_dict(fingerprint.final_norm(target).state_dict())
+    final_norm(student).load_state_dict(final_norm(target).state_dict())
     return student
 
 
