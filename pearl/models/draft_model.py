@@ -79,9 +79,11 @@ class DraftModel(LanguageModel):
             slot.cached, slot.sides, slot.pieces = [], {}, []  # its cache is overwritten
             slot.tree = None  # if what follows fails, nothing is known
             plans.append(trees[-1].plan(list(one.tokens), one.paths))
-            *before, last = plans[-1].chunks(DRAFT_PREFILL_CHUNK, self.windows)
-            for chunk in before:
-                found[one.batch_slot].append(self._read_chunk(chunk, one.batch_slot))
+            chunks = plans[-1].chunks(DRAFT_PREFILL_CHUNK, self.windows)
+            last = next(chunks)
+            for chunk in chunks:
+                found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
+                last = chunk
             if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
                 found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
             else:

@@ -7,6 +7,7 @@ row sees what its mask says. A row whose view is not exactly the text before it 
 from __future__ import annotations
 
 import functools
+import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -54,9 +55,8 @@ class Slots:
 
 
 def nodes(leaves: DraftTreeCache) -> Iterator[TreeNode]:
-    """All that it remembers."""
+    """All that it remembers below the committed prefix."""
     stack = list(leaves._end.children.values())
-    yield from leaves._prefix
     while stack:
         node = stack.pop()
         yield node
@@ -64,13 +64,12 @@ def nodes(leaves: DraftTreeCache) -> Iterator[TreeNode]:
 
 
 def check_slots(leaves: DraftTreeCache) -> None:
-    """No slot is two tokens', none is lost, and each node sees its ancestors and itself."""
-    slots = [node.slot for node in nodes(leaves)]
+    """No slot is two tokens', and none is lost."""
+    slots = [*leaves._prefix_slots, *(node.slot for node in nodes(leaves))]
     assert len(set(slots)) == len(slots), "a slot that two share"
     assert sorted(slots + leaves._free) == list(range(leaves._slots)), "a slot is in use or free"
     assert sorted(leaves._used.nonzero()[0].tolist()) == sorted(slots)
-    for node in nodes(leaves):
-        assert int(node.visible.sum()) == node.position + 1 and node.visible[node.slot]
+    assert sorted(leaves._seen.nonzero()[0].tolist()) == sorted(leaves._prefix_slots)
 
 
 Turn = tuple[str, float, list[int], list[Path]]
@@ -138,8 +137,19 @@ def test_the_slots_of_what_can_not_come_true_are_given_back():
     machine = Slots(SLOTS)
     machine.read([1, 2, 3], [(4,), (5, 6), (7,)])
     machine.read([1, 2, 3, 5], [(6,)])
-    assert len(list(nodes(machine.leaves))) == 5
+    assert int(machine.leaves._used.sum()) == 5
     assert machine.read([1, 2, 3, 5, 6], [()]) == [[1, 2, 3, 5, 6]]
+
+
+def test_a_long_text_takes_memory_by_its_length_and_not_by_its_square():
+    count = 3000
+    tracemalloc.start()
+    leaves = DraftTreeCache(count + 64)
+    for _ in leaves.plan(list(range(count)), [()]).chunks(64):
+        pass
+    leaves.plan(list(range(count + 1)), [()])
+    assert tracemalloc.get_traced_memory()[1] < count**2 / 4
+    tracemalloc.stop()
 
 
 def test_more_than_fits_is_asserted():
@@ -233,7 +243,7 @@ def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):
 
 def give_back_slots_that_are_in_use(patch: pytest.MonkeyPatch) -> None:
     """What hangs below a released node is kept."""
-    patch.setattr(DraftTreeCache, "_release", lambda self, gone: [self._give_back(node) for node in gone[:1]])
+    patch.setattr(DraftTreeCache, "_release", lambda self, gone: [self._give_back(node.slot) for node in gone[:1]])
 
 
 def see_siblings(patch: pytest.MonkeyPatch) -> None:
@@ -241,9 +251,9 @@ def see_siblings(patch: pytest.MonkeyPatch) -> None:
     right = DraftTreeCache._add
 
     def add(self: DraftTreeCache, parent: TreeNode, token: int) -> TreeNode:
-        beside = [child.slot for child in parent.children.values()]
+        beside = list(parent.children.values())
         child = right(self, parent, token)
-        child.visible[beside] = True
+        child.parent = beside[-1] if beside else parent
         return child
 
     patch.setattr(DraftTreeCache, "_add", add)
@@ -264,7 +274,7 @@ def take_the_wrong_sibling(patch: pytest.MonkeyPatch) -> None:
 
 
 def never_give_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(DraftTreeCache, "_give_back", lambda self, node: None)
+    patch.setattr(DraftTreeCache, "_give_back", lambda self, slot: None)
 
 
 def keep_the_view_of_the_old_text(patch: pytest.MonkeyPatch) -> None:
@@ -272,9 +282,9 @@ def keep_the_view_of_the_old_text(patch: pytest.MonkeyPatch) -> None:
     right = DraftTreeCache._settle
 
     def settle(self: DraftTreeCache) -> None:
-        before = self._end.visible
+        before = self._seen
         right(self)
-        self._end.visible |= before
+        self._seen |= before
 
     patch.setattr(DraftTreeCache, "_settle", settle)
 

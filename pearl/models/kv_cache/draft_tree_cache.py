@@ -30,7 +30,7 @@ class TreeNode:
     token: int
     slot: int
     position: int
-    visible: np.ndarray  # bool [slots]: the slots of its ancestors and its own
+    parent: TreeNode | None = None  # of one below the committed prefix
     children: dict[int, TreeNode] = field(default_factory=dict)
 
 
@@ -53,6 +53,8 @@ class ReadPlan:
     wanted: set[int]  # their indices in `nodes`
     high: int  # slots in use lie below
     places: np.ndarray  # int64 [slots], the position of the token in each
+    end: TreeNode  # of the committed prefix
+    prefix: np.ndarray  # bool [slots]: those of the committed prefix
 
     def chunks(self, rows: int, windows: Sequence[Window] = ()) -> Iterator[ForwardChunk]:
         """Forwards of at most so many rows. `windows`: those of the model's layers."""
@@ -60,7 +62,7 @@ class ReadPlan:
         for start in range(0, len(self.nodes), rows):
             part = self.nodes[start : start + rows]
             positions = np.array([node.position for node in part])
-            visible = np.stack([node.visible[:seen] for node in part])
+            visible = self._visible(part, seen)
             windowed = {
                 window: AttentionMask(_as_mask(visible & (self.places[:seen] >= window.first(positions)[:, None])))
                 for window in windows
@@ -73,6 +75,25 @@ class ReadPlan:
                 mask=AttentionMask(_as_mask(visible), windowed=windowed),
                 wanted=torch.tensor([i for i in range(len(part)) if start + i in self.wanted], dtype=torch.int64),
             )
+
+    def _visible(self, part: Sequence[TreeNode], seen: int) -> np.ndarray:
+        """bool [rows, seen]: for each node the slots of its ancestors and its own. Made a forward at a time: for all
+        tokens of a text it would be as large as the text's length squared."""
+        made = np.empty((len(part), seen), dtype=bool)
+        rows: dict[TreeNode, int] = {}
+        for row, node in enumerate(part):
+            above = node.parent
+            if above in rows:
+                made[row] = made[rows[above]]
+            else:
+                made[row] = self.prefix[:seen]
+                while above is not self.end:
+                    assert above is not None, "a node hangs below the committed prefix"
+                    made[row, above.slot] = True
+                    above = above.parent
+            made[row, node.slot] = True
+            rows[node] = row
+        return made
 
 
 def _as_mask(visible: np.ndarray) -> Tensor:
@@ -94,8 +115,10 @@ class DraftTreeCache:
         self._free = list(range(slots))  # a heap: low slots first, so that few are read
         self._used = np.zeros(slots, dtype=bool)
         self._places = np.zeros(slots, dtype=np.int64)  # positions
-        self._prefix: list[TreeNode] = []
-        self._end = TreeNode(-1, -1, -1, np.zeros(slots, dtype=bool))  # the last of the committed prefix
+        self._prefix: list[int] = []  # tokens
+        self._prefix_slots: list[int] = []  # and where they lie
+        self._seen = np.zeros(slots, dtype=bool)  # the same
+        self._end = TreeNode(-1, -1, -1)  # the last of it
 
     def adopt(self, tokens: Sequence[int]) -> None:
         """The beginning of a text lies in the first slots already, of a cache that was empty."""
@@ -128,7 +151,8 @@ class DraftTreeCache:
             places.append(new.index(at))
         wanted = sorted(set(places))
         high = int(self._used.nonzero()[0][-1]) + 1
-        return ReadPlan(new, [wanted.index(place) for place in places], set(wanted), high, self._places)
+        order = [wanted.index(place) for place in places]
+        return ReadPlan(new, order, set(wanted), high, self._places, self._end, self._seen)
 
     def give_back(self, token: int) -> None:
         """Frees the nodes of a token below the committed prefix, and what hangs on them."""
@@ -141,50 +165,45 @@ class DraftTreeCache:
 
     def _follow(self, text: list[int]) -> None:
         """Moves the committed prefix along the text, up to the token before its last."""
-        shared = 0
-        for node, token in zip(self._prefix, text[:-1], strict=False):
-            if node.token != token:
-                break
-            shared += 1
+        shared = shared_prefix(self._prefix, text[:-1])
         if shared < len(self._prefix):  # another text
             self._release(list(self._end.children.values()))
-            for node in self._prefix[shared:]:
-                self._give_back(node)
-            del self._prefix[shared:]
+            for slot in self._prefix_slots[shared:]:
+                self._give_back(slot)
+            del self._prefix[shared:], self._prefix_slots[shared:]
             self._settle()
         while len(self._prefix) < len(text) - 1 and text[len(self._prefix)] in self._end.children:
             chosen = self._end.children.pop(text[len(self._prefix)])
             self._release(list(self._end.children.values()))
-            self._prefix.append(chosen)
-            self._end = chosen
+            self._prefix.append(chosen.token)
+            self._prefix_slots.append(chosen.slot)
+            self._seen[chosen.slot], chosen.parent, self._end = True, None, chosen
         if self._prefix and len(self._prefix) == len(text) - 1:  # beside the last token nothing can come true any more
             dead = [child for token, child in self._end.children.items() if token != text[-1]]
             self._release(dead)
             self._end.children = {t: c for t, c in self._end.children.items() if t == text[-1]}
 
     def _settle(self) -> None:
-        """The end of the committed prefix, after it was cut."""
-        visible = np.zeros(self._slots, dtype=bool)
-        visible[[node.slot for node in self._prefix]] = True
-        last = self._prefix[-1] if self._prefix else None
-        self._end = TreeNode(last.token, last.slot, last.position, visible) if last else TreeNode(-1, -1, -1, visible)
+        """What the committed prefix sees, and its end, after it was cut."""
+        self._seen = np.zeros(self._slots, dtype=bool)
+        self._seen[self._prefix_slots] = True
+        last = (self._prefix[-1], self._prefix_slots[-1]) if self._prefix else (-1, -1)
+        self._end = TreeNode(*last, len(self._prefix) - 1)
 
     def _add(self, parent: TreeNode, token: int) -> TreeNode:
         assert self._free, "more nodes than slots"
         slot = heapq.heappop(self._free)
         self._used[slot] = True
-        visible = parent.visible.copy()
-        visible[slot] = True
         self._places[slot] = parent.position + 1
-        child = parent.children[token] = TreeNode(token, slot, parent.position + 1, visible)
+        child = parent.children[token] = TreeNode(token, slot, parent.position + 1, parent)
         return child
 
     def _release(self, nodes: list[TreeNode]) -> None:
         while nodes:
             node = nodes.pop()
             nodes += node.children.values()
-            self._give_back(node)
+            self._give_back(node.slot)
 
-    def _give_back(self, node: TreeNode) -> None:
-        self._used[node.slot] = False
-        heapq.heappush(self._free, node.slot)
+    def _give_back(self, slot: int) -> None:
+        self._used[slot] = False
+        heapq.heappush(self._free, slot)
