@@ -89,8 +89,8 @@ def check_memory(loads: Sequence[Load], texts: int = 1) -> None:
             where = "in main memory" if placed.on_cpu else f"on {', '.join(placed.devices)}"
             raise UsageError(
                 f"The models need about {need:.1f} GB {where}, where {free:.1f} GB are free: choose smaller models, "
-                "--load-in 4bit, or other devices."
-                + (f" {texts} texts side by side are part of it: fewer, or a shorter max_length." if texts > 1 else "")
+                "--load-in 4bit, a shorter max_length, or other devices."
+                + (f" {texts} texts side by side are part of it: fewer will do, too." if texts > 1 else "")
             )
 
 

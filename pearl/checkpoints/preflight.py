@@ -161,7 +161,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         numbers["draft"], kinds["draft"] = _numbers(files, placed["draft"])
         sizes["draft"] = 0.0
     texts = _texts(config, sizes["target"], max_length)
-    caches = {role: texts * size if texts > 1 else 0.0 for role, size in sizes.items()}
+    caches = {role: texts * size for role, size in sizes.items()}
     caches["target"] *= here
     beside = _beside(config, TargetFacts.of(config.target, target_config)) if "target" in roles else None
     held = [role for role in kinds if role in roles]

@@ -195,6 +195,9 @@ def test_texts_that_do_not_fit_into_memory_are_refused_before_loading(pair, monk
     monkeypatch.setattr("pearl.checkpoints.preflight.bytes_of_a_sequence", lambda *_: 10**9)
     with pytest.raises(UsageError, match="500 texts side by side are part of it"):
         preflight(EngineConfig(*pair, max_length=200, max_sequences=500))
+    monkeypatch.setattr("pearl.checkpoints.preflight.bytes_of_a_sequence", lambda *_: 10**15)
+    with pytest.raises(UsageError, match=r"a shorter max_length, or other devices\.$"):
+        preflight(EngineConfig(*pair, max_length=200))
 
 
 # Evaluations
