@@ -18,16 +18,17 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from pearl.core import noise
 from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
 from pearl.core.trie import RECYCLED, Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
+from pearl.machine.transfers import Fetched
 
 KEPT = 8  # tokens of a row
 PLACES = 1 << 16  # rows that are kept: with KEPT tokens each 3.1 MB
@@ -60,6 +61,7 @@ class RecyclingSource(DraftSource):
         self._judged = np.full((2, _BINS), _BELIEF)
         self._right = _BELIEF * np.outer(_TRUST, centres)
         self._params: dict[int, SamplingParams] = {}
+        self._coming: deque[tuple[int, Sequence[tuple[int, int]], Fetched, Fetched]] = deque()  # see `_keep`
         self._logp: list[list[float]] = []
         self._count(np.zeros(0, np.int64), np.zeros(0), ALONE)
 
@@ -70,9 +72,21 @@ class RecyclingSource(DraftSource):
             self._text[batch_slot] = self._texts
 
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
-        """Keeps the best tokens of each row, and learns from what was kept of it before."""
+        """The best tokens of each row are kept once they have come from the device, before any are asked for."""
         values, tokens = top_k(read.logits, KEPT)
-        best, kept = values.float().cpu().numpy(), tokens.to(torch.int32).cpu().numpy()
+        self._coming.append((self._text[batch_slot], read.contexts, Fetched(values.float()), Fetched(tokens)))
+        self._take()
+
+    def _take(self, wait: bool = False) -> None:
+        while self._coming and (wait or self._coming[0][-1].arrived):
+            text, contexts, values, tokens = self._coming.popleft()
+            kept = tokens.wait().numpy()  # with them have come the values, which were asked for before
+            self._keep(text, contexts, values.wait().numpy(), kept)
+
+    def _keep(self, text: int, contexts: Sequence[tuple[int, int]], best: np.ndarray, kept: np.ndarray) -> None:
+        """Keeps the best tokens of each row, and learns from what was kept of it before.
+
+        best: float [rows, KEPT], their logits; kept: int [rows, KEPT]"""
         width = best.shape[1]
         if not np.isfinite(best[:, 0]).all():
             return
@@ -80,9 +94,8 @@ class RecyclingSource(DraftSource):
         shares = np.exp2((best - best[:, :1]) / math.log(2))
         shares /= shares.sum(1, keepdims=True)
         bins = np.minimum(-np.log2(np.maximum(shares, 1e-9)), _BINS - 1).astype(np.uint8)
-        text = self._text[batch_slot]
         for level in (PAIR, ALONE):
-            keys = np.fromiter((_key(text, *context, level) for context in read.contexts), np.int64, len(kept))
+            keys = np.fromiter((_key(text, *context, level) for context in contexts), np.int64, len(kept))
             places = keys & (PLACES - 1)
             known = np.flatnonzero(self._keys[places] == keys)
             if len(known):
@@ -92,6 +105,7 @@ class RecyclingSource(DraftSource):
             self._tokens[places, :width], self._bins[places, :width] = kept, bins
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        self._take(wait=True)
         return [self._extend(query) for query in queries]
 
     def _extend(self, query: TreeQuery) -> Grown:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.core.trie import shared_prefix
+from pearl.machine.transfers import sent
 from pearl.models.linear import linear_of
 
 _ROOM = 512  # rare tokens, at first
@@ -103,7 +104,7 @@ class ReducedVocabHead(nn.Module):
             return
         self._rare_ids[first:] = self._size
         if new := self._rare[first:]:
-            ids = torch.tensor(new, device=self._rare_ids.device)
+            ids = sent(torch.tensor(new), self._rare_ids.device)
             self._rare_ids[first : len(self._rare)] = ids
             rows = self._head[0].weight.detach()[ids]
             self._rare_rows[first : len(self._rare)] = rows.to(self._rare_rows.dtype)

@@ -12,16 +12,19 @@ from torch import Tensor
 Made = TypeVar("Made")
 
 
-def timed(make: Callable[[], Made]) -> tuple[float, Made]:
-    """The seconds that `make` took, until a tensor that it returned was there, and what it returned."""
+def timed(make: Callable[[], Made], device: torch.device | None = None) -> tuple[float, Made]:
+    """The seconds that `make` took, until its work on `device` was done, and what it returned. None: the device of a
+    tensor that it returned."""
     began = time.perf_counter()
     made = make()
     first = made[0] if isinstance(made, Sequence) and made else made
-    if isinstance(first, Tensor) and first.is_cuda:
-        torch.cuda.synchronize(first.device)
+    if device is None and isinstance(first, Tensor):
+        device = first.device
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - began, made
 
 
-def best_of(count: int, make: Callable[[], object]) -> float:
-    """The least seconds of several: whatever else runs on the machine only makes it longer."""
-    return min(timed(make)[0] for _ in range(count))
+def best_of(count: int, make: Callable[[], object], device: torch.device | None = None) -> float:
+    """The least seconds of several: whatever else runs on the machine only makes it longer. `device`: see `timed`."""
+    return min(timed(make, device)[0] for _ in range(count))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stand_in import DeviceTensor, Gpu, HiddenWait, PinnedReuse, WrongDevice
+from stand_in import NAME, DeviceTensor, Gpu, HiddenWait, PinnedReuse, WrongDevice
 from tiers import tiered
 from toys import Move, ScriptedChannel, Text, letters, ticks, together
 
@@ -22,13 +22,16 @@ import pearl.roles.target
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.tree import TreeSource
 from pearl.machine.transfers import on_host, sent
 from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.reduced_head import reduce_vocab
 from pearl.models.static_shapes.inputs import StaticInputs
 from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import TokenDeltas
 from pearl.models.tensor_parallel.model import TensorParallelModel
+from pearl.models.timing import timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
@@ -112,6 +115,32 @@ def test_a_pass_waits_once_and_a_draft_once(gpu, kind, mode, static):
     assert write(target, mode, PARAMS[kind]).tokens == expected.tokens
     forwards = target.draft_stats.forwards if target.draft_stats else 0
     assert len(target.passes) <= gpu.waits <= len(target.passes) + forwards
+
+
+@pytest.mark.parametrize("mode", ["pearl", "tree"])
+def test_what_is_kept_of_a_passs_rows_is_waited_for_once_more_a_pass(gpu, mode, caplog):
+    expected = write(loops(here, True), mode, GREEDY)
+    reader, source = models(gpu.moved, True)
+    target = Target(reader, ScriptedChannel(source, STEADY), ticks(), sources=[RecyclingSource()])
+    assert write(target, mode, GREEDY).tokens == expected.tokens
+    assert not caplog.records, "no source has failed"
+    assert gpu.waits <= 2 * len(target.passes) + target.draft_stats.forwards
+
+
+def test_a_head_that_learns_a_token_of_the_text_does_not_wait(gpu):
+    with gpu.may_wait():  # once, when it is loaded
+        head = reduce_vocab(gpu.moved(tiny.random_model(tiny.CONFIGS["llama"]())), 40)
+    head.observe_tokens([3, 50, 60])
+    head.observe_tokens([3, 50, 60, 70])
+    assert not head.whole and not gpu.waits
+
+
+def test_a_timing_ends_with_the_devices_work_whatever_comes_back(gpu):
+    for make, device in ((lambda: None, torch.device("cuda:0")), (lambda: sent(torch.ones(2), NAME), None)):
+        with gpu.may_wait():
+            before = gpu.allowed
+            timed(make, device)
+        assert gpu.allowed == before + 1
 
 
 def test_a_pass_that_was_prepared_while_the_picks_travelled_waits_no_more_than_others(gpu):

@@ -49,7 +49,7 @@ def hurried():
     with pytest.MonkeyPatch.context() as patch:
         for module in (source, head_source):
             patch.setattr(module, "_TIMED", (8, 1))
-            patch.setattr(module, "best_of", lambda rounds, read: (read(), 1e-9)[1])
+            patch.setattr(module, "best_of", lambda rounds, read, device: (read(), 1e-9)[1])
         patch.setattr(forward_trial, "FIRST_WORTH", 1e6)
         yield
 

@@ -196,6 +196,6 @@ class DFlashSource(OnePassSource):
         self.observe(np.zeros((length - 1, len(self.layers) * self._shape.hidden), np.int16))
         state = self._sequences[0]
         some = [PathsQuery(state, [0] * length, [[]] * count, way=False) for count in range(1, self.max_leaves + 1)]
-        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
+        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one]), self.device) for one in some)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0

@@ -114,5 +114,6 @@ class HeadSource(TreeSource):
             self._reader.read_leaves_together([LeavesQuery(0, text, [(token,) for token in range(rows)])])
 
         read(1)
-        self.costs = tuple(best_of(rounds, functools.partial(read, rows)) for rows in range(1, _LEAVES + 1))
+        counts = range(1, _LEAVES + 1)
+        self.costs = tuple(best_of(rounds, functools.partial(read, rows), self.device) for rows in counts)
         self.begin(0, SamplingParams())

@@ -156,6 +156,6 @@ class FeatureSource(OnePassSource):
         if self.layers:
             self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
         some = [PathsQuery(self._sequences[0], text, [[0]] * count) for count in range(1, self.max_leaves + 1)]
-        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in some)
+        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one]), self.device) for one in some)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0
