@@ -108,4 +108,4 @@ def _devices(option: str, text: str, gpus: int, default: int) -> Placement:
             raise UsageError(f"{option} must be cpu, cuda:0, or several GPUs like cuda:0,cuda:1, not {text!r}.")
         if kind == "cuda" and int(index or 0) >= gpus:
             raise UsageError(f"{option} {device} is not there: this machine has {gpus} GPUs; use auto or cpu.")
-    return Placement(devices)
+    return Placement(tuple("cuda:0" if device == "cuda" else device for device in devices))  # one name for one

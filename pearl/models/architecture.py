@@ -21,7 +21,9 @@ def layers_of(config: PretrainedConfig) -> list[PretrainedConfig]:
     """The config by which each layer is made. Where layers differ (Gemma 4), newer versions of transformers have one of
     each, and refuse to tell of all what differs."""
     text = config.get_text_config()
-    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text] * text.num_hidden_layers
+    if getattr(text, "is_heterogeneous", False):
+        return list(text.per_layer_config)
+    return [text] * getattr(text, "num_hidden_layers", 0)
 
 
 def _numbers_of_a_token(layer: PretrainedConfig) -> int:
@@ -51,7 +53,7 @@ def longest_sequence(config: PretrainedConfig) -> int:
     config = config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if other or not hasattr(layers_of(config)[0], "num_attention_heads"):
+    if other or not any(hasattr(layer, "num_attention_heads") for layer in layers_of(config)):
         what = ", ".join(sorted(other)) or config.model_type
         raise UsageError(
             f"The model has layers without a key-value cache ({what}): choose a decoder-only transformer"
@@ -60,6 +62,8 @@ def longest_sequence(config: PretrainedConfig) -> int:
     said = {name: getattr(config, name, None) for name in _OWN_MASKS}
     if own := next((_OWN_MASKS[name] for name, value in said.items() if value and value != "vision"), None):
         raise UsageError(f"{config.model_type} makes {own}: choose another model.")
+    if getattr(config, "recurrent_kv_cache_mode", None) == "last_loop":
+        raise UsageError(f"{config.model_type} shares its last loop's keys, which can't be read here: choose another.")
     limits = [getattr(config, "max_position_embeddings", None), rope_border(config)]
     if kept := getattr(config, "keep_window_size", None):  # Doge's mask leaves out tokens once there are more slots
         limits.append(kept // GRAIN * GRAIN)

@@ -50,6 +50,13 @@ def test_devices_that_are_not_there_are_refused(pair, option, device):
         preflight(EngineConfig(*pair, **{option: device}))
 
 
+def test_a_gpu_without_a_number_is_the_first(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 1), ("is_bf16_supported", True)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    placed = placement.place(EngineConfig("x", target_device="cuda", draft_device="cuda:0"), 1, 0)
+    assert placed["target"] == placed["draft"] == placement.Placement(("cuda:0",))
+
+
 def test_the_cpu_is_a_device_by_name(pair):
     checked = preflight(EngineConfig(*pair, target_device="cpu", draft_device="cpu"))
     assert checked.target_on.on_cpu and checked.draft_on.on_cpu

@@ -9,6 +9,7 @@ from architectures import Architecture, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    BltConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     JambaConfig,
@@ -287,8 +288,14 @@ def test_a_mask_that_lets_pictures_see_ahead_is_no_hindrance_to_texts():
         (RecurrentGemmaConfig, "linear_attention|recurrent"),
         (JambaConfig, "linear_attention|mamba"),
         (Qwen3NextConfig, "linear_attention"),
+        (BltConfig, "blt"),
     ],
 )
 def test_layers_that_can_not_go_back_are_refused(config, word):
     with pytest.raises(UsageError, match=f"without a key-value cache.*({word}).*choose a decoder-only transformer"):
         longest_sequence(config())
+
+
+def test_a_model_whose_loops_share_the_keys_of_the_last_is_refused():
+    with pytest.raises(UsageError, match="shares its last loop's keys"):
+        longest_sequence(LlamaConfig(**tiny.SIZES, recurrent_kv_cache_mode="last_loop"))
