@@ -22,11 +22,9 @@ from pearl.core.params import SamplingParams
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.model import LeafReader
 from pearl.drafters.one_pass import DraftedText, Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.language_model import TREE_SLOTS
-from pearl.models.timing import best_of
-
-_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
 
 
 class PardSource(OnePassSource):
@@ -75,12 +73,12 @@ class PardSource(OnePassSource):
 
     def _time(self) -> tuple[float, ...]:
         """Seconds of a forward of 1, 2, ... leaves."""
-        length, rounds = _TIMED
+        length, rounds = timing.TIMED
         text, state = [0] * min(length, self.longest - self.depths - 1), self._sequences[0]
         asked = [
             PathsQuery(state, text, [(leaf,) for leaf in range(n)], way=False) for n in range(1, self.max_leaves + 1)
         ]
-        costs = tuple(best_of(rounds, functools.partial(self.read_on, [one])) for one in asked)
+        costs = tuple(timing.best_of(rounds, functools.partial(self.read_on, [one])) for one in asked)
         self.begin(0, SamplingParams())
         self.forwards = self.rows = 0
         return costs

@@ -11,6 +11,8 @@ from torch import Tensor
 
 Made = TypeVar("Made")
 
+TIMED = (64, 3)  # tokens of text, and repetitions, when a draft source's forward is timed
+
 
 def timed(make: Callable[[], Made], device: torch.device | None = None) -> tuple[float, Made]:
     """The seconds that `make` took, until its work on `device` was done, and what it returned. None: the device of a

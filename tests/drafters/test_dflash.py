@@ -31,13 +31,13 @@ from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Trie
-from pearl.drafters.dflash import source as source_module
 from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.dflash.source import DFlashSource
 from pearl.drafters.draft_source import ChainQuery, TreeQuery
 from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
 from pearl.errors import PearlError
+from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
 
@@ -64,7 +64,7 @@ WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_win
 def hurried():
     """Nothing here depends on how long a forward takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_module, "_TIMED", (8, 1))
+        patch.setattr(timing, "TIMED", (8, 1))
         yield
 
 

@@ -46,7 +46,6 @@ from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import MIN_PATH_LOGP, ChainQuery, TreeQuery
-from pearl.drafters.feature import source as source_module
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
@@ -54,6 +53,7 @@ from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
 from pearl.errors import CheckpointError, UsageError
 from pearl.models import language_model as model_module
+from pearl.models import timing
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.verifier import VerifierModel
@@ -73,7 +73,7 @@ def network(features: tuple[int, ...] = (0, 2), depths: int = DEPTHS) -> Feature
 def hurried():
     """Nothing here depends on how long a forward takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_module, "_TIMED", (8, 1))
+        patch.setattr(timing, "TIMED", (8, 1))
         yield
 
 

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pearl.checkpoints.drafts import envelope
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.drafters.feature import head_source, source
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
+from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
@@ -43,8 +43,7 @@ PROMPT = [3, 1, 4, 1, 5]
 def hurried():
     """Nothing here depends on how long a forward takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "_TIMED", (8, 1))
-        patch.setattr(head_source, "_TIMED", (8, 1))
+        patch.setattr(timing, "TIMED", (8, 1))
         yield
 
 

@@ -23,16 +23,14 @@ from transformers import LlamaConfig
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Trie
 from pearl.drafters import one_pass, pard
-from pearl.drafters.dflash import source as dflash_source
 from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.dflash.shape import DFLASH, DSPARK, DFlashShape
 from pearl.drafters.dflash.source import DFlashSource
 from pearl.drafters.draft_source import DraftSource
-from pearl.drafters.feature import head_source
-from pearl.drafters.feature import source as feature_source
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
+from pearl.models import timing
 
 WIDE = 16  # numbers of a hidden state
 DRAFTED = (0, 1, 3)
@@ -126,8 +124,7 @@ SOURCES: dict[str, Callable[[], DraftSource]] = {
 @pytest.fixture(autouse=True, scope="module")
 def hurried():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pard, dflash_source, head_source, feature_source):
-            patch.setattr(module, "_TIMED", (8, 1))
+        patch.setattr(timing, "TIMED", (8, 1))
         patch.setattr(distribution, "TARGET", Told())
         yield
 

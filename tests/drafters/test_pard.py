@@ -27,11 +27,11 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling import ranked
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Trie
-from pearl.drafters import pard
 from pearl.drafters.draft_source import MAX_CHILDREN, ChainQuery, TreeQuery
 from pearl.drafters.one_pass import PathsQuery
 from pearl.drafters.pard import PardSource
 from pearl.engine import Engine
+from pearl.models import timing
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.roles.target import Target
@@ -47,7 +47,7 @@ WORDS = st.integers(0, 9)
 def hurried():
     """Nothing here depends on how long a forward takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pard, "_TIMED", (8, 1))
+        patch.setattr(timing, "TIMED", (8, 1))
         yield
 
 

@@ -22,15 +22,14 @@ from pearl.core.features import DeviceFeatures
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.drafters.dflash import source as dflash_source
 from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.dflash.shape import DFlashShape
 from pearl.drafters.dflash.source import DFlashSource
-from pearl.drafters.feature import head_source, source
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.pard import PardSource
+from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
@@ -46,8 +45,7 @@ PROMPT = [3, 1, 4, 1, 5]
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     """Nothing here depends on how long a forward takes."""
-    for module in (source, head_source, dflash_source):
-        monkeypatch.setattr(module, "_TIMED", (8, 1))
+    monkeypatch.setattr(timing, "TIMED", (8, 1))
 
 
 def model():

@@ -25,12 +25,12 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource
-from pearl.drafters.feature import head_source, source
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
@@ -47,9 +47,8 @@ BESIDE = (0, 1)  # layers that it reads
 def hurried():
     """Nothing here depends on how long a forward takes; heads that know nothing are asked all the same."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (source, head_source):
-            patch.setattr(module, "_TIMED", (8, 1))
-            patch.setattr(module, "best_of", lambda rounds, read, device: (read(), 1e-9)[1])
+        patch.setattr(timing, "TIMED", (8, 1))
+        patch.setattr(timing, "best_of", lambda rounds, read, device: (read(), 1e-9)[1])
         patch.setattr(forward_trial, "FIRST_WORTH", 1e6)
         yield
 

@@ -18,13 +18,11 @@ from trained import drafter_for, random_answer, save_recorded, small_target
 
 from pearl.commands.training import diagnose as command
 from pearl.core.params import SamplingParams
-from pearl.drafters import pard
-from pearl.drafters.dflash import source as dflash_source
-from pearl.drafters.feature import source as source_module
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.one_pass import DraftedText, OnePassSource
+from pearl.models import timing
 from pearl.models.reduced_head import reduce_vocab
 from pearl.training.diagnose import TreeOutcome, by_token, calibration, outcomes, taps, trees, warnings
 from pearl.training.shards import RecordedText
@@ -32,8 +30,7 @@ from pearl.training.shards import RecordedText
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch):
-    for module in (source_module, dflash_source, pard):
-        monkeypatch.setattr(module, "_TIMED", (8, 1))
+    monkeypatch.setattr(timing, "TIMED", (8, 1))
 
 
 def recorded(seed: int = 0) -> RecordedText:

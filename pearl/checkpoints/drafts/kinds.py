@@ -180,8 +180,9 @@ def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDesc
         _mask_fits(files.name, shape.mask_token, shape.own_embedding, target)
         warnings += _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
-    row = len(shape.features) * shape.hidden
-    return DraftDescription(shape.kind, files, said, shape.features, row, shape, shape.target, tuple(warnings), target)
+    return DraftDescription(
+        shape.kind, files, said, shape.features, shape.feature_row, shape, shape.target, tuple(warnings), target
+    )
 
 
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:

@@ -24,6 +24,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from pearl.drafters.dflash.shape import DFlashShape
+from pearl.drafters.feature.layers import rotated
 from pearl.models.draft_model import read_unknown_tokens
 from pearl.models.linear import linear_of
 
@@ -48,13 +49,13 @@ class BlockAttention(nn.Module):
         """x: [R, H]"""
         k = self.k_norm(self.k_proj(x).view(1, len(x), -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(1, len(x), -1, self.head_dim).transpose(1, 2)
-        return _rotate(k, turn), v
+        return rotated(k, turn), v
 
     def forward(self, x: Tensor, turn: Turn, mask: Tensor, past: KeyValue) -> Tensor:
         """x: [R, H]; mask: bool [R, past + R]."""
         q = self.q_norm(self.q_proj(x).view(1, len(x), -1, self.head_dim)).transpose(1, 2)
         keys, values = (torch.cat(pair, 2) for pair in zip(past, self.key_value(x, turn), strict=True))
-        seen = F.scaled_dot_product_attention(_rotate(q, turn), keys, values, attn_mask=mask, enable_gqa=True)
+        seen = F.scaled_dot_product_attention(rotated(q, turn), keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(seen.transpose(1, 2).reshape(len(x), -1))
 
 
@@ -193,9 +194,3 @@ class DFlashDrafter(nn.Module):
     def _turn(self, like: Tensor, positions: Tensor) -> Turn:
         cosines, sines = self._rotary[0](like, positions[None])
         return cosines[0], sines[0]
-
-
-def _rotate(x: Tensor, turn: Turn) -> Tensor:
-    """x: [1, heads, R, head_dim]"""
-    first, second = x.chunk(2, -1)
-    return x * turn[0] + torch.cat([-second, first], -1) * turn[1]

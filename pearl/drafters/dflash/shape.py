@@ -41,6 +41,11 @@ class DFlashShape:
     target: str = ""
 
     @property
+    def feature_row(self) -> int:
+        """Numbers that one position's features are."""
+        return len(self.features) * self.hidden
+
+    @property
     def block(self) -> int:
         """Rows of a block."""
         return self.depths + (not self.from_anchor)

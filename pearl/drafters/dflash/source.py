@@ -10,27 +10,21 @@ Bits are of no account here: whatever is drafted, the target decides.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import RankQuery
 from pearl.core.trie import shared_prefix
 from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
-from pearl.drafters.one_pass import Guesses, Leaf, OnePassSource, PathsQuery, with_confidence
-from pearl.machine.transfers import Fetched, rows_of, sent
-from pearl.models.static_shapes.network import NetworkForward
-from pearl.models.timing import best_of
-
-_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+from pearl.drafters.feature.parallel_source import ParallelSource
+from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
+from pearl.machine.transfers import rows_of
+from pearl.models import timing
 
 
 @dataclass
@@ -45,20 +39,10 @@ class _Rows:
     wanted: list[int] = field(default_factory=list)  # rows whose guesses are
 
 
-class DFlashSource(OnePassSource):
+class DFlashSource(ParallelSource):
     """Chains and trees of a DFlash or DSpark network."""
 
-    origin = "feature"
-
-    def __init__(self, drafter: DFlashDrafter, top_k: int = 0, longest: int = 1 << 20):
-        """`drafter` has its target attached. `top_k`, `longest`: see `OnePassSource`."""
-        super().__init__(drafter.shape.depths, top_k, longest)
-        self._drafter, self._shape = drafter.eval(), drafter.shape
-        self.layers, self.device = drafter.shape.features, drafter.device
-        self.forward = NetworkForward(drafter.read, drafter.device)
-        self.of_vocabulary(drafter.vocabulary)
-        self.begin(0, SamplingParams())
-        self.time()
+    _drafter: DFlashDrafter
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
@@ -66,21 +50,6 @@ class DFlashSource(OnePassSource):
         made = FeatureSequence(params, old.cache if old and continues else [])
         made.read = old.read if old and continues else []
         self._sequences[batch_slot] = made
-
-    def observe(self, features: Features, batch_slot: int = 0) -> None:
-        self._sequences[batch_slot].features.append(features)
-        self._sequences[batch_slot].known += len(features)
-
-    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
-        state = self._sequences[batch_slot]
-        return max(0, self.known(state, tokens) - len(state.read))
-
-    def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
-        """Up to the anchor."""
-        return min(len(tokens), state.known + 1)
-
-    def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
-        return state.known >= max(1, len(trunk) - 1)
 
     def guesses_after(self, path: Sequence[int]) -> int:
         return max(0, self.depths - len(path))
@@ -126,7 +95,7 @@ class DFlashSource(OnePassSource):
         state.cache, state.read = cache, list(query.trunk[:count])
 
     def _add_block(self, rows: _Rows, number: int, query: PathsQuery, path: Sequence[int]) -> None:
-        shape, anchor, first = self._shape, len(query.trunk) - 1, len(rows.tokens)
+        shape, anchor, first = self._drafter.shape, len(query.trunk) - 1, len(rows.tokens)
         block = [query.trunk[-1], *path, *[shape.mask_token] * shape.block][: shape.block]
         rows.tokens += block
         rows.positions += range(anchor, anchor + shape.block)
@@ -145,9 +114,9 @@ class DFlashSource(OnePassSource):
         )
         context, own = whose == sequences, blocks == blocks.T
         made: dict[tuple[int, bool], Tensor] = {}
-        for window, causal in zip(self._shape.windows, self._shape.causal, strict=True):
+        for window, causal in zip(self._drafter.shape.windows, self._drafter.shape.causal, strict=True):
             before, beside = context, own
-            if window and self._shape.window_from_anchor:
+            if window and self._drafter.shape.window_from_anchor:
                 before = before & (places >= anchors - window)
             elif window:
                 before, beside = before & (positions - places < window), own & (positions - positions.T < window)
@@ -155,47 +124,24 @@ class DFlashSource(OnePassSource):
             if causal:
                 beside = beside & (positions >= positions.T)
             made.setdefault((window, causal), torch.cat([before, beside], 1))
-        return [made[key] for key in zip(self._shape.windows, self._shape.causal, strict=True)]
+        return [made[key] for key in zip(self._drafter.shape.windows, self._drafter.shape.causal, strict=True)]
 
-    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
-        if self._drafter.markov_head is None and self._drafter.confidence_head is None:
-            return super()._ranked(queries)
-        return self._each_after(queries)
+    @property
+    def _looks_back(self) -> bool:
+        return self._drafter.markov_head is not None or self._drafter.confidence_head is not None
 
-    @torch.inference_mode()
-    def _after(self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]):
-        """The guesses of one row after each of `tokens`.  row: [D], or over the target's vocabulary; hidden: [H]"""
-        bias, sure = self._drafter.after(sent(torch.tensor(tokens), self.device), hidden)
-        logits = row.expand(len(tokens), -1)
-        if bias is not None:
-            if self._vocabulary is not None and logits.shape[1] != bias.shape[1]:
-                bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
-            logits = logits + bias.float()
-        coming = None if sure is None else Fetched(sure)
-        found = super()._ranked([RankQuery(logits, params, [position] * len(tokens))])[0]
-        if coming is None:
-            return found
-        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
+    def _said_of(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return self._drafter.after(tokens, hidden)
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""
-        generator, (length, _) = torch.Generator().manual_seed(seed), _TIMED
-        text = torch.randint(self._shape.known, (length,), generator=generator).tolist()
+        generator, (length, _) = torch.Generator().manual_seed(seed), timing.TIMED
+        text = torch.randint(self._drafter.shape.known, (length,), generator=generator).tolist()
         self.begin(0, SamplingParams())
-        features = torch.randn(length - 1, len(self.layers) * self._shape.hidden, generator=generator)
+        features = torch.randn(length - 1, self._drafter.shape.feature_row, generator=generator)
         self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
         for end in range(length - 2, length + 1):
             for count in range(1, self.max_leaves + 1):
                 paths = [[token] for token in range(count)] if self.depths > 1 else [[]] * count
                 self.read_on([PathsQuery(self._sequences[0], text[:end], paths, way=False)])
         self.begin(0, SamplingParams())
-
-    def time(self) -> None:
-        """Finds the seconds of a forward of 1, 2, ... leaves."""
-        length, rounds = _TIMED
-        self.observe(np.zeros((length - 1, len(self.layers) * self._shape.hidden), np.int16))
-        state = self._sequences[0]
-        some = [PathsQuery(state, [0] * length, [[]] * count, way=False) for count in range(1, self.max_leaves + 1)]
-        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one]), self.device) for one in some)
-        self.begin(0, SamplingParams())
-        self.forwards = self.rows = 0

@@ -19,11 +19,10 @@ from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, Chai
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.one_pass import Guesses
 from pearl.drafters.tree import TreeSource
+from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.static_shapes.network import NetworkForward
-from pearl.models.timing import best_of
 
-_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
 _LEAVES = 8  # rows up to which a forward is timed
 
 
@@ -92,7 +91,7 @@ class HeadSource(TreeSource):
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""
-        generator, (length, _), shape = torch.Generator().manual_seed(seed), _TIMED, self._reader.drafter.shape
+        generator, (length, _), shape = torch.Generator().manual_seed(seed), timing.TIMED, self._reader.drafter.shape
         text = torch.randint(shape.known or 2, (length,), generator=generator).tolist()
         self.begin(0, SamplingParams())
         features = torch.randn(length - 1, shape.feature_row, generator=generator)
@@ -105,7 +104,7 @@ class HeadSource(TreeSource):
 
     def time(self) -> None:
         """Finds the seconds of a forward of 1, 2, ... rows."""
-        length, rounds = _TIMED
+        length, rounds = timing.TIMED
         text = [0] * length
         self.observe(np.zeros((length - 1, self._reader.drafter.shape.feature_row), np.int16))
 
@@ -115,5 +114,5 @@ class HeadSource(TreeSource):
 
         read(1)
         counts = range(1, _LEAVES + 1)
-        self.costs = tuple(best_of(rounds, functools.partial(read, rows), self.device) for rows in counts)
+        self.costs = tuple(timing.best_of(rounds, functools.partial(read, rows), self.device) for rows in counts)
         self.begin(0, SamplingParams())

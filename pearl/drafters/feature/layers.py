@@ -45,7 +45,7 @@ class Attention(nn.Module):
         )
         if self._shape.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = _rotate(q.transpose(1, 2), turn), _rotate(k.transpose(1, 2), turn), v.transpose(1, 2)
+        q, k, v = rotated(q.transpose(1, 2), turn), rotated(k.transpose(1, 2), turn), v.transpose(1, 2)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1)), (k, v)
@@ -135,7 +135,7 @@ class Rotary:
         return cosines[0], sines[0]
 
 
-def _rotate(x: Tensor, turn: KeyValue) -> Tensor:
-    """x: [B, heads, R, head_dim]"""
+def rotated(x: Tensor, turn: KeyValue) -> Tensor:
+    """x: [B, heads, R, head_dim], turned by the cosines and sines of its positions."""
     first, second = x.chunk(2, -1)
     return x * turn[0] + torch.cat([-second, first], -1) * turn[1]

@@ -14,15 +14,12 @@ Bits are of no account here: whatever is drafted, the target decides.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import RankQuery
 from pearl.core.trie import shared_prefix
 from pearl.drafters.feature.forward_rows import (
     FeatureCache,
@@ -33,52 +30,21 @@ from pearl.drafters.feature.forward_rows import (
     rows_of,
 )
 from pearl.drafters.feature.network import FeatureDrafter
-from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery, with_confidence
-from pearl.machine.transfers import Fetched, sent
+from pearl.drafters.feature.parallel_source import ParallelSource
+from pearl.drafters.one_pass import Guesses, PathsQuery
 from pearl.machine.transfers import rows_of as some_rows
-from pearl.models.static_shapes.network import NetworkForward
-from pearl.models.timing import best_of
-
-_TIMED = (64, 3)  # tokens of text, and repetitions, when a forward is timed
+from pearl.models import timing
 
 
-class FeatureSource(OnePassSource):
+class FeatureSource(ParallelSource):
     """Chains and trees of P-EAGLE, or of the feature drafter that pearl trained before it."""
 
-    origin = "feature"
-
-    def __init__(self, drafter: FeatureDrafter, top_k: int = 0, longest: int = 1 << 20):
-        """`drafter` has its target attached. `top_k`: paths kept at each depth, 0: `TOP_K`; 1 makes chains.
-        `longest`: tokens of a sequence."""
-        super().__init__(drafter.shape.depths, top_k, longest)
-        self._drafter = drafter.eval()
-        self.forward = NetworkForward(drafter.read, drafter.device)
-        self.layers = drafter.shape.features
-        self.device = drafter.device
-        self.of_vocabulary(drafter.vocabulary)
-        self.begin(0, SamplingParams())
-        self.time()
+    _drafter: FeatureDrafter
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
         old = self._sequences.get(batch_slot) or FeatureSequence(params, FeatureCache(self._drafter))
         self._sequences[batch_slot] = FeatureSequence(params, old.cache, old.read if continues else [])
-
-    def observe(self, features: Features, batch_slot: int = 0) -> None:
-        self._sequences[batch_slot].features.append(features)
-        self._sequences[batch_slot].known += len(features)
-
-    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
-        state = self._sequences[batch_slot]
-        return max(0, self.known(state, tokens) - len(state.read))
-
-    def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
-        """Up to the token after the last one whose features are there."""
-        return min(len(tokens), state.known + 1) if self.layers else len(tokens)
-
-    def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
-        """Whether the features of all of the text but its last token are there, if any are wanted."""
-        return not self.layers or state.known >= max(1, len(trunk) - 1)
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
@@ -114,29 +80,20 @@ class FeatureSource(OnePassSource):
         self._hidden = iter(asked)
         return self.tables(queries, drafter.logits(asked).float())
 
-    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
-        if not self._drafter.shape.markov_rank:
-            return super()._ranked(queries)
-        return self._each_after(queries)
+    @property
+    def _looks_back(self) -> bool:
+        return self._drafter.shape.markov_rank > 0
 
-    @torch.inference_mode()
-    def _after(
-        self, row: torch.Tensor, hidden: torch.Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
-    ) -> list[list[Guess]]:
-        """The guesses of one row after each of `tokens`; the best one is as likely as the head of confidence says.
+    def _said_of(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        bias, sure = self._drafter.after(tokens, hidden.expand(len(tokens), -1))
+        return bias, torch.nn.functional.logsigmoid(sure.float())
 
-        row: [D], or over the target's vocabulary; hidden: [H]"""
-        bias, sure = self._drafter.after(sent(torch.tensor(tokens), self.device), hidden.expand(len(tokens), -1))
-        logits = row.expand(len(tokens), -1)
-        if logits.shape[1] != bias.shape[1]:
-            bias = bias.new_zeros(logits.shape).index_copy_(1, self._drafter.vocabulary, bias)
-        coming = Fetched(torch.nn.functional.logsigmoid(sure.float()))
-        found = super()._ranked([RankQuery(logits + bias.float(), params, [position] * len(tokens))])[0]
-        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
+    def _timed(self, count: int) -> PathsQuery:
+        return PathsQuery(self._sequences[0], [0] * timing.TIMED[0], [[0]] * count)
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""
-        generator, (length, _) = torch.Generator().manual_seed(seed), _TIMED
+        generator, (length, _) = torch.Generator().manual_seed(seed), timing.TIMED
         text = torch.randint(self._drafter.shape.known or 2, (length + 2,), generator=generator).tolist()
         self.begin(0, SamplingParams())
         if self.layers:
@@ -148,14 +105,3 @@ class FeatureSource(OnePassSource):
                     [PathsQuery(self._sequences[0], text[: length + more], [[token] for token in range(leaves)])]
                 )
         self.begin(0, SamplingParams())
-
-    def time(self) -> None:
-        """Finds the seconds of a forward of 1, 2, ... leaves."""
-        length, rounds = _TIMED
-        text = [0] * length
-        if self.layers:
-            self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
-        some = [PathsQuery(self._sequences[0], text, [[0]] * count) for count in range(1, self.max_leaves + 1)]
-        self.costs = tuple(best_of(rounds, functools.partial(self.read_on, [one]), self.device) for one in some)
-        self.begin(0, SamplingParams())
-        self.forwards = self.rows = 0

@@ -1,0 +1,102 @@
+"""What sources have in common whose network reads hidden states and guesses K tokens in one forward.
+
+Knows: features come with verdicts, and guesses may depend on the token before. Refuses to know: the rows of a forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pearl.core.messages import Features
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import RankQuery
+from pearl.drafters.feature.forward_rows import FeatureSequence
+from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery, with_confidence
+from pearl.machine.transfers import Fetched, sent
+from pearl.models import timing
+from pearl.models.static_shapes.network import NetworkForward
+
+
+class ParallelSource(OnePassSource):
+    """Of a network with its target attached, that has `shape`, `read`, `vocabulary` and `device`."""
+
+    origin = "feature"
+
+    def __init__(self, drafter: Any, top_k: int = 0, longest: int = 1 << 20):
+        """`top_k`, `longest`: see `OnePassSource`."""
+        super().__init__(drafter.shape.depths, top_k, longest)
+        self._drafter = drafter.eval()
+        self.forward = NetworkForward(drafter.read, drafter.device)
+        self.layers, self.device = drafter.shape.features, drafter.device
+        self.of_vocabulary(drafter.vocabulary)
+        self.begin(0, SamplingParams())
+        self.time()
+
+    def observe(self, features: Features, batch_slot: int = 0) -> None:
+        self._sequences[batch_slot].features.append(features)
+        self._sequences[batch_slot].known += len(features)
+
+    def unread(self, batch_slot: int, tokens: Sequence[int]) -> int:
+        state = self._sequences[batch_slot]
+        return max(0, self.known(state, tokens) - len(state.read))
+
+    def known(self, state: FeatureSequence, tokens: Sequence[int]) -> int:
+        """Up to the token after the last one whose features are there."""
+        return min(len(tokens), state.known + 1) if self.layers else len(tokens)
+
+    def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
+        """Whether the features of all of the text but its last token are there, if any are wanted."""
+        return not self.layers or state.known >= max(1, len(trunk) - 1)
+
+    @property
+    def _looks_back(self) -> bool:
+        """Guesses depend on the token before as well."""
+        raise NotImplementedError
+
+    def _said_of(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of a row after each of some tokens: what the token adds to its logits, [P, D], and the log of the chance that
+        its guess is taken, [P]; None: nothing.  tokens: int64 [P]; hidden: [H], of the row"""
+        raise NotImplementedError
+
+    def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
+        return self._each_after(queries) if self._looks_back else super()._ranked(queries)
+
+    @torch.inference_mode()
+    def _after(
+        self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
+    ) -> list[list[Guess]]:
+        """The guesses of one row after each of `tokens`; the best one is as likely as a head of confidence says.
+
+        row: [D], or over the target's vocabulary; hidden: [H]"""
+        bias, sure = self._said_of(sent(torch.tensor(tokens), self.device), hidden)
+        logits = row.expand(len(tokens), -1)
+        if bias is not None:
+            if logits.shape[1] != bias.shape[1]:
+                assert self._vocabulary is not None, "only a draft vocabulary has other ids"
+                bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
+            logits = logits + bias.float()
+        coming = None if sure is None else Fetched(sure)
+        found: list[list[Guess]] = super()._ranked([RankQuery(logits, params, [position] * len(tokens))])[0]
+        if coming is None:
+            return found
+        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
+
+    def _timed(self, count: int) -> PathsQuery:
+        """A forward of so many leaves."""
+        return PathsQuery(self._sequences[0], [0] * timing.TIMED[0], [[]] * count, way=False)
+
+    def time(self) -> None:
+        """Finds the seconds of a forward of 1, 2, ... leaves."""
+        length, rounds = timing.TIMED
+        if self.layers:
+            self.observe(np.zeros((length - 1, self._drafter.shape.feature_row), np.int16))
+        some = [self._timed(count) for count in range(1, self.max_leaves + 1)]
+        self.costs = tuple(timing.best_of(rounds, functools.partial(self.read_on, [one]), self.device) for one in some)
+        self.begin(0, SamplingParams())
+        self.forwards = self.rows = 0
