@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel, read_unknown_tokens
 from pearl.models.reduced_head import reduce_vocab
 
+Network = TypeVar("Network", FeatureDrafter, DFlashDrafter)
 _log = logging.getLogger(__name__)
 
 
@@ -109,21 +110,11 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
 
 def load_feature_drafter(checked: Preflight) -> FeatureDrafter:
     """The feature drafter with its target's embedding, norm and head, ready to draft."""
-    config, placed = checked.config, checked.draft_on
     assert checked.drafting, "the draft source is a feature drafter"
     drafter = feature_weights.load(checked.drafting)
     drafter.shape = replace(drafter.shape, depths=checked.drafting.shape.depths)
-    dtype = "float32" if placed.on_cpu else "bfloat16"
-    drafter.attach(checked.target.load_embeddings_and_head(config, dtype, Placement(("cpu",))))
-    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
-    if placed.on_cpu:
-        kernel = linear.chosen(config.draft_kernel, torch.float32)
-        if not drafter.shape.own_head:
-            head = nn.ModuleList([drafter.head])
-            linear.pack(head, kernel)
-            drafter.replace_head(head[0])
-        linear.pack(drafter, kernel)
-    return drafter
+    drafter.attach(_ends_of_target(checked))
+    return _placed(drafter, checked)
 
 
 def _dflash_source(checked: Preflight) -> DraftSource:
@@ -134,15 +125,26 @@ def _dflash_source(checked: Preflight) -> DraftSource:
 
 def load_dflash(checked: Preflight) -> DFlashDrafter:
     """The network with its target's embedding and head, ready to draft."""
-    config, placed = checked.config, checked.draft_on
     assert checked.drafting, "the draft source is a checkpoint"
     drafter = dflash_weights.load(checked.drafting.files, checked.drafting.shape, checked.vocabulary)
-    target = checked.target.load_embeddings_and_head(config, "float32", Placement(("cpu",)))
+    target = _ends_of_target(checked)
     drafter.attach(target.get_input_embeddings().weight, target.get_output_embeddings())
-    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16)
+    return _placed(drafter, checked)
+
+
+def _ends_of_target(checked: Preflight) -> Any:
+    dtype = "float32" if checked.draft_on.on_cpu else "bfloat16"
+    return checked.target.load_embeddings_and_head(checked.config, dtype, Placement(("cpu",)))
+
+
+def _placed(drafter: Network, checked: Preflight) -> Network:
+    """On its device, with the linear layers of that."""
+    placed = checked.draft_on
+    drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
     if placed.on_cpu:
-        head, kernel = nn.ModuleList([drafter.head]), linear.chosen(config.draft_kernel, torch.float32)
+        kernel = linear.chosen(checked.config.draft_kernel, torch.float32)
         linear.pack(drafter, kernel)
+        head = nn.ModuleList([drafter.head])  # it may be the target's, which is no part of the drafter
         linear.pack(head, kernel)
         drafter.replace_head(head[0])
     return drafter

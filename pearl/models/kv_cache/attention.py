@@ -100,28 +100,21 @@ def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call:
     transformers' own attention copies every key and value once a head instead: for six heads a key and 500 tokens that
     is a tenth of the whole pass on a CPU core.
     """
-    if call.softcap or call.sinks is not None:
-        return products(query, key, value, mask, call)
-    wide, added = _packed(query, key, mask, call)
-    out = F.scaled_dot_product_attention(wide, key, value, attn_mask=added, scale=call.scaling)
-    return out.reshape(*query.shape[:3], value.shape[-1])
-
-
-def products(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
-    """The same by two products of matrices, for what torch's attention has no place for."""
-    wide, added = _packed(query, key, mask, call)
-    return _by_hand(wide, key, value, added, call).reshape(*query.shape[:3], value.shape[-1])
-
-
-def _packed(query: Tensor, key: Tensor, mask: AttentionMask, call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Queries [B, kv heads, groups * R, width], and the mask that is added to their scores."""
     batch, heads, rows, width = query.shape
     groups = heads // key.shape[1]
-    return query.reshape(batch, key.shape[1], groups * rows, width), mask.within(call.window).added(groups, query)
+    wide = query.reshape(batch, key.shape[1], groups * rows, width)
+    added = mask.within(call.window).added(groups, query)
+    if call.softcap or call.sinks is not None:
+        out = _products(wide, key, value, added, call)
+    else:
+        out = F.scaled_dot_product_attention(wide, key, value, attn_mask=added, scale=call.scaling)
+    return out.reshape(batch, heads, rows, value.shape[-1])
 
 
-def _by_hand(query: Tensor, key: Tensor, value: Tensor, added: Tensor, call: LayerCall) -> Tensor:
-    """query: [B, kv heads, groups * R, width]"""
+def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor, call: LayerCall) -> Tensor:
+    """The same by two products of matrices, for what torch's attention has no place for.
+
+    query: [B, kv heads, groups * R, width]; added: the mask"""
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
     if call.softcap:
         scores = torch.tanh(scores / call.softcap) * call.softcap
