@@ -68,7 +68,7 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
 @pytest.mark.parametrize(
     "records, told",
     [
-        ([RECORDS[0], {"question_id": "x"}], "line 2 is not a SPEED-Bench problem"),
+        ([RECORDS[0], {"question_id": "x"}], "line 2 is no SPEED-Bench problem"),
         ([RECORDS[0] | {"turns": []}], "line 1 is not a SPEED-Bench problem"),
         ([RECORDS[0]] * 2, "more than once"),
         ([RECORDS[0] | {"turns": "one text"}], "line 1 is not a SPEED-Bench problem"),
