@@ -69,13 +69,13 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
     "records, told",
     [
         ([RECORDS[0], {"question_id": "x"}], "line 2 is no SPEED-Bench problem"),
-        ([RECORDS[0] | {"turns": []}], "line 1 is not a SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": []}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0]] * 2, "more than once"),
-        ([RECORDS[0] | {"turns": "one text"}], "line 1 is not a SPEED-Bench problem"),
-        ([RECORDS[0] | {"turns": [" "]}], "line 1 is not a SPEED-Bench problem"),
-        ([RECORDS[0] | {"category": None}], "line 1 is not a SPEED-Bench problem"),
-        ([RECORDS[0] | {"question_id": None}], "line 1 is not a SPEED-Bench problem"),
-        ([RECORDS], "line 1 is not a SPEED-Bench problem"),  # a list in place of lines
+        ([RECORDS[0] | {"turns": "one text"}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": [" "]}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS[0] | {"category": None}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS[0] | {"question_id": None}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS], "line 1 is no SPEED-Bench problem"),  # a list in place of lines
     ],
 )
 def test_what_is_no_prompt_is_named(tmp_path, records, told):
