@@ -76,7 +76,7 @@ def test_a_file_in_the_same_format_can_be_used_instead(tmp_path, name):
 def test_a_broken_line_is_named(tmp_path, second):
     file = tmp_path / "own.jsonl"
     file.write_text(json.dumps(vars(ADD)) + "\n" + second + "\n")
-    with pytest.raises(UsageError, match=r"own\.jsonl, line 2 is not"):
+    with pytest.raises(UsageError, match=r"own\.jsonl, line 2 is no"):
         load(str(file))
 
 
