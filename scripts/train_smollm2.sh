@@ -33,7 +33,7 @@ answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature
   local ended=0
   timeout --signal=INT "${SECONDS_AT_MOST:-0}" \
     pearl extract --prompts "$questions"/{python,general,prose,gsm8k}.jsonl --self-written 3500 \
-    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --output "$texts" || ended=$?
+    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --batch 96 --output "$texts" || ended=$?
   [[ $ended == 0 || $ended == 124 ]]  # 124: the time was over
 }
 
@@ -42,14 +42,16 @@ draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/
 more() {
   accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-more.yaml \
     --start results/distill-smollm2-135m
+  python scripts/mix_weights.py results/distill-smollm2-135m results/distill-smollm2-135m-more --share 0.75 \
+    --output results/distill-smollm2-135m-mixed
 }
 pard() {
   accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-pard.yaml \
-    --start results/distill-smollm2-135m-more
+    --start results/distill-smollm2-135m-mixed
 }
 diagnose() {
   pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"
-  pearl diagnose --drafter results/distill-smollm2-135m-more --data "$texts"
+  pearl diagnose --drafter results/distill-smollm2-135m-mixed --data "$texts"
 }
 
 for stage in "${@:-questions answers feature draft more pard diagnose}"; do

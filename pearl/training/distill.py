@@ -18,7 +18,7 @@ from pearl.config.engine_config import EngineConfig
 from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop
 from pearl.training.first_weights import spare_token
-from pearl.training.objective import frequent
+from pearl.training.objective import filled, frequent
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded
 from pearl.training.students.one_pass import OnePassStudent
@@ -36,6 +36,7 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     data.must_be_of(mark, recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
+    vocabulary = filled(vocabulary, recipe.vocabulary, checked.vocabulary)  # the head is the target's
     student = student_of(target, recipe.layers)
     if recipe.start:
         go_on_from(student, recipe.start)

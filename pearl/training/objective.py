@@ -5,6 +5,7 @@ Shapes: R rows, V draft vocabulary, k noted tokens a row.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -69,3 +70,13 @@ def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = ()) 
             break
         kept[token] = None
     return torch.tensor(sorted(kept), dtype=torch.int64)
+
+
+def filled(vocabulary: Tensor, count: int, tokens: int) -> Tensor:
+    """A draft vocabulary of `count` of the `tokens`: where fewer were ever seen, those of the lowest ids besides, which
+    byte-pair encoding has merged first, as they were the commonest. It is for heads that need not learn them.
+
+    vocabulary: int64 [V], ascending."""
+    seen = set(vocabulary.tolist())
+    more = itertools.islice((token for token in range(tokens) if token not in seen), max(0, count - len(seen)))
+    return torch.tensor(sorted([*seen, *more]), dtype=torch.int64)

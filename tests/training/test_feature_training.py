@@ -34,7 +34,7 @@ from pearl.roles.target import Target
 from pearl.training import loop
 from pearl.training.first_weights import go_on_from, new_drafter
 from pearl.training.loop import CHECKPOINT, LOG, batch_of, means
-from pearl.training.objective import NOTHING, Objective, frequent
+from pearl.training.objective import NOTHING, Objective, filled, frequent
 from pearl.training.recipes import DistillRecipe, FeatureRecipe, Recipe, read_recipe
 from pearl.training.shards import Recorded
 from pearl.training.train import FeatureLearner
@@ -86,6 +86,8 @@ def test_the_draft_vocabulary_is_what_the_target_chose_most_often():
     assert frequent(choices, 99).tolist() == [1, 3, 8, 9], "no more than occurred"
     assert frequent(choices, 3, always=[0, 3]).tolist() == [0, 3, 8], "what must be there is counted"
     assert frequent([], 5, always=[4]).dtype == torch.int64
+    assert filled(torch.tensor([1, 8]), 5, 99).tolist() == [0, 1, 2, 3, 8], "the lowest ids fill it"
+    assert filled(torch.tensor([1, 8]), 1, 99).tolist() == [1, 8] and len(filled(torch.tensor([1]), 9, 4)) == 4
 
 
 # What is shown
