@@ -48,6 +48,10 @@ class Node:
     origin: str = DRAFT  # of that source, one of `ORIGINS`
     dead: bool = False  # the text went another way
 
+    def may_grow(self, root: int) -> bool:
+        """Whether a guess may follow it once the root is at that position."""
+        return self.position >= root and not self.dead
+
 
 class Likely(NamedTuple):
     """A node, and how likely the walk is to reach it."""

@@ -225,12 +225,13 @@ def occupancy(texts: Sequence[GenerationStats]) -> float | None:
     the texts do not tell apart."""
     taken = available = 0.0
     for batch in _batches(texts):
-        if _most_at_a_time(batch) > max(text.places for text in batch):
+        places = max(text.places for text in batch)
+        if _most_at_a_time(batch) > places:
             return None
         last = max(text.began_s for text in batch)
         first = min(text.began_s for text in batch)
         taken += sum(min(text.ended_s, last) - text.began_s for text in batch)
-        available += max(text.places for text in batch) * (last - first)
+        available += places * (last - first)
     return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
 
 

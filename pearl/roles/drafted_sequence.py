@@ -50,12 +50,10 @@ class DraftedSequence:
         misses, prepared = _foreseen(self.trie.root, verdict.tokens)
         hit = self.trie.commit(verdict.tokens)
         assert self.trie.root.position == verdict.position, "a verdict was lost"
-        self.plan, root = verdict.plan, self.trie.root
-        if root.position >= self.forgotten + FORGET_EVERY:
-            self.ids = {
-                node: name for node, name in self.ids.items() if node.position >= root.position and not node.dead
-            }
-            self.forgotten = root.position
+        self.plan = verdict.plan
+        if verdict.position >= self.forgotten + FORGET_EVERY:
+            self.ids = {node: name for node, name in self.ids.items() if node.may_grow(verdict.position)}
+            self.forgotten = verdict.position
         if not self.trie.root.children:
             self.drafted = 0
         self.count(verdicts=1, hits=int(hit), misses=misses, prepared=prepared)

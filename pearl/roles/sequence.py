@@ -108,6 +108,6 @@ class SequenceState:
 
     def _forget(self, at: int) -> None:
         """Lets go of nodes that no guess can follow any more: dead ones, and those before the drafter's root, `at`."""
-        self._nodes = {id: node for id, node in self._nodes.items() if node.position >= at and not node.dead}
-        self._arrived = {node for node in self._arrived if node.position >= at and not node.dead}
+        self._nodes = {id: node for id, node in self._nodes.items() if node.may_grow(at)}
+        self._arrived = {node for node in self._arrived if node.may_grow(at)}
         self._forgotten = at
