@@ -16,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pearl.config import cli, outputs
 from pearl.config.engine_config import model_path
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     if not 0 <= found.share <= 1:
         raise UsageError("--share must be from 0 to 1.")
-    before, after = (load_file(folder / WEIGHTS) for folder in (found.before, found.after))
+    before, after = _read(found.before), _read(found.after)
     if {name: one.shape for name, one in before.items()} != {name: one.shape for name, one in after.items()}:
         raise UsageError(f"{found.before} and {found.after} are not of one shape: name two trainings of one model.")
     mixed = {
@@ -50,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     save_file(mixed, found.output / WEIGHTS, {"format": "pt"})
     print(f"written to {found.output}")
     return 0
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder / WEIGHTS} can't be read ({error}): name the folder of a training.") from None
 
 
 if __name__ == "__main__":

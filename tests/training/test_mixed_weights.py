@@ -23,5 +23,6 @@ def test_weights_are_mixed_by_their_share(tmp_path):
     mixed = load_file(tmp_path / "mixed" / "model.safetensors")["a"]
     assert mixed.tolist() == [1.5, 1.5] and mixed.dtype == torch.bfloat16
     assert (tmp_path / "mixed" / "config.json").read_text() == "{}"
+    assert mix_weights.main([str(tmp_path), str(other), "--output", str(tmp_path / "mixed")]) == 2, "nothing is there"
     save_file({"b": torch.zeros(2)}, one / "model.safetensors")
     assert mix_weights.main([str(one), str(other), "--output", str(tmp_path / "mixed")]) == 2
