@@ -6,6 +6,7 @@ and what an answer is worth is the benchmark's business (`pearl.tasks`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -91,7 +92,10 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         raise too_long
     for task in tasks:
         checked.check_prompt(task.prompt(()), params.max_new_tokens)
-    with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
+    with (
+        contextlib.ExitStack() as ours,
+        Engine(launch(checked.config, schedule, found.processes, checked)) as engine,  # rank 1 stays in here
+    ):
         group = ReplicaGroup(world)
         config = replace(config, folder=Path(group.of_first("folder", str(config.folder))))  # a clock may name it
         if group.first:
@@ -103,6 +107,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         asked = config.asked | {"prompt_format": format, "prompts": plan.digest}
 
         def missing() -> list[results.WorkUnit]:
+            ours.enter_context(results.held(config.folder))
             results.begin(config.folder, asked)
             done = results.repair(config.folder, plan.texts) | set(results.skipped(config.folder))
             now = datetime.now(UTC).isoformat(timespec="seconds")

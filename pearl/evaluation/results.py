@@ -18,14 +18,17 @@ that is finished is ever overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from pearl.config import outputs
 from pearl.config.earlier import of_today
@@ -41,6 +44,7 @@ from pearl.evaluation.measures.acceptance import of_early_line
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
 PROBLEMS, SKIPPED, STARTS = "problems.jsonl", "skipped.jsonl", "starts.jsonl"
+PATIENCE_S = 10.0
 VOLATILE = (
     "config",
     "data",
@@ -97,14 +101,33 @@ def _of_a_run(folder: Path) -> list[Path]:
     return [*filter(Path.exists, files), *folder.glob("replica-*/*.jsonl")]
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """No other process writes a run there meanwhile. Raises `UsageError` if one does, and goes on doing so for
+    `PATIENCE_S`: one that was killed needs a moment to end."""
+    with lines.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=PATIENCE_S)
+        except Timeout:
+            raise UsageError(
+                f"Another run is writing to {folder}: wait for its end, or choose another --output."
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def begin(folder: Path, asked: Mapping[str, Any]) -> None:
     """Makes `folder` ready for a run, or for going on with the one there if `asked` says resume.
 
     Raises UsageError if a run is there that would be lost, or another one than is to be resumed.
     """
     check_output(folder, asked.get("resume"))
-    with lines.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     if (folder / CONFIG).exists():
         check(folder, asked)
         with lines.writing(folder):

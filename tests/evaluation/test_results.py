@@ -55,10 +55,11 @@ def plan(pause_s: float = 0.0, problems: int = 5, samples: int = 2, repeats: int
 
 def resume(folder: Path, made: Plan) -> list[WorkUnit]:
     """Goes on with the run in `folder`, as an evaluation does. Returns the rounds that it did."""
-    results.begin(folder, ASKED)
-    done = results.repair(folder, made.texts)
-    missing = [one for one in made.units if one not in done]
-    harness.run(made, folder, missing)
+    with results.held(folder):
+        results.begin(folder, ASKED)
+        done = results.repair(folder, made.texts)
+        missing = [one for one in made.units if one not in done]
+        harness.run(made, folder, missing)
     return missing
 
 
@@ -111,6 +112,15 @@ def test_a_second_turn_reads_the_first_answer():
     talk = Conversation(WorkUnit("T", 0, 0), task, Plan((task,), {}, PARAMS))
     said = [one for _, _, one in talk.alone(decode)]
     assert read == [((7,), False), ((7, *said[0].tokens), True)]
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "PATIENCE_S", 0.05)
+    another, refused = results.held(tmp_path), r"Another run is writing to .*: wait for its end, or choose another"
+    with results.held(tmp_path), pytest.raises(UsageError, match=refused), another:
+        pytest.fail("two at once")
+    with results.held(tmp_path):
+        pass
 
 
 def test_a_run_that_is_not_resumed_takes_no_folder_of_another(tmp_path):

@@ -113,12 +113,14 @@ def test_many_texts_and_passes_leave_nothing_behind(engine):
     """python tests/tools/faults.py --long writes 200 texts with 10,000 passes."""
     faults.wait_until_back(engine)
     faults.write_many(engine, 12, 40)
-    pids = (os.getpid(), engine.runtime.drafter_pid)
-    before = [Footprint.of(pid) for pid in pids]
-    assert faults.write_many(engine, 36, 40) > 500
-    for pid, was in zip(pids, before, strict=True):  # fewer, where what was lost earlier is gone by now
-        files, threads, children, memory = Footprint.of(pid).grown_since(was)
-        assert files <= 0 and threads <= 0 and children <= 0 and memory < 8
+    pids, grown = (os.getpid(), engine.runtime.drafter_pid), []
+    for _ in range(3):  # what is left behind by texts is so every time; what something else opens meanwhile is not
+        before = [Footprint.of(pid) for pid in pids]
+        assert faults.write_many(engine, 36, 40) > 500
+        grown.append([Footprint.of(pid).grown_since(was) for pid, was in zip(pids, before, strict=True)])
+        if all(max(counts) <= 0 and memory < 8 for *counts, memory in grown[-1]):  # fewer: what was lost earlier
+            return
+    pytest.fail(f"files, threads, children and MB more, of the target and the drafter: {grown}")
 
 
 def test_engines_and_lost_drafters_leave_no_thread_and_no_file(pair, nursery):

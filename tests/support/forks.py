@@ -278,8 +278,19 @@ class Door:
             ]
             for stream in streams:
                 os.close(stream)
+            threading.Thread(target=_end_with, args=[asked, ranks], daemon=True).start()
             with contextlib.suppress(OSError):  # who asked may be gone
                 asked.sendall(bytes([max(rank.wait() & 255 for rank in ranks)]))
+                asked.shutdown(socket.SHUT_RDWR)
+
+
+def _end_with(asked: socket.socket, ranks: list[Forked]) -> None:
+    """Whoever kills a command means the program, which is no child of it here."""
+    with contextlib.suppress(OSError):
+        asked.recv(1)  # until it is gone
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
 
 
 def _as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
