@@ -60,7 +60,7 @@ def test_all_the_tables_of_the_papers_are_there():
     wanted = (
         "main_results ablation gamma_sweep mean_accepted acceptance_by_depth equal_devices competition draft_sources"
     )
-    assert set(NAMES) == {*wanted.split(), "batch_scaling", "results", "timeline", *SWEEPS}
+    assert set(NAMES) == {*wanted.split(), "results", "timeline", *SWEEPS}
 
 
 @pytest.mark.parametrize("file", [*SCRIPTS.glob("*.sh"), *SCRIPTS.glob("slurm/*")], ids=lambda file: file.name)
@@ -154,7 +154,7 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
 
 
 def test_all_of_them_end_on_one_page():
-    every = commands("scripts/all.sh", BATCHES="1", FEATURE="drafter")
+    every = commands("scripts/all.sh", FEATURE="drafter")
     made = {values(words, "--output")[0] for words in every if words[1] == "eval/table.py"}
     assert made == {f"results/tables/{name}" for name in IN_ALL}
     assert every[-1] == ["python", "eval/report.py", "results", "--output", "results/report.html"]
@@ -203,7 +203,7 @@ def test_every_script_runs_and_run_twice_does_nothing_twice(small):
     done = bash("scripts/all.sh", timeout=1200, **small)
     assert done.returncode == 0, done.stderr
     made = {file.parent.name for file in results_at.glob("tables/*/table.csv")}
-    assert made == set(IN_ALL) - {"batch_scaling"}
+    assert made == set(IN_ALL)
     page = (results_at / "report.html").read_text()
     for folder in {
         Path(values(row, "--output")[0]) for row in commands("scripts/all.sh", **small) if "--resume" in row
