@@ -21,6 +21,7 @@ Settings = TypeVar("Settings")
 AUTO = "auto"
 _SHOWN = 200  # characters of a value that is refused
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_NICKNAMES |= {"quantization": "load_in", "max_model_len": "max_length", "max_num_seqs": "max_sequences"}
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,16 @@ def hint(word: str, known: list[str], before: Mapping[str, str]) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """What somebody may have meant, or nothing."""
     choices = list(known)
-    if _NICKNAMES.get(word.lower()) in choices:
-        return _NICKNAMES[word.lower()]
+    if meant := [name for name in choices if _plain(name) == _NICKNAMES.get(_plain(word))]:
+        return meant[0]
     near = difflib.get_close_matches(word[:_SHOWN], choices, 1) or difflib.get_close_matches(
         word[:_SHOWN].lower(), choices, 1
     )
     return near[0] if near else ""
+
+
+def _plain(word: str) -> str:
+    return word.lstrip("-").replace("-", "_").lower()
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -25,13 +25,13 @@ HEAD = """\
 Made by `scripts/options_page.py` from the definitions in the code: don't edit it.
 
 Every option has one name. On the command line it is `--max-length 512`. In a YAML file (`--config FILE`) it is
-`max_length: 512`; what stands on the command line wins. In Python the options of the pair and of the machine are
-arguments of `Engine.from_pretrained`, those of sampling are fields of `SamplingParams`, those of decoding belong to
-`Schedule.of`. `pearl COMMAND --help` lists the options of one command. What a pair says (`--pair`, or smollm2-135m
-where no model is named) takes the place of the defaults of `--target`, `--draft`, `--target-draft`, `--dtype`,
-`--load-in` and `--draft-load-in`. Some commands have defaults of their own: `serve` has `--max-sequences 8` and `--mode
-pearl`; `chat` `--mode pearl` and `--max-new-tokens 512`; `eval` `--generation-config off`, and each benchmark its own
-`--max-new-tokens`. `eval` also takes the modes `hf-assisted` and `hf-prompt-lookup`.
+`max_length: 512`; what stands on the command line wins. In Python the options of the pair and of the machine, all but
+`pair`, are arguments of `Engine.from_pretrained`, those of sampling are fields of `SamplingParams`, those of decoding
+belong to `Schedule.of`. `pearl COMMAND --help` lists the options of one command. What a pair says (`--pair`, or
+smollm2-135m where no model is named) takes the place of the defaults of `--target`, `--draft`, `--target-draft`,
+`--dtype`, `--load-in` and `--draft-load-in`. Some commands have defaults of their own: `serve` has `--max-sequences
+8` and `--mode pearl`; `chat` `--mode pearl` and `--max-new-tokens 512`; `eval` `--generation-config off`, and each
+benchmark its own `--max-new-tokens`. `eval` also takes the modes `hf-assisted` and `hf-prompt-lookup`.
 
 ## Commands
 

@@ -7,7 +7,7 @@ import difflib
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from pearl.config.engine_config import SHIPPED
+from pearl.config.engine_config import ALIASES, SHIPPED
 from pearl.config.inputs import brief
 from pearl.config.pairs import all_pairs
 from pearl.errors import UsageError
@@ -43,5 +43,6 @@ def only_downloaded(role: str, name: str) -> bool:
 
 def _nearest(name: str) -> str:
     known = {model for pair in all_pairs() for model in (pair.target, pair.draft)}
-    near = difflib.get_close_matches(name, sorted(known | {folder.name for folder in SHIPPED.glob("*/")}), 1, 0.8)
+    known |= {folder.name for folder in SHIPPED.glob("*/")} | {*ALIASES}
+    near = difflib.get_close_matches(name, sorted(known), 1, 0.8)
     return f" Did you mean {near[0]}?" if near and near[0] != name else ""

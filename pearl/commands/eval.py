@@ -45,7 +45,8 @@ def script(name: str) -> Callable[..., int]:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0].startswith("-"):
-        parser().parse_args(words)
+        if not words or {"-h", "--help"} & set(words):
+            parser().parse_args(words)
         raise UsageError("The benchmark comes first, and options behind it: pearl eval gsm8k --limit 20.")
     name, *rest = words
     if name not in BENCHMARKS:

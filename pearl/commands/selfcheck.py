@@ -3,12 +3,13 @@
     pearl selfcheck                        the default pair
     pearl selfcheck --cuda-graphs on       also what a GPU would be asked, on a CPU
 
-It loads the target, tries what `pearl.models.numerics_check` says, and keeps the answer, so an engine of the same
-model on the same device starts from it.
+It loads the target on the cores that a target beside a drafter has, tries what `pearl.models.numerics_check` says, and
+keeps the answer: an engine of two processes starts from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ OK, SLOW = "ok", "slow"
 def parser() -> cli.Parser:
     drafting = [one.name for one in of(EngineConfig) if one.name.startswith("draft") or "draft" in one.help]
     but = (*drafting, "processes", "trace", "heartbeat_timeout_s", "start_timeout_s", "feature_transport", "tree_top_k")
+    but += ("tensor_parallel_size", "prefill_tokens")
     return cli.parser("selfcheck", "", "--target TARGET --dtype float16", take=("pair", "machine"), but=but)
 
 
@@ -44,8 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pearl.checkpoints.preflight import preflight
     from pearl.checkpoints.targets import load_target
+    from pearl.machine import cores
+    from pearl.parallel.launch import shares
 
-    model = load_target(preflight(config, ("target",)))
+    checked = preflight(config, ("target",))
+    cpus, _ = shares(checked.config, two=True)
+    with cores.running_on(cpus) if checked.config.pins else contextlib.nullcontext():
+        model = load_target(checked)
     for what, verdict, sentence in report(model.checks):
         print(f"{verdict:5} {what}: {sentence}")
     return 0

@@ -8,6 +8,7 @@ option of a command by its long name; what stands on the command line wins.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
@@ -314,6 +315,9 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
         except KeyboardInterrupt as stop:
             say(str(stop) or "interrupted: what was finished is written. The same command goes on from there.")
             return 130
+        except BrokenPipeError:  # `pearl ... | head`: whoever reads has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         finally:
             undo()
 

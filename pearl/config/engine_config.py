@@ -260,7 +260,12 @@ class EngineConfig:
     @property
     def draft_has_files(self) -> bool:
         """A draft source is loaded from a checkpoint."""
-        return self.draft not in WITHOUT_FILES and not self.synthetic
+        return self.drafter_works and not self.synthetic
+
+    @property
+    def drafter_works(self) -> bool:
+        """It does more than to look guesses up, which takes no core of its own."""
+        return not set(self.draft_sources) <= {*WITHOUT_FILES}
 
     @property
     def draft_sources(self) -> tuple[str, ...]:

@@ -21,6 +21,14 @@ _HALF = re.compile("[\ud800-\udfff]")
 _DEEPEST = 50  # levels of YAML in brackets
 
 
+def shipped(path: str | Path) -> Path:
+    """What `configs/...` names: here, or else at the root of a checkout, or inside an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    there = [folder / path for folder in (Path(), package, package.parent)]
+    of_ours = Path(path).parts[:1] == ("configs",)
+    return next((one for one in there if one.exists()), there[0]) if of_ours else there[0]
+
+
 def read_bytes(path: str | Path, what: str) -> bytes:
     """The content of a file; `what` names it in the sentence that says why it can't be read."""
     try:

@@ -20,7 +20,7 @@ import psutil
 
 from pearl import options
 from pearl.config.engine_config import ALIASES, BESIDE_TARGET, DTYPES, FEATURE, LOADS, WITHOUT_FILES, model_path
-from pearl.config.inputs import parse_yaml, read_text
+from pearl.config.inputs import parse_yaml, read_text, shipped
 from pearl.errors import UsageError
 from pearl.options import TEXT, Kind, choice, number, setting
 
@@ -198,9 +198,7 @@ def probe() -> Machine:
 
 def _registry() -> list[Path]:
     """The registry's files: beside this module in an installed wheel, at the root of a checkout otherwise."""
-    here = Path(__file__).resolve().parents[1]
-    folders = [folder / "configs" / "pairs" for folder in (here, here.parent)]
-    files = next((sorted(folder.glob("*.yaml")) for folder in folders if folder.is_dir()), [])
+    files = sorted(shipped("configs/pairs").glob("*.yaml"))
     if not files:
         raise UsageError("the registry of pairs is missing from this installation; install pearl again, or give a path")
     return files

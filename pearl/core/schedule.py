@@ -18,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Never
 
 from pearl.core.token_buckets import LIMIT
 from pearl.errors import UsageError
-from pearl.options import Option, did_you_mean, whole
+from pearl.options import Option, did_you_mean, refuse_unknown, renamed, whole
 
 # mode: (pre_verify, post_verify, draft_batch)
 _MODES: dict[str, tuple[bool, bool, int | None]] = {
@@ -93,6 +94,7 @@ class Schedule:
         draft_batch: int | str | None = None,
         max_verify_tokens: int | str | None = None,
         max_draft_tokens: int | str | None = None,
+        **unknown: Never,
     ) -> Schedule:
         """The schedule of a mode by its name; `gamma` a whole number from 0, `"auto"` or None (auto).
 
@@ -101,6 +103,7 @@ class Schedule:
         `max_verify_tokens` and `max_draft_tokens` about every mode that drafts; each a whole number, `"auto"` or None
         (auto). Raises `UsageError` on anything else.
         """
+        refuse_unknown(unknown, [one.name for one in OPTIONS], "Schedule.of", renamed(OPTIONS))
         mode, _, own = str(mode).partition(":")
         refuse_unknown_mode(mode, MODES)
         pre, post, leaves = _MODES[mode]

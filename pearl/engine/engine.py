@@ -23,7 +23,7 @@ from pearl.engine.defaults import Defaults
 from pearl.engine.generation import Generation, GenerationRequest, Prompt, Written, gathered
 from pearl.engine.handle import GenerationHandle, Reading, RunKey, Said, Sink
 from pearl.engine.prompts import ChatTemplate, PromptEncoder, are_several
-from pearl.engine.requests import Params, RequestBuilder, Settings, as_schedule
+from pearl.engine.requests import Params, RequestBuilder, Settings, as_schedule, refuse_schedule_names
 from pearl.engine.worker import Worker
 from pearl.errors import EngineClosedError, UsageError
 from pearl.parallel.launch import launch
@@ -54,8 +54,8 @@ class Engine:
     ) -> Engine:
         """Loads a target and its drafter and starts the drafter's process if no launcher did.
 
-        `target`, `draft`: hub ids, folders, GGUF files. Without either it is the embedded target and its draft model; a
-        target alone is drafted for by the text itself, and a draft alone drafts for the embedded target.
+        `target`, `draft`: hub ids, folders, GGUF files. Without either it is the embedded pair; a target alone is
+        drafted for by the text itself, and a draft alone drafts for the embedded target.
         `mode`, `gamma`: what `generate` does unless told otherwise; a `Schedule` holds every setting. `processes`: 1
         keeps everything in this one (modes `ar` and `sd`); by default as many as the mode needs. `options`: the other
         fields of `EngineConfig`.
@@ -63,6 +63,7 @@ class Engine:
         Under `accelerate launch` or `torchrun` with two processes, rank 1 becomes the drafter in here and leaves the
         program when the target closes. Raises `UsageError`, `CheckpointError`, `WorkerLostError`.
         """
+        refuse_schedule_names(options)
         given = {"target": target, "draft": DRAFT if target is None and draft is None else draft}
         config = EngineConfig(**{k: v for k, v in given.items() if v is not None}, **options)  # type: ignore[arg-type]
         return cls(launch(config, as_schedule(mode, gamma), processes))
@@ -321,16 +322,15 @@ class Engine:
         def gap() -> float:
             slot = self.model.batch_slots - 1
             self.model.forget(text, slot)
-            best = self.model.read(text, 1, batch_slot=slot)[0].float().topk(2).values
-            return float(best[0] - best[1])
+            best, second = self.model.read(text, 1, batch_slot=slot)[0].float().topk(2).values.tolist()
+            return best - second
 
         return self.exclusively(gap)
 
     # The engine itself
 
     def exclusively(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns in the engine's thread, on its cores, while no text is under way: there the model may be
-        used for something else."""
+        """What `work` returns in the engine's thread, on its cores, while no text is under way; the model is its."""
         return self._worker.call(work)
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from pearl import options
 from pearl.config.inputs import brief
+from pearl.core import schedule as schedules
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import TextStream
@@ -150,7 +151,15 @@ def check_names(settings: Mapping[str, Any]) -> None:
     """Raises `UsageError` for what is no setting of a call."""
     for name in settings.keys() & {one.name for one in fields(SamplingParams)}:
         raise UsageError(f"{name} is a field of SamplingParams: give SamplingParams({name}=...) after the prompt.")
+    refuse_schedule_names(settings)
     options.refuse_unknown(settings, Settings.__annotations__, "Engine", {})
+
+
+def refuse_schedule_names(settings: Mapping[str, Any]) -> None:
+    """Raises `UsageError` for what only a `Schedule` holds, by its name of today or an earlier one."""
+    for one in schedules.OPTIONS:
+        if one is not schedules.GAMMA and settings.keys() & {one.name, *one.was}:
+            raise UsageError(f"{one.name} is a setting of a schedule: give mode=Schedule.of(MODE, {one.name}=...).")
 
 
 def as_schedule(mode: str | Schedule, gamma: int | str | None, made_for: Schedule | None = None) -> Schedule:

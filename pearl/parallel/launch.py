@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 
 from pearl.checkpoints.preflight import Preflight, preflight
-from pearl.config.engine_config import WITHOUT_FILES, EngineConfig
+from pearl.config.engine_config import EngineConfig
 from pearl.core.schedule import Schedule
 from pearl.errors import UsageError
 from pearl.machine import cores, launcher
@@ -99,7 +99,7 @@ def refuse_alone(schedule: Schedule) -> None:
 def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
     """The CPUs of the target and of the drafter; of two processes each gets its own."""
     there = cores.available()
-    target, draft = cores.split(there, drafter_works=config.draft not in WITHOUT_FILES) if two else (there, there)
+    target, draft = cores.split(there, drafter_works=config.drafter_works) if two else (there, there)
     if config.target_cores:
         target = cores.parse(config.target_cores)
     if config.draft_cores:

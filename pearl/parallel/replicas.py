@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from pearl import errors
-from pearl.config.engine_config import WITHOUT_FILES, EngineConfig
+from pearl.config.engine_config import EngineConfig
 from pearl.errors import PearlError, UsageError, WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
@@ -129,5 +129,5 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
         return config
     there = cores.available()
     mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there
-    target, draft = cores.split(mine, drafter_works=config.draft not in WITHOUT_FILES)
+    target, draft = cores.split(mine, drafter_works=config.drafter_works)
     return replace(config, target_cores=",".join(map(str, target)), draft_cores=",".join(map(str, draft)))

@@ -109,7 +109,7 @@ def by_times(
     return Case({SampleKey("by hand"): script}, times, 0.0, {}, {}, source)
 
 
-HEAD = ("mode", "x ar", "decoding", "tok/pass", "hits", "target", "drafter", "measured", "ratio")
+HEAD = ("mode", "x ar", "tok/pass", "hits", "target", "drafter", "measured", "ratio")
 
 
 def cells(case: Case, figures: Mapping[str, dict[str, Any]]) -> list[list[str]]:
@@ -117,7 +117,7 @@ def cells(case: Case, figures: Mapping[str, dict[str, Any]]) -> list[list[str]]:
     lines = []
     for mode, values in figures.items():
         measured = case.measured.get(mode)
-        speeds = [values[name] for name in ("speedup_vs_ar", "decode_speedup_vs_ar", "tokens_per_pass")]
+        speeds = [values[name] for name in ("speedup_vs_ar", "tokens_per_pass")]
         shares = [values[name] for name in ("hit_rate", "target_busy", "drafter_busy")]
         beside = [measured, values["speedup_vs_ar"] / measured if measured else None]
         lines.append([mode, *map(_cell, speeds), *(_cell(share, "{:.0%}") for share in shares), *map(_cell, beside)])

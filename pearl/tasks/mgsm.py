@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from pearl.tasks import exact_match, prompts
+from pearl.tasks import prompts
 from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.data import DataSet, Record, texts
-from pearl.tasks.numbers import CONTINENTAL, ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
+from pearl.tasks.scoring import exact_match
+from pearl.tasks.scoring.numbers import CONTINENTAL, ENGLISH, Style, final_number
 
 INSTRUCTION = """\
 {question}

@@ -12,7 +12,7 @@ from typing import Any
 from pearl import options
 from pearl.config import outputs
 from pearl.config.engine_config import EMBEDDED
-from pearl.config.inputs import parse_yaml, read_text
+from pearl.config.inputs import parse_yaml, read_text, shipped
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE
 from pearl.errors import UsageError
 from pearl.machine import launcher
@@ -124,7 +124,7 @@ class DistillRecipe(Recipe):
 def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
     """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
     known = {one.name: one for one in options.of(kind)}
-    values: dict[str, Any] = parse_yaml(read_text(path, "The recipe"), f"The recipe {path}")
+    values: dict[str, Any] = parse_yaml(read_text(shipped(path), "The recipe"), f"The recipe {path}")
     options.refuse_unknown(values, known, path, {})
     values = {name: known[name].of_yaml(value, f"The recipe's {name}") for name, value in values.items()}
     values |= overrides

@@ -114,7 +114,12 @@ def no_network(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize(
     "name, meant",
-    [("suffixes", "suffix"), ("Qwen/Qwen2.5-0.5B-Instrct", "Qwen/Qwen2.5-0.5B-Instruct"), ("no/such", "")],
+    [
+        ("suffixes", "suffix"),
+        ("ngrams", "ngram"),
+        ("Qwen/Qwen2.5-0.5B-Instrct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("no/such", ""),
+    ],
 )
 def test_without_a_network_one_short_question_is_asked_and_the_nearest_name_is_told(pair, no_network, name, meant):
     with pytest.raises(UsageError, match=r"can't be read: give a hub id .*HF_HUB_OFFLINE=1") as caught:

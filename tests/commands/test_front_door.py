@@ -99,6 +99,9 @@ def test_without_a_command_it_lists_them(capsys):
         (["pair"], "There is no command 'pair'; did you mean pairs? `pearl --help` lists them."),
         (["xyzzy"], "There is no command 'xyzzy'. `pearl --help` lists them."),
         (["eval", "humanevl"], "There is no benchmark 'humanevl'; did you mean humaneval?"),
+        (["eval", "--limit", "20", "gsm8k"], "The benchmark comes first, and options behind it: pearl eval gsm8k"),
+        (["eval", "--wide", "gsm8k"], "The benchmark comes first, and options behind it: pearl eval gsm8k"),
+        (["chat", "--quantization", "8bit"], "There is no option --quantization; did you mean --load-in?"),
         (["eval", "gsm8k", "--max-tokens", "5"], "There is no option --max-tokens; did you mean --max-new-tokens?"),
         (["eval", "gsm8k", "--max-tokens=5"], "There is no option --max-tokens; did you mean --max-new-tokens?"),
         (["doctor", "--no-model"], "There is no option --no-model; did you mean --no-models?"),
@@ -171,3 +174,18 @@ def test_bash_completes_commands_data_sets_and_options(tmp_path):
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_other_shells_have_a_script_too(shell):
     assert "max-new-tokens" in pearl("completion", shell).stdout
+
+
+def test_a_reader_who_has_seen_enough_meets_no_traceback():
+    """`pearl completion bash | true`: what the pipe can't hold is written after its other end is closed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "pearl", "completion", "bash"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr == ""

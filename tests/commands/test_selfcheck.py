@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -12,6 +13,7 @@ from numerics import VOCABULARY, close_model, fake, prepared
 from tiers import tiered
 from toys import ScriptedChannel, scrambled, ticks, together
 
+from pearl.checkpoints import targets
 from pearl.checkpoints.calibration import has_static_shapes
 from pearl.checkpoints.placement import Placement
 from pearl.commands import selfcheck
@@ -23,6 +25,7 @@ from pearl.core.token_buckets import ANY, LIMIT, TokenBuckets
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.engine import Engine
+from pearl.machine import cores
 from pearl.models import numerics_check
 from pearl.models.batch_invariance import find_invariant_counts
 from pearl.models.cuda_graphs import capture_for
@@ -320,6 +323,26 @@ def test_the_command_says_what_was_found(tiny_pair, tmp_path, monkeypatch, capsy
     for what in ("rows:", "tree against chain: equal bits", "attention: packed", "graph against eager: not recorded"):
         assert what in said["fixed"]
     assert said["again"] == said["fixed"]
+
+
+def test_the_command_looks_where_an_engine_of_two_processes_reads(tiny_pair, tmp_path, monkeypatch, capsys):
+    """Bits depend on the number of threads, so what all cores together would do says nothing of such an engine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    there = []
+    load = targets.load_target
+    monkeypatch.setattr(
+        targets, "load_target", lambda *args: there.append((cpus(), torch.get_num_threads())) or load(*args)
+    )
+    before = cpus(), torch.get_num_threads()
+    assert selfcheck.main(["--target", tiny_pair[0], "--dtype", "float32", "--max-length", "300"]) == 0
+    first, last = min(cores.available()), max(cores.available())
+    assert selfcheck.main(["--target", tiny_pair[0], "--dtype", "float32", "--target-cores", str(last)]) == 0
+    assert there[-1] == ({last}, 1) and there[0][1] == len(there[0][0]) and first in there[0][0]
+    assert (cpus(), torch.get_num_threads()) == before and "rows:" in capsys.readouterr().out
+
+
+def cpus() -> set[int]:
+    return os.sched_getaffinity(0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pearl import Engine, SamplingParams
+from pearl import Engine, SamplingParams, Schedule
 from pearl.config.engine_config import EngineConfig
 from pearl.engine.requests import check_names
 from pearl.errors import UsageError
@@ -19,6 +19,8 @@ def test_a_draft_may_be_several_sources_one_of_which_has_files():
     assert config.draft == "suffix,smollm2-135m-draft" and config.draft_has_files
     assert config.draft_sources == ("suffix", "smollm2-135m-draft")
     assert config.draft_checkpoint == "smollm2-135m-draft"
+    assert not EngineConfig(draft="ngram").draft_has_files and not EngineConfig(draft="ngram").drafter_works
+    assert EngineConfig(draft="synthetic:0.5").drafter_works
     with pytest.raises(UsageError, match="several checkpoints"):
         EngineConfig(draft="smollm2-135m-draft,smollm2-135m-feature")
 
@@ -144,3 +146,16 @@ def test_a_name_of_before_is_answered_with_the_one_of_now(old, new):
 def test_a_single_core_is_a_number(monkeypatch):
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1})
     assert EngineConfig(target_cores=0).target_cores in (0, "0")
+
+
+@pytest.mark.parametrize("name, now", [("branches", "draft_batch"), ("max_ahead", "max_draft_tokens")])
+def test_what_a_schedule_holds_is_no_setting_of_an_engine_or_a_call(name, now):
+    for given in (name, now):
+        with pytest.raises(
+            UsageError, match=rf"{now} is a setting of a schedule: give mode=Schedule\.of\(MODE, {now}="
+        ):
+            Engine.from_pretrained(**{given: 3})
+        with pytest.raises(UsageError, match=f"{now} is a setting of a schedule"):
+            check_names({given: 3})
+    with pytest.raises(UsageError, match=f"Schedule.of: unknown key '{name}'; it is called {now} now"):
+        Schedule.of("tree", **{name: 3})

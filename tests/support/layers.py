@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "engine": ["parallel"],
     "server": ["engine", "config"],
     "training": ["checkpoints", "drafters"],
-    "tasks": ["engine"],
+    "tasks": ["config"],
     "evaluation": ["engine", "tasks"],
     "predict": ["roles", "evaluation"],
     "commands": ["engine", "server", "evaluation", "predict", "training"],

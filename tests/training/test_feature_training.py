@@ -460,6 +460,15 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
+def test_a_recipe_of_configs_is_found_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = read_recipe(FeatureRecipe, "configs/feature/smollm2-135m.yaml", {"output": str(tmp_path / "out")})
+    assert made.target == "smollm2-135m"
+    Path("configs/feature").mkdir(parents=True)
+    write(Path("configs/feature/smollm2-135m.yaml"), "{data: mine, output: o}")
+    assert read_recipe(FeatureRecipe, "configs/feature/smollm2-135m.yaml", {}).data == "mine"
+
+
 def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
     path = write(tmp_path / "r.yaml", "{data: d, output: o, depths: 7, kl: 0}")
     made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "segments": 3})

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pearl.tasks import reasoning
+from pearl.tasks.scoring import reasoning
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST, MOST, DEPTH = 400, 20, 3  # lines of one piece of code, blocks, and needs of needs that are looked at

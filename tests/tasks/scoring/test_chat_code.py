@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pearl.tasks import chat_code, reasoning
 from pearl.tasks.humaneval import Problem, completion_of, load, program
+from pearl.tasks.scoring import chat_code, reasoning
 
 PROBLEMS = load()
 Answer = Callable[[Problem], str]

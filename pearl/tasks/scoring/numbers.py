@@ -6,8 +6,8 @@ The answer is 20 because 10 + 5 = 15 is too few.       ->  20
 9 * 2 = 18, so she makes \\boxed{\\frac{3}{4}} dollars.  ->  0.75
 I don't know.                                          ->  None
 
-What a model thinks is no answer (`pearl.tasks.reasoning`). A number stands right after the last mark of an answer, or
-in the sentence that the mark begins; without any it is in the last sentence that holds a number.
+What a model thinks is no answer (`pearl.tasks.scoring.reasoning`). A number stands right after the last mark of an
+answer, or in the sentence that the mark begins; without any it is in the last sentence that holds a number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
 
-from pearl.tasks import reasoning
+from pearl.tasks.scoring import reasoning
 
 # What a number stands right after. The first begin a sentence that has it; a heading may have a whole solution below.
 _SENTENCE = r"\banswer\s+is\b|\b(?:the|final|correct|my|our)\s+answer(?:\s+[^\s.:]+){0,6}?\s+(?:is|was|comes\s+to|"
