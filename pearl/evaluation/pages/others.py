@@ -1,8 +1,9 @@
 """Results of other engines beside ours, and what keeps the two from being compared.
 
 A file holds one object or a list of them. `name`, `version`, `command`, `tokens` and `seconds` must be there;
-`acceptance_length` and `acceptance` (accepted over drafted) where the engine speculates. The more of `COMPARED` it
-says, the less the page has to doubt (docs/guides/evaluate.md has an example).
+`acceptance_length` and `acceptance` where the engine speculates. Its `acceptance` is accepted over drafted tokens: our
+`draft_acceptance_rate`, and not our `acceptance`. The more of `COMPARED` it says, the less the page has to doubt
+(docs/guides/evaluate.md has an example).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Other:
         return {
             "tokens_per_second": facts["tokens"] / facts["seconds"],
             "acceptance_length": facts.get("acceptance_length"),
-            "acceptance": facts.get("acceptance"),
+            "draft_acceptance_rate": facts.get("acceptance"),
         }
 
 
@@ -122,8 +123,8 @@ def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
             if said is not None and {_plain(name, value) for value in ours} != {_plain(name, said)}:
                 told = sorted({"nothing said" if value is None else str(value) for value in ours})
                 yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(told)} in ours."
-        for name in ("acceptance_length", "acceptance"):
-            if one.facts.get(name) is None and any(figures.get(name) for run in runs for figures in run.modes.values()):
+        for name, figure in (("acceptance_length", "acceptance_length"), ("acceptance", "draft_acceptance_rate")):
+            if one.facts.get(name) is None and any(modes.get(figure) for run in runs for modes in run.modes.values()):
                 yield f"{one.label} does not say its {name.replace('_', ' ')}."
                 break
     if others and runs:

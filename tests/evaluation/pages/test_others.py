@@ -10,7 +10,7 @@ from evaluations import script
 
 from pearl.commands.results import report as command
 from pearl.errors import UsageError
-from pearl.evaluation import lines, report, results
+from pearl.evaluation import lines, report, results, tables
 from pearl.evaluation.pages import others
 
 THEIRS = {
@@ -28,7 +28,8 @@ THEIRS = {
 
 
 def kept(folder: Path, draft: str = "d") -> Path:
-    figures = {"tokens_per_second": 20.0, "speedup_vs_ar": 2.0, "acceptance_length": 2.2, "acceptance": 0.6}
+    figures = {"tokens_per_second": 20.0, "speedup_vs_ar": 2.0, "acceptance_length": 2.2}
+    figures |= {"acceptance": 0.6, "draft_acceptance_rate": 0.3}
     config = {"suite": "gsm8k", "temperature": 0.0, "batch_size": 1, "resolved": {"target": "t", "draft": draft}}
     folder.mkdir(parents=True)
     made = {"config": config, "environment": {"processor": "ours", "command": []}, "modes": {"tree": figures}}
@@ -51,6 +52,16 @@ def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path)
     assert "processor differs: another in vLLM 0.11.0; ours in ours." in told
     assert told[0].startswith("vLLM 0.11.0 does not say: digest of the prompts, prompt format, draft")
     assert not any("temperature differs" in one or "target differs" in one for one in told)
+
+
+def test_their_acceptance_stands_beside_what_is_counted_alike_in_ours(tmp_path):
+    """Accepted over drafted, 0.3; 0.6 of the tested guesses were right."""
+    runs = report.load([kept(tmp_path / "run")])
+    found = others.load([written(tmp_path / "theirs.json", THEIRS | {"acceptance": 0.47})])
+    head, rows = tables.cells(("engine", "what"), report.OF_OTHERS, others.rows(found, runs))
+    assert head[-1] == "acc of drafted" and [row[-1] for row in rows] == ["0.47", "0.30"]
+    silent = others.load([written(tmp_path / "silent.json", THEIRS)])
+    assert "vLLM 0.11.0 does not say its acceptance." in list(others.doubts(silent, runs))
 
 
 @pytest.mark.parametrize(
