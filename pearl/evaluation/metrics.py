@@ -179,7 +179,7 @@ def _latency(texts: Sequence[GenerationStats]) -> Figures:
         for kind in (False, True)
     }
     return {
-        "ms_per_token_of_each": 1e3 * sum(map(uncertainty.of_its_own, texts)) / sum(len(text.tokens) for text in texts),
+        "ms_per_token_of_each": 1e3 * sum(text.latency_s for text in texts) / sum(len(text.tokens) for text in texts),
         "ttft_ms": _percentile([*first_ms[False], *first_ms[True]]),
         # of those texts that began with what earlier ones had read, and of the others; None: there were none
         "ttft_ms_cached": _percentile(first_ms[True]) if first_ms[True] else None,
