@@ -56,6 +56,20 @@ def test_prepared_files_with_messages_are_read_too(tmp_path):
     assert one.turns == ("One?", "Two?")
 
 
+def test_configs_are_not_mixed(tmp_path):
+    """Each has its own folder below the one that prepare_data.py writes into, and is read alone."""
+    for config, record in zip(("throughput_1k", "qualitative"), RECORDS, strict=True):
+        parquet(tmp_path / "speed" / config / "test.parquet", [record])
+    with pytest.raises(UsageError, match=r"holds several configs.*: name one of them, qualitative, throughput_1k\."):
+        DATA.load(str(tmp_path / "speed"))
+    assert [one.question_id for one in DATA.load(str(tmp_path / "speed" / "qualitative"))] == ["b" * 32]
+    (tmp_path / "lines").mkdir()
+    for config in ("throughput_2k", "throughput_8k"):
+        written(tmp_path / "lines", config, RECORDS)
+    with pytest.raises(UsageError, match="throughput_2k, throughput_8k"):
+        DATA.load(str(tmp_path / "lines"))
+
+
 def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, caplog):
     named = RECORDS[0] | {"turns": [f"{PLACEHOLDER} USING SPECDEC_BENCH"]}
     with caplog.at_level(logging.WARNING, "pearl"):
