@@ -119,6 +119,7 @@ def _verification(texts: Sequence[GenerationStats]) -> Figures:
         "pauses": sum(p.ahead == 0 for p in decoding),
         "texts_per_pass": sum(p.texts for p in decoding) / len(decoding) if decoding else None,
         "occupancy": occupancy(texts),
+        "most_side_by_side": most_side_by_side(texts),
     }
 
 
@@ -233,6 +234,11 @@ def occupancy(texts: Sequence[GenerationStats]) -> float | None:
         taken += sum(min(text.ended_s, last) - text.began_s for text in batch)
         available += places * (last - first)
     return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
+
+
+def most_side_by_side(texts: Sequence[GenerationStats]) -> int:
+    """Texts that were under way at once in one engine; fewer than its places where there were no more."""
+    return max(1, min(_most_at_a_time(texts), max(text.places for text in texts)))
 
 
 def _most_at_a_time(texts: Sequence[GenerationStats]) -> int:
