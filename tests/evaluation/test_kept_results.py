@@ -79,6 +79,17 @@ def test_a_synthetic_run_is_kept_beside_the_real_one_and_only_the_readme_of_its_
     assert readme.read_text() == told and (tmp_path / "results" / "kept" / "README.md").exists()
 
 
+def test_two_runs_that_would_be_kept_in_one_place_are_refused_before_anything_is_written(tmp_path, capsys):
+    folders = [tmp_path / name / "x" for name in ("tiny-limit-1", "tiny-tokens-5")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        lines.write_json(folder / results.SUMMARY, {"config": {}, "environment": {}, "modes": {}})
+    assert keep_results.main([*map(str, folders), "--to", str(tmp_path / "kept")]) == 2
+    told = capsys.readouterr().err
+    assert f"{folders[0]} and {folders[1]} would both be kept as" in told and "tiny/x.json" in told
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_batches_wrote_the_same_texts():
     same, told = json.loads((ROOT / "docs/results/bench_batch.json").read_text())["same"]
     assert same == told > 0
