@@ -9,7 +9,6 @@ Reading prompts is part of the time. Every text is compared with the one that `a
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pearl.config import cli
+from pearl.config import cli, outputs
 from pearl.tasks import gsm8k, humaneval
 
 FEWEST = 4  # texts of a cell, so that one at a time is no matter of one text
@@ -41,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pearl.checkpoints.preflight import preflight
     from pearl.engine import Engine
+    from pearl.evaluation.measures.environment import environment
     from pearl.machine.display import show_table
     from pearl.parallel.launch import launch
 
@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = [tuple(checked.tokenizer(text, add_special_tokens=False).input_ids) for text in asked]
 
     folder = Path(found.output or "results/bench-batch")
-    folder.mkdir(parents=True, exist_ok=True)
     speeds: dict[tuple[int, str], list[float]] = defaultdict(list)
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     same = told = 0
@@ -80,11 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = [[str(size), *map("{:.1f}".format, some)] for size, some in zip(found.sizes, medians, strict=True)]
             show_table(["texts", *found.mode], rows)
             said = {
-                "command": sys.argv,
+                "config": vars(found) | {"resolved": vars(config)},
+                "environment": environment(engine),
                 "same": [same, told],
                 "tokens_per_second": [{"size": s, "mode": m, "rounds": v} for (s, m), v in speeds.items()],
             }
-            (folder / "bench_batch.json").write_text(json.dumps(said, indent=1))
+            outputs.write_json(folder / "bench_batch.json", said)
     return 0
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs 
 import figures
 
 from pearl.config import cli, outputs
+from pearl.errors import UsageError
 from pearl.evaluation import metrics, report, results
 from pearl.evaluation.pages import kept
 
@@ -46,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
     runs = report.load(ended) if ended else []
     report.all_of_a_kind(runs)
-    for run in runs:
-        pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
+    for run, file in places(runs, found.to):
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
         summary["wanted_interval"] = found.interval  # an early round of many wants less
         if not metrics.narrow(summary.get("widest_interval"), found.interval):
@@ -55,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for told in summary["modes"].values():
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
-        name = f"{run.folder.name}{results.in_names(run.kind)}"  # in nobody's place but its own kind's
-        outputs.write_json(found.to / pair / f"{name}.json", without_folders(summary))
-        earlier = found.to / pair / f"{run.config.get('suite')}.json"  # of the first tokens of answers
-        if earlier.exists() and earlier.stem != name and not run.kind:
+        outputs.write_json(file, without_folders(summary))
+        earlier = file.with_name(f"{run.config.get('suite')}.json")  # of the first tokens of answers
+        if earlier.exists() and earlier != file and not run.kind:
             earlier.unlink()
             print(f"{earlier} is removed, as {run.folder.name} takes its place")
     alone = [run for run in runs if run.config.get("batch_size") == 1 and not run.kind]
@@ -73,6 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         outputs.write(readme, kept.in_readme(readme.read_text(encoding="utf-8"), kept.load(found.to)))
     print(f"written to {found.to}")
     return 0
+
+
+def places(runs: Sequence[report.Run], to: Path) -> list[tuple[report.Run, Path]]:
+    """Where each is kept, in nobody's place but its own kind's. Raises `UsageError` where that is one for two."""
+    found: dict[Path, report.Run] = {}
+    for run in runs:
+        pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
+        file = to / pair / f"{run.folder.name}{results.in_names(run.kind)}.json"
+        if file in found:
+            raise UsageError(f"{found[file].folder} and {run.folder} would both be kept as {file}: give one of them.")
+        found[file] = run
+    return [(run, file) for file, run in found.items()]
 
 
 def keep_raw(run: report.Run, folder: Path) -> None:

@@ -3,7 +3,7 @@
 #   PAIR      pairs of the registry (pearl pairs) or YAML files; default: smollm2-135m
 #   LIMIT     problems of each task; default: all.  TOKENS: new tokens of a text; default: the task's
 #   DATA      a folder with gsm8k/test.jsonl, mgsm/mgsm.jsonl, mt_bench/ and spec_bench/question.jsonl, and speed_bench/
-#             (what prepare_data.py writes); default: the hub
+#             (what prepare_data.py writes: of several configs qualitative/); default: the hub
 #   OPTIONS   further options of every run.  RESULTS: where all goes; default: results
 #   MODES     of runs that several tables share; default: ar ar-all sd pearl tree
 #   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
@@ -26,7 +26,8 @@ data_of() {
     gsm8k) echo "$DATA/gsm8k/test.jsonl" ;;
     mgsm) echo "$DATA/mgsm/mgsm.jsonl" ;;
     mt_bench | spec_bench) echo "$DATA/$1/question.jsonl" ;;
-    speed_bench) echo "$DATA/speed_bench" ;;
+    speed_bench)
+      if [[ -d $DATA/$1/qualitative ]]; then echo "$DATA/$1/qualitative"; else echo "$DATA/$1"; fi ;;
   esac; fi
 }
 

@@ -63,12 +63,18 @@ def json_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             value = parse_json(line, f"{where}, line {number}")
-            if "\\ud" in line.lower() and (half := _HALF.search(json.dumps(value, ensure_ascii=False))):
-                raise UsageError(
-                    f"{where}, line {number} holds half a character (\\u{ord(half[0]):04x}): a text was cut inside an "
-                    "emoji or its like. Write it whole, or leave it out."
-                )
+            if "\\ud" in line.lower():
+                whole_characters(value, f"{where}, line {number}")
             yield number, value
+
+
+def whole_characters(value: Any, where: str) -> None:
+    """Raises `UsageError` where a text of JSON holds half a surrogate pair, which no file takes."""
+    if half := _HALF.search(json.dumps(value, ensure_ascii=False)):
+        raise UsageError(
+            f"{where} holds half a character (\\u{ord(half[0]):04x}): a text was cut inside an emoji or its like. "
+            "Write it whole, or leave it out."
+        )
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

@@ -102,6 +102,11 @@ class GenerationStats:
         return sum(p.share_s for p in self.passes)
 
     @property
+    def latency_s(self) -> float:
+        """As its reader has them: from when it took its place to its end, with other texts beside it."""
+        return self.ended_s - self.began_s if self.places > 1 else self.seconds
+
+    @property
     def committed(self) -> list[int]:
         """Tokens of each pass."""
         return [p.committed for p in self.passes]

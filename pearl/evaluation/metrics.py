@@ -119,6 +119,7 @@ def _verification(texts: Sequence[GenerationStats]) -> Figures:
         "pauses": sum(p.ahead == 0 for p in decoding),
         "texts_per_pass": sum(p.texts for p in decoding) / len(decoding) if decoding else None,
         "occupancy": occupancy(texts),
+        "most_side_by_side": most_side_by_side(texts),
     }
 
 
@@ -179,7 +180,7 @@ def _latency(texts: Sequence[GenerationStats]) -> Figures:
         for kind in (False, True)
     }
     return {
-        "ms_per_token_of_each": 1e3 * sum(map(uncertainty.of_its_own, texts)) / sum(len(text.tokens) for text in texts),
+        "ms_per_token_of_each": 1e3 * sum(text.latency_s for text in texts) / sum(len(text.tokens) for text in texts),
         "ttft_ms": _percentile([*first_ms[False], *first_ms[True]]),
         # of those texts that began with what earlier ones had read, and of the others; None: there were none
         "ttft_ms_cached": _percentile(first_ms[True]) if first_ms[True] else None,
@@ -233,6 +234,11 @@ def occupancy(texts: Sequence[GenerationStats]) -> float | None:
         taken += sum(min(text.ended_s, last) - text.began_s for text in batch)
         available += places * (last - first)
     return _ratio(taken, available) if any(text.places > 1 for text in texts) else None
+
+
+def most_side_by_side(texts: Sequence[GenerationStats]) -> int:
+    """Texts that were under way at once in one engine; fewer than its places where there were no more."""
+    return max(1, min(_most_at_a_time(texts), max(text.places for text in texts)))
 
 
 def _most_at_a_time(texts: Sequence[GenerationStats]) -> int:

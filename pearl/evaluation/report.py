@@ -29,7 +29,7 @@ RULES = {  # which early runs did not have, and so were off
     "min_tokens": 0,
 }
 OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING, *RULES)
-OF_OTHERS = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "acceptance")
+OF_OTHERS = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "draft_acceptance_rate")
 DRIFT = 1.1  # `ar` of one target on one benchmark is the same figure in every run, within a tenth
 
 
@@ -186,14 +186,19 @@ def doubts(runs: Sequence[Run]) -> list[str]:
             found += _drift([run for run in same if _target(run) == target])
     if rest := [f"{run.name} ({run.rest})" for run in runs if run.rest]:
         found.append(f"Not finished: {', '.join(rest)}.")
-    for run in runs:
-        if len(run.commits) > 1:
-            found.append(f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}.")
-        if other := [f"{mode} {1 - equal:.1%}" for mode, equal in _of_modes(run, "identical_to_ar") if equal < 1]:
-            found.append(f"In {run.name}, texts that are not those of ar: {', '.join(other)}.")
-        if failed := [f"{mode} in {texts} texts" for mode, texts in _of_modes(run, "drafter_failures") if texts]:
-            found.append(f"In {run.name}, the drafter failed: {', '.join(failed)}.")
-    return found
+    return found + [sentence for run in runs for sentence in _of_itself(run)]
+
+
+def _of_itself(run: Run) -> Iterator[str]:
+    if len(run.commits) > 1:
+        yield f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}."
+    if other := [f"{mode} {1 - equal:.1%}" for mode, equal in _of_modes(run, "identical_to_ar") if equal < 1]:
+        yield f"In {run.name}, texts that are not those of ar: {', '.join(other)}."
+    asked = run.config.get("batch_size") or 1
+    if fewer := [f"{mode} {texts}" for mode, texts in _of_modes(run, "most_side_by_side") if texts < asked]:
+        yield f"In {run.name}, fewer texts were side by side than the {asked} asked for: {', '.join(fewer)}."
+    if failed := [f"{mode} in {texts} texts" for mode, texts in _of_modes(run, "drafter_failures") if texts]:
+        yield f"In {run.name}, the drafter failed: {', '.join(failed)}."
 
 
 def _of_modes(run: Run, figure: str) -> list[tuple[str, float]]:

@@ -22,7 +22,11 @@ class Turn(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...
     @property
-    def seconds(self) -> float: ...
+    def finish(self) -> str: ...  # "eos", "stop" or "length"
+    @property
+    def seconds(self) -> float: ...  # its share of the target's time
+    @property
+    def latency_s(self) -> float: ...  # of its own, with other texts beside it
     @property
     def committed(self) -> Sequence[int]: ...
 

@@ -17,7 +17,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.records import GenerationStats
 from pearl.engine import Engine, Generation, GenerationRequest
 from pearl.errors import UsageError
-from pearl.evaluation.metrics import occupancy
+from pearl.evaluation.metrics import most_side_by_side, occupancy
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.slow]
 
@@ -252,3 +252,4 @@ def test_occupancy_of_a_worked_example():
     again = [replace(one, began_s=one.began_s + 100, ended_s=one.ended_s + 100) for one in batch]
     assert occupancy(batch + again) == pytest.approx(6 / 8)
     assert occupancy(batch + batch) is None, "two engines wrote at a time"
+    assert (most_side_by_side(batch), most_side_by_side(batch + batch), most_side_by_side(batch[:1])) == (2, 2, 1)

@@ -10,8 +10,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+import bench_batch
 import keep_results
+from evaluations import options, written
 
+from pearl.config import outputs
 from pearl.evaluation import lines, results
 from pearl.evaluation.pages import kept
 
@@ -77,6 +80,35 @@ def test_a_synthetic_run_is_kept_beside_the_real_one_and_only_the_readme_of_its_
     assert told.count("GSM8K") == 1, "the real one"
     assert keep_results.main([str(folder), "--to", str(tmp_path / "results" / "kept")]) == 0
     assert readme.read_text() == told and (tmp_path / "results" / "kept" / "README.md").exists()
+
+
+def test_two_runs_that_would_be_kept_in_one_place_are_refused_before_anything_is_written(tmp_path, capsys):
+    folders = [tmp_path / name / "x" for name in ("tiny-limit-1", "tiny-tokens-5")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        lines.write_json(folder / results.SUMMARY, {"config": {}, "environment": {}, "modes": {}})
+    assert keep_results.main([*map(str, folders), "--to", str(tmp_path / "kept")]) == 2
+    told = capsys.readouterr().err
+    assert f"{folders[0]} and {folders[1]} would both be kept as" in told and "tiny/x.json" in told
+    assert not (tmp_path / "kept").exists()
+
+
+def test_batches_say_which_models_machine_and_commit_they_are_of(pair, tmp_path, monkeypatch, capsys):
+    """As a run does; an earlier file without these is told to be so."""
+    records = [{"question": f"{n} hens?", "answer": f"#### {n}"} for n in range(1, 6)]
+    words = options(pair, written(tmp_path, "gsm8k", records), tmp_path / "out", mode="ar,sd:2")
+    words = ["--gsm8k" if word == "--data" else word for word in words]
+    monkeypatch.setattr(sys, "argv", ["scripts/bench_batch.py", "--sizes", "1", "2"])
+    assert bench_batch.main([*words, "--processes", "1", "--sizes", "1", "2", "--rounds", "1"]) == 0
+    file = tmp_path / "out" / kept.BATCHES
+    told = json.loads(file.read_text())
+    assert told["environment"]["commit"] and told["config"]["resolved"]["target"] == pair[0]
+    page = kept.page(tmp_path / "out")["README.md"].split("## Texts side by side")[1]
+    assert f"{Path(pair[0]).name} <- {Path(pair[1]).name}, " in page and told["environment"]["processor"] in page
+    assert f"commit {told['environment']['commit'][:10]}" in page and "scripts/bench_batch.py --sizes 1 2" in page
+    assert "| texts | ar | sd:2 |" in page and "16 of 16 texts were the same" in page
+    outputs.write_json(file, {"command": ["x"]} | {name: told[name] for name in ("same", "tokens_per_second")})
+    assert kept.UNTOLD in kept.page(tmp_path / "out")["README.md"]
 
 
 def test_the_batches_wrote_the_same_texts():

@@ -153,6 +153,12 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
     assert values(row, "--data") == ["d/speed_bench"]
 
 
+def test_of_all_configs_of_speed_bench_a_table_is_of_the_qualitative_one(tmp_path):
+    (tmp_path / "speed_bench" / "qualitative").mkdir(parents=True)
+    (row, _) = commands("scripts/main_results.sh", TASKS="speed_bench", DATA=str(tmp_path))
+    assert values(row, "--data") == [str(tmp_path / "speed_bench" / "qualitative")]
+
+
 def test_all_of_them_end_on_one_page():
     every = commands("scripts/all.sh", FEATURE="drafter")
     made = {values(words, "--output")[0] for words in every if words[1] == "eval/table.py"}

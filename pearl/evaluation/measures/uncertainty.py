@@ -17,7 +17,7 @@ Runs = Mapping[SampleKey, GenerationStats]
 def of_figures(runs: Runs, ar: Runs) -> dict[str, Any]:
     """Of the figures that are compared most."""
     alone = intervals.gathered(
-        (key.task, [len(text.tokens), text.seconds, *_verified(text), of_its_own(text), text.energy_j or 0.0])
+        (key.task, [len(text.tokens), text.seconds, *_verified(text), text.latency_s, text.energy_j or 0.0])
         for key, text in runs.items()
     )
     return {
@@ -79,11 +79,6 @@ def shares_by_latency(runs: Runs) -> tuple[np.ndarray, np.ndarray, np.ndarray | 
 
 def _padded(pairs: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
     return [*pairs, *[(0, 0)] * (length - len(pairs))]
-
-
-def of_its_own(text: GenerationStats) -> float:
-    """Seconds of a text as its reader has them: from when it took its place to its end."""
-    return text.ended_s - text.began_s if text.places > 1 else text.seconds
 
 
 def _verified(text: GenerationStats) -> list[int]:

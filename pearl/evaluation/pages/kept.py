@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pearl.config.engine_config import EMBEDDED
+from pearl.config.inputs import parse_json, read_text, sound
 from pearl.evaluation import plots, report, results, tables
 from pearl.evaluation.report import Run
 
@@ -40,10 +42,11 @@ Made of the summaries in this folder by `python scripts/keep_results.py`; `bash 
 kept and ends with it; `--interval` says how narrow the intervals of a finished run are, whatever its command stopped
 at. Texts of transformers' own modes (`hf-*`) leave `ar`'s at near-ties. Bars have 95 % intervals.
 [Figures](../reference/figures.md) says what each column is. Where there is a folder `raw`, it has the lines of one run,
-of which its figures can be [computed again](../reference/figures.md#computed-again-from-the-lines). `bench_batch.json`
-is of several texts side by side, by `scripts/bench_batch.py`. The [log](../log.md) has what else was measured, and what
-did not work.
+of which its figures can be [computed again](../reference/figures.md#computed-again-from-the-lines). The
+[log](../log.md) has what else was measured, and what did not work.
 """
+BATCHES = "bench_batch.json"
+UNTOLD = f"`{BATCHES}` does not say models, machine and commit, as its script did not write them yet ([log](../log.md))"
 PLOTS = {  # each where its interval is known of some mode
     "speedup": "speedup_interval_95",
     "equal_devices": "speedup_vs_ar_all_interval_95",
@@ -85,6 +88,8 @@ def page(folder: Path) -> dict[str, str | bytes]:
         shown = "\n".join(f"![{name} of every mode]({name})\n" for name in made)
         parts.append(f"## {pair}\n\n{shown}\n" + "\n".join(map(section, mine)))
         pictures |= made
+    if (folder / BATCHES).exists():
+        parts.append(batches(folder / BATCHES))
     return {"README.md": "\n".join([HEAD, *parts]), **pictures}
 
 
@@ -99,9 +104,32 @@ def section(run: Run) -> str:
     label = "".join(KINDS[word] for word in run.kind)
     if run.rest:
         label += f"**Not finished**: {run.rest}.\n\n"
+    return f"### {text_of(run)}\n\n{label}{machine(run)}, {how_made(run)}\n\n{table}\n{by_category(run)}"
+
+
+def how_made(run: Run) -> str:
+    """Of which code, and by which command."""
     commits = f"commit{'s' * (len(run.commits) > 1)} {', '.join(one[:10] for one in run.commits)}"
-    command = f"```\n{run.command}\n```"
-    return f"### {text_of(run)}\n\n{label}{machine(run)}, {commits}:\n\n{command}\n\n{table}\n{by_category(run)}"
+    return f"{commits}:\n\n```\n{run.command}\n```"
+
+
+def batches(file: Path) -> str:
+    """What `scripts/bench_batch.py` has written: tokens a second of each mode by texts side by side, median (lowest to
+    highest) of its rounds, and how that was made."""
+    told = parse_json(read_text(file, "The figures"), str(file))
+    with sound(str(file), "make it again"):
+        run = Run(file, file.stem, told.get("config", {}), told.get("environment") or {"command": told["command"]}, {})
+        models = " <- ".join(Path(str(run.resolved.get(name))).name for name in ("target", "draft"))
+        how = f"{models}, {machine(run)}, {how_made(run)}" if run.resolved else f"{UNTOLD}:\n\n```\n{run.command}\n```"
+        rounds = {(one["size"], one["mode"]): one["rounds"] for one in told["tokens_per_second"]}
+        sizes, modes = (list(dict.fromkeys(names)) for names in zip(*rounds, strict=True))
+        rows = [[f"{size}", *(_middle(rounds[size, mode]) for mode in modes)] for size in sizes]
+        same = "Tokens a second of all texts; {} of {} texts were the same in all cells.".format(*told["same"])
+    return f"## Texts side by side\n\n{how}\n\n{tables.markdown(['texts', *modes], rows)}\n\n{same}\n"
+
+
+def _middle(values: Sequence[float]) -> str:
+    return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def by_category(run: Run) -> str:

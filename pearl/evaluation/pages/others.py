@@ -1,36 +1,38 @@
 """Results of other engines beside ours, and what keeps the two from being compared.
 
 A file holds one object or a list of them. `name`, `version`, `command`, `tokens` and `seconds` must be there;
-`acceptance_length` and `acceptance` (accepted over drafted) where the engine speculates. The more of `COMPARED` it
-says, the less the page has to doubt (docs/guides/evaluate.md has an example).
+`acceptance_length` and `acceptance` where the engine speculates. Its `acceptance` is accepted over drafted tokens: our
+`draft_acceptance_rate`, and not our `acceptance`. The more of `COMPARED` it says, the less the page has to doubt
+(docs/guides/evaluate.md has an example).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pearl.config.inputs import parse_json, read_text
+from pearl.config.inputs import brief, parse_json, read_text, whole_characters
 from pearl.errors import UsageError
 from pearl.evaluation import tables
 from pearl.evaluation.report import Run
 
-MUST: dict[str, type | tuple[type, ...]] = {
-    "name": str,
-    "version": str,
-    "command": str,
-    "tokens": int,
-    "seconds": (int, float),
-}
-MAY: dict[str, type | tuple[type, ...]] = {"acceptance_length": (int, float), "acceptance": (int, float), "note": str}
-RANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
-    "tokens": ("a whole number above 0", lambda value: value > 0),
-    "seconds": ("a number above 0", lambda value: 0 < value < math.inf),
-    "acceptance_length": ("a number from 1", lambda value: 1 <= value < math.inf),
-    "acceptance": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
-}
+MOST = 1e15  # of any number here: its quotients are numbers too
+Rule = tuple[str, Callable[[Any], object]]  # what a value must be, and whether it is
+
+
+def _number(low: float, high: float = MOST, whole: bool = False) -> Rule:
+    def good(value: Any) -> bool:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and low <= value <= high and (value == int(value) or not whole)
+
+    return f"a {'whole ' * whole}number from {low:g} to {high:g}", good
+
+
+TEXT: Rule = "a text", lambda value: isinstance(value, str) and value.strip()
+COUNT = _number(1, whole=True)
+MUST = {"name": TEXT, "version": TEXT, "command": TEXT, "tokens": COUNT, "seconds": _number(1e-6)}
+MAY = {"acceptance_length": _number(1), "acceptance": _number(0, 1), "note": TEXT}
 # what two measurements must share, by the name that a file gives it, and where our run has it
 COMPARED = {
     "benchmark": ("config", "suite"),
@@ -45,6 +47,8 @@ COMPARED = {
     "problems": ("facts", "problems"),
     "processor": ("environment", "processor"),
 }
+RULES = MUST | MAY | dict.fromkeys(COMPARED, TEXT) | dict.fromkeys(("max_new_tokens", "batch_size", "problems"), COUNT)
+RULES["temperature"] = _number(0)
 _WORDS = {"prompts": "digest of the prompts", "processor": "processor", "batch_size": "texts side by side"}
 
 
@@ -65,7 +69,7 @@ class Other:
         return {
             "tokens_per_second": facts["tokens"] / facts["seconds"],
             "acceptance_length": facts.get("acceptance_length"),
-            "acceptance": facts.get("acceptance"),
+            "draft_acceptance_rate": facts.get("acceptance"),
         }
 
 
@@ -86,17 +90,13 @@ def load(files: Sequence[str]) -> list[Other]:
 def _checked(one: Any, file: str) -> Mapping[str, Any]:
     if not isinstance(one, dict):
         raise UsageError(f"{file} must hold an object, or a list of them, with {', '.join(MUST)}.")
-    for name, kind in (MUST | MAY).items():
+    if unknown := [name for name in one if name not in RULES]:
+        raise UsageError(f"{file}: unknown key {brief(repr(unknown[0]))}; known keys are {', '.join(RULES)}.")
+    for name, (said, good) in RULES.items():
         value = one.get(name)
-        if value is None and name not in MUST:
-            continue
-        number = kind is not str
-        wrong: Any = value
-        said, good = RANGES[name] if number else ("a text", str.strip)
-        if not isinstance(value, kind) or isinstance(value, bool) or not good(wrong):
-            raise UsageError(f"{file}: {name} must be {said}, not {value!r}.")
-    if unknown := [name for name in one if name not in MUST and name not in MAY and name not in COMPARED]:
-        raise UsageError(f"{file}: unknown key {unknown[0]!r}; known keys are {', '.join((*MUST, *MAY, *COMPARED))}.")
+        if (name in MUST or value is not None) and not good(value):
+            raise UsageError(f"{file}: {name} must be {said}, not {brief(repr(value))}.")
+    whole_characters(one, file)
     return one
 
 
@@ -122,8 +122,8 @@ def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
             if said is not None and {_plain(name, value) for value in ours} != {_plain(name, said)}:
                 told = sorted({"nothing said" if value is None else str(value) for value in ours})
                 yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(told)} in ours."
-        for name in ("acceptance_length", "acceptance"):
-            if one.facts.get(name) is None and any(figures.get(name) for run in runs for figures in run.modes.values()):
+        for name, figure in (("acceptance_length", "acceptance_length"), ("acceptance", "draft_acceptance_rate")):
+            if one.facts.get(name) is None and any(modes.get(figure) for run in runs for modes in run.modes.values()):
                 yield f"{one.label} does not say its {name.replace('_', ' ')}."
                 break
     if others and runs:

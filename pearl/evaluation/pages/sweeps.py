@@ -70,18 +70,23 @@ def by_gamma(runs: Sequence[Run]) -> Curves:
     return _sorted(curves)
 
 
-def by_option(option: str) -> Callable[[Sequence[Run]], Curves]:
-    """Of runs that differ in an option."""
+def by_temperature(runs: Sequence[Run]) -> Curves:
+    return _by(lambda run, _: run.config.get("temperature") or 0, runs)
 
-    def curves(runs: Sequence[Run]) -> Curves:
-        found: Curves = {}
-        name = names(runs)
-        for run in runs:
-            for mode, figures in run.modes.items():
-                found.setdefault(name(run, mode), []).append((float(run.config.get(option) or 0), figures))
-        return _sorted(found)
 
-    return curves
+def by_texts(runs: Sequence[Run]) -> Curves:
+    """By texts that were side by side, which may be fewer than were asked for; earlier runs do not tell."""
+    return _by(lambda run, figures: figures.get("most_side_by_side") or run.config.get("batch_size") or 1, runs)
+
+
+def _by(value: Callable[[Run, tables.Figures], float], runs: Sequence[Run]) -> Curves:
+    """Of runs that differ in a value."""
+    found: Curves = {}
+    name = names(runs)
+    for run in runs:
+        for mode, figures in run.modes.items():
+            found.setdefault(name(run, mode), []).append((float(value(run, figures)), figures))
+    return _sorted(found)
 
 
 def _sorted(curves: Curves) -> Curves:
@@ -122,7 +127,7 @@ _INTERVAL = {"speedup_vs_ar": "speedup_interval_95", "acceptance_length": "accep
 def pareto(runs: Sequence[Run]) -> bytes | None:
     """Tokens a second of all texts against milliseconds a token of each, a line a mode, by texts side by
     side. `ar` is one of them."""
-    points = by_option("batch_size")(runs)
+    points = by_texts(runs)
     figure, (axes,) = panels_of(7.0, 4.4, 1)
     drawn: list[Any] = []  # intervals
     for place, (mode, some) in enumerate(points.items()):
@@ -154,7 +159,7 @@ def _beside_ar(runs: Sequence[Run]) -> list[Run]:
 SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
     "input_length": lambda runs: curve(by_category(_beside_ar(runs)), "tokens of the prompt", logarithmic=True),
     "draft_length": lambda runs: curve(by_gamma(_beside_ar(runs)), "guesses a block"),
-    "temperature": lambda runs: curve(by_option("temperature")(_beside_ar(runs)), "temperature"),
+    "temperature": lambda runs: curve(by_temperature(_beside_ar(runs)), "temperature"),
     "concurrency": pareto,
 }
 

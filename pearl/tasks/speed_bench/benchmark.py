@@ -92,11 +92,16 @@ class SpeedBench(DataSet[Problem]):
         ).load(None)
 
     def read(self, file: Path) -> list[Problem]:
-        """JSON lines, a parquet file, or a folder of either as prepare_data.py writes them."""
+        """JSON lines, a parquet file, or a folder of either as prepare_data.py writes one for each config."""
         files = sorted(file.rglob("*.parquet")) or sorted(file.rglob("*.jsonl")) if file.is_dir() else [file]
         if not files:
             raise UsageError(
                 f"{file} holds no parquet file and no JSON lines: name a folder that prepare_data.py wrote, or a file."
+            )
+        below = {part for one in files if one != file for part in one.relative_to(file).with_suffix("").parts}
+        if len(configs := [name for name in CONFIGS if name in below]) > 1:
+            raise UsageError(
+                f"{file} holds several configs, whose figures would be mixed: name one of them, {', '.join(configs)}."
             )
         if files[0].suffix != ".parquet" or not files[0].exists():
             return [problem for one in files for problem in super(SpeedBench, self).read(one)]

@@ -1,13 +1,15 @@
-"""Results to hold beside those of SPEED-Bench's own framework (NVIDIA/Model-Optimizer, examples/specdec_bench).
+"""Results to hold beside those of SPEED-Bench's own framework.
+
+That is examples/specdec_bench of NVIDIA/Model-Optimizer: `main` at a2fbac7ba of 21 August 2026, with its vLLM adapter.
 
     speed_bench/MODE/specbench_results.json    acceptance lengths: of each request, each category, all; its keys
     speed_bench/MODE/timing.json               tokens a second, of all and of a request; in a form of ours
     speed_bench/MODE/by_group.json             both by category, sub-category and entropy tier, with counts; ours too
 
-There a step is a decode step of a text, with or without a draft; of each turn the last is left out, and the first if it
-is one token (it read the prompt). A request's acceptance length is the mean over its steps; a category's the mean over
-its requests. So these differ from the `acceptance_length` of summary.json, which is of verifications, totals over
-totals.
+There a step is a decode step of a text, with or without a draft, also the one that reads the prompt. The end of
+sequence is no token of it. A request's acceptance length is the mean over the steps of all its turns; a category's the
+mean over its requests. So these differ from the `acceptance_length` of summary.json, which is of verifications, totals
+over totals.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def files(problems: Sequence[Asked], talks: Conversations, mode: str) -> dict[st
     """The content of each file, by its name. Of several samples the first counts."""
     asked = [one for one in problems if talks.get(one.task_id)]
     turns = {one.task_id: talks[one.task_id][0] for one in asked}
-    steps = {name: [trimmed(turn.committed) for turn in some] for name, some in turns.items()}
-    lengths = {name: fmean(chain.from_iterable(some)) for name, some in steps.items()}
+    steps = {name: [*chain.from_iterable(map(steps_of, some))] or [1] for name, some in turns.items()}
+    lengths = {name: fmean(some) for name, some in steps.items()}
     folder = f"speed_bench/{mode.replace(':', '-')}"
     return {
         f"{folder}/specbench_results.json": acceptance(asked, steps, lengths),
@@ -48,15 +50,18 @@ def files(problems: Sequence[Asked], talks: Conversations, mode: str) -> dict[st
     }
 
 
-def trimmed(committed: Sequence[int]) -> list[int]:
-    """The steps of a turn that count."""
-    return list(committed[1 if committed and committed[0] == 1 else 0 : len(committed) - 1]) or [1]
+def steps_of(turn: Turn) -> list[int]:
+    """The tokens of each step, without the end of sequence and without a step that was nothing else."""
+    steps = list(turn.committed)
+    if turn.finish == "eos":
+        steps[-1] -= 1
+    return [step for step in steps if step]
 
 
 def acceptance(
-    asked: Sequence[Asked], steps: Mapping[str, Sequence[Sequence[int]]], lengths: Mapping[str, float]
+    asked: Sequence[Asked], steps: Mapping[str, Sequence[int]], lengths: Mapping[str, float]
 ) -> dict[str, Any]:
-    counted = Counter(chain.from_iterable(chain.from_iterable(steps.values())))
+    counted = Counter(chain.from_iterable(steps.values()))
     histogram = {length: counted[length] for length in sorted(counted)}
     left = total = sum(histogram.values())
     conditional, joint, before = {}, {}, 1.0
@@ -75,15 +80,25 @@ def acceptance(
 
 
 def timing(requests: Sequence[Sequence[Turn]]) -> dict[str, Any]:
-    """Of requests one after the other, which take the target's time alone."""
-    tokens = [sum(len(turn.tokens) for turn in turns) for turns in requests]
-    seconds = [sum(turn.seconds for turn in turns) for turns in requests]
+    """All tokens over the target's time; of each request the time that its reader had, with others beside it."""
     return {
-        "Output TPS": sum(tokens) / sum(seconds),
-        "E2E Request Time": _statistics(seconds),
-        "Request Tokens Per Second": _statistics([n / s for n, s in zip(tokens, seconds, strict=True)]),
-        "Number of Output Tokens": _statistics(tokens),
+        "Output TPS": sum(map(_tokens, requests)) / sum(turn.seconds for turns in requests for turn in turns),
+        "E2E Request Time": _statistics([*map(_latency_s, requests)]),
+        "Request Tokens Per Second": _statistics([*map(_speed, requests)]),
+        "Number of Output Tokens": _statistics([*map(_tokens, requests)]),
     }
+
+
+def _tokens(turns: Sequence[Turn]) -> int:
+    return sum(len(turn.tokens) for turn in turns)
+
+
+def _latency_s(turns: Sequence[Turn]) -> float:
+    return sum(turn.latency_s for turn in turns)
+
+
+def _speed(turns: Sequence[Turn]) -> float:
+    return _tokens(turns) / _latency_s(turns)
 
 
 def by_group(
@@ -91,7 +106,7 @@ def by_group(
 ) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for kind in ("category", "sub_category", "tier"):
-        speed = {name: timing([turns[name]])["Output TPS"] for name in lengths}
+        speed = {name: _speed(turns[name]) for name in lengths}
         groups, speeds = _grouped(asked, lengths, kind), _grouped(asked, speed, kind)
         members = defaultdict(list)
         for one in asked:

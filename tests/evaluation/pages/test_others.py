@@ -10,7 +10,7 @@ from evaluations import script
 
 from pearl.commands.results import report as command
 from pearl.errors import UsageError
-from pearl.evaluation import lines, report, results
+from pearl.evaluation import lines, report, results, tables
 from pearl.evaluation.pages import others
 
 THEIRS = {
@@ -28,7 +28,8 @@ THEIRS = {
 
 
 def kept(folder: Path, draft: str = "d") -> Path:
-    figures = {"tokens_per_second": 20.0, "speedup_vs_ar": 2.0, "acceptance_length": 2.2, "acceptance": 0.6}
+    figures = {"tokens_per_second": 20.0, "speedup_vs_ar": 2.0, "acceptance_length": 2.2}
+    figures |= {"acceptance": 0.6, "draft_acceptance_rate": 0.3}
     config = {"suite": "gsm8k", "temperature": 0.0, "batch_size": 1, "resolved": {"target": "t", "draft": draft}}
     folder.mkdir(parents=True)
     made = {"config": config, "environment": {"processor": "ours", "command": []}, "modes": {"tree": figures}}
@@ -53,6 +54,16 @@ def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path)
     assert not any("temperature differs" in one or "target differs" in one for one in told)
 
 
+def test_their_acceptance_stands_beside_what_is_counted_alike_in_ours(tmp_path):
+    """Accepted over drafted, 0.3; 0.6 of the tested guesses were right."""
+    runs = report.load([kept(tmp_path / "run")])
+    found = others.load([written(tmp_path / "theirs.json", THEIRS | {"acceptance": 0.47})])
+    head, rows = tables.cells(("engine", "what"), report.OF_OTHERS, others.rows(found, runs))
+    assert head[-1] == "acc of drafted" and [row[-1] for row in rows] == ["0.47", "0.30"]
+    silent = others.load([written(tmp_path / "silent.json", THEIRS)])
+    assert "vLLM 0.11.0 does not say its acceptance." in list(others.doubts(silent, runs))
+
+
 @pytest.mark.parametrize(
     "name, said, same",
     [
@@ -64,7 +75,6 @@ def test_they_stand_beside_ours_with_what_differs_and_what_is_not_said(tmp_path)
         ("problems", 80, True),
         ("problems", 40, False),
         ("max_new_tokens", 32, False),
-        ("temperature", [0], False),
     ],
 )
 def test_values_are_compared_as_what_they_are(tmp_path, name, said, same):
@@ -89,12 +99,22 @@ def test_beside_synthetic_runs_alone_nothing_is_compared(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"tokens": 0}, "tokens must be a whole number above 0, not 0"),
-        ({"seconds": float("inf")}, "seconds must be a number above 0, not inf"),
+        ({"tokens": 0}, r"tokens must be a whole number from 1 to 1e\+15, not 0"),
+        ({"tokens": 10**400}, r"tokens must be a whole number from 1 to 1e\+15, not 10{190,}\.\.\.\."),
+        ({"tokens": True}, "tokens must be a whole number"),
+        ({"seconds": float("inf")}, r"seconds must be a number from 1e-06 to 1e\+15, not inf"),
+        ({"seconds": 5e-324}, "seconds must be a number from 1e-06"),
+        ({"name": "\ud800"}, r"holds half a character \(\\ud800\)"),
+        ({"processor": "a\ud800"}, "holds half a character"),
+        ({"\ud800": 1}, r"unknown key '\\ud800'"),
+        ({"temperature": {"a": 1}}, "temperature must be a number from 0"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"draft": ["d"]}, "draft must be a text"),
         ({"name": " "}, "name must be a text, not ' '"),
         ({"acceptance": 47}, "acceptance must be a number from 0 to 1, not 47"),
-        ({"acceptance_length": 0.4}, "acceptance_length must be a number from 1, not 0.4"),
-        ({"seconds": "ten"}, "seconds must be a number above 0, not 'ten'"),
+        ({"acceptance_length": 0.4}, r"acceptance_length must be a number from 1 to 1e\+15, not 0.4"),
+        ({"seconds": "ten"}, "seconds must be a number from .*, not 'ten'"),
         ({"version": None}, "version must be a text, not None"),
         ({"speed": 3}, "unknown key 'speed'; known keys are name, version"),
     ],

@@ -43,7 +43,7 @@ def test_each_sweep_finds_what_was_varied():
     found = sweeps.by_gamma([gammas])
     assert [at for at, _ in found["sd"]] == [at for at, _ in found["sd, auto"]] == [1.0, 4.0] and "ar" not in found
     warm = [made(f"t{t}", {"tree": figures(2 - t)}, temperature=t, batch_size=1) for t in (1.0, 0.0)]
-    assert [(at, some["speedup_vs_ar"]) for at, some in sweeps.by_option("temperature")(warm)["tree"]] == [
+    assert [(at, some["speedup_vs_ar"]) for at, some in sweeps.by_temperature(warm)["tree"]] == [
         (0, 2),
         (1, 1),
     ]
@@ -60,13 +60,25 @@ def test_each_sweep_finds_what_was_varied():
         sweeps.draw("speed", warm)
 
 
+def test_a_point_of_a_concurrency_says_how_many_texts_were_side_by_side():
+    """Of two problems never more than two, whatever was asked for."""
+    runs = [
+        made("c8", {"tree": figures(2, most_side_by_side=2), "hf": figures(1, most_side_by_side=1)}, batch_size=8),
+        made("c1", {"tree": figures(1)}, batch_size=1),
+    ]
+    found = {mode: [at for at, _ in points] for mode, points in sweeps.by_texts(runs).items()}
+    assert found == {"tree": [1.0, 2.0], "hf": [1.0]}
+    told = "In c8, fewer texts were side by side than the 8 asked for: tree 2, hf 1."
+    assert [one for one in report.doubts(runs) if "side by side" in one] == [told]
+
+
 def test_a_curve_is_of_one_mode_and_one_pair():
     runs = [
         made(f"{target} {t}", {"tree": figures(2 - t)}, temperature=t, resolved={"target": target, "draft": "small"})
         for target in ("org/large", "other")
         for t in (0.0, 1.0)
     ]
-    found = sweeps.by_option("temperature")(runs)
+    found = sweeps.by_temperature(runs)
     assert {name: len(points) for name, points in found.items()} == {
         "large <- small, tree": 2,
         "other <- small, tree": 2,

@@ -56,6 +56,20 @@ def test_prepared_files_with_messages_are_read_too(tmp_path):
     assert one.turns == ("One?", "Two?")
 
 
+def test_configs_are_not_mixed(tmp_path):
+    """Each has its own folder below the one that prepare_data.py writes into, and is read alone."""
+    for config, record in zip(("throughput_1k", "qualitative"), RECORDS, strict=True):
+        parquet(tmp_path / "speed" / config / "test.parquet", [record])
+    with pytest.raises(UsageError, match=r"holds several configs.*: name one of them, qualitative, throughput_1k\."):
+        DATA.load(str(tmp_path / "speed"))
+    assert [one.question_id for one in DATA.load(str(tmp_path / "speed" / "qualitative"))] == ["b" * 32]
+    (tmp_path / "lines").mkdir()
+    for config in ("throughput_2k", "throughput_8k"):
+        written(tmp_path / "lines", config, RECORDS)
+    with pytest.raises(UsageError, match="throughput_2k, throughput_8k"):
+        DATA.load(str(tmp_path / "lines"))
+
+
 def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, caplog):
     named = RECORDS[0] | {"turns": [f"{PLACEHOLDER} USING SPECDEC_BENCH"]}
     with caplog.at_level(logging.WARNING, "pearl"):
@@ -106,7 +120,13 @@ def test_files_that_cant_be_read_are_told_so(tmp_path):
 class Said:
     committed: tuple[int, ...]
     seconds: float
+    finish: str = "length"
     text: str = ""
+    beside: int = 1  # texts side by side, of which this has an equal share
+
+    @property
+    def latency_s(self) -> float:
+        return self.seconds * self.beside
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -114,27 +134,45 @@ class Said:
 
 
 def test_its_own_figures_are_computed_as_its_framework_does(tmp_path):
-    """By hand. Steps of a turn without its last, and without a first of one token; means over requests."""
+    """By hand, after `SpecBench.process_final` and its vLLM adapter. All steps, without the end of sequence (the last
+    token of 1, 3, 2, 1, a step of its own, and of 2, 2, 9); means over requests."""
     problems = DATA.load(written(tmp_path, "speed_bench"))
-    talks = {"a" * 32: [[Said((1, 3, 2, 1), 2.0), Said((2, 2, 9), 1.0)]], "b" * 32: [[Said((1, 4, 4), 2.0)]]}
+    talks = {
+        "a" * 32: [[Said((1, 3, 2, 1), 2.0, "eos"), Said((2, 2, 9), 1.0, "eos")]],
+        "b" * 32: [[Said((1, 4, 5), 2.0)]],
+    }
     told = framework.files(problems, talks, "sd:3")
     assert set(told) == {f"speed_bench/sd-3/{name}.json" for name in ("specbench_results", "timing", "by_group")}
     found = told["speed_bench/sd-3/specbench_results.json"]
-    assert found["Request_AL"] == {"a" * 32: 9 / 4, "b" * 32: 4.0}
-    assert found["Category_AL"] == {"low_entropy": 4.0, "writing": 9 / 4} and found["Average_AL"] == 25 / 8
-    assert found["Acceptance_Length_Histogram"] == {2: 3, 3: 1, 4: 1}
-    assert found["Conditional_Acceptance_Rate"] == pytest.approx({2: 1.0, 3: 2 / 5, 4: 1 / 2})
-    assert found["Joint_Acceptance_Rate"] == pytest.approx({2: 1.0, 3: 2 / 5, 4: 1 / 5})
-    assert told["speed_bench/sd-3/timing.json"]["Output TPS"] == (7 + 13 + 9) / 5
+    assert found["Request_AL"] == {"a" * 32: 18 / 6, "b" * 32: 10 / 3}
+    assert found["Category_AL"] == {"low_entropy": 10 / 3, "writing": 3.0}
+    assert found["Average_AL"] == pytest.approx(19 / 6)
+    assert found["Acceptance_Length_Histogram"] == {1: 2, 2: 3, 3: 1, 4: 1, 5: 1, 8: 1}
+    joint = {1: 1.0, 2: 7 / 9, 3: 4 / 9, 4: 3 / 9, 5: 2 / 9, 8: 1 / 9}
+    assert found["Joint_Acceptance_Rate"] == pytest.approx(joint)
+    conditional = {1: 1.0, 2: 7 / 9, 3: 4 / 7, 4: 3 / 4, 5: 2 / 3, 8: 1 / 2}
+    assert found["Conditional_Acceptance_Rate"] == pytest.approx(conditional)
+    assert told["speed_bench/sd-3/timing.json"]["Output TPS"] == (7 + 13 + 10) / 5
     groups = told["speed_bench/sd-3/by_group.json"]
     assert groups["tier"] == {
-        "low_entropy": {"requests": 1, "AL": 4.0, "Output TPS": 4.5, "Request Tokens Per Second": 4.5}
+        "low_entropy": {"requests": 1, "AL": 10 / 3, "Output TPS": 5.0, "Request Tokens Per Second": 5.0}
     }
     assert set(groups["sub_category"]) == {"coding", "letters"}
 
 
-def test_a_text_of_one_step_counts_as_one_token():
-    assert framework.trimmed([1]) == framework.trimmed([5]) == framework.trimmed([]) == [1]
+def test_a_request_takes_the_time_that_its_reader_waits_and_not_its_share_of_the_target(tmp_path):
+    """Four side by side: each text has a quarter of the target's two seconds, and takes all of them."""
+    (_, one) = DATA.load(written(tmp_path, "speed_bench"))
+    told = framework.files([one], {one.task_id: [[Said((4, 4), 0.5, beside=4)]]}, "sd")
+    times, group = told["speed_bench/sd/timing.json"], told["speed_bench/sd/by_group.json"]["tier"]["low_entropy"]
+    assert (times["Output TPS"], group["Output TPS"]) == (16.0, 16.0)
+    assert times["E2E Request Time"]["mean"] == "2.0000" and times["Request Tokens Per Second"]["mean"] == "4.0000"
+    assert group["Request Tokens Per Second"] == 4.0
+
+
+def test_steps_that_hold_nothing_but_the_end_of_sequence_are_none():
+    assert framework.steps_of(Said((1, 2, 1), 1.0, "eos")) == [1, 2] and framework.steps_of(Said((), 1.0)) == []
+    assert framework.steps_of(Said((1, 2, 1), 1.0, "length")) == [1, 2, 1]
 
 
 def test_it_runs_end_to_end_on_the_tiny_pair(pair, tmp_path):
