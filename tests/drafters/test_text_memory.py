@@ -88,6 +88,27 @@ def test_the_same_text_again_takes_no_room():
     assert memory.texts == 3
 
 
+@examples(100)
+@given(TEXTS)
+def test_no_text_is_there_twice_whatever_others_are_like(texts):
+    """Many here are short, go on from others, or end as others do."""
+    memory = memory_of(*texts, *texts)
+    assert memory.texts == len({tuple(text) for text in texts})
+
+
+def test_texts_that_end_alike_take_no_room_again_after_others_have_gone():
+    draw = random.Random(5)
+    end = [draw.randrange(1000) for _ in range(MATCHED)]
+    alike = [[draw.randrange(1000) for _ in range(150)] + end for _ in range(2)]
+    memory = memory_of(*alike, tokens=1000)
+    for _ in range(20):
+        memory.add([draw.randrange(1000) for _ in range(100)])
+        size, moves = memory.size, memory.moves
+        for text in alike:
+            memory.add(text)
+        assert (memory.size, memory.moves) == (size, moves)
+
+
 def test_what_takes_more_room_than_there_is_keeps_its_end():
     memory = memory_of([*range(5000)], tokens=1000)
     found = memory.find([*range(4970, 4990)])
