@@ -83,10 +83,11 @@ class TextMemory:
         self._append(text, next(self._clock))
         self._index(first)
 
-    def begin_round(self) -> None:
-        """What is added from now on is found from the next round on: no mode of an evaluation helps another."""
+    def begin_round(self, forget: bool = False) -> None:
+        """What is added from now on is found from the next round on: no mode of an evaluation helps another.
+        `forget`: what was added in the last round."""
         waiting, self._waiting = self._waiting or [], None
-        for tokens in waiting:
+        for tokens in () if forget else waiting:
             self.add(tokens)
         self._waiting = []
 

@@ -61,7 +61,6 @@ class Runtime:
         self._peer: DrafterProcess | None = None
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
-        self._memory: TextMemory | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
@@ -101,7 +100,7 @@ class Runtime:
         config, vocabulary = self.config, self.checked.vocabulary
         if not config.memory:
             return None
-        self._memory = memory = TextMemory(config.memory)
+        memory = TextMemory(config.memory)
         if config.memory_file:
             path = Path(config.memory_file).expanduser().absolute()
             if path.exists():
@@ -109,12 +108,11 @@ class Runtime:
             opened.callback(_save, memory, path, vocabulary)
         return memory
 
-    def begin_round(self) -> None:
+    def begin_round(self, forget: bool = False) -> None:
         """What is read and written from now on helps other texts from the next round on: of modes that are compared
-        none helps another. To be called between two texts."""
-        self.model.begin_round()
-        if self._memory:
-            self._memory.begin_round()
+        none helps another. `forget`: what was in the last round helps none. To be called between two texts."""
+        self.model.begin_round(forget)
+        self.target.begin_round(forget)
 
     def on_its_cores(self) -> AbstractContextManager[None]:
         """The calling thread is where the target's passes run."""

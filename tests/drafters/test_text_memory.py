@@ -152,6 +152,16 @@ def test_in_a_round_nothing_of_it_is_found():
     assert memory.find([*range(10)]) is not None
 
 
+def test_what_is_to_be_forgotten_of_a_round_is_found_by_nobody(tmp_path: Path):
+    memory = memory_of([*range(30)])
+    memory.begin_round()
+    memory.add([*range(40, 70)])
+    memory.begin_round(forget=True)
+    memory.add([*range(80, 110)])
+    memory.save(tmp_path / "memory", 200)
+    assert [memory.find([*range(first, first + 10)]) is not None for first in (0, 40, 80)] == [True, False, True]
+
+
 # As a source
 
 

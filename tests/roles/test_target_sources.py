@@ -188,6 +188,25 @@ def test_every_mode_remembers_and_only_in_later_rounds_where_there_are_rounds():
     assert len(warm_passes("tree", source)) < 25
 
 
+def test_in_rounds_no_mode_recycles_what_another_has_read():
+    """A short text of a table that says the same after the same tokens: whoever knows it all guesses far."""
+    case = replace(plain_case("tree", None, "at a loss", IDLE, 40), vocabulary=100, order=1)
+
+    def counts(rounds: bool) -> list[int]:
+        source = RecyclingSource(over_texts=True)
+        target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
+        found = []
+        for mode in ("pearl", "tree", "tree"):
+            if rounds:
+                target.begin_round()
+            together(target, case.prompt, Schedule.of(mode), case.params)
+            found.append(len(target.passes))
+        return found
+
+    helped, alone = counts(rounds=False), counts(rounds=True)
+    assert helped[2] < alone[2] == alone[1]
+
+
 def test_a_prediction_is_read_several_tokens_a_pass_and_changes_nothing():
     source = SuffixSource()
     text = warm_text()
