@@ -19,6 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LOADS = ("8bit", "4bit")
 MAX_SEQUENCES = 512
 MAX_RANKS = 64
+MAX_MEMORY_MB = 60_000  # of earlier texts: places in it are 32-bit numbers
 ONE_PROCESS = ("ar-all", "hf-assisted", "hf-prompt-lookup")  # modes of a target that is whole in its process
 ROLES = ("target", "draft")
 SUFFIX = "suffix"  # the text itself
@@ -79,7 +80,7 @@ class EngineConfig:
     )
     memory: float = setting(
         0.0,
-        number(0, 1e6, "a number of megabytes, or 0"),
+        number(0, MAX_MEMORY_MB, f"a number of megabytes up to {MAX_MEMORY_MB}, or 0"),
         "MB of earlier texts that guesses are taken from, beside the target; 0: none",
         PAIR,
     )

@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-DRAFT, RECYCLED = "draft", "recycled"
+DRAFT, FEATURE, SUFFIX, RECYCLED = "draft", "feature", "suffix", "recycled"
 # Where a node came from: the kind of source that guessed it. Where two guess the same, the one further up is believed,
 # as it has read more of the text.
 ORIGINS = (
     DRAFT,  # a smaller model
-    "feature",  # a drafter that reads the target's hidden states
-    "suffix",  # what followed such tokens before
+    FEATURE,  # a drafter that reads the target's hidden states
+    SUFFIX,  # what followed such tokens before
     RECYCLED,  # what the target itself would have said after such a token
     "synthetic",  # made up, for measurements
 )

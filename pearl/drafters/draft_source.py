@@ -133,6 +133,10 @@ class DraftSource:
     def remember(self, tokens: Sequence[int]) -> None:
         """The text of a sequence that is over: others may be like it."""
 
+    def begin_round(self, forget: bool = False) -> None:
+        """Modes are compared from here on: what a text leaves helps none of the same round. `forget`: what the texts of
+        the last round have left helps none at all."""
+
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
         """Up to `room` guesses, the first following `tokens`, for the sequence in slot 0.
 

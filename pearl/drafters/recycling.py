@@ -71,6 +71,10 @@ class RecyclingSource(DraftSource):
             self._texts += not self._over_texts
             self._text[batch_slot] = self._texts
 
+    def begin_round(self, forget: bool = False) -> None:
+        """Its rows are kept as they are read, so modes that are compared have those of their own text alone."""
+        self._over_texts = False
+
     def read_rows(self, batch_slot: int, read: RowsRead) -> None:
         """The best tokens of each row are kept once they have come from the device, before any are asked for."""
         values, tokens = top_k(read.logits, KEPT)

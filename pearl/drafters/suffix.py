@@ -253,6 +253,10 @@ class SuffixSource(DraftSource):
         if self._index.memory:
             self._index.memory.add(tokens)
 
+    def begin_round(self, forget: bool = False) -> None:
+        if self._index.memory:
+            self._index.memory.begin_round(forget)
+
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
         return self._propose(ChainQuery(0, tokens, (), room))
 

@@ -52,6 +52,7 @@ class TextMemory:
         self._before = [np.full(self.capacity, -1, dtype=np.int32) for _ in WINDOWS]  # with the same hash
         self._starts: list[int] = []  # of the texts, ascending
         self._used: list[int] = []  # when each was, on a clock that counts uses
+        self._start_of: dict[int, int] = {}  # by a hash of the whole text
         self._clock = itertools.count(1)
         self._end = 0
         self._waiting: list[Sequence[int]] | None = None  # since this round began
@@ -71,18 +72,22 @@ class TextMemory:
         if self._waiting is not None:
             self._waiting.append(tokens)
             return
-        tokens = tokens[-(self.capacity // 2) :]
-        if same := self._same(tokens):
-            self.touch(same)
+        text = np.array([*tokens[-(self.capacity // 2) :], _END], dtype=np.int32)
+        start = self._start_of.get(_hash_of(text))
+        if start is not None and np.array_equal(self._tokens[start : start + len(text)], text):
+            self.touch(start)
             return
-        if self._end + len(tokens) + 1 > self.capacity:
-            self._make_room(len(tokens) + 1)
-        self._append(np.fromiter((*tokens, _END), dtype=np.int32, count=len(tokens) + 1))
+        if self._end + len(text) > self.capacity:
+            self._make_room(len(text))
+        first = self._end
+        self._append(text, next(self._clock))
+        self._index(first)
 
-    def begin_round(self) -> None:
-        """What is added from now on is found from the next round on: no mode of an evaluation helps another."""
+    def begin_round(self, forget: bool = False) -> None:
+        """What is added from now on is found from the next round on: no mode of an evaluation helps another.
+        `forget`: what was added in the last round."""
         waiting, self._waiting = self._waiting or [], None
-        for tokens in waiting:
+        for tokens in () if forget else waiting:
             self.add(tokens)
         self._waiting = []
 
@@ -119,14 +124,6 @@ class TextMemory:
         """The text there is of use. `place`: of one of its tokens, or after the last."""
         self._used[bisect.bisect_right(self._starts, place) - 1] = next(self._clock)
 
-    def _same(self, tokens: Sequence[int]) -> int | None:
-        """Where a text ends that is this one already."""
-        match = self.find(tokens)
-        if match is None or self.token(match.place) != _END or match.place < len(tokens):
-            return None
-        there = self._tokens[match.place - len(tokens) : match.place]
-        return match.place if np.array_equal(there, np.asarray(tokens, dtype=np.int32)) else None
-
     def _matched(self, tail: np.ndarray, end: int) -> int:
         """How many tokens before `end` are the last of `tail`."""
         most = min(len(tail), end)
@@ -139,13 +136,13 @@ class TextMemory:
             value = (value * _PRIME + token + 1) & 0xFFFFFFFFFFFFFFFF
         return (value >> 20) & self._mask
 
-    def _append(self, tokens: np.ndarray) -> None:
-        first = self._end
-        self._starts.append(first)
-        self._used.append(next(self._clock))
-        self._tokens[first : first + len(tokens)] = tokens
-        self._end = first + len(tokens)
-        self._index(first)
+    def _append(self, text: np.ndarray, used: int) -> None:
+        """`text`: with `_END`. The tables do not know it yet."""
+        self._starts.append(self._end)
+        self._used.append(used)
+        self._start_of[_hash_of(text)] = self._end
+        self._tokens[self._end : self._end + len(text)] = text
+        self._end += len(text)
 
     def _index(self, first: int) -> None:
         """Hangs the windows that end from `first` on into the tables."""
@@ -178,14 +175,11 @@ class TextMemory:
                 break
             kept.append((used, self._tokens[start:end].copy()))
         self.moves += 1
-        self._starts, self._used, self._end = [], [], 0
+        self._starts, self._used, self._start_of, self._end = [], [], {}, 0
         for table in (*self._last, *self._before):
             table.fill(-1)
-        for used, tokens in reversed(kept):
-            self._starts.append(self._end)
-            self._used.append(used)
-            self._tokens[self._end : self._end + len(tokens)] = tokens
-            self._end += len(tokens)
+        for used, text in reversed(kept):
+            self._append(text, used)
         self._index(0)
 
     # On disk
@@ -225,3 +219,7 @@ class TextMemory:
         for text in np.split(tokens, np.flatnonzero(tokens == _END) + 1):
             if len(text) > 1:
                 self.add(text[:-1].tolist())
+
+
+def _hash_of(text: np.ndarray) -> int:
+    return hash(text.tobytes())

@@ -65,8 +65,9 @@ class Plan:
     writers: Mapping[str, Writer] = field(default_factory=dict)  # of modes that write several texts side by side
     batch_size: int = 1
     limit: int = sys.maxsize  # tokens that a text may have, with its prompt
-    # what is read of prompts from now on is found from the next call on, so that no mode reads for another
-    begin_round: Callable[[], object] = lambda: None
+    # what is read and written from now on helps others from the next call on, so that no mode works for another; if
+    # that says so, it helps nobody
+    begin_round: Callable[[bool], object] = lambda forget: None
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
     interval: float | None = None  # stop once those of all speed-ups are at most this part of them
     meter: EnergyMeter | None = None  # of what writes one text at a time
@@ -159,7 +160,7 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
             written: dict[WorkUnit, list[tuple[Line, list[Line]]]] = {unit: [] for unit in block}
             skipped: dict[WorkUnit, TooLong] = {}
             turn = plan.units.index(block[0]) // size % len(modes)
-            plan.begin_round()
+            plan.begin_round(False)
             try:
                 for mode in (*modes[turn:], *modes[:turn]):
                     progress.show(f"{block[0].task} {mode}")
@@ -179,13 +180,15 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
 
 
 def _warm_up(plan: Plan) -> None:
-    """Every mode writes a few tokens that nobody records: first forwards are slow."""
+    """Every mode writes a few tokens that nobody records or remembers: first forwards are slow."""
+    plan.begin_round(False)
     warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
     for mode, decode in plan.modes.items():
         decode(plan.tasks[0].prompt(()), warm, False)
         if plan.batch_size > 1 and mode in plan.writers:
             tasks = plan.tasks[: plan.batch_size]
             deque(plan.writers[mode](GenerationRequest(task.prompt(()), warm) for task in tasks), maxlen=0)
+    plan.begin_round(True)
 
 
 Text = tuple[SampleKey, Sequence[int], GenerationStats]  # which it is, its prompt, and what happened

@@ -148,7 +148,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         harness.writers(engine, config.schedules, size),
         size,
         checked.max_length,
-        lambda: engine.exclusively(engine.runtime.begin_round),
+        lambda forget: engine.exclusively(partial(engine.runtime.begin_round, forget)),
         found.skip_too_long,
         found.stop_at_interval,
         energy_meter(engine),

@@ -190,10 +190,10 @@ class LanguageModel:
         """From here on pieces of prompts are kept over texts, in at most so many MB."""
         self.prefix_cache = PrefixCache(mb * 1_000_000) if mb else None
 
-    def begin_round(self) -> None:
+    def begin_round(self, forget: bool = False) -> None:
         """See `PrefixCache.begin_round`."""
         if self.prefix_cache:
-            self.prefix_cache.begin_round()
+            self.prefix_cache.begin_round(forget)
 
     def _remember(self, tokens: list[int], first: int, batch_slot: int, states: Tensor | None) -> None:
         """Keeps a piece that has just been read, if it is one, after those before it."""

@@ -114,6 +114,8 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
     if gpus and world.here.device == "cpu":
         on_cpu = [name for name in ("target_device", "draft_device") if getattr(config, name) == "auto"]
         return place(replace(config, **dict.fromkeys(on_cpu, "cpu")), replace(world, here=Processes()))  # type: ignore[arg-type]
+    if world.replicas > 1 and config.memory_file:
+        raise UsageError("Each replica has a memory of its own, and one file keeps one: leave memory_file out.")
     if world.local_replicas > 1:
         if {config.target_device, config.draft_device} - {"auto", "cpu"} or config.target_cores or config.draft_cores:
             raise UsageError("Replicas on one machine share it out themselves: name no devices and no cores.")

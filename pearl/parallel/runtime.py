@@ -13,14 +13,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids, load_target
-from pearl.config.engine_config import SUFFIX
+from pearl.config import outputs
+from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.core import timeline
 from pearl.core.schedule import Schedule
 from pearl.drafters.text_memory import TextMemory
-from pearl.errors import WorkerLostError
+from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import cores, launcher
 from pearl.models.numerics_check import rows_check
 from pearl.parallel.drafter_main import draft_source, sources_beside_target, trace
@@ -61,8 +64,8 @@ class Runtime:
         self._peer: DrafterProcess | None = None
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
-        self._memory: TextMemory | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
+        _check_memory(self.config)
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
             timeline.prepare(self._trace_path)
@@ -101,20 +104,19 @@ class Runtime:
         config, vocabulary = self.config, self.checked.vocabulary
         if not config.memory:
             return None
-        self._memory = memory = TextMemory(config.memory)
+        memory = TextMemory(config.memory)
         if config.memory_file:
-            path = Path(config.memory_file).expanduser().absolute()
+            path = outputs.file(config.memory_file).absolute()
             if path.exists():
                 memory.load(path, vocabulary)
             opened.callback(_save, memory, path, vocabulary)
         return memory
 
-    def begin_round(self) -> None:
+    def begin_round(self, forget: bool = False) -> None:
         """What is read and written from now on helps other texts from the next round on: of modes that are compared
-        none helps another. To be called between two texts."""
-        self.model.begin_round()
-        if self._memory:
-            self._memory.begin_round()
+        none helps another. `forget`: what was in the last round helps none. To be called between two texts."""
+        self.model.begin_round(forget)
+        self.target.begin_round(forget)
 
     def on_its_cores(self) -> AbstractContextManager[None]:
         """The calling thread is where the target's passes run."""
@@ -233,6 +235,15 @@ class Runtime:
             lines.append(f"target draft: {self.checked.beside.line}")
         checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
+
+
+def _check_memory(config: EngineConfig) -> None:
+    """Refuses, before models are loaded, a memory of earlier texts that can't be had or kept here."""
+    if config.memory_file:
+        outputs.file(config.memory_file)
+    free = psutil.virtual_memory().available / 1e6
+    if config.memory > free / 2:
+        raise UsageError(f"memory {config.memory:g} is more than half of the {free:.0f} MB that are free: lower it.")
 
 
 def _save(memory: TextMemory, path: Path, vocabulary: int) -> None:

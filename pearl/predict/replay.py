@@ -27,7 +27,7 @@ from pearl.config.inputs import json_lines, parse_json, read_text, sound
 from pearl.core.records import SampleKey
 from pearl.core.schedule import MODES, OPTIONS
 from pearl.core.token_buckets import LEAVES, TokenBuckets
-from pearl.core.trie import DRAFT, ORIGIN_NUMBER, RECYCLED
+from pearl.core.trie import DRAFT, FEATURE, ORIGIN_NUMBER, ORIGINS, RECYCLED, SUFFIX
 from pearl.errors import UsageError
 from pearl.evaluation import results
 from pearl.predict.beside import SourceBeside
@@ -81,11 +81,12 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
     figures, config = summary["modes"].get(mode) or {}, summary["config"]
     kind = "".join(f" ({word})" for word in results.kind(config.get("resolved", {})))
     times = _times(modes, mode, summary, latency_s)
-    beside = sources_beside(config, summary["environment"])
-    others = {one.origin for one in beside} | {RECYCLED}
+    beside = sources_beside(summary["environment"])
     raw = {key: _judged(passes) for key, passes in modes[mode].items()}
-    judged = {key: [_drafted(one, others) for one in places] for key, places in raw.items()}
+    judged = _drafters(raw, {one.origin for one in beside} | {RECYCLED}, bool(times.draft_s))
     known = [place for places in judged.values() for place in places if place]
+    if times.draft_s and not known:
+        raise UsageError(f"In {folder} no guess of the drafter was judged in mode {mode}: record one where it had any.")
     chains = all(place.q == (1.0,) for place in known)
     scripts = {}
     for key, passes in modes[mode].items():
@@ -163,6 +164,18 @@ def _judged(passes: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
             if at < len(found):  # the last pass may run over the end of the text
                 found[at] = judged
     return found
+
+
+def _drafters(
+    raw: Mapping[SampleKey, Sequence[dict[str, Any] | None]], others: Collection[str], has_model: bool
+) -> dict[SampleKey, list[DraftedToken | None]]:
+    """What the drafter guessed at each place. `others`: the origins of the sources beside the target. Where it is of
+    the kind of one of them nothing tells the two apart, so what was guessed by that kind counts for both."""
+    for left_out in (others, {*ORIGINS} - {FEATURE if has_model else SUFFIX}):
+        judged = {key: [_drafted(one, left_out) for one in places] for key, places in raw.items()}
+        if any(place for places in judged.values() for place in places):
+            break
+    return judged
 
 
 def _drafted(judged: Mapping[str, Any] | None, others: Collection[str]) -> DraftedToken | None:

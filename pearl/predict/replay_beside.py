@@ -12,28 +12,21 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pearl.config.engine_config import RECYCLING, SUFFIX
-from pearl.core.trie import RECYCLED
 from pearl.predict.beside import SourceBeside
 from pearl.predict.script import DraftedToken
 
-_AT_ONCE = {SUFFIX: "suffix", RECYCLING: RECYCLED}  # origins
-_DEPTHS = 8  # tokens that these guess, at most
+_DEPTHS = 8  # tokens that one without a model guesses, at most
 Places = list[DraftedToken | None]
 
 
-def sources_beside(config: Mapping[str, Any], environment: Mapping[str, Any]) -> tuple[SourceBeside, ...]:
-    """Those of a run; an early one has none. What the drafter's process had too counts as the drafter's."""
-    names = [name.strip() for name in str(config.get("target_draft") or "none").split(",")]
-    names = [*names, SUFFIX, RECYCLING] if "auto" in names else names
-    drafter = str(config.get("draft")).split(",")
-    found = {origin: SourceBeside(origin, 0.0, _DEPTHS) for name, origin in _AT_ONCE.items() if name in names}
-    if SUFFIX in drafter:
-        found.pop("suffix", None)
-    for one in environment.get("beside") or ():
-        if one["seconds"]:
-            found[one["origin"]] = SourceBeside(one["origin"], one["seconds"][0], one["depths"])
-    return tuple(found.values())
+def sources_beside(environment: Mapping[str, Any]) -> tuple[SourceBeside, ...]:
+    """Those that ran, whatever was asked for; an early run tells of none."""
+    return tuple(
+        SourceBeside(one["origin"], one["seconds"][0], one["depths"])
+        if one["seconds"]
+        else SourceBeside(one["origin"], 0.0, _DEPTHS)
+        for one in environment.get("beside") or ()
+    )
 
 
 def places_of(judged: Sequence[Mapping[str, Any] | None], source: SourceBeside, rng: random.Random) -> Places:

@@ -85,6 +85,11 @@ class Target:
         """It is told of everything from now on; None: nobody is. May be called from any thread."""
         self._inbox.watcher = watcher
 
+    def begin_round(self, forget: bool = False) -> None:
+        """See `DraftSource.begin_round`; between two texts."""
+        for source in self._beside.asking:
+            source.begin_round(forget)
+
     @property
     def idle(self) -> bool:
         """No sequence is under way."""

@@ -88,6 +88,27 @@ def test_the_same_text_again_takes_no_room():
     assert memory.texts == 3
 
 
+@examples(100)
+@given(TEXTS)
+def test_no_text_is_there_twice_whatever_others_are_like(texts):
+    """Many here are short, go on from others, or end as others do."""
+    memory = memory_of(*texts, *texts)
+    assert memory.texts == len({tuple(text) for text in texts})
+
+
+def test_texts_that_end_alike_take_no_room_again_after_others_have_gone():
+    draw = random.Random(5)
+    end = [draw.randrange(1000) for _ in range(MATCHED)]
+    alike = [[draw.randrange(1000) for _ in range(150)] + end for _ in range(2)]
+    memory = memory_of(*alike, tokens=1000)
+    for _ in range(20):
+        memory.add([draw.randrange(1000) for _ in range(100)])
+        size, moves = memory.size, memory.moves
+        for text in alike:
+            memory.add(text)
+        assert (memory.size, memory.moves) == (size, moves)
+
+
 def test_what_takes_more_room_than_there_is_keeps_its_end():
     memory = memory_of([*range(5000)], tokens=1000)
     found = memory.find([*range(4970, 4990)])
@@ -129,6 +150,16 @@ def test_in_a_round_nothing_of_it_is_found():
     assert memory.find([*range(10)]) is None
     memory.begin_round()
     assert memory.find([*range(10)]) is not None
+
+
+def test_what_is_to_be_forgotten_of_a_round_is_found_by_nobody(tmp_path: Path):
+    memory = memory_of([*range(30)])
+    memory.begin_round()
+    memory.add([*range(40, 70)])
+    memory.begin_round(forget=True)
+    memory.add([*range(80, 110)])
+    memory.save(tmp_path / "memory", 200)
+    assert [memory.find([*range(first, first + 10)]) is not None for first in (0, 40, 80)] == [True, False, True]
 
 
 # As a source

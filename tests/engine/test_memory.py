@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_texts_are_remembered_on_disk_and_prompts_in_the_engine(pair, tmp_path):
     path.write_bytes(b"damaged")
     with pytest.raises(UsageError, match="delete it"):
         opened(pair[0], memory=1, memory_file=str(path))
+
+
+def test_a_memory_that_can_t_be_had_or_kept_is_refused_before_models_are_loaded(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("pearl.parallel.runtime.load_target", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "memory.npz"):
+        with pytest.raises(UsageError, match=r"[Nn]ame a"):
+            opened(pair[0], memory=1, memory_file=str(place))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4e9))
+    with pytest.raises(UsageError, match="memory 2500 is more than half of the 4000 MB that are free"):
+        opened(pair[0], memory=2500)
 
 
 def test_without_a_prefix_cache_every_prompt_is_read(pair):

@@ -313,6 +313,17 @@ def test_a_run_stops_once_its_intervals_are_narrow_and_stays_so(tmp_path):
     assert len({json.loads(line)["task_id"] for line in samples}) == 30, "wide intervals want all of them"
 
 
+def test_nothing_is_remembered_of_a_warm_up(tmp_path):
+    """A round of its own, which is forgotten before the first problem."""
+    said: list[object] = []
+    made = plan(problems=2, samples=1, repeats=1)
+    decode = made.modes["ar"]
+    modes = {"ar": lambda *of: (said.append("ar"), decode(*of))[1]}
+    resume(tmp_path, replace(made, modes=modes, begin_round=lambda forget: said.append(forget)))
+    first, second = made.tasks
+    assert said == [False, "ar", True, False, *["ar"] * first.turns, False, *["ar"] * second.turns]
+
+
 def test_a_run_that_has_little_time_does_a_part_and_goes_on(tmp_path, monkeypatch):
     """No problem is begun that would end later; one at least is done, so that each start brings the run further."""
     made = plan(problems=6, samples=1, repeats=1)

@@ -263,3 +263,11 @@ def test_in_a_round_nothing_of_it_is_found_so_every_mode_reads_the_same():
         assert store.nbytes <= 35
     store.begin_round()
     assert store.nbytes <= 35 * 3 / 4
+
+
+def test_what_is_to_be_forgotten_of_a_round_is_found_by_nobody():
+    store = PrefixCache(35)
+    store.begin_round()
+    store.add(b"warm-up", piece())
+    store.begin_round(forget=True)
+    assert store.find([b"warm-up"]) == [] and store.nbytes == 0 and b"warm-up" not in store

@@ -45,7 +45,7 @@ COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Forget, st.builds(SlotTokens, st.integers(0, 3), tokens)),
     st.builds(Restore, st.builds(SlotTokens, st.integers(0, 3), tokens)),
     st.builds(KeepPrefixes, small),
-    st.builds(BeginRound),
+    st.builds(BeginRound, st.booleans()),
     st.builds(SetBuckets, counts, counts, st.booleans(), counts),
     st.builds(CopyFirst, small),
     st.builds(KeepAlive),

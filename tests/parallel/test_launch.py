@@ -164,6 +164,14 @@ def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkey
         place(placed[0], World(0, 2, 0, 2, 0, 2))
 
 
+def test_replicas_share_no_file_of_their_memories(pair):
+    config = EngineConfig(*pair, memory=1, memory_file="memory.npz")
+    assert place(config, World(0, 2)).memory_file
+    for world in (World(0, 2, 0, 2, 0, 2), World(0, 2, 1, 2, 0, 1)):  # on one machine, on two
+        with pytest.raises(UsageError, match="leave memory_file out"):
+            place(config, world)
+
+
 def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)

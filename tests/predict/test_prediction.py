@@ -381,14 +381,15 @@ def test_one_that_answers_at_once_needs_no_drafter_forward():
 
 def test_of_a_run_each_source_beside_the_target_has_its_own_guesses(tmp_path: Path):
     def with_others(passes, summary):
-        summary["config"] |= {"draft": "a model", "target_draft": "auto,feature:a-head"}
+        summary["config"] |= {"draft": "a model", "target_draft": None}  # which is what a run has if nothing was asked
         summary["environment"]["beside"] = [
+            {"origin": "suffix", "seconds": [], "depths": 1},
             {"origin": "recycled", "seconds": [], "depths": 1},
             {"origin": "feature", "seconds": [0.1, 0.2], "depths": 5},
         ]
         for one in passes:
             one["judged"] = [
-                judged | {"origins": ["draft", "feature", "recycled"], "q": [1.0, 0.5, 0.25]}
+                judged | {"origins": ["draft", "suffix", "feature", "recycled"], "q": [1.0, 0.75, 0.5, 0.25]}
                 for judged in one["judged"]
             ]
 
@@ -403,3 +404,32 @@ def test_of_a_run_each_source_beside_the_target_has_its_own_guesses(tmp_path: Pa
         heads = script.beside[[one.origin for one in case.beside].index("feature")]
         assert all(place and place.q == (0.5,) and place.rank == 1 for place in heads)
     assert predict(case, ["pearl"])["pearl"]["speedup_vs_ar"] > 0
+
+
+@pytest.mark.parametrize("origin", ["feature", "suffix"])
+def test_of_two_sources_of_one_kind_on_both_sides_each_has_the_guesses_of_that_kind(tmp_path: Path, origin: str):
+    def one_kind(passes, summary):
+        summary["environment"]["beside"] = [
+            {"origin": "recycled", "seconds": [], "depths": 1},
+            {"origin": origin, "seconds": [0.1] * (origin == "feature"), "depths": 5},
+        ]
+        if origin == "suffix":
+            summary["modes"]["sd:4"] |= {"draft_forwards": 0, "drafter_busy": 0.0}
+        for one in passes:
+            one["judged"] = [judged | {"origins": [origin, "recycled"], "q": [1.0, 0.5]} for judged in one["judged"]]
+
+    case = read_run(record(tmp_path / "run", one_kind), latency_s=0.0)
+    for script in case.scripts.values():
+        for said in (script.places, script.beside[1]):
+            assert {(place.rank, len(place.q)) for place in said if place} == {(0, 1)}
+    assert predict(case, ["pearl"])["pearl"]["speedup_vs_ar"] > 1.2
+
+
+def test_a_run_whose_drafter_came_too_late_for_every_guess_is_refused(tmp_path: Path):
+    def recycled(passes, summary):
+        summary["environment"]["beside"] = [{"origin": "recycled", "seconds": [], "depths": 1}]
+        for one in passes:
+            one["judged"] = [judged | {"origins": ["recycled"]} for judged in one["judged"]]
+
+    with pytest.raises(UsageError, match="no guess of the drafter was judged in mode sd:4"):
+        read_run(record(tmp_path, recycled))

@@ -188,6 +188,36 @@ def test_every_mode_remembers_and_only_in_later_rounds_where_there_are_rounds():
     assert len(warm_passes("tree", source)) < 25
 
 
+@pytest.mark.parametrize("method", ["seeded", "rejection"])
+def test_a_text_is_remembered_however_it_is_sampled(method: str):
+    memory = TextMemory(1)
+    params = SamplingParams(max_new_tokens=30, temperature=1.0, seed=1, method=method)
+    case = replace(plain_case("tree", None, "at a loss"), params=params)
+    channel = ScriptedChannel(case.make_source(), case.script)
+    target = Target(case.model, channel, ticks(), sources=[SuffixSource(memory=memory)])
+    together(target, case.prompt, case.schedule, params)
+    assert memory.texts == 1 and memory.size > 30
+
+
+def test_in_rounds_no_mode_recycles_what_another_has_read():
+    """A short text of a table that says the same after the same tokens: whoever knows it all guesses far."""
+    case = replace(plain_case("tree", None, "at a loss", IDLE, 40), vocabulary=100, order=1)
+
+    def counts(rounds: bool) -> list[int]:
+        source = RecyclingSource(over_texts=True)
+        target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
+        found = []
+        for mode in ("pearl", "tree", "tree"):
+            if rounds:
+                target.begin_round()
+            together(target, case.prompt, Schedule.of(mode), case.params)
+            found.append(len(target.passes))
+        return found
+
+    helped, alone = counts(rounds=False), counts(rounds=True)
+    assert helped[2] < alone[2] == alone[1]
+
+
 def test_a_prediction_is_read_several_tokens_a_pass_and_changes_nothing():
     source = SuffixSource()
     text = warm_text()
@@ -270,7 +300,7 @@ def test_nothing_is_kept_of_a_text_that_is_over(ending: str):
             break
     writing.close()
     beside = target._beside
-    assert not beside._failed and not beside._processing
+    assert not beside._serving and not beside._processing
     assert not any(getattr(one, name) for one in beside.asking.values() for name in ("_late",))
 
 

@@ -101,7 +101,7 @@ def kinds(server: Served, text: Generation) -> list[tuple[str, str, int]]:
         for place in range(one.committed):
             guess = one.judged[place] if place < len(one.judged) else None
             kind = "target" if guess is None or guess.rank is None else "prepared" if guess.rank else "draft"
-            if guess and guess.origin in ("suffix", "recycled"):
+            if guess and (guess.origin in ("suffix", "recycled") or kind == "draft"):
                 kind = guess.origin
             words = stream.add([next(tokens)])
             found.append([words, kind, number])

@@ -19,6 +19,7 @@ import pytest
 import servers
 from servers import Served
 
+from pearl.core.trie import DRAFT, ORIGINS
 from pearl.server import hub as hubs
 from pearl.server.hub import Hub
 from pearl.wire.reconnecting_channel import DrafterEvent
@@ -249,7 +250,8 @@ def test_whoever_comes_learns_at_once_and_later_whether_the_drafter_is_lost(serv
 # Colours
 
 STYLE = resources.files("pearl.server").joinpath("page", "style.css").read_text()
-INKS = ["draft", "prepared", "suffix", "recycled", "ink", "faint"]
+PAGE = ("index.html", "page.js")
+INKS = ["draft", "prepared", "feature", "suffix", "recycled", "ink", "faint"]
 
 
 def theme(selector: str) -> dict[str, tuple[float, float, float]]:
@@ -277,6 +279,16 @@ def test_words_and_lines_stand_out_in_light_and_dark(selector):
     assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
 
 
+def test_each_origin_has_a_kind_of_its_own():
+    """A synthetic drafter stands for one that drafts."""
+    page, script = (resources.files("pearl.server").joinpath("page", name).read_text() for name in PAGE)
+    (others,) = re.findall(r"kindOfRow = .*\[(.*)\]", script)
+    assert {*re.findall(r"\w+", others), DRAFT, "synthetic"} == {*ORIGINS}
+    for origin in {*ORIGINS} - {"synthetic"}:
+        assert f'class="tok" data-kind="{origin}"' in page and f"\n  {origin}: " in script
+        assert origin in theme(":root {") and origin in theme(':root[data-theme="dark"]')
+
+
 def test_parts_have_their_roles_and_tabs_are_alone_in_their_list():
     page = resources.files("pearl.server").joinpath("page", "index.html").read_text()
     found = dict(re.findall(r'id="(\w+)" role="(\w+)"', page))
@@ -295,5 +307,5 @@ def test_kinds_differ_by_their_line_where_somebody_sees_no_colours():
     lines = {"draft": "solid"} | dict(
         re.findall(r'\.tok\[data-kind="(\w+)"\][^}]*text-decoration(?:-style)?: (\w+)', STYLE)
     )
-    assert lines.keys() == {"draft", "prepared", "suffix", "recycled", "target"}
+    assert lines.keys() == {"draft", "prepared", "feature", "suffix", "recycled", "target"}
     assert all(lines[one] != lines[other] for one, other in combinations(lines, 2))

@@ -60,12 +60,16 @@ class PrefixCache:
         self._waiting: dict[Digest, Piece] = {}  # that were read in this round
         self._in_rounds = False
 
-    def begin_round(self) -> None:
-        """What is added from now on is found from the next round on, whoever asks; nothing is dropped before."""
+    def begin_round(self, forget: bool = False) -> None:
+        """What is added from now on is found from the next round on, whoever asks; nothing is dropped before.
+        `forget`: what was added in the last round."""
         if not self._in_rounds:
             self._in_rounds, self.nbytes = True, 0
             self._pieces.clear()
-        self._pieces |= self._waiting
+        if forget:
+            self.nbytes -= sum(piece.nbytes for piece in self._waiting.values())
+        else:
+            self._pieces |= self._waiting
         self._waiting = {}
         self._shrink(3 * self.limit // 4)
 

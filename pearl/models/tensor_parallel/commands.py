@@ -128,8 +128,10 @@ class KeepPrefixes(Command):
 
 @dataclass(frozen=True)
 class BeginRound(Command):
+    forget: bool
+
     def run(self, shard: VerifierModel) -> object:
-        shard.begin_round()
+        shard.begin_round(self.forget)
         return None
 
 

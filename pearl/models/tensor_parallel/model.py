@@ -95,8 +95,8 @@ class TensorParallelModel:
     def keep_prefixes(self, mb: int) -> None:
         self.call(commands.KeepPrefixes(mb))
 
-    def begin_round(self) -> None:
-        self.call(commands.BeginRound())
+    def begin_round(self, forget: bool = False) -> None:
+        self.call(commands.BeginRound(forget))
 
     @property
     def trial(self) -> TensorParallelTrial:

@@ -40,7 +40,7 @@ class TargetSources:
             for source in sources
         }
         self._limit = BatchLimit("draft beside the target")
-        self._failed: dict[SequenceState, set[DraftSource]] = {}
+        self._serving: dict[SequenceState, set[DraftSource]] = {}
         # each has its own, as it counts what the logits have that it is shown: a drafter's may know fewer tokens
         self._processing: dict[tuple[SequenceState, DraftSource], LogitsProcessing | None] = {}
         self._failures = FailureLog(_log)
@@ -50,7 +50,7 @@ class TargetSources:
 
     def begin(self, sequence: SequenceState, continues: bool) -> None:
         rejection = sequence.params.rejection
-        self._failed[sequence] = {source for source in self.asking if rejection and not source.draws}
+        self._serving[sequence] = {source for source in self.asking if source.draws or not rejection}
         for source in self.asking:
             self._processing[sequence, source] = LogitsProcessing.of(
                 sequence.params, len(sequence.request.prompt), sequence.stopper.eos_ids
@@ -60,20 +60,21 @@ class TargetSources:
                 self._try(source, [sequence], partial(source.predict, sequence.batch_slot, prediction))
 
     def end(self, sequence: SequenceState) -> None:
-        """It is over, and so is all that was to be said of it. One that never began is left alone."""
-        if sequence not in self._failed:
+        """It is over, and so is all that was to be said of it. Sources that did not serve it remember it too. One that
+        never began is left alone."""
+        if sequence not in self._serving:
             return
         for source, asking in self.asking.items():
             self._try(source, [sequence], partial(source.end, sequence.batch_slot))
-            self._try(source, [sequence], partial(source.remember, sequence.trie.tokens))
+            self._guarded(source, [sequence], partial(source.remember, sequence.trie.tokens))
             asking.end(sequence)
             self._processing.pop((sequence, source), None)
-        self._failed.pop(sequence, None)
+        self._serving.pop(sequence, None)
 
     def grow(self, sequences: Sequence[SequenceState], controller: Controller) -> None:
         """Guesses of all that are worth asking, below the roots of these sequences: what a pass can read."""
         for source, asking in self.asking.items():
-            able = [one for one in sequences if source not in self._failed[one]]
+            able = [one for one in sequences if source in self._serving[one]]
             for again in range(MOST_FORWARDS):
                 asked = asking.choose(able, controller, again=again > 0) if able else ()
                 if not asked:
@@ -139,14 +140,16 @@ class TargetSources:
         return sure
 
     def _try(self, source: DraftSource, sequences: Sequence[SequenceState], work: Callable[[], object]) -> None:
-        if all(source in self._failed[one] for one in sequences):
-            return
+        if any(source in self._serving[one] for one in sequences):
+            self._guarded(source, sequences, work)
+
+    def _guarded(self, source: DraftSource, sequences: Sequence[SequenceState], work: Callable[[], object]) -> None:
         try:
             work()
         except Exception:
             self._failures.tell("a draft source beside the target failed; the text goes on without it.")
             for one in sequences:
-                self._failed[one].add(source)
+                self._serving[one].discard(source)
 
 
 def _grown(source: DraftSource, queries: Sequence[TreeQuery]) -> list[Grown]:

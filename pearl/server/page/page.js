@@ -39,16 +39,18 @@ const MOST_EVENTS = 60000, MOST_SHOWN = 40; // events that are kept; nodes of a 
 const KINDS = {
   draft: "drafted",
   prepared: "prepared correction",
+  feature: "feature drafter",
   suffix: "suffix",
   recycled: "recycled",
   target: "the target’s own",
 };
 
-const kindOfRow = (origin) => (origin === "suffix" || origin === "recycled" ? origin : "draft");
+const kindOfRow = (origin) => (["feature", "suffix", "recycled"].includes(origin) ? origin : "draft");
 const kindOf = (token) => {
   if (token.from === "target" || token.rank === null) return "target";
   const kind = kindOfRow(token.from);
-  return kind === "draft" && token.rank > 0 ? "prepared" : kind;
+  const drafted = kind === "draft" || kind === "feature"; // by a drafter that may be in either process
+  return drafted && token.rank > 0 ? "prepared" : kind;
 };
 // When an event was over.
 const momentOf = (event) => (Array.isArray(event.t) ? event.t[4] : event.t);
