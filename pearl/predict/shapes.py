@@ -36,6 +36,7 @@ from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict import synthetic_bench
@@ -138,7 +139,7 @@ def measure_shape(
     numerics_check.apply(reader, report, capture)
     if DRAFTER in shape.roles:
         drafter = DraftModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
-        drafter.enable_static_shapes(capture=capture if report.captured else None)
+        drafter.enable_static_shapes(DRAFT_COUNTS, capture if report.captured else None)
         found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
         del drafter
     if reader.static:
