@@ -2,24 +2,32 @@
 
     machine     versions, devices, how they are connected, the doctor's facts
     texts       both processes on one device: every mode, greedy and seeded, writes what the target alone writes
-    default     the same with the default pair, where its weights are installed
-    shapes      `pearl bench`: bits, graph against eager, bandwidth, host time, synthetic drafters, predicted pairs
+    default     the same with the default pair, on two devices where there are two
+    shapes      `pearl bench`: bits, texts, graph against eager, bandwidth, host time, predicted speed-ups
 
-A step that fails or runs out of time is reported, and the next one begins. The table is written anew after each.
+A step that fails or runs out of time is reported, and the next one begins. The table is written anew while one is under
+way, so that a run which is cut off, whatever does it, leaves what it has found.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pearl.machine.files import atomic_write
+
+Found = Callable[[], dict[str, Any]]
+LOOK_S = 5.0  # between two looks at what a step has found so far
+ONE_GPU = ("--target-device", "cuda:0", "--draft-device", "cuda:0")
 QUESTIONS = ["What is seven times eight?", "Tom has 3 apples and buys 4 more. How many has he?"]
 MODES = ["ar", "sd", "pearl", "tree"]
 FACTS = """
@@ -37,6 +45,10 @@ class FirstRun:
     """Runs steps, and keeps what they have found on disk."""
 
     def __init__(self, folder: Path, seconds: float):
+        """`folder`: one of an earlier run is kept under the time at which that ended."""
+        if (earlier := folder / "first_run.json").exists():
+            ended = time.strftime("%Y%m%d-%H%M%S", time.localtime(earlier.stat().st_mtime))
+            folder.rename(folder.with_name(f"{folder.name}-{ended}"))
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._ends = folder, time.monotonic() + seconds
         self.found: dict[str, Any] = {"steps": []}
@@ -45,33 +57,58 @@ class FirstRun:
     def left(self) -> float:
         return self._ends - time.monotonic()
 
-    def step(self, name: str, command: list[str], most_s: float, after: Any = None) -> bool:
-        """Whether it ended well. `after`: what it has found, if it ended well or not."""
-        limit = min(most_s, self.left)
-        verdict, began = "no time was left", time.monotonic()
+    def step(self, name: str, command: list[str], most_s: float, after: Found | None = None) -> bool:
+        """Whether it ended well. `after`: what it has found, looked at now and then and when it has ended."""
+        limit, began = min(most_s, self.left), time.monotonic()
+        entry = {"step": name, "result": "no time was left", "seconds": 0.0, "command": command}
+        self.found["steps"].append(entry)
         if limit > 5:
+            entry["result"] = "under way"  # and so it stays if this process is ended meanwhile
+            self.write()
             print(f"{name}: at most {limit:.0f} s", flush=True)
-            with (self.folder / f"{name}.log").open("w") as log:
-                try:
-                    code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
-                    verdict = "ok" if code == 0 else f"code {code}"
-                except subprocess.TimeoutExpired:
-                    verdict = f"cut off after {limit:.0f} s"
-        self.found["steps"].append(
-            {"step": name, "result": verdict, "seconds": round(time.monotonic() - began, 1), "command": command}
-        )
-        if after:
             try:
-                self.found[name] = after()
-            except (OSError, ValueError, KeyError, IndexError) as error:
-                self.found[name] = {"nothing found": f"{type(error).__name__}: {error}"}
+                for result in self._run(name, command, limit):
+                    entry |= {"result": result or entry["result"], "seconds": round(time.monotonic() - began, 1)}
+                    self._take_in(name, after)
+            except SystemExit:
+                self._take_in(name, after)
+                raise
+        if after and name not in self.found:
+            self.found[name] = {"nothing found": entry["result"]}
         self.write()
-        print(f"{name}: {verdict}", flush=True)
-        return verdict == "ok"
+        print(f"{name}: {entry['result']}", flush=True)
+        return entry["result"] == "ok"
+
+    def _run(self, name: str, command: list[str], limit: float) -> Iterator[str]:
+        """Nothing every few seconds, then how it ended. It ends with this process."""
+        ends = time.monotonic() + limit
+        with (self.folder / f"{name}.log").open("w") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                while (left := ends - time.monotonic()) > 0:
+                    try:
+                        code = child.wait(min(LOOK_S, left))
+                    except subprocess.TimeoutExpired:
+                        yield ""
+                    else:
+                        yield "ok" if code == 0 else f"code {code}"
+                        return
+            finally:
+                child.kill()
+                child.wait()
+        yield f"cut off after {limit:.0f} s"
+
+    def _take_in(self, name: str, after: Found | None) -> None:
+        if after:
+            with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # there is nothing yet, or half of it
+                self.found[name] = after()
+        self.write()
 
     def write(self) -> None:
-        (self.folder / "first_run.json").write_text(json.dumps(self.found, indent=1) + "\n")
-        (self.folder / "first_run.md").write_text("\n".join(page(self.found)) + "\n")
+        pages = {"first_run.json": json.dumps(self.found, indent=1), "first_run.md": "\n".join(page(self.found))}
+        for file, content in pages.items():
+            with atomic_write(self.folder / file) as partial:
+                partial.write_text(content + "\n")
 
 
 def page(found: dict[str, Any]) -> Iterator[str]:
@@ -99,7 +136,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def same_texts(run: FirstRun, name: str, tokens: int, *models: object) -> None:
-    """Both processes on one device, greedy and seeded."""
+    """Every mode, greedy and seeded."""
     data = run.folder / "questions.jsonl"
     data.write_text("".join(json.dumps({"question": one, "answer": "#### 7"}) + "\n" for one in QUESTIONS))
     for kind, sampling in ((name, []), (f"{name}-seeded", ["--temperature", 1, "--seed", 1])):
@@ -108,30 +145,33 @@ def same_texts(run: FirstRun, name: str, tokens: int, *models: object) -> None:
             kind,
             pearl(
                 *("eval", "gsm8k", "--data", data, *models, "--mode", *MODES, "--max-new-tokens", tokens),
-                *("--output", folder, "--resume", *sampling),
+                *("--output", folder, *sampling),
             ),
             90,
             lambda folder=folder: figures(folder),
         )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", required=True)
     parser.add_argument("--seconds", type=float, default=470.0)
     parser.add_argument("--output", type=Path, default=Path("results/gpu_first_run"))
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # a step ends with it
     run = FirstRun(options.output.absolute(), options.seconds)
     tiny = options.shapes == ["tiny"]
 
     log = run.folder / "machine.log"
     run.step("machine", [sys.executable, "-c", FACTS], 60, lambda: json.loads(log.read_text().splitlines()[-1]))
-    if (run.found["machine"] or {}).get("gpus"):
+    gpus = run.found["machine"].get("gpus")
+    if gpus:
         run.step("topology", ["nvidia-smi", "topo", "-m"], 20)
     run.step("doctor", pearl("doctor", "--no-models"), 60)
     toy = run.folder / "toy"
     if run.step("toy", [sys.executable, "scripts/toy_target.py", str(toy)], 60):
-        same_texts(run, "texts", 12 if tiny else 48, "--target", toy, "--draft", toy, "--max-length", 2048)
+        models = ("--target", toy, "--draft", toy, "--max-length", 2048, *(ONE_GPU if gpus else ()))
+        same_texts(run, "texts", 12 if tiny else 48, *models)
     if not os.environ.get("WITHOUT_DEFAULT"):
         same_texts(run, "default", 8 if tiny else 64)
     bench = run.folder / "bench"

@@ -23,7 +23,7 @@ def sent(here: Tensor, device: torch.device) -> Tensor:
 
 def rows_of(there: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
     """Some rows of a tensor, whose numbers only the host knows."""
-    return there.index_select(0, sent(torch.as_tensor(rows), there.device))
+    return there.index_select(0, sent(torch.as_tensor(rows, dtype=torch.int64), there.device))
 
 
 class SentOnce:

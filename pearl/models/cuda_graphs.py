@@ -22,11 +22,13 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None  # one for all recordings: memory of the pool is reused on one stream only
 
     def __call__(self, run: Run) -> Run:
         with torch.cuda.device(self._device):
             # not on the default stream: it can't be recorded, and libraries keep a workspace a stream
-            stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+            self._stream = self._stream or torch.cuda.Stream()
+            stream, usual = self._stream, torch.cuda.current_stream()
             stream.wait_stream(usual)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):

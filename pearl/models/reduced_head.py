@@ -41,6 +41,7 @@ class ReducedVocabHead(nn.Module):
         self.all = linear_of(head.weight.detach())
         self._head = [head]  # in a list, so that it is no submodule: only rows of it are used
         self._ids, self._size = frequent, head.out_features
+        self._frequent = frozenset(frequent.tolist())  # here: a text that begins does not wait for the device
         self._always = [token for token in always if token < head.out_features]
         self._sequences: dict[int, _Observed] = {}
         self._settled = False  # a recorded forward reads the tensors of rare tokens, all of them
@@ -54,14 +55,14 @@ class ReducedVocabHead(nn.Module):
     @property
     def draftable(self) -> set[int]:
         """Tokens that have a logit before they have come."""
-        return {*self._ids.tolist(), *self._always}
+        return {*self._frequent, *self._always}
 
     def forget(self, batch_slot: int = 0) -> None:
         """A new text begins. What is rare in one is draftable in those beside it too: it does no harm there. Until
         `observe_tokens` has told of a text, the whole head is read."""
         self._sequences.pop(batch_slot, None)
         self._rare = []
-        self._known: set[int] = set(self._ids.tolist())
+        self._known: set[int] = set(self._frequent)
         self._place(0)
         self._add(self._always)
         for other in self._sequences.values():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
 from pearl.config.pairs import probe
 from pearl.config.synthetic import SyntheticDraft
@@ -36,6 +36,7 @@ from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict import synthetic_bench
@@ -54,7 +55,7 @@ DRAFTER, TARGET = "drafter", "target"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Of a Llama with grouped heads."""
+    """Of a model with grouped heads."""
 
     layers: int
     hidden: int
@@ -64,22 +65,28 @@ class ModelShape:
     vocabulary: int
     tied: bool = False
     roles: tuple[str, ...] = (TARGET,)
+    family: type[LlamaConfig | Qwen3Config] = LlamaConfig
+    head_dim: int = 0  # 0: the heads share `hidden`
 
     @property
     def parameters(self) -> int:
-        each = self.hidden // self.heads
-        attention = self.hidden * each * (2 * self.heads + 2 * self.kv_heads)
+        attention = self.hidden * self._each * (2 * self.heads + 2 * self.kv_heads)
         layers = self.layers * (attention + 3 * self.hidden * self.inner)
         return layers + self.vocabulary * self.hidden * (1 if self.tied else 2)
 
-    def config(self) -> LlamaConfig:
-        return LlamaConfig(
+    @property
+    def _each(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    def config(self) -> LlamaConfig | Qwen3Config:
+        return self.family(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
+            head_dim=self._each,
             max_position_embeddings=2 * LENGTH,
             tie_word_embeddings=self.tied,
             bos_token_id=None,
@@ -88,16 +95,16 @@ class ModelShape:
         )
 
 
-FULL = {  # the shapes of Qwen2.5 0.5B, Llama 3.2 1B, Llama 3.1 8B, Qwen2.5 14B and 32B
+FULL = {  # the shapes of Qwen2.5 0.5B, Llama 3.2 1B, Llama 3.1 8B, Qwen3 14B and 32B
     "0.5B": ModelShape(24, 896, 4864, 14, 2, 151936, True, (DRAFTER,)),
     "1B": ModelShape(16, 2048, 8192, 32, 8, 128256, True, (DRAFTER,)),
     "8B": ModelShape(32, 4096, 14336, 32, 8, 128256, False, (DRAFTER, TARGET)),
-    "14B": ModelShape(48, 5120, 13824, 40, 8, 152064),
-    "32B": ModelShape(64, 5120, 27648, 40, 8, 152064),
+    "14B": ModelShape(40, 5120, 17408, 40, 8, 151936, family=Qwen3Config),
+    "32B": ModelShape(64, 5120, 25600, 64, 8, 151936, family=Qwen3Config, head_dim=128),
 }
 TINY = {
     "tiny-drafter": ModelShape(1, 64, 96, 4, 2, 300, True, (DRAFTER,)),
-    "tiny-target": ModelShape(2, 128, 256, 4, 2, 300),
+    "tiny-target": ModelShape(2, 128, 256, 4, 2, 300, family=Qwen3Config, head_dim=64),
 }
 
 
@@ -125,7 +132,8 @@ def measure_shape(
     capture = capture_for((device,))
     weights = _bytes_read(model)
     reader = VerifierModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
-    found: dict[str, Any] = {"shape": name, "roles": shape.roles, "weight_bytes": weights}
+    family = shape.family.model_type
+    found: dict[str, Any] = {"shape": name, "family": family, "roles": shape.roles, "weight_bytes": weights}
     found["plain_s"] = dict(_pass_times(reader, (1, 2, 4, 8, LIMIT)))
     report = numerics_check.examine(reader, capture, numerics_check.backends(on.type == "cpu"))
     found["checks"] = [(check.what, check.holds, check.found) for check in report.checks]
@@ -138,12 +146,14 @@ def measure_shape(
     numerics_check.apply(reader, report, capture)
     if DRAFTER in shape.roles:
         drafter = DraftModel(model, shape.vocabulary, LENGTH, coarse=on.type != "cpu")
-        drafter.enable_static_shapes(capture=capture if report.captured else None)
+        drafter.enable_static_shapes(DRAFT_COUNTS, capture if report.captured else None)
         found["draft_s"] = profile_leaves(drafter, shape.vocabulary)
         del drafter
     if reader.static:
         found["host_s"] = host_times(reader, ACCEPTANCE, 30 if on.type == "cpu" else 100)
         numerics_check.apply(reader, report, capture)
+    if TARGET in shape.roles:
+        found["by_ratio"] = synthetic_bench.by_ratio(found["plan"], ACCEPTANCE)
     if TARGET in shape.roles and seconds() > 2 * (time.perf_counter() - began):
         tokens = 32 if on.type == "cpu" else 96
         found |= _texts(reader, shape, tokens)
@@ -265,7 +275,7 @@ def markdown(result: dict[str, Any]) -> str:
             gap = one["one_row_difference"]
             said = f"from token {gap['at']:.0f} on, where the best logits are {gap['gap']:.3g} apart" if gap else "none"
             found += [
-                [shape, "text of ar", f"another in {', '.join(other)}" if other else "in all modes"],
+                [shape, f"text of ar ({one['family']})", f"another in {', '.join(other)}" if other else "in all modes"],
                 [shape, "a pass beside its forward", f"{1e6 * one['beside_the_forward_s']:.0f} us"],
                 [shape, "difference from one-row decoding", said],
             ]
@@ -286,6 +296,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"PREDICTED, not measured: x ar on two separate devices, a {ACCEPTANCE:g}, from the step times above.",
             tables.markdown(("target", "drafter", *modes), predicted, labels=2),
         ]
+    parts += synthetic_bench.ratios_markdown(result["shapes"], ACCEPTANCE)
     parts += synthetic_bench.markdown(result)
     parts += ["\n".join(f"Left out: {said}." for said in result["left_out"])] if result["left_out"] else []
     return "\n\n".join(parts) + "\n"

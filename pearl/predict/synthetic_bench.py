@@ -30,6 +30,7 @@ COLUMNS = {
     "acceptance_length": "AL",
     "tokens_per_pass": "tok/pass",
 }
+RATIOS = (3, 5, 10)  # c: times that a forward of a draft goes into a pass of one row
 TAKES_TURNS = "sd:4"  # the mode that one process measures as two would
 
 
@@ -48,13 +49,22 @@ def measured(reader: VerifierModel, vocabulary: int, tokens: int, draft: Synthet
     return {TAKES_TURNS: figures | _accepted(target.passes) | {"how": "measured"}}
 
 
-def predicted(plan: TokenBuckets, draft: SyntheticDraft) -> dict[str, Any]:
-    """Figures of a text with this draft on a device of its own, by the step times of the target."""
+def predicted(plan: TokenBuckets, draft: SyntheticDraft, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Figures of a text with this draft on a device of its own, by the step times of the target. `more`: modes."""
     case = by_times(1.0, plan, (draft.forward_s,) * LEAVES, LATENCY_S, 600, 0, "")
-    found = predict(case, ("pearl", "tree") if plan.branches else ("pearl",), synthetic=draft)
+    found = predict(case, [*more, *(("pearl", "tree") if plan.branches else ("pearl",))], synthetic=draft)
     names = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "tokens_per_pass")
     return {
         mode: {name: one[name] for name in names} | {"how": "PREDICTED"} for mode, one in found.items() if mode != "ar"
+    }
+
+
+def by_ratio(plan: TokenBuckets, chance: float) -> dict[int, dict[str, float]]:
+    """Predicted speed-ups over `ar` by c and mode, of drafts whose guesses are right with this chance."""
+    drafts = {c: SyntheticDraft((chance,), plan.cost(1) / c) for c in RATIOS}
+    return {
+        c: {mode: one["speedup_vs_ar"] for mode, one in predicted(plan, draft, (TAKES_TURNS,)).items()}
+        for c, draft in drafts.items()
     }
 
 
@@ -72,6 +82,23 @@ def written(
     for _ in target.decode(prompt, schedule, params, stopper, reference=tuple(reference)):
         pass
     return list(stopper.tokens)
+
+
+def ratios_markdown(shapes: Sequence[dict[str, Any]], chance: float) -> list[str]:
+    """`shapes`: found so far, of which targets have `by_ratio`."""
+    modes = (TAKES_TURNS, "pearl", "tree")
+    lines = [
+        [one["shape"], str(c), *(_cell(speedups.get(mode)) for mode in modes)]
+        for one in shapes
+        for c, speedups in one.get("by_ratio", {}).items()
+    ]
+    if not lines:
+        return []
+    said = (
+        f"PREDICTED, not measured: x ar with a SYNTHETIC draft on a device of its own, right with chance {chance:g}, a "
+        "forward of which takes 1/c of the target's pass of one row above."
+    )
+    return [said, tables.markdown(("target", "c", *modes), lines, labels=2)]
 
 
 def markdown(result: dict[str, Any]) -> list[str]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -54,6 +59,10 @@ def test_what_is_predicted_is_called_predicted_and_nothing_is_a_graph_here(made)
     assert "PREDICTED, not measured" in page
     (pair,) = result["predicted"]
     assert {"target": "tiny-target", "drafter": "tiny-drafter"}.items() <= pair.items() and pair["x"]["pearl"] > 0
+    target = result["shapes"][1]
+    assert list(target["by_ratio"]) == ["3", "5", "10"] and target["family"] == "qwen3"
+    assert target["by_ratio"]["10"]["pearl"] > target["by_ratio"]["3"]["pearl"] > 0
+    assert "| tiny-target | 10 |" in page and page.index("SYNTHETIC") > page.index("PREDICTED")
     assert not any(one["graphs"] or "graph_s" in one for one in result["shapes"])
     assert "not recorded: forwards run eagerly" in page
     assert result["left_out"] == []
@@ -69,6 +78,7 @@ def test_a_first_run_goes_through_all_of_its_steps(tmp_path, forking, monkeypatc
         assert {mode: one["identical_to_ar"] for mode, one in found[name].items()} == dict.fromkeys(
             ("ar", "sd", "pearl", "tree"), 1.0
         )
+    assert all(one["result"] == "ok" for one in found["steps"])
     assert found["shapes"]["predicted"] and "PREDICTED" in (tmp_path / "first_run.md").read_text()
 
 
@@ -78,12 +88,74 @@ def test_a_first_run_that_is_cut_off_keeps_what_it_has_found(tmp_path, forking):
     assert done.returncode == 1 and steps[-1] == {**steps[-1], "step": "shapes", "result": "no time was left"}
 
 
+@pytest.fixture
+def first_run(monkeypatch) -> ModuleType:
+    """Its module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("gpu_first_run")
+
+
+def test_what_a_step_has_found_is_on_disk_while_it_is_under_way(tmp_path, first_run, monkeypatch):
+    monkeypatch.setattr(first_run, "LOOK_S", 0.1)
+    run, seen = first_run.FirstRun(tmp_path / "run", 60), []
+
+    def after():
+        seen.append(json.loads(file.read_text()) if file.exists() else None)
+        return {"looks": len(seen)}
+
+    file = run.folder / "first_run.json"
+    assert run.step("one", [sys.executable, "-c", "import time; time.sleep(1)"], 50, after)
+    (step,) = seen[2]["steps"]
+    assert step["result"] == "under way" and seen[2]["one"] == {"looks": 2}
+    found = json.loads(file.read_text())
+    assert found["steps"][0]["result"] == "ok" and found["one"] == {"looks": len(seen)}
+    assert "| one | ok |" in (run.folder / "first_run.md").read_text()
+
+    first_run.FirstRun(tmp_path / "run", 60)  # another one
+    (kept,) = tmp_path.glob("run-*/first_run.json")
+    assert json.loads(kept.read_text()) == found and not file.exists()
+
+
+def test_a_first_run_that_is_told_to_end_takes_its_step_along(tmp_path):
+    command = [sys.executable, "scripts/gpu_first_run.py", "--shapes", "tiny", "--output", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
+        assert script.stdout.readline() == "machine: at most 60 s\n"
+        children = Path(f"/proc/{script.pid}/task/{script.pid}/children")
+        while not children.read_text():
+            time.sleep(0.05)
+        time.sleep(0.5)  # it has begun, and imports torch
+        script.terminate()
+        assert script.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):  # none of the group is left
+        os.killpg(script.pid, 0)
+    assert json.loads((tmp_path / "run" / "first_run.json").read_text())["steps"][-1]["result"] == "under way"
+
+
+@pytest.mark.parametrize("gpus", [[], [{"name": "a"}, {"name": "b"}]])
+def test_with_gpus_both_processes_of_the_first_texts_share_one(tmp_path, first_run, monkeypatch, gpus):
+    asked = {}
+
+    def step(run, name, command, most_s, after=None):
+        asked[name] = command
+        run.found["machine"] = {"gpus": gpus}
+        return True
+
+    monkeypatch.setattr(first_run.FirstRun, "step", step)
+    monkeypatch.setattr(first_run.signal, "signal", lambda *_: None)
+    (tmp_path / "first_run.md").write_text("")
+    first_run.main(["--shapes", "tiny", "--output", str(tmp_path)])
+    for name in ("texts", "texts-seeded"):
+        shared = [asked[name][asked[name].index(flag) + 1] for flag in first_run.ONE_GPU[::2] if flag in asked[name]]
+        assert shared == (["cuda:0", "cuda:0"] if gpus else [])
+    assert "--draft-device" not in asked["default"]
+
+
 def test_shapes_have_as_many_weights_as_their_names_say():
     for name, shape in bench.FULL.items():
         assert abs(shape.parameters / 1e9 / float(name.removesuffix("B")) - 1) < 0.25, name
-    tiny = bench.TINY["tiny-target"]
-    model = bench._built(tiny, torch.device("cpu"), torch.float32)
-    assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == tiny.parameters
+    for tiny in bench.TINY.values():
+        model = bench._built(tiny, torch.device("cpu"), torch.float32)
+        assert sum(p.numel() for p in model.parameters() if p.dim() > 1) == tiny.parameters
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -99,7 +171,7 @@ def test_a_text_that_is_another_is_named_with_its_mode():
     plan = TokenBuckets((2,), (1.0,) * LIMIT)
     one = {
         "shape": "x", "weight_bytes": 10**9, "eager_s": {2: 0.5}, "plain_s": {}, "plan": plan,
-        "checks": [("rows", False, Check("rows", False, "as they are").found)],
+        "family": "llama", "checks": [("rows", False, Check("rows", False, "as they are").found)],
         "identical_to_ar": {"tree greedy": 0.0, "sd:4 greedy": 1.0}, "beside_the_forward_s": 1e-4,
         "one_row_difference": {"at": 7.0, "gap": 0.25},
     }  # fmt: skip

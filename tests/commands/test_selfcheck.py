@@ -30,7 +30,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import find_invariant_counts
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.kv_cache import attention
-from pearl.models.static_shapes.one_text import COUNTS
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS
 from pearl.roles.target import Target
 
 PACKED = ("packed",)
@@ -58,6 +58,14 @@ def test_on_a_machine_whose_kernels_keep_the_bits_everything_is_used():
     assert set(report.plan.safe) == set(made.static.counts) and made.static.captured
     assert list(report.plan.cost_s) == sorted(report.plan.cost_s)
     assert "shapes" in found(report)["graph against eager"].found
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_draft_model_is_tried_with_graphs_of_every_row_count(texts):
+    made = tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=texts)
+    captured, checks = numerics_check.examine_drafter(made, graph)
+    assert captured and all(check.holds for check in checks), checks
+    assert made.static.captured and made.static.counts == DRAFT_COUNTS
 
 
 def test_a_graph_that_gives_other_bits_is_found_out():

@@ -242,6 +242,7 @@ def test_texts_side_by_side_wait_as_often_as_one(gpu):
     def texts(target: Target) -> list[list[int]]:
         asked = [SequenceRequest(one, GREEDY, Stopper(GREEDY, (), str)) for one in prompts]
         states = {sequence for sequence, _ in target.write(asked, Schedule.of("tree"), 3)}
+        assert not any(one.draft_stats.failed for one in states)
         return [one.stopper.tokens for one in sorted(states, key=lambda one: one.request.prompt[0])]
 
     expected = texts(writer(source_of(network("eagle3"), 3), slots=3))
@@ -269,5 +270,6 @@ def test_pard_waits_once_a_draft(gpu):
     target = writer(drafting, moved=gpu.moved)
     gpu.waits = drafting.forwards = 0
     assert together(target, PROMPT, Schedule.of("tree"), GREEDY, decode=str) == alone(GREEDY)
-    assert drafting.forwards and gpu.waits <= 2 * len(target.passes) + drafting.forwards
+    assert not target.draft_stats.failed and drafting.forwards
+    assert gpu.waits <= 2 * len(target.passes) + drafting.forwards
     assert reader.static and max(shape.rows for shape in reader.static._recorded._known) > 16

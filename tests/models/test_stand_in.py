@@ -6,40 +6,46 @@ The second part plants faults, and the stand-in has to find each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
-import numpy as np
 import pytest
+import stand_in
 import tiny
 import torch
-from stand_in import NAME, DeviceTensor, Gpu, HiddenWait, PinnedReuse, WrongDevice
+from stand_in import DeviceTensor, Gpu, HiddenWait, WrongDevice
 from tiers import tiered
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from toys import Move, ScriptedChannel, Text, letters, ticks, together
 
 import pearl.machine.transfers
 import pearl.models.kv_cache.attention_probe
 import pearl.roles.target
+from pearl.core import sampling
+from pearl.core.messages import DraftStats
 from pearl.core.sampling import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import BatchedTokenBuckets
 from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.tree import TreeSource
-from pearl.machine.transfers import on_host, sent
+from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention import AttentionMask
-from pearl.models.reduced_head import reduce_vocab
-from pearl.models.static_shapes.inputs import StaticInputs
+from pearl.models.reduced_head import ReducedVocabHead, reduce_vocab
+from pearl.models.static_shapes.several_texts import SharedShapeRunner
 from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import TokenDeltas
 from pearl.models.tensor_parallel.model import TensorParallelModel
-from pearl.models.timing import timed
 from pearl.models.verifier import VerifierModel
 from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
-from pearl.roles.sequence import SequenceRequest
+from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target import Target
 
 PROMPT = [3 * i % tiny.VOCABULARY for i in range(20)]
 GREEDY = SamplingParams(max_new_tokens=12)
+SHARED = BatchedTokenBuckets((4, 8, 12, 16, 24, 32, 48), (1.0,) * 7)  # row counts of passes that texts share
 PARAMS = {
     "greedy": GREEDY,
     "seeded": SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, top_p=0.9, top_k=50),
@@ -51,6 +57,7 @@ PARAMS = {
         no_repeat_ngram_size=2,
     ),
 }
+FAILED = "the drafter has failed"
 STEADY: list[Move] = [(1, 1, 1)] + [(0, 0, 0)] * 12  # a turn of the drafter now and then
 Moved = Callable[[torch.nn.Module], torch.nn.Module]
 
@@ -68,27 +75,53 @@ def gpu(monkeypatch) -> Iterator[Gpu]:
         yield gpu
 
 
-def models(moved: Moved, static: bool, slots: int = 1) -> tuple[VerifierModel, TreeSource]:
-    """Of a target and of a drafter that is nearly as good; `static`: their forwards have static shape, as on a GPU."""
+def models(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> tuple[VerifierModel, TreeSource]:
+    """Of a target and of a drafter that is nearly as good; `static`: their forwards have static shape, as on a GPU.
+    `head`: tokens to which the drafter's is cut."""
     model, draft = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     torch.manual_seed(1)
     for weight in draft.parameters():
         weight.data += 0.02 * torch.randn_like(weight)
-    target = tiny.verifier(moved(model), batch_slots=slots)
-    drafter = tiny.draft_model(moved(draft), batch_slots=slots)
+    target, draft = tiny.verifier(moved(model), batch_slots=slots), moved(draft)
+    drafter = tiny.draft_model(draft, batch_slots=slots, head=reduced(draft, head) if head else None)
+    if slots > 1:
+        target.joint = SHARED
     if static:
         target.enable_static_shapes()
         drafter.enable_static_shapes()
     return target, TreeSource(drafter)
 
 
-def loops(moved: Moved, static: bool, slots: int = 1) -> Target:
-    target, source = models(moved, static, slots)
+def reduced(model: torch.nn.Module, tokens: int) -> ReducedVocabHead:
+    """It may wait for the device, for that is once, when it is loaded."""
+    with stand_in.may_wait():
+        head = reduce_vocab(model, tokens)
+    assert head
+    return head
+
+
+def loops(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> Target:
+    target, source = models(moved, static, slots, head)
     return Target(target, ScriptedChannel(source, STEADY), ticks())
 
 
 def write(target: Target, mode: str, params: SamplingParams) -> Text:
-    return together(target, PROMPT, Schedule.of(mode), params)
+    said = together(target, PROMPT, Schedule.of(mode), params)
+    assert mode == "ar" or drafted([target.draft_stats]), FAILED
+    return said
+
+
+def drafted(stats: Sequence[DraftStats]) -> bool:
+    """A drafter that fails ends no text, so nothing else tells of it. A forward that texts share counts for one."""
+    return any(one.forwards for one in stats) and not any(one.failed for one in stats)
+
+
+def side_by_side(target: Target, params: SamplingParams, count: int) -> list[SequenceState]:
+    """So many texts, which end all."""
+    asked = [SequenceRequest([one, *PROMPT], params, Stopper(params, (), letters)) for one in range(count)]
+    ended = {sequence for sequence, _ in target.write(asked, Schedule.of("tree"), count)}
+    assert drafted([one.draft_stats for one in ended]), FAILED
+    return sorted(ended, key=lambda one: one.request.prompt[0])
 
 
 def here(model: torch.nn.Module) -> torch.nn.Module:
@@ -117,6 +150,24 @@ def test_a_pass_waits_once_and_a_draft_once(gpu, kind, mode, static):
     assert len(target.passes) <= gpu.waits <= len(target.passes) + forwards
 
 
+def test_a_drafter_with_a_cut_head_waits_no_more(gpu):
+    expected = write(loops(here, True, head=40), "tree", GREEDY)
+    target = loops(gpu.moved, True, head=40)
+    assert write(target, "tree", GREEDY).tokens == expected.tokens
+    assert gpu.waits <= len(target.passes) + target.draft_stats.forwards
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_log_probabilities_are_waited_for_once_more_a_pass_and_a_piece_of_the_prompt(gpu, static):
+    params = SamplingParams(max_new_tokens=12, logprobs=2, prompt_logprobs=1)
+    [expected] = side_by_side(loops(here, static), params, 1)
+    target = loops(gpu.moved, static)
+    [said] = side_by_side(target, params, 1)
+    assert said.logprobs == expected.logprobs and said.prompt_logprobs == expected.prompt_logprobs
+    assert len(said.logprobs) == 12 and len(said.prompt_logprobs) == len(PROMPT) + 1
+    assert gpu.waits <= 1 + 2 * len(said.passes) + said.draft_stats.forwards
+
+
 @pytest.mark.parametrize("mode", ["pearl", "tree"])
 def test_what_is_kept_of_a_passs_rows_is_waited_for_once_more_a_pass(gpu, mode, caplog):
     expected = write(loops(here, True), mode, GREEDY)
@@ -128,19 +179,11 @@ def test_what_is_kept_of_a_passs_rows_is_waited_for_once_more_a_pass(gpu, mode, 
 
 
 def test_a_head_that_learns_a_token_of_the_text_does_not_wait(gpu):
-    with gpu.may_wait():  # once, when it is loaded
-        head = reduce_vocab(gpu.moved(tiny.random_model(tiny.CONFIGS["llama"]())), 40)
+    head = reduced(gpu.moved(tiny.random_model(tiny.CONFIGS["llama"]())), 40)
+    head.forget()
     head.observe_tokens([3, 50, 60])
     head.observe_tokens([3, 50, 60, 70])
     assert not head.whole and not gpu.waits
-
-
-def test_a_timing_ends_with_the_devices_work_whatever_comes_back(gpu):
-    for make, device in ((lambda: None, torch.device("cuda:0")), (lambda: sent(torch.ones(2), NAME), None)):
-        with gpu.may_wait():
-            before = gpu.allowed
-            timed(make, device)
-        assert gpu.allowed == before + 1
 
 
 def test_a_pass_that_was_prepared_while_the_picks_travelled_waits_no_more_than_others(gpu):
@@ -154,17 +197,23 @@ def test_a_pass_that_was_prepared_while_the_picks_travelled_waits_no_more_than_o
     assert gpu.waits == len(target.passes)
 
 
-def test_texts_side_by_side_wait_once_a_pass_and_text(gpu):
-    def texts(target: Target) -> tuple[list[list[int]], int]:
-        asked = [SequenceRequest([one, *PROMPT], GREEDY, Stopper(GREEDY, (), letters)) for one in range(3)]
-        states = {sequence for sequence, _ in target.write(asked, Schedule.of("tree"), 3)}
-        ended = sorted(states, key=lambda one: one.request.prompt[0])
-        asks = sum(len(one.passes) + 3 * one.draft_stats.forwards for one in ended)
-        return [one.stopper.tokens for one in ended], asks
+@pytest.mark.parametrize("kind", tiered(["greedy", "seeded", "processed"], lambda kind: kind == "greedy"))
+@pytest.mark.parametrize("static", [True, False])
+def test_texts_side_by_side_share_passes_and_wait_once_a_pass_and_text(gpu, monkeypatch, kind, static):
+    shared = SharedShapeRunner.__call__ if static else VerifierModel.forward_together
+    asked = []
 
-    expected, _ = texts(loops(here, False, slots=3))
-    said, asks = texts(loops(gpu.moved, False, slots=3))
-    assert said == expected and 0 < gpu.waits <= asks
+    def counted(*args):
+        asked.append(args[0])
+        return shared(*args)
+
+    expected = side_by_side(loops(here, static, slots=3), PARAMS[kind], 3)
+    target = loops(gpu.moved, static, slots=3)
+    monkeypatch.setattr(SharedShapeRunner if static else VerifierModel, shared.__name__, counted)
+    said = side_by_side(target, PARAMS[kind], 3)
+    assert [one.stopper.tokens for one in said] == [one.stopper.tokens for one in expected]
+    assert 0 < gpu.waits <= sum(len(one.passes) + 3 * one.draft_stats.forwards for one in said)
+    assert (target._model.shared if static else target._model) in asked
 
 
 class Twin:
@@ -248,26 +297,38 @@ def test_a_wait_in_the_walk_is_found(gpu, monkeypatch, ask):
         write(target, "ar", GREEDY)
 
 
-def test_a_buffer_that_is_filled_while_it_is_copied_is_found(gpu, monkeypatch):
-    def fill() -> None:  # as forwards of a long prompt do, between which nobody waits
-        inputs = StaticInputs(torch.device("cuda:0"), 256, 1)
-        for number in range(5):
-            inputs.fill(np.full((5, 16), number), None)
+def after(of: type | ModuleType, name: str, more: Callable[[Tensor], object]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A function that does more with the first tensor of what it gives back."""
+    plain = getattr(of, name)
 
-    fill()
-    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: None)
-    with pytest.raises(PinnedReuse):
-        fill()
+    def curious(*args: object) -> object:
+        found = plain(*args)
+        more(next(one for one in tree_leaves(found) if isinstance(one, Tensor)))
+        return found
+
+    return lambda patch: patch.setattr(of, name, curious)
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        after(DraftModel, "read_leaves_together", lambda logits: logits[0, 0].item()),
+        after(DraftModel, "_read_chunk", lambda logits: logits[0, 0].item()),
+        after(DraftModel, "_read_chunk", lambda logits: logits + torch.zeros(logits.shape)),
+        after(DraftModel, "_read_chunk", lambda logits: logits[logits > 0]),
+        after(sampling, "_asked", lambda ranked: ranked.tolist()),
+    ],
+    ids=["item of leaves", "item", "host", "shape", "ranks"],
+)
+def test_a_fault_in_a_draft_model_is_found(gpu, monkeypatch, fault, static):
+    """The text would be right without it."""
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=FAILED):
+        write(loops(gpu.moved, static), "tree", GREEDY)
 
 
 def test_picks_that_are_read_before_they_are_here_are_found(gpu, monkeypatch):
     monkeypatch.setattr(pearl.machine.transfers.Fetched, "wait", lambda coming: coming._here)
     with pytest.raises((AssertionError, IndexError, RuntimeError, OverflowError, KeyError)):
         write(loops(gpu.moved, True), "ar", GREEDY)
-
-
-@torch.inference_mode()
-def test_what_is_sent_does_not_wait_and_what_is_fetched_waits_once(gpu):
-    there = sent(torch.arange(5), torch.device("cuda:0"))
-    assert there.is_cuda and not gpu.waits
-    assert on_host(there + 1).tolist() == [1, 2, 3, 4, 5] and gpu.waits == 1

@@ -126,6 +126,18 @@ def test_a_drafters_leaves_are_the_same(vocabulary):
     assert fixed.static and fixed.static.shapes > 2
 
 
+def test_a_draft_model_reads_any_number_of_tokens_at_once():
+    plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]())) for _ in range(2))
+    fixed.enable_static_shapes(DRAFT_COUNTS)
+    text = [7 * i % tiny.VOCABULARY for i in range(PIECE)]
+    for count in range(1, PIECE + 1):
+        for reader in (plain, fixed):
+            reader.forget()
+        said = [reader.read(text[:count], 1) for reader in (plain, fixed)]
+        torch.testing.assert_close(*said, rtol=1e-3, atol=1e-3)
+    assert fixed.static and fixed.static.shapes == len(DRAFT_COUNTS) + 1
+
+
 def test_rare_tokens_of_a_draft_head_stay_where_a_graph_reads_them():
     from pearl.models import reduced_head
 

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = torch.device("cuda:0")
 NONSENSE = -(1 << 40)
-ASKS = {"_local_scalar_dense", "is_nonzero", "equal", "item"}  # for a value
-SHAPES = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim"}  # depend on values
+ASKS = {"_local_scalar_dense", "is_nonzero", "equal", "allclose", "item", "multinomial"}  # for a value
+SHAPES = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount"}  # depend on values
 
 
 class HiddenWait(AssertionError):
@@ -67,6 +67,16 @@ class DeviceTensor(Tensor):
         mode = _gpu[-1]
         mode._wait("tolist")
         return self.values.tolist()
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # outside of inference mode torch takes it for one of the host
+        asked = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **asked)
+        if device is None or device.type != "cpu":
+            return super().to(*args, **kwargs)
+        return torch.ops.aten._to_copy(self, dtype=dtype, device=device, non_blocking=non_blocking)
+
+    def cpu(self, *_: Any) -> Tensor:
+        return self.to("cpu")
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -209,7 +219,8 @@ class Gpu(TorchDispatchMode):
         on = to.type == NAME.type if to else ours
         if ours:
             self._check(name, args, kwargs)
-        self._written(func, args)
+        for one in _written(func, args, kwargs):
+            self._check_write(one)
         given, named = tree_map(_plain, args), tree_map(_plain, kwargs)
         made = func(*given, **named)
         if not on:
@@ -223,7 +234,8 @@ class Gpu(TorchDispatchMode):
     def _check(self, name: str, args: Any, kwargs: Any) -> None:
         if name in ASKS:
             self._wait(name)
-        if name in SHAPES or (name in ("index", "index_put_") and _by_mask(args)):
+        by_counts = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in SHAPES or by_counts or (name in ("index", "index_put_") and _by_mask(args)):
             self._wait(f"the shape of {name}")
         for one in tree_leaves((args, kwargs)):
             if isinstance(one, Tensor) and not isinstance(one, DeviceTensor) and one.dim():
@@ -235,7 +247,10 @@ class Gpu(TorchDispatchMode):
     def _to(self, func: Any, to: torch.device | None, args: Any, kwargs: Any) -> Any:
         source = args[0]
         there = to.type == NAME.type if to else isinstance(source, DeviceTensor)
-        if there != isinstance(source, DeviceTensor) and source.numel() and not kwargs.get("non_blocking"):
+        crosses = there != isinstance(source, DeviceTensor) and bool(source.numel())
+        if crosses and there and kwargs.get("non_blocking") and self._is_pinned(source):
+            self._copies.append(_Copy(source, source.clone(), arrives=False))
+        elif crosses:  # ordinary memory is waited for, whatever was asked
             self._wait("a copy to the device" if there else "a copy to the host")
         made = func(_plain(source), *args[1:], **kwargs)
         if made is _plain(source):
@@ -247,13 +262,13 @@ class Gpu(TorchDispatchMode):
     def _copy(self, to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         there, from_there = isinstance(to, DeviceTensor), isinstance(source, DeviceTensor)
         if not there:
-            self._written(None, (to,))
+            self._check_write(to)
         if there == from_there:
             _plain(to).copy_(_plain(source))
             return to
         host = source if there else to
         if not (non_blocking and self._is_pinned(host)):
-            if host.dim():
+            if host.dim() or not there:
                 self._wait("a copy to the device" if there else "a copy to the host")
             _plain(to).copy_(_plain(source))
         elif there:
@@ -270,19 +285,31 @@ class Gpu(TorchDispatchMode):
         return made
 
     def _is_pinned(self, host: Tensor) -> bool:
-        return host.untyped_storage().data_ptr() in self._pinned
+        made = self._pinned.get(host.untyped_storage().data_ptr())
+        return made is not None and made() is not None  # else the address is another's by now
 
-    def _written(self, func: Any, args: Any) -> None:
-        """Before an operation that writes to its first argument: no copy from there may be under way."""
-        if func is not None and not func._schema.is_mutable:
-            return
-        to = args[0] if args else None
-        if not isinstance(to, Tensor) or isinstance(to, DeviceTensor):
+    def _check_write(self, to: Tensor) -> None:
+        """No copy from what is written to may be under way."""
+        if isinstance(to, DeviceTensor):
             return
         at = to.untyped_storage().data_ptr()
         for copy in self._copies:
             if not copy.arrives and copy.pinned.untyped_storage().data_ptr() == at:
                 raise PinnedReuse("page-locked memory is written while a copy from it may be under way")
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors to which an operation writes, those of `out=` among them."""
+    if not func._schema.is_mutable:
+        return []
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    written = [one.name for one in func._schema.arguments if one.alias_info and one.alias_info.is_write]
+    return [one for one in tree_leaves([given.get(name) for name in written]) if isinstance(one, Tensor)]
+
+
+def may_wait() -> contextlib.AbstractContextManager[None]:
+    """The same of the one in force, if there is one."""
+    return _gpu[-1].may_wait() if _gpu else contextlib.nullcontext()
 
 
 def _plain(one: Any) -> Any:

@@ -245,8 +245,10 @@ def _numbers(rows: ForwardRows, shape: ForwardShape, slots: int) -> np.ndarray:
     made[_TOKEN, :count] = rows.tokens
     made[_POSITION, :total] = rows.positions[-1]
     made[_POSITION, :count] = rows.positions
-    # a drafter's rows all lie somewhere: only those that fill the shape want a place
-    made[_SLOT, :total] = slots + np.arange(total) - (written if shape.masked else 0)
+    # a row beside the chain has the spare place of its number; else only those that fill the shape want one
+    first_spare = 0 if rows.branches else written
+    assert total - first_spare <= SCRATCH_SLOTS, "rows in no slot have a place each"
+    made[_SLOT, :total] = slots + np.arange(total) - first_spare
     made[_SLOT, :written] = rows.slots
     made[_LAST, :total] = min(rows.first + written, shape.seen) - 1
     made[_LAST, :written] = np.minimum(rows.slots, shape.seen - 1)
@@ -277,6 +279,3 @@ def _mask(rows: ForwardRows, shape: ForwardShape) -> np.ndarray | None:
     made[:, :count, :slots] = rows.mask
     made[:, count:] = made[:, count - 1 : count]
     return made
-
-
-assert SCRATCH_SLOTS > LIMIT, "rows in no slot have a place each"
