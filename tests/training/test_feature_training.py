@@ -22,6 +22,7 @@ from transformers import Gemma4TextConfig
 from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
 from pearl.commands.training import train as command
+from pearl.config import cli
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.feature.head_reader import HeadReader
@@ -473,6 +474,13 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
     path = write(tmp_path / "r.yaml", "{data: d, output: o, depths: 7, kl: 0}")
     made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "segments": 3})
     assert (made.data, made.output, made.depths, made.segments, made.epochs) == ("d", "elsewhere", 7, 3, 4.0)
+
+
+def test_a_flag_of_a_recipe_can_be_switched_off_in_words(tmp_path):
+    path = write(tmp_path / "r.yaml", "{data: d, output: o, borrow: true, bf16: true}")
+    found = command.parser().parse_args(["--config", path, "--no-borrow", "--no-fc-norm"])
+    made = read_recipe(FeatureRecipe, path, cli.given(found, but=("config",)))
+    assert (made.borrow, made.fc_norm, made.bf16) == (False, False, True)
 
 
 @pytest.mark.parametrize(
