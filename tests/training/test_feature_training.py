@@ -23,6 +23,7 @@ from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
 from pearl.commands.training import train as command
 from pearl.config import cli
+from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.feature.head_reader import HeadReader
@@ -285,6 +286,19 @@ def test_what_is_saved_is_what_is_loaded_bit_for_bit(folder, tmp_path, algorithm
     envelope.save(again, tmp_path / "two", tokens=3)
     for name in (CONFIG, envelope.WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "target, named", [(EMBEDDED, EMBEDDED_ON_HUB), ("org/its", "org/its"), ("mine", None), ("./mine", None)]
+)
+def test_a_head_names_its_target_as_others_find_it(tmp_path, monkeypatch, target: str, named: str | None):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    drafter = drafter_for(small_target(), kind="eagle3")
+    drafter.shape = replace(drafter.shape, target=target)
+    envelope.save(drafter, tmp_path / "head")
+    said = json.loads((tmp_path / "head" / CONFIG).read_text())["speculators_config"]["verifier"]["name_or_path"]
+    assert said == (named or str(tmp_path / "mine"))
 
 
 @BOTH
