@@ -299,6 +299,7 @@ def test_a_head_names_its_target_as_others_find_it(tmp_path, monkeypatch, target
     envelope.save(drafter, tmp_path / "head")
     said = json.loads((tmp_path / "head" / CONFIG).read_text())["speculators_config"]["verifier"]["name_or_path"]
     assert said == (named or str(tmp_path / "mine"))
+    assert read_drafter(tmp_path / "head").shape.target == target, "as pearl calls it"
 
 
 @BOTH

@@ -49,7 +49,7 @@ def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: s
                 beside[MARKOV_TABLE] = beside[MARKOV_TABLE][drafter.vocabulary.cpu()]
         with atomic_write(folder / MARKOV_FILE) as partial:
             save_file({name: part.contiguous() for name, part in beside.items()}, partial)
-    note = {"fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
+    note = {"target": shape.target, "fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
     note |= {"borrows": True} if borrows else {}
     for name, values in ((CONFIG, config), (NOTE, note)):
         with atomic_write(folder / name) as partial:
