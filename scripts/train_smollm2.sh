@@ -37,7 +37,9 @@ answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature
   [[ $ended == 0 || $ended == 124 ]]  # 124: the time was over
 }
 
-feature() { accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml; }
+feature() {
+  accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml --markov-rank 32 --borrow
+}
 draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml; }
 more() {
   accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-more.yaml \

@@ -136,7 +136,9 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         )
     max_length = min(config.max_length, longest)
     drafting = kind.describe(files, TargetFacts.of(config.target, target_config)) if kind and files else None
-    drafting = draft_kinds.with_depths(drafting, config.draft_depths) if drafting else None
+    if drafting:
+        drafting = draft_kinds.with_depths(drafting, config.draft_depths)
+        _check_use(config, drafting)
     sizes = {
         "target": bytes_of_a_sequence(target_config, max_length + TREE_SLOTS, _width(config.dtype))
         / config.tensor_parallel_size
@@ -152,12 +154,6 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         width = _width(config.draft_dtype or config.dtype)
         sizes["draft"] = bytes_of_a_sequence(draft_config, max_length + AHEAD + TREE_SLOTS, width) / 1e9
     elif files:
-        for option in ("draft_dtype", "draft_load_in"):
-            if getattr(config, option):
-                raise UsageError(
-                    f"{option} is for draft models: leave it out, as {files.name} drafts from hidden states, in "
-                    "float32 on a CPU and in bfloat16 on a GPU."
-                )
         numbers["draft"], kinds["draft"] = _numbers(files, placed["draft"])
         sizes["draft"] = 0.0
     texts = _texts(config, sizes["target"], max_length)
@@ -172,6 +168,27 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     border = rope_border(target_config)
     on = placed["target"], placed["draft"]
     return Preflight(config, target, draft, tokenizer, vocabulary, max_length, *on, texts, border, drafting, beside)
+
+
+def _check_use(config: EngineConfig, drafting: DraftDescription) -> None:
+    """Raises `UsageError` for an option that this kind of drafter has no use for."""
+    name = drafting.files.name
+    if drafting.kind not in (draft_kinds.CAUSAL_LM, draft_kinds.PARD):
+        for option in ("draft_dtype", "draft_load_in"):
+            if getattr(config, option):
+                raise UsageError(
+                    f"{option} is for draft models: leave it out, as {name} drafts from hidden states, in "
+                    "float32 on a CPU and in bfloat16 on a GPU."
+                )
+        if config.draft_vocabulary:
+            raise UsageError(
+                f"draft_vocabulary is for draft models: leave it out, as {name} ({drafting.line}) has its own."
+            )
+    if config.tree_top_k and not config.target_draft_checkpoint and getattr(drafting.shape, "depths", 1) == 1:
+        raise UsageError(
+            f"tree_top_k is for a drafter that guesses several tokens in one forward, and {name} ({drafting.line}) "
+            "guesses one at a time: leave it out."
+        )
 
 
 def _beside(config: EngineConfig, target: TargetFacts) -> DraftDescription | None:

@@ -112,8 +112,9 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join([self.command, "[options]", *words])
         return super().format_help()
 
-    def take(self, some: Iterable[Option]) -> Parser:
-        """Adds these options, each to the group that it names."""
+    def take(self, some: Iterable[Option], replace: bool = False) -> Parser:
+        """Adds these options, each to the group that it names. `replace`: they replace a file's, so that a flag has a
+        way to be switched off."""
         for one in some:
             group = self._named.get(one.group)
             if group is None:
@@ -121,7 +122,8 @@ class Parser(argparse.ArgumentParser):
             self.options[one.dest] = one
             help = argparse.SUPPRESS if one.hidden else one.help
             if one.kind.flag:
-                group.add_argument(one.flag, action="store_true", help=help)
+                action: Any = argparse.BooleanOptionalAction if replace else "store_true"
+                group.add_argument(one.flag, action=action, help=help)
             else:
                 several: dict[str, Any] = {"nargs": "+"} if one.several else {}
                 group.add_argument(

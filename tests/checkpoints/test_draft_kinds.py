@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from pearl.checkpoints.drafts.feature_formats import IDS, layer_ids
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.checkpoints.drafts.kinds import TargetFacts, describe, kind_of, with_depths
+from pearl.checkpoints.preflight import preflight
 from pearl.commands import pairs
-from pearl.config.engine_config import EngineConfig
+from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB, EngineConfig
 from pearl.errors import PearlError
 
 HIDDEN, WORDS, DRAFTED, LAYERS = 16, 50, 20, 28
@@ -218,6 +220,12 @@ def test_layers_are_counted_as_the_writer_of_the_file_did(config: dict, expected
         ({"rope_theta": -1}, "rope_theta of the draft .* is -1"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "does not name low_freq_factor, high_freq_factor: add"),
         ({"rope_scaling": {"type": "linear"}}, "does not name factor: add"),
+        ({"partial_rotary_factor": 0.5}, "turns a part of each head only"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "turns a part of each head only"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e6}}},
+            r"by several rotary angles \(sliding_attention, full_attention\), and pearl by one",
+        ),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_attention, sliding_attention for 1 layer, and pearl"),
         ({"layer_types": ["chunked_attention"]}, "layer_types of the draft .* are chunked_attention"),
     ],
@@ -358,6 +366,32 @@ def test_a_drafter_of_another_target_is_refused_and_one_of_another_name_warned_o
         )
     found = describe(name, TargetFacts("org/a-fine-tune", HIDDEN, LAYERS, WORDS))
     assert "names org/its-target as its target, not org/a-fine-tune" in found.warnings[0]
+
+
+def test_a_head_of_another_vocabulary_is_refused_and_one_of_a_padded_one_warned_of(tmp_path: Path):
+    name = checkpoint(tmp_path, FLAT | {"vocab_size": 40_000}, tensors())
+    for words in (39_000, 41_000):
+        (said,) = describe(name, replace(TARGET, vocabulary=words)).warnings
+        assert f"was trained for 40,000 tokens, and org/its-target has {words:,}" in said
+    for words in (30_000, 60_000):
+        with pytest.raises(PearlError, match=f"trained for a target of 40,000 tokens, and .* has {words:,}: name its"):
+            describe(name, replace(TARGET, vocabulary=words))
+    assert not describe(name, replace(TARGET, vocabulary=40_000)).warnings
+
+
+def test_the_default_target_is_known_by_its_name_on_the_hub_too(tmp_path: Path):
+    named = {"speculators_config": {"verifier": {"name_or_path": EMBEDDED_ON_HUB}}}
+    name = checkpoint(tmp_path, ENVELOPE | named, tensors())
+    assert not describe(name, replace(TARGET, name=EMBEDDED)).warnings
+    assert describe(name, TARGET).warnings
+
+
+def test_how_many_paths_to_keep_is_asked_of_drafters_that_guess_several_tokens(tmp_path: Path, target: str):
+    name = checkpoint(tmp_path / "a", FLAT, tensors())
+    with pytest.raises(PearlError, match=r"tree_top_k is for a drafter that guesses several .* one at a time: leave"):
+        preflight(EngineConfig(target, name, tree_top_k=1))
+    masked = tensors() | {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)}
+    preflight(EngineConfig(target, checkpoint(tmp_path / "b", FLAT | {"ptd_token_id": 7}, masked), tree_top_k=1))
 
 
 class _Runs:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,16 @@ def test_a_token_that_its_own_tables_lack_is_read_as_the_last_one(tmp_path):
     assert torch.equal(*(drafter.after(torch.tensor([one]), last[0][0])[0] for one in (WORDS + 2, WORDS - 1)))
 
 
+def test_a_map_of_the_whole_vocabulary_is_undone_in_the_rows_of_the_heads(tmp_path):
+    tensors, _ = save_dspark(tmp_path, "deepspec")
+    ids = torch.randperm(WORDS, generator=torch.Generator().manual_seed(3))
+    save_file(tensors | {"d2t": ids - torch.arange(WORDS)}, tmp_path / "model.safetensors")
+    drafter = ours(tmp_path, borrowed())
+    assert drafter.vocabulary.tolist() == list(range(WORDS))
+    assert torch.equal(drafter.lm_head.weight[ids], tensors["lm_head.weight"])
+    assert torch.equal(drafter.markov_head.markov_w2.weight[ids], tensors["markov_head.markov_w2.weight"])
+
+
 def test_layers_of_a_vision_models_text_are_qwen3s(tmp_path):
     """And all sections of its rotary angles are the ordinary ones in a text."""
     tensors, config = save_zlab(tmp_path)
@@ -534,7 +545,7 @@ def test_in_one_process_the_text_is_the_targets_own_and_the_head_is_said_at_star
 
 
 def test_a_head_says_what_it_is_and_how_its_layers_are_counted(tmp_path):
-    save_zlab(tmp_path / "z")
+    _, config = save_zlab(tmp_path / "z")
     found = describe(str(tmp_path / "z"), TARGET)
     assert found.kind == "dflash" and found.features == (0, 2) and found.feature_width == 2 * HIDDEN
     assert found.line == (
@@ -542,6 +553,10 @@ def test_a_head_says_what_it_is_and_how_its_layers_are_counted(tmp_path):
         "(its ids 0 and 2 name the layers)"
     )
     assert with_depths(found, 2).shape.block == 3
+    none = {"dflash_config": {"mask_token_id": MASK}, "num_target_layers": 12}
+    (tmp_path / "z" / "config.json").write_text(json.dumps(config | none))
+    unnamed = describe(str(tmp_path / "z"), replace(TARGET, layers=12))
+    assert unnamed.line.endswith("features after layers 1 and 9 of 12 (by default: its config.json names none)")
     speculator("dspark", tmp_path / "s", 0, True, {}, markov_rank=6)
     found = describe(str(tmp_path / "s"), TARGET)
     assert found.features == (0, 2) and found.line == (
@@ -596,6 +611,8 @@ def test_a_head_of_another_target_is_refused(tmp_path):
         describe(str(tmp_path), TargetFacts("other", 32, 3, WORDS))
     with pytest.raises(PearlError, match="drafts 40 tokens, and other knows 20"):
         describe(str(tmp_path), TargetFacts("other", HIDDEN, 3, 20))
+    with pytest.raises(PearlError, match="trained for a target of 40 tokens, and other has 400: name its target"):
+        describe(str(tmp_path), TargetFacts("other", HIDDEN, 3, 400))
 
 
 def test_weights_that_are_not_those_of_the_config_are_refused(tmp_path):

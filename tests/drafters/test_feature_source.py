@@ -581,7 +581,9 @@ def test_a_note_that_does_not_fit_is_refused(toy, drafter_folder, tmp_path, valu
         preflight(EngineConfig(toy, f"feature:{folder}", dtype="float32"))
 
 
-@pytest.mark.parametrize("option, value", [("draft_dtype", "bfloat16"), ("draft_load_in", "8bit")])
+@pytest.mark.parametrize(
+    "option, value", [("draft_dtype", "bfloat16"), ("draft_load_in", "8bit"), ("draft_vocabulary", 50)]
+)
 def test_options_of_draft_models_are_refused(toy, drafter_folder, monkeypatch, option, value):
     monkeypatch.setattr(quantized, "need_bitsandbytes", lambda: None)
     with pytest.raises(UsageError, match=f"{option} is for draft models: leave it out"):

@@ -101,6 +101,23 @@ def test_logits_are_those_of_the_formulas(tmp_path: Path, flags: dict, pickled: 
     assert not found[:, 1].isfinite().any(), "what can't be drafted has no chance"
 
 
+def test_a_map_may_have_the_whole_vocabulary_in_another_order(tmp_path: Path):
+    ids = torch.randperm(WORDS, generator=torch.Generator().manual_seed(3))
+    weights = tensors(seed=1) | {"lm_head.weight": torch.randn(WORDS, H), "d2t": ids - torch.arange(WORDS)}
+    config = CONFIG | {"draft_vocab_size": WORDS}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model.safetensors")
+    target, features = Bare(), torch.randn(6, 3 * H).bfloat16()
+    drafter = load(describe(str(tmp_path), TARGET)).attach(target).requires_grad_(False)
+    reader = HeadReader(drafter, 100)
+    reader.begin(0, continues=False)
+    reader.observe(features.view(torch.int16).numpy(), 0)
+    found = reader.read_leaves_together([LeavesQuery(0, TEXT[:7], [()])])[0][0]
+    table = target.get_input_embeddings().weight.detach()
+    expected = chain_logits(weights, config, table, features.float(), TEXT)[5]
+    torch.testing.assert_close(found[ids], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_token_that_its_own_embedding_lacks_is_read_as_the_last_one(tmp_path: Path):
     """Of a fine-tune with more tokens than the target that the head was trained for."""
     table = torch.randn(WORDS, H)

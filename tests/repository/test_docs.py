@@ -18,8 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import figures
 
 from pearl import __main__ as front
+from pearl.commands.training import distill, train
+from pearl.config import cli
 from pearl.engine import Engine
 from pearl.evaluation import tables
+from pearl.training.recipes import DistillRecipe, FeatureRecipe, read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -116,6 +119,21 @@ def test_every_command_is_there_and_knows_its_options(page: Path):
             known = help_of(words[1], *task)
             asked = [word for word in words[2:] if word.startswith("--")]
             assert [option for option in asked if not re.search(rf"{option}\b", known)] == [], words
+
+
+TRAININGS = {"train": (train, FeatureRecipe), "distill": (distill, DistillRecipe)}
+TRAINED = [(page, words) for page in PAGES for words in commands(page) if words[0] == "pearl" and words[1] in TRAININGS]
+
+
+@pytest.mark.parametrize("page, words", TRAINED, ids=[f"{page.stem} {' '.join(words[1:4])}" for page, words in TRAINED])
+def test_every_training_has_a_recipe_that_can_be_read_and_makes_what_others_serve(
+    page: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    command, kind = TRAININGS[words[1]]
+    found = command.parser().parse_args(words[2:])
+    recipe = read_recipe(kind, found.config, cli.given(found, but=("config", "whole")))
+    assert kind is DistillRecipe or not (recipe.borrow or recipe.markov_rank), "for pearl alone"
 
 
 @each_page

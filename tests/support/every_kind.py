@@ -20,7 +20,7 @@ DEPTHS = 4  # K of what guesses several tokens a forward
 
 
 def save(kind: str, folder: Path, target: Any, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> str:
-    """`target`: its config. Returns the folder's name."""
+    """`target`: its config. In bfloat16, as most are published: a CPU packs their layers. Returns the folder's name."""
     folder.mkdir(parents=True, exist_ok=True)
     text = target.get_text_config()
     if kind == "pard":
@@ -29,7 +29,7 @@ def save(kind: str, folder: Path, target: Any, tokenizer: PreTrainedTokenizerBas
     generator = torch.Generator().manual_seed(seed)
     spread = {name: 0.3 if len(shape) == 1 else 1.2 / shape[-1] ** 0.5 for name, shape in shapes.items()}
     tensors = {
-        name: torch.randn(shape, generator=generator) * spread[name] + float("norm" in name)
+        name: (torch.randn(shape, generator=generator) * spread[name] + float("norm" in name)).bfloat16()
         for name, shape in shapes.items()
     }
     save_file(tensors | more, folder / ("drafter.safetensors" if kind == "feature" else "model.safetensors"))

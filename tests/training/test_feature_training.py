@@ -22,6 +22,8 @@ from transformers import Gemma4TextConfig
 from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
 from pearl.commands.training import train as command
+from pearl.config import cli
+from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.feature.head_reader import HeadReader
@@ -286,6 +288,20 @@ def test_what_is_saved_is_what_is_loaded_bit_for_bit(folder, tmp_path, algorithm
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "target, named", [(EMBEDDED, EMBEDDED_ON_HUB), ("org/its", "org/its"), ("mine", None), ("./mine", None)]
+)
+def test_a_head_names_its_target_as_others_find_it(tmp_path, monkeypatch, target: str, named: str | None):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    drafter = drafter_for(small_target(), kind="eagle3")
+    drafter.shape = replace(drafter.shape, target=target)
+    envelope.save(drafter, tmp_path / "head")
+    said = json.loads((tmp_path / "head" / CONFIG).read_text())["speculators_config"]["verifier"]["name_or_path"]
+    assert said == (named or str(tmp_path / "mine"))
+    assert read_drafter(tmp_path / "head").shape.target == target, "as pearl calls it"
+
+
 @BOTH
 def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path, algorithm: str):
     """Its words too; one of another shape or another target has nothing to give."""
@@ -473,6 +489,13 @@ def test_a_recipe_is_read_and_single_values_replaced(tmp_path):
     path = write(tmp_path / "r.yaml", "{data: d, output: o, depths: 7, kl: 0}")
     made = read_recipe(FeatureRecipe, path, {"output": "elsewhere", "segments": 3})
     assert (made.data, made.output, made.depths, made.segments, made.epochs) == ("d", "elsewhere", 7, 3, 4.0)
+
+
+def test_a_flag_of_a_recipe_can_be_switched_off_in_words(tmp_path):
+    path = write(tmp_path / "r.yaml", "{data: d, output: o, borrow: true, bf16: true}")
+    found = command.parser().parse_args(["--config", path, "--no-borrow", "--no-fc-norm"])
+    made = read_recipe(FeatureRecipe, path, cli.given(found, but=("config",)))
+    assert (made.borrow, made.fc_norm, made.bf16) == (False, False, True)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def _fit(name: str, shape: DFlashShape, shapes: Shapes) -> None:
         )
 
 
-def line(shape: DFlashShape, layers: int | None, envelope: bool) -> str:
+def line(shape: DFlashShape, layers: int | None, config: Mapping[str, Any]) -> str:
     """What it is: "DFlash head, 5 layers, 15 tokens a forward, features after layers 1, 9, 17, 25 and 33 of 36"."""
     parts = [_TITLES[shape.kind], f"{shape.layers} layer{'s' * (shape.layers > 1)}"]
     if shape.vocabulary < shape.known:
@@ -211,6 +211,10 @@ def line(shape: DFlashShape, layers: int | None, envelope: bool) -> str:
     several = "s" * (len(shape.features) > 1)
     of = f" of {layers}" if layers is not None else ""
     parts.append(f"features after layer{several} {listed(shape.features)}{of}")
-    ids = listed([one + 1 for one in shape.features] if envelope else shape.features)
-    how = "say how many layers have run" if envelope else "name the layers"
-    return f"{', '.join(parts)} (its ids {ids} {how})"
+    if "speculators_model_type" in config:
+        how = f"its ids {listed([one + 1 for one in shape.features])} say how many layers have run"
+    elif {**config, **_inside(config)}.get("target_layer_ids"):
+        how = f"its ids {listed(shape.features)} name the layers"
+    else:
+        how = "by default: its config.json names none"
+    return f"{', '.join(parts)} ({how})"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pearl.checkpoints.drafts.feature_formats import IDS
 from pearl.checkpoints.drafts.files import CONFIG, MARKOV, MARKOV_FILE, MARKOV_TABLE, MASK_ROW, NOTE
+from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB, model_path
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE, DrafterShape
 from pearl.machine.files import atomic_write
@@ -48,7 +49,7 @@ def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: s
                 beside[MARKOV_TABLE] = beside[MARKOV_TABLE][drafter.vocabulary.cpu()]
         with atomic_write(folder / MARKOV_FILE) as partial:
             save_file({name: part.contiguous() for name, part in beside.items()}, partial)
-    note = {"fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
+    note = {"target": shape.target, "fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
     note |= {"borrows": True} if borrows else {}
     for name, values in ((CONFIG, config), (NOTE, note)):
         with atomic_write(folder / name) as partial:
@@ -77,7 +78,7 @@ def _config(shape: DrafterShape, tokens: int, architecture: str) -> dict[str, An
             "algorithm": shape.kind,
             "proposal_methods": [proposal],
             "default_proposal_method": "greedy",
-            "verifier": {"name_or_path": shape.target or None, "architectures": [architecture] if architecture else []},
+            "verifier": {"name_or_path": _verifier(shape.target), "architectures": [architecture] * bool(architecture)},
         },
         "transformer_layer_config": _layer(shape),
         "draft_vocab_size": shape.vocabulary,
@@ -92,6 +93,14 @@ def _config(shape: DrafterShape, tokens: int, architecture: str) -> dict[str, An
         "dtype": "bfloat16",
     }
     return made | ({"mask_token_id": shape.mask_token} if shape.kind == PEAGLE else {})
+
+
+def _verifier(target: str) -> str | None:
+    """What others find that target by: they look into it when they load its head."""
+    if target == EMBEDDED:
+        return EMBEDDED_ON_HUB
+    path = model_path(target)
+    return str(path.absolute()) if target and path.exists() else target or None
 
 
 def _layer(shape: DrafterShape) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def read(files: DraftFiles, layers: int | None = None) -> ReadFormat:
     try:
         found = _read(files.name, kind, config, inner, shapes, layers)
         own = bool(files.note.get("borrows")) and kind == PEAGLE
-        return replace(found, shape=replace(found.shape, fingerprint=mark, markov_rank=int(rank), own_mask=own))
+        target = str(files.note.get("target") or found.shape.target)  # as pearl calls it, before what others do
+        noted: dict[str, Any] = {"target": target, "fingerprint": mark, "markov_rank": int(rank), "own_mask": own}
+        return replace(found, shape=replace(found.shape, **noted))
     except UsageError:
         raise
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:

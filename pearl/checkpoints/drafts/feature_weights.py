@@ -22,6 +22,7 @@ from pearl.errors import CheckpointError, PearlError
 
 _UNUSED = re.compile(r"t2d$|verifier_|.*rotary_emb\.|.*inv_freq$")
 _LATER_NORM = re.compile(r"(layers\.[1-9]\d*\.)hidden_norm\.")
+_HEADS = ("lm_head.weight", "markov_w2.weight", "markov_head.markov_w2.weight")  # whose rows are the draft vocabulary
 _OURS = {"fuse.": "fc.", "feature_norms.": "fc_norm."}  # what the format that pearl wrote before calls them
 
 
@@ -36,6 +37,7 @@ def load(drafting: DraftDescription) -> FeatureDrafter:
     if MARKOV_TABLE in named and len(named[MARKOV_TABLE]) < shape.known:
         table = named[MARKOV_TABLE]
         named[MARKOV_TABLE] = table.new_zeros(shape.known, table.shape[1]).index_copy_(0, vocabulary, table)
+    vocabulary, named = in_order(vocabulary, named)
     with fitting(drafting.files.name):
         return FeatureDrafter.of(shape, vocabulary, named)
 
@@ -64,6 +66,15 @@ def mapped(name: str, d2t: Tensor, known: int) -> Tensor:
             f"{known}: it is of another target, or damaged."
         )
     return ids
+
+
+def in_order(vocabulary: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A draft vocabulary, int64 [V], and the network's tensors. Where it holds the first V tokens in another order than
+    the target, both are brought into the target's: so what has as many logits as that needs no map."""
+    ids, order = vocabulary.sort()
+    if torch.equal(vocabulary, ids) or not torch.equal(ids, torch.arange(len(ids))):
+        return vocabulary, tensors
+    return ids, tensors | {name: tensors[name][order] for name in _HEADS if name in tensors}
 
 
 def _vocabulary(name: str, shape: DrafterShape, tensors: Mapping[str, Tensor], known: int) -> Tensor:

@@ -23,13 +23,14 @@ from typing import Any
 
 from pearl.checkpoints.drafts import dflash_format, feature_formats, pard_format
 from pearl.checkpoints.drafts.files import DraftFiles
-from pearl.config.engine_config import FEATURE, model_path
+from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB, FEATURE, model_path
 from pearl.config.inputs import sound
 from pearl.drafters.dflash.shape import DFLASH, DSPARK
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE
 from pearl.errors import UsageError
 
 CAUSAL_LM, PARD = "causal-lm", "pard"
+_OTHER_TOKENS, _PADDING = 0.05, 128  # by so much of its target's vocabulary a head's may differ, or by so many tokens
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDesc
         reads = shape.features, shape.hidden, shape.vocabulary, shape.target
         _fit(files, *reads, target, target.vocabulary, range(-1, target.layers))
         _mask_fits(files.name, shape.mask_token, shape.own_embedding, target)
-        warnings += _named_another(files.name, shape.target, target)
-    said = dflash_format.line(shape, target.layers if target else None, "speculators_model_type" in files.config)
+        warnings += _vocabulary_fits(files.name, shape.known, target) + _named_another(files.name, shape.target, target)
+    said = dflash_format.line(shape, target.layers if target else None, files.config)
     return DraftDescription(
         shape.kind, files, said, shape.features, shape.feature_row, shape, shape.target, tuple(warnings), target
     )
@@ -195,7 +196,9 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
         last = ours or bool(files.note) or shape.kind == EAGLE or not shape.fuses  # they may read behind the last norm
         _fit(files, *reads, target, target.vocabulary - ours, range(-1, target.layers + last))
         _mask_fits(files.name, shape.mask_token, shape.own_embedding or shape.own_mask, target)
-        warnings += [] if ours else _named_another(files.name, shape.target, target)
+        if not ours:
+            warnings += _vocabulary_fits(files.name, shape.known, target)
+            warnings += _named_another(files.name, shape.target, target)
     layers = target.layers if target else None
     line = feature_formats.line(shape, layers, read.numbering)
     return DraftDescription(
@@ -249,9 +252,23 @@ def _mask_fits(name: str, mask_token: int | None, own: bool, target: TargetFacts
         )
 
 
+def _vocabulary_fits(name: str, known: int, target: TargetFacts) -> list[str]:
+    """The warning of a draft that knows a few tokens more or fewer than its target, which may be padded or fine-tuned.
+    Raises `UsageError` where these are too many for that."""
+    if known == target.vocabulary:
+        return []
+    if abs(known - target.vocabulary) > max(_PADDING, target.vocabulary * _OTHER_TOKENS):
+        raise UsageError(
+            f"The draft {name} was trained for a target of {known:,} tokens, and {target.name} has "
+            f"{target.vocabulary:,}: name its target."
+        )
+    return [f"the draft {name} was trained for {known:,} tokens, and {target.name} has {target.vocabulary:,}"]
+
+
 def _named_another(name: str, trained_for: str, target: TargetFacts) -> list[str]:
     """The warning of a draft whose file names another target: a fine-tuned one may do."""
-    if not trained_for or _last(trained_for) == _last(target.name):
+    known_as = EMBEDDED_ON_HUB if target.name == EMBEDDED else target.name
+    if not trained_for or _last(trained_for) in (_last(target.name), _last(known_as)):
         return []
     return [f"the draft {name} names {trained_for} as its target, not {target.name}"]
 

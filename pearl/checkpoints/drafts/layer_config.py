@@ -123,6 +123,16 @@ def _rope(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
     networks were trained with, whatever their target has. Of a text all three sections of `mrope` are at the same
     position: the ordinary angles."""
     rope = dict(said.get("rope_parameters") or said.get("rope_scaling") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UsageError(
+            f"The draft {name} turns its layers by several rotary angles ({brief(', '.join(map(str, rope)), 80)}), and "
+            "pearl by one for all: choose another head."
+        )
+    if any((one.get("partial_rotary_factor") or 1) != 1 for one in (rope, said)):
+        raise UsageError(
+            f"The draft {name} turns a part of each head only (partial_rotary_factor), which pearl does not: choose "
+            "another head."
+        )
     kind = rope.setdefault("rope_type", rope.pop("type", "default"))
     theta = rope["rope_theta"] = float(rope.get("rope_theta") or said.get("rope_theta") or 10000.0)
     if not 0 < theta < math.inf:
@@ -137,11 +147,6 @@ def _rope(name: str, said: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"The draft {name} scales its rotary angles by {kind!r}, and its config.json does not name "
             f"{', '.join(missing)}: add what it was trained with."
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(
-            f"The draft {name} turns a part of each head only (partial_rotary_factor), which pearl does not: choose "
-            "another head."
         )
     return rope
 

@@ -13,7 +13,7 @@ def recipe_parser(command: str, recipe: str, kind: type[Recipe]) -> cli.Parser:
     """What both trainings take: a recipe, and what replaces a value of it."""
     made = cli.Parser(command, f"--config {recipe}", f"--config {recipe} --epochs 1 --output results/short")
     made.add_argument("--config", metavar="FILE", required=True, help=f"the recipe, such as {recipe}")
-    made.take(options.of(kind)).set_defaults(**dict.fromkeys(made.options))
+    made.take(options.of(kind), replace=True).set_defaults(**dict.fromkeys(made.options))
     return made
 
 

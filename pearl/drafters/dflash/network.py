@@ -126,7 +126,7 @@ class DFlashDrafter(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.fc.weight.device
+        return self.norm.weight.device  # linear layers may be packed, and have no weight then
 
     def attach(self, embedding: Tensor, head: nn.Module) -> DFlashDrafter:
         """Takes from the target what the checkpoint leaves out.  embedding: [V, H]"""
@@ -156,7 +156,7 @@ class DFlashDrafter(nn.Module):
 
     def context(self, features: Tensor, positions: Tensor) -> list[KeyValue]:
         """Keys and values of known positions, layer by layer.  features: [n, F]; positions: int64 [n]"""
-        c = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+        c = self.hidden_norm(self.fc(features.to(self.norm.weight.dtype)))
         turn = self._turn(c, positions)
         return [layer.self_attn.key_value(c, turn) for layer in self.layers]
 

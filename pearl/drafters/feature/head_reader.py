@@ -140,7 +140,7 @@ class HeadReader:
         self._sequences: dict[int, HeadSequence] = {}
         shape = drafter.shape
         self._size = max(shape.known, int(drafter.vocabulary.max()) + 1)
-        self._whole = len(drafter.vocabulary) == self._size  # each draft token has its own id
+        self._whole = torch.equal(drafter.vocabulary.cpu(), torch.arange(self._size))  # each draft token has its own id
 
     def begin(self, batch_slot: int, continues: bool) -> None:
         """The target tells the features of the whole prompt in any case."""
