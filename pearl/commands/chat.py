@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = cli.parse(parser(), argv)
     person, colours = sys.stdin.isatty(), sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if found.url:
-        talk_to(found, person, colours)
-        return 0
+        return talk_to(found, person, colours)
     if found.api_key:
         raise UsageError("--api-key is for a server: give its --url too.")
     found.mode = found.mode or [MODE]
@@ -79,11 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if person:
             drafts = f"{config.draft} drafts; what was guessed right is in colour" if colours else config.draft
             print(f"{config.target}, {drafts if schedule.drafts else 'alone'}. {COMMANDS}.", file=sys.stderr)
-        hold(lambda: Talk(engine, params, found.system), turn, person, colours)
-    return 0
+        return hold(lambda: Talk(engine, params, found.system), turn, person, colours)
 
 
-def talk_to(found: Any, person: bool, colours: bool) -> None:
+def talk_to(found: Any, person: bool, colours: bool) -> int:
     """The same with a server. Raises `UsageError` for an option that is the server's to say."""
     made = parser()  # a config changes the defaults of the one that has read it
     changed = [one for one in made.options.values() if getattr(found, one.dest) != made.get_default(one.dest)]
@@ -98,12 +96,12 @@ def talk_to(found: Any, person: bool, colours: bool) -> None:
     if person:
         own = "; what was guessed right is in colour" if server.own and colours else ""
         print(f"{server.model} at {server.url}{own}. {COMMANDS}.", file=sys.stderr)
-    hold(lambda: chat_client.RemoteTalk(server, fields, found.system), remote_turn, person, colours)
+    return hold(lambda: chat_client.RemoteTalk(server, fields, found.system), remote_turn, person, colours)
 
 
-def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], None], person: bool, colours: bool) -> None:
-    """Turn by turn, to the end of what is said."""
-    talk = begin()
+def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], bool], person: bool, colours: bool) -> int:
+    """Turn by turn, to the end of what is said. Returns the exit code: a script is told that an answer is missing."""
+    talk, failed = begin(), False
     for line in lines(person):
         if line == "/quit":
             break
@@ -112,7 +110,8 @@ def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], None],
         elif line.startswith("/"):
             print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
         else:
-            turn(talk, line, person, colours)
+            failed |= not turn(talk, line, person, colours)
+    return int(failed and not person)
 
 
 def lines(person: bool) -> Iterator[str]:
@@ -172,7 +171,8 @@ class Talk:
         return self._engine.decode(tokens)
 
 
-def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
+def turn(talk: Talk, line: str, person: bool, colours: bool) -> bool:
+    """Whether there is an answer."""
     began, guessed, count, passes = time.perf_counter(), Counter[str](), 0, 0
     text = Painted(talk.decode, colours)
     try:
@@ -184,14 +184,15 @@ def turn(talk: Talk, line: str, person: bool, colours: bool) -> None:
                     break
     except PearlError as error:
         print(f"error: {error}" + (" Say /new to begin another talk." if talk.answer is None else ""), file=sys.stderr)
-        return
+        return False
     print(text.rest())
     if person and count:
         rate = count / (time.perf_counter() - began)
         tell(f"{count} tokens in {passes} passes, {said_of(guessed, colours)}, {rate:.1f} tokens/s", colours)
+    return True
 
 
-def remote_turn(talk: chat_client.RemoteTalk, line: str, person: bool, colours: bool) -> None:
+def remote_turn(talk: chat_client.RemoteTalk, line: str, person: bool, colours: bool) -> bool:
     began = time.perf_counter()
     try:
         with stoppable() as stopped, contextlib.closing(talk.say(line)) as answer:
@@ -201,12 +202,13 @@ def remote_turn(talk: chat_client.RemoteTalk, line: str, person: bool, colours: 
                     break
     except PearlError as error:
         print(f"error: {error}", file=sys.stderr)
-        return
+        return False
     print()
     if person and talk.tokens:
         rate = talk.tokens / (time.perf_counter() - began)
         passes = f" in {talk.passes} passes, {said_of(talk.guessed, colours)}" if talk.passes else ""
         tell(f"{talk.tokens} tokens{passes}, {rate:.1f} tokens/s", colours)
+    return True
 
 
 def tell(words: str, colours: bool) -> None:

@@ -18,6 +18,7 @@ from pearl.machine import launcher
 from pearl.server import sockets
 
 PLACES = 8
+RESTARTS = 1000  # of a lost drafter: a server lives for long
 
 
 def parser() -> cli.Parser:
@@ -28,7 +29,7 @@ def parser() -> cli.Parser:
     )
     made = cli.parser("serve", *examples, take=("pair", "machine", "decoding"))
     made.take(options.of(ServerConfig))
-    made.set_defaults(mode=["pearl"], generation_config="auto")
+    made.set_defaults(mode=["pearl"], generation_config="auto", max_draft_restarts=RESTARTS)
     made.explain("max_sequences", f"texts that are written side by side (default: {PLACES})")
     made.explain("mode", f"of requests that name none, one of {', '.join(MODES)}; sd:3 is sd with gamma 3")
     return made

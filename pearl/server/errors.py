@@ -104,6 +104,8 @@ def _first(error: RequestValidationError) -> tuple[str, str | None]:
         return "The body is no JSON.", None
     if not place:
         return "The body must be a JSON object (Content-Type: application/json).", None
+    if place[0] == "prompt" and len(place) > 1:  # of several kinds, each of which it is not
+        return "prompt must be a text, token ids from 0, or a list of either.", "prompt"
     names = [part for part in place if part.isidentifier() or part.isdigit()]
     field = names[0] if names else place[0]
     message = found["msg"].removeprefix("Value error, ")

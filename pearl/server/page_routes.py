@@ -84,7 +84,7 @@ def _state(service: Any) -> dict[str, Any]:
     config, runtime = engine.config, engine.runtime
     return {
         "target": config.target,
-        "draft": config.draft,
+        "draft": config.draft if {*engine.modes} - {"ar", "ar-all"} else None,
         "mode": runtime.schedule.mode,
         "modes": engine.modes,
         "chat": bool(engine.tokenizer.chat_template),

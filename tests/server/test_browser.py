@@ -128,7 +128,10 @@ def test_a_token_says_its_pass_depth_and_probability_to_mouse_and_keyboard(visit
     page = visit.page
     page.locator("#talk .tok[data-kind=draft]").first.hover()
     told = page.inner_text("#tip")
-    assert re.search(r"pass \d+, depth \d+ of \d+, \d+ rows read", told) and "probability" in told
+    assert re.search(r"pass \d+, depth \d+ of \d+, \d+ rows read", told)
+    assert re.search(r"the drafter’s probability [\d.]+ %", told) and re.search(
+        r"the target’s probability [\d.]+ %", told
+    )
     page.locator("#talk .text").focus()
     said = set()
     for _ in range(6):
@@ -144,6 +147,33 @@ def test_a_token_says_its_pass_depth_and_probability_to_mouse_and_keyboard(visit
     page.locator("#tab-chat").focus()
     page.keyboard.press("ArrowRight")
     assert page.locator("#race").is_visible() and page.locator("#chat").is_hidden()
+
+
+def test_words_are_typed_and_enter_asks_for_an_answer(visit):
+    page, box = visit.page, visit.page.locator("#prompt")
+    box.press_sequentially("one twoo")
+    page.keyboard.press("Backspace")
+    page.keyboard.press("Shift+Enter")
+    box.press_sequentially("three")
+    assert box.input_value() == "one two\nthree"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "send", "the box lets the keyboard go on"
+    box.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#talk .tok")
+    settled(visit)
+    assert box.input_value() == ""
+
+
+def test_what_is_shown_of_an_earlier_text_gives_way_to_the_next(visit, written):
+    ask(visit)
+    settled(visit)
+    visit.page.locator("#talk .tok").first.click()
+    visit.until("document.querySelector('#passname').textContent.startsWith('pass 0 ')")
+    ask(visit, "three", 8)
+    settled(visit)
+    last = len(written[-1].stats.passes) - 1
+    visit.until(f"document.querySelector('#passname').textContent.startsWith('pass {last} of {last}')")
 
 
 def test_the_tree_of_each_pass_has_its_rows_and_its_way(visit, written):

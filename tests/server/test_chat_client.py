@@ -51,6 +51,12 @@ def test_the_words_are_those_of_the_server(engine_server, monkeypatch, capsys):
     assert out == 2 * (told(engine_server, "the thing") + "\n")
 
 
+def test_a_script_is_told_that_an_answer_is_missing(engine_server, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the thing\n"))
+    words = ["--url", f"{engine_server.url}/v1", "--api-key", "k", "--mode", "nonsense"]
+    assert chat.main(words) == 1 and capsys.readouterr().err.startswith("error: ")
+
+
 def test_each_word_has_the_origin_that_the_record_has(engine_server):
     fields = {"max_tokens": 60, "temperature": 0.8, "seed": 3, "ignore_eos": True}
     talk = RemoteTalk(Server(engine_server.url, "k"), fields, "be brief")

@@ -70,6 +70,12 @@ def test_two_tokens_of_one_text_are_told_apart(client):
         assert len(row) in (20, 21), one
 
 
+def test_a_completion_knows_both_names_of_its_limit(client):
+    for body in ({"max_completion_tokens": 3}, {"max_tokens": 9, "max_completion_tokens": 3}, {"max_tokens": 3}):
+        said = client.post(COMPLETE, json={"prompt": "a", "ignore_eos": True} | body).json()
+        assert said["usage"]["completion_tokens"] == 3
+
+
 def test_a_scored_prompt_alone_writes_nothing(client):
     body = {"prompt": "the thing", "max_tokens": 0, "echo": True, "logprobs": 1}
     answer = client.post(COMPLETE, json=body).json()
@@ -158,6 +164,7 @@ def test_tokens_are_made_and_read(engine, client):
     assert client.get("/tokenizer_info").json()["eos_token"] == "<|end|>"
     assert client.get("/v1/models").json()["data"][0]["max_model_len"] == servers.LENGTH
     assert client.get("/v1/models/tiny").json()["id"] == "tiny" and client.get("/v1/models/other").status_code == 404
+    assert client.get("/v1/models/").status_code == 404
 
 
 def test_metrics_have_vllm_s_names_and_count(client):
@@ -203,6 +210,13 @@ def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, bo
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", error
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize("prompt", [[-1], [5, "a"], 7, [[1], "a"], None])
+def test_a_prompt_of_another_kind_is_told_all_kinds(client, prompt):
+    error = client.post(COMPLETE, json={"prompt": prompt}).json()["error"]
+    assert error["message"] == "prompt must be a text, token ids from 0, or a list of either."
+    assert error["param"] == "prompt"
 
 
 @pytest.mark.parametrize("calls", [5, True, {"function": 1}, [{"function": {"arguments": "[" * 100000}}]])

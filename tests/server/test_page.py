@@ -20,6 +20,7 @@ import servers
 from servers import Served
 
 from pearl.core.trie import DRAFT, ORIGINS
+from pearl.engine import Engine
 from pearl.server import hub as hubs
 from pearl.server.hub import Hub
 from pearl.wire.reconnecting_channel import DrafterEvent
@@ -221,6 +222,12 @@ def test_a_drafter_is_killed_by_the_page_of_this_machine_alone(server, monkeypat
     assert json.loads(answered(server, "/v1/pearl/state", **refused[1])[2])["may_kill"] is False
     assert json.loads(answered(server, "/v1/pearl/state")[2])["may_kill"] is True
     assert answered(server, "/v1/pearl/kill", "POST", **page)[0] == 200 and killed == [4_000_000_000]
+
+
+def test_a_target_alone_is_drafted_for_by_nobody(server, monkeypatch):
+    assert json.loads(answered(server, "/v1/pearl/state")[2])["draft"] == server.service.engine.config.draft
+    monkeypatch.setattr(Engine, "modes", ["ar", "ar-all"])
+    assert json.loads(answered(server, "/v1/pearl/state")[2])["draft"] is None
 
 
 def test_what_the_page_is_told_of_the_server_is_so(server):

@@ -130,7 +130,7 @@ def loaded(found: argparse.Namespace, words: list[str]) -> int:
         assert server.healthy, "it is not well afterwards"
         report["exit_code"] = server.end()
     print(json.dumps(report, indent=1))
-    leaks = report["change_threads"] > 2 or report["change_files"] > 8
+    leaks = report["change_threads"] > 2 or report["change_files"] > 8 or report["change_mb"] > 64
     return int(bool(load.wrong) or leaks or report["exit_code"] != 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import socket
@@ -65,8 +66,11 @@ class ServerProcess:
 
     @property
     def drafter(self) -> psutil.Process | None:
-        found = [one for one in self.process.children() if "drafter_main" in " ".join(one.cmdline())]
-        return found[0] if found else None
+        for one in self.process.children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # as is one that has just ended
+                if "drafter_main" in " ".join(one.cmdline()):
+                    return one
+        return None
 
     def text(self, asked: Asked, **more: Any) -> str:
         """The whole answer to one request."""

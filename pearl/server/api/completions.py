@@ -8,6 +8,7 @@ from typing import Any
 from pearl.core.logits.logprobs import Logprobs
 from pearl.server.api.answers import Answer, Asked
 from pearl.server.api.logprobs import Offset, completion_logprobs
+from pearl.server.api.sampling import limit_of
 from pearl.server.api.schemas import MOST_TEXTS, CompletionRequest
 from pearl.server.api.token_names import TokenNames
 from pearl.server.errors import bad
@@ -44,7 +45,7 @@ class CompletionAnswer(Answer):
         """`echoed`: the text of each prompt, where it is to be said again."""
         super().__init__(request, asked, model, names, metrics)
         self._echoed = echoed
-        self._none = request.max_tokens == 0  # a token is written all the same, and nobody sees it
+        self._none = limit_of(request) == 0  # a token is written all the same, and nobody sees it
         self._offsets: dict[Text, Offset] = {}  # of log-probabilities
 
     def shown(self, tokens: int) -> int:

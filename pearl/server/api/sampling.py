@@ -84,7 +84,7 @@ def sampling(request: ChatRequest | CompletionRequest, room: int, defaults: Mapp
         raise bad(f"stop must have {MOST_STOP} characters at most, all strings together, not {letters}.", "stop")
     if request.seed is not None:
         values["seed"] = request.seed & (1 << 63) - 1
-    limit = _limit(request)
+    limit = limit_of(request)
     if "min_tokens" in values and limit is not None and values["min_tokens"] > max(limit, 1):
         raise bad(f"min_tokens must be at most max_tokens, which is {limit}.", "min_tokens")
     most, shown = _logprobs(request)
@@ -99,16 +99,15 @@ def sampling(request: ChatRequest | CompletionRequest, room: int, defaults: Mapp
     )
 
 
-def _limit(request: ChatRequest | CompletionRequest) -> int | None:
+def limit_of(request: ChatRequest | CompletionRequest) -> int | None:
     """Tokens of an answer at most; None: what the context has room for."""
-    if isinstance(request, ChatRequest):
-        return request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    return COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    return COMPLETION_TOKENS if limit is None and isinstance(request, CompletionRequest) else limit
 
 
 def needs(request: ChatRequest | CompletionRequest) -> int:
     """Tokens of the context that must be free behind the prompt."""
-    return max(1, _limit(request) or 1)
+    return max(1, limit_of(request) or 1)
 
 
 def _logprobs(request: ChatRequest | CompletionRequest) -> tuple[int, bool]:

@@ -104,6 +104,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     prompt: str | list[_TOKEN] | list[str] | list[list[_TOKEN]]
     max_tokens: _COUNT | None = None
+    max_completion_tokens: _COUNT | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None

@@ -195,9 +195,11 @@ async function problem(response) {
   try { return (await response.json()).error.message; } catch { return `the server says ${response.status}`; }
 }
 
+const named = ({ target, draft }) => (draft ? `${target} · drafted for by ${draft}` : target);
+
 function know(found) {
   state = found;
-  $("pair").textContent = found.draft ? `${found.target} · drafted for by ${found.draft}` : found.target;
+  $("pair").textContent = named(found);
   $("pair").title = (found.where || []).join("\n");
   say(found.status, found.status);
   $("kill").hidden = !found.may_kill || !!replay;
@@ -220,6 +222,7 @@ function say(words, is) {
 async function write(entry, body, signal) {
   const text = live.text(entry.label);
   text.content = "";
+  choose(null); // what is written now is shown
   const path = body.messages ? "v1/chat/completions" : "v1/completions";
   const response = await fetch(path, {
     method: "POST",
@@ -374,7 +377,8 @@ async function ask(event) {
   const most = $("tokens").valueAsNumber || 256, temperature = $("temperature").valueAsNumber || 0;
   await working(async (signal) => {
     try {
-      await write(entry, body(talk, entry.mode, most, temperature, newSeed()), signal);
+      const asking = body(talk, entry.mode, most, temperature, newSeed());
+      await write(entry, { ...asking, logprobs: state.chat ? true : 0 }, signal); // of each token alone
     } catch (error) {
       if (error.name !== "AbortError") { told.textContent = error.message; told.classList.add("bad"); }
     }
@@ -565,7 +569,7 @@ function drawLanes(until) {
   pen.textAlign = "left";
   pen.fillText("target", 4, top + bar / 2 + 4);
   pen.fillText("drafter", 4, below + bar / 2 + 4);
-  const step = span <= 1000 ? 100 : span <= 2500 ? 250 : 500;
+  const step = [100, 250, 500, 1000, 2500].find((one) => (one / span) * (wide - left) > 48) || 5000;
   pen.strokeStyle = inks.line;
   pen.lineWidth = 1;
   for (let t = Math.ceil(begin / step) * step; t < until; t += step) {
@@ -969,7 +973,7 @@ function show(made) {
     tab: $("race").hidden ? "chat" : "race",
   };
   replay = made;
-  if (run.state) $("pair").textContent = `${run.state.target} · drafted for by ${run.state.draft}`;
+  if (run.state) $("pair").textContent = named(run.state);
   say(`a run of ${String(run.saved).slice(0, 10)}`, "replay");
   views.clear();
   clear($("talk"));
@@ -1049,7 +1053,9 @@ for (const name of ["chat", "race"]) {
 }
 $("ask").onsubmit = ask;
 $("start").onsubmit = start;
-$("prompt").onkeydown = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && ask(event);
+$("prompt").onkeydown = (event) => { // returns nothing: false would keep the key from the box
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) ask(event);
+};
 $("stop").onclick = () => stopping?.abort();
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
