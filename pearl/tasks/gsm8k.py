@@ -13,9 +13,9 @@ from decimal import Decimal
 from pearl.tasks import prompts
 from pearl.tasks.benchmark import Benchmark
 from pearl.tasks.data import DataSet, Record, texts
+from pearl.tasks.numbers import ENGLISH, Style, final_number
 from pearl.tasks.prompts import ChatTokenizer, Format
 from pearl.tasks.scoring import exact_match
-from pearl.tasks.scoring.numbers import ENGLISH, Style, final_number
 
 INSTRUCTION = '{question}\n\nSolve this step by step, and end with "The answer is" and the number.'
 

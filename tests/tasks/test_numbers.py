@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pearl.tasks.numbers import CONTINENTAL, ENGLISH, final_number
 from pearl.tasks.scoring import exact_match
-from pearl.tasks.scoring.numbers import CONTINENTAL, ENGLISH, final_number
 
 
 @pytest.mark.parametrize(
