@@ -122,7 +122,7 @@ def test_a_language_model_is_one(tmp_path: Path):
     found = describe(checkpoint(tmp_path, config, {"model.norm.weight": torch.zeros(HIDDEN)}))
     assert found.kind == "causal-lm" and found.line == "llama language model, 4 layers"
     assert describe("smollm2-135m-draft").kind == "causal-lm"
-    assert describe("smollm2-135m-feature").kind == describe("feature:smollm2-135m-feature").kind == "feature"
+    assert describe("smollm2-135m-feature").kind == describe("feature:smollm2-135m-feature").kind == "peagle"
 
 
 PARD = {"model_type": "qwen2", "num_hidden_layers": 24, "vocab_size": WORDS, "pard_token": 49}

@@ -118,7 +118,7 @@ def test_an_installed_pearl_evaluates(installed: Path, tmp_path: Path):
 def test_the_drafters_that_come_with_it_are_found(installed: Path, tmp_path: Path):
     code = "from pearl.config.engine_config import model_path; print(model_path('smollm2-135m-feature'))"
     done = run([installed / "python", "-c", code], tmp_path)
-    assert Path(done.stdout.strip(), "drafter.json").is_file(), done.stderr
+    assert Path(done.stdout.strip(), "heads.markov").is_file(), done.stderr
 
 
 # The environment of a clone
