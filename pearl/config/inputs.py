@@ -22,11 +22,11 @@ _DEEPEST = 50  # levels of YAML in brackets
 
 
 def shipped(path: str | Path) -> Path:
-    """What `configs/...` names: here, or else at the root of a checkout, or inside an installed package."""
+    """What `configs/...` names in what is installed: inside the package, or at the root of a checkout. Any other path,
+    and one that is not there, is itself."""
     package = Path(__file__).resolve().parents[1]
-    there = [folder / path for folder in (Path(), package, package.parent)]
-    of_ours = Path(path).parts[:1] == ("configs",)
-    return next((one for one in there if one.exists()), there[0]) if of_ours else there[0]
+    folders = (package, package.parent) if Path(path).parts[:1] == ("configs",) else ()
+    return next((folder / path for folder in folders if (folder / path).exists()), Path(path))
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:

@@ -197,7 +197,7 @@ def probe() -> Machine:
 
 
 def _registry() -> list[Path]:
-    """The registry's files: beside this module in an installed wheel, at the root of a checkout otherwise."""
+    """The registry's files, of what is installed: no folder of the user's takes their place."""
     files = sorted(shipped("configs/pairs").glob("*.yaml"))
     if not files:
         raise UsageError("the registry of pairs is missing from this installation; install pearl again, or give a path")

@@ -330,7 +330,7 @@ class Engine:
     # The engine itself
 
     def exclusively(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns in the engine's thread, on its cores, while no text is under way; the model is its."""
+        """The result of `work`, which runs in the engine's thread, on its cores, alone, and may use the model."""
         return self._worker.call(work)
 
     @property

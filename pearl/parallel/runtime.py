@@ -106,7 +106,7 @@ class Runtime:
             return None
         memory = TextMemory(config.memory)
         if config.memory_file:
-            path = outputs.file(config.memory_file).absolute()
+            path = Path(config.memory_file).expanduser().absolute()
             if path.exists():
                 memory.load(path, vocabulary)
             opened.callback(_save, memory, path, vocabulary)

@@ -155,7 +155,7 @@ class Service:
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model:
+        if name and name != self.model:
             raise APIError(
                 404, f"The model {name[:200]!r} is not here: ask for {self.model!r}.", "model_not_found", "model"
             )

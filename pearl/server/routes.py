@@ -63,7 +63,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models/{model:path}", responses=_errors(401, 404, 503))
     async def model(model: str) -> Response:
-        service.check_model(model)
+        service.check_model(model or "/")  # an address that ends before the name; in a body "" is no name, as in vLLM
         return JSONResponse(_card(service))
 
     @router.post("/v1/chat/completions", responses=_TEXTS | _STREAM)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 from pearl import options
@@ -124,7 +125,8 @@ class DistillRecipe(Recipe):
 def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:
     """A recipe from a YAML file, single values replaced. Raises `UsageError`."""
     known = {one.name: one for one in options.of(kind)}
-    values: dict[str, Any] = parse_yaml(read_text(shipped(path), "The recipe"), f"The recipe {path}")
+    file = path if Path(path).exists() else shipped(path)
+    values: dict[str, Any] = parse_yaml(read_text(file, "The recipe"), f"The recipe {path}")
     options.refuse_unknown(values, known, path, {})
     values = {name: known[name].of_yaml(value, f"The recipe's {name}") for name, value in values.items()}
     values |= overrides

@@ -64,6 +64,12 @@ def test_a_model_has_one_size_in_all_files():
     assert {model: found for model, found in sizes.items() if max(found) > 1.01 * min(found)} == {}
 
 
+def test_no_folder_of_the_users_takes_the_place_of_the_registry(tmp_path, monkeypatch):
+    (tmp_path / "configs" / "pairs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert [pair.name for pair in all_pairs()] and load_pair("smollm2-135m").name == "smollm2-135m"
+
+
 def test_the_registry_is_listed_whole_and_smallest_first():
     listed = all_pairs()
     assert sorted(pair.name for pair in listed) == NAMES

@@ -165,6 +165,7 @@ def test_tokens_are_made_and_read(engine, client):
     assert client.get("/v1/models").json()["data"][0]["max_model_len"] == servers.LENGTH
     assert client.get("/v1/models/tiny").json()["id"] == "tiny" and client.get("/v1/models/other").status_code == 404
     assert client.get("/v1/models/").status_code == 404
+    assert client.post(COMPLETE, json={"model": "", "prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_metrics_have_vllm_s_names_and_count(client):
