@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pearl.engine import Engine
 
     with Engine.from_pretrained(**asdict(config), mode=schedule, processes=found.processes) as engine:
+        if schedule.drafts and (drafting := engine.runtime.checked.drafting):
+            print(f"draft: {drafting.line}", file=sys.stderr)
         if person:
             drafts = f"{config.draft} drafts; what was guessed right is in colour" if colours else config.draft
             print(f"{config.target}, {drafts if schedule.drafts else 'alone'}. {COMMANDS}.", file=sys.stderr)

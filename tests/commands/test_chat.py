@@ -91,6 +91,7 @@ def test_lines_that_are_piped_in_are_answered_in_plain_text(pair, own_cache, mon
     out, err = capsys.readouterr()
     assert DRAFTED not in out and END not in out and not out.startswith("> ")
     assert "There is no /what" in err and "tokens/s" not in err
+    assert err.startswith("draft: llama language model, ")
 
 
 def test_a_target_without_a_drafter_talks_too(pair, own_cache, monkeypatch, capsys):
