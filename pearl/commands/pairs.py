@@ -61,7 +61,7 @@ def describe(name: str) -> int:
 
     found = kinds.describe(name)
     numbers = sum(math.prod(shape) for shape in found.files.shapes.values())
-    size = f"{numbers / 1e6:,.1f} million weights" if numbers else ""
+    size = f"{numbers / 1e6:,.1f} million weights" if numbers >= 1e5 else f"{numbers:,} weights" if numbers else ""
     verifier = found.target and f"Target: {found.target}."
     said = "\n".join(filter(None, (f"{found.line}.", verifier, size and f"Size: {size}.")))
     print(said.encode(errors="backslashreplace").decode())  # a config.json may hold half a character

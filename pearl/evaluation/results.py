@@ -28,8 +28,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from pearl.config import outputs
 from pearl.config.earlier import of_today
 from pearl.config.inputs import parse_json, read_text, sound
@@ -41,10 +39,10 @@ from pearl.errors import UsageError
 from pearl.evaluation import lines
 from pearl.evaluation.lines import REMEDY, Line
 from pearl.evaluation.measures.acceptance import of_early_line
+from pearl.machine import files
 
 CONFIG, SAMPLES, PASSES, SUMMARY = "config.json", "samples.jsonl", "passes.jsonl", "summary.json"
 PROBLEMS, SKIPPED, STARTS = "problems.jsonl", "skipped.jsonl", "starts.jsonl"
-PATIENCE_S = 10.0
 VOLATILE = (
     "config",
     "data",
@@ -103,23 +101,13 @@ def _of_a_run(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """No other process writes a run there meanwhile. Raises `UsageError` if one does, and goes on doing so for
-    `PATIENCE_S`: one that was killed needs a moment to end."""
-    with lines.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=PATIENCE_S)
-        except Timeout:
-            raise UsageError(
-                f"Another run is writing to {folder}: wait for its end, or choose another --output."
-            ) from None
-        except NotImplementedError:  # a file system without locks
-            pass
-    try:
+    """No other process writes a run there meanwhile. Raises `UsageError` if one does, and goes on doing so."""
+    taken = f"Another run is writing to {folder}: wait for its end, or choose another --output."
+    with contextlib.ExitStack() as opened:
+        with lines.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(files.held(folder / ".lock", taken))
         yield
-    finally:
-        lock.release()
 
 
 def begin(folder: Path, asked: Mapping[str, Any]) -> None:

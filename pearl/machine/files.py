@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
+
+from pearl.errors import UsageError
+
+PATIENCE_S = 10.0  # for a program that holds a lock: one that was killed needs a moment to end
 
 
 def cache_folder() -> Path:
@@ -37,6 +42,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             _remove(partial)
         raise
+
+
+@contextlib.contextmanager
+def held(lock: Path, taken: str) -> Iterator[None]:
+    """No other program is in here with the same file. Raises `UsageError(taken)` if one is and stays so for
+    `PATIENCE_S`. Where a file system knows no locks, nobody is kept out."""
+    gate = FileLock(lock)
+    try:
+        gate.acquire(timeout=PATIENCE_S)
+    except Timeout:
+        raise UsageError(taken) from None
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        gate.release()
 
 
 def _usual_mode(path: Path) -> int:

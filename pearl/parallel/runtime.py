@@ -25,6 +25,7 @@ from pearl.core.schedule import Schedule
 from pearl.drafters.text_memory import TextMemory
 from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import cores, launcher
+from pearl.machine.files import held
 from pearl.models.numerics_check import rows_check
 from pearl.parallel.drafter_main import draft_source, sources_beside_target, trace
 from pearl.parallel.drafter_process import DrafterProcess
@@ -70,6 +71,9 @@ class Runtime:
         if self._trace_path:
             timeline.prepare(self._trace_path)
         with contextlib.ExitStack() as opened:
+            if path := _memory_path(self.config):
+                taken = f"Another engine keeps its memory in {path}: wait for its end, or name another memory_file."
+                opened.enter_context(held(path.with_name(f".{path.name}.lock"), taken))
             opened.callback(launcher.leave)
             cores.in_a_thread(lambda: self._open(opened))
             self._opened = opened.pop_all()
@@ -105,8 +109,7 @@ class Runtime:
         if not config.memory:
             return None
         memory = TextMemory(config.memory)
-        if config.memory_file:
-            path = Path(config.memory_file).expanduser().absolute()
+        if path := _memory_path(config):
             if path.exists():
                 memory.load(path, vocabulary)
             opened.callback(_save, memory, path, vocabulary)
@@ -244,6 +247,10 @@ def _check_memory(config: EngineConfig) -> None:
     free = psutil.virtual_memory().available / 1e6
     if config.memory > free / 2:
         raise UsageError(f"memory {config.memory:g} is more than half of the {free:.0f} MB that are free: lower it.")
+
+
+def _memory_path(config: EngineConfig) -> Path | None:
+    return Path(config.memory_file).expanduser().absolute() if config.memory_file else None
 
 
 def _save(memory: TextMemory, path: Path, vocabulary: int) -> None:

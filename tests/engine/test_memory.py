@@ -59,6 +59,15 @@ def test_a_memory_that_can_t_be_had_or_kept_is_refused_before_models_are_loaded(
         opened(pair[0], memory=2500)
 
 
+def test_two_engines_do_not_keep_their_memories_in_one_file(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("pearl.machine.files.PATIENCE_S", 0.05)
+    path = tmp_path / "memory.npz"
+    taken = r"Another engine keeps its memory in .*: wait for its end, or name"
+    with opened(pair[0], memory=1, memory_file=str(path)), pytest.raises(UsageError, match=taken):
+        opened(pair[0], memory=1, memory_file=str(path))
+    opened(pair[0], memory=1, memory_file=str(path)).close()
+
+
 def test_without_a_prefix_cache_every_prompt_is_read(pair):
     with opened(pair[0], prefix_cache_gb=0) as engine:
         assert [engine.generate(PROMPT, PARAMS).stats.cached_tokens for _ in range(2)] == [0, 0]

@@ -115,7 +115,7 @@ def test_a_second_turn_reads_the_first_answer():
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "PATIENCE_S", 0.05)
+    monkeypatch.setattr("pearl.machine.files.PATIENCE_S", 0.05)
     another, refused = results.held(tmp_path), r"Another run is writing to .*: wait for its end, or choose another"
     with results.held(tmp_path), pytest.raises(UsageError, match=refused), another:
         pytest.fail("two at once")
