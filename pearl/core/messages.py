@@ -14,8 +14,8 @@
 
 Every message carries the number of its sequence, so nothing can leak into the next one. The second word of a message
 says how many words it has. Both ends know the shapes: numbers only, no pickles. Floating-point numbers travel as their
-own bits. What is said at once, of several sequences, travels together. Words that are no message are `Garbage`, and
-nothing else comes of them.
+own bits. What is said at once, of several sequences, travels together. Words that are no message are a
+`MalformedMessage`, and nothing else comes of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pearl.core.trie import DRAFT
 MOST = 1 << 28  # words of a message: the features of a long prompt are the longest
 
 
-class Garbage(ValueError):
+class MalformedMessage(ValueError):
     """What came over the wire is no message."""
 
 

@@ -6,8 +6,8 @@
 
 Of features it has the shape: they travel another way, as what they are.
 
-Knows: the layout of every message of `pearl.core.messages`; what can't be one is `Garbage`. Refuses to know: frames,
-groups and what a message is for.
+Knows: the layout of every message of `pearl.core.messages`; what can't be one is a `MalformedMessage`. Refuses to know:
+frames, groups and what a message is for.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pearl.core.messages import (
     DraftPlan,
     DraftStats,
     End,
-    Garbage,
     Guess,
+    MalformedMessage,
     Message,
     Nodes,
     SentSeparately,
@@ -78,7 +78,9 @@ class _Reader:
     def get(self, kind: str, count: int) -> tuple[Any, ...]:
         begin, end = self._at, self._at + count * _SIZES[kind]
         if not begin <= end <= len(self._data):  # the count may be anything
-            raise Garbage(f"a message of {len(self._data)} bytes ends before {count} numbers that it should hold")
+            raise MalformedMessage(
+                f"a message of {len(self._data)} bytes ends before {count} numbers that it should hold"
+            )
         self._at = end
         return struct.unpack_from(f"<{count}{kind}", self._data, begin)
 
@@ -144,7 +146,7 @@ def _write_schedule(to: _Writer, schedule: Schedule) -> None:
 def _read_schedule(of: _Reader) -> Schedule:
     mode, *settings = of.get("i", 1 + len(_SETTINGS))
     if not 0 <= mode < len(MODES):
-        raise Garbage(f"there is no mode {mode}")
+        raise MalformedMessage(f"there is no mode {mode}")
     known: Any = {name: None if x == _AUTO else x for name, x in zip(_SETTINGS, settings, strict=True)}
     return replace(Schedule.of(MODES[mode]), **known)
 
@@ -192,7 +194,7 @@ def _read_features(of: _Reader) -> SentSeparately | None:
         return None
     rows, width, direct = of.get("i", 3)
     if rows < 0 or width < 0 or rows * width > 2 * MOST:
-        raise Garbage(f"features of {rows} positions with {width} numbers each")
+        raise MalformedMessage(f"features of {rows} positions with {width} numbers each")
     return SentSeparately((rows, width), bool(direct))
 
 
@@ -215,7 +217,7 @@ def _read_guess(of: _Reader) -> Guess:
     id, parent, token, counts = of.get("i", 4)
     origin, support = counts >> _ORIGIN_SHIFT, counts & (1 << _ORIGIN_SHIFT) - 1
     if not 0 <= origin < len(ORIGINS):
-        raise Garbage(f"there is no origin {origin}")
+        raise MalformedMessage(f"there is no origin {origin}")
     tokens = of.get("i", support)
     *q, logp = of.get("f", support + 1)
     return Guess(id, parent, token, tuple(zip(tokens, q, strict=True)), logp, ORIGINS[origin])
@@ -285,25 +287,25 @@ def encode(message: Message) -> Words:
 
 
 def decode(words: Words) -> Message:
-    """The inverse of `encode`. Raises `Garbage`."""
+    """The inverse of `encode`. Raises `MalformedMessage`."""
     kind, count = words[:_HEAD].tolist()
     if not 0 <= kind < len(_READS) or count != len(words):
-        raise Garbage(f"kind {kind} and length {count} of {len(words)} words")
+        raise MalformedMessage(f"kind {kind} and length {count} of {len(words)} words")
     of = _Reader(words[2:].tobytes())
     try:
         message = _READS[kind](of)
     except (ArithmeticError, LookupError, UsageError, ValueError) as error:
-        raise Garbage(str(error)) from None
+        raise MalformedMessage(str(error)) from None
     if of.left:
-        raise Garbage(f"{of.left} bytes more than a {type(message).__name__} has")
+        raise MalformedMessage(f"{of.left} bytes more than a {type(message).__name__} has")
     return message
 
 
 def length(head: Words) -> int:
-    """How many words the message has that begins with these, two at least. Raises `Garbage`."""
+    """How many words the message has that begins with these, two at least. Raises `MalformedMessage`."""
     kind, count = head[:_HEAD].tolist()
     if not 0 <= kind <= _TOGETHER or not _HEAD < count <= MOST:
-        raise Garbage(f"there is no message of kind {kind} and {count} words")
+        raise MalformedMessage(f"there is no message of kind {kind} and {count} words")
     return count
 
 
@@ -316,7 +318,7 @@ def pack(messages: Sequence[Message]) -> Words:
 
 
 def unpack(words: Words) -> list[Message]:
-    """The inverse of `pack`. Raises `Garbage`."""
+    """The inverse of `pack`. Raises `MalformedMessage`."""
     if words[0] != _TOGETHER:
         return [decode(words)]
     messages, at = [], _HEAD
@@ -325,5 +327,5 @@ def unpack(words: Words) -> list[Message]:
         messages.append(decode(words[at : at + size]))
         at += size
     if at != len(words) or not messages:
-        raise Garbage(f"several messages of {at} words in {len(words)}")
+        raise MalformedMessage(f"several messages of {at} words in {len(words)}")
     return messages

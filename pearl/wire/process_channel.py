@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pearl.config.engine_config import SILENCE_S
 from pearl.config.inputs import brief
 from pearl.core.features import DeviceFeatures
-from pearl.core.messages import Beat, Close, Garbage, Message, Nodes, SentSeparately, Verdict
+from pearl.core.messages import Beat, Close, MalformedMessage, Message, Nodes, SentSeparately, Verdict
 from pearl.wire.channel import Clock
 from pearl.wire.codec import length, pack, unpack
 from pearl.wire.connection import FrameConnection
@@ -177,7 +177,7 @@ class ProcessChannel:
                 self.bytes_received += frame_bytes(count)
                 for message in messages:
                     self._inbox.put(self._completed(message))
-        except (Garbage, MemoryError, OSError, RuntimeError) as error:
+        except (MalformedMessage, MemoryError, OSError, RuntimeError) as error:
             self._lose(_why(error, "received"))
 
     def _handed_over(self, message: Message) -> Message:
@@ -209,7 +209,7 @@ class ProcessChannel:
         shape = message.features.shape
         if message.features.direct:
             if self._transport is None:
-                raise Garbage("features on a way that there is not")
+                raise MalformedMessage("features on a way that there is not")
             features: Any = self._transport.receive(*shape)
             self.bytes_received += features.nbytes
         else:
@@ -234,7 +234,7 @@ class ProcessChannel:
 
 def _why(error: Exception, features: str) -> str:
     """`features`: what should have become of some where it is no error of the connection."""
-    if isinstance(error, Garbage):
+    if isinstance(error, MalformedMessage):
         return f"it sent what can't be read: {error}"
     if isinstance(error, MemoryError):
         return "it sent a message that memory does not suffice for"

@@ -33,7 +33,7 @@ from pearl.config import cli
 from pearl.config.commands import COMMANDS
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import load_pair
-from pearl.core.messages import Garbage
+from pearl.core.messages import MalformedMessage
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import LONGEST, UsageError
@@ -247,7 +247,7 @@ class Fuzz:
         words[2], words[3] = self.rng.randrange(-1, 10), self.rng.choice([8, 14, 30, words[3]])
         try:
             return unpack(np.array(words, np.int32))
-        except Garbage:
+        except MalformedMessage:
             return None
 
     def run_folder(self) -> object:

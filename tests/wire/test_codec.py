@@ -18,8 +18,8 @@ from pearl.core.messages import (
     DraftPlan,
     DraftStats,
     End,
-    Garbage,
     Guess,
+    MalformedMessage,
     Nodes,
     SentSeparately,
     Start,
@@ -138,14 +138,14 @@ def test_the_second_word_tells_how_many_there_are(message):
 def test_a_guess_of_an_origin_that_is_none_is_garbage():
     words = encode(Nodes(1, 2, 3, False, (Guess(1, 0, 5),))).copy()
     words[words == 0] += len(ORIGINS) << 16  # the word with the origin is one of those that hold nothing
-    with pytest.raises(Garbage, match="origin"):
+    with pytest.raises(MalformedMessage, match="origin"):
         decode(words)
 
 
 def test_a_message_that_ends_early_is_garbage():
     words = encode(Verdict(1, 2, DraftPlan(), (4, 5)))[:-1].copy()
     words[1] -= 1
-    with pytest.raises(Garbage, match="ends before"):
+    with pytest.raises(MalformedMessage, match="ends before"):
         decode(words)
 
 
@@ -187,7 +187,7 @@ def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
     made = np.array([kind, len(words), *words[2:]], np.int32)
     try:
         message = decode(made)
-    except Garbage:
+    except MalformedMessage:
         return
     assert type(message).__name__ in ("Start", "Verdict", "End", "Costs", "Nodes", "DraftStats", "Close", "Beat")
 
@@ -197,11 +197,11 @@ def test_words_that_are_no_message_are_garbage_and_nothing_worse(kind, words):
 def test_a_message_that_was_cut_short_is_garbage(message, data):
     words = encode(message)
     words[1] = data.draw(st.integers(0, int(words[1]) - 1))
-    with pytest.raises(Garbage):
+    with pytest.raises(MalformedMessage):
         decode(words[: length(words)])
 
 
 @pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MOST + 1, (1 << 31) - 1])
 def test_no_message_has_so_many_words(count):
-    with pytest.raises(Garbage, match="words"):
+    with pytest.raises(MalformedMessage, match="words"):
         length(np.array([3, count], np.int32))
