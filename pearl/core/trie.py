@@ -53,7 +53,7 @@ class Node:
         return self.position >= root and not self.dead
 
 
-class Likely(NamedTuple):
+class Candidate(NamedTuple):
     """A node, and how likely the walk is to reach it."""
 
     node: Node
@@ -130,22 +130,22 @@ class Trie:
         deepest: int = 1 << 30,
         logp: Callable[[Node, int], float] = lambda node, depth: node.logp,
         root: Node | None = None,
-    ) -> list[Likely]:
+    ) -> list[Candidate]:
         """At most `limit` nodes below the root, or another node, likeliest first, none more than `deepest` below it.
 
         A node is never likelier than its parent, so parents come first: the set is closed under prefixes. `logp(node,
         depth)`: the log of the chance of a node, once the walk is at its parent.
         """
-        found: list[Likely] = []
+        found: list[Candidate] = []
         order = itertools.count()  # among equals the one that was seen first
-        heap = [(0.0, next(order), Likely(root or self.root, -1, 0.0, 0))]
+        heap = [(0.0, next(order), Candidate(root or self.root, -1, 0.0, 0))]
         while heap and len(found) <= limit:
             _, _, at = heapq.heappop(heap)
             found.append(at)
             if at.depth < deepest:
                 for child in at.node.children.values():
-                    likely = Likely(child, len(found) - 2, at.logp + logp(child, at.depth + 1), at.depth + 1)
-                    heapq.heappush(heap, (-likely.logp, next(order), likely))
+                    candidate = Candidate(child, len(found) - 2, at.logp + logp(child, at.depth + 1), at.depth + 1)
+                    heapq.heappush(heap, (-candidate.logp, next(order), candidate))
         return found[1:]
 
     def leaves(self, deepest: int, origin: str | None = None) -> list[tuple[tuple[int, ...], Node, float]]:
@@ -166,7 +166,7 @@ class Trie:
         return sorted(found, key=lambda leaf: -leaf[2])
 
 
-def path_numbers(nodes: Sequence[Likely]) -> list[int]:
+def path_numbers(nodes: Sequence[Candidate]) -> list[int]:
     """The path on which each of `nodes` lies (see `Trie.best`): 0, the likeliest chain, 1, 2, ... as they begin.
 
     A node goes on with its parent's path if it is the first child there; else a path begins with it. So no node has a

@@ -18,7 +18,7 @@ from pearl.core.logits.logprobs import logprobs
 from pearl.core.picks import Picks
 from pearl.core.records import GuessOutcome
 from pearl.core.token_buckets import LIMIT, TokenBuckets
-from pearl.core.trie import Likely, Node, path_numbers, walk
+from pearl.core.trie import Candidate, Node, path_numbers, walk
 from pearl.errors import NonFiniteLogits
 from pearl.machine.transfers import rows_of
 from pearl.models.language_model import SideRow
@@ -35,11 +35,11 @@ class PassRows:
     paths: int  # on how many paths these lie
 
     @staticmethod
-    def of(root: Node, likely: Sequence[Likely]) -> PassRows:
+    def of(root: Node, likely: Sequence[Candidate]) -> PassRows:
         chain = _chain(likely)
         on_chain = {one.node for one in chain}
         rows = {-1: 0}  # by the place in `likely`
-        beside: list[Likely] = []
+        beside: list[Candidate] = []
         for place, one in enumerate(likely):
             if one.node in on_chain:
                 rows[place] = one.depth
@@ -96,7 +96,7 @@ def deepest(sequence: SequenceState, buckets: TokenBuckets, root: Node | None = 
 
 def candidates(
     sequence: SequenceState, buckets: TokenBuckets, trees: bool, controller: Controller, root: Node | None = None
-) -> list[Likely]:
+) -> list[Candidate]:
     """The guesses that the next pass may read, likeliest first by what the controller makes of their chances. `trees`:
     they may branch. `root`: as of `deepest`.
 
@@ -209,9 +209,9 @@ def _verified(root: Node, walked: Sequence[int], rows: dict[Node, int]) -> tuple
     return verified, accepted
 
 
-def _chain(likely: Sequence[Likely]) -> list[Likely]:
+def _chain(likely: Sequence[Candidate]) -> list[Candidate]:
     """The likeliest way down through `likely`, which are the likeliest first; each the child of the one before it."""
-    chain: list[Likely] = []
+    chain: list[Candidate] = []
     last = -1
     for place, one in enumerate(likely):
         if one.parent == last:

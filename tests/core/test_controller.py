@@ -18,7 +18,7 @@ from pearl.core.control.wait_policy import SHORT_WAIT_FRACTION
 from pearl.core.schedule import MAX_AHEAD, Schedule
 from pearl.core.theory import best_gamma
 from pearl.core.token_buckets import ANY, LEAVES, LIMIT, BatchedTokenBuckets, TokenBuckets
-from pearl.core.trie import Likely, Trie, path_numbers
+from pearl.core.trie import Candidate, Trie, path_numbers
 
 FREE = ("pearl", "pearl-no-pre", "tree")
 TREE = Schedule.of("tree")
@@ -32,7 +32,7 @@ def costing(*cost_s: float, safe: tuple[int, ...] = ANY.safe) -> TokenBuckets:
 EACH = costing(*[float(rows) for rows in range(1, LIMIT + 1)])  # a row costs a pass
 
 
-def chain(*chances: float) -> list[Likely]:
+def chain(*chances: float) -> list[Candidate]:
     """A chain of guesses of such probabilities."""
     trie = Trie([0])
     node = trie.root
@@ -41,7 +41,7 @@ def chain(*chances: float) -> list[Likely]:
     return trie.best(99)
 
 
-def bush(*chances: float) -> list[Likely]:
+def bush(*chances: float) -> list[Candidate]:
     """As many guesses of the same next token."""
     trie = Trie([0])
     for token, chance in enumerate(chances):
@@ -49,12 +49,12 @@ def bush(*chances: float) -> list[Likely]:
     return trie.best(99)
 
 
-def chosen_by(controller: Controller, nodes: list[Likely]) -> list[Likely]:
+def chosen_by(controller: Controller, nodes: list[Candidate]) -> list[Candidate]:
     """Of a sequence that is alone in its pass."""
     return controller.choose([nodes])[0]
 
 
-def taken_by(controller: Controller, nodes: list[Likely]) -> int:
+def taken_by(controller: Controller, nodes: list[Candidate]) -> int:
     return len(chosen_by(controller, nodes))
 
 

@@ -21,7 +21,7 @@ from pearl.core.messages import DraftPlan
 from pearl.core.schedule import MAX_AHEAD, Schedule
 from pearl.core.theory import best_gamma, tokens_per_pass_sd
 from pearl.core.token_buckets import LEAVES, BatchedTokenBuckets, TokenBuckets
-from pearl.core.trie import DRAFT, Likely, Node, path_numbers
+from pearl.core.trie import DRAFT, Candidate, Node, path_numbers
 
 RATE_DECAY = 0.95  # of the moving sums of tokens and seconds, from one pass to the next
 LONGEST_BLOCK = 8  # of `auto` where several sequences share a pass
@@ -150,7 +150,7 @@ class Controller:
         pass_s = self._cost(self._sequences)
         return self._wait.budget(self.acceptance, pass_s, lacking, self._sequences, bool(self._draft_s))
 
-    def choose(self, candidates: Sequence[Sequence[Likely]]) -> list[list[Likely]]:
+    def choose(self, candidates: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
         """Of each sequence's candidates, likeliest first, those that a pass verifies: they bring more tokens than their
         time does. The sequences that share a pass compete for its rows."""
         self._sequences = len(candidates)
@@ -158,7 +158,7 @@ class Controller:
             return self._choose(candidates)
         return [self._choose([nodes])[0] for nodes in candidates]  # each has a forward of its own
 
-    def _choose(self, candidates: Sequence[Sequence[Likely]]) -> list[list[Likely]]:
+    def _choose(self, candidates: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
         """Every path beside the chains has a price of its own, so the best choice may leave out some whose nodes are
         likelier than others on a chain."""
         schedule, room = self._schedule, max(0, self._buckets.most - len(candidates))
@@ -206,7 +206,7 @@ class Controller:
                 best, chosen = gain, list(counts)
         return best, chosen
 
-    def _reached(self, nodes: Sequence[Likely]) -> dict[int, float]:
+    def _reached(self, nodes: Sequence[Candidate]) -> dict[int, float]:
         """The chance that the walk comes to each node, by its place; -1 is the root."""
         reached = {-1: 1.0}
         for place, node in enumerate(nodes):
@@ -227,7 +227,7 @@ class Controller:
         return max(range(1, len(self._draft_s) + 1), key=lambda rows: rows / self._draft_s[rows - 1])
 
 
-def _renumbered(nodes: Sequence[Likely], places: Sequence[int]) -> list[Likely]:
+def _renumbered(nodes: Sequence[Candidate], places: Sequence[int]) -> list[Candidate]:
     """Those at `places`, which hold the parents of all of them, as a list of its own."""
     new = {-1: -1} | {place: number for number, place in enumerate(places)}
     return [nodes[place]._replace(parent=new[nodes[place].parent]) for place in places]
