@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (schedule,) = schedules.values()
     server = ServerConfig(**{one.name: getattr(found, one.dest) for one in options.of(ServerConfig)})
     model = server.served_model_name or (pair.name if pair and not found.target else named(config.target))
-    sock = sockets.listen(server) if launcher.speaks() else None
+    sock = sockets.listen(server) if launcher.is_main_process() else None
     try:
         import uvicorn  # noqa: F401 (an extra, which what follows needs)
 

@@ -304,7 +304,7 @@ def guarded(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
     2, any other `PearlError` one and 1, and Ctrl-C one and 130. All ranks meet it; one says it."""
 
     def say(line: str) -> None:
-        if launcher.speaks():
+        if launcher.is_main_process():
             print(line, file=sys.stderr)
 
     def run(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
     config = eval_config.read(benchmark, argv)
     summary = _ended(config)
     if summary is None:
-        if launcher.speaks():
+        if launcher.is_main_process():
             results.check_output(config.folder, config.found.resume)
         try:
             summary, failed = _decode(config)
@@ -43,7 +43,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
             return 1
         if summary is not None:
             _score(config, summary)
-    if summary is not None and launcher.speaks():
+    if summary is not None and launcher.is_main_process():
         _show(config, summary)
     return 0
 
@@ -171,7 +171,7 @@ def _askable(config: EvalConfig, format: Any, tokenizer: Any) -> list[Any]:
     asked = [problem for problem, why in zip(config.problems, why_not, strict=True) if not why]
     if not asked:
         raise UsageError(f"No problem can be asked, as {'; '.join(reasons)}.")
-    for why, count in reasons.items() if launcher.speaks() else ():
+    for why, count in reasons.items() if launcher.is_main_process() else ():
         print(f"{count} problem{'s are' if count > 1 else ' is'} left out, as {why}")
     return asked
 

@@ -46,7 +46,7 @@ _store: Any = None  # of the default group, where all processes meet
 _group_is_ours = False
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that says what all of them meet. No torch."""
     return os.environ.get("RANK", "0") == "0"
 

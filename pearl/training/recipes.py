@@ -134,6 +134,6 @@ def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any
     if missing:
         raise UsageError(f"The recipe {path} lacks {' and '.join(missing)}.")
     made = kind(**values)
-    if launcher.speaks():
+    if launcher.is_main_process():
         outputs.folder(made.output)
     return made

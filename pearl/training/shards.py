@@ -172,7 +172,7 @@ class Recorded:
         manifest = Manifest.read(folder)
         if manifest is None or not manifest.shards:
             raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
-        if len(manifest.shards) < manifest.count and launcher.speaks():
+        if len(manifest.shards) < manifest.count and launcher.is_main_process():
             _log.warning(
                 "%s has %d of %d shards so far: pearl extract goes on.", folder, len(manifest.shards), manifest.count
             )
