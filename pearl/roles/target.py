@@ -87,7 +87,7 @@ class Target:
 
     def begin_round(self, forget: bool = False) -> None:
         """See `DraftSource.begin_round`; between two texts."""
-        for source in self._beside.asking:
+        for source in self._beside.policies:
             source.begin_round(forget)
 
     @property
@@ -114,7 +114,7 @@ class Target:
                 "seconds": one.costs,
                 "depths": getattr(one, "depths", 1) if one.makes_trees_alone else 1,
             }
-            for one in self._beside.asking
+            for one in self._beside.policies
         ]
 
     @property

@@ -102,7 +102,7 @@ def test_a_source_at_rest_is_asked_once_it_knows_the_text(mode: str):
     target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
     counts = []
     for _ in range(2):
-        for trial in target._beside.asking[source].trials.values():
+        for trial in target._beside.policies[source].trials.values():
             trial.resting, trial._left = True, 1000
         stopper = Stopper(case.params, case.eos, letters)
         request = SequenceRequest(case.prompt, case.params, stopper)
@@ -301,16 +301,16 @@ def test_nothing_is_kept_of_a_text_that_is_over(ending: str):
     writing.close()
     beside = target._beside
     assert not beside._serving and not beside._processing
-    assert not any(getattr(one, name) for one in beside.asking.values() for name in ("_late",))
+    assert not any(getattr(one, name) for one in beside.policies.values() for name in ("_late",))
 
 
 def test_the_last_pass_of_a_text_is_judged_too():
     judged: list[int] = []
     case = replace(plain_case("tree", None, "right"), params=SamplingParams(max_new_tokens=20))
     target = Target(case.model, ScriptedChannel(case.make_source(), case.script), ticks(), sources=[RecyclingSource()])
-    (asking,) = target._beside.asking.values()
-    plain, over = asking.judge, asking.end
-    asking.judge = lambda *given: (judged.append(0), plain(*given))  # type: ignore[method-assign]
-    asking.end = lambda *given: (judged.append(1), over(*given))  # type: ignore[method-assign]
+    (policy,) = target._beside.policies.values()
+    plain, over = policy.judge, policy.end
+    policy.judge = lambda *given: (judged.append(0), plain(*given))  # type: ignore[method-assign]
+    policy.end = lambda *given: (judged.append(1), over(*given))  # type: ignore[method-assign]
     together(target, case.prompt, case.schedule, case.params)
     assert judged == [0] * (len(target.passes) - 1) + [1]

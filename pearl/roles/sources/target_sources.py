@@ -2,7 +2,7 @@
 
 Their nodes have no names, as nobody else need know them: a verdict holds tokens, and where the drafter guesses the same
 token later, its guess takes the node over. What they cost is the target's own time, so each is asked where it brings
-more (`pearl.roles.sources.asking`). One that raises is not asked again for that text.
+more (`pearl.roles.sources.policies`). One that raises is not asked again for that text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pearl.drafters.draft_source import DraftSource, Grown, RowsRead, TreeQuery,
 from pearl.machine.logs import FailureLog
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.sequence import SequenceState
-from pearl.roles.sources.asking import Asking, UnlessAtRest, WhereForwardsPay
+from pearl.roles.sources.policies import ForwardPolicy, SourcePolicy, TrialPolicy
 from pearl.roles.verification import PassRows, PassWalk, deepest
 from pearl.wire.channel import Clock
 
@@ -33,10 +33,10 @@ class TargetSources:
     def __init__(self, sources: Sequence[DraftSource], clock: Clock, buckets: TokenBuckets):
         """`buckets`: of a pass over one text."""
         self._clock, self._buckets = clock, buckets
-        self.asking: dict[DraftSource, Asking] = {
-            source: WhereForwardsPay(source, self._deepest)
+        self.policies: dict[DraftSource, SourcePolicy] = {
+            source: ForwardPolicy(source, self._deepest)
             if source.costs
-            else UnlessAtRest(source, partial(self._is_sure, source))
+            else TrialPolicy(source, partial(self._is_sure, source))
             for source in sources
         }
         self._limit = BatchLimit("draft beside the target")
@@ -46,12 +46,12 @@ class TargetSources:
         self._failures = FailureLog(_log)
 
     def __bool__(self) -> bool:
-        return bool(self.asking)
+        return bool(self.policies)
 
     def begin(self, sequence: SequenceState, continues: bool) -> None:
         rejection = sequence.params.rejection
-        self._serving[sequence] = {source for source in self.asking if source.draws or not rejection}
-        for source in self.asking:
+        self._serving[sequence] = {source for source in self.policies if source.draws or not rejection}
+        for source in self.policies:
             self._processing[sequence, source] = LogitsProcessing.of(
                 sequence.params, len(sequence.request.prompt), sequence.stopper.eos_ids
             )
@@ -64,27 +64,27 @@ class TargetSources:
         never began is left alone."""
         if sequence not in self._serving:
             return
-        for source, asking in self.asking.items():
+        for source, policy in self.policies.items():
             self._try(source, [sequence], partial(source.end, sequence.batch_slot))
             self._guarded(source, [sequence], partial(source.remember, sequence.trie.tokens))
-            asking.end(sequence)
+            policy.end(sequence)
             self._processing.pop((sequence, source), None)
         self._serving.pop(sequence, None)
 
     def grow(self, sequences: Sequence[SequenceState], controller: Controller) -> None:
         """Guesses of all that are worth asking, below the roots of these sequences: what a pass can read."""
-        for source, asking in self.asking.items():
+        for source, policy in self.policies.items():
             able = [one for one in sequences if source in self._serving[one]]
             for again in range(MOST_FORWARDS):
-                asked = asking.choose(able, controller, again=again > 0) if able else ()
+                asked = policy.choose(able, controller, again=again > 0) if able else ()
                 if not asked:
                     break
-                able = self._extend(source, asking, asked)
-        for asking in self.asking.values():
+                able = self._extend(source, policy, asked)
+        for policy in self.policies.values():
             for one in sequences:
-                asking.chosen(one)
+                policy.chosen(one)
 
-    def _extend(self, source: DraftSource, asking: Asking, asked: Sequence[SequenceState]) -> list[SequenceState]:
+    def _extend(self, source: DraftSource, policy: SourcePolicy, asked: Sequence[SequenceState]) -> list[SequenceState]:
         """Asks about these. Returns those to which it had something to say."""
         queries = [
             TreeQuery(
@@ -103,28 +103,28 @@ class TargetSources:
             found[:] = self._limit.run(queries, partial(_grown, source))
 
         self._try(source, asked, extend)
-        asking.answered(asked, found, self._clock() - began)
+        policy.answered(asked, found, self._clock() - began)
         return [one for one, new in zip(asked, found, strict=True) if new]
 
     def hear(self, sequence: SequenceState, read: RowsRead, features: Features | None) -> None:
         """What a pass has said of one sequence. `features`: of what is read for good now, if there are any."""
-        for source, asking in self.asking.items():
+        for source, policy in self.policies.items():
             began = self._clock()
             if source.layers and features is not None:
                 self._try(source, [sequence], partial(source.observe, features, sequence.batch_slot))
-            if source.reads_rows and not asking.rests:
+            if source.reads_rows and not policy.rests:
                 self._try(source, [sequence], partial(source.read_rows, sequence.batch_slot, read))
-            asking.heard(sequence, self._clock() - began)
+            policy.heard(sequence, self._clock() - began)
 
     def judge(self, sequence: SequenceState, chosen: PassRows, walked: PassWalk, controller: Controller) -> None:
         """The pass is over: what each source has brought to this sequence."""
-        for asking in self.asking.values():
-            asking.judge(sequence, chosen, walked, controller)
+        for policy in self.policies.values():
+            policy.judge(sequence, chosen, walked, controller)
 
     def passed(self, seconds: float) -> None:
         """A pass with all that belongs to it has taken so long."""
-        for asking in self.asking.values():
-            asking.passed(seconds)
+        for policy in self.policies.values():
+            policy.passed(seconds)
 
     def _deepest(self, sequence: SequenceState) -> int:
         return deepest(sequence, self._buckets)

@@ -18,7 +18,7 @@ from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
 
 
-class Asking(Protocol):
+class SourcePolicy(Protocol):
     """Of one source."""
 
     @property
@@ -49,7 +49,7 @@ class Asking(Protocol):
         """The text is over."""
 
 
-class UnlessAtRest:
+class TrialPolicy:
     """Of a source that answers at once. Where the drafter has something below the root it may be worth its time, and
     elsewhere not, or the other way round."""
 
@@ -97,7 +97,7 @@ class UnlessAtRest:
         return self.trials[self._late.get(sequence, True)]
 
 
-class WhereForwardsPay:
+class ForwardPolicy:
     """Of a source with a model: as many forwards before a pass as are worth their time."""
 
     rests = False
