@@ -38,9 +38,9 @@ class Sleeper:
         import torch
 
         from pearl.models.kv_cache.attention_probe import FOUND, ModelAttention
-        from pearl.models.kv_cache.transformers_interface import GROUPED
+        from pearl.models.kv_cache.transformers_interface import CACHE_ATTENTION
 
-        self.config = SimpleNamespace(_attn_implementation=GROUPED)
+        self.config = SimpleNamespace(_attn_implementation=CACHE_ATTENTION)
         setattr(self, FOUND, ModelAttention(owns_keys=True))  # it has no layers that could be asked
         self.device, self.dtype = torch.device("cpu"), torch.bfloat16
         self.slept = self.calls = 0.0

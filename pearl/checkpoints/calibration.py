@@ -37,7 +37,7 @@ from pearl.models.batch_invariance import (
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import attention_checks
-from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import uses_cache_attention
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
@@ -87,7 +87,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
-    ours = uses_grouped_attention(reader.model)  # another's masks are no part of a recorded forward
+    ours = uses_cache_attention(reader.model)  # another's masks are no part of a recorded forward
     static_shapes = isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed)
     capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
 
@@ -137,7 +137,7 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     assert checked.draft is not None, "a draft model was loaded"
     key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
     key |= {"what": "leaves", "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
-    if uses_grouped_attention(reader.model) and has_static_shapes(config, placed):
+    if uses_cache_attention(reader.model) and has_static_shapes(config, placed):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         key["graphs"] = capture is not None
         captured = measured_once(

@@ -21,7 +21,7 @@ from pearl.models import linear
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.fused_layers import fuse
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.tensor_parallel.model import Others, TensorParallelModel
 from pearl.models.verifier import VerifierModel
 
@@ -80,7 +80,7 @@ def load_plain(checked: Preflight, device: str) -> Any:
 
 def prepare(model: Any, kernel: str, placed: Placement) -> None:
     """Our attention, and our layers where they are wanted."""
-    use_grouped_attention(model)
+    use_cache_attention(model)
     if placed.on_cpu and (kernel := linear.chosen(kernel, model.dtype)) != "stock":
         fuse(model, kernel)
         linear.pack(model, kernel)

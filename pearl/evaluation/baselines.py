@@ -27,10 +27,10 @@ from pearl.engine import Engine
 from pearl.engine.prompts import decoder
 from pearl.evaluation.harness import Decoder
 from pearl.machine import memory
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.kv_cache.transformers_interface import (
     use_transformers_attention,
-    uses_grouped_attention,
+    uses_cache_attention,
 )
 
 LOOKUP = 10  # tokens of a prompt lookup, as in transformers' documentation
@@ -192,15 +192,15 @@ def _passes(watch: _Watch, stopper: Stopper, prompt: int) -> Iterator[Pass]:
 @contextlib.contextmanager
 def _as_in_transformers(model: Any, eos: Sequence[int]) -> Iterator[None]:
     """Its own attention, and none of the checkpoint's settings of sampling: they change greedy texts too."""
-    grouped, settings = uses_grouped_attention(model), model.generation_config
+    ours, settings = uses_cache_attention(model), model.generation_config
     use_transformers_attention(model)
     model.generation_config = _plain(model, eos)
     try:
         yield
     finally:
         model.generation_config = settings
-        if grouped:
-            use_grouped_attention(model)
+        if ours:
+            use_cache_attention(model)
 
 
 def _plain(model: Any, eos: Sequence[int] | None) -> GenerationConfig:

@@ -19,7 +19,7 @@ from pearl.core.token_buckets import GRAIN, LIMIT
 from pearl.machine.transfers import rows_of
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
-from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import uses_cache_attention
 from pearl.models.language_model import PREFILL_CHUNK, LanguageModel, SequenceRows, SideRow
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, ForwardRows
@@ -64,7 +64,7 @@ class DraftModel(LanguageModel):
     @torch.inference_mode()
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         """As `read_leaves`, for several sequences in one forward, where their attention is ours."""
-        if not uses_grouped_attention(self.model):
+        if not uses_cache_attention(self.model):
             return [self._read_chains(one) for one in queries]
         found: dict[int, list[Tensor]] = {one.batch_slot: [] for one in queries}
         parts, plans, trees, fresh = list[tuple[int, ForwardChunk]](), [], [], list[LeavesQuery]()

@@ -30,7 +30,7 @@ from pearl.models.kv_cache.transformers_interface import (
     cache_argument,
     forward,
     read_plainly,
-    uses_grouped_attention,
+    uses_cache_attention,
 )
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # the parts of a layer
@@ -113,7 +113,7 @@ class FusedLayer(nn.Module):
 def fuse(model: PreTrainedModel, kernel: str) -> int:
     """Replaces the decoder layers that are built that way, in place, by ones of that kernel
     (`pearl.models.linear.pack`). Returns how many were."""
-    if not uses_grouped_attention(model) or not model._supports_sdpa:
+    if not uses_cache_attention(model) or not model._supports_sdpa:
         return 0
     stack, replaced = decoder_layers(model), 0
     for number, layer in enumerate(stack):

@@ -27,7 +27,7 @@ from pearl.models.kv_cache.batch_cache import BatchCache, SequenceSlice
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.kv_cache.prefix_cache import EMPTY, Digest, Piece, PrefixCache, digest
 from pearl.models.kv_cache.slot_cache import Branch, KVBuffers, SlotCache
-from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import ForwardCache, forward, uses_cache_attention
 from pearl.models.kv_cache.window import Window
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes.one_text import COUNTS, ForwardRows, StaticShapeRunner
@@ -304,7 +304,7 @@ class LanguageModel:
     @property
     def shares_forwards(self) -> bool:
         """Whether several sequences can be read in one forward, and rows beside a chain."""
-        return uses_grouped_attention(self.model) and self._attention.owns_keys
+        return uses_cache_attention(self.model) and self._attention.owns_keys
 
     @property
     def windows(self) -> tuple[Window, ...]:

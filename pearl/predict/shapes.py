@@ -35,7 +35,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import profile_leaves
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
@@ -169,7 +169,7 @@ def _built(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype).eval()
-    use_grouped_attention(model)
+    use_cache_attention(model)
     return model
 
 

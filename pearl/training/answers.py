@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
 
@@ -149,7 +149,7 @@ class Writer:
         seed: int = 0,
     ):
         """`taps`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
-        if why_not := use_grouped_attention(model).why_not:
+        if why_not := use_cache_attention(model).why_not:
             raise UsageError(
                 f"This model's answers can't be recorded, as its attention reads one text alone: {why_not}."
             )

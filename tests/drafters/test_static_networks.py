@@ -144,13 +144,13 @@ def test_in_half_precision_they_draft_too(kind):
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[Gpu]:
     with Gpu() as gpu:
-        probe = tiny.use_grouped_attention
+        probe = tiny.use_cache_attention
 
         def probed(model):
             with gpu.may_wait():
                 return probe(model)
 
-        monkeypatch.setattr(tiny, "use_grouped_attention", probed)
+        monkeypatch.setattr(tiny, "use_cache_attention", probed)
         yield gpu
 
 

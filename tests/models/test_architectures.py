@@ -27,7 +27,7 @@ from pearl.drafters.tree import TreeSource
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree
 from pearl.models.fused_layers import fuse
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.verifier import SequenceQuery, VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
@@ -56,7 +56,7 @@ def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
     """As loading prepares it."""
     model = architecture.model(dtype)
     kernel = linear.chosen("auto", model.dtype) if dtype == "bfloat16" else "stock"
-    use_grouped_attention(model)
+    use_cache_attention(model)
     fuse(model, kernel)
     linear.pack(model, kernel)
     reader = tiny.verifier(model, max_length=architecture.longest)

@@ -21,8 +21,8 @@ from transformers.masking_utils import (
 )
 
 from pearl.core.token_buckets import CannotBranch
-from pearl.models.kv_cache.attention_probe import attention_of, use_grouped_attention
-from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.kv_cache.attention_probe import attention_of, use_cache_attention
+from pearl.models.kv_cache.transformers_interface import uses_cache_attention
 from pearl.models.kv_cache.window import UnknownMask, Window, window_of
 from pearl.models.verifier import VerifierModel
 
@@ -77,8 +77,8 @@ def test_our_attention_takes_the_place_of_one_with(name):
     text = random_prompt(140)
     with torch.inference_mode():
         wanted = model(torch.tensor([text]), use_cache=False).logits[0]
-    found = use_grouped_attention(model)
-    assert uses_grouped_attention(model) and found.owns_keys and found.windows == (Window(24, name == "chunks"),)
+    found = use_cache_attention(model)
+    assert uses_cache_attention(model) and found.owns_keys and found.windows == (Window(24, name == "chunks"),)
     reader = VerifierModel(model, tiny.VOCABULARY, tiny.LENGTH, batch_slots=2)
     reader.read(text[:134], 1)
     got = reader.read(text[:136], 3, [(0, 5), (2, text[136]), (4, text[137])])
@@ -90,8 +90,8 @@ def test_an_argument_that_ours_does_not_know_leaves_the_models_attention_in_plac
     model = tiny.random_model(tiny.CONFIGS["llama"]())
     for layer in model.model.layers:
         layer.self_attn.forward = functools.partial(layer.self_attn.forward, position_bias=torch.ones(1))
-    assert "it takes position_bias" in use_grouped_attention(model).why_not
-    assert not uses_grouped_attention(model)
+    assert "it takes position_bias" in use_cache_attention(model).why_not
+    assert not uses_cache_attention(model)
 
 
 def test_a_mask_of_the_models_own_leaves_its_attention_in_place_with_chains():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pearl.core.token_buckets import BatchedTokenBuckets
 from pearl.models.draft_model import LeavesQuery
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 TEXT = [(7 * i) % tiny.VOCABULARY for i in range(150)]  # longer than a forward over a prompt
@@ -37,7 +37,7 @@ def said(model: torch.nn.Module) -> tuple[VerifierModel, list[torch.Tensor]]:
 def test_every_tensor_of_a_layer_is_on_its_device(name):
     """The second device is torch's meta device: it computes nothing, and refuses tensors of another as a GPU does."""
     model = tiny.random_model(tiny.CONFIGS[name]())
-    use_grouped_attention(model)  # which it is asked with numbers, and the meta device has none
+    use_cache_attention(model)  # which it is asked with numbers, and the meta device has none
     for part in (model.model.layers[1], model.model.norm, model.lm_head):
         part.to("meta")
         add_hook_to_module(part, AlignDevicesHook(execution_device="meta", skip_keys=["cache", "past_key_values"]))

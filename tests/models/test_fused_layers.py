@@ -10,14 +10,14 @@ from transformers import GraniteConfig, Ministral3Config, PreTrainedConfig, PreT
 
 from pearl.models.fused_layers import FusedLayer, fuse
 from pearl.models.hidden_states import decoder_layers
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.kv_cache.transformers_interface import PLAIN, use_transformers_attention
 
 LIKE_LLAMA = {"llama", "llama tied", "qwen2", "qwen2 windows", "qwen3", "mistral", "exaone"}
 
 
 def fused(model: PreTrainedModel) -> int:
-    use_grouped_attention(model)
+    use_cache_attention(model)
     return fuse(model, "stock")
 
 
@@ -77,14 +77,14 @@ def test_a_factor_that_grows_with_the_position_is_seen_where_it_counts():
 
 def test_a_weight_that_no_layer_of_ours_holds_is_left_alone():
     model = tiny.random_model(tiny.CONFIGS["llama"]())  # in float32
-    use_grouped_attention(model)
+    use_cache_attention(model)
     assert fuse(model, "blocked") == 0
 
 
 def test_layers_that_fail_or_put_out_something_else_are_left_alone():
     for harm in ("tuple", "error"):
         model = tiny.random_model(tiny.CONFIGS["llama"]())
-        use_grouped_attention(model)
+        use_cache_attention(model)
         layer = decoder_layers(model)[0]
         forward = layer.forward
 

@@ -27,11 +27,11 @@ from pearl.errors import UsageError
 from pearl.models import language_model as model_module
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
 from pearl.models.kv_cache.slot_cache import KVBuffers, SlotCache
-from pearl.models.kv_cache.transformers_interface import GROUPED, grouped_sdpa
+from pearl.models.kv_cache.transformers_interface import CACHE_ATTENTION, cache_attention
 from pearl.models.verifier import VerifierModel
 
 TOLERANCE = 1e-3  # of fp32 logits, whose deviation is 2: sums in another order differ by 1e-5
-SOME = ("llama", "gpt2", "gemma2")  # grouped attention with shared heads, learned positions, eager attention
+SOME = ("llama", "gpt2", "gemma2")  # cache attention with shared heads, learned positions, eager attention
 
 
 def random_text(length: int, seed: int = 1) -> list[int]:
@@ -223,7 +223,7 @@ def test_logits_are_cut_to_the_shared_vocabulary():
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_grouped_attention_is_attention(heads, kv_heads, rows):
+def test_cache_attention_is_attention(heads, kv_heads, rows):
     torch.manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, rows, 16),
@@ -235,16 +235,16 @@ def test_grouped_attention_is_attention(heads, kv_heads, rows):
     each = heads // kv_heads
     scores = query @ key.repeat_interleave(each, 1).transpose(2, 3) * 0.3
     wanted = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value.repeat_interleave(each, 1)
-    got, _ = grouped_sdpa(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    got, _ = cache_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(got, wanted.transpose(1, 2))  # [batch, rows, heads, width]
 
 
-def test_grouped_and_eager_attention_say_the_same():
+def test_cache_and_eager_attention_say_the_same():
     text = random_text(90)
     grouped, eager = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     eager.set_attn_implementation("eager")
     answers = [tiny.verifier(grouped).read(text, 20), VerifierModel(eager, tiny.VOCABULARY, tiny.LENGTH).read(text, 20)]
-    assert grouped.config._attn_implementation == GROUPED
+    assert grouped.config._attn_implementation == CACHE_ATTENTION
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(*answers, atol=TOLERANCE, rtol=0)
 

@@ -50,7 +50,7 @@ from pearl.models.architecture import longest_sequence
 from pearl.models.batch_invariance import branches_agree
 from pearl.models.kv_cache.attention import AttentionMask
 from pearl.models.kv_cache.slot_cache import Branch, SlotCache
-from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import uses_cache_attention
 from pearl.models.numerics_check import rows_check
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
@@ -124,7 +124,7 @@ def test_the_bits_do_not_depend_on_the_tree_around_a_token(name, dtype, kernel, 
 def test_these_models_read_side_branches(name, dtype):
     """So the trees above were trees. Where rows beside the chain have other bits, they would be chains."""
     reader, _ = pair(name, dtype, "auto")
-    assert uses_grouped_attention(reader.model)
+    assert uses_cache_attention(reader.model)
     assert reader.verifies_trees == reader.rows.branches == branches_agree(reader, reader.vocabulary)
 
 

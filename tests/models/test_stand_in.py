@@ -65,13 +65,13 @@ Moved = Callable[[torch.nn.Module], torch.nn.Module]
 @pytest.fixture
 def gpu(monkeypatch) -> Iterator[Gpu]:
     with Gpu() as gpu:
-        probe = pearl.models.kv_cache.attention_probe.use_grouped_attention
+        probe = pearl.models.kv_cache.attention_probe.use_cache_attention
 
         def probed(model):  # once a model, when it is loaded
             with gpu.may_wait():
                 return probe(model)
 
-        monkeypatch.setattr(tiny, "use_grouped_attention", probed)
+        monkeypatch.setattr(tiny, "use_cache_attention", probed)
         yield gpu
 
 

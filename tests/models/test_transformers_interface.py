@@ -12,7 +12,7 @@ import torch
 from numerics import random_prompt
 
 from pearl.core.token_buckets import CannotBranch
-from pearl.models.kv_cache.transformers_interface import uses_grouped_attention
+from pearl.models.kv_cache.transformers_interface import uses_cache_attention
 from pearl.models.verifier import VerifierModel
 
 
@@ -22,7 +22,7 @@ def test_every_architecture_hands_the_cache_down_and_knows_its_argument(name: st
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.read(random_prompt(20), 3)
-    assert model._slots[0].cache.attended == uses_grouped_attention(model.model)
+    assert model._slots[0].cache.attended == uses_cache_attention(model.model)
 
 
 def test_an_architecture_that_does_not_is_noticed(monkeypatch: pytest.MonkeyPatch):

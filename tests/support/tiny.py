@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from pearl.models.draft_model import DraftModel
-from pearl.models.kv_cache.attention_probe import use_grouped_attention
+from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.verifier import VerifierModel
 
 VOCABULARY = 160
@@ -85,14 +85,14 @@ def random_model(config: PreTrainedConfig, seed: int = 0, std: float = 0.25, dty
 
 def verifier(model: PreTrainedModel, **options: object) -> VerifierModel:
     """The model as a target reads it."""
-    use_grouped_attention(model)
+    use_cache_attention(model)
     vocabulary = model.config.get_text_config().vocab_size
     return VerifierModel(model, **{"vocabulary": vocabulary, "max_length": LENGTH, **options})  # type: ignore[arg-type]
 
 
 def draft_model(model: PreTrainedModel, **options: object) -> DraftModel:
     """The model as a drafter reads it."""
-    use_grouped_attention(model)
+    use_cache_attention(model)
     vocabulary = model.config.get_text_config().vocab_size
     return DraftModel(model, **{"vocabulary": vocabulary, "max_length": LENGTH, **options})  # type: ignore[arg-type]
 

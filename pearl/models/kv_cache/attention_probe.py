@@ -21,12 +21,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from pearl.config.inputs import brief
 from pearl.core.token_buckets import Check
 from pearl.models.kv_cache.transformers_interface import (
-    GROUPED,
+    CACHE_ATTENTION,
     WINDOW,
     ForwardCache,
     RowsBefore,
     cache_argument,
-    uses_grouped_attention,
+    uses_cache_attention,
 )
 from pearl.models.kv_cache.window import Window, window_of
 
@@ -124,11 +124,11 @@ AttentionInterface.register(_PROBE, _attention)
 AttentionMaskInterface.register(_PROBE, _mask)
 
 
-def use_grouped_attention(model: PreTrainedModel) -> ModelAttention:
-    """Switches a model to `grouped_sdpa` if that does all that the model's own attention does. Says what was found."""
+def use_cache_attention(model: PreTrainedModel) -> ModelAttention:
+    """Switches a model to `cache_attention` if that does all that its own attention does. Says what was found."""
     found = attention_of(model)
-    if not found.why_not and not uses_grouped_attention(model):
-        model.set_attn_implementation(GROUPED)
+    if not found.why_not and not uses_cache_attention(model):
+        model.set_attn_implementation(CACHE_ATTENTION)
     return found
 
 
@@ -144,7 +144,7 @@ def attention_of(model: PreTrainedModel) -> ModelAttention:
 @torch.inference_mode()
 def _probed(model: PreTrainedModel) -> ModelAttention:
     before = model.config._attn_implementation
-    if before not in ("sdpa", "eager", GROUPED):
+    if before not in ("sdpa", "eager", CACHE_ATTENTION):
         return ModelAttention(f"it runs {before}")
     cache = _ProbeCache()
     try:

@@ -22,7 +22,7 @@ from pearl.core.token_buckets import CannotBranch
 from pearl.machine.transfers import SentOnce, sent
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
 
-GROUPED = "pearl_grouped"  # the name of our attention in a model's config
+CACHE_ATTENTION = "pearl_cache"  # the name of our attention in a model's config
 PLAIN = "pearl_plain"  # attribute of a model that `read_plainly` reads as it reads itself
 WINDOW = "pearl_window"  # attribute of an attention module: its `Window`, or None
 
@@ -78,11 +78,11 @@ def forward(
     `keep`: see transformers' `logits_to_keep`. Raises `CannotBranch` where the cache must compute the attention and the
     model does not hand it down.
     """
-    if getattr(model, PLAIN, False) and uses_grouped_attention(model):
+    if getattr(model, PLAIN, False) and uses_cache_attention(model):
         return read_plainly(model, tokens, positions, cache, keep)
     arguments: dict[str, Any] = {cache_argument(type(model).forward): cache, "use_cache": True}
     cache.before = None
-    if uses_grouped_attention(model):
+    if uses_cache_attention(model):
         cache.before = RowsBefore(positions[0]) if len(positions) == 1 else None
         arguments |= {"attention_cache": cache, "attention_mask": sent(cache.mask.visible, model.device)}
     else:  # the model makes its masks itself, of a chain whose rows lie at slot = position
@@ -123,7 +123,7 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def grouped_sdpa(
+def cache_attention(
     module: nn.Module,
     query: Tensor,  # [B, heads, rows, head_dim]
     key: Tensor,  # [B, kv heads, slots, head_dim]
@@ -147,15 +147,15 @@ def grouped_sdpa(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED, grouped_sdpa)
+AttentionInterface.register(CACHE_ATTENTION, cache_attention)
 
 
 def use_transformers_attention(model: PreTrainedModel) -> None:
     """Takes our attention out of a model."""
-    if uses_grouped_attention(model):
+    if uses_cache_attention(model):
         model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
-def uses_grouped_attention(model: PreTrainedModel) -> bool:
+def uses_cache_attention(model: PreTrainedModel) -> bool:
     """Whether caches compute this model's attention: side rows and shared forwards need that."""
-    return model.config._attn_implementation == GROUPED
+    return model.config._attn_implementation == CACHE_ATTENTION
