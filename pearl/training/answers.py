@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
-from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, folded_heads
 from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.kv_cache.transformers_interface import ForwardCache, forward
@@ -121,7 +121,7 @@ class RowCache(ForwardCache):
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         for part, mask in self._parts:
             seen = slice(0, mask.visible.shape[-1])
-            out[part] = packed(query[part], key[part, :, seen], value[part, :, seen], mask, call)
+            out[part] = folded_heads(query[part], key[part, :, seen], value[part, :, seen], mask, call)
         return out
 
     def _empty(self, like: Tensor) -> Tensor:

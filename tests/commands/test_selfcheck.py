@@ -162,7 +162,7 @@ def test_a_form_of_attention_that_is_not_there_is_passed_over(monkeypatch):
 
 def test_a_form_whose_bits_depend_on_the_row_count_is_not_taken(monkeypatch):
     def odd(query, key, value, see, scaling):
-        return attention.packed(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
+        return attention.folded_heads(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
 
     monkeypatch.setitem(attention.BACKENDS, "flash", odd)
     report = numerics_check.examine(reader(), None, ("flash", "packed"))
@@ -184,7 +184,7 @@ def test_where_no_form_keeps_the_bits_the_cheapest_is_taken(monkeypatch):
 
 def test_if_it_is_the_only_one_every_pass_has_one_width(monkeypatch):
     def odd(query, key, value, see, scaling):
-        return attention.packed(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
+        return attention.folded_heads(query, key, value, see, scaling) * (1 + query.shape[2] * 1e-3)
 
     monkeypatch.setitem(attention.BACKENDS, "packed", odd)
     made = reader()
@@ -210,7 +210,7 @@ def test_one_width_is_promised_only_where_places_do_not_matter():
 
 def test_a_branch_with_bits_of_its_own_makes_passes_chains(monkeypatch):
     def skewed(query, key, value, see, scaling):
-        out = attention.packed(query, key, value, see, scaling)
+        out = attention.folded_heads(query, key, value, see, scaling)
         return out * (1 + 1e-3 * (len(key) > 1))
 
     monkeypatch.setitem(attention.BACKENDS, "packed", skewed)

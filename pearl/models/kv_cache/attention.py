@@ -94,7 +94,7 @@ class AttentionMask:
 Backend = Callable[[Tensor, Tensor, Tensor, AttentionMask, LayerCall], Tensor]
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
+def folded_heads(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
     """Heads that share a key become rows of it, [B, heads, R, head_dim].
 
     transformers' own attention copies every key and value once a head instead: for six heads a key and 500 tokens that
@@ -127,10 +127,10 @@ def _products(query: Tensor, key: Tensor, value: Tensor, added: Tensor, call: La
     return weights.to(value.dtype) @ value
 
 
-def grouped(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
+def torch_gqa(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: LayerCall) -> Tensor:
     """torch's own handling of heads that share a key."""
     if call.softcap or call.sinks is not None:
-        return packed(query, key, value, mask, call)
+        return folded_heads(query, key, value, mask, call)
     visible = mask.within(call.window).visible.to(query.device)
     shared = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=call.scaling, enable_gqa=shared)
@@ -144,7 +144,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, call: 
     """
     if mask.last is None or call.window or call.softcap or call.sinks is not None:
         slots = mask.visible.shape[-1]
-        return grouped(query, key[:, :, :slots], value[:, :, :slots], mask, call)
+        return torch_gqa(query, key[:, :, :slots], value[:, :, :slots], mask, call)
     chains, heads, rows, width = query.shape
     slots, device = key.shape[2], query.device
     used = mask.last[:, 0].to(device) + rows
@@ -177,4 +177,5 @@ def _varlen() -> Callable[..., Tensor]:
     return functools.partial(attention, num_splits=1) if "num_splits" in known else attention
 
 
-BACKENDS: dict[str, Backend] = {"flash": flash, "grouped": grouped, "packed": packed}  # the fastest first, as a rule
+# by the names that results and the self-check have for them, the fastest first, as a rule
+BACKENDS: dict[str, Backend] = {"flash": flash, "grouped": torch_gqa, "packed": folded_heads}

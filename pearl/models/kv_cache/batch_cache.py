@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pearl.core.token_buckets import CannotBranch
 from pearl.machine.transfers import SentOnce, sent
-from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, folded_heads
 from pearl.models.kv_cache.slot_cache import KeyValue, SlotCache
 from pearl.models.kv_cache.transformers_interface import ForwardCache
 
@@ -88,7 +88,7 @@ class BatchCache(ForwardCache):
             count = group.batch_slots.stop - group.batch_slots.start
             own = gathered[first : first + count * heads * group.queries].view(count, heads, group.queries, width)
             k, v = keys[group.batch_slots, :, : group.seen], values[group.batch_slots, :, : group.seen]
-            results.append(packed(own, k, v, group.mask, call).reshape(-1, v.shape[-1]))
+            results.append(folded_heads(own, k, v, group.mask, call).reshape(-1, v.shape[-1]))
             first += len(results[-1])
         out = torch.cat(results).index_select(0, back).view(1, rows, heads, -1).transpose(1, 2)
         for one in self._slices:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
 from pearl.machine.transfers import SentOnce
-from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, folded_heads
 from pearl.models.kv_cache.transformers_interface import ForwardCache
 
 SCRATCH_SLOTS = 2 * LIMIT  # rows beyond the slots, for those of a pass that lie in none
@@ -231,9 +231,9 @@ class SlotCache(ForwardCache):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         if mask := self.layout.main:
             out, rows = query.new_zeros(*query.shape[:3], value.shape[-1]), slice(0, mask.visible.shape[2])
-            out[:, :, rows] = packed(query[:, :, rows], key, value, mask, call)
+            out[:, :, rows] = folded_heads(query[:, :, rows], key, value, mask, call)
         else:
-            out = packed(query, key, value, self.mask, call)
+            out = folded_heads(query, key, value, self.mask, call)
         if self.layout.branches:
             owner = self.owner(key)
             if owner is None:
@@ -250,6 +250,6 @@ class SlotCache(ForwardCache):
         for branch in self.layout.branches:
             self.lay_over(branch, owner)
             queries, own = branch.queries.on(query.device), branch.own.on(query.device)
-            one = packed(query.index_select(2, queries), key, value, branch.mask, call)
+            one = folded_heads(query.index_select(2, queries), key, value, branch.mask, call)
             out.index_copy_(2, own, one[:, :, : len(own)])
         self.move(range(self.layout.written), self.layout.places[0], owner)  # the chain is back where it was

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pearl.core.token_buckets import CannotBranch
 from pearl.machine.transfers import SentOnce, sent
-from pearl.models.kv_cache.attention import AttentionMask, LayerCall, packed
+from pearl.models.kv_cache.attention import AttentionMask, LayerCall, folded_heads
 
 CACHE_ATTENTION = "pearl_cache"  # the name of our attention in a model's config
 PLAIN = "pearl_plain"  # attribute of a model that `read_plainly` reads as it reads itself
@@ -58,7 +58,7 @@ class ForwardCache(Cache):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
         """The attention of the rows over what `update` returned, [B, heads, rows, head_dim]."""
-        return packed(query, key, value, self.mask, call)
+        return folded_heads(query, key, value, self.mask, call)
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
         return self.first if layer_idx is None or self.before is None else self.before
@@ -140,7 +140,7 @@ def cache_attention(
     layer: int = module.layer_idx if hasattr(module, "layer_idx") else 0  # type: ignore[assignment]
     call = LayerCall(layer, scaling, getattr(module, WINDOW, None), softcap, s_aux)
     if attention_cache is None:  # a forward that is not ours, with masks of the model's own
-        out = packed(query, key, value, AttentionMask(attention_mask), call._replace(window=None))
+        out = folded_heads(query, key, value, AttentionMask(attention_mask), call._replace(window=None))
     else:
         attention_cache.attended = True
         out = attention_cache.attend(query, key, value, call)
