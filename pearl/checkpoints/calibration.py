@@ -82,7 +82,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
             checked.vocabulary,
             products=tried(),
         )
-        reader.rows = plan
+        reader.buckets = plan
         branches = reader.verifies_trees and branches_agree(reader, checked.vocabulary)
         path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
@@ -92,7 +92,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
     capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
 
     def measure_batches() -> Found:
-        if not reader.rows.exact:
+        if not reader.buckets.exact:
             return {"joint": None}
         if not isinstance(reader, VerifierModel):
             plan = find_invariant_batches(reader, checked.vocabulary)
@@ -107,8 +107,8 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
         numerics_check.apply(reader, numerics_check.NumericsReport.of(found), capture)
     else:
-        reader.rows = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
-        reader.checks = (numerics_check.rows_check(reader.rows), *attention_checks(reader.model))
+        reader.buckets = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
+        reader.checks = (numerics_check.rows_check(reader.buckets), *attention_checks(reader.model))
     if isinstance(reader, VerifierModel):
         border = measured_once(
             {"what": "positions", "longest": reader.max_length, **key}, lambda: {"border": position_border(reader)}
@@ -122,7 +122,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
         key |= {"what": "batches", "texts": reader.batch_slots, "static": static_shapes, "graphs": capture is not None}
         found = measured_once(key, measure_batches)
-        reader.joint = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
+        reader.batched_buckets = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
         if isinstance(reader, VerifierModel):
             reader.share_static_shapes(capture if found.get("captured") else None)
             reader.checks += tuple(Check(**check) for check in found.get("checks", ()))

@@ -225,14 +225,14 @@ def find_invariant_batches(
     """
     if not reader.verifies_trees or reader.batch_slots < 2:
         return None
-    prefix = min(_LONG_PREFIX, reader.max_length - reader.rows.most)
+    prefix = min(_LONG_PREFIX, reader.max_length - reader.buckets.most)
     generator = torch.Generator().manual_seed(3)
-    text = torch.randint(vocabulary, (prefix + reader.rows.most,), generator=generator).tolist()
+    text = torch.randint(vocabulary, (prefix + reader.buckets.most,), generator=generator).tolist()
     reader.read(text[:prefix], 1)
     reader.trial.copy_first(prefix)
-    alone = reader.read(text, reader.rows.most)
-    counts = joint_candidates(reader.rows, reader.batch_slots)
-    counts = [count for count in counts if all(one.holds(count, reader.rows.most) for one in products)]
+    alone = reader.read(text, reader.buckets.most)
+    counts = joint_candidates(reader.buckets, reader.batch_slots)
+    counts = [count for count in counts if all(one.holds(count, reader.buckets.most) for one in products)]
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     started, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < _ROUNDS and time.perf_counter() - started < _LONG_TIMING_S):
@@ -246,14 +246,14 @@ def find_invariant_batches(
         rounds += 1
     if len(counts) < 2:
         return None
-    return BatchedTokenBuckets(tuple(counts), _rising([min(seconds[count]) for count in counts]), reader.rows.path_s)
+    return BatchedTokenBuckets(tuple(counts), _rising([min(seconds[count]) for count in counts]), reader.buckets.path_s)
 
 
-def joint_candidates(rows: TokenBuckets, texts: int) -> list[int]:
+def joint_candidates(buckets: TokenBuckets, texts: int) -> list[int]:
     """Row counts worth trying: up to several rows for each of so many texts. Products over blocks of rows are often
     made for multiples of 4 or 6."""
-    steps = (*rows.safe, 18, 20, 24, 28, 30, 36, 40, 48, 60, 72, 84, 96, 120, 144, 168, 192, 240, 288)
-    widest = min(texts * rows.most, max(2 * LIMIT, ROWS_A_TEXT * texts))
+    steps = (*buckets.safe, 18, 20, 24, 28, 30, 36, 40, 48, 60, 72, 84, 96, 120, 144, 168, 192, 240, 288)
+    widest = min(texts * buckets.most, max(2 * LIMIT, ROWS_A_TEXT * texts))
     return [count for count in steps if count <= widest]
 
 

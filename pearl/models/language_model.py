@@ -96,7 +96,7 @@ class SequenceRows:
 class LanguageModel:
     """A transformers model over a `SlotCache` for each of its batch slots."""
 
-    rows: TokenBuckets = ANY  # row counts to which `read` pads its forwards; those of `ANY` are not padded
+    buckets: TokenBuckets = ANY  # row counts to which `read` pads its forwards; those of `ANY` are not padded
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class LanguageModel:
         tokens = list(tokens)
         new, sides = self.begin(batch_slot, tokens, keep, side_rows, LIMIT if side_rows else PREFILL_CHUNK - 1)
         rows = len(new) + len(sides)
-        pads = self.rows.pad(rows) - rows
+        pads = self.buckets.pad(rows) - rows
         logits = self.forward(new, len(tokens) - len(new), keep + len(sides) + pads, sides, pads, batch_slot)
         self._slots[batch_slot].done(tokens, len(new), sides)
         return logits[: keep + len(sides), : self.vocabulary]
@@ -261,7 +261,7 @@ class LanguageModel:
     def placed(self, rows: ForwardRows, pads: int, batch_slot: int) -> SequenceRows:
         """Those rows, and some that only fill the forward, in the cache."""
         cache, chain, first = self._slots[batch_slot].cache, len(rows.slots), rows.first
-        count, main = len(rows.tokens) + pads, self.rows.least(chain)
+        count, main = len(rows.tokens) + pads, self.buckets.least(chain)
         cache.place_chain(first, count, chain, rows.branches, rows.positions, main)
         padding = [rows.tokens[chain - 1]] * pads, [first] * pads
         return SequenceRows(batch_slot, [*rows.tokens, *padding[0]], [*rows.positions, *padding[1]], cache)
@@ -280,7 +280,7 @@ class LanguageModel:
         assert positions[-1] < self.buffers.slots, "the cache is too short for this forward"
         for parent, _ in side_rows:
             positions.append(positions[parent] + 1)
-        branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.rows)
+        branches = _branches(chain, [parent for parent, _ in side_rows], positions, self.buckets)
         tokens = [*tokens, *(token for _, token in side_rows)]
         return ForwardRows(tokens, positions, range(first, first + chain), first, branches, least=least)
 

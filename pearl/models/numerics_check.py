@@ -76,15 +76,15 @@ def examine(reader: VerifierModel, capture: Capture | None, backends: Sequence[s
             refused.append(Check(f"attention {backend}", False, f"not here ({brief(error, 120)})"))
     best = min(found, key=lambda one: (not one.plan.exact, not one.plan.branches, one.plan.cost(LIMIT // 2)))
     counts = _counts(best.plan)
-    reader.rows = best.plan
+    reader.buckets = best.plan
     reader.enable_static_shapes(counts, None, best.backend)
     graphs, captured = _graphs(reader, capture)
     plan = replace(best.plan, cost_s=_timed(reader, counts, best.plan.cost_s))
     plan = replace(plan, safe=counts) if plan.exact else plan
-    reader.rows = plan
+    reader.buckets = plan
     if plan.branches:
         plan = replace(plan, path_s=profile_path(reader, reader.vocabulary))
-        reader.rows = plan
+        reader.buckets = plan
     reader.forget()
     return NumericsReport(plan, best.backend, captured, (*best.checks, *refused, *graphs))
 
@@ -96,7 +96,7 @@ def backends(on_cpu: bool) -> tuple[str, ...]:
 
 def apply(reader: VerifierModel, known: NumericsReport, capture: Capture | None) -> None:
     """Sets a reader up as a report says."""
-    reader.rows = known.plan
+    reader.buckets = known.plan
     reader.checks = known.checks
     reader.enable_static_shapes(_counts(known.plan), capture if known.captured else None, known.backend)
 
@@ -116,10 +116,10 @@ def examine_batches(
     and, where shapes are static, whether these forwards are recorded. Leaves the reader so."""
     reader.share_static_shapes(None)
     plan = find_invariant_batches(reader, reader.vocabulary, products)
-    reader.joint = plan
+    reader.batched_buckets = plan
     if plan is None or reader.shared is None:
         return plan, False, ()
-    plan = reader.joint = replace(plan, counts=_spread(plan.counts), cost_s=())
+    plan = reader.batched_buckets = replace(plan, counts=_spread(plan.counts), cost_s=())
     if capture is None:
         checks, captured = [Check(_TOGETHER, True, "not recorded: forwards run eagerly")], False
     else:
@@ -129,7 +129,7 @@ def examine_batches(
         checks, captured = _compared(_TOGETHER, code, graphs, reader.shared)
         if not captured:
             reader.share_static_shapes(None)
-    plan = reader.joint = replace(plan, cost_s=_timed_together(reader, plan))
+    plan = reader.batched_buckets = replace(plan, cost_s=_timed_together(reader, plan))
     return plan, captured, tuple(checks)
 
 
@@ -156,7 +156,7 @@ def _counts(plan: TokenBuckets) -> tuple[int, ...]:
 
 def _try(reader: VerifierModel, backend: str) -> NumericsReport:
     """Row counts, places and branches with one backend of the attention, without graphs."""
-    reader.rows = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
+    reader.buckets = TokenBuckets(tuple(range(1, LIMIT + 1)), (1.0,) * LIMIT)
     reader.enable_static_shapes(range(1, LIMIT + 1), None, backend)
     plan = find_invariant_counts(
         lambda tokens, first: reader.forward(list(tokens), first, len(tokens)),
@@ -164,7 +164,7 @@ def _try(reader: VerifierModel, backend: str) -> NumericsReport:
         one_width=True,
         products=products(reader.model),
     )
-    reader.rows = plan
+    reader.buckets = plan
     reader.enable_static_shapes(_counts(plan), None, backend)
     branches = bool(plan.exact and reader.verifies_trees and branches_agree(reader, reader.vocabulary))
     checks = [rows_check(plan), _of_branches(reader, plan, branches), Check("attention", True, backend)]
@@ -251,7 +251,7 @@ def _probed_together(reader: VerifierModel, plan: BatchedTokenBuckets, seed: int
         for sides in ([], [(0, 1), (0, 2)]) if reader.verifies_trees else ([],):
             queries, left = [], count
             for slot, line in enumerate(lines):
-                rows = min(reader.rows.most, -(-left // (texts - slot)))
+                rows = min(reader.buckets.most, -(-left // (texts - slot)))
                 beside = sides[: max(0, rows - 1)]
                 if rows:
                     keep = rows - len(beside)

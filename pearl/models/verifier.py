@@ -49,14 +49,16 @@ class VerifierModel(LanguageModel):
         model: PreTrainedModel,
         vocabulary: int,
         max_length: int,
-        rows: TokenBuckets = ANY,
+        buckets: TokenBuckets = ANY,
         hooks: HiddenStateHooks | None = None,
         batch_slots: int = 1,
         coarse: bool = False,
     ):
         super().__init__(model, vocabulary, max_length, batch_slots, coarse, hooks)
-        self.rows = rows
-        self.joint: BatchedTokenBuckets | None = None  # row counts of shared forwards; None: each sequence has its own
+        self.buckets = buckets
+        self.batched_buckets: BatchedTokenBuckets | None = (
+            None  # row counts of shared forwards; None: each sequence has its own
+        )
         self.checks: tuple[Check, ...] = ()  # what was found of its bits (`pearl.models.numerics_check`)
         self.gives_features = hooks is not None
         self.features_stay = False  # on the device, for a transport that takes them from there
@@ -64,7 +66,7 @@ class VerifierModel(LanguageModel):
     @property
     def verifies_trees(self) -> bool:
         """Whether `read` takes side rows."""
-        return self.rows.branches and self.shares_forwards
+        return self.buckets.branches and self.shares_forwards
 
     @property
     def trial(self) -> SharedForwardTrial:
@@ -81,7 +83,7 @@ class VerifierModel(LanguageModel):
     @torch.inference_mode()
     def read_together(self, queries: Sequence[SequenceQuery]) -> list[Tensor]:
         """As `read`, for several sequences in one forward, each with the bits that it has alone."""
-        if len(queries) == 1 or self.joint is None:
+        if len(queries) == 1 or self.batched_buckets is None:
             return [self.read(one.tokens, one.keep, one.side_rows, one.batch_slot) for one in queries]
         found: dict[int, Tensor] = {}  # [rows, V] by batch slot
         parts: list[Part] = []
@@ -89,16 +91,18 @@ class VerifierModel(LanguageModel):
             tokens = list(one.tokens)
             new, sides = self.begin(one.batch_slot, tokens, one.keep, one.side_rows, LIMIT)
             count, first = len(new) + len(sides), len(tokens) - len(new)
-            if count > (min(LIMIT, self.joint.most) if self.shared else self.joint.most):  # no shared one is that wide
-                pads = self.rows.pad(count) - count
+            if count > (
+                min(LIMIT, self.batched_buckets.most) if self.shared else self.batched_buckets.most
+            ):  # no shared one is that wide
+                pads = self.buckets.pad(count) - count
                 logits = self.forward(new, first, count + pads, sides, pads, one.batch_slot)
                 found[one.batch_slot] = logits[:count]
                 continue
-            if _rows(parts) + count > self.joint.most:
-                found |= self.forward_together(parts, self.joint)
+            if _rows(parts) + count > self.batched_buckets.most:
+                found |= self.forward_together(parts, self.batched_buckets)
                 parts = []
             parts.append((one.batch_slot, self.rows_of(new, first, sides, one.batch_slot)))
-        found |= self.forward_together(parts, self.joint) if parts else {}
+        found |= self.forward_together(parts, self.batched_buckets) if parts else {}
         for one in queries:
             chain = len(found[one.batch_slot]) - len(one.side_rows)
             sides = [(chain - one.keep + parent, token) for parent, token in one.side_rows]
@@ -109,16 +113,16 @@ class VerifierModel(LanguageModel):
     def prepare(self, query: SequenceQuery) -> None:
         """Fills the buffers of a read that is likely to be the next one."""
         count = query.keep + len(query.side_rows)
-        if self.static and self.static.supports(self.rows.pad(count)) and not self._slots[query.batch_slot].tree:
+        if self.static and self.static.supports(self.buckets.pad(count)) and not self._slots[query.batch_slot].tree:
             first, tokens = len(query.tokens) - query.keep, list(query.tokens[-query.keep :])
             if first + count <= self.max_length:
-                rows = self.laid_out(tokens, first, query.side_rows, self.rows.pad(count))
+                rows = self.laid_out(tokens, first, query.side_rows, self.buckets.pad(count))
                 self.static.prepare(self._slots[query.batch_slot].cache, rows)
 
-    def forward_together(self, parts: Sequence[Part], joint: BatchedTokenBuckets) -> dict[int, Tensor]:
-        """One forward of the rows of several sequences, of a row count of `joint`: logits [rows, V] by batch slot."""
-        count, lengths = joint.pad(_rows(parts)), [len(rows.tokens) for _, rows in parts]
-        queries = [self.rows.least(next((most for most in QUERY_COUNTS if most >= n), n)) for n in lengths]
+    def forward_together(self, parts: Sequence[Part], buckets: BatchedTokenBuckets) -> dict[int, Tensor]:
+        """One forward of the rows of several sequences, of a row count of `buckets`: logits [rows, V] by batch slot."""
+        count, lengths = buckets.pad(_rows(parts)), [len(rows.tokens) for _, rows in parts]
+        queries = [self.buckets.least(next((most for most in QUERY_COUNTS if most >= n), n)) for n in lengths]
         if self.shared and self.shared.supports(count):
             logits, states = self.shared(parts, max(queries), count)
             logits, states = logits.clone(), None if states is None else states.clone()

@@ -236,7 +236,7 @@ class Runtime:
             lines.append(f"draft: {self.checked.drafting.line}")
         if self.checked.beside:
             lines.append(f"target draft: {self.checked.beside.line}")
-        checks = (rows_check(self.model.rows), *(check for check in self.model.checks if check.what != "rows"))
+        checks = (rows_check(self.model.buckets), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
 
 

@@ -221,8 +221,8 @@ def _texts(reader: VerifierModel, shape: ModelShape, tokens: int) -> dict[str, A
 
 def _one_row(reader: VerifierModel, prompt: Sequence[int], own: Sequence[int]) -> dict[str, float] | None:
     """Where greedy decoding with one row a forward first says otherwise, and the gap of its two best logits there."""
-    fixed, rows = reader.static, reader.rows
-    reader.static, reader.rows = None, ANY
+    fixed, rows = reader.static, reader.buckets
+    reader.static, reader.buckets = None, ANY
     reader.forget()
     difference = None
     text = list(prompt)
@@ -233,7 +233,7 @@ def _one_row(reader: VerifierModel, prompt: Sequence[int], own: Sequence[int]) -
             break
         text.append(token)
     reader.forget()
-    reader.static, reader.rows = fixed, rows
+    reader.static, reader.buckets = fixed, rows
     return difference
 
 

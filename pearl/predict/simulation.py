@@ -215,10 +215,10 @@ class _TargetEnd(_End):
 class _TargetReader:
     """A `TargetModel` that says what the script says."""
 
-    verifies_trees, batch_slots, joint, gives_features = True, 1, None, False
+    verifies_trees, batch_slots, batched_buckets, gives_features = True, 1, None, False
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
-        self.rows = stage.times.rows
+        self.buckets = stage.times.rows
         self.max_length = 1 << 20
         self._stage, self._wire = stage, wire
         self._fresh = True
@@ -236,7 +236,7 @@ class _TargetReader:
             self._wire.work(stage.script.prefill_s, times.prompt_crowding)
         else:
             paths = times.path_s * _paths(keep, [parent for parent, _ in side_rows])
-            self._wire.work(times.pass_s[self.rows.pad(rows) - 1] + paths, times.crowding)
+            self._wire.work(times.pass_s[self.buckets.pad(rows) - 1] + paths, times.crowding)
         self._fresh = False
         positions = list(range(len(tokens) - keep, len(tokens)))
         for parent, _ in side_rows:

@@ -26,8 +26,8 @@ class Controllers:
         key = (schedule, greedy, (len(sequences) - 1).bit_length())
         if key not in self._made:
             rates = self._rates.setdefault(key[:2], AcceptanceRates())
-            batched = self._model.joint if len(sequences) > 1 else None
-            self._made[key] = Controller(schedule, self._model.rows, batched, rates)
+            batched = self._model.batched_buckets if len(sequences) > 1 else None
+            self._made[key] = Controller(schedule, self._model.buckets, batched, rates)
             self._made[key].record_draft_costs(self.draft_costs)
         return self._made[key]
 

@@ -36,7 +36,7 @@ class NextPass:
         if (found := _likeliest(rows, controller)) is None:
             return
         node, way = found
-        likely = candidates(sequence, self._model.rows, self._model.verifies_trees, controller, node)
+        likely = candidates(sequence, self._model.buckets, self._model.verifies_trees, controller, node)
         after = PassRows.of(node, controller.choose([likely])[0])
         self._model.prepare(after.query(sequence, way))
         self._foreseen = sequence, node, sequence.trie.changes, after

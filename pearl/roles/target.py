@@ -77,7 +77,7 @@ class Target:
         self._schedule, self._shares = Schedule.of("ar"), shares
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock, prefill_tokens)
-        self._beside = TargetSources(sources, clock, model.rows)
+        self._beside = TargetSources(sources, clock, model.buckets)
         self.next, self.prepares = NextPass(model, clock), False  # the latter: even where picks are here at once
         self._inbox = DrafterInbox(self._batch, self._controllers.take_costs, clock, trace)
 
@@ -331,7 +331,7 @@ class Target:
         """The rows of a pass: what was prepared, if the walk has gone there, or those that pay."""
         if len(sequences) == 1 and (foreseen := self.next.rows(sequences[0])):
             return [foreseen]
-        likely = [candidates(one, self._model.rows, self._model.verifies_trees, controller) for one in sequences]
+        likely = [candidates(one, self._model.buckets, self._model.verifies_trees, controller) for one in sequences]
         chosen = controller.choose(likely)
         return [PassRows.of(one.trie.root, nodes) for one, nodes in zip(sequences, chosen, strict=True)]
 

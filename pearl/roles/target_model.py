@@ -17,11 +17,11 @@ class TargetModel(Protocol):
     """A model that verifies; each row of logits has bits of its own, whatever else is in the forward."""
 
     @property
-    def rows(self) -> TokenBuckets:
+    def buckets(self) -> TokenBuckets:
         """The row counts of forwards."""
 
     @property
-    def joint(self) -> BatchedTokenBuckets | None:
+    def batched_buckets(self) -> BatchedTokenBuckets | None:
         """Those of forwards that several sequences share; None: each has its own."""
 
     @property

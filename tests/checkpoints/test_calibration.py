@@ -102,7 +102,7 @@ def save_weights(folder: Path, seed: int) -> None:
 
 def load(folder: Path, **options: object) -> TokenBuckets:
     config = EngineConfig(str(folder), "ngram", dtype="float32", max_length=200, **options)
-    return load_target(preflight(config)).rows
+    return load_target(preflight(config)).buckets
 
 
 def test_the_same_weights_are_measured_once(folder, measured):

@@ -146,7 +146,7 @@ def test_a_quantized_checkpoint_is_read_on_the_cpu_and_writes_what_generate_writ
         params = SamplingParams(max_new_tokens=24, ignore_eos=True)
         prompt = engine.tokenizer("def add(first, second):")["input_ids"]
         texts = [engine.generate(prompt, params, mode=mode).tokens for mode in ("ar", "sd")]
-        if engine.model.rows.exact:
+        if engine.model.buckets.exact:
             assert texts[0] == texts[1]
     if kind != "8bit":  # whose rows are independent here, and in transformers not
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -172,5 +172,5 @@ def test_quantized_models_decode_on_the_cpu(pair, options, request):
         params = SamplingParams(max_new_tokens=12, ignore_eos=True)
         texts = [engine.generate("def f(x):", params, mode=mode).tokens for mode in ("ar", "sd", "ar")]
         assert texts[0] == texts[2] and len(texts[0]) == 12
-        if engine.model.rows.exact:
+        if engine.model.buckets.exact:
             assert texts[1] == texts[0]

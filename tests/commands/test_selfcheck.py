@@ -110,7 +110,7 @@ def side_by_side():
 def test_graphs_of_texts_side_by_side_are_used_if_they_keep_the_bits_of_each():
     made = side_by_side()
     plan, captured, (check,) = numerics_check.examine_batches(made, graph, ())
-    assert captured and made.shared.captured and check.holds and plan == made.joint
+    assert captured and made.shared.captured and check.holds and plan == made.batched_buckets
     assert list(plan.cost_s) == sorted(plan.cost_s) and len(plan.cost_s) == len(plan.counts)
 
 
@@ -257,8 +257,8 @@ def test_other_forms_of_attention_are_the_same_sum(name, form, monkeypatch):
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     plain = prepared(name, "float32", "stock")
-    other = tiny.verifier(plain.model, rows=plain.rows)
-    other.enable_static_shapes([count for count in COUNTS if count in plain.rows.safe], backend=form)
+    other = tiny.verifier(plain.model, buckets=plain.buckets)
+    other.enable_static_shapes([count for count in COUNTS if count in plain.buckets.safe], backend=form)
     text = [7 * i % 160 for i in range(40)]
     for chain, sides in ((1, ()), (5, ()), (3, [(0, 4), (3, 5), (1, 6)]), (9, [(2, 2)])):
         text += [chain + i for i in range(chain)]
@@ -275,9 +275,9 @@ def test_other_forms_of_attention_are_the_same_sum(name, form, monkeypatch):
 def test_in_every_mode_the_text_is_that_of_todays_forwards(mode):
     """Both models with fixed shapes, of logits so close that other bits are other texts."""
     plain = prepared("llama", "float32", "stock")
-    target = tiny.verifier(plain.model, rows=plain.rows)
+    target = tiny.verifier(plain.model, buckets=plain.buckets)
     draft = tiny.draft_model(close_model("llama", "float32", drift=0.1))
-    numerics_check.apply(target, numerics_check.NumericsReport(plain.rows, "packed", True, ()), graph)
+    numerics_check.apply(target, numerics_check.NumericsReport(plain.buckets, "packed", True, ()), graph)
     draft.enable_static_shapes(capture=graph)
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     schedule = Schedule.of(mode, None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)

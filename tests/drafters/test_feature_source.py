@@ -369,10 +369,10 @@ def tapped(layers: tuple[int, ...] = (0, 1)) -> VerifierModel:
     """The small target as loading prepares it, with side branches if its attention agrees."""
     model = small_target()
     made = tiny.verifier(model, hooks=HiddenStateHooks(model, layers) if layers else None)
-    made.rows = find_invariant_counts(
+    made.buckets = find_invariant_counts(
         lambda tokens, first: made.forward(list(tokens), first, len(tokens)), made.vocabulary
     )
-    made.rows = replace(made.rows, branches=made.verifies_trees and branches_agree(made, made.vocabulary))
+    made.buckets = replace(made.buckets, branches=made.verifies_trees and branches_agree(made, made.vocabulary))
     made.forget()
     return made
 

@@ -54,7 +54,7 @@ def alone(serial):
 def test_every_mode_writes_the_same_at_every_batch_size(pair, dtype):
     """Two processes, both on one core: what is said does not depend on who comes first."""
     with opened(pair, dtype=dtype, draft_cores=ONE_CORE) as engine:
-        assert engine.model.rows.exact and engine.model.joint, "on this machine nothing is promised"
+        assert engine.model.buckets.exact and engine.model.batched_buckets, "on this machine nothing is promised"
         alone = [engine.generate(prompt, own, mode="ar").tokens for prompt, own in zip(PROMPTS, PARAMS, strict=True)]
         for number, mode in enumerate(MODES):
             size = (3, 8)[(number + (dtype == "float32")) % 2]  # both, between the two of them

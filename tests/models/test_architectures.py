@@ -62,8 +62,10 @@ def target_model(architecture: Architecture, dtype: str) -> VerifierModel:
     reader = tiny.verifier(model, max_length=architecture.longest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pearl.models.batch_invariance._TIMING_S", 0.0)  # bits are compared once, and nothing is timed
-        reader.rows = measured(reader)
-    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+        reader.buckets = measured(reader)
+    reader.buckets = replace(
+        reader.buckets, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary)
+    )
     return reader
 
 
@@ -106,7 +108,9 @@ def test_ar_writes_what_transformers_generate_writes(architecture: Architecture)
 def test_every_mode_writes_what_ar_writes(architecture: Architecture):
     assert_modes_agree(architecture, "float32", ("pearl", "tree"))  # and texts side by side are those of `sd`
     reader = target_model(architecture, "float32")
-    assert reader.verifies_trees or not (architecture.trees and reader.rows.exact), "rows have the bits they have alone"
+    assert reader.verifies_trees or not (architecture.trees and reader.buckets.exact), (
+        "rows have the bits they have alone"
+    )
 
 
 @pytest.mark.parametrize("architecture", parameters(), scope="module")
@@ -115,9 +119,9 @@ def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architect
     model, draft = architecture.model(), architecture.model(drift=0.02)
     longest = architecture.longest
     reader = tiny.verifier(model, max_length=longest, batch_slots=3)
-    reader.rows = target_model(architecture, "float32").rows
+    reader.buckets = target_model(architecture, "float32").buckets
     if reader.verifies_trees:
-        reader.joint = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
+        reader.batched_buckets = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
     source = ModelSource(tiny.draft_model(draft, max_length=longest + 16, batch_slots=3))
     target = Target(reader, ScriptedChannel(source, [(3, 3, 3)]), ticks())
     texts = prompts(longest, NEW)
@@ -142,7 +146,7 @@ def test_rows_of_a_shared_forward_and_beside_a_chain_say_what_the_model_says(arc
         pytest.skip("it verifies chains, each text alone")
     if static:
         reader.enable_static_shapes()
-    reader.joint = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
+    reader.batched_buckets = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
     for batch_slot in (0, 1):
         reader.read(text[:-4], 1, batch_slot=batch_slot)
     sides = [(1, aside[0]), (4, aside[1])]
@@ -154,7 +158,7 @@ def test_rows_of_a_shared_forward_and_beside_a_chain_say_what_the_model_says(arc
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", parameters(BFLOAT16_TABLE), scope="module")
 def test_every_mode_writes_what_ar_writes_in_bfloat16(architecture: Architecture):
-    assert target_model(architecture, "bfloat16").rows.exact, "on this machine nothing is promised"
+    assert target_model(architecture, "bfloat16").buckets.exact, "on this machine nothing is promised"
     assert_modes_agree(architecture, "bfloat16", ("sd", "pearl", "tree"))
 
 

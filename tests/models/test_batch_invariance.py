@@ -122,8 +122,8 @@ def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, dtype, ke
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel):
     reader = make("llama", kernel)
-    reader.rows = measured(reader)
-    assert reader.rows.exact, "see above"
+    reader.buckets = measured(reader)
+    assert reader.buckets.exact, "see above"
     text = torch.randint(tiny.VOCABULARY, (200,), generator=torch.Generator().manual_seed(5)).tolist()
     start = GRAIN - 50
     reader.read(text[:start], 1)
@@ -132,10 +132,10 @@ def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel
     reader.read(text[:start], 1)
     known, together = start, []
     for count in itertools.cycle((1, 2, 3, 5, 8, 13, 16, 7, 11, 14)):
-        count = min(count, reader.rows.up_to(known), len(text) - known)
+        count = min(count, reader.buckets.up_to(known), len(text) - known)
         if not count:
             break
-        wrong = [3] * min(9, reader.rows.up_to(known))
+        wrong = [3] * min(9, reader.buckets.up_to(known))
         reader.read(text[:known] + wrong, len(wrong))  # guesses that nothing came of
         together.append(reader.read(text[: known + count], count))
         known += count

@@ -44,13 +44,15 @@ def made(name: str, dtype: str, texts: int = TEXTS, static: bool = False) -> tup
     model = close_model(name, dtype)
     linear.pack(model, linear.chosen("auto", model.dtype))
     reader = tiny.verifier(model, batch_slots=texts)
-    reader.rows = measured(reader)
-    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+    reader.buckets = measured(reader)
+    reader.buckets = replace(
+        reader.buckets, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary)
+    )
     if static:
-        reader.enable_static_shapes([count for count in COUNTS if count in reader.rows.safe])
-    reader.joint = find_invariant_batches(reader, reader.vocabulary, products(model))
+        reader.enable_static_shapes([count for count in COUNTS if count in reader.buckets.safe])
+    reader.batched_buckets = find_invariant_batches(reader, reader.vocabulary, products(model))
     reference = tiny.verifier(model)
-    reference.rows = reader.rows
+    reference.buckets = reader.buckets
     return reader, reference
 
 
@@ -69,8 +71,8 @@ def check(reader: VerifierModel, reference: VerifierModel, lengths: Sequence[int
             tokens, _ = texts[text]
             if step.taken == -2:
                 continue
-            deepest = min(reader.rows.up_to(len(tokens) - 1), tiny.LENGTH - len(tokens)) - 1
-            asked[text] = tree(step, deepest, min(LIMIT, reader.rows.most), reader.verifies_trees), step
+            deepest = min(reader.buckets.up_to(len(tokens) - 1), tiny.LENGTH - len(tokens)) - 1
+            asked[text] = tree(step, deepest, min(LIMIT, reader.buckets.most), reader.verifies_trees), step
         wanted = [
             SequenceQuery(text, [*texts[text][0], *rows.paths[rows.chain]], 1 + rows.chain, rows.sides)
             for text, (rows, _) in asked.items()
@@ -103,7 +105,7 @@ ROUNDS = st.lists(
 @given(lengths=PROMPTS, rounds=ROUNDS)
 def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, static, lengths, rounds):
     reader, reference = made(name, dtype, static=static)
-    assert reader.rows.exact and reader.joint, "on this machine nothing is promised"
+    assert reader.buckets.exact and reader.batched_buckets, "on this machine nothing is promised"
     check(reader, reference, lengths, rounds)
 
 
@@ -114,7 +116,7 @@ def test_a_text_with_more_rows_than_any_shared_forward_has_one_of_its_own(most: 
     wanted = [reader.read(one.tokens, one.keep, batch_slot=one.batch_slot) for one in queries]
     for slot in (0, 1):
         reader.forget(batch_slot=slot)
-    reader.joint = BatchedTokenBuckets(tuple(range(2, most + 1)), (1.0,) * (most - 1))
+    reader.batched_buckets = BatchedTokenBuckets(tuple(range(2, most + 1)), (1.0,) * (most - 1))
     for found, logits in zip(reader.read_together(queries), wanted, strict=True):
         torch.testing.assert_close(found, logits, atol=1e-4, rtol=0)
 
@@ -189,8 +191,8 @@ def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monk
 def test_the_property_notices_passes_that_are_not_padded(monkeypatch):
     """Two texts have as many rows together as no pass may have."""
     reader, reference = made("llama", "float32")
-    assert reader.joint, "on this machine nothing is promised"
-    unsafe = [count for count in range(4, LIMIT) if count not in reader.joint.counts]
+    assert reader.batched_buckets, "on this machine nothing is promised"
+    unsafe = [count for count in range(4, LIMIT) if count not in reader.batched_buckets.counts]
     if not unsafe:
         pytest.skip("on this machine every row count has the same bits")
 

@@ -175,7 +175,7 @@ def test_only_what_is_new_is_read_again(monkeypatch):
 
 
 def test_pads_are_never_seen(monkeypatch):
-    reader, text = make("llama", rows=TokenBuckets((8, 16), (1.0,) * 16)), random_text(40)
+    reader, text = make("llama", buckets=TokenBuckets((8, 16), (1.0,) * 16)), random_text(40)
     rows = counted(reader, monkeypatch)
     for end in (30, 31, 34, 40):
         assert_says(reader, "llama", text[:end], 1)
@@ -185,7 +185,7 @@ def test_pads_are_never_seen(monkeypatch):
 @pytest.mark.parametrize("name", SOME)
 def test_the_longest_text_may_be_padded(name):
     text = random_text(tiny.LENGTH)
-    reader = make(name, rows=TokenBuckets((16,), (1.0,) * 16))
+    reader = make(name, buckets=TokenBuckets((16,), (1.0,) * 16))
     reader.read(text[:-3], 1)
     assert_says(reader, name, text, 1)
 

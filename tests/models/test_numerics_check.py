@@ -90,7 +90,7 @@ def check(reader: VerifierModel, reference: VerifierModel, prompt: Sequence[int]
     reader.forget()
     reader.read(prompt, 1)
     for step in steps:
-        most, deepest = min(LIMIT, reader.rows.safe[-1]), reader.rows.up_to(len(text) - 1) - 1
+        most, deepest = min(LIMIT, reader.buckets.safe[-1]), reader.buckets.up_to(len(text) - 1) - 1
         rows = tree(step, deepest, most, reader.verifies_trees)
         logits = reader.read([*text, *rows.paths[rows.chain]], 1 + rows.chain, side_rows=rows.sides)
         assert_same_cache(reader, plain, text)
@@ -113,8 +113,8 @@ def sentence(plan: TokenBuckets) -> str:
 @given(length=PROMPTS, steps=STEPS)
 def test_the_bits_do_not_depend_on_the_tree_around_a_token(name, dtype, kernel, length, steps):
     reader, reference = pair(name, dtype, kernel)
-    if not reader.rows.exact:  # then nothing is promised, and the run says so
-        assert reader.rows.safe == ANY.safe and "near-equal logits may pick differently" in sentence(reader.rows)
+    if not reader.buckets.exact:  # then nothing is promised, and the run says so
+        assert reader.buckets.safe == ANY.safe and "near-equal logits may pick differently" in sentence(reader.buckets)
         return
     check(reader, reference, random_prompt(length), steps)
 
@@ -125,7 +125,7 @@ def test_these_models_read_side_branches(name, dtype):
     """So the trees above were trees. Where rows beside the chain have other bits, they would be chains."""
     reader, _ = pair(name, dtype, "auto")
     assert uses_cache_attention(reader.model)
-    assert reader.verifies_trees == reader.rows.branches == branches_agree(reader, reader.vocabulary)
+    assert reader.verifies_trees == reader.buckets.branches == branches_agree(reader, reader.vocabulary)
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -195,8 +195,8 @@ def test_the_row_counts_of_a_tiny_bfloat16_model_that_differ_are_found():
         from numerics import prepared
         from test_numerics_check import fails
         coarse, reference = (prepared("llama", "bfloat16", "packed") for _ in range(2))
-        assert coarse.rows.safe == prepared("llama", "float32", "packed").rows.safe, coarse.rows.safe
-        assert coarse.rows.exact and 2 not in coarse.rows.safe, "the instructions are not those that were asked for"
+        assert coarse.buckets.safe == prepared("llama", "float32", "packed").buckets.safe, coarse.buckets.safe
+        assert coarse.buckets.exact and 2 not in coarse.buckets.safe, "the instructions are not those asked for"
         assert not fails(coarse, reference, 20)
     """
     tests = Path(__file__).parents[1]
@@ -382,7 +382,7 @@ def fails(reader: VerifierModel, reference: VerifierModel, most: int) -> bool:
 @pytest.mark.parametrize("mutate", MUTANTS, ids=lambda mutate: mutate.__name__)
 def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch):
     reader, reference = pair("llama", "float32", "auto")
-    assert reader.rows.exact and reader.verifies_trees, "on this machine the mutants break what was not promised"
+    assert reader.buckets.exact and reader.verifies_trees, "on this machine the mutants break what was not promised"
     assert not fails(reader, reference, 1)
     mutate(monkeypatch)
     assert fails(reader, reference, 100)
@@ -390,7 +390,7 @@ def test_the_property_notices(mutate: Callable[[pytest.MonkeyPatch], None], monk
 
 def test_the_property_notices_passes_that_are_not_padded(monkeypatch):
     reader, reference = pair("llama", "float32", "stock")
-    if reader.rows.safe == tuple(range(LEAST, LIMIT + 1)):
+    if reader.buckets.safe == tuple(range(LEAST, LIMIT + 1)):
         pytest.skip("on this machine every row count has the same bits")
     monkeypatch.setattr(TokenBuckets, "pad", lambda self, rows: rows)
     assert fails(reader, reference, 20)

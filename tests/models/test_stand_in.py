@@ -85,7 +85,7 @@ def models(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> tuple[V
     target, draft = tiny.verifier(moved(model), batch_slots=slots), moved(draft)
     drafter = tiny.draft_model(draft, batch_slots=slots, head=reduced(draft, head) if head else None)
     if slots > 1:
-        target.joint = SHARED
+        target.batched_buckets = SHARED
     if static:
         target.enable_static_shapes()
         drafter.enable_static_shapes()

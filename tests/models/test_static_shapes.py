@@ -25,9 +25,9 @@ SAFE = TokenBuckets(tuple(range(4, LIMIT + 1)), ANY.cost_s)  # bits that no kern
 def pair(name: str, dtype: str, kernel: str = "stock") -> tuple[VerifierModel, VerifierModel]:
     """Two readers of one model: of today, and with fixed shapes, of row counts whose bits are equal here."""
     plain = prepared(name, dtype, kernel)
-    assert plain.rows.exact, "some row counts agree on any CPU: the measurement is broken"
-    fixed = VerifierModel(plain.model, plain.vocabulary, plain.max_length, plain.rows)
-    fixed.enable_static_shapes([count for count in COUNTS if count in plain.rows.safe])
+    assert plain.buckets.exact, "some row counts agree on any CPU: the measurement is broken"
+    fixed = VerifierModel(plain.model, plain.vocabulary, plain.max_length, plain.buckets)
+    fixed.enable_static_shapes([count for count in COUNTS if count in plain.buckets.safe])
     return plain, fixed
 
 
@@ -49,7 +49,7 @@ def test_every_pass_has_the_bits_of_today(name, dtype, kernel):
     text = [rng.randrange(tiny.VOCABULARY) for _ in range(GRAIN - 30)]
     paths = set()
     while len(text) < tiny.LENGTH - LIMIT:
-        chain, sides = tree(rng, min(LIMIT, plain.rows.up_to(len(text) - 1)))
+        chain, sides = tree(rng, min(LIMIT, plain.buckets.up_to(len(text) - 1)))
         text += [rng.randrange(tiny.VOCABULARY) for _ in range(chain - 1)]
         said = [reader.read(text, chain, side_rows=sides) for reader in (plain, fixed)]
         assert torch.equal(*said)
@@ -86,7 +86,7 @@ def test_the_cache_is_the_same_afterwards():
 def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
     model = tiny.random_model(tiny.CONFIGS["llama"]())
     taps = HiddenStateHooks(model, (0, 1))
-    plain, fixed = (tiny.verifier(model, rows=SAFE, batch_slots=2, hooks=taps) for _ in range(2))
+    plain, fixed = (tiny.verifier(model, buckets=SAFE, batch_slots=2, hooks=taps) for _ in range(2))
     fixed.enable_static_shapes(capture=Recorder())
     texts = [list(range(40)), list(range(70, 100))]
     for step in range(6):
@@ -173,7 +173,7 @@ def test_coarse_buckets_are_few_and_waste_little():
 
 
 def test_a_shape_is_recorded_once_and_replayed_ever_after():
-    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE)
     recorder = Recorder()
     reader.enable_static_shapes(capture=recorder)
     text = list(range(30))
@@ -187,7 +187,9 @@ def test_a_shape_is_recorded_once_and_replayed_ever_after():
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_they_come_again(name):
-    plain, fixed = (tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()), rows=SAFE, batch_slots=2) for _ in range(2))
+    plain, fixed = (
+        tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()), buckets=SAFE, batch_slots=2) for _ in range(2)
+    )
     recorder = Recorder()
     fixed.enable_static_shapes(capture=recorder)
     for number, seed in enumerate((1, 2, 3)):
@@ -205,10 +207,10 @@ def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_th
 
 def test_texts_side_by_side_replay_one_recording_whoever_they_are():
     reader, plain = (
-        tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE, batch_slots=4) for _ in range(2)
+        tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE, batch_slots=4) for _ in range(2)
     )
     for one in (reader, plain):
-        one.joint = BatchedTokenBuckets((4, 8, 16), (1.0, 1.0, 1.0))
+        one.batched_buckets = BatchedTokenBuckets((4, 8, 16), (1.0, 1.0, 1.0))
     recorder = Recorder()
     reader.enable_static_shapes(capture=recorder)
     texts = [[(3 + slot) * i % tiny.VOCABULARY for i in range(30 + slot)] for slot in range(4)]
@@ -260,8 +262,8 @@ def test_if_recording_fails_it_says_so_once_and_goes_on(caplog):
     def fails(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
-    plain = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE)
+    reader = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE)
+    plain = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE)
     reader.enable_static_shapes(capture=fails)
     for keep in (1, 2, 9):
         text = list(range(40 + keep))
@@ -272,7 +274,7 @@ def test_if_recording_fails_it_says_so_once_and_goes_on(caplog):
 
 def test_inputs_of_a_smaller_shape_leave_nothing_behind():
     """What a wide pass left in the buffers is not seen by a narrow one."""
-    reader, plain = (tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), rows=SAFE) for _ in range(2))
+    reader, plain = (tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE) for _ in range(2))
     reader.enable_static_shapes()
     wide = list(range(16))
     reader.read(wide, 16)

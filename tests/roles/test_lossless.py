@@ -133,9 +133,9 @@ class Forgetful:
     """A model whose cache is deleted before every forward."""
 
     def __init__(self, model: VerifierModel | DraftModel):
-        self._model, self.rows, self.max_length = model, model.rows, model.max_length
+        self._model, self.buckets, self.max_length = model, model.buckets, model.max_length
 
-    verifies_trees, batch_slots, joint, gives_features = True, 1, None, False
+    verifies_trees, batch_slots, batched_buckets, gives_features = True, 1, None, False
 
     def read(
         self, tokens: Sequence[int], keep: int, side_rows: Sequence[tuple[int, int]] = (), batch_slot: int = 0
@@ -313,7 +313,7 @@ def test_a_source_that_crashes_costs_no_token_and_is_reported(case: Case, calls:
 
 def test_gamma_beyond_the_widest_pass_still_ends():
     target, _ = check(plain_case("sd", 40, "right", IDLE, tokens=70))
-    assert max(p.offered for p in target.passes) == target._model.rows.safe[-1] - 1
+    assert max(p.offered for p in target.passes) == target._model.buckets.safe[-1] - 1
 
 
 @pytest.mark.parametrize("mode", DRAFTING)

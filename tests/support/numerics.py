@@ -59,8 +59,10 @@ def prepared(name: str, dtype: str, kernel: str) -> VerifierModel:
     model = close_model(name, dtype)
     assert linear.pack(model, linear.chosen(kernel, model.dtype)) == 0 or kernel == "stock"
     reader = tiny.verifier(model)
-    reader.rows = measured(reader)
-    reader.rows = replace(reader.rows, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary))
+    reader.buckets = measured(reader)
+    reader.buckets = replace(
+        reader.buckets, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary)
+    )
     reader.forget()
     return reader
 
@@ -100,9 +102,11 @@ class Plain:
 def pair(name: str, dtype: str, kernel: str) -> tuple[VerifierModel, VerifierModel]:
     """The reader under test, and one for the reference."""
     one, other = prepared(name, dtype, kernel), prepared(name, dtype, kernel)
-    if one.rows.safe != other.rows.safe:  # the same on every machine that we know; then the plainer promise of the two
-        one.rows = other.rows
-    other.rows = one.rows
+    if (
+        one.buckets.safe != other.buckets.safe
+    ):  # the same on every machine that we know; then the plainer promise of the two
+        one.buckets = other.buckets
+    other.buckets = one.buckets
     return one, other
 
 

@@ -60,7 +60,7 @@ def falsified(claim: Callable[..., object], *strategies: st.SearchStrategy, most
 class TableModel:
     """Target's and drafter's model without weights: logits are a pseudo-random function of the last `order` tokens."""
 
-    rows = ANY
+    buckets = ANY
 
     def __init__(self, vocabulary: int = 4, order: int = 2, seed: int = 0, scale: float = 1.5, max_length: int = 1000):
         self.vocabulary, self.order, self.seed, self.scale, self.max_length = vocabulary, order, seed, scale, max_length
@@ -76,7 +76,7 @@ class TableModel:
         return self._table[key]
 
     verifies_trees, batch_slots, gives_features = True, 64, False
-    joint = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
+    batched_buckets = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         assert 0 < keep <= len(tokens) <= self.max_length

@@ -32,7 +32,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
         "processes": engine.runtime.processes,
         "load": os.getloadavg(),
-        "rows": asdict(engine.model.rows),
+        "rows": asdict(engine.model.buckets),
         "draft_costs": engine.runtime.target.draft_costs,
         "energy": energy_meter(engine).counted,
         "beside": engine.runtime.target.sources_beside,

@@ -137,16 +137,16 @@ class BeginRound(Command):
 
 @dataclass(frozen=True)
 class SetBuckets(Command):
-    """`rows` and `joint` are these from now on. What a row count costs is only the first rank's business."""
+    """`buckets` and `batched_buckets` are these from now on. What a row count costs is the first rank's business."""
 
     safe: Ints
     pad_to: Ints
     branches: bool
-    joint: Ints  # empty: no forwards that several sequences share
+    batched: Ints  # empty: no forwards that several sequences share
 
     def run(self, shard: VerifierModel) -> object:
-        shard.rows = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches, pad_to=self.pad_to)
-        shard.joint = BatchedTokenBuckets(self.joint, (0.0,) * len(self.joint)) if self.joint else None
+        shard.buckets = TokenBuckets(self.safe, (0.0,) * LIMIT, branches=self.branches, pad_to=self.pad_to)
+        shard.batched_buckets = BatchedTokenBuckets(self.batched, (0.0,) * len(self.batched)) if self.batched else None
         return None
 
 

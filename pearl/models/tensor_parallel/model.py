@@ -57,21 +57,21 @@ class TensorParallelModel:
         return self._shard.verifies_trees
 
     @property
-    def rows(self) -> TokenBuckets:
-        return self._shard.rows
+    def buckets(self) -> TokenBuckets:
+        return self._shard.buckets
 
-    @rows.setter
-    def rows(self, plan: TokenBuckets) -> None:
-        self._shard.rows = plan
+    @buckets.setter
+    def buckets(self, buckets: TokenBuckets) -> None:
+        self._shard.buckets = buckets
         self._settle()
 
     @property
-    def joint(self) -> BatchedTokenBuckets | None:
-        return self._shard.joint
+    def batched_buckets(self) -> BatchedTokenBuckets | None:
+        return self._shard.batched_buckets
 
-    @joint.setter
-    def joint(self, plan: BatchedTokenBuckets | None) -> None:
-        self._shard.joint = plan
+    @batched_buckets.setter
+    def batched_buckets(self, buckets: BatchedTokenBuckets | None) -> None:
+        self._shard.batched_buckets = buckets
         self._settle()
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
@@ -115,9 +115,9 @@ class TensorParallelModel:
         return self._shard.features(rows, batch_slot)
 
     def _settle(self) -> None:
-        plan, joint = self._shard.rows, self._shard.joint
-        counts = joint.counts if joint else ()
-        self._others.say(commands.SetBuckets(plan.safe, plan.pad_to, plan.branches, counts))
+        buckets, batched = self._shard.buckets, self._shard.batched_buckets
+        counts = batched.counts if batched else ()
+        self._others.say(commands.SetBuckets(buckets.safe, buckets.pad_to, buckets.branches, counts))
 
     def call(self, command: Command) -> Any:
         """Makes a call on all ranks, and returns what the first one's shard says."""
