@@ -60,7 +60,7 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class Start:
-    sequence: int
+    sequence_id: int
     schedule: Schedule
     params: SamplingParams  # stop strings and token limits stay with the target, which alone decides the end
     prompt: tuple[int, ...]
@@ -111,7 +111,7 @@ def joined(parts: Sequence[Features]) -> Features | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    sequence: int
+    sequence_id: int
     position: int  # of the new root
     plan: DraftPlan
     tokens: tuple[int, ...]
@@ -121,7 +121,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class End:
-    sequence: int
+    sequence_id: int
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Nodes:
     """`root` is the id of the drafter's root and `position` its place in the text: so the target knows every parent.
     `exhausted`: no more will come until the root moves."""
 
-    sequence: int
+    sequence_id: int
     root: int
     position: int
     exhausted: bool
@@ -143,7 +143,7 @@ class Nodes:
 class DraftStats:
     """The drafter's statistics of one sequence: times in seconds, memory in bytes."""
 
-    sequence: int
+    sequence_id: int
     busy_s: float = 0.0
     waiting_s: float = 0.0
     forwards: int = 0
@@ -163,20 +163,20 @@ class DraftStats:
 class Costs:
     """`seconds[n - 1]` is the time of a drafter forward of n rows; empty if the source has no model."""
 
-    sequence: int
+    sequence_id: int
     seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Close:
-    sequence: int = 0
+    sequence_id: int = 0
 
 
 @dataclass(frozen=True)
 class Beat:
     """Seconds, see `wire.peer_clock`."""
 
-    sequence: int = 0
+    sequence_id: int = 0
     sent: float = 0.0
     echoed: float = 0.0  # when the last beat of the other side had left, by its clock
     heard: float = 0.0  # and when it came; 0: none has

@@ -256,7 +256,7 @@ def read(folder: Path) -> tuple[Stats, dict[str, dict[SampleKey, str]]]:
 def sample_line(key: SampleKey, mode: str, prompt: Sequence[int], text: GenerationStats, completion: str) -> Line:
     report = asdict(text.drafter) if text.drafter else None
     if report:
-        del report["sequence"]  # a number between two processes, and no fact of the text
+        del report["sequence_id"]  # a number between two processes, and no fact of the text
     return {
         **_of(key),
         "completion": completion,
@@ -301,7 +301,7 @@ def _unit(line: Line) -> WorkUnit:
 def _draft_stats(line: Line) -> DraftStats:
     """Early lines call what is looked ahead the drafter's own."""
     names = {"own": "lookahead_rows", "confirmed": "lookahead_hits"}
-    return DraftStats(sequence=0, **{names.get(name, name): value for name, value in line.items()})
+    return DraftStats(sequence_id=0, **{names.get(name, name): value for name, value in line.items()})
 
 
 def _pass(line: Line) -> Pass:

@@ -30,7 +30,7 @@ class DraftedSequence:
     @staticmethod
     def begun(start: Start, batch_slot: int) -> DraftedSequence:
         processing = LogitsProcessing.of(start.params, len(start.prompt))
-        trie, stats = Trie(start.prompt), DraftStats(start.sequence)
+        trie, stats = Trie(start.prompt), DraftStats(start.sequence_id)
         sequence = DraftedSequence(start, batch_slot, trie, start.plan, stats, processing)
         sequence.name(sequence.trie.root)
         return sequence
@@ -71,7 +71,7 @@ class DraftedSequence:
             Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp, node.origin)
             for parent, node in grown
         )
-        return Nodes(self.start.sequence, self.name(root), root.position, exhausted, guesses)
+        return Nodes(self.start.sequence_id, self.name(root), root.position, exhausted, guesses)
 
 
 def _foreseen(root: Node, tokens: Sequence[int]) -> tuple[int, int]:

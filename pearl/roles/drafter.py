@@ -57,8 +57,8 @@ class Drafter:
             match message:
                 case Start():
                     self._begin(message)
-                case Verdict() if message.sequence in self._live:
-                    self._apply(self._live[message.sequence], message)
+                case Verdict() if message.sequence_id in self._live:
+                    self._apply(self._live[message.sequence_id], message)
                 case End():
                     self._finish(message)
         return self._grow() or heard
@@ -71,10 +71,10 @@ class Drafter:
         continues = slot is not None and slot not in taken
         if slot is None or not continues:
             slot = next(slot for slot in itertools.count() if slot not in taken)
-        sequence = self._live[start.sequence] = DraftedSequence.begun(start, slot)
-        self._trace.instant("start", self._clock(), sequence=start.sequence, mode=start.schedule.mode)
+        sequence = self._live[start.sequence_id] = DraftedSequence.begun(start, slot)
+        self._trace.instant("start", self._clock(), sequence=start.sequence_id, mode=start.schedule.mode)
         if self._source.grows_trees and not self._told_costs:
-            self._channel.send(Costs(start.sequence, self._source.costs))
+            self._channel.send(Costs(start.sequence_id, self._source.costs))
             self._told_costs = True
         self._guarded.begin(sequence, continues)
 
@@ -84,8 +84,8 @@ class Drafter:
             assert not isinstance(verdict.features, SentSeparately), "a channel puts in what came another way"
             self._guarded.observe(sequence, verdict.features)
         now = self._clock()
-        self._trace.instant("hit" if hit else "miss", now, sequence=verdict.sequence, position=verdict.position)
-        self._trace.flow("verdict", flow_id(verdict.sequence, verdict.position), now, sent=False)
+        self._trace.instant("hit" if hit else "miss", now, sequence=verdict.sequence_id, position=verdict.position)
+        self._trace.flow("verdict", flow_id(verdict.sequence_id, verdict.position), now, sent=False)
 
     def _grow(self) -> bool:
         """A proposal for each sequence, sent. False: there was nothing to propose, and the target knows it."""
@@ -110,7 +110,7 @@ class Drafter:
     def _nodes(self, sequence: DraftedSequence, grown: Grown, exhausted: bool) -> Nodes | None:
         nodes = sequence.nodes(grown, exhausted)
         if nodes and nodes.guesses:
-            self._trace.flow("nodes", flow_id(nodes.sequence, nodes.guesses[0].id), self._clock(), sent=True)
+            self._trace.flow("nodes", flow_id(nodes.sequence_id, nodes.guesses[0].id), self._clock(), sent=True)
         return nodes
 
     def _chains(self, sequences: Sequence[DraftedSequence]) -> Proposals:
@@ -164,13 +164,13 @@ class Drafter:
         return proposals
 
     def _finish(self, end: End) -> None:
-        sequence = self._live.pop(end.sequence, None)
+        sequence = self._live.pop(end.sequence_id, None)
         if sequence:
             self._guarded.end(sequence)
             self._slot_of = {one: slot for one, slot in self._slot_of.items() if slot != sequence.batch_slot}
-            self._slot_of[end.sequence] = sequence.batch_slot
-        self._trace.instant("end", self._clock(), sequence=end.sequence)
+            self._slot_of[end.sequence_id] = sequence.batch_slot
+        self._trace.instant("end", self._clock(), sequence=end.sequence_id)
         if not self._live:
             self._trace.save()
-        stats = sequence.stats if sequence else DraftStats(end.sequence)
+        stats = sequence.stats if sequence else DraftStats(end.sequence_id)
         self._channel.send(replace(stats, memory=memory.peak()))

@@ -33,11 +33,11 @@ class DrafterInbox:
             match message:
                 case Costs():
                     self._take_costs(message.seconds)
-                case Nodes() if message.sequence in self._batch.live:
+                case Nodes() if message.sequence_id in self._batch.live:
                     if message.guesses:
-                        first = flow_id(message.sequence, message.guesses[0].id)
+                        first = flow_id(message.sequence_id, message.guesses[0].id)
                         self._trace.flow("nodes", first, self._clock(), sent=False)
-                    self._batch.live[message.sequence].hang(message)
+                    self._batch.live[message.sequence_id].hang(message)
                     if watcher := self.watcher:  # another thread may take it away
                         watcher.drafted(message, self._clock())
                 case DraftStats():
@@ -93,7 +93,7 @@ class DrafterInbox:
         known, long_ago = not self.channel or self.channel.lost, self._clock() - STATS_PATIENCE_S
         over = [one for one in self._batch.ended.values() if one.draft_stats or known or one.ended < long_ago]
         for one in over:
-            del self._batch.ended[one.sequence]
+            del self._batch.ended[one.sequence_id]
         return over
 
     def await_stats(self) -> None:

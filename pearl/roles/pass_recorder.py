@@ -64,7 +64,7 @@ def draw(sequence: SequenceState, times: PassTimes, trace: Trace, drafts: bool) 
     if trace is OFF:
         return
     one = sequence.passes[-1]
-    at = {"sequence": sequence.sequence, "position": one.position}
+    at = {"sequence": sequence.sequence_id, "position": one.position}
     if one.waited_s > 1e-4:
         trace.span("wait", times.since, times.ready, **at)
     facts: dict[str, Any] = {
@@ -78,4 +78,4 @@ def draw(sequence: SequenceState, times: PassTimes, trace: Trace, drafts: bool) 
     prepared = bool(one.judged) and one.judged[-1].rank not in (0, None)
     trace.instant("hit" if one.hit else "miss", times.read, **at, prepared=prepared)
     if drafts and sequence.stopper.finish is None:
-        trace.flow("verdict", flow_id(sequence.sequence, sequence.trie.root.position), times.ended, sent=True)
+        trace.flow("verdict", flow_id(sequence.sequence_id, sequence.trie.root.position), times.ended, sent=True)

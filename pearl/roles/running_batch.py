@@ -42,13 +42,13 @@ class RunningBatch:
         sequence = self.last = SequenceState(self._count, kept, schedule, slot, now)
         if after:
             sequence.follow(after)
-        self.live[sequence.sequence] = self._last_in[slot] = sequence
-        return sequence, after.sequence if after else 0
+        self.live[sequence.sequence_id] = self._last_in[slot] = sequence
+        return sequence, after.sequence_id if after else 0
 
     def end(self, sequence: SequenceState, now: float) -> None:
         """Its slot is free again."""
         sequence.ended = now
-        self.ended[sequence.sequence] = self.live.pop(sequence.sequence)
+        self.ended[sequence.sequence_id] = self.live.pop(sequence.sequence_id)
         bisect.insort(self._free, sequence.batch_slot)
 
     def abandon(self) -> list[int]:
@@ -59,7 +59,7 @@ class RunningBatch:
         return numbers
 
     def take_stats(self, stats: DraftStats) -> None:
-        if sequence := self.ended.get(stats.sequence):
+        if sequence := self.ended.get(stats.sequence_id):
             sequence.draft_stats = stats
 
     def without_stats(self) -> list[SequenceState]:

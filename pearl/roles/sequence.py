@@ -36,9 +36,9 @@ class SequenceRequest:
 class SequenceState:
     """A sequence under way, or one that is over."""
 
-    def __init__(self, sequence: int, request: SequenceRequest, schedule: Schedule, batch_slot: int, now: float):
-        """`sequence`: its number, as in messages. `now`: on the target's clock."""
-        self.sequence, self.request, self.schedule, self.batch_slot = sequence, request, schedule, batch_slot
+    def __init__(self, sequence_id: int, request: SequenceRequest, schedule: Schedule, batch_slot: int, now: float):
+        """`sequence_id`: as in messages. `now`: on the target's clock."""
+        self.sequence_id, self.request, self.schedule, self.batch_slot = sequence_id, request, schedule, batch_slot
         self.params, self.stopper = request.params, request.stopper
         self.trie = Trie(request.prompt)
         self.processing = LogitsProcessing.of(self.params, len(request.prompt), self.stopper.eos_ids)

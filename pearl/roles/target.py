@@ -194,13 +194,13 @@ class Target:
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
         if self._beside:
             self._beside.begin(sequence, bool(continues))
-        self._trace.instant("sequence", self._clock(), sequence=sequence.sequence, mode=self._schedule.mode)
+        self._trace.instant("sequence", self._clock(), sequence=sequence.sequence_id, mode=self._schedule.mode)
         if watcher := self._inbox.watcher:
             watcher.began(sequence)
         if self._inbox.channel:
             plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
             params = sequence.params.for_drafter(sequence.stopper.eos_ids)
-            told = sequence.sequence, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
+            told = sequence.sequence_id, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
             self._send([Start(*told, request.reference)])
 
     def _drop_unwanted(self) -> None:
@@ -208,7 +208,7 @@ class Target:
         for sequence in unwanted:
             self._batch.end(sequence, self._clock())
             self._beside.end(sequence)
-        self._send([End(sequence.sequence) for sequence in unwanted])
+        self._send([End(sequence.sequence_id) for sequence in unwanted])
 
     def _turn(self) -> Iterator[Written]:
         """Pieces of the prompts that are still to be read, and a pass over the sequences that are further."""
@@ -360,9 +360,9 @@ class Target:
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
             said = self._shares.for_drafter(features) if self._inbox.channel else None
-            return Verdict(sequence.sequence, position, plan, tuple(walked.committed), said)
+            return Verdict(sequence.sequence_id, position, plan, tuple(walked.committed), said)
         self._batch.end(sequence, self._clock())
-        return End(sequence.sequence)
+        return End(sequence.sequence_id)
 
     def _send(self, messages: Sequence[Message]) -> None:
         if self._inbox.channel and messages:

@@ -86,7 +86,7 @@ Seen = Began | Passed | Drafted
 def began(sequence: SequenceState) -> Began:
     handle = sequence.request.user_data
     return Began(
-        sequence.sequence,
+        sequence.sequence_id,
         handle.request.label,
         sequence.schedule.mode,
         len(sequence.request.prompt),
@@ -101,7 +101,7 @@ def passed(sequence: SequenceState, rows: PassRows, walked: PassWalk, times: Pas
     parents = [*range(-1, chain - 1), *(parent for parent, _ in rows.sides)]
     read = [Row(node.token, parent, node.logp, node.origin) for node, parent in zip(rows.nodes, parents, strict=True)]
     return Passed(
-        sequence.sequence,
+        sequence.sequence_id,
         len(sequence.passes) - 1,
         walked.position,
         times,
@@ -132,7 +132,7 @@ def _tokens(sequence: SequenceState, rows: PassRows, read: list[Row], walked: Pa
 
 
 def drafted(nodes: Nodes, at: float) -> Drafted:
-    return Drafted(nodes.sequence, at, nodes.spans, len(nodes.guesses))
+    return Drafted(nodes.sequence_id, at, nodes.spans, len(nodes.guesses))
 
 
 class Teller:

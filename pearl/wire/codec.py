@@ -237,7 +237,7 @@ _COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "row
 _LAYOUTS: dict[type, _Part] = {
     Start: _record(
         Start,
-        "sequence continues",
+        "sequence_id continues",
         timed=_FLAG,
         schedule=_Part(_write_schedule, _read_schedule),
         params=_Part(_write_params, _read_params),
@@ -247,30 +247,30 @@ _LAYOUTS: dict[type, _Part] = {
     ),
     Verdict: _record(
         Verdict,
-        "sequence position",
+        "sequence_id position",
         plan=_PLAN,
         tokens=_row("i"),
         features=_Part(_write_features, _read_features),
     ),
-    End: _record(End, "sequence"),
-    Costs: _record(Costs, "sequence", seconds=_row("f")),
+    End: _record(End, "sequence_id"),
+    Costs: _record(Costs, "sequence_id", seconds=_row("f")),
     Nodes: _record(
         Nodes,
-        "sequence root position",
+        "sequence_id root position",
         exhausted=_FLAG,
         guesses=_several(_GUESS),
         spans=_Part(_write_spans, _read_spans),
     ),
     DraftStats: _record(
         DraftStats,
-        "sequence",
+        "sequence_id",
         failed=_FLAG,
         busy_s=_DOUBLE,
         waiting_s=_DOUBLE,
         **dict.fromkeys((*_COUNTS, "memory"), _LONG),
     ),
-    Close: _record(Close, "sequence"),
-    Beat: _record(Beat, "sequence", sent=_DOUBLE, echoed=_DOUBLE, heard=_DOUBLE),
+    Close: _record(Close, "sequence_id"),
+    Beat: _record(Beat, "sequence_id", sent=_DOUBLE, echoed=_DOUBLE, heard=_DOUBLE),
 }
 _KINDS = {kind: number for number, kind in enumerate(_LAYOUTS)}
 _READS = [part.read for part in _LAYOUTS.values()]

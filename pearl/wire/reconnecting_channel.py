@@ -217,7 +217,7 @@ class ReconnectingChannel:
 
     def _take(self, link: Channel) -> None:
         while self._link is link and (message := link.receive()) is not None:
-            if wrong := fault(message, self._vocabulary, self._log.roots(message.sequence)):
+            if wrong := fault(message, self._vocabulary, self._log.roots(message.sequence_id)):
                 self._lose(f"it sent what no drafter says: {wrong}")
                 return
             if not self._log.heard(message):

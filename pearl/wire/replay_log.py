@@ -43,28 +43,28 @@ class ReplayLog:
     def said(self, message: Message) -> None:
         """Keeps what the target has said."""
         if isinstance(message, Start):
-            self._texts[message.sequence] = _Told(message)
+            self._texts[message.sequence_id] = _Told(message)
         elif isinstance(message, Verdict):
-            told = self._texts[message.sequence]
+            told = self._texts[message.sequence_id]
             told.last = message
             told.tokens += message.tokens
             if message.features is not None:
                 assert not isinstance(message.features, SentSeparately), "the target says features, not where they are"
                 told.features.append(message.features)
         elif isinstance(message, End):
-            self._texts.pop(message.sequence, None)
-            self._ended = {message.sequence, *sorted(self._ended)[-MAX_SEQUENCES:]}
+            self._texts.pop(message.sequence_id, None)
+            self._ended = {message.sequence_id, *sorted(self._ended)[-MAX_SEQUENCES:]}
 
     def heard(self, message: Message) -> bool:
         """Whether the drafter's message is of a text that somebody still wants to hear of."""
-        known = message.sequence in self._texts or message.sequence in self._ended
+        known = message.sequence_id in self._texts or message.sequence_id in self._ended
         if isinstance(message, DraftStats):
-            self._ended.discard(message.sequence)
+            self._ended.discard(message.sequence_id)
         return known
 
-    def roots(self, sequence: int) -> tuple[int, int] | None:
+    def roots(self, sequence_id: int) -> tuple[int, int] | None:
         """The positions that the root of a text under way has had: the first and the last."""
-        if told := self._texts.get(sequence):
+        if told := self._texts.get(sequence_id):
             first = len(told.start.prompt) - 1
             return first, first + len(told.tokens)
         return None
@@ -74,5 +74,5 @@ class ReplayLog:
         report."""
         for told in self._texts.values():
             yield list(told.again())
-        for sequence in sorted(self._ended):
-            yield [End(sequence)]
+        for sequence_id in sorted(self._ended):
+            yield [End(sequence_id)]

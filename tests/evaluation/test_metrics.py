@@ -66,7 +66,7 @@ def test_an_origin_is_told_by_what_was_compared_what_was_picked_and_what_was_rea
 
 def test_a_drafter_is_busy_all_the_time_at_most():
     """Its last forward may end after the text, which in a text of one pass is much."""
-    late = replace(text("sd", (1,), seconds=0.01), drafter=DraftStats(sequence=0, busy_s=5.0))
+    late = replace(text("sd", (1,), seconds=0.01), drafter=DraftStats(sequence_id=0, busy_s=5.0))
     assert summary(sd={SampleKey("a"): late})["sd"]["drafter_busy"] == 1.0
 
 

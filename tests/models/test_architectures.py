@@ -128,7 +128,7 @@ def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architect
     requests = [SequenceRequest(prompt, PARAMS, Stopper(PARAMS, (), str)) for prompt in texts]
     written: dict[int, list[int]] = {}
     for sequence, tokens in target.write(requests, Schedule.of("sd", 4), len(texts)):
-        written.setdefault(sequence.sequence, []).extend(tokens)
+        written.setdefault(sequence.sequence_id, []).extend(tokens)
     assert [tokens[:NEW] for _, tokens in sorted(written.items())] == alone(architecture, "float32")
 
 

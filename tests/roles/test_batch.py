@@ -73,8 +73,8 @@ def test_the_drafters_facts_are_those_of_each_text(case: Case):
         assert not channel.sent and not channel.peer.sent
         return
     for text in texts:
-        verdicts = [m for m in channel.sent if isinstance(m, Verdict) and m.sequence == text.sequence]
-        guesses = [m for m in channel.peer.sent if isinstance(m, Nodes) and m.sequence == text.sequence]
+        verdicts = [m for m in channel.sent if isinstance(m, Verdict) and m.sequence_id == text.sequence_id]
+        guesses = [m for m in channel.peer.sent if isinstance(m, Nodes) and m.sequence_id == text.sequence_id]
         assert text.draft_stats.verdicts == len(verdicts) == len(text.passes) - 1
         assert text.draft_stats.drafted == sum(len(m.guesses) for m in guesses)
         position = len(text.request.prompt) - 1
@@ -97,7 +97,7 @@ def test_a_run_that_its_reader_leaves_does_not_reach_the_next(case: Case, passes
         over = []
         for text, committed in target.write(requests(case), case.schedule, case.places):
             over += [] if committed else [text]
-        over.sort(key=lambda text: text.sequence)
+        over.sort(key=lambda text: text.sequence_id)
         written = [Text(text.stopper.tokens, text.stopper.text, text.stopper.finish) for text in over]
         assert written == case.alone
 
@@ -261,10 +261,10 @@ def test_a_finished_text_does_not_wait_for_a_drafter_that_is_busy():
     asked = [SequenceRequest((0, 1), one, Stopper(one, (), letters)) for one in params]
     written = {1: 0, 2: 0}
     for sequence, tokens in target.write(asked, Schedule.of("pearl"), 2):
-        written[sequence.sequence] += len(tokens)
+        written[sequence.sequence_id] += len(tokens)
         if not tokens:
             break
-    assert sequence.sequence == 1 and written[1] == 8 and written[2] < 150
+    assert sequence.sequence_id == 1 and written[1] == 8 and written[2] < 150
 
 
 def test_a_source_that_can_not_read_what_the_target_saw_costs_its_drafting_alone():

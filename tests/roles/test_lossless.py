@@ -213,7 +213,7 @@ def test_a_callable_that_raises_ends_its_text_alone(mode: str):
     asked = [replace(good, logits_processors=[fails]), good]
     requests = [SequenceRequest(case.prompt, params, Stopper(params, (), letters)) for params in asked]
     ended = [text for text, committed in target.write(requests, schedule, 2) if not committed]
-    broken, whole = sorted(ended, key=lambda text: text.sequence)
+    broken, whole = sorted(ended, key=lambda text: text.sequence_id)
     expected = alone(case.model, case.prompt, good, ()).tokens
     assert (broken.stopper.finish, str(broken.error)) == ("error", "this callable was made to fail")
     assert broken.stopper.tokens == expected[:7] and whole.stopper.tokens == expected

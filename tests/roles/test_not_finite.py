@@ -44,7 +44,7 @@ def written(
     channel = ScriptedChannel(source, scrambled(1) if together > 1 else EAGER) if source else None
     requests = [SequenceRequest(prompt, params, Stopper(params, (), str)) for prompt in PROMPTS]
     run = Target(reader, channel, ticks()).write(requests, schedule, together)
-    return sorted((text for text, tokens in run if not tokens), key=lambda text: text.sequence)
+    return sorted((text for text, tokens in run if not tokens), key=lambda text: text.sequence_id)
 
 
 @pytest.mark.parametrize("way", tiered(WAYS, lambda way: way == "greedy"))

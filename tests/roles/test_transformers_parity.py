@@ -55,7 +55,7 @@ def written(name: str, mode: str, params: SamplingParams) -> list[SequenceState]
     schedule = Schedule.of(mode, None, max_draft_tokens=4) if mode == "tree" else Schedule.of(mode, None)
     ended = [text for text, committed in target.write(requests, schedule, slots) if not committed]
     assert not any(text.draft_stats and text.draft_stats.failed for text in ended)
-    return sorted(ended, key=lambda text: text.sequence)
+    return sorted(ended, key=lambda text: text.sequence_id)
 
 
 @pytest.mark.parametrize("name", tiered(["llama", "qwen2", "gemma", "mistral"], lambda name: name == "qwen2"))

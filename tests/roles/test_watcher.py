@@ -39,7 +39,7 @@ class Notes:
         self.times: list[PassTimes] = []
 
     def began(self, sequence: SequenceState) -> None:
-        self.started.append(sequence.sequence)
+        self.started.append(sequence.sequence_id)
 
     def passed(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, times: PassTimes) -> None:
         self.tokens += walked.committed

@@ -77,14 +77,14 @@ def check(
     for text, committed in target.write(requests(case), case.schedule, case.places):
         assert text not in over, "nothing is said of a text after its end"
         if committed:
-            said.setdefault(text.sequence, []).extend(committed)
+            said.setdefault(text.sequence_id, []).extend(committed)
         else:
             over.append(text)
-    over.sort(key=lambda text: text.sequence)
+    over.sort(key=lambda text: text.sequence_id)
     assert len(over) == len(case.asked), "every text comes to its end"
     for text, wanted in zip(over, case.alone, strict=True):
         stopper = text.stopper
-        assert stopper.finish and said.get(text.sequence, []) == stopper.tokens
+        assert stopper.finish and said.get(text.sequence_id, []) == stopper.tokens
         assert Text(stopper.tokens, stopper.text, stopper.finish) == wanted, "the text is not the target's own"
         assert not any(one.offered for one in text.passes[:1]), "a prompt is read by the same rows in every mode"
     return target, over

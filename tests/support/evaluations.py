@@ -104,7 +104,7 @@ def text(mode: str, prompt: Sequence[int], seed: int = 0, seconds: float = 2.0) 
     """What the toy decoder of `mode` writes: the same words in every mode, in other passes."""
     words = random.Random(f"{list(prompt)} {seed}").choices(range(9), k=4)
     passes = tuple(replace(ONE, committed=n, seconds=seconds) for n in ((1, 1, 1, 1) if mode == "ar" else (1, 3)))
-    report = None if mode == "ar" else DraftStats(sequence=0, hits=2, verdicts=3, busy_s=0.1)
+    report = None if mode == "ar" else DraftStats(sequence_id=0, hits=2, verdicts=3, busy_s=0.1)
     return GenerationStats(
         mode, len(prompt), tuple(words), "".join(map(str, words)), "length", passes, report, 64, 10**6
     )

@@ -42,7 +42,9 @@ SECONDS = st.floats(0, 1e9)
 PROPOSALS = st.lists(st.tuples(NUMBERS, st.floats(0, 1, width=32)), max_size=SUPPORT).map(tuple)
 GUESSES = st.builds(Guess, NUMBERS, NUMBERS, NUMBERS, PROPOSALS, st.floats(-1e9, 0, width=32), st.sampled_from(ORIGINS))
 PLANS = st.builds(DraftPlan, NUMBERS, NUMBERS, NUMBERS)
-COUNTS = [field.name for field in fields(DraftStats) if field.name not in ("sequence", "busy_s", "waiting_s", "failed")]
+COUNTS = [
+    field.name for field in fields(DraftStats) if field.name not in ("sequence_id", "busy_s", "waiting_s", "failed")
+]
 TOKENS = st.lists(NUMBERS, max_size=40).map(tuple)
 SCHEDULES = st.builds(
     Schedule.of,

@@ -90,7 +90,7 @@ class GuardedSource:
             self.spans += began, ended
         for sequence in sequences:
             sequence.count(busy_s=(ended - began) / len(sequences))
-            at = {"sequence": sequence.start.sequence, "position": sequence.trie.root.position}
+            at = {"sequence": sequence.start.sequence_id, "position": sequence.trie.root.position}
             self._trace.span("draft", began, ended, rows=max(1, more["rows"]), **at)
 
     def _fail(self, sequences: Sequence[DraftedSequence]) -> None:

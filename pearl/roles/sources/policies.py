@@ -115,7 +115,7 @@ class ForwardPolicy:
     ) -> Sequence[SequenceState]:
         queries = [
             ForwardQuery(
-                one.sequence,
+                one.sequence_id,
                 expected(one, controller, self._deepest(one)),
                 0 if again else self._source.unread(one.batch_slot, one.trie.tokens),
             )
@@ -155,7 +155,7 @@ class ForwardPolicy:
         self.trial.passed(seconds)
 
     def end(self, sequence: SequenceState) -> None:
-        self.trial.ended(sequence.sequence)
+        self.trial.ended(sequence.sequence_id)
         for kept in (self._asked, self._grown, self._offered):
             kept.pop(sequence, None)
 
