@@ -53,9 +53,9 @@ class Guess:
 class DraftPlan:
     """What the target has decided for the drafter until its next word."""
 
-    block: int = 1  # the block length in force, see Schedule.guesses_to_wait_for
-    branches: int = 1  # leaves and guesses of its own that a forward may read at most
-    ahead: int = 32  # how deep below the root it may guess; 0: not at all
+    gamma: int = 1  # the block length in force, see Schedule.guesses_to_wait_for
+    draft_batch: int = 1  # leaves and guesses of its own that a forward may read at most
+    max_depth: int = 32  # how deep below the root it may guess; 0: not at all
 
 
 @dataclass(frozen=True)

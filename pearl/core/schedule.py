@@ -125,29 +125,29 @@ class Schedule:
         decoding takes the tree too."""
         return self.mode == "tree" or (alone and not (self.pre_verify or self.post_verify))
 
-    def guesses_to_wait_for(self, hit: bool, block: int) -> int:
+    def guesses_to_wait_for(self, hit: bool, gamma: int) -> int:
         """How many guesses below the root the target wants before it starts a pass.
 
-        `hit`: the last walk ended on a node of the trie. `block`: the block length in force (`gamma`, or what `auto`
-        came to). The wait also ends when the drafter says that no more will come.
+        `hit`: the last walk ended on a node of the trie. `gamma`: the block length in force (the schedule's,
+        or what `auto` came to). The wait also ends when the drafter says that no more will come.
         """
         if not self.drafts or (self.pre_verify and not hit):
             return 0  # pre-verify: after a miss the root is read at once, while its first guess is being drafted
         if self.gamma is None and self.post_verify:
             return 0 if self.pre_verify or hit else 1
-        return block
+        return gamma
 
-    def room(self, depth: int, block: int, drafted: int, ahead: int = MAX_AHEAD) -> int:
+    def room(self, depth: int, gamma: int, drafted: int, max_depth: int = MAX_AHEAD) -> int:
         """How many more guesses the drafter may add to its chain.
 
         `depth`: guesses below the root now; `drafted`: guesses made since the chain began, at the last miss or when it
         was used up. Post-verify drafts beyond what is being verified: the block under verification, its bonus
-        token, and the next block; where there is no block, up to `ahead`. Without it the drafter makes one block and
-        waits for the verdict.
+        token, and the next block; where there is no block, up to `max_depth`. Without it the drafter makes one block
+        and waits for the verdict.
         """
         if not self.post_verify:
-            return max(0, block - drafted)
-        return max(0, (self.max_draft_tokens or ahead if self.gamma is None else 2 * block + 1) - depth)
+            return max(0, gamma - drafted)
+        return max(0, (self.max_draft_tokens or max_depth if self.gamma is None else 2 * gamma + 1) - depth)
 
 
 def _number(setting: Option, value: int | str | None) -> int | None:

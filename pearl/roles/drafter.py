@@ -92,7 +92,7 @@ class Drafter:
         chains, trees = [], []
         proposals: Proposals = {}
         for sequence in self._live.values():
-            if sequence.stats.failed or not sequence.plan.ahead:
+            if sequence.stats.failed or not sequence.plan.max_depth:
                 proposals[sequence] = [], True
             elif self._source.grows_trees and sequence.start.schedule.grows_trees(self._source.makes_trees_alone):
                 trees.append(sequence)
@@ -119,7 +119,7 @@ class Drafter:
         queries: dict[DraftedSequence, ChainQuery] = {}
         for sequence in sequences:
             chain, plan = sequence.trie.chain(), sequence.plan
-            room = sequence.start.schedule.room(len(chain), plan.block, sequence.drafted, plan.ahead)
+            room = sequence.start.schedule.room(len(chain), plan.gamma, sequence.drafted, plan.max_depth)
             if room:
                 path = tuple(node.token for node in chain)
                 queries[sequence] = ChainQuery(
@@ -155,7 +155,7 @@ class Drafter:
             else:
                 take_all = schedule.draft_batch is not None
                 queries[sequence] = TreeQuery(
-                    sequence.batch_slot, trie, plan.branches, plan.ahead, take_all, sequence.processing
+                    sequence.batch_slot, trie, plan.draft_batch, plan.max_depth, take_all, sequence.processing
                 )
         found = self._guarded.ask(list(queries), lambda some: self._source.extend([queries[one] for one in some]))
         for sequence, grown in found.items():

@@ -51,7 +51,7 @@ class DrafterInbox:
 
         Where it asks for none, waiting for the first one may still pay: the controller says for how long.
         """
-        wanted = {one: schedule.guesses_to_wait_for(one.hit, controller.block) for one in sequences}
+        wanted = {one: schedule.guesses_to_wait_for(one.hit, controller.gamma) for one in sequences}
         there, began = {one: one.depth() for one in sequences}, self._clock()
         ready = self._ready(wanted)
         while patient and not ready:

@@ -230,7 +230,7 @@ _LISTS = {"stop_token_ids": _ROW, "suppress_tokens": _ROW, "bad_words_ids": _sev
 _SIZES = {"i": 4, "f": 4, "q": 8, "d": 8}  # bytes
 _LONG, _DOUBLE = _number("q"), _number("d")
 _FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))
-_PLAN = _record(DraftPlan, "block branches ahead")
+_PLAN = _record(DraftPlan, "gamma draft_batch max_depth")
 _GUESS = _Part(_write_guess, _read_guess)
 _COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "lookahead_rows", "lookahead_hits")
 

@@ -335,7 +335,7 @@ def run(controller: Controller, passes: int, tokens: float, seconds: float, forw
     and they `seconds`; a pass of the target alone commits one token and takes a second."""
     drafted, owed = [], 0.0
     for _ in range(passes):
-        assert (controller.plan.ahead == 0) == controller.paused
+        assert (controller.plan.max_depth == 0) == controller.paused
         drafted.append(not controller.paused)
         if controller.paused:
             controller.record_pass(1, 1, 1.0, 1.0)
@@ -450,16 +450,16 @@ def test_what_works_in_blocks_is_never_stopped(schedule: Schedule):
 
 def test_the_plan_carries_what_was_fixed_by_hand():
     controller = Controller(Schedule.of("tree", None, 3, None, 9), ANY)
-    assert (controller.plan.branches, controller.plan.ahead) == (3, 9)
+    assert (controller.plan.draft_batch, controller.plan.max_depth) == (3, 9)
     controller.record_draft_costs([1.0] * LEAVES)
-    assert controller.plan.branches == 3
+    assert controller.plan.draft_batch == 3
     for gamma in (1, 7):
-        assert Controller(Schedule.of("pearl", gamma), ANY).plan.block == gamma
+        assert Controller(Schedule.of("pearl", gamma), ANY).plan.gamma == gamma
 
 
 def test_a_plan_left_to_itself_goes_as_far_as_it_may():
-    assert Controller(TREE, ANY).plan.ahead == MAX_AHEAD
-    assert Controller(Schedule.of("pearl"), ANY).plan.block == 1
+    assert Controller(TREE, ANY).plan.max_depth == MAX_AHEAD
+    assert Controller(Schedule.of("pearl"), ANY).plan.gamma == 1
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_a_plan_left_to_itself_goes_as_far_as_it_may():
 def test_a_draft_has_as_many_rows_as_are_cheapest_each(costs: list[float], branches: int):
     controller = Controller(TREE, ANY)
     controller.record_draft_costs(costs)
-    assert controller.plan.branches == branches
+    assert controller.plan.draft_batch == branches
 
 
 @examples(60)
@@ -484,7 +484,7 @@ def test_a_block_left_to_itself_is_the_one_that_theory_expects_most_of(each: flo
     controller.record_drafting(4, 4 * each)
     for right in judged:
         controller.record_guess(0.0, right)
-    assert controller.plan.block == controller.block == best_gamma(controller.acceptance, 1.0 / each)
+    assert controller.plan.gamma == controller.gamma == best_gamma(controller.acceptance, 1.0 / each)
 
 
 def test_a_drafter_that_is_right_and_fast_gets_long_blocks_and_a_poor_one_short_ones():
@@ -494,7 +494,7 @@ def test_a_drafter_that_is_right_and_fast_gets_long_blocks_and_a_poor_one_short_
         poor.record_guess(0.0, False)
     good.record_drafting(1, 0.05)
     poor.record_drafting(1, 0.5)
-    assert good.block >= 10 and poor.block == 1
+    assert good.gamma >= 10 and poor.gamma == 1
 
 
 # waiting

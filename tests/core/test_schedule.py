@@ -36,7 +36,7 @@ def test_every_mode_has_the_switches_of_its_row(mode: str):
 def test_a_block_without_guesses_is_the_target_alone(mode: str):
     schedule = Schedule.of(mode, 0)
     assert not schedule.drafts and schedule.gamma == 0
-    assert schedule.guesses_to_wait_for(hit=True, block=0) == schedule.guesses_to_wait_for(hit=False, block=0) == 0
+    assert schedule.guesses_to_wait_for(hit=True, gamma=0) == schedule.guesses_to_wait_for(hit=False, gamma=0) == 0
 
 
 @pytest.mark.parametrize("mode", ["ar", "ar-all"])
@@ -124,7 +124,7 @@ def test_auto_with_post_verify_takes_what_is_there():
 def test_without_post_verify_the_drafter_makes_one_block_and_waits(block: int, drafted: int):
     for mode in ("sd", "pearl-no-post"):
         for gamma in (block, "auto"):
-            assert Schedule.of(mode, gamma).room(depth=0, block=block, drafted=drafted) == max(0, block - drafted)
+            assert Schedule.of(mode, gamma).room(depth=0, gamma=block, drafted=drafted) == max(0, block - drafted)
 
 
 @given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 100), st.one_of(st.none(), st.integers(1, 50)))

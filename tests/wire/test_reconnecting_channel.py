@@ -259,14 +259,14 @@ def test_features_are_told_again_in_their_order():
     start = Start(7, Schedule.of("pearl"), SamplingParams(seed=0), (1, 2), DraftPlan())
     channel.send(start)
     for place, one in enumerate(features):
-        channel.send(Verdict(7, 2 + place, DraftPlan(ahead=place), (place,), one))
+        channel.send(Verdict(7, 2 + place, DraftPlan(max_depth=place), (place,), one))
     fate.made[0].gone = True
     replaced(channel)
-    channel.send(Verdict(7, 5, DraftPlan(ahead=9), (3,)))
+    channel.send(Verdict(7, 5, DraftPlan(max_depth=9), (3,)))
     again = fate.made[1].sent
-    assert again[:2] == [start, Verdict(7, 4, DraftPlan(ahead=2), (0, 1, 2))]
+    assert again[:2] == [start, Verdict(7, 4, DraftPlan(max_depth=2), (0, 1, 2))]
     assert np.array_equal(again[1].features, np.concatenate(features))
-    assert again[2] == Verdict(7, 5, DraftPlan(ahead=9), (3,))
+    assert again[2] == Verdict(7, 5, DraftPlan(max_depth=9), (3,))
 
 
 def test_names_of_two_drafters_are_never_the_same():

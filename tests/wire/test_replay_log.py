@@ -19,8 +19,8 @@ def test_a_text_under_way_is_told_as_one_that_begins_late():
     log = ReplayLog()
     log.said(start(1))
     log.said(Verdict(1, 2, DraftPlan(), (7,)))
-    log.said(Verdict(1, 4, DraftPlan(ahead=3), (8, 9)))
-    assert list(log.again()) == [[start(1), Verdict(1, 4, DraftPlan(ahead=3), (7, 8, 9))]]
+    log.said(Verdict(1, 4, DraftPlan(max_depth=3), (8, 9)))
+    assert list(log.again()) == [[start(1), Verdict(1, 4, DraftPlan(max_depth=3), (7, 8, 9))]]
     assert log.roots(1) == (1, 4)
 
 

@@ -121,12 +121,12 @@ class Controller:
     def plan(self) -> DraftPlan:
         """What the drafter is told."""
         schedule = self._schedule
-        ahead = 0 if self.paused else schedule.max_draft_tokens or self._ahead()
-        return DraftPlan(self.block, schedule.draft_batch or self._draft_batch(), ahead)
+        max_depth = 0 if self.paused else schedule.max_draft_tokens or self._max_depth()
+        return DraftPlan(self.gamma, schedule.draft_batch or self._draft_batch(), max_depth)
 
     @property
-    def block(self) -> int:
-        """The block length in force: gamma, or the best one by theory where `auto` works in blocks."""
+    def gamma(self) -> int:
+        """The block length in force: the schedule's, or the best one by theory where `auto` works in blocks."""
         if self._schedule.gamma is not None:
             return self._schedule.gamma
         if self._schedule.post_verify:
@@ -213,7 +213,7 @@ class Controller:
             reached[place] = reached[node.parent] * self.chance(node.node, node.depth)
         return reached
 
-    def _ahead(self) -> int:
+    def _max_depth(self) -> int:
         """How deep guesses go. A drafter that serves several sequences does for the others what it does not do for one:
         twice what a pass can read of each is enough."""
         if self._sequences == 1:
