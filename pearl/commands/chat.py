@@ -160,8 +160,8 @@ class Talk:
                     self.answer = said
                 else:
                     tokens += said
-                    assert request.text, "a text under way"
-                    yield said, request.text.passes[number].origins
+                    assert request.sequence, "a text under way"
+                    yield said, request.sequence.passes[number].origins
         finally:  # also where the reader has heard enough
             if tokens:
                 self._last = request

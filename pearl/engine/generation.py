@@ -78,7 +78,7 @@ class GenerationRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     after: GenerationRequest | None = None
     label: str = ""
-    text: SequenceState | None = field(default=None, repr=False)  # what became of it
+    sequence: SequenceState | None = field(default=None, repr=False)  # what became of it
 
 
 Written = tuple[GenerationRequest, list[int] | Generation]  # the tokens of a pass; at last the whole text

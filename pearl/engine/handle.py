@@ -53,7 +53,7 @@ class GenerationHandle(Future[Generation]):
     @property
     def lives(self) -> bool:
         """It holds a place, or waits for one: a text that is over gives it back before its record is whole."""
-        return not (self.request.text and self.request.text.stopper.finish)
+        return not (self.request.sequence and self.request.sequence.stopper.finish)
 
     # As its reader sees it
 

@@ -199,7 +199,7 @@ class Worker:
             now = _bytes(target.channel)
             for one in self._under_way:
                 self._under_way[one] += (now - before) / len(self._under_way)
-            before, handle.request.text = now, text
+            before, handle.request.sequence = now, text
             if committed:
                 handle.say(committed)
             else:
@@ -234,7 +234,7 @@ class Worker:
         self._under_way[handle] = 0.0
         request = handle.request
         after, request.after = request.after, None  # once it is known what may be kept, a talk keeps only its last turn
-        return self._asked(handle, after.text if after else None)
+        return self._asked(handle, after.sequence if after else None)
 
     def _asked(self, handle: GenerationHandle, after: SequenceState | None) -> SequenceRequest:
         stopper = Stopper(handle.params, self._runtime.eos, self._decoder)

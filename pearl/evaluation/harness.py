@@ -272,10 +272,10 @@ def _side_by_side(
             yield SampleKey(*talk.unit, len(answers)), request.prompt, news.stats  # type: ignore[misc]
             continue
         line.said(request, talk.unit.task, news)
-        assert request.text is not None
-        if request.text.stopper.finish and len(answers) + 1 < talk.task.turns and request not in followed:
+        assert request.sequence is not None
+        if request.sequence.stopper.finish and len(answers) + 1 < talk.task.turns and request not in followed:
             followed.add(request)
-            answers = [*answers, request.text.stopper.text]
+            answers = [*answers, request.sequence.stopper.text]
             try:
                 queue.appendleft(talk.request(answers, after=request))
                 under_way[queue[0]] = talk, answers

@@ -35,13 +35,13 @@ class Text:
     @property
     def latest(self) -> Pass | None:
         """The pass that was said last."""
-        state = self.handle.request.text
+        state = self.handle.request.sequence
         return state.passes[self.heard - 1] if state and 0 < self.heard <= len(state.passes) else None
 
     @property
     def placed(self) -> float | None:
         """When it was given a place."""
-        state = self.handle.request.text
+        state = self.handle.request.sequence
         return state.placed if state else None
 
     def note(self, said: Said, now: float) -> None:

@@ -137,7 +137,7 @@ class Answer(ABC):
 
     def logprobs_of(self, text: Text, first: int, tokens: Sequence[int]) -> Sequence[Logprobs]:
         """Of the tokens from number `first` on."""
-        state = text.handle.request.text
+        state = text.handle.request.sequence
         assert state, "a text that was begun"
         return state.logprobs[first : first + len(tokens)]
 

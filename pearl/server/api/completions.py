@@ -91,7 +91,7 @@ class CompletionAnswer(Answer):
             self._offsets[text] = Offset(self.names, self.request.skip_special_tokens is not False, begins=prompt)
         found: list[Logprobs | None] = list(self.logprobs_of(text, first, tokens))
         if prompt:
-            state = text.handle.request.text
+            state = text.handle.request.sequence
             tokens = [*self.prompt(text), *tokens]
             found = [*((state and state.prompt_logprobs) or ()), *found]
         return completion_logprobs(tokens, found, self.names, self._as_ids, self._offsets[text])
