@@ -268,12 +268,12 @@ class Engine:
         return self._write(requests, self._requests.run_key(mode, gamma, batch_size))
 
     def _write(self, requests: Iterable[GenerationRequest | None], run: RunKey) -> Iterator[Written]:
-        queue, more, places = iter(requests), True, run[1]
+        queue, more = iter(requests), True
         news: News = SimpleQueue()
         live: set[GenerationHandle] = set()
         try:
             while more or live:
-                while more and (isinstance(requests, list | tuple) or sum(one.lives for one in live) < places):
+                while more and (isinstance(requests, list | tuple) or sum(one.lives for one in live) < run.batch_size):
                     request: Any = next(queue, _NO_MORE)
                     more = request is not _NO_MORE
                     if request is None or not more:
@@ -320,7 +320,7 @@ class Engine:
         for the texts under way. A conversation that goes on later may have to read its text again."""
 
         def gap() -> float:
-            slot = self.model.batch_slots - 1
+            slot = self.model.max_sequences - 1
             self.model.forget(text, slot)
             best, second = self.model.read(text, 1, batch_slot=slot)[0].float().topk(2).values.tolist()
             return best - second

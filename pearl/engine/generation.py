@@ -84,8 +84,8 @@ class GenerationRequest:
 Written = tuple[GenerationRequest, list[int] | Generation]  # the tokens of a pass; at last the whole text
 
 
-def written(text: SequenceState, places: int, sent: int) -> Generation:
-    """A text that is over. `places`: texts that could be under way; `sent`: its share of the bytes on the wire."""
+def written(text: SequenceState, batch_size: int, sent: int) -> Generation:
+    """A text that is over. `batch_size`: texts that could be under way; `sent`: its share of the bytes on the wire."""
     stopper, drafter = text.stopper, text.draft_stats
     stats = records.GenerationStats(
         mode=text.schedule.mode,
@@ -98,7 +98,7 @@ def written(text: SequenceState, places: int, sent: int) -> Generation:
         bytes_on_wire=sent,
         peak_memory=memory.peak() + (drafter.memory if drafter else 0),
         cached_tokens=text.cached,
-        places=places,
+        places=batch_size,
         began_s=text.placed,
         ended_s=text.ended,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import TextStream
@@ -16,7 +16,13 @@ from pearl.engine.generation import Generation, GenerationRequest
 from pearl.errors import PearlError
 
 Said = list[int] | Generation | BaseException  # the tokens of a pass; at last the whole text, or why there is none
-RunKey = tuple[Schedule, int]  # texts of the same schedule and number of places may share passes
+
+
+class RunKey(NamedTuple):
+    """What texts have in common that may share passes."""
+
+    schedule: Schedule
+    batch_size: int
 
 
 class Sink(Protocol):

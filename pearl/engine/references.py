@@ -22,7 +22,7 @@ class References:
         self._texts: dict[Hashable, tuple[int, ...]] = {}
 
     def missing(self, handle: GenerationHandle) -> bool:
-        return self._wanted and handle.run[0].drafts and _key(handle.prompt, handle.params) not in self._texts
+        return self._wanted and handle.run.schedule.drafts and _key(handle.prompt, handle.params) not in self._texts
 
     def learn(self, handle: GenerationHandle, tokens: Sequence[int]) -> None:
         """The target alone has written them."""

@@ -102,13 +102,13 @@ class RequestBuilder:
             params = own.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
             params.check_vocabulary(self._runtime.checked.vocabulary)
             handle.params = params.with_seed()
-            if params.rejection and run[0].drafts and self._runtime.config.synthetic:
+            if params.rejection and run.schedule.drafts and self._runtime.config.synthetic:
                 raise UsageError("A synthetic draft knows the text of a seed: leave sampling=rejection out.")
             handle.prompt = self.prompts.encode(request.prompt, **(template or {}))
             self._runtime.checked.check_prompt(handle.prompt, params.max_new_tokens)
         except UsageError as error:
             handle.refused = error
-            handle.finish(unwritten(run[0].mode, 0, error))
+            handle.finish(unwritten(run.schedule.mode, 0, error))
         return handle
 
     def prediction(self, tokens: Sequence[int]) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ class RequestBuilder:
         self, mode: str | Schedule | None = None, gamma: int | str | None = None, batch_size: int | None = None
     ) -> RunKey:
         """Raises `UsageError` for what this engine has no processes, no drafter or no places for."""
-        made_for, slots = self._runtime.schedule, self._runtime.model.batch_slots
+        made_for, max_sequences = self._runtime.schedule, self._runtime.model.max_sequences
         schedule = as_schedule(mode or made_for, gamma, made_for)
         self._runtime.config.check_mode(schedule.mode)
         if schedule.drafts and not self._runtime.target.channel:
@@ -131,13 +131,14 @@ class RequestBuilder:
             )
         if self._runtime.processes == 1:
             refuse_alone(schedule)
-        places = slots if batch_size is None else batch_size
-        if not (type(places) is int and 1 <= places <= slots):
+        if batch_size is None:
+            batch_size = max_sequences
+        if not (type(batch_size) is int and 1 <= batch_size <= max_sequences):
             raise UsageError(
-                f"batch_size must be from 1 to the {slots} texts that this engine has places for, not "
+                f"batch_size must be from 1 to the {max_sequences} texts that this engine has places for, not "
                 f"{batch_size!r}: make one with more max_sequences."
             )
-        return schedule, places
+        return RunKey(schedule, batch_size)
 
     def has(self, mode: str) -> bool:
         try:

@@ -1,6 +1,6 @@
 """The engine's thread: it takes requests from all others, and writes their texts in runs of one schedule.
 
-First come, first served. Texts of one schedule and number of places share the passes of a run, which they join and
+First come, first served. Texts of one schedule and batch size share the passes of a run, which they join and
 leave between two passes. A text of another schedule, or a piece of work that needs the models for itself, waits for
 the end of the run; whoever comes after it waits too, so that nobody is kept waiting for ever. Without work the thread
 sleeps.
@@ -124,7 +124,7 @@ class Worker:
                         first.run()
                     elif first and not self._closed:
                         if self._references.missing(first):
-                            self._write_references(first.run[1])
+                            self._write_references(first.run.batch_size)
                         else:
                             self._run(first.run)
                     del first  # a thread that sleeps keeps nobody's text
@@ -159,15 +159,15 @@ class Worker:
         """Those that wait; `Target` drops those that are under way."""
         for work in [one for one in self._waiting if isinstance(one, GenerationHandle) and not one.wanted]:
             self._waiting.remove(work)
-            work.finish(unwritten(work.run[0].mode, len(work.prompt)))
+            work.finish(unwritten(work.run.schedule.mode, len(work.prompt)))
 
-    def _write_references(self, places: int) -> None:
+    def _write_references(self, batch_size: int) -> None:
         """What the target alone writes of all that wait, if their drafter has to know it."""
         missing = [one for one in self._waiting if isinstance(one, GenerationHandle) and self._references.missing(one)]
         alone = Schedule.of("ar")
         requests = [self._asked(one, None) for one in missing]
         try:
-            with self._runtime.target_for(alone) as target, closing(target.write(requests, alone, places)) as run:
+            with self._runtime.target_for(alone) as target, closing(target.write(requests, alone, batch_size)) as run:
                 for text, committed in run:
                     if not committed and text.stopper.finish:
                         self._references.learn(text.request.user_data, text.stopper.tokens)
@@ -178,20 +178,20 @@ class Worker:
 
     def _run(self, key: RunKey) -> None:
         """Writes texts until none of this schedule is under way, or somebody else's turn has come."""
-        schedule, places = key
+        schedule, batch_size = key
         try:
             with (
                 self._runtime.target_for(schedule) as target,
-                closing(target.write(self._requests(key, target), schedule, places)) as run,
+                closing(target.write(self._requests(key, target), schedule, batch_size)) as run,
             ):
-                self._write(target, run, places)
+                self._write(target, run, batch_size)
         except Exception as error:  # whatever it is, the engine goes on with the next run
             for handle in self._under_way:
                 handle.fail(error)
             self._under_way.clear()
         memory.reset_peak()  # that of the next run; not when it begins, for somebody waits for its first token then
 
-    def _write(self, target: Target, run: Iterator[Any], places: int) -> None:
+    def _write(self, target: Target, run: Iterator[Any], batch_size: int) -> None:
         before = _bytes(target.channel)
         for text, committed in run:
             self._runtime.check()
@@ -203,19 +203,19 @@ class Worker:
             if committed:
                 handle.say(committed)
             else:
-                self._end(handle, text, places)
+                self._end(handle, text, batch_size)
             self._take(wait=False)
             if self._closed:
                 return
 
-    def _end(self, handle: GenerationHandle, text: SequenceState, places: int) -> None:
+    def _end(self, handle: GenerationHandle, text: SequenceState, batch_size: int) -> None:
         sent = self._under_way.pop(handle)
-        if not handle.run[0].drafts and text.stopper.finish:
+        if not handle.run.schedule.drafts and text.stopper.finish:
             self._references.learn(handle, text.stopper.tokens)
         if text.error:
-            handle.fail(text.error, replace(written(text, places, round(sent)), error=text.error))
+            handle.fail(text.error, replace(written(text, batch_size, round(sent)), error=text.error))
         else:
-            handle.finish(written(text, places, round(sent)))
+            handle.finish(written(text, batch_size, round(sent)))
 
     def _requests(self, key: RunKey, target: Target) -> Iterator[SequenceRequest | None]:
         """Those whose turn has come. None: nobody waits, but texts are under way."""
