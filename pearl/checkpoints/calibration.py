@@ -118,15 +118,20 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
                 f"In a text of more than {border} tokens {checked.target.name} changes what its first ones say (its "
                 f"rotary embedding looks at the whole text): give a max_length of at most {border}."
             )
-    if reader.batch_slots > 1:
+    if reader.max_sequences > 1:
         reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
-        key |= {"what": "batches", "texts": reader.batch_slots, "static": static_shapes, "graphs": capture is not None}
+        key |= {
+            "what": "batches",
+            "texts": reader.max_sequences,
+            "static": static_shapes,
+            "graphs": capture is not None,
+        }
         found = measured_once(key, measure_batches)
         reader.batched_buckets = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
         if isinstance(reader, VerifierModel):
             reader.share_static_shapes(capture if found.get("captured") else None)
             reader.checks += tuple(Check(**check) for check in found.get("checks", ()))
-    for batch_slot in range(reader.batch_slots):
+    for batch_slot in range(reader.max_sequences):
         reader.forget(batch_slot=batch_slot)
 
 
@@ -146,10 +151,10 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
         reader.enable_static_shapes(DRAFT_COUNTS, capture if captured["captured"] else None)
     found = measured_once(key, lambda: {"seconds": profile_leaves(reader, reader.vocabulary)})["seconds"]
     several: Found = {"several": (0.0, 0.0)}
-    if reader.batch_slots > 1:
-        key |= {"what": "several", "texts": reader.batch_slots}
+    if reader.max_sequences > 1:
+        key |= {"what": "several", "texts": reader.max_sequences}
         several = measured_once(key, lambda: {"several": profile_batches(reader, reader.vocabulary, found[0])})
-    for batch_slot in range(reader.batch_slots):
+    for batch_slot in range(reader.max_sequences):
         reader.forget(batch_slot=batch_slot)
     first, further = several["several"]
     return DraftCosts(tuple(found), (first, further))

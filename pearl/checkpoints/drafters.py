@@ -62,7 +62,7 @@ def _feature_source(checked: Preflight) -> DraftSource:
 
 
 def _head_source(checked: Preflight) -> DraftSource:
-    reader = HeadReader(load_feature_drafter(checked), checked.max_length + AHEAD, checked.texts)
+    reader = HeadReader(load_feature_drafter(checked), checked.max_length + AHEAD, checked.max_sequences)
     return _by_shapes(HeadSource(reader), checked)
 
 
@@ -101,7 +101,7 @@ def load_draft(checked: Preflight, ahead: int) -> tuple[DraftModel, DraftCosts]:
     coarse = not placed.on_cpu
     vocabulary = min(checked.vocabulary, model.config.get_text_config().vocab_size)
     read_unknown_tokens(model.get_input_embeddings(), checked.vocabulary)
-    reader = DraftModel(model, vocabulary, longest, head, checked.texts, coarse)
+    reader = DraftModel(model, vocabulary, longest, head, checked.max_sequences, coarse)
     costs = calibrate_draft(reader, checked, kernel, len(head) if head else 0)
     if mb := prefix_cache_mb(checked.config, placed):
         reader.keep_prefixes(mb)

@@ -73,8 +73,9 @@ def place(config: EngineConfig, ranks: int, gpu: int) -> dict[str, Placement]:
     return placed
 
 
-def check_memory(loads: Sequence[Load], texts: int = 1) -> None:
-    """Raises `UsageError` where the devices don't have what is known to be needed. `texts`: side by side."""
+def check_memory(loads: Sequence[Load], max_sequences: int = 1) -> None:
+    """Raises `UsageError` where the devices don't have what is known to be needed. `max_sequences`: texts side
+    by side."""
     needs: dict[Placement, float] = {}
     for load in loads:
         needs[load.placed] = needs.get(load.placed, 0.0) + load.gb()
@@ -90,7 +91,11 @@ def check_memory(loads: Sequence[Load], texts: int = 1) -> None:
             raise UsageError(
                 f"The models need about {need:.1f} GB {where}, where {free:.1f} GB are free: choose smaller models, "
                 "--load-in 4bit, a shorter max_length, or other devices."
-                + (f" {texts} texts side by side are part of it: fewer will do, too." if texts > 1 else "")
+                + (
+                    f" {max_sequences} texts side by side are part of it: fewer will do, too."
+                    if max_sequences > 1
+                    else ""
+                )
             )
 
 

@@ -43,7 +43,7 @@ class Preflight:
     max_length: int
     target_on: Placement
     draft_on: Placement
-    texts: int = 1  # side by side
+    max_sequences: int = 1  # side by side
     rope_border: int | None = None  # see `architecture.rope_border`
     drafting: DraftDescription | None = None  # what the draft checkpoint is; None: nothing is loaded to draft
     beside: DraftDescription | None = None  # the same of one that drafts in the target's process
@@ -156,18 +156,29 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     elif files:
         numbers["draft"], kinds["draft"] = _numbers(files, placed["draft"])
         sizes["draft"] = 0.0
-    texts = _texts(config, sizes["target"], max_length)
-    caches = {role: texts * size for role, size in sizes.items()}
+    max_sequences = _max_sequences(config, sizes["target"], max_length)
+    caches = {role: max_sequences * size for role, size in sizes.items()}
     caches["target"] *= here
     beside = _beside(config, TargetFacts.of(config.target, target_config)) if "target" in roles else None
     held = [role for role in kinds if role in roles]
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
     if beside:
         loads.append(Load(placed["target"], *_numbers(beside.files, placed["target"])))
-    check_memory(loads, texts)
-    border = rope_border(target_config)
-    on = placed["target"], placed["draft"]
-    return Preflight(config, target, draft, tokenizer, vocabulary, max_length, *on, texts, border, drafting, beside)
+    check_memory(loads, max_sequences)
+    return Preflight(
+        config,
+        target,
+        draft,
+        tokenizer,
+        vocabulary,
+        max_length,
+        target_on=placed["target"],
+        draft_on=placed["draft"],
+        max_sequences=max_sequences,
+        rope_border=rope_border(target_config),
+        drafting=drafting,
+        beside=beside,
+    )
 
 
 def _check_use(config: EngineConfig, drafting: DraftDescription) -> None:
@@ -215,7 +226,7 @@ def _known(name: str) -> float | None:
     return None if model_path(name).exists() else known_numbers(name)
 
 
-def _texts(config: EngineConfig, each_gb: float, max_length: int) -> int:
+def _max_sequences(config: EngineConfig, each_gb: float, max_length: int) -> int:
     """How many texts may be side by side: as many as asked for, or as the budget for their keys and values holds."""
     if not config.cache_gb:
         return config.max_sequences

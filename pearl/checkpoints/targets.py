@@ -38,7 +38,7 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
         checked.vocabulary,
         max(checked.max_length, LEAST_CONTEXT),
         hooks=HiddenStateHooks(model, checked.features) if checked.features else None,
-        batch_slots=checked.texts,
+        max_sequences=checked.max_sequences,
         coarse=not (checked.target_on.on_cpu or others),
     )
     if others:
@@ -69,7 +69,9 @@ def load_shard(checked: Preflight) -> VerifierModel:
     """What a rank other than the first has of the target."""
     model = _load(checked)
     prepare(model, "stock", checked.target_on)
-    return VerifierModel(model, checked.vocabulary, max(checked.max_length, LEAST_CONTEXT), batch_slots=checked.texts)
+    return VerifierModel(
+        model, checked.vocabulary, max(checked.max_length, LEAST_CONTEXT), max_sequences=checked.max_sequences
+    )
 
 
 def load_plain(checked: Preflight, device: str) -> Any:

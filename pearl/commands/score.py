@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         checked = preflight(config)
         texts = load(found.texts, checked.tokenizer.encode, checked.max_length, checked.vocabulary)
         if found.overlap and target is None:
-            target = load_target(replace(checked, texts=found.batch_size))
+            target = load_target(replace(checked, max_sequences=found.batch_size))
         if config.draft == SUFFIX:
             scored = score_source(SuffixSource(), texts)
         else:
             if config.draft != config.draft_checkpoint or not checked.drafting or checked.drafting.kind != CAUSAL_LM:
                 raise UsageError(f"{draft} is no language model by itself: look at a head with pearl diagnose.")
             model, _ = load_draft(checked, ahead=0)
-            scored = [one for some in batches(texts, checked.texts) for one in score_model(model, some, target)]
+            scored = [one for some in batches(texts, checked.max_sequences) for one in score_model(model, some, target)]
         scores[draft] = figures(scored)
         print(line(draft, scores[draft]))
     if found.output:

@@ -21,7 +21,7 @@ class LeafReader(Protocol):
         """Of a sequence, in tokens."""
 
     @property
-    def batch_slots(self) -> int:
+    def max_sequences(self) -> int:
         """How many sequences it can hold side by side."""
 
     def read(self, tokens: Sequence[int], keep: int) -> Tensor:

@@ -216,7 +216,7 @@ def profile_batches(reader: LeafReader, vocabulary: int, alone_s: float) -> tupl
 
     `alone_s`: of one row of one sequence.
     """
-    slots = min(reader.batch_slots, LEAVES)
+    slots = min(reader.max_sequences, LEAVES)
     assert slots > 1, "several sequences"
     tokens = [token % vocabulary for token in range(11, 11 + _TIMED)]
     found = []

@@ -138,7 +138,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         from pearl.evaluation.baselines import Baselines
 
         modes |= Baselines(engine, checked).decoders(config.baselines)
-    size = min(found.batch_size, engine.model.batch_slots)
+    size = min(found.batch_size, engine.model.max_sequences)
     return harness.Plan(
         tuple(tasks),
         {mode: modes[mode] for mode in found.mode},

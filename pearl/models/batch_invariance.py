@@ -223,7 +223,7 @@ def find_invariant_batches(
     All read the same tokens, so each row can be compared with one that a text has read alone. `reader` is a
     `model.LanguageModel`, its `rows` known.
     """
-    if not reader.verifies_trees or reader.batch_slots < 2:
+    if not reader.verifies_trees or reader.max_sequences < 2:
         return None
     prefix = min(_LONG_PREFIX, reader.max_length - reader.buckets.most)
     generator = torch.Generator().manual_seed(3)
@@ -231,14 +231,14 @@ def find_invariant_batches(
     reader.read(text[:prefix], 1)
     reader.trial.copy_first(prefix)
     alone = reader.read(text, reader.buckets.most)
-    counts = joint_candidates(reader.buckets, reader.batch_slots)
+    counts = joint_candidates(reader.buckets, reader.max_sequences)
     counts = [count for count in counts if all(one.holds(count, reader.buckets.most) for one in products)]
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     started, rounds = time.perf_counter(), 0
     while rounds < 2 or (rounds < _ROUNDS and time.perf_counter() - started < _LONG_TIMING_S):
         for count in list(counts):
-            share, more = divmod(count, reader.batch_slots)
-            lengths = [share + (one < more) for one in range(reader.batch_slots)]
+            share, more = divmod(count, reader.max_sequences)
+            lengths = [share + (one < more) for one in range(reader.max_sequences)]
             taken, logits = timed(functools.partial(reader.trial.read, text[prefix:], prefix, lengths, count))
             seconds[count].append(taken)
             if not all(torch.equal(rows, alone[: len(rows)]) for rows in logits):

@@ -47,10 +47,10 @@ class DraftModel(LanguageModel):
         vocabulary: int,
         max_length: int,
         head: ReducedVocabHead | None = None,
-        batch_slots: int = 1,
+        max_sequences: int = 1,
         coarse: bool = False,
     ):
-        super().__init__(model, vocabulary, max_length, batch_slots, coarse, head=head)
+        super().__init__(model, vocabulary, max_length, max_sequences, coarse, head=head)
 
     @property
     def draftable(self) -> set[int] | None:

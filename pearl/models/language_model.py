@@ -103,23 +103,23 @@ class LanguageModel:
         model: PreTrainedModel,
         vocabulary: int,
         max_length: int,
-        batch_slots: int = 1,
+        max_sequences: int = 1,
         coarse: bool = False,
         hooks: HiddenStateHooks | None = None,
         head: ReducedVocabHead | None = None,
     ):
-        """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a sequence, in tokens. `batch_slots`:
-        how many sequences there may be side by side. `coarse`: see `KVBuffers`. `hooks`: on layers whose hidden
+        """`vocabulary`: the logits are cut to this many tokens. `max_length`: of a sequence, in tokens.
+        `max_sequences`: how many there may be side by side. `coarse`: see `KVBuffers`. `hooks`: on layers whose hidden
         states are kept. `head`: the model's, if it is cut to a draft vocabulary."""
         self.model, self.vocabulary, self.max_length = model, vocabulary, max_length
         self.static: StaticShapeRunner | None = None  # forwards of one text
         self.shared: SharedShapeRunner | None = None  # and those that several share
         self.prefix_cache: PrefixCache | None = None  # over texts
-        self.buffers = KVBuffers(max_length + TREE_SLOTS, batch_slots, coarse)
+        self.buffers = KVBuffers(max_length + TREE_SLOTS, max_sequences, coarse)
         self._hooks, self._head = hooks, head
         self._attention = attention_of(model)
-        self.batch_slots = batch_slots
-        self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(batch_slots)]
+        self.max_sequences = max_sequences
+        self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(max_sequences)]
 
     def enable_static_shapes(
         self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, backend: str = "packed"
@@ -135,7 +135,7 @@ class LanguageModel:
     def share_static_shapes(self, capture: Capture | None) -> None:
         """The same of forwards that several sequences share alone."""
         self.shared = None
-        if self.static and self.batch_slots > 1 and self.shares_forwards:
+        if self.static and self.max_sequences > 1 and self.shares_forwards:
             more = self._hooks, self._head, self.windows
             self.shared = SharedShapeRunner(self.model, self.buffers, capture, self.static.backend, *more)
 

@@ -226,7 +226,7 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
         found.append(reader.read(text, count))
         if isinstance(reader, DraftModel):
             found.append(reader.read_leaves(text, [(1,), (2, 3)]))
-            if reader.batch_slots > 1:
+            if reader.max_sequences > 1:
                 both = [LeavesQuery(slot, text[slot:], [(1,), (2, 3)]) for slot in range(2)]
                 found += reader.read_leaves_together(both)
                 reader.forget(batch_slot=1)
@@ -242,7 +242,7 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
 
 def _probed_together(reader: VerifierModel, plan: BatchedTokenBuckets, seed: int) -> list[Tensor]:
     """Logits of passes that all texts share, each another one, of each row count; chains, and trees."""
-    generator, found, texts = torch.Generator().manual_seed(seed), [], reader.batch_slots
+    generator, found, texts = torch.Generator().manual_seed(seed), [], reader.max_sequences
     lines = torch.randint(reader.vocabulary, (texts, _PREFIX + LIMIT), generator=generator).tolist()
     for slot, line in enumerate(lines):
         reader.forget(batch_slot=slot)
@@ -270,8 +270,8 @@ def _timed_together(reader: VerifierModel, plan: BatchedTokenBuckets) -> tuple[f
     reader.trial.copy_first(_PREFIX)
     found = []
     for count in plan.counts:
-        share, more = divmod(count, reader.batch_slots)
-        lengths = [share + (one < more) for one in range(reader.batch_slots)]
+        share, more = divmod(count, reader.max_sequences)
+        lengths = [share + (one < more) for one in range(reader.max_sequences)]
         read = functools.partial(reader.trial.read, text[_PREFIX:], _PREFIX, lengths, count)
         read()
         found.append(best_of(_REPEATS, read))

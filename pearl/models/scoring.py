@@ -16,7 +16,7 @@ def read_whole(model: LanguageModel, texts: Sequence[Sequence[int]]) -> list[Ten
 
     What the model knew of its sequences is forgotten; bits are of no account.
     """
-    assert len(texts) <= model.batch_slots, "more texts than batch slots"
+    assert len(texts) <= model.max_sequences, "more texts than batch slots"
     for slot, tokens in enumerate(texts):
         model.forget(batch_slot=slot)
         model.observe(tokens, slot)

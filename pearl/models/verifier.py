@@ -51,10 +51,10 @@ class VerifierModel(LanguageModel):
         max_length: int,
         buckets: TokenBuckets = ANY,
         hooks: HiddenStateHooks | None = None,
-        batch_slots: int = 1,
+        max_sequences: int = 1,
         coarse: bool = False,
     ):
-        super().__init__(model, vocabulary, max_length, batch_slots, coarse, hooks)
+        super().__init__(model, vocabulary, max_length, max_sequences, coarse, hooks)
         self.buckets = buckets
         self.batched_buckets: BatchedTokenBuckets | None = (
             None  # row counts of shared forwards; None: each sequence has its own

@@ -215,7 +215,7 @@ class _TargetEnd(_End):
 class _TargetReader:
     """A `TargetModel` that says what the script says."""
 
-    verifies_trees, batch_slots, batched_buckets, gives_features = True, 1, None, False
+    verifies_trees, max_sequences, batched_buckets, gives_features = True, 1, None, False
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
         self.buckets = stage.times.rows
@@ -267,7 +267,7 @@ class _DraftReader:
     """A drafter's model. It counts the rows that a forward reads, as the real one would, and says what the script says
     of their places."""
 
-    batch_slots = 1
+    max_sequences = 1
 
     def __init__(self, stage: _Stage):
         self.max_length = 1 << 20

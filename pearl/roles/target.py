@@ -145,9 +145,9 @@ class Target:
                     yield committed
 
     def write(
-        self, requests: Iterable[SequenceRequest | None], schedule: Schedule, batch_slots: int = 1
+        self, requests: Iterable[SequenceRequest | None], schedule: Schedule, batch_size: int = 1
     ) -> Generator[Written, None, None]:
-        """At most `batch_slots` texts side by side. Yields a sequence and what a pass has committed of it; at last the
+        """At most `batch_size` texts side by side. Yields a sequence and what a pass has committed of it; at last the
         sequence and nothing, when it is over and all its statistics are there.
 
         A request is taken from `requests` when a slot is free for it; None: there is no request yet. They are asked
@@ -156,7 +156,7 @@ class Target:
         """
         assert self.channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._schedule, self._inbox.channel = schedule, self.channel if schedule.drafts else None
-        batch, slots = self._batch, min(batch_slots, self._model.batch_slots)
+        batch, slots = self._batch, min(batch_size, self._model.max_sequences)
         batch.open(slots)
         queue, more = iter(requests), True
         try:

@@ -25,7 +25,7 @@ class TargetModel(Protocol):
         """Those of forwards that several sequences share; None: each has its own."""
 
     @property
-    def batch_slots(self) -> int:
+    def max_sequences(self) -> int:
         """How many sequences it can hold side by side."""
 
     @property

@@ -61,7 +61,7 @@ class Service:
         self._feeds: set[Feed] = set()
         self._engine: Engine | None = None
         self.failure: BaseException | None = None  # why the engine could not be made
-        self.places = 0
+        self.max_sequences = 0
         self.stopping = asyncio.Event()  # set when the server drains: endless streams end
         self.settled = asyncio.Event()  # set when the engine is there, or can't be had
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,7 +79,7 @@ class Service:
             self.state, self.failure = FAILED, error
             self.settled.set()
             return
-        self.places = self._engine.model.batch_slots
+        self.max_sequences = self._engine.model.max_sequences
         if self.state == LOADING:
             self.state = READY
         self.settled.set()
@@ -163,9 +163,9 @@ class Service:
     def check_room(self, texts: int) -> None:
         """Raises `APIError` if the queue is full. A free place takes a request with any number of texts: one with more
         than the queue holds could else never be written."""
-        if len(self.open) >= self.places and len(self.open) + texts > self.places + self.config.queue:
-            waiting = len(self.open) - self.places
-            retry = min(60, max(1, math.ceil((waiting + 1) * self._mean_s / self.places)))
+        if len(self.open) >= self.max_sequences and len(self.open) + texts > self.max_sequences + self.config.queue:
+            waiting = len(self.open) - self.max_sequences
+            retry = min(60, max(1, math.ceil((waiting + 1) * self._mean_s / self.max_sequences)))
             raise APIError(
                 429,
                 f"{waiting} texts are waiting already: try again in {retry} s.",
@@ -237,7 +237,7 @@ class Service:
         if not self._engine:
             return 0.0
         held = sum(len(one.handle.prompt) + one.tokens for one in self.open if one.tokens)
-        return min(1.0, held / (self.places * self.max_length))
+        return min(1.0, held / (self.max_sequences * self.max_length))
 
     # Tokens
 

@@ -89,7 +89,7 @@ def _state(service: Any) -> dict[str, Any]:
         "modes": engine.modes,
         "chat": bool(engine.tokenizer.chat_template),
         "max_length": runtime.checked.max_length,
-        "places": engine.model.batch_slots,
+        "places": engine.model.max_sequences,
         "where": engine.description.splitlines(),
     }
 

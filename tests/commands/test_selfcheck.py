@@ -62,7 +62,7 @@ def test_on_a_machine_whose_kernels_keep_the_bits_everything_is_used():
 
 @pytest.mark.parametrize("texts", [1, 2])
 def test_a_draft_model_is_tried_with_graphs_of_every_row_count(texts):
-    made = tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=texts)
+    made = tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), max_sequences=texts)
     captured, checks = numerics_check.examine_drafter(made, graph)
     assert captured and all(check.holds for check in checks), checks
     assert made.static.captured and made.static.counts == DRAFT_COUNTS
@@ -102,7 +102,7 @@ def test_a_graph_that_reads_last_passs_inputs_is_found_out():
 
 
 def side_by_side():
-    made = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=3)
+    made = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), max_sequences=3)
     assert numerics_check.examine(made, graph, PACKED).captured
     return made
 

@@ -155,7 +155,7 @@ def test_what_was_read_of_a_path_is_not_read_again():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_texts_are_guessed_in_one_forward_as_each_is_alone(family: str):
     texts = {0: [3, 1, 4], 1: [5, 9, 2, 6], 2: [8]}
-    source = Raw(reader(family, batch_slots=3), MASK, DEPTHS)
+    source = Raw(reader(family, max_sequences=3), MASK, DEPTHS)
     for slot in texts:
         source.begin(slot, SamplingParams())
     before = source.forwards

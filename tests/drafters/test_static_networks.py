@@ -80,7 +80,7 @@ def source_of(drafter, slots: int = 1):
 def writer(drafting, script=EAGER, moved=lambda one: one, slots: int = 1) -> Target:
     target = moved(model())
     hooks = HiddenStateHooks(target, (0, 1))
-    return Target(tiny.verifier(target, hooks=hooks, batch_slots=slots), ScriptedChannel(drafting, script), ticks())
+    return Target(tiny.verifier(target, hooks=hooks, max_sequences=slots), ScriptedChannel(drafting, script), ticks())
 
 
 @functools.cache

@@ -15,7 +15,7 @@ def builder(schedule: Schedule) -> Any:
     """Of an engine with a drafter, as far as modes are concerned."""
     runtime = SimpleNamespace(
         schedule=schedule,
-        model=SimpleNamespace(batch_slots=2),
+        model=SimpleNamespace(max_sequences=2),
         config=SimpleNamespace(check_mode=lambda mode: None),
         target=SimpleNamespace(channel=True),
         processes=2,

@@ -40,7 +40,7 @@ class Recording:
             reader.verifies_trees,
             256,
         )
-        self.batch_slots, self.batched_buckets, self.gives_features = 1, None, False
+        self.max_sequences, self.batched_buckets, self.gives_features = 1, None, False
         self.said: list[tuple[int, torch.Tensor]] = []
         self.forget, self.features, self.restore = reader.forget, reader.features, reader.restore
 

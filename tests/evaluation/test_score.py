@@ -25,8 +25,8 @@ def text(length: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(tiny.VOCABULARY, (length,), generator=generator).tolist())
 
 
-def model(seed: int = 0, batch_slots: int = 4):
-    return tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"](), seed=seed), batch_slots=batch_slots)
+def model(seed: int = 0, max_sequences: int = 4):
+    return tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"](), seed=seed), max_sequences=max_sequences)
 
 
 def test_a_drafter_that_wrote_the_text_itself_is_always_right():
@@ -43,13 +43,13 @@ def test_texts_side_by_side_score_as_alone():
     texts = [Read(text(length, length), first) for length, first in ((40, 1), (7, 3), (130, 100), (7, 1))]
     together = score_model(model(), texts, model(seed=3))
     for one, mine in zip(texts, together, strict=True):
-        (alone,) = score_model(model(batch_slots=1), [one], model(seed=3, batch_slots=1))
+        (alone,) = score_model(model(max_sequences=1), [one], model(seed=3, max_sequences=1))
         assert mine.ranks == alone.ranks and len(mine.ranks) == len(one.tokens) - one.first
         assert mine.overlaps == pytest.approx(alone.overlaps, abs=1e-5)
 
 
 def test_a_draft_model_guesses_nothing_behind_its_longest_text():
-    short = model(batch_slots=1)
+    short = model(max_sequences=1)
     short.max_length = 20
     for first in (5, 25):
         one = Read(text(32, 3), first)

@@ -118,11 +118,11 @@ def test_texts_side_by_side_are_those_that_each_is_alone(architecture: Architect
     """Three in one batch, with a drafter, in forwards that they share where the model's bits allow it."""
     model, draft = architecture.model(), architecture.model(drift=0.02)
     longest = architecture.longest
-    reader = tiny.verifier(model, max_length=longest, batch_slots=3)
+    reader = tiny.verifier(model, max_length=longest, max_sequences=3)
     reader.buckets = target_model(architecture, "float32").buckets
     if reader.verifies_trees:
         reader.batched_buckets = BatchedTokenBuckets(tuple(range(1, 49)), (1.0,) * 48)
-    source = ModelSource(tiny.draft_model(draft, max_length=longest + 16, batch_slots=3))
+    source = ModelSource(tiny.draft_model(draft, max_length=longest + 16, max_sequences=3))
     target = Target(reader, ScriptedChannel(source, [(3, 3, 3)]), ticks())
     texts = prompts(longest, NEW)
     requests = [SequenceRequest(prompt, PARAMS, Stopper(PARAMS, (), str)) for prompt in texts]
@@ -141,7 +141,7 @@ def test_rows_of_a_shared_forward_and_beside_a_chain_say_what_the_model_says(arc
     texts = torch.tensor([text, [*text[:-2], *aside]])
     with torch.inference_mode():
         wanted, other = model(texts, use_cache=False).logits[:, -4:]
-    reader = tiny.verifier(model, max_length=architecture.longest, batch_slots=2)
+    reader = tiny.verifier(model, max_length=architecture.longest, max_sequences=2)
     if not reader.shares_forwards:
         pytest.skip("it verifies chains, each text alone")
     if static:

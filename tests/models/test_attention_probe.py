@@ -79,7 +79,7 @@ def test_our_attention_takes_the_place_of_one_with(name):
         wanted = model(torch.tensor([text]), use_cache=False).logits[0]
     found = use_cache_attention(model)
     assert uses_cache_attention(model) and found.owns_keys and found.windows == (Window(24, name == "chunks"),)
-    reader = VerifierModel(model, tiny.VOCABULARY, tiny.LENGTH, batch_slots=2)
+    reader = VerifierModel(model, tiny.VOCABULARY, tiny.LENGTH, max_sequences=2)
     reader.read(text[:134], 1)
     got = reader.read(text[:136], 3, [(0, 5), (2, text[136]), (4, text[137])])
     torch.testing.assert_close(got[:3], wanted[133:136], atol=1e-3, rtol=0)

@@ -43,7 +43,7 @@ def made(name: str, dtype: str, texts: int = TEXTS, static: bool = False) -> tup
     static shapes."""
     model = close_model(name, dtype)
     linear.pack(model, linear.chosen("auto", model.dtype))
-    reader = tiny.verifier(model, batch_slots=texts)
+    reader = tiny.verifier(model, max_sequences=texts)
     reader.buckets = measured(reader)
     reader.buckets = replace(
         reader.buckets, branches=reader.verifies_trees and branches_agree(reader, reader.vocabulary)
@@ -111,7 +111,7 @@ def test_a_texts_bits_do_not_depend_on_the_texts_beside_it(name, dtype, static, 
 
 @pytest.mark.parametrize("most", [2, 8, 17])
 def test_a_text_with_more_rows_than_any_shared_forward_has_one_of_its_own(most: int):
-    reader = tiny.verifier(close_model("llama", "float32"), batch_slots=2)
+    reader = tiny.verifier(close_model("llama", "float32"), max_sequences=2)
     queries = [SequenceQuery(slot, random_prompt(40 + slot), 4 + 8 * slot) for slot in (0, 1)]
     wanted = [reader.read(one.tokens, one.keep, batch_slot=one.batch_slot) for one in queries]
     for slot in (0, 1):

@@ -18,7 +18,7 @@ TEXT = [(7 * i) % tiny.VOCABULARY for i in range(150)]  # longer than a forward 
 
 def said(model: torch.nn.Module) -> tuple[VerifierModel, list[torch.Tensor]]:
     """Logits of passes as a run has them: a prompt, a tree, a branch that was taken, several texts, a drafter's."""
-    reader, draft = tiny.verifier(model, batch_slots=3), tiny.draft_model(model, batch_slots=3)
+    reader, draft = tiny.verifier(model, max_sequences=3), tiny.draft_model(model, max_sequences=3)
     reader.batched_buckets = BatchedTokenBuckets((16, 32), (0.0, 0.0))
     together = [
         SequenceQuery(0, TEXT[:30], 3, ((0, 5),)),

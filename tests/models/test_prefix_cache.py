@@ -47,7 +47,7 @@ def readers(name: str, dtype: str = "bfloat16") -> tuple[VerifierModel, Verifier
     model = tiny.random_model(config, dtype=dtype)
     hooks = HiddenStateHooks(model, (0, 1))
     return tuple(  # type: ignore[return-value]
-        tiny.verifier(model, max_length=LONG, hooks=hooks, batch_slots=3) for _ in range(2)
+        tiny.verifier(model, max_length=LONG, hooks=hooks, max_sequences=3) for _ in range(2)
     )
 
 
@@ -187,7 +187,7 @@ def test_log_probabilities_of_a_prompt_are_read_and_what_follows_them_is_not_rea
 def test_a_drafter_goes_on_from_what_it_has_read_of_earlier_prompts(chains: bool, monkeypatch: pytest.MonkeyPatch):
     config = tiny.CONFIGS["llama"]()
     config.max_position_embeddings = LONG
-    kept, fresh = (tiny.draft_model(tiny.random_model(config), max_length=LONG, batch_slots=2) for _ in range(2))
+    kept, fresh = (tiny.draft_model(tiny.random_model(config), max_length=LONG, max_sequences=2) for _ in range(2))
     kept.keep_prefixes(100)
     rows = []
     run = type(kept).run

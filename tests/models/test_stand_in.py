@@ -82,8 +82,8 @@ def models(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> tuple[V
     torch.manual_seed(1)
     for weight in draft.parameters():
         weight.data += 0.02 * torch.randn_like(weight)
-    target, draft = tiny.verifier(moved(model), batch_slots=slots), moved(draft)
-    drafter = tiny.draft_model(draft, batch_slots=slots, head=reduced(draft, head) if head else None)
+    target, draft = tiny.verifier(moved(model), max_sequences=slots), moved(draft)
+    drafter = tiny.draft_model(draft, max_sequences=slots, head=reduced(draft, head) if head else None)
     if slots > 1:
         target.batched_buckets = SHARED
     if static:

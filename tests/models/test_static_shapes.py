@@ -86,7 +86,7 @@ def test_the_cache_is_the_same_afterwards():
 def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
     model = tiny.random_model(tiny.CONFIGS["llama"]())
     taps = HiddenStateHooks(model, (0, 1))
-    plain, fixed = (tiny.verifier(model, buckets=SAFE, batch_slots=2, hooks=taps) for _ in range(2))
+    plain, fixed = (tiny.verifier(model, buckets=SAFE, max_sequences=2, hooks=taps) for _ in range(2))
     fixed.enable_static_shapes(capture=Recorder())
     texts = [list(range(40)), list(range(70, 100))]
     for step in range(6):
@@ -188,7 +188,7 @@ def test_a_shape_is_recorded_once_and_replayed_ever_after():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_they_come_again(name):
     plain, fixed = (
-        tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()), buckets=SAFE, batch_slots=2) for _ in range(2)
+        tiny.verifier(tiny.random_model(tiny.CONFIGS[name]()), buckets=SAFE, max_sequences=2) for _ in range(2)
     )
     recorder = Recorder()
     fixed.enable_static_shapes(capture=recorder)
@@ -207,7 +207,7 @@ def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_th
 
 def test_texts_side_by_side_replay_one_recording_whoever_they_are():
     reader, plain = (
-        tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE, batch_slots=4) for _ in range(2)
+        tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]()), buckets=SAFE, max_sequences=4) for _ in range(2)
     )
     for one in (reader, plain):
         one.batched_buckets = BatchedTokenBuckets((4, 8, 16), (1.0, 1.0, 1.0))
@@ -232,7 +232,7 @@ def test_texts_side_by_side_replay_one_recording_whoever_they_are():
 
 
 def test_drafts_of_texts_side_by_side_are_the_same():
-    plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), batch_slots=3) for _ in range(2))
+    plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()), max_sequences=3) for _ in range(2))
     recorder = Recorder()
     fixed.enable_static_shapes(DRAFT_COUNTS, recorder)
     rng = random.Random(5)

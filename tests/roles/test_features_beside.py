@@ -66,7 +66,7 @@ def head(kind: str, features=BESIDE, seed: int = 0) -> FeatureSource | HeadSourc
 def target_of(beside: DraftSource, drafter: DraftSource, script=EAGER, lost_after=None, slots: int = 1) -> Target:
     shares = FeatureShares.of(tuple(drafter.layers), tuple(beside.layers))
     hooks = HiddenStateHooks(model(), shares.layers)
-    reader = tiny.verifier(model(), hooks=hooks, batch_slots=slots)
+    reader = tiny.verifier(model(), hooks=hooks, max_sequences=slots)
     channel = ScriptedChannel(drafter, script, lost_after)
     return Target(reader, channel, ticks(), sources=[beside], shares=shares)
 
@@ -139,7 +139,7 @@ def test_several_texts_share_its_forwards(kind: str):
     before = beside.forwards
     target = target_of(beside, Moody(Noise(tiny.VOCABULARY), 1), slots=3)
     requests = [SequenceRequest(PROMPT, SEEDED, Stopper(SEEDED, (), letters)) for _ in range(5)]
-    over = [text for text, said in target.write(requests, Schedule.of("pearl"), batch_slots=3) if not said]
+    over = [text for text, said in target.write(requests, Schedule.of("pearl"), batch_size=3) if not said]
     assert len(over) == 5 and all(text.stopper.tokens == alone(SEEDED).tokens for text in over)
     assert max(asked) > 1 and beside.forwards - before < sum(asked)
 

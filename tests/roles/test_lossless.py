@@ -135,7 +135,7 @@ class Forgetful:
     def __init__(self, model: VerifierModel | DraftModel):
         self._model, self.buckets, self.max_length = model, model.buckets, model.max_length
 
-    verifies_trees, batch_slots, batched_buckets, gives_features = True, 1, None, False
+    verifies_trees, max_sequences, batched_buckets, gives_features = True, 1, None, False
 
     def read(
         self, tokens: Sequence[int], keep: int, side_rows: Sequence[tuple[int, int]] = (), batch_slot: int = 0

@@ -53,14 +53,14 @@ def written(
 def test_a_text_ends_where_its_logits_are_not_finite_and_the_others_go_on(mode: str, together: int, way: str):
     params = SamplingParams(max_new_tokens=NEW, **WAYS[way])
     model, healthy = random_model(CONFIGS["llama"]()), random_model(CONFIGS["llama"]())
-    drafts = draft_model(healthy, batch_slots=3)
-    sound = [text.stopper.tokens for text in written(verifier(healthy, batch_slots=3), "ar", params, None, 1)]
+    drafts = draft_model(healthy, max_sequences=3)
+    sound = [text.stopper.tokens for text in written(verifier(healthy, max_sequences=3), "ar", params, None, 1)]
     others = set(PROMPTS[1] + PROMPTS[2] + sound[1] + sound[2])
     token = next(token for token in sound[0][6:] if token not in others)
     ends = sound[0].index(token) + 1
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = math.nan
-    reader = verifier(model, batch_slots=3)
+    reader = verifier(model, max_sequences=3)
     sources = [None] if mode == "ar" else [TreeSource(drafts) if mode == "tree" else ModelSource(drafts)]
     for source in sources if mode == "ar" else [*sources, AlwaysGuesses(token)]:
         for _ in range(2):  # who comes after it in its place is not harmed

@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_texts_of_a_forward(monkeypatch):
     source.propose_batch = propose_batch
     target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
     requests = [SequenceRequest(case.prompt, case.params, Stopper(case.params, (), letters)) for _ in range(4)]
-    texts = {id(text): text.stopper.tokens for text, _ in target.write(requests, case.schedule, batch_slots=4)}
+    texts = {id(text): text.stopper.tokens for text, _ in target.write(requests, case.schedule, batch_size=4)}
     assert len(texts) == 4 and len(set(map(tuple, texts.values()))) == 1 and max(most) == 2
 
 

@@ -49,8 +49,8 @@ def written(name: str, mode: str, params: SamplingParams) -> list[SequenceState]
     slots = 1 if mode == "sd" else len(PROMPTS)
     model = random_model(CONFIGS[name]())
     other = model if mode == "tree" else random_model(CONFIGS[name](), seed=1)
-    source = TreeSource(draft_model(other, batch_slots=slots))
-    target = Target(verifier(model, batch_slots=slots), ScriptedChannel(source, EAGER), ticks())
+    source = TreeSource(draft_model(other, max_sequences=slots))
+    target = Target(verifier(model, max_sequences=slots), ScriptedChannel(source, EAGER), ticks())
     requests = [SequenceRequest(prompt, params, Stopper(params, EOS, letters)) for prompt in PROMPTS]
     schedule = Schedule.of(mode, None, max_draft_tokens=4) if mode == "tree" else Schedule.of(mode, None)
     ended = [text for text, committed in target.write(requests, schedule, slots) if not committed]

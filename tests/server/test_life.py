@@ -221,7 +221,7 @@ def test_a_signal_ends_it_at_once_while_models_load_with_what_it_has_started():
 
 
 def test_a_dead_engine_is_said_to_be_dead():
-    engine = SimpleNamespace(events=[], closed=False, model=SimpleNamespace(batch_slots=1))
+    engine = SimpleNamespace(events=[], closed=False, model=SimpleNamespace(max_sequences=1))
     service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]
     service._engine, service.state, engine.closed = engine, READY, True  # type: ignore[assignment]
     assert service.status == "failed" and not service.healthy
@@ -236,7 +236,7 @@ def test_a_dead_engine_is_said_to_be_dead():
 
 def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
     events = [DrafterEvent(1.0, "lost", "the drafter is lost"), DrafterEvent(1.5, "heard", "it is heard again")]
-    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(batch_slots=1))
+    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(max_sequences=1))
 
     async def main() -> None:
         service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]

@@ -75,7 +75,7 @@ class TableModel:
             self._table[key] = torch.tensor([rng.gauss(0, self.scale) for _ in range(self.vocabulary)])
         return self._table[key]
 
-    verifies_trees, batch_slots, gives_features = True, 64, False
+    verifies_trees, max_sequences, gives_features = True, 64, False
     batched_buckets = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
@@ -267,15 +267,15 @@ class Turn(NamedTuple):
 class WatchedTarget(Target):
     """Notes its turns."""
 
-    def write(self, requests, schedule, batch_slots=1):
+    def write(self, requests, schedule, batch_size=1):
         self.turns: list[Turn] = []
-        self._places, self._queue = min(batch_slots, self._model.batch_slots), True
+        self._places, self._queue = min(batch_size, self._model.max_sequences), True
 
         def noted():
             yield from requests
             self._queue = False
 
-        return super().write(noted(), schedule, batch_slots)
+        return super().write(noted(), schedule, batch_size)
 
     def _turn(self):
         began, live, queue = self._clock(), len(self._batch.live), self._queue

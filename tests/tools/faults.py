@@ -250,13 +250,13 @@ def write_many(engine: Engine, texts: int, tokens: int) -> int:
     """Texts in every mode in turn, some of them side by side where there are places. Returns their passes."""
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     modes, passes = ("ar", *MODES), 0
-    for number in range(0, texts, engine.model.batch_slots):
-        prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.batch_slots)]
+    for number in range(0, texts, engine.model.max_sequences):
+        prompts = [[5 + (number + place) % 90, 7, 9] for place in range(engine.model.max_sequences)]
         for text in engine.generate(prompts, params, mode=modes[number % len(modes)]):
             passes += len(text.stats.passes)
     target = engine.runtime.target
     assert (
-        not target._batch.live and not target._batch.ended and len(target._batch._last_in) <= engine.model.batch_slots
+        not target._batch.live and not target._batch.ended and len(target._batch._last_in) <= engine.model.max_sequences
     ), "a place is not free"
     return passes
 

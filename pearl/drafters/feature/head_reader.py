@@ -134,8 +134,8 @@ class _Part:
 class HeadReader:
     """An autoregressive network with its target attached, as a `LeafReader`: logits are over the target's tokens."""
 
-    def __init__(self, drafter: FeatureDrafter, max_length: int, batch_slots: int = 1):
-        self.drafter, self.max_length, self.batch_slots = drafter.eval(), max_length, batch_slots
+    def __init__(self, drafter: FeatureDrafter, max_length: int, max_sequences: int = 1):
+        self.drafter, self.max_length, self.max_sequences = drafter.eval(), max_length, max_sequences
         self.forward = NetworkForward(drafter.read, drafter.device)
         self._sequences: dict[int, HeadSequence] = {}
         shape = drafter.shape

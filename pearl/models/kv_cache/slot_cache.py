@@ -71,10 +71,10 @@ class ForwardLayout:
 class KVBuffers:
     """Keys and values of every layer, [batch slots, kv heads, slots, head_dim], on the layer's device."""
 
-    def __init__(self, slots: int, batch_slots: int = 1, coarse: bool = False):
+    def __init__(self, slots: int, max_sequences: int = 1, coarse: bool = False):
         """`coarse`: slots are read in fewer different numbers (`seen`), for there is a graph of each."""
         self.slots = -(-slots // GRAIN) * GRAIN
-        self.batch_slots, self.coarse = batch_slots, coarse
+        self.max_sequences, self.coarse = max_sequences, coarse
         self._layers: dict[int, KeyValue] = {}
 
     def layer(self, number: int, keys: Tensor, values: Tensor) -> KeyValue:
@@ -106,7 +106,7 @@ class KVBuffers:
 
     def _empty(self, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        return like.new_zeros(self.batch_slots, heads, self.slots + SCRATCH_SLOTS, width)
+        return like.new_zeros(self.max_sequences, heads, self.slots + SCRATCH_SLOTS, width)
 
 
 class SlotCache(ForwardCache):

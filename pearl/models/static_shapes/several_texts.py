@@ -175,10 +175,10 @@ class SharedShapeRunner:
         """As `StaticShapeRunner`."""
         self.backend = backend
         self._model, self._buffers, self._hooks, self._head, self._windows = model, buffers, hooks, head, windows
-        self._most = LIMIT * buffers.batch_slots + SCRATCH_SLOTS  # rows: of each text, and those that only fill
-        lanes = 2 * LIMIT * buffers.batch_slots  # a lane a row, and what fills them up
+        self._most = LIMIT * buffers.max_sequences + SCRATCH_SLOTS  # rows: of each text, and those that only fill
+        lanes = 2 * LIMIT * buffers.max_sequences  # a lane a row, and what fills them up
         numbers = _ROW_LINES * self._most + lanes * (1 + 4 * LIMIT)
-        mask = (1 + len(windows)) * 2 * buffers.batch_slots * LIMIT * buffers.slots
+        mask = (1 + len(windows)) * 2 * buffers.max_sequences * LIMIT * buffers.slots
         self._inputs, self._recorded = StaticInputs(model.device, numbers, mask), Recordings(capture, later=True)
         self._logits = self._states = torch.empty(0)  # [most rows, V] and [most rows, F], of the last forward
 
@@ -272,10 +272,10 @@ class SharedShapeRunner:
             rows[_PLACE, first : first + count] = batch_slot * slots + np.array(places)
             first += count
         pads = shape.rows - first
-        assert pads <= LIMIT * self._buffers.batch_slots, "rows that only fill the shape have a place each"
+        assert pads <= LIMIT * self._buffers.max_sequences, "rows that only fill the shape have a place each"
         rows[_TOKEN, first:], rows[_POSITION, first:] = rows[_TOKEN, first - 1], rows[_POSITION, first - 1]
         spread = np.arange(pads)
-        of_text, further = spread % self._buffers.batch_slots, spread // self._buffers.batch_slots
+        of_text, further = spread % self._buffers.max_sequences, spread // self._buffers.max_sequences
         rows[_PLACE, first:] = of_text * slots + self._buffers.slots + LIMIT + further
         asked = made[_ROW_LINES * shape.rows :].reshape(shape.lanes, shape.of_a_lane)
         q = shape.queries

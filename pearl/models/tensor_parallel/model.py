@@ -49,7 +49,7 @@ class TensorParallelModel:
     def __init__(self, shard: VerifierModel, others: Others):
         self._shard, self._others, self._whole = shard, others, True
         self.model, self.vocabulary, self.max_length = shard.model, shard.vocabulary, shard.max_length
-        self.batch_slots, self.gives_features, self.static = shard.batch_slots, shard.gives_features, None
+        self.max_sequences, self.gives_features, self.static = shard.max_sequences, shard.gives_features, None
         self.checks: tuple[Check, ...] = ()
 
     @property
