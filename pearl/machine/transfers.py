@@ -21,7 +21,7 @@ def sent(here: Tensor, device: torch.device) -> Tensor:
     return here.pin_memory().to(device, non_blocking=True)
 
 
-def rows_of(there: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+def select_rows(there: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
     """Some rows of a tensor, whose numbers only the host knows."""
     return there.index_select(0, sent(torch.as_tensor(rows, dtype=torch.int64), there.device))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import GRAIN, LIMIT
-from pearl.machine.transfers import rows_of
+from pearl.machine.transfers import select_rows
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_cache_attention
@@ -97,7 +97,7 @@ class DraftModel(LanguageModel):
                 tree.give_back(one.passing)
             self._slots[one.batch_slot].tree = tree
         return [
-            rows_of(torch.cat(found[one.batch_slot]), plan.order)[:, : self.vocabulary]
+            select_rows(torch.cat(found[one.batch_slot]), plan.order)[:, : self.vocabulary]
             for one, plan in zip(queries, plans, strict=True)
         ]
 
@@ -146,7 +146,7 @@ class DraftModel(LanguageModel):
     def _read_chunk(self, chunk: ForwardChunk, batch_slot: int) -> Tensor:
         if self.static and self.static.supports(len(chunk.tokens)):
             rows = self._chunk_rows(chunk, batch_slot)
-            return rows_of(self.static(self._slots[batch_slot].cache, rows)[0], chunk.wanted)
+            return select_rows(self.static(self._slots[batch_slot].cache, rows)[0], chunk.wanted)
         laid = self._lay_out_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)
 
@@ -163,7 +163,7 @@ class DraftModel(LanguageModel):
             logits, _ = self.run_together([self._lay_out_chunk(one, slot) for slot, one in chunks])
         first = 0
         for (batch_slot, chunk), length in zip(chunks, lengths, strict=True):
-            yield batch_slot, rows_of(logits[first : first + length], chunk.wanted)
+            yield batch_slot, select_rows(logits[first : first + length], chunk.wanted)
             first += length
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Features
 from pearl.core.token_buckets import ANY, LIMIT, BatchedTokenBuckets, Check, TokenBuckets
-from pearl.machine.transfers import rows_of
+from pearl.machine.transfers import select_rows
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.language_model import LanguageModel, SideRow
 from pearl.models.static_shapes.one_text import ForwardRows
@@ -147,7 +147,7 @@ class VerifierModel(LanguageModel):
             return None
         slot = self._slots[batch_slot]
         states = torch.cat(slot.states) if len(slot.states) > 1 else slot.states[0]
-        features = DeviceFeatures(rows_of(states, [slot.before + row for row in rows]).to(torch.bfloat16))
+        features = DeviceFeatures(select_rows(states, [slot.before + row for row in rows]).to(torch.bfloat16))
         return features if self.features_stay else features.bits()
 
 

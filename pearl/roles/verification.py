@@ -20,7 +20,7 @@ from pearl.core.records import GuessOutcome
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.core.trie import Candidate, Node, path_numbers, walk
 from pearl.errors import NonFiniteLogits
-from pearl.machine.transfers import rows_of
+from pearl.machine.transfers import select_rows
 from pearl.models.language_model import SideRow
 from pearl.models.verifier import SequenceQuery
 from pearl.roles.sequence import SequenceState
@@ -158,7 +158,7 @@ def verify(
         passed.append(node)
         node = node.children.get(token, node)
     if sequence.params.logprobs is not None:
-        read = rows_of(logits, [rows[node] for node in passed])
+        read = select_rows(logits, [rows[node] for node in passed])
         sequence.logprobs += logprobs(read, committed, sequence.params.logprobs)
     sequence.hit = sequence.trie.commit(committed) and bool(committed)
     return PassWalk(root.position, committed, outcomes, passed, verified, accepted)

@@ -21,7 +21,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.picks import begin_processed
 from pearl.core.trie import Trie
 from pearl.errors import UsageError
-from pearl.machine.transfers import rows_of
+from pearl.machine.transfers import select_rows
 
 V = 7
 TEXTS = st.lists(st.integers(0, V - 1), min_size=1, max_size=14)
@@ -108,4 +108,4 @@ def test_logprobs_hold_the_token_that_came_and_the_best():
     assert next(iter(first)) == 3 and len(second) == 2
     assert logprobs(logits, [0, 0], 0)[0] == {0: expected[0, 0].item()}
     assert len(logprobs(logits, [0, 0], 9)[0]) == 4
-    assert logprobs(rows_of(logits, []), [], 2) == []
+    assert logprobs(select_rows(logits, []), [], 2) == []

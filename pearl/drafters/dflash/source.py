@@ -23,7 +23,7 @@ from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
-from pearl.machine.transfers import rows_of
+from pearl.machine.transfers import select_rows
 from pearl.models import timing
 
 
@@ -77,7 +77,7 @@ class DFlashSource(ParallelSource):
                 self._add_block(rows, number, one, path)
         past = concatenated([one.state.cache for one in queries])
         numbers = [rows.tokens, rows.positions]
-        hidden = rows_of(self.forward(numbers, None, self._masks(rows, queries), past)[0], rows.wanted)
+        hidden = select_rows(self.forward(numbers, None, self._masks(rows, queries), past)[0], rows.wanted)
         self.forwards += 1
         self.rows += len(rows.tokens)
         self._hidden = iter(hidden)

@@ -131,7 +131,7 @@ def tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tenso
     return mask
 
 
-def rows_of(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tensor, list[int], RowBlock, list[int]]:
+def query_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tensor, list[int], RowBlock, list[int]]:
     """The rows of one sequence, [R, W], their positions, who sees whom, and the rows whose guesses are wanted. `kept`:
     positions whose rows are in the cache, or are none (`DrafterShape.first_row`)."""
     trunk, slots, before = query.trunk, drafter.shape.depths - 1, drafter.shape.first_row

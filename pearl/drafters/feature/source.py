@@ -27,12 +27,12 @@ from pearl.drafters.feature.forward_rows import (
     batch_mask,
     concatenated,
     layer_masks,
-    rows_of,
+    query_rows,
 )
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.one_pass import Guesses, PathsQuery
-from pearl.machine.transfers import rows_of as some_rows
+from pearl.machine.transfers import select_rows
 from pearl.models import timing
 
 
@@ -57,7 +57,7 @@ class FeatureSource(ParallelSource):
         first = 0
         for one in queries:
             kept = min(shared_prefix(one.state.read, one.trunk), len(one.trunk) - 1)
-            rows, where, block, mine = rows_of(drafter, one, kept)
+            rows, where, block, mine = query_rows(drafter, one, kept)
             inputs.append(rows)
             positions += where
             blocks.append(block)
@@ -76,7 +76,7 @@ class FeatureSource(ParallelSource):
             first += block.rows
         self.forwards += 1
         self.rows += first
-        asked = some_rows(hidden, wanted)
+        asked = select_rows(hidden, wanted)
         self._hidden = iter(asked)
         return self.tables(queries, drafter.logits(asked).float())
 
