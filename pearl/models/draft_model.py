@@ -132,7 +132,7 @@ class DraftModel(LanguageModel):
                 some = []
         return torch.cat(found)
 
-    def _lay_out_chunk(self, chunk: ForwardChunk, batch_slot: int) -> SequenceRows:
+    def _place_chunk(self, chunk: ForwardChunk, batch_slot: int) -> SequenceRows:
         cache = self._slots[batch_slot].cache
         cache.place_nodes(chunk.slots, chunk.mask)
         return SequenceRows(batch_slot, chunk.tokens, chunk.positions.tolist(), cache)
@@ -147,7 +147,7 @@ class DraftModel(LanguageModel):
         if self.static and self.static.supports(len(chunk.tokens)):
             rows = self._chunk_rows(chunk, batch_slot)
             return select_rows(self.static(self._slots[batch_slot].cache, rows)[0], chunk.wanted)
-        laid = self._lay_out_chunk(chunk, batch_slot)
+        laid = self._place_chunk(chunk, batch_slot)
         return self.run(laid.tokens, laid.positions, laid.cache, chunk.wanted)
 
     def _read_chunks(self, chunks: Sequence[tuple[int, ForwardChunk]]) -> Iterator[tuple[int, Tensor]]:
@@ -160,7 +160,7 @@ class DraftModel(LanguageModel):
             queries = next(count for count in COUNTS if count >= max(lengths))
             logits, _ = self.shared([(slot, self._chunk_rows(one, slot)) for slot, one in chunks], queries, count)
         else:
-            logits, _ = self.run_together([self._lay_out_chunk(one, slot) for slot, one in chunks])
+            logits, _ = self.run_together([self._place_chunk(one, slot) for slot, one in chunks])
         first = 0
         for (batch_slot, chunk), length in zip(chunks, lengths, strict=True):
             yield batch_slot, select_rows(logits[first : first + length], chunk.wanted)

@@ -238,12 +238,12 @@ class LanguageModel:
         """
         count = len(tokens) + len(side_rows) + pads
         if self.static and self.static.supports(count, keep):
-            rows = self.rows_of(tokens, first, side_rows, batch_slot, count)
+            rows = self.note_rows(tokens, first, side_rows, batch_slot, count)
             logits, states = self.static(self._slots[batch_slot].cache, rows)
             last = min(count, len(logits))  # of a piece of a prompt there is but one row
             logits, states = logits[last - keep : last].clone(), None if states is None else states.clone()
         else:
-            laid = self.lay_out(tokens, first, side_rows, pads, batch_slot)
+            laid = self.place_rows(tokens, first, side_rows, pads, batch_slot)
             logits = self.run(laid.tokens, laid.positions, laid.cache, keep)
             states = self._hooks.states()[0] if self._hooks else None
         if states is not None:
@@ -252,30 +252,30 @@ class LanguageModel:
             self._remember(tokens, first, batch_slot, states)
         return logits
 
-    def lay_out(
+    def place_rows(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow] = (), pads: int = 0, batch_slot: int = 0
     ) -> SequenceRows:
-        """The rows of a forward, and their places in the cache."""
-        return self.placed(self.rows_of(tokens, first, side_rows, batch_slot), pads, batch_slot)
+        """Notes the rows of a forward, and gives them places in the cache."""
+        return self.place(self.note_rows(tokens, first, side_rows, batch_slot), pads, batch_slot)
 
-    def placed(self, rows: ForwardRows, pads: int, batch_slot: int) -> SequenceRows:
-        """Those rows, and some that only fill the forward, in the cache."""
+    def place(self, rows: ForwardRows, pads: int, batch_slot: int) -> SequenceRows:
+        """Gives those rows, and some that only fill the forward, places in the cache."""
         cache, chain, first = self._slots[batch_slot].cache, len(rows.slots), rows.first
         count, main = len(rows.tokens) + pads, self.buckets.least(chain)
         cache.place_chain(first, count, chain, rows.branches, rows.positions, main)
         padding = [rows.tokens[chain - 1]] * pads, [first] * pads
         return SequenceRows(batch_slot, [*rows.tokens, *padding[0]], [*rows.positions, *padding[1]], cache)
 
-    def rows_of(
+    def note_rows(
         self, tokens: list[int], first: int, side_rows: Sequence[SideRow], batch_slot: int, least: int = 0
     ) -> ForwardRows:
-        """The rows of a forward without padding, which is the next of that batch slot."""
-        rows, cache = self.laid_out(tokens, first, side_rows, least), self._slots[batch_slot].cache
+        """The rows of a forward without padding, which its batch slot knows from here on as its next one."""
+        rows, cache = self.forward_rows(tokens, first, side_rows, least), self._slots[batch_slot].cache
         self._slots[batch_slot].first, cache.high = first, max(cache.high, max(rows.positions) + 1)
         return rows
 
-    def laid_out(self, tokens: list[int], first: int, side_rows: Sequence[SideRow], least: int) -> ForwardRows:
-        """The same of any forward. `least`: see `ForwardRows`."""
+    def forward_rows(self, tokens: list[int], first: int, side_rows: Sequence[SideRow], least: int) -> ForwardRows:
+        """The rows of any forward, without padding. `least`: see `ForwardRows`."""
         chain, positions = len(tokens), list(range(first, first + len(tokens)))
         assert positions[-1] < self.buffers.slots, "the cache is too short for this forward"
         for parent, _ in side_rows:

@@ -20,7 +20,7 @@ def read_whole(model: LanguageModel, texts: Sequence[Sequence[int]]) -> list[Ten
     for slot, tokens in enumerate(texts):
         model.forget(batch_slot=slot)
         model.observe(tokens, slot)
-    parts = [model.lay_out(list(tokens), 0, batch_slot=slot) for slot, tokens in enumerate(texts)]
+    parts = [model.place_rows(list(tokens), 0, batch_slot=slot) for slot, tokens in enumerate(texts)]
     if len(parts) == 1 or not model.shares_forwards:
         read = [model.run(one.tokens, one.positions, one.cache) for one in parts]
         return [logits[:, : model.vocabulary] for logits in read]

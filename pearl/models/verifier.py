@@ -77,7 +77,7 @@ class VerifierModel(LanguageModel):
     def with_a_row_at(self, tokens: Sequence[int], position: int) -> Tensor:
         """Logits [len(tokens), V] of a text read from its beginning, beside a row at `position` that nobody sees."""
         self.forget()
-        laid = self.lay_out(list(tokens), 0, pads=1)
+        laid = self.place_rows(list(tokens), 0, pads=1)
         return self.run(laid.tokens, [*laid.positions[:-1], position], laid.cache)[:-1, : self.vocabulary]
 
     @torch.inference_mode()
@@ -101,7 +101,7 @@ class VerifierModel(LanguageModel):
             if _rows(parts) + count > self.batched_buckets.most:
                 found |= self.forward_together(parts, self.batched_buckets)
                 parts = []
-            parts.append((one.batch_slot, self.rows_of(new, first, sides, one.batch_slot)))
+            parts.append((one.batch_slot, self.note_rows(new, first, sides, one.batch_slot)))
         found |= self.forward_together(parts, self.batched_buckets) if parts else {}
         for one in queries:
             chain = len(found[one.batch_slot]) - len(one.side_rows)
@@ -116,7 +116,7 @@ class VerifierModel(LanguageModel):
         if self.static and self.static.supports(self.buckets.pad(count)) and not self._slots[query.batch_slot].tree:
             first, tokens = len(query.tokens) - query.keep, list(query.tokens[-query.keep :])
             if first + count <= self.max_length:
-                rows = self.laid_out(tokens, first, query.side_rows, self.buckets.pad(count))
+                rows = self.forward_rows(tokens, first, query.side_rows, self.buckets.pad(count))
                 self.static.prepare(self._slots[query.batch_slot].cache, rows)
 
     def forward_together(self, parts: Sequence[Part], buckets: BatchedTokenBuckets) -> dict[int, Tensor]:
@@ -129,7 +129,7 @@ class VerifierModel(LanguageModel):
             ends = list(itertools.accumulate(lengths))
             places = {slot: slice(end - n, end) for (slot, _), n, end in zip(parts, lengths, ends, strict=True)}
         else:
-            placed = [self.placed(rows, 0, batch_slot) for batch_slot, rows in parts]
+            placed = [self.place(rows, 0, batch_slot) for batch_slot, rows in parts]
             logits, places = self.run_together(placed, queries, count - sum(lengths))
             states = self._hooks.states()[0] if self._hooks else None
         for batch_slot, place in places.items():
@@ -171,6 +171,6 @@ class SharedForwardTrial:
         """Logits [lengths[i], V] of a forward in which batch slot i reads so many of `tokens` at the positions from
         `first`, and which has `count` rows."""
         model = self._model
-        parts = [(slot, model.rows_of(list(tokens[:n]), first, (), slot)) for slot, n in enumerate(lengths) if n]
+        parts = [(slot, model.note_rows(list(tokens[:n]), first, (), slot)) for slot, n in enumerate(lengths) if n]
         found = model.forward_together(parts, BatchedTokenBuckets((count,), (0.0,)))
         return [logits[:, : model.vocabulary] for logits in found.values()]
