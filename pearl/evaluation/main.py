@@ -70,7 +70,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     from pearl.evaluation import harness
     from pearl.evaluation.measures.environment import commit
     from pearl.parallel.launch import count_processes, launch
-    from pearl.parallel.replicas import ReplicaGroup, place
+    from pearl.parallel.replicas import ReplicaGroup, assign_devices
     from pearl.parallel.world import World
 
     found, world = config.found, World.join(config.engine.tensor_parallel_size, config.engine.start_timeout_s)
@@ -78,7 +78,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         raise UsageError("--stop-at-interval needs all texts so far, which no replica has: start 2 processes.")
     schedule = cli.hardest(config.schedules.values())
     count_processes(schedule, found.processes, world)
-    checked = preflight(place(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)
+    checked = preflight(assign_devices(config.engine, world), world.roles, world.local_tp_size, world.here.local_rank)
     if "hf-assisted" in config.baselines and not (checked.drafting and checked.drafting.kind == CAUSAL_LM):
         raise UsageError("hf-assisted needs a draft model: name one with --draft, or use hf-prompt-lookup.")
     format = _format(config, checked.tokenizer)

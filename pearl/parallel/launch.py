@@ -17,7 +17,7 @@ from pearl.errors import UsageError
 from pearl.machine import cores, launcher
 from pearl.parallel import drafter_main, tensor_parallel_main
 from pearl.parallel.child import guarded
-from pearl.parallel.replicas import place
+from pearl.parallel.replicas import assign_devices
 from pearl.parallel.runtime import Layout, Runtime
 from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
 from pearl.parallel.world import World, meeting
@@ -64,7 +64,9 @@ def arrange(
 ) -> Layout:
     """Who runs where. Raises `UsageError`."""
     processes = count_processes(schedule, processes, world)
-    checked = checked or preflight(place(config, world), world.roles, world.local_tp_size, world.here.local_rank)
+    checked = checked or preflight(
+        assign_devices(config, world), world.roles, world.local_tp_size, world.here.local_rank
+    )
     config = checked.config
     two = processes == 2 or schedule.mode == "ar-all"
     target_cpus, draft_cpus = shares(config, two and not world.two_hosts)

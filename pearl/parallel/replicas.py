@@ -102,7 +102,7 @@ class ReplicaGroup:
         return await_key(self._store, key, every_s=POLL_S)
 
 
-def place(config: EngineConfig, world: World) -> EngineConfig:
+def assign_devices(config: EngineConfig, world: World) -> EngineConfig:
     """The config as the launcher has it: each process on the GPU of its own number, as accelerate deals them, or on
     none; and for one of several replicas on a machine, on its own cores.
 
@@ -113,7 +113,7 @@ def place(config: EngineConfig, world: World) -> EngineConfig:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and world.here.device == "cpu":
         on_cpu = [name for name in ("target_device", "draft_device") if getattr(config, name) == "auto"]
-        return place(replace(config, **dict.fromkeys(on_cpu, "cpu")), replace(world, here=Processes()))  # type: ignore[arg-type]
+        return assign_devices(replace(config, **dict.fromkeys(on_cpu, "cpu")), replace(world, here=Processes()))  # type: ignore[arg-type]
     if world.replicas > 1 and config.memory_file:
         raise UsageError("Each replica has a memory of its own, and one file keeps one: leave memory_file out.")
     if world.local_replicas > 1:

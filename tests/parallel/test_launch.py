@@ -26,7 +26,7 @@ from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
 from pearl.parallel.launch import arrange, deal, launch
-from pearl.parallel.replicas import POLL_S, ReplicaGroup, place
+from pearl.parallel.replicas import POLL_S, ReplicaGroup, assign_devices
 from pearl.parallel.world import World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -157,19 +157,19 @@ def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkey
     monkeypatch.setattr("pearl.machine.cores.parse", lambda text: [int(cpu) for cpu in text.split(",")])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = EngineConfig(*pair)
-    assert place(config, World(0, 2)) == config
-    placed = [place(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
+    assert assign_devices(config, World(0, 2)) == config
+    placed = [assign_devices(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
     assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "2"), ("1", "3")]
     with pytest.raises(UsageError, match="name no devices and no cores"):
-        place(placed[0], World(0, 2, 0, 2, 0, 2))
+        assign_devices(placed[0], World(0, 2, 0, 2, 0, 2))
 
 
 def test_replicas_share_no_file_of_their_memories(pair):
     config = EngineConfig(*pair, memory=1, memory_file="memory.npz")
-    assert place(config, World(0, 2)).memory_file
+    assert assign_devices(config, World(0, 2)).memory_file
     for world in (World(0, 2, 0, 2, 0, 2), World(0, 2, 1, 2, 0, 1)):  # on one machine, on two
         with pytest.raises(UsageError, match="leave memory_file out"):
-            place(config, world)
+            assign_devices(config, world)
 
 
 def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
@@ -178,7 +178,7 @@ def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
     config = EngineConfig(*pair)
 
     def devices(world: World) -> tuple[str, str]:
-        placed = place(config, world)
+        placed = assign_devices(config, world)
         return placed.target_device, placed.draft_device
 
     assert [devices(World(0, 2, n, 2, n, 2)) for n in range(2)] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
@@ -186,7 +186,7 @@ def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
     assert devices(World.of(Processes(1, 2, 0, 1))) == ("cuda:0", "cuda:0")  # of a machine of its own
     assert devices(World.of(Processes(0, 2, 0, 2, device="cpu"))) == ("cpu", "cpu")  # accelerate launch --cpu
     with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
-        place(config, World(0, 2, 0, 3, 0, 3))
+        assign_devices(config, World(0, 2, 0, 3, 0, 3))
 
 
 def test_what_the_first_replica_can_not_begin_is_raised_in_all(monkeypatch):
