@@ -63,7 +63,7 @@ class DrafterInbox:
         for one in ready:
             one.wait_budget_s = 0.0
         lacking = [one for one in ready if not (wanted[one] or there[one] or one.exhausted)]
-        if patient and lacking and (budget := controller.wait_budget(len(lacking))):
+        if patient and lacking and (budget := controller.take_wait_budget(len(lacking))):
             self._await_first(lacking, controller, budget)
         return ready
 
@@ -88,7 +88,7 @@ class DrafterInbox:
         self.channel.wait(timeout_s)
         self.take()
 
-    def over(self) -> list[SequenceState]:
+    def pop_over(self) -> list[SequenceState]:
         """The sequences that have ended and of which nothing more is known soon; they are forgotten here."""
         known, long_ago = not self.channel or self.channel.lost, self._clock() - STATS_PATIENCE_S
         over = [one for one in self._batch.ended.values() if one.draft_stats or known or one.ended < long_ago]

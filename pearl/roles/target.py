@@ -172,7 +172,7 @@ class Target:
                     yield from self._turn()
                 elif more:
                     self._inbox.take()
-                yield from ((sequence, []) for sequence in self._inbox.over())
+                yield from ((sequence, []) for sequence in self._inbox.pop_over())
             self._inbox.await_stats()
             while batch.ended:
                 yield batch.ended.pop(next(iter(batch.ended))), []
@@ -273,7 +273,11 @@ class Target:
             None if one.error else self._prompts.features(one, rows.nodes, walked)
             for one, rows, walked in zip(sequences, chosen, walks, strict=True)
         ]
-        self._send([self._verdict(*one, plan) for one in zip(sequences, walks, features, strict=True)])
+        verdicts = [self._verdict(*one, plan) for one in zip(sequences, walks, features, strict=True)]
+        for one in sequences:
+            if one.stopper.finish is not None:
+                self._batch.end(one, self._clock())
+        self._send(verdicts)
         if beside:
             read_rows = list(map(RowsRead, contexts, p))
             self._tell_beside(sequences, chosen, walks, read_rows, features, None if first else controller)
@@ -356,12 +360,11 @@ class Target:
     def _verdict(
         self, sequence: SequenceState, walked: PassWalk, features: Features | None, plan: DraftPlan
     ) -> Message:
-        """What the drafter is told of a pass. A sequence that is over gives its slot back."""
+        """What the drafter is told of a pass."""
         if sequence.stopper.finish is None:
             position = sequence.trie.root.position
             said = self._shares.for_drafter(features) if self._inbox.channel else None
             return Verdict(sequence.sequence_id, position, plan, tuple(walked.committed), said)
-        self._batch.end(sequence, self._clock())
         return End(sequence.sequence_id)
 
     def _send(self, messages: Sequence[Message]) -> None:

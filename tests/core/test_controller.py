@@ -507,10 +507,10 @@ def test_a_guess_is_waited_for_if_the_drafter_is_much_faster_than_a_pass():
     poor.record_draft_costs([0.05, 0.05])
     for _ in range(100):
         poor.record_guess(-1.0, False)
-    assert all(0.05 < fast.wait_budget() < 0.5 for _ in range(10)), (
+    assert all(0.05 < fast.take_wait_budget() < 0.5 for _ in range(10)), (
         "longer than a guess takes; no longer than it is worth"
     )
-    assert max(slow.wait_budget(), poor.wait_budget()) <= SHORT_WAIT_FRACTION, (
+    assert max(slow.take_wait_budget(), poor.take_wait_budget()) <= SHORT_WAIT_FRACTION, (
         "neither for late guesses nor for wrong ones"
     )
 
@@ -519,23 +519,23 @@ def test_a_guess_that_is_nearly_certain_is_not_waited_for():
     """Whether it is right is known after the pass anyhow, and so it is with the one after it."""
     controller = Controller(TREE, costing(1.0))
     controller.record_draft_costs([0.1, 0.1])
-    assert controller.wait_budget() > 0.15
+    assert controller.take_wait_budget() > 0.15
     for _ in range(50):
         controller.record_guess(-0.1, True)
-    assert controller.wait_budget() <= SHORT_WAIT_FRACTION
+    assert controller.take_wait_budget() <= SHORT_WAIT_FRACTION
 
 
 def test_how_long_a_first_guess_takes_is_learned():
     """It comes much later than the drafter's forwards would have it: then it is not waited for."""
     controller = Controller(TREE, costing(1.0))
     controller.record_draft_costs([0.1, 0.1])
-    assert controller.wait_budget() == pytest.approx(0.45)
+    assert controller.take_wait_budget() == pytest.approx(0.45)
     for _ in range(60):
         controller.record_wait(True, 0.2)
-    assert controller.wait_budget() == pytest.approx(0.6, rel=0.01)
+    assert controller.take_wait_budget() == pytest.approx(0.6, rel=0.01)
     for _ in range(60):
         controller.record_wait(True, 0.9)
-    assert controller.wait_budget() <= SHORT_WAIT_FRACTION
+    assert controller.take_wait_budget() <= SHORT_WAIT_FRACTION
 
 
 @pytest.mark.parametrize("came, times", [(True, 400), (False, 12)])
@@ -544,7 +544,7 @@ def test_a_moment_is_given_to_a_source_of_unknown_speed_and_ever_more_rarely_whe
 ):
     controller, waits = Controller(TREE, costing(1.0)), []
     for _ in range(400):
-        waits.append(controller.wait_budget())
+        waits.append(controller.take_wait_budget())
         if waits[-1]:
             controller.record_wait(came)
     assert set(waits) <= {0.0, SHORT_WAIT_FRACTION * 1.0} and 1 <= sum(map(bool, waits)) <= times
@@ -554,10 +554,10 @@ def test_a_moment_is_given_to_a_source_of_unknown_speed_and_ever_more_rarely_whe
 @pytest.mark.parametrize("schedule", [Schedule.of("pearl", 3), Schedule.of("sd")])
 def test_where_the_schedule_says_how_long_to_wait_the_controller_does_not(schedule: Schedule):
     controller = with_a_model(schedule, costing(1.0))
-    assert all(controller.wait_budget() == 0 for _ in range(9))
+    assert all(controller.take_wait_budget() == 0 for _ in range(9))
 
 
 def test_nobody_waits_for_a_drafter_that_was_stopped():
     controller = with_a_model(TREE)
     run(controller, TRIAL, 1, 2.0)
-    assert controller.paused and all(controller.wait_budget() == 0 for _ in range(9))
+    assert controller.paused and all(controller.take_wait_budget() == 0 for _ in range(9))

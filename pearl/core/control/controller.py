@@ -143,12 +143,12 @@ class Controller:
         }
         return max(speeds, key=speeds.__getitem__, default=1)
 
-    def wait_budget(self, lacking: int = 1) -> float:
+    def take_wait_budget(self, lacking: int = 1) -> float:
         """Seconds worth waiting for a first guess of each of so many sequences that have none."""
         if not self.free or self.paused:
             return 0.0
         pass_s = self._cost(self._sequences)
-        return self._wait.budget(self.acceptance, pass_s, lacking, self._sequences, bool(self._draft_s))
+        return self._wait.take_budget(self.acceptance, pass_s, lacking, self._sequences, bool(self._draft_s))
 
     def choose(self, candidates: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
         """Of each sequence's candidates, likeliest first, those that a pass verifies: they bring more tokens than their

@@ -29,9 +29,9 @@ class WaitPolicy:
         self._every = 1 if came else min(2 * self._every, RAREST_SHORT_WAIT)
         self._in = self._every
 
-    def budget(self, acceptance: float, pass_s: float, lacking: int, sequences: int, known: bool) -> float:
-        """Seconds worth waiting, where so many of the sequences of a pass of `pass_s` seconds have no guess. `known`:
-        whether the drafter has said what its forwards cost."""
+    def take_budget(self, acceptance: float, pass_s: float, lacking: int, sequences: int, known: bool) -> float:
+        """Seconds worth waiting now, where so many of the sequences of a pass of `pass_s` seconds have no guess.
+        Each call counts towards the next short wait. `known`: whether the drafter has said what its forwards cost."""
         worth = acceptance * (1 - acceptance) * pass_s * lacking / sequences
         if known and worth > self._usual_s:
             return WAIT_FACTOR * self._usual_s
