@@ -169,13 +169,13 @@ class Controller:
                 most -= 1
             return [list(nodes[:most]) for nodes in candidates]
         reached = [self._reached(nodes) for nodes in candidates]
-        numbers = [path_numbers(nodes) for nodes in candidates]
-        all_paths = max((max(some, default=0) for some in numbers), default=0)
+        paths_of = [path_numbers(nodes) for nodes in candidates]
+        all_paths = max((max(paths, default=0) for paths in paths_of), default=0)
         best = -math.inf
         chosen: list[list[int]] = [[] for _ in candidates]
         for limit in range(all_paths + 1) if self._buckets.path_s else (all_paths,):
-            kept = [[place for place, number in enumerate(some) if number <= limit][:each] for some in numbers]
-            gain, counts = self._share(reached, numbers, kept, room)
+            kept = [[place for place, path in enumerate(paths) if path <= limit][:each] for paths in paths_of]
+            gain, counts = self._share(reached, paths_of, kept, room)
             if gain >= best:
                 best, chosen = gain, [places[:count] for places, count in zip(kept, counts, strict=True)]
         return [_renumbered(nodes, places) for nodes, places in zip(candidates, chosen, strict=True)]
@@ -183,24 +183,26 @@ class Controller:
     def _share(
         self,
         reached: Sequence[dict[int, float]],
-        numbers: Sequence[Sequence[int]],
+        paths_of: Sequence[Sequence[int]],
         kept: Sequence[Sequence[int]],
         room: int,
     ) -> tuple[float, list[int]]:
-        """How many of the nodes at the places `kept` of each sequence a pass reads, and their gain over their price."""
+        """How many of the nodes at the places `kept` of each sequence a pass reads, and their gain over their price.
+        `paths_of`: of each node of a sequence, see `path_numbers`."""
         counts = [0] * len(kept)
         paths = [0] * len(kept)
-        heap = [(-reached[number][places[0]], number) for number, places in enumerate(kept) if places]
+        heap = [(-reached[i][places[0]], i) for i, places in enumerate(kept) if places]
         heapq.heapify(heap)
         rows, tokens, rate = len(kept), float(len(kept)), self.rate
         best, chosen = tokens - rate * self._cost(rows), list(counts)
         while heap and room:
-            chance, number = heapq.heappop(heap)
-            paths[number] = max(paths[number], numbers[number][kept[number][counts[number]]])
-            counts[number] += 1
+            chance, i = heapq.heappop(heap)
+            place = kept[i][counts[i]]
+            paths[i] = max(paths[i], paths_of[i][place])
+            counts[i] += 1
             rows, tokens, room = rows + 1, tokens - chance, room - 1
-            if counts[number] < len(kept[number]):
-                heapq.heappush(heap, (-reached[number][kept[number][counts[number]]], number))
+            if counts[i] < len(kept[i]):
+                heapq.heappush(heap, (-reached[i][kept[i][counts[i]]], i))
             gain = tokens - rate * self._cost(rows, sum(paths))
             if gain >= best:
                 best, chosen = gain, list(counts)
