@@ -35,6 +35,7 @@ from pearl.models.draft_model import LeavesQuery
 from pearl.models.timing import best_of
 
 RANKED = 16  # guesses after a node at most: of a model's misses one in eight is among the 7th to the 16th
+_HIT_WEIGHT = 0.04  # of one more guess from the text in how often such guesses are right
 FIRST_HIT_RATE = 0.3, 0.4, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8  # until something is known, see `LENGTHS`
 _TIMED, _LEAVES_TIMED = 160, 3  # tokens of the sequences, and rows of each, at which a forward of several is timed
 
@@ -159,7 +160,7 @@ class TreeSource(ModelSource):
         first = node is not None and node is next(iter(above.children.values()))
         self.lookahead_hits += first
         rates, length = self._hit_rate, length_class(row.match)
-        rates[length] = max(0.01, 0.96 * rates[length] + 0.04 * first)
+        rates[length] = max(0.01, (1 - _HIT_WEIGHT) * rates[length] + _HIT_WEIGHT * first)
         return None if node is None else (node, joint + node.logp)
 
     def _choose(self, queries: Sequence[TreeQuery]) -> list[list[_DraftRow]]:

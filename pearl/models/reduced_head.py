@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pearl.core.control.averages import ema
 from pearl.core.trie import shared_prefix
 from pearl.machine.transfers import sent
 from pearl.models.linear import linear_of
 
 _ROOM = 512  # rare tokens, at first
 FRESH = 0.1  # share of new rare tokens in the text of late, above which the whole head is read
+_FRESH_WEIGHT = 0.03  # of one more token in that share
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class ReducedVocabHead(nn.Module):
         rate = before.fresh if before else 0.0
         if before:  # a prompt's own tokens say nothing about what is being written
             for token in fresh:
-                rate += 0.03 * ((token in new) - rate)
+                rate = ema(rate, token in new, weight=_FRESH_WEIGHT)
         self._sequences[batch_slot] = _Observed(list(tokens), rate)
         self._add(new)
         self._choose()

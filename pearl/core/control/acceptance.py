@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 
+from pearl.core.control.averages import ema
 from pearl.core.trie import DRAFT
 
 LOW = (0.05, 0.02, 0.01)  # bounds of the bins below 0.1; above each is a tenth wide
@@ -19,6 +20,7 @@ _WEIGHT = 4.0  # of the source's own probability, in observed guesses
 _WEIGHT_OF_ALL = 12.0  # at one depth, of what was observed at all depths
 _LEAST = 1e-6  # nothing is impossible, whatever was seen
 _FORGET = 0.98  # of what was observed, from guess to guess
+_FIRST_WEIGHT = 0.05  # of one more first guess in the acceptance of these
 _DEPTHS = (1, 2, 4, 8)  # the least depths of each class
 
 
@@ -61,7 +63,7 @@ class AcceptanceRates:
         self._counts(origin).learn(_bin(logp), depth, accepted)
 
     def learn_first(self, accepted: bool) -> None:
-        self.first += 0.05 * (accepted - self.first)
+        self.first = ema(self.first, accepted, weight=_FIRST_WEIGHT)
 
     def _counts(self, origin: str) -> _Counts:
         if origin not in self._by_origin:

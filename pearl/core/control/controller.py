@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 
 from pearl.core.control.acceptance import AcceptanceRates
+from pearl.core.control.averages import ema
 from pearl.core.control.draft_trial import DraftTrial
 from pearl.core.control.pass_costs import PassCosts
 from pearl.core.control.wait_policy import WaitPolicy
@@ -24,6 +25,7 @@ from pearl.core.token_buckets import LEAVES, BatchedTokenBuckets, TokenBuckets
 from pearl.core.trie import DRAFT, Candidate, Node, path_numbers
 
 RATE_DECAY = 0.95  # of the moving sums of tokens and seconds, from one pass to the next
+_GUESS_WEIGHT = 0.1  # of one more wait in the seconds of a guess
 LONGEST_BLOCK = 8  # of `auto` where several sequences share a pass
 
 
@@ -71,7 +73,7 @@ class Controller:
     def record_drafting(self, guesses: float, seconds: float) -> None:
         """So many guesses came while the target waited for them, for each sequence that it waited for."""
         each = seconds / guesses
-        self._guess_s = self._guess_s + 0.1 * (each - self._guess_s) if self._guess_s else each
+        self._guess_s = ema(self._guess_s, each, weight=_GUESS_WEIGHT) if self._guess_s else each
 
     def record_pass(
         self, rows: int, committed: int, forward_s: float, seconds: float, paths: int = 0, sequences: int = 1

@@ -16,6 +16,7 @@ TRIAL, LONGEST_TRIAL = 12, 96  # passes after which drafting is judged, doubled 
 PROBE = 6  # passes without drafting that show what the target makes alone
 MOST = 4  # tokens of a pass that count: longer ones are repeated text, which sources beside the target find anyway
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # passes without drafting, doubled each time that it was not worth it
+_FORGET = 0.9  # of what the target made alone, from pass to pass
 MIN_SPEEDUP = 0.985  # drafting goes on at this many times the speed of the target alone: guesses come in bursts
 RESUME_SPEEDUP, LATELY = 1.1, 6  # a pause is over where the last trial was so much faster than so many passes alone
 CLEAR_SPEEDUP = 1.3  # times faster than the target was expected to be alone: no need for a probe
@@ -43,8 +44,8 @@ class DraftTrial:
         committed = min(committed, MOST * sequences)
         if self._left:
             if self._drafter_idle:
-                self._alone_tokens = 0.9 * self._alone_tokens + committed
-                self._alone_seconds = 0.9 * self._alone_seconds + seconds
+                self._alone_tokens = _FORGET * self._alone_tokens + committed
+                self._alone_seconds = _FORGET * self._alone_seconds + seconds
                 self._lately.append((committed, seconds))
             self._left, self._drafter_idle = self._left - 1, True
             if self._passes:

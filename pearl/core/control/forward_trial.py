@@ -16,6 +16,7 @@ import bisect
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from pearl.core.control.averages import ema
 from pearl.core.token_buckets import extended
 
 TRIED = 0.005  # of the run's time: forwards that are not known to pay
@@ -23,6 +24,8 @@ FIRST_WORTH = 1.5  # tokens, until something is known: what published heads brin
 _REACH = (0.01, 0.25, 0.5, 1.0, 2.0, 4.0)  # least tokens that a pass is expected to go through, of each class but one
 _WEIGHT_OF_ALL = 4.0  # in a class, of what was seen in all, in forwards
 _FORGET = 0.98  # of what was seen, from forward to forward
+_ROW_WEIGHT = 0.3  # of one more forward in the seconds of a row that it had still to read
+_SCALE_WEIGHT = 0.1  # of one more forward in how many times as long they take as at loading
 _LITTLE = 16  # rows that are still to be read, which a forward reads for nothing
 
 
@@ -115,9 +118,9 @@ class ForwardTrial:
         unread = sum(one.unread for one in queries if one.unread > _LITTLE)
         if unread:
             row_s = max(0.0, seconds - self.seconds(len(queries))) / unread
-            self._row_s = self._row_s + 0.3 * (row_s - self._row_s) if self._row_s else row_s
+            self._row_s = ema(self._row_s, row_s, weight=_ROW_WEIGHT) if self._row_s else row_s
         elif expected := extended(self._costs, len(queries)):
-            self._scale += 0.1 * (seconds / expected - self._scale)
+            self._scale = ema(self._scale, seconds / expected, weight=_SCALE_WEIGHT)
         for one in queries:
             self._saved.pop(one.text, None)
             self._worth.made(self.reach_class(one.reach))

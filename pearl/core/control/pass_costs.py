@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from pearl.core.control.averages import ema
 from pearl.core.token_buckets import LIMIT, BatchedTokenBuckets, TokenBuckets
 
 PRIOR_WEIGHT = 2  # what a pass cost at loading counts as much as this many passes
 EMA_PASSES = 8  # the last so many make an average
 LONGEST = 2.0  # times as long as usual: what made a pass longer than that was not its rows
 LEAST_PASSES = 0.5  # a row count that was last read longer ago than that is not asked
+_SCALE_WEIGHT = 0.1  # of one more pass in how many times as long they take as at loading
 _FORGET = 0.97  # of what was told, from pass to pass
 
 
@@ -42,7 +44,7 @@ class PassCosts:
             passes, total = self._told.get(padded, (0.0, 0.0))
             ratio = min(ratio, LONGEST * scale) if scale else ratio
             self._told[padded] = passes + 1, total + ratio
-        self._scale = ratio if scale is None else scale + 0.1 * (ratio - scale)
+        self._scale = ratio if scale is None else ema(scale, ratio, weight=_SCALE_WEIGHT)
         self._table = []
 
     def __call__(self, rows: int, paths: int = 0) -> float:

@@ -8,8 +8,11 @@ and ever more rarely where nothing came of it.
 
 from __future__ import annotations
 
+from pearl.core.control.averages import ema
+
 WAIT_FACTOR = 3  # times as long as usual: no guess is waited for any longer
 SHORT_WAIT_FRACTION = 0.02  # of a pass: the short wait
+_WAIT_WEIGHT = 0.1  # of one more wait in how long they usually are
 RAREST_SHORT_WAIT = 64  # passes from one to the next
 
 
@@ -25,7 +28,7 @@ class WaitPolicy:
         self._usual_s = 1.5 * draft_s
 
     def waited(self, came: bool, seconds: float) -> None:
-        self._usual_s += 0.1 * (seconds - self._usual_s)
+        self._usual_s = ema(self._usual_s, seconds, weight=_WAIT_WEIGHT)
         self._every = 1 if came else min(2 * self._every, RAREST_SHORT_WAIT)
         self._in = self._every
 
