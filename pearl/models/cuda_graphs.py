@@ -7,6 +7,7 @@ runs at a time; what a forward leaves for others must lie in buffers that were t
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -36,16 +37,28 @@ class CudaGraphs:
             usual.wait_stream(stream)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # the thread that receives messages touches no GPU; whatever else runs here may
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                run()
-            self._pool = graph.pool()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            try:
+                # the thread that receives messages touches no GPU; whatever else runs here may
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    run()
+            except RuntimeError:
+                self._leave_recording(usual)
+                raise
 
         def replay() -> None:
             with torch.cuda.device(self._device):  # the drafter's GPU is seldom the process's first
                 graph.replay()
 
         return replay
+
+    def _leave_recording(self, usual: Any) -> None:
+        """After a recording that failed. `torch.cuda.graph` raises when it ends such a one, before it takes the thread
+        off the stream and the allocator off the pool: what runs as code from then on would still go there."""
+        torch.cuda.set_stream(usual)
+        with contextlib.suppress(RuntimeError):  # of an allocator that had left it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        self._pool = None  # what the recording took of it is not given back
 
 
 def capture_for(devices: tuple[str, ...]) -> Capture | None:
