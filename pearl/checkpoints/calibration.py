@@ -6,10 +6,12 @@ or compared (`pearl.models.batch_invariance`, `pearl.models.numerics_check`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
@@ -57,15 +59,26 @@ class DraftCosts:
 def measured_once(key: dict[str, object], measure: Callable[[], Found]) -> Found:
     """`measure()`, or what it said the last time for this `key`, which names all that it depends on.
 
-    Of processes that ask at the same time one measures and the others wait."""
+    Of processes that ask at the same time one measures and the others wait. One at a time measures on a GPU, for the
+    drafter's may be the target's: each would find what the other left of it."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "rows" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            with atomic_write(path) as partial:
+            with _alone_on(key["devices"], path.parent), atomic_write(path) as partial:  # type: ignore[arg-type]
                 partial.write_text(json.dumps(measure()))
         return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def _alone_on(devices: Iterable[str], folder: Path) -> Iterator[None]:
+    """No other process measures on these GPUs. CPUs have cores for each."""
+    with contextlib.ExitStack() as held:
+        for device in sorted(devices):  # in one order, so that no two wait for each other
+            if device != "cpu":
+                held.enter_context(FileLock(folder / f"measuring-{device.replace(':', '-')}.lock"))
+        yield
 
 
 def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Preflight) -> None:
@@ -105,7 +118,9 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         backends = numerics_check.backends(placed.on_cpu)
         static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
         found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
-        numerics_check.apply(reader, numerics_check.NumericsReport.of(found), capture)
+        report = numerics_check.NumericsReport.of(found)
+        numerics_check.apply(reader, report, capture)
+        capture = capture if report.captured else None  # what can't be recorded of one text can't of several
     else:
         reader.buckets = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
         reader.checks = (numerics_check.rows_check(reader.buckets), *attention_checks(reader.model))

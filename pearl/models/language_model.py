@@ -125,18 +125,22 @@ class LanguageModel:
         self, counts: Sequence[int] = COUNTS, capture: Capture | None = None, backend: str = "packed"
     ) -> StaticShapeRunner:
         """From here on forwards of one sequence that are no wider than the last of `counts` have static shapes, and
-        whole pieces of prompts; and forwards that several sequences share."""
-        more = self._hooks, self._head, self.windows
-        pieces = not self._attention.slices_rows
-        self.static = StaticShapeRunner(self.model, self.buffers.slots, counts, capture, backend, *more, pieces)
+        whole pieces of prompts; and forwards that several sequences share. Where that is so already, what `capture` has
+        recorded stays."""
+        more, made = (self._hooks, self._head, self.windows), self.static
+        if not (capture and made and (made.counts, made.capture, made.backend) == (tuple(counts), capture, backend)):
+            pieces = not self._attention.slices_rows
+            made = StaticShapeRunner(self.model, self.buffers.slots, counts, capture, backend, *more, pieces)
+        self.static = made
         self.share_static_shapes(capture)
-        return self.static
+        return made
 
     def share_static_shapes(self, capture: Capture | None) -> None:
         """The same of forwards that several sequences share alone."""
-        self.shared = None
-        if self.static and self.max_sequences > 1 and self.shares_forwards:
-            more = self._hooks, self._head, self.windows
+        more, made = (self._hooks, self._head, self.windows), self.shared
+        if not (self.static and self.max_sequences > 1 and self.shares_forwards):
+            self.shared = None
+        elif not (capture and made and (made.capture, made.backend) == (capture, self.static.backend)):
             self.shared = SharedShapeRunner(self.model, self.buffers, capture, self.static.backend, *more)
 
     @torch.inference_mode()

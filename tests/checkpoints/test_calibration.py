@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from numerics import Recorder
 from transformers import LlamaConfig
 
 import pearl
@@ -18,10 +19,12 @@ from pearl.checkpoints import calibration, calibration_key
 from pearl.checkpoints.calibration import measured_once
 from pearl.checkpoints.calibration_key import of_code, of_weights
 from pearl.checkpoints.checkpoint import Checkpoint
+from pearl.checkpoints.drafters import load_draft
 from pearl.checkpoints.preflight import preflight
 from pearl.checkpoints.targets import load_target
 from pearl.config.engine_config import EngineConfig
 from pearl.core.token_buckets import LIMIT, TokenBuckets
+from pearl.models import numerics_check
 
 FOUND = {"safe": [2, 3, 5], "cost_s": [n / 7 for n in range(LIMIT)], "exact": True}
 KEY: dict[str, object] = {"model": "m", "devices": ("cpu",), "load_in": None}
@@ -66,6 +69,28 @@ def test_of_several_that_ask_at_once_one_measures():
     assert measure.calls == 1
 
 
+@pytest.mark.parametrize(
+    "devices, together", [(("cuda:0",), False), (("cuda:1", "cuda:0"), False), (("cuda:1",), True), (("cpu",), True)]
+)
+def test_of_models_on_one_gpu_one_is_measured_at_a_time(devices, together):
+    begun, others = threading.Event(), []
+
+    def first() -> dict[str, object]:
+        other = threading.Thread(target=measured_once, args=(KEY | {"devices": devices, "model": "b"}, begun_then))
+        others.append(other)
+        other.start()
+        assert begun.wait(5 if together else 0.3) == together
+        return FOUND
+
+    def begun_then() -> dict[str, object]:
+        begun.set()
+        return FOUND
+
+    measured_once(KEY | {"devices": ("cpu",) if devices == ("cpu",) else ("cuda:0",)}, first)
+    others[0].join()
+    assert begun.is_set()
+
+
 def test_a_measurement_that_fails_leaves_nothing():
     with pytest.raises(ZeroDivisionError):
         measured_once(KEY, lambda: {"a": 1 // 0})
@@ -108,6 +133,32 @@ def load(folder: Path, **options: object) -> TokenBuckets:
 def test_the_same_weights_are_measured_once(folder, measured):
     assert load(folder) == load(folder)
     assert len(measured) == 1
+
+
+def test_what_the_self_check_has_recorded_is_not_recorded_again(folder, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(calibration, "capture_for", lambda devices: recorder)
+    config = EngineConfig(str(folder), str(folder), dtype="float32", max_length=200, cuda_graphs="on", max_sequences=2)
+    target, (drafter, _) = load_target(preflight(config)), load_draft(preflight(config), 8)
+    readers = [target.static, target.shared, drafter.static, drafter.shared]
+    assert all(one.captured and one.shapes for one in readers)
+    before = recorder.recorded
+    for seed in range(2):
+        target.read([*range(numerics_check._PREFIX), seed], 1)
+    assert recorder.recorded == before
+
+
+def test_where_passes_over_one_text_are_not_recorded_nobody_tries_those_over_several(folder, monkeypatch):
+    tried = []
+
+    def fails(run):
+        tried.append(run)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(calibration, "capture_for", lambda devices: fails)
+    config = EngineConfig(str(folder), "ngram", dtype="float32", max_length=200, cuda_graphs="on", max_sequences=2)
+    assert not load_target(preflight(config)).shared.captured
+    assert len(tried) == 2, "one pass and one piece of a prompt"
 
 
 def test_weights_replaced_in_place_are_measured_anew(folder, measured):

@@ -163,6 +163,11 @@ class StaticShapeRunner:
         return len(self._recorded) + len(self._pieces)
 
     @property
+    def capture(self) -> Capture | None:
+        """What records forwards."""
+        return self._recorded.capture
+
+    @property
     def captured(self) -> bool:
         """Whether forwards are recorded."""
         return self._recorded.captured

@@ -31,7 +31,7 @@ class Recordings:
         """`capture`: None leaves code as it is. `later`: a shape is recorded when it comes for the second time, for
         many come once. `most`: recordings that are kept, those that were replayed last."""
         self.failed = ""  # why nothing is recorded any more
-        self._capture, self._later, self._most = capture, later, most
+        self.capture, self._later, self._most = capture, later, most
         self._known: set[Hashable] = set()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
 
@@ -41,7 +41,7 @@ class Recordings:
 
     @property
     def captured(self) -> bool:
-        return self._capture is not None
+        return self.capture is not None
 
     def forget(self) -> None:
         """The buffers of all of them are gone."""
@@ -54,15 +54,15 @@ class Recordings:
         self._known.add(shape)
         if shape in self._runs:
             self._runs.move_to_end(shape)
-        elif self._capture is None or (new and self._later):
+        elif self.capture is None or (new and self._later):
             code()
             return
         else:
             code()  # buffers are made outside of the recording
             try:
-                self._runs[shape] = self._capture(code)
+                self._runs[shape] = self.capture(code)
             except RuntimeError as error:
-                self.failed, self._capture = brief(error), None
+                self.failed, self.capture = brief(error), None
                 _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
                 return
             if len(self._runs) > self._most:

@@ -187,6 +187,11 @@ class SharedShapeRunner:
         return len(self._recorded)
 
     @property
+    def capture(self) -> Capture | None:
+        """What records forwards."""
+        return self._recorded.capture
+
+    @property
     def captured(self) -> bool:
         """Whether forwards are recorded."""
         return self._recorded.captured
