@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch import nn
 
 from pearl.checkpoints import calibration_key
 from pearl.checkpoints.checkpoint import Checkpoint
@@ -40,6 +41,7 @@ from pearl.models.cuda_graphs import capture_for
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention_probe import attention_checks
 from pearl.models.kv_cache.transformers_interface import uses_cache_attention
+from pearl.models.linear import RowwiseInt8Linear
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
@@ -101,7 +103,7 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
     ours = uses_cache_attention(reader.model)  # another's masks are no part of a recorded forward
-    static_shapes = isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed)
+    static_shapes = isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed, reader.model)
     capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
 
     def measure_batches() -> Found:
@@ -157,7 +159,7 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     assert checked.draft is not None, "a draft model was loaded"
     key = _key(reader.model, config, placed, checked.draft, config.draft_dtype or config.dtype)
     key |= {"what": "leaves", "load_in": config.draft_load_in, "kernel": kernel, "head": kept}
-    if uses_cache_attention(reader.model) and has_static_shapes(config, placed):
+    if uses_cache_attention(reader.model) and has_static_shapes(config, placed, reader.model):
         capture = None if config.cuda_graphs == "static-only" else capture_for(placed.devices)
         key["graphs"] = capture is not None
         captured = measured_once(
@@ -175,12 +177,13 @@ def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: i
     return DraftCosts(tuple(found), (first, further))
 
 
-def has_static_shapes(config: EngineConfig, placed: Placement) -> bool:
+def has_static_shapes(config: EngineConfig, placed: Placement, model: nn.Module | None = None) -> bool:
     """Whether forwards have static shapes: by default on one GPU, where graphs save most of a step. On CPU they save
-    nothing, and what fills them up costs a little."""
-    return config.cuda_graphs in ("on", "static-only") or (
-        config.cuda_graphs == "auto" and len(placed.devices) == 1 and not placed.on_cpu
-    )
+    nothing, and what fills them up costs a little; and no graph can be recorded of a model in 8 bits."""
+    if config.cuda_graphs == "auto":
+        in_8_bits = model is not None and any(isinstance(one, RowwiseInt8Linear) for one in model.modules())
+        return len(placed.devices) == 1 and not placed.on_cpu and not in_8_bits
+    return config.cuda_graphs in ("on", "static-only")
 
 
 def _key(model: Any, config: EngineConfig, placed: Placement, checkpoint: Checkpoint, dtype: str) -> dict[str, object]:

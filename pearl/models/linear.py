@@ -98,7 +98,8 @@ class RowwiseInt8Linear(nn.Module):
     y = x W^T + b with W in 8 bits. Entries of x from `threshold` on are multiplied in full precision, the others of a
     row in 8 bits. bitsandbytes takes every column out of the 8 bits that is an outlier in *any* row of the forward, so
     a row's bits would depend on the rows beside it. Here each row has its own outliers. Products of 8-bit numbers are
-    exact, and those of outliers are added column by column: where a row has none it adds zero.
+    exact, and those of outliers are added column by column: where a row has none it adds zero. Which columns these are
+    the host has to know, so every forward of the layer waits for the device, and can't be recorded as a graph.
     """
 
     weight: Tensor

@@ -30,6 +30,7 @@ from pearl.models import numerics_check
 from pearl.models.batch_invariance import find_invariant_counts
 from pearl.models.cuda_graphs import capture_for
 from pearl.models.kv_cache import attention
+from pearl.models.linear import RowwiseInt8Linear
 from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS
 from pearl.roles.target import Target
 
@@ -366,5 +367,8 @@ def test_the_choice_of_graphs_reaches_the_engine_from_a_command_line(graphs, fix
     config, _ = cli.engine_config(cli.parse(cli.parser("doctor"), ["--target", "t", "--cuda-graphs", graphs]))
     places = (Placement(devices) for devices in (("cpu",), ("cuda:0",), ("cuda:0", "cuda:1")))
     assert [has_static_shapes(config, placed) for placed in places] == fixes
+    in_8_bits = torch.nn.Sequential(RowwiseInt8Linear(torch.zeros(2, 2, dtype=torch.int8), torch.ones(2), None, 6.0))
+    asked = graphs in ("on", "static-only")
+    assert has_static_shapes(config, Placement(("cuda:0",)), in_8_bits) == asked, "a layer waits for the device"
     usual, _ = cli.engine_config(cli.parse(cli.parser("doctor"), ["--target", "t"]))
     assert usual.cuda_graphs == "auto"
