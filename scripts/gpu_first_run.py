@@ -83,7 +83,11 @@ class FirstRun:
         """Nothing every few seconds, then how it ended. It ends with this process."""
         ends = time.monotonic() + limit
         with (self.folder / f"{name}.log").open("w") as log:
-            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            except OSError as error:  # there is no such program
+                yield str(error)
+                return
             try:
                 while (left := ends - time.monotonic()) > 0:
                     try:

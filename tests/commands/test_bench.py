@@ -116,6 +116,13 @@ def test_what_a_step_has_found_is_on_disk_while_it_is_under_way(tmp_path, first_
     assert json.loads(kept.read_text()) == found and not file.exists()
 
 
+def test_a_step_whose_program_is_missing_is_reported_and_the_next_one_begins(tmp_path, first_run):
+    run = first_run.FirstRun(tmp_path / "run", 60)
+    assert not run.step("topology", ["no-such-program"], 20) and run.step("next", ["true"], 20)
+    results = [one["result"] for one in json.loads((run.folder / "first_run.json").read_text())["steps"]]
+    assert "no-such-program" in results[0] and results[1] == "ok"
+
+
 def test_a_first_run_that_is_told_to_end_takes_its_step_along(tmp_path):
     command = [sys.executable, "scripts/gpu_first_run.py", "--shapes", "tiny", "--output", str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
