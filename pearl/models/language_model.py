@@ -115,9 +115,9 @@ class LanguageModel:
         self.static: StaticShapeRunner | None = None  # forwards of one text
         self.shared: SharedShapeRunner | None = None  # and those that several share
         self.prefix_cache: PrefixCache | None = None  # over texts
-        self.buffers = KVBuffers(max_length + TREE_SLOTS, max_sequences, coarse)
-        self._hooks, self._head = hooks, head
         self._attention = attention_of(model)
+        self.buffers = KVBuffers(max_length + TREE_SLOTS, max_sequences, coarse, self._attention.alike)
+        self._hooks, self._head = hooks, head
         self.max_sequences = max_sequences
         self._slots = [SlotState(SlotCache(self.buffers, slot)) for slot in range(max_sequences)]
 
@@ -182,7 +182,7 @@ class LanguageModel:
             keys.append(key)
         pieces = store.find(keys)
         for place, piece in enumerate(pieces):
-            state.cache.put(piece.layers, first + place * PREFILL_CHUNK)
+            state.cache.put(piece.stacks, first + place * PREFILL_CHUNK)
         count = len(pieces) * PREFILL_CHUNK
         state.pieces += keys[: len(pieces)]
         state.cached = list(tokens[: first + count])

@@ -8,6 +8,7 @@ import torch
 from architectures import Architecture, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BltConfig,
     Gemma3TextConfig,
@@ -213,6 +214,41 @@ def test_what_does_not_fit_is_asserted():
             reader.read(text, keep)
     with pytest.raises(AssertionError, match="too short"):
         SlotCache(KVBuffers(GRAIN)).place_chain(GRAIN - 1, 2, 2)
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that a GPU would launch a kernel for: all but views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("taken", [[(0, 5)], [(0, 5), (4, 6)], [(0, 5), (5, 8)]], ids=["one", "next", "apart"])
+@torch.inference_mode()
+def test_a_walk_through_side_rows_is_as_few_operations_for_many_layers_as_for_few(taken):
+    """On a GPU each of them is a launch outside of any graph."""
+    counts = []
+    for layers in (2, 8):
+        config = LlamaConfig(**tiny.SIZES | {"num_hidden_layers": layers})
+        reader, text = tiny.verifier(tiny.random_model(config)), random_text(20)
+        reader.read(text, 4, [(0, 5), (4, 6), (5, 8)])
+        with Operations() as operations:
+            assert reader._slots[0].known([*text[:17], *(token for _, token in taken), 9], 17 + len(taken))
+        counts.append(operations.count)
+    assert counts[0] == counts[1] <= 8
+
+
+@torch.inference_mode()
+def test_layers_that_are_alike_lie_together_and_others_by_themselves():
+    buffers = KVBuffers(GRAIN, alike=[(0, 2)])
+    for layer, heads in ((2, 3), (1, 2), (0, 3), (5, 3)):
+        keys, values = buffers.layer(layer, torch.zeros(1, heads, 1, 16), torch.zeros(1, heads, 1, 16))
+        assert keys.shape == values.shape and keys.shape[1] == heads and keys.is_contiguous()
+    assert [len(stack) for stack in buffers.stacks] == [4, 2, 2]
+    assert len({one.data_ptr() for pair in buffers.all_layers() for one in pair}) == 8
 
 
 def test_logits_are_cut_to_the_shared_vocabulary():

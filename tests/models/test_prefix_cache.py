@@ -218,7 +218,7 @@ def test_a_drafter_goes_on_from_what_it_has_read_of_earlier_prompts(chains: bool
 
 
 def piece(size: int = 10) -> Piece:
-    return Piece({0: (torch.zeros(size, dtype=torch.uint8), torch.zeros(0))})
+    return Piece([torch.zeros(size, dtype=torch.uint8)])
 
 
 def test_what_was_not_used_for_longest_goes_first_and_the_end_of_a_text_before_its_beginning():

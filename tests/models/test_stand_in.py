@@ -6,6 +6,7 @@ The second part plants faults, and the stand-in has to find each.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from tiers import tiered
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from toys import Move, ScriptedChannel, Text, letters, ticks, together
+from transformers import MistralConfig
 
 import pearl.machine.transfers
 import pearl.models.kv_cache.attention_probe
@@ -32,6 +34,9 @@ from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.attention import AttentionMask
+from pearl.models.kv_cache.slot_cache import SlotCache
+from pearl.models.kv_cache.window import Window
+from pearl.models.language_model import LanguageModel
 from pearl.models.reduced_head import ReducedVocabHead, reduce_vocab
 from pearl.models.static_shapes.several_texts import SharedShapeRunner
 from pearl.models.tensor_parallel import commands, ordered_sum
@@ -44,6 +49,7 @@ from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target import Target
 
 PROMPT = [3 * i % tiny.VOCABULARY for i in range(20)]
+LONG = [(7 * i + i * i) % tiny.VOCABULARY for i in range(300)]  # two whole pieces, and more
 GREEDY = SamplingParams(max_new_tokens=12)
 SHARED = BatchedTokenBuckets((4, 8, 12, 16, 24, 32, 48), (1.0,) * 7)  # row counts of passes that texts share
 PARAMS = {
@@ -75,20 +81,26 @@ def gpu(monkeypatch) -> Iterator[Gpu]:
         yield gpu
 
 
-def models(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> tuple[VerifierModel, TreeSource]:
+def models(
+    moved: Moved, static: bool, slots: int = 1, head: int = 0, window: int = 0
+) -> tuple[VerifierModel, TreeSource]:
     """Of a target and of a drafter that is nearly as good; `static`: their forwards have static shape, as on a GPU.
-    `head`: tokens to which the drafter's is cut."""
-    model, draft = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
+    `head`: tokens to which the drafter's is cut. `window`: of their attention."""
+    config = MistralConfig(**tiny.SIZES, sliding_window=window) if window else tiny.CONFIGS["llama"]()
+    model, draft = (tiny.random_model(config) for _ in range(2))
     torch.manual_seed(1)
     for weight in draft.parameters():
         weight.data += 0.02 * torch.randn_like(weight)
-    target, draft = tiny.verifier(moved(model), max_sequences=slots), moved(draft)
-    drafter = tiny.draft_model(draft, max_sequences=slots, head=reduced(draft, head) if head else None)
+    options = {"max_sequences": slots, "max_length": 2 * tiny.LENGTH}
+    target, draft = tiny.verifier(moved(model), **options), moved(draft)
+    drafter = tiny.draft_model(draft, **options, head=reduced(draft, head) if head else None)
     if slots > 1:
         target.batched_buckets = SHARED
     if static:
         target.enable_static_shapes()
         drafter.enable_static_shapes()
+    target.keep_prefixes(64)
+    drafter.keep_prefixes(64)
     return target, TreeSource(drafter)
 
 
@@ -100,13 +112,13 @@ def reduced(model: torch.nn.Module, tokens: int) -> ReducedVocabHead:
     return head
 
 
-def loops(moved: Moved, static: bool, slots: int = 1, head: int = 0) -> Target:
-    target, source = models(moved, static, slots, head)
+def loops(moved: Moved, static: bool, slots: int = 1, head: int = 0, window: int = 0) -> Target:
+    target, source = models(moved, static, slots, head, window)
     return Target(target, ScriptedChannel(source, STEADY), ticks())
 
 
-def write(target: Target, mode: str, params: SamplingParams) -> Text:
-    said = together(target, PROMPT, Schedule.of(mode), params)
+def write(target: Target, mode: str, params: SamplingParams, prompt: Sequence[int] = PROMPT) -> Text:
+    said = together(target, prompt, Schedule.of(mode), params)
     assert mode == "ar" or drafted([target.draft_stats]), FAILED
     return said
 
@@ -148,6 +160,23 @@ def test_a_pass_waits_once_and_a_draft_once(gpu, kind, mode, static):
     assert write(target, mode, PARAMS[kind]).tokens == expected.tokens
     forwards = target.draft_stats.forwards if target.draft_stats else 0
     assert len(target.passes) <= gpu.waits <= len(target.passes) + forwards
+
+
+def with_long_prompts(moved: Moved, static: bool, window: int) -> tuple[list[list[int]], int]:
+    """Texts behind a prompt, the same again and another with its beginning; and how often they may wait."""
+    target, texts, waits = loops(moved, static, window=window), [], 0
+    for prompt in (LONG, LONG, [*LONG[:200], 1, 2, 3]):
+        texts.append(write(target, "tree", GREEDY, prompt).tokens)
+        waits += len(target.passes) + target.draft_stats.forwards
+    assert target._model.prefix_cache.nbytes, "whole pieces are kept"
+    return texts, waits
+
+
+@pytest.mark.parametrize("static, window", tiered(itertools.product([True, False], [0, 64]), lambda one: one == (True, 64)))
+def test_prompts_of_several_pieces_wait_no_more_read_or_put_back_from_what_is_kept(gpu, static, window):
+    expected, _ = with_long_prompts(here, static, window)
+    texts, waits = with_long_prompts(gpu.moved, static, window)
+    assert texts == expected and gpu.waits <= waits
 
 
 def test_a_drafter_with_a_cut_head_waits_no_more(gpu):
@@ -326,6 +355,31 @@ def test_a_fault_in_a_draft_model_is_found(gpu, monkeypatch, fault, static):
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=FAILED):
         write(loops(gpu.moved, static), "tree", GREEDY)
+
+
+def windows_of_the_host(patch: pytest.MonkeyPatch) -> None:
+    def within(mask: AttentionMask, window: Window | None) -> AttentionMask:
+        if window is None:
+            return mask
+        near = torch.arange(mask.visible.shape[-1]) >= window.first(mask.last)[..., None]
+        return AttentionMask(mask.visible & near[:, None])
+
+    patch.setattr(AttentionMask, "within", within)
+
+
+@pytest.mark.parametrize(
+    "fault, window",
+    [
+        (after(SlotCache, "take", lambda kept: kept.cpu()), 0),
+        (after(LanguageModel, "forward", lambda logits: len(logits) == 1 and logits[0, 0].item()), 0),
+        (windows_of_the_host, 64),
+    ],
+    ids=["kept on the host", "item of a piece", "window"],
+)
+def test_a_fault_in_the_reading_of_a_long_prompt_is_found(gpu, monkeypatch, fault, window):
+    fault(monkeypatch)
+    with pytest.raises((HiddenWait, WrongDevice)):
+        with_long_prompts(gpu.moved, True, window)
 
 
 def test_picks_that_are_read_before_they_are_here_are_found(gpu, monkeypatch):

@@ -48,6 +48,7 @@ class ModelAttention:
     owns_keys: bool = False  # attention reads the cached keys themselves, so side rows and shared forwards work
     slices_rows: bool = False  # some layers read only the rows whose logits are asked for
     windows: tuple[Window, ...] = ()  # the different ones that its layers have
+    alike: tuple[tuple[int, ...], ...] = ()  # layers whose keys and values have the same shapes, on the same device
 
 
 class _ProbeCache(ForwardCache):
@@ -57,9 +58,13 @@ class _ProbeCache(ForwardCache):
         self.windows: dict[Window, None] = {}
         self.asked: set[int] = set()
         self.keys: dict[int, Tensor] = {}
+        self.alike: dict[tuple[object, ...], list[int]] = {}
         self.before = RowsBefore(torch.arange(2))
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object):
+        if layer_idx not in self.keys:
+            kind = key_states.shape, value_states.shape, key_states.dtype, key_states.device
+            self.alike.setdefault(kind, []).append(layer_idx)
         self.keys[layer_idx] = key_states
         return key_states, value_states
 
@@ -165,7 +170,8 @@ def _probed(model: PreTrainedModel) -> ModelAttention:
         model.set_attn_implementation(before)
     if not cache.asked >= set(cache.keys) or not cache.asked:
         return ModelAttention("its layers hand no cache down to it")
-    return ModelAttention(cache.why_not, cache.owns_keys, cache.slices_rows, tuple(cache.windows))
+    alike = tuple(map(tuple, cache.alike.values()))
+    return ModelAttention(cache.why_not, cache.owns_keys, cache.slices_rows, tuple(cache.windows), alike)
 
 
 def attention_checks(model: PreTrainedModel) -> tuple[Check, ...]:

@@ -13,7 +13,7 @@ An evaluation compares modes on the same prompts, and the first to read one woul
 read in a *round* are found from the next one on (`begin_round`), so each mode of a problem reads the same; the first
 round finds nothing.
 
-Knows: tensors by layer. Refuses to know: models, sequences, where in a cache a piece lies.
+Knows: tensors. Refuses to know: models, sequences, where in a cache a piece lies.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-
-from pearl.models.kv_cache.slot_cache import KeyValue
 
 Digest = bytes
 EMPTY: Digest = b""  # of no tokens
@@ -36,13 +34,12 @@ EMPTY: Digest = b""  # of no tokens
 class Piece:
     """What a forward of a piece has left."""
 
-    layers: Mapping[int, KeyValue]  # [kv heads, tokens, head_dim] each
+    stacks: Sequence[Tensor]  # [layers, kv heads, tokens, head_dim] each
     states: Tensor | None = None  # of the hooked layers, [tokens, F]
 
     @property
     def nbytes(self) -> int:
-        own = [tensor for pair in self.layers.values() for tensor in pair]
-        return sum(one.nbytes for one in (*own, *([] if self.states is None else [self.states])))
+        return sum(one.nbytes for one in (*self.stacks, *([] if self.states is None else [self.states])))
 
 
 def digest(before: Digest, tokens: Sequence[int]) -> Digest:

@@ -12,7 +12,7 @@ bits nobody compares, writes its nodes wherever there is room and lets a mask pi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,31 +69,39 @@ class ForwardLayout:
 
 
 class KVBuffers:
-    """Keys and values of every layer, [batch slots, kv heads, slots, head_dim], on the layer's device."""
+    """Keys and values of every layer, [batch slots, kv heads, slots, head_dim], on the layer's device.
 
-    def __init__(self, slots: int, max_sequences: int = 1, coarse: bool = False):
-        """`coarse`: slots are read in fewer different numbers (`seen`), for there is a graph of each."""
+    Those of layers that are alike lie in one tensor, a stack: what is done to all of them is one operation then, which
+    on a GPU is one launch."""
+
+    def __init__(self, slots: int, max_sequences: int = 1, coarse: bool = False, alike: Sequence[Sequence[int]] = ()):
+        """`coarse`: slots are read in fewer different numbers (`seen`), for there is a graph of each. `alike`: layers
+        that make keys and values of the same shapes on the same device; others have a stack each."""
         self.slots = -(-slots // GRAIN) * GRAIN
         self.max_sequences, self.coarse = max_sequences, coarse
+        self.stacks: list[Tensor] = []  # [layers, batch slots, kv heads, slots, head_dim] each
+        self._alike = {number: tuple(layers) for layers in alike for number in layers}
+        self._made: dict[tuple[object, ...], KeyValue] = {}  # of layers that are alike, [layers, batch slots, ...]
         self._layers: dict[int, KeyValue] = {}
 
     def layer(self, number: int, keys: Tensor, values: Tensor) -> KeyValue:
         """Those of a layer that makes keys and values like these, [batch, kv heads, rows, head_dim]."""
         if number not in self._layers:
-            self._layers[number] = (self._empty(keys), self._empty(values))
+            alike = self._alike.get(number, (number,))
+            kind = alike, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device  # in case it was moved
+            if kind not in self._made:
+                self._made[kind] = self._make(len(alike), keys, values)
+            all_keys, all_values = self._made[kind]
+            self._layers[number] = all_keys[alike.index(number)], all_values[alike.index(number)]
         return self._layers[number]
 
     def all_layers(self) -> Iterable[KeyValue]:
         return self._layers.values()
 
-    def by_layer(self) -> Mapping[int, KeyValue]:
-        return self._layers
-
     def copy_first(self, slots: int) -> None:
         """Gives all batch slots what the first has in so many slots."""
-        for buffers in self._layers.values():
-            for buffer in buffers:
-                buffer[1:, :, :slots] = buffer[:1, :, :slots]
+        for stack in self.stacks:
+            stack[:, 1:, :, :slots] = stack[:, :1, :, :slots]
 
     def seen(self, end: int) -> int:
         """How many slots a forward reads that needs those below `end`: a function of the position alone.
@@ -104,9 +112,17 @@ class KVBuffers:
         step = 1 << max(0, grains.bit_length() - 3) if self.coarse else 1
         return min(-(-grains // step) * step * GRAIN, self.slots)
 
-    def _empty(self, like: Tensor) -> Tensor:
+    def _make(self, layers: int, keys: Tensor, values: Tensor) -> KeyValue:
+        """Buffers of layers whose keys and values are like these: halves of a stack, or a stack each."""
+        if keys.shape == values.shape:
+            self.stacks.append(self._empty(2 * layers, keys))
+            return self.stacks[-1][:layers], self.stacks[-1][layers:]
+        self.stacks += [self._empty(layers, keys), self._empty(layers, values)]
+        return self.stacks[-2], self.stacks[-1]
+
+    def _empty(self, layers: int, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
-        return like.new_zeros(self.max_sequences, heads, self.slots + SCRATCH_SLOTS, width)
+        return like.new_zeros(layers, self.max_sequences, heads, self.slots + SCRATCH_SLOTS, width)
 
 
 class SlotCache(ForwardCache):
@@ -159,24 +175,21 @@ class SlotCache(ForwardCache):
         """Makes the slots from `first` on nought. A row that must not see them counts them nought times; but nought
         times NaN is NaN, so a text with such keys or values would spoil the next. `scratch`: those of the rows that lie
         in no slot too, of which only a forward of static shape reads what another one has written."""
-        buffers = [buffer[self.batch_slot] for pair in self.buffers.all_layers() for buffer in pair]
-        if buffers and first < self.high:
-            torch._foreach_zero_([buffer[:, first : self.high] for buffer in buffers])
-        if scratch and buffers:
-            torch._foreach_zero_([buffer[:, self.slots :] for buffer in buffers])
+        for own in self._stacks():
+            own[:, :, first : max(first, self.high)] = 0
+            if scratch:
+                own[:, :, self.slots :] = 0
         self.high = min(self.high, first)
 
-    def take(self, first: int, count: int) -> dict[int, KeyValue]:
-        """A copy of so many slots from `first` on, by layer, [kv heads, slots, head_dim]."""
-        own = self.batch_slot, slice(None), slice(first, first + count)
-        return {layer: (k[own].clone(), v[own].clone()) for layer, (k, v) in self.buffers.by_layer().items()}
+    def take(self, first: int, count: int) -> list[Tensor]:
+        """A copy of so many slots from `first` on, [layers, kv heads, slots, head_dim] of each stack."""
+        return [own[:, :, first : first + count].clone() for own in self._stacks()]
 
-    def put(self, layers: Mapping[int, KeyValue], first: int) -> None:
+    def put(self, stacks: Sequence[Tensor], first: int) -> None:
         """Puts such a copy to the slots from `first` on."""
-        for layer, pair in layers.items():
-            for buffer, states in zip(self.buffers.by_layer()[layer], pair, strict=True):
-                buffer[self.batch_slot, :, first : first + states.shape[1]] = states
-                self.high = max(self.high, first + states.shape[1])
+        for own, states in zip(self._stacks(), stacks, strict=True):
+            own[:, :, first : first + states.shape[2]] = states
+            self.high = max(self.high, first + states.shape[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""
@@ -202,16 +215,18 @@ class SlotCache(ForwardCache):
             self._views[layer] = all_keys[own], all_values[own]
         return self._views[layer]
 
-    def move(self, rows: Sequence[int], slot: int, layer: int | None = None) -> None:
-        """Copies rows of the last forward with branches to the slots from `slot` on, in one layer or in all."""
+    def move(self, rows: Sequence[int], slot: int) -> None:
+        """Copies rows of the last forward with branches to the slots from `slot` on, in all layers."""
         first, last = self.slots + rows[0], self.slots + rows[-1]
         straight = last - first == len(rows) - 1  # rows ascend
         scratch = SentOnce(torch.tensor([self.slots + row for row in rows]))
-        own = slice(self.batch_slot, self.batch_slot + 1)
-        for buffers in self.buffers.all_layers() if layer is None else [self.buffers.by_layer()[layer]]:
-            for buffer in (one[own] for one in buffers):
-                from_there = slice(first, last + 1) if straight else scratch.on(buffer.device)
-                buffer[:, :, slot : slot + len(rows)] = buffer[:, :, from_there]
+        for own in self._stacks():
+            moved = own[:, :, first : last + 1] if straight else own.index_select(2, scratch.on(own.device))
+            own[:, :, slot : slot + len(rows)] = moved
+
+    def _stacks(self) -> Iterator[Tensor]:
+        """This sequence's part of each stack, [layers, kv heads, slots, head_dim]."""
+        return (stack[:, self.batch_slot] for stack in self.buffers.stacks)
 
     def lay_over(self, branch: BranchAttention, layer: int) -> None:
         """Puts a branch, and the chain up to where it leaves it, to the slots of the pass in one layer."""
@@ -252,4 +267,6 @@ class SlotCache(ForwardCache):
             queries, own = branch.queries.on(query.device), branch.own.on(query.device)
             one = folded_heads(query.index_select(2, queries), key, value, branch.mask, call)
             out.index_copy_(2, own, one[:, :, : len(own)])
-        self.move(range(self.layout.written), self.layout.places[0], owner)  # the chain is back where it was
+        first, count = self.layout.places[0], self.layout.written
+        for buffer in self._views[owner]:  # the chain is back where it was
+            buffer[:, :, first : first + count] = buffer[:, :, self.slots : self.slots + count]
