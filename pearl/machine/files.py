@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from pearl.errors import UsageError
@@ -17,8 +16,8 @@ PATIENCE_S = 10.0  # for a program that holds a lock: one that was killed needs 
 
 
 def cache_folder() -> Path:
-    """The user's cache directory for what this project computes once."""
-    return platformdirs.user_cache_path("pearl")
+    """The user's cache directory for what this project computes once (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pearl"
 
 
 @contextlib.contextmanager

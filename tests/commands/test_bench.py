@@ -14,8 +14,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pearl.checkpoints import embedded, shared_embeddings
 from pearl.commands.bench import main
+from pearl.config.engine_config import DRAFT, model_path
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models.numerics_check import Check
 from pearl.predict import shapes as bench
@@ -155,6 +158,71 @@ def test_with_gpus_both_processes_of_the_first_texts_share_one(tmp_path, first_r
         shared = [asked[name][asked[name].index(flag) + 1] for flag in first_run.ONE_GPU[::2] if flag in asked[name]]
         assert shared == (["cuda:0", "cuda:0"] if gpus else [])
     assert "--draft-device" not in asked["default"]
+
+
+def asked_of_default(first_run, folder, monkeypatch, *more) -> tuple[dict[str, list[str]], str]:
+    """The commands of a run's steps, and what it says, where the default pair is not at hand."""
+    asked = {}
+
+    def step(run, name, command, most_s, after=None):
+        asked[name] = list(map(str, command))
+        run.found["machine"] = {}
+        return True
+
+    monkeypatch.setattr(first_run.FirstRun, "step", step)
+    monkeypatch.setattr(first_run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(first_run.embedded, "at_hand", lambda: False)
+    assert first_run.main(["--shapes", "tiny", "--output", str(folder), *more]) == 0
+    return asked, (folder / "first_run.md").read_text()
+
+
+def test_without_the_default_pair_its_step_is_skipped_and_that_is_no_failure(tmp_path, first_run, monkeypatch):
+    (tmp_path / "first_run.md").write_text("")
+    asked, page = asked_of_default(first_run, tmp_path, monkeypatch)
+    assert "default" not in asked and "| default | skipped: the default pair is not here" in page
+
+
+def test_what_was_carried_along_is_made_a_pair_and_takes_the_place_of_the_default(tmp_path, first_run, monkeypatch):
+    (tmp_path / "first_run.md").write_text("")
+    asked, _ = asked_of_default(first_run, tmp_path, monkeypatch, "--portable", "there")
+    assert asked["pair"][1:4] == ["scripts/portable_pair.py", "make", "there"]
+    for name in ("default", "default-seeded"):
+        assert str(tmp_path / "pair" / "target") in asked[name] and str(tmp_path / "pair" / "draft") in asked[name]
+
+
+def test_what_travels_is_small_and_becomes_the_draft_model_with_half_of_it_as_drafter(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    portable = importlib.import_module("portable_pair")
+    portable.main(["pack", str(tmp_path / "packed")])
+    assert sum(file.stat().st_size for file in (tmp_path / "packed").iterdir()) < 12e6
+    portable.main(["make", str(tmp_path / "packed"), str(tmp_path / "pair")])
+    words = AutoTokenizer.from_pretrained(tmp_path / "pair" / "target")
+    text = "What is seven times eight? \n\tÜ日"
+    ids = words(text, return_tensors="pt").input_ids
+    assert words.decode(ids[0]) == text and len(words) == portable.TOKENS > int(ids.max())
+
+    def logits(model: torch.nn.Module) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(ids).logits.float()
+
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "pair" / name) for name in ("target", "draft")]
+    whole = AutoModelForCausalLM.from_pretrained(model_path(DRAFT))
+    target = AutoModelForCausalLM.from_pretrained(embedded.folder())
+    shared_embeddings.complete(whole, target, shared_embeddings.read(model_path(DRAFT)))
+    assert torch.equal(logits(models[0]), logits(whole)[..., : portable.TOKENS])
+    assert models[1].config.num_hidden_layers == whole.config.num_hidden_layers // 2
+
+
+@pytest.mark.parametrize("script", ["gpu_first_run", "gpu_bench"])
+def test_where_all_is_installed_the_scripts_run_the_python_that_they_are_told(script, tmp_path):
+    """There may be none that is called `python`."""
+    fake = tmp_path / "some-python"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    environment = {"PATH": "/usr/bin:/bin", "READY": "1", "SHAPES": "tiny", "PYTHON": str(fake)}
+    command = ["bash", f"scripts/{script}.sh", "--seconds", "9"]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.endswith("--shapes tiny --seconds 9\n")
 
 
 def test_shapes_have_as_many_weights_as_their_names_say():

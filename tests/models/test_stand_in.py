@@ -172,7 +172,9 @@ def with_long_prompts(moved: Moved, static: bool, window: int) -> tuple[list[lis
     return texts, waits
 
 
-@pytest.mark.parametrize("static, window", tiered(itertools.product([True, False], [0, 64]), lambda one: one == (True, 64)))
+@pytest.mark.parametrize(
+    "static, window", tiered(itertools.product([True, False], [0, 64]), lambda one: one == (True, 64))
+)
 def test_prompts_of_several_pieces_wait_no_more_read_or_put_back_from_what_is_kept(gpu, static, window):
     expected, _ = with_long_prompts(here, static, window)
     texts, waits = with_long_prompts(gpu.moved, static, window)

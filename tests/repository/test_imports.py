@@ -99,7 +99,7 @@ def test_the_pure_core_knows_no_tensors(module: str):
     assert not any(re.match(r"(torch|transformers)\b", name) for name in imports(f"pearl.{module}", lazy=False))
 
 
-@pytest.mark.parametrize("what", ["pearl", *(f"pearl.{name}" for name in LIGHT)])
+@pytest.mark.parametrize("what", ["pearl", "pearl.checkpoints.embedded", *(f"pearl.{name}" for name in LIGHT)])
 def test_what_needs_no_torch_loads_none(what: str):
     code = f"import sys, {what}; print(*sys.modules.keys() & {{'torch', 'transformers', 'numpy'}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

