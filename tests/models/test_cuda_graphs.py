@@ -118,3 +118,12 @@ def test_a_recording_after_one_that_failed_has_a_pool_of_its_own(device):
         capture(code)
     capture(lambda: None)
     assert [pool for pool, _ in device.asked] == ["pool 0", "pool 1"]
+
+
+def test_an_error_without_words_is_a_failure_too():
+    def fails(run: object) -> None:
+        raise RuntimeError
+
+    recordings = Recordings(fails)
+    recordings.run("shape", lambda: None)
+    assert recordings.failed == "RuntimeError" and not recordings.captured

@@ -62,7 +62,7 @@ class Recordings:
             try:
                 self._runs[shape] = self.capture(code)
             except RuntimeError as error:
-                self.failed, self.capture = brief(error), None
+                self.failed, self.capture = brief(error) or type(error).__name__, None
                 _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
                 return
             if len(self._runs) > self._most:
