@@ -199,7 +199,7 @@ def _without(words: Iterable[tuple[int, ...]], eos: Collection[int]) -> tuple[tu
 def _items(name: str, value: Any, what: str) -> list[Any]:
     """What an iterable holds; a text or a mapping is none here."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise UsageError(f"{name} must hold {what}, not be {options.brief(value)}.")
+        raise UsageError(f"{name} must hold {what}, not be {options.shown(value)}.")
     return list(value)
 
 
@@ -220,7 +220,7 @@ def _id(name: str, value: Any) -> int:
     except TypeError:
         token = -1
     if token < 0:
-        raise UsageError(f"{name} must hold token ids, whole numbers from 0, not {options.brief(value)}.")
+        raise UsageError(f"{name} must hold token ids, whole numbers from 0, not {options.shown(value)}.")
     return token
 
 
@@ -241,11 +241,11 @@ def _words(value: Any) -> tuple[tuple[int, ...], ...]:
 def _bias(value: Any) -> dict[int, float]:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
-        raise UsageError(f"logit_bias must be a mapping from token ids to numbers, not {options.brief(value)}.")
+        raise UsageError(f"logit_bias must be a mapping from token ids to numbers, not {options.shown(value)}.")
     found = {}
     for token, bias in value.items():
         if not isinstance(bias, int | float) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
-            raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.brief(bias)}.")
+            raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.shown(bias)}.")
         # as JSON has it; a token has no more digits
         whole_word = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20
         found[_id("logit_bias", int(token) if whole_word else token)] = float(bias)

@@ -32,7 +32,7 @@ from pearl.errors import PearlError, Unreachable
 from pearl.machine import cores
 from pearl.machine.parent import when_orphaned
 from pearl.parallel.child import TargetGone, guarded, received
-from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
+from pearl.parallel.drafter_process import DRAFTER, FEATURES_FROM, GONE, OVER, READY, connect
 from pearl.parallel.world import LOCAL
 from pearl.roles.drafter import Drafter
 from pearl.wire.process_channel import ProcessChannel
@@ -103,7 +103,7 @@ def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None
     try:
         store.set(f"{DRAFTER}/{number}", READY)
         # at first the target may still be loading; later it has no text, and comes when it has one
-        features_from = _await(store, f"{FEATURES}/{number}", math.inf if number else config.start_timeout_s)
+        features_from = _await(store, f"{FEATURES_FROM}/{number}", math.inf if number else config.start_timeout_s)
     except RuntimeError as error:
         raise TargetGone(f"its target ({brief(error)})") from None
     if features_from == OVER:

@@ -19,7 +19,7 @@ from pearl.parallel import drafter_main, tensor_parallel_main
 from pearl.parallel.child import guarded
 from pearl.parallel.replicas import assign_devices
 from pearl.parallel.runtime import Layout, Runtime
-from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
+from pearl.parallel.tensor_parallel import MEETING, RANK_TIMEOUT_S
 from pearl.parallel.world import World, meeting
 
 
@@ -55,7 +55,7 @@ def work(layout: Layout) -> int:
     launcher.give_way()
     store, host = meeting(MEETING, world)
     rank, cpus, gpu = world.tp_rank, layout.target_cpus if config.pins else [], world.here.local_rank
-    shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, DEADLINE_S, gpu)
+    shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, RANK_TIMEOUT_S, gpu)
     return guarded(f"rank {rank} of the target", shard)
 
 
