@@ -198,10 +198,17 @@ class Target:
         if watcher := self._inbox.watcher:
             watcher.began(sequence)
         if self._inbox.channel:
-            plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
-            params = sequence.params.for_drafter(sequence.stopper.eos_ids)
-            told = sequence.sequence_id, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
-            self._send([Start(*told, request.reference)])
+            start = Start(
+                sequence_id=sequence.sequence_id,
+                schedule=self._schedule,
+                params=sequence.params.for_drafter(sequence.stopper.eos_ids),
+                prompt=tuple(prompt),
+                plan=self._controllers.choose(self._schedule, list(self._batch.live.values())).plan,
+                continues=continues,
+                timed=watcher is not None,
+                reference=request.reference,
+            )
+            self._send([start])
 
     def _drop_unwanted(self) -> None:
         unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]
