@@ -32,6 +32,7 @@ from pearl.models.kv_cache.transformers_interface import (
     read_plainly,
     uses_cache_attention,
 )
+from pearl.models.rotation import rotated
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # the parts of a layer
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -100,7 +101,8 @@ class FusedLayer(nn.Module):
         if self._head_norms:
             query, key = turned[:, : self._queries], turned[:, self._queries :]
             turned = torch.cat([self._head_norms[0](query), self._head_norms[1](key)], 1)
-        turned = _rotated(turned, *position_embeddings)
+        cosines, sines = position_embeddings
+        turned = rotated(turned, (cosines[:, None], sines[:, None]))
         query, key = turned[:, : self._queries], turned[:, self._queries :]
         cache = more.get("cache", more.get("past_key_values"))
         if cache is not None:
@@ -181,13 +183,6 @@ def _side_by_side(*layers: nn.Linear) -> nn.Linear:
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     weight = torch.cat([layer.weight.detach() for layer in layers])
     return linear.linear_of(weight, torch.cat(biases) if biases else None)
-
-
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) of x [B, H + K, R, D], as transformers pairs its numbers."""
-    half = x.shape[-1] // 2
-    across = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cosines[:, None] + across * sines[:, None]
 
 
 class _Chain(ForwardCache):
