@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,6 +114,14 @@ class Trie:
             self.root = child or Node(token, self.root.position + 1)
             self.tokens.append(token)
         return hit
+
+    def pairs(self) -> Iterator[tuple[Node, Node]]:
+        """Every node below the root, behind its parent, breadth first."""
+        level = [self.root]
+        for parent in level:
+            for node in parent.children.values():
+                level.append(node)
+                yield parent, node
 
     def chain(self, limit: int = 1 << 30) -> list[Node]:
         """At most `limit` nodes straight down from the root, the first guess of each node first."""
