@@ -227,7 +227,7 @@ def test_what_was_found_is_a_start_without_a_second_look():
         json.loads(json.dumps(asdict(numerics_check.examine(first, graph, PACKED))))
     )
     numerics_check.apply(second, report, graph)
-    assert second.rows == report.plan and second.static.counts == first.static.counts
+    assert second.buckets == report.plan and second.static.counts == first.static.counts
     assert {verdict for _, verdict, _ in selfcheck.report(second.checks)} == {"ok"}
     text = list(range(50))
     first.forget()
