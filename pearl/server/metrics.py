@@ -1,8 +1,9 @@
 """What /metrics says: vLLM's names where it has them, so that existing dashboards read them, and `pearl_*` beside.
 
 Every figure is derived from the records of passes and texts as they are heard. What is drafted and accepted is counted
-as in an evaluation (docs/reference/figures.md): a guess that arrived while a pass ran was not read by it. A rate of `pearl_busy_seconds` or
-`pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each second.
+as in an evaluation (docs/reference/figures.md): a guess that arrived while a pass ran was not read by it. A rate of
+`pearl_busy_seconds` or `pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each
+second.
 """
 
 from __future__ import annotations
@@ -163,8 +164,8 @@ class Metrics:
 
 def speculation(passes: Iterable[Pass], detailed: bool = False) -> dict[str, Any]:
     """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A step is a
-    verification. A tree verifies more guesses than can be accepted: all of them count as drafted. vLLM's histogram by draft length is left out: the
-    lists of steps say the same."""
+    verification. A tree verifies more guesses than can be accepted: all of them count as drafted. vLLM's histogram by
+    draft length is left out: the lists of steps say the same."""
     steps = [(one.accepted_rows, one.offered) for one in passes if one.verified]
     accepted, drafted = (sum(column) for column in zip(*steps, strict=True)) if steps else (0, 0)
     most = max((drafted for _, drafted in steps), default=0)

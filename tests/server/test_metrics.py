@@ -1,4 +1,4 @@
-"""The counters of /metrics, and what is told of one text, are an evaluation's: one definition, docs/reference/figures.md."""
+"""The counters of /metrics, and what is told of one text, are an evaluation's (docs/reference/figures.md)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def heard(passes: list[Pass]) -> dict[str, float]:
 def assert_as_evaluated(passes: list[Pass]) -> None:
     evaluated, counters, told = acceptance.counted(passes), heard(passes), speculation(passes, detailed=True)
     assert counters["vllm:spec_decode_num_drafts_total"] == told["num_spec_steps"] == evaluated["verifications"]
-    assert (
-        counters["vllm:spec_decode_num_draft_tokens_total"] == told["num_draft_tokens"] == evaluated["draft_tokens"]
-    )
+    assert counters["vllm:spec_decode_num_draft_tokens_total"] == told["num_draft_tokens"] == evaluated["draft_tokens"]
     assert (
         counters["vllm:spec_decode_num_accepted_tokens_total"]
         == told["num_accepted_draft_tokens"]
