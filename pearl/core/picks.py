@@ -4,15 +4,11 @@
 rows are picked at once, without waiting: greedy and seeded ones. Rejection sampling judges a guess that only the host
 knows, and stays there.
 
-A row's pick must not depend on how many rows there are. Sums of floats may; so the mass of the tokens ahead of a token,
-which decides whether it belongs to the nucleus, is a sum of integers: probabilities in units of 2^-40.
-
 Shapes: R rows of a pass, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -21,12 +17,11 @@ from torch import Tensor
 
 from pearl.core import noise
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left
+from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
 from pearl.machine.transfers import Fetched
 
-_UNITS = 40  # bits of a probability
 _FORBIDDEN = NOT_FINITE - 1  # in place of a token: all are forbidden
 
 
@@ -105,25 +100,8 @@ def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) 
     if params.greedy:
         return best_tokens(logits)
     assert params.seed is not None, "a sequence has a seed before it begins"
-    scores = _warped(logits, params)
+    scores = warp(logits, params)
     noisy = scores.double() + noise.gumbel_rows(
         params.seed, [position + 1 for position in positions], noise.PICK, scores.shape[-1], scores.device
     )
     return best_tokens(noisy)
-
-
-def _warped(logits: Tensor, params: SamplingParams) -> Tensor:
-    """`sampling.warp` of every row, [R, V]."""
-    assert params.temperature, "greedy picks are not warped"
-    scores = logits.float() / params.temperature
-    if params.top_k and params.top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[:, -1:], -torch.inf)
-    if params.top_p is not None and params.top_p < 1:
-        best, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        units = (best.double() * (1 << _UNITS)).long()
-        ahead = units.cumsum(-1) - units
-        kept = (ahead < math.ceil(params.top_p * (1 << _UNITS))) & (best > 0)
-        scores = scores.masked_fill(~torch.zeros_like(kept).scatter_(1, tokens, kept), -torch.inf)
-    if params.min_p:
-        scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(params.min_p), -torch.inf)
-    return scores

@@ -47,7 +47,7 @@ def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[
     @functools.cache
     def after(text: tuple[int, ...]) -> torch.Tensor:
         logits = plainly(params, len(prompt), (), list(text), TARGET.after(text))
-        return warp(logits, params).double().softmax(-1)
+        return warp(logits[None], params)[0].double().softmax(-1)
 
     chances: Counter[tuple[int, ...]] = Counter()
     for text in itertools.product(range(VOCABULARY), repeat=1 + LENGTH):

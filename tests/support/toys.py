@@ -133,7 +133,7 @@ def alone(
             return Text(said, decode(said), "error")
         if params.temperature:
             noisy = noise.gumbel(params.seed, len(prompt) + len(said), noise.PICK, torch.arange(len(logits)))
-            logits = warp(logits, params).double() + noisy
+            logits = warp(logits[None], params)[0].double() + noisy
         said.append(int(logits.argmax()))
         text = decode(said)
         if said[-1] in eos and not params.ignore_eos:
