@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import propose, propose_together
+from pearl.core.sampling.methods import propose, propose_together
 from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource
 from pearl.models.draft_model import LeavesQuery
 

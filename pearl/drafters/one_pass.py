@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import RankQuery, ranked_together
+from pearl.core.sampling.methods import RankQuery, ranked_together
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import (
     MAX_CHILDREN,

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import Ranked, RankQuery, ranked_together
+from pearl.core.sampling.methods import Ranked, RankQuery, ranked_together
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node
 from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, Proposal, TreeQuery

@@ -22,14 +22,13 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import RECYCLING, SUFFIX, EngineConfig
 from pearl.config.inputs import brief
-from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.recycling import RecyclingSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.drafters.text_memory import TextMemory
 from pearl.drafters.united import UnitedSource
 from pearl.errors import PearlError, Unreachable
-from pearl.machine import cores
+from pearl.machine import cores, timeline
 from pearl.machine.parent import when_orphaned
 from pearl.parallel.child import TargetGone, guarded, received
 from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect

@@ -26,17 +26,17 @@ from typing import Any
 
 from torch import Tensor
 
-from pearl.core import picks
 from pearl.core.control.controller import Controller
-from pearl.core.features import ALL, FeatureShares
+from pearl.core.feature_shares import ALL, FeatureShares
 from pearl.core.messages import DraftPlan, DraftStats, End, Features, Message, Start, Verdict
 from pearl.core.params import SamplingParams
-from pearl.core.picks import Picks
 from pearl.core.records import Pass
+from pearl.core.sampling import picks
+from pearl.core.sampling.picks import Picks
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.timeline import OFF, Trace
 from pearl.drafters.draft_source import DraftSource, RowsRead
+from pearl.machine.timeline import OFF, Trace
 from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit

@@ -15,10 +15,10 @@ from torch import Tensor
 from toys import examples
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pearl.core import noise, sampling
 from pearl.core.messages import Guess, Nodes
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import Picker, accept_or_resample, noisy_argmax, propose, ranked, residual, warp
+from pearl.core.sampling import methods, noise
+from pearl.core.sampling.methods import Picker, accept_or_resample, noisy_argmax, propose, ranked, residual, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.wire.codec import decode, encode
@@ -122,7 +122,7 @@ def test_a_nucleus_is_the_fewest_first_tokens_that_reach_top_p_however_it_is_com
         nucleus = {token for token, mass in zip(order, ahead, strict=False) if mass < math.ceil(top_p * 2**40)}
         assert set(scores.isfinite().nonzero().flatten().tolist()) == nucleus
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sampling, "_FIRST", logits.shape[1])  # as on a GPU, which sorts all at once
+        patched.setattr(methods, "_FIRST", logits.shape[1])  # as on a GPU, which sorts all at once
         assert torch.equal(warp(logits, params), together)
 
 
@@ -327,7 +327,7 @@ def test_a_proposal_is_a_distribution_over_few_kept_tokens(
     params = replace(params, seed=seed, method="rejection")
     token, proposal = propose(logits, params, position)
     tokens, q = [t for t, _ in proposal], [x for _, x in proposal]
-    assert token in tokens and len(set(tokens)) == len(tokens) <= sampling.SUPPORT
+    assert token in tokens and len(set(tokens)) == len(tokens) <= methods.SUPPORT
     assert abs(sum(q) - 1) < 1e-6 and min(q) > 0
     assert not warp(logits[None], params)[0, tokens].isinf().any()
     assert propose(logits, params, position) == (token, proposal)
@@ -371,7 +371,7 @@ def test_the_first_of_the_ranked_guesses_is_the_one_that_a_chain_would_propose(
     logits: Tensor, params: SamplingParams, seed: int, position: int, most: int, how: str
 ):
     """Of few tokens; of more only the best are looked at, and a seeded sample may be beyond them."""
-    logits = logits[: min(sampling.CANDIDATES)]
+    logits = logits[: min(methods.CANDIDATES)]
     params = replace(params, seed=seed, temperature=0.0) if how == "greedy" else replace(params, seed=seed, method=how)
     guesses = ranked(logits[None], params, [position], most)[0]
     tokens = [token for token, _, _ in guesses]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from toys import TableModel, alone, examples, extend
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import propose, ranked
+from pearl.core.sampling.methods import propose, ranked
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY
 from pearl.core.trie import Node, Trie

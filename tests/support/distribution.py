@@ -15,7 +15,7 @@ from toys import IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ti
 
 from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
-from pearl.core.sampling import warp
+from pearl.core.sampling.methods import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource

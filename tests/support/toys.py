@@ -19,10 +19,10 @@ from hypothesis.errors import Flaky
 from plain_processors import plainly
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.messages import Message, Verdict
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import warp
+from pearl.core.sampling import noise
+from pearl.core.sampling.methods import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets

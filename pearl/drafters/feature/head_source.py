@@ -14,7 +14,7 @@ import torch
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import ranked
+from pearl.core.sampling.methods import ranked
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, ChainQuery, Grown, TreeQuery
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.one_pass import Guesses

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import noise
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.machine.transfers import all_on_host, on_host

@@ -1,6 +1,6 @@
 """The target's picks, computed where the logits are: one copy to the host a pass, under way while the host works.
 
-`sampling.Picker` picks row by row on the host. On a GPU that waits for the device several times a row, so there all
+`methods.Picker` picks row by row on the host. On a GPU that waits for the device several times a row, so there all
 rows are picked at once, without waiting: greedy and seeded ones. Rejection sampling judges a guess that only the host
 knows, and stays there.
 
@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left, warp
+from pearl.core.sampling import noise
+from pearl.core.sampling.methods import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
 from pearl.machine.transfers import Fetched
@@ -94,7 +94,7 @@ class _Coming:
 
 
 def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> Tensor:
-    """What `sampling.Picker` picks after each row, int64 [R], without a word to the host; `NOT_FINITE` where it would
+    """What `methods.Picker` picks after each row, int64 [R], without a word to the host; `NOT_FINITE` where it would
     raise."""
     assert not params.rejection, "a guess is judged on the host"
     if params.greedy:
