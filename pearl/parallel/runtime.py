@@ -26,7 +26,8 @@ from pearl.errors import UsageError, WorkerLostError
 from pearl.machine import cores, launcher, timeline
 from pearl.machine.files import held
 from pearl.models.numerics_check import rows_check
-from pearl.parallel.drafter_main import draft_source, sources_beside_target, trace
+from pearl.parallel.draft_sources import draft_source, sources_beside_target
+from pearl.parallel.drafter_main import trace
 from pearl.parallel.drafter_process import DrafterProcess
 from pearl.parallel.tensor_parallel import TensorParallelWorkers
 from pearl.parallel.world import World
