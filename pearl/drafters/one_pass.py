@@ -32,6 +32,7 @@ from pearl.drafters.draft_source import (
     Proposal,
     TreeQuery,
 )
+from pearl.models.reduced_head import scatter_vocabulary
 
 TOP_K = 8  # paths that survive a depth
 
@@ -174,7 +175,7 @@ class OnePassSource(DraftSource):
         """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, D]"""
         if self._vocabulary is None or logits.shape[1] == self._size:
             return logits
-        return logits.new_full((len(logits), self._size), -torch.inf).index_copy_(1, self._vocabulary, logits)
+        return scatter_vocabulary(logits, self._vocabulary, self._size)
 
     def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         """Of logits over the draft vocabulary or the target's; positions: of the token that each row guesses. The host
