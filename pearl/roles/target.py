@@ -35,6 +35,7 @@ from pearl.core.sampling import picks
 from pearl.core.sampling.picks import Picks
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import PREFILL_CHUNK
 from pearl.drafters.draft_source import DraftSource, RowsRead
 from pearl.machine.timeline import OFF, Trace
 from pearl.models.verifier import SequenceQuery
@@ -44,7 +45,7 @@ from pearl.roles.controllers import Controllers
 from pearl.roles.drafter_inbox import DrafterInbox
 from pearl.roles.next_pass import NextPass
 from pearl.roles.pass_recorder import PassTimes
-from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
+from pearl.roles.prompt_reader import PromptReader
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.sources.target_sources import TargetSources
@@ -66,7 +67,7 @@ class Target:
         channel: Channel | None = None,
         clock: Clock = time.perf_counter,
         trace: Trace = OFF,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int = PREFILL_CHUNK,
         sources: Sequence[DraftSource] = (),
         shares: FeatureShares = ALL,
     ):

@@ -11,11 +11,11 @@ import torch
 from numerics import Recorder, prepared
 from tiers import tiered
 
-from pearl.core.token_buckets import ANY, GRAIN, LIMIT, BatchedTokenBuckets, TokenBuckets
+from pearl.core.token_buckets import ANY, GRAIN, LIMIT, PREFILL_CHUNK, BatchedTokenBuckets, TokenBuckets
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.static_shapes.inputs import StaticInputs
-from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, PIECE, StaticShapeRunner
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, StaticShapeRunner
 from pearl.models.static_shapes.recordings import Recordings
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
@@ -129,8 +129,8 @@ def test_a_drafters_leaves_are_the_same(vocabulary):
 def test_a_draft_model_reads_any_number_of_tokens_at_once():
     plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]())) for _ in range(2))
     fixed.enable_static_shapes(DRAFT_COUNTS)
-    text = [7 * i % tiny.VOCABULARY for i in range(PIECE)]
-    for count in range(1, PIECE + 1):
+    text = [7 * i % tiny.VOCABULARY for i in range(PREFILL_CHUNK)]
+    for count in range(1, PREFILL_CHUNK + 1):
         for reader in (plain, fixed):
             reader.forget()
         said = [reader.read(text[:count], 1) for reader in (plain, fixed)]
@@ -191,15 +191,15 @@ def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_th
     recorder = Recorder()
     fixed.enable_static_shapes(capture=recorder)
     for number, seed in enumerate((1, 2, 3)):
-        prompt = [(seed * 7 * i) % tiny.VOCABULARY for i in range(PIECE + 40)]
+        prompt = [(seed * 7 * i) % tiny.VOCABULARY for i in range(PREFILL_CHUNK + 40)]
         for reader in (plain, fixed):
             reader.forget(batch_slot=1)
-        for end, keep in ((PIECE, 1), (PIECE + 9, 9)):
+        for end, keep in ((PREFILL_CHUNK, 1), (PREFILL_CHUNK + 9, 9)):
             said = [reader.read(prompt[:end], keep, batch_slot=1) for reader in (plain, fixed)]
             assert said[0].shape == (keep, tiny.VOCABULARY) and torch.equal(*said)
         assert recorder.recorded == (1 if number == 0 else 2)  # the nine rows at once, the piece when it comes again
     assert recorder.replayed == 5
-    scored = [reader.read(prompt[:PIECE], PIECE, batch_slot=0) for reader in (plain, fixed)]
+    scored = [reader.read(prompt[:PREFILL_CHUNK], PREFILL_CHUNK, batch_slot=0) for reader in (plain, fixed)]
     assert torch.equal(*scored) and recorder.replayed == 5  # what asks for every row is no such piece
 
 
