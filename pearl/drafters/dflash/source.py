@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
-from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
+from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
 from pearl.machine.transfers import rows_of
 from pearl.models import timing
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 
 @dataclass

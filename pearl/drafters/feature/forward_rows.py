@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pearl.core.messages import Features
-from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.one_pass import DraftedText, PathsQuery
 from pearl.machine.transfers import sent
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 _GROW = 256  # slots by which the cache grows
 

@@ -22,10 +22,10 @@ from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
 from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, block_masks, concatenated, layer_masks
-from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.machine.transfers import sent
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.reduced_head import scatter_vocabulary
 from pearl.models.static_shapes.network import NetworkForward
 

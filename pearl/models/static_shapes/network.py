@@ -21,11 +21,11 @@ from torch import Tensor
 
 from pearl.core.token_buckets import GRAIN, Check
 from pearl.machine.transfers import sent
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.static_shapes.inputs import StaticInputs
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.static_shapes.recordings import SEEDS, Capture, Recordings, compare_graphs
 
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each [1, kv heads, rows, head_dim]
 # numbers int64 [n, R]; rows [R, W], if there are any; masks bool [R, S + R]; past -> tensors with a row for each,
 # [R, *] or [1, heads, R, *]
 Code = Callable[[Tensor, Tensor | None, list[Tensor], list[KeyValue]], list[Tensor]]
