@@ -14,6 +14,7 @@ from tiers import tiered
 from pearl.core.token_buckets import ANY, GRAIN, LIMIT, PREFILL_CHUNK, BatchedTokenBuckets, TokenBuckets
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.static_shapes import recordings as recordings_module
 from pearl.models.static_shapes.inputs import StaticInputs
 from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, StaticShapeRunner
 from pearl.models.static_shapes.recordings import Recordings
@@ -247,9 +248,10 @@ def test_drafts_of_texts_side_by_side_are_the_same():
     assert fixed.shared.shapes > 2 and recorder.replayed > 2
 
 
-def test_of_many_recordings_those_replayed_last_are_kept():
+def test_of_many_recordings_those_replayed_last_are_kept(monkeypatch):
+    monkeypatch.setattr(recordings_module, "MOST", 2)
     recorder, made = Recorder(), []
-    recordings = Recordings(recorder, most=2)
+    recordings = Recordings(recorder)
     for shape in "aabacab":
         recordings.run(shape, lambda shape=shape: made.append(shape))
     assert recorder.recorded == 4  # a, b, c, and b again, which went for c

@@ -18,7 +18,7 @@ from pearl.config.inputs import brief
 from pearl.core.token_buckets import Check
 
 _log = logging.getLogger(__name__)
-MOST = 512  # recordings at a time; a graph of a large model takes about a megabyte
+MOST = 512  # recordings at a time, those that were replayed last; a graph of a large model takes about a megabyte
 
 # of texts with which graphs are compared with their code: each shape is recorded with one, then replayed with another
 SEEDS = 4, 5, 4
@@ -34,11 +34,11 @@ class Capture(Protocol):
 class Recordings:
     """The forwards of some shapes. Each is run as code before it is recorded, so that its buffers are there."""
 
-    def __init__(self, capture: Capture | None, later: bool = False, most: int = MOST):
+    def __init__(self, capture: Capture | None, later: bool = False):
         """`capture`: None leaves code as it is. `later`: a shape is recorded when it comes for the second time, for
-        many come once. `most`: recordings that are kept, those that were replayed last."""
+        many come once."""
         self.failed = ""  # why nothing is recorded any more
-        self._capture, self._later, self._most = capture, later, most
+        self._capture, self._later = capture, later
         self._known: set[Hashable] = set()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
 
@@ -72,7 +72,7 @@ class Recordings:
                 self.failed, self._capture = brief(error), None
                 _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
                 return
-            if len(self._runs) > self._most:
+            if len(self._runs) > MOST:
                 self._runs.popitem(last=False)
         self._runs[shape]()
 
