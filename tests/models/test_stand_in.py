@@ -22,6 +22,7 @@ from toys import Move, ScriptedChannel, Text, letters, ticks, together
 import pearl.machine.transfers
 import pearl.models.kv_cache.attention_probe
 import pearl.roles.target
+from pearl.bench.host_time import DuringPasses
 from pearl.core.messages import DraftStats
 from pearl.core.params import SamplingParams
 from pearl.core.sampling import methods
@@ -38,7 +39,6 @@ from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import TokenDeltas
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
-from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target import Target
