@@ -80,8 +80,10 @@ class TreeSource(ModelSource):
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         super().begin(batch_slot, params, continues)
         self._held_back[batch_slot] = {}
-        if not continues:
-            self._lookahead.begin(batch_slot)
+
+    def _forget(self, batch_slot: int) -> None:
+        super()._forget(batch_slot)
+        self._lookahead.begin(batch_slot)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
         """One forward over the rows that pay, of all tries; none is `max_depth` below its root or deeper."""

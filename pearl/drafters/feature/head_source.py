@@ -51,8 +51,11 @@ class HeadSource(TreeSource):
         return self._reader.drafter.vocabulary
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
-        super().begin(batch_slot, params, continues=True)
+        super().begin(batch_slot, params, continues)
         self._reader.begin(batch_slot, continues)
+
+    def _forget(self, batch_slot: int) -> None:
+        """The reader does, as it begins."""
 
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
         """For each path after the trunk, guesses of K depths, each after the likeliest ones before it."""
