@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,6 @@ class OnePassSource(DraftSource):
         self._ids: list[int] = []  # the same on the host
         self._size = 0  # one more than the last of them
         self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
-        self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked, see `_after`
 
     def of_vocabulary(self, vocabulary: Tensor | None) -> None:
         """Logits are over these tokens of the target's, int64 [D]; None: over all."""
@@ -112,6 +111,11 @@ class OnePassSource(DraftSource):
         """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
         and guesses of K depths after its end."""
         raise NotImplementedError
+
+    @property
+    def chain_length(self) -> int:
+        """Of `guess`."""
+        return self.depths
 
     @property
     def vocabulary(self) -> Tensor | None:
@@ -134,10 +138,12 @@ class OnePassSource(DraftSource):
             found.append(table)
         return found
 
-    def tables(self, queries: Sequence[PathsQuery], logits: Tensor) -> list[list[tuple[Guesses, Guesses]]]:
+    def tables(
+        self, queries: Sequence[PathsQuery], logits: Tensor, hidden: Tensor | None = None
+    ) -> list[list[tuple[Guesses, Guesses]]]:
         """What `read_on` returns, of logits as `PathsQuery.processed` takes them, one query after the other.
 
-        logits: [R, D], float32, over the draft vocabulary."""
+        logits: [R, D], float32, over the draft vocabulary; hidden: [R, H], for `_after`."""
         logits = self._processed(queries, logits)
         found: list[list[tuple[Guesses, Guesses]]] = []
         groups, asked, first = [], [], 0
@@ -149,8 +155,9 @@ class OnePassSource(DraftSource):
                 for path in one.paths
                 for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
             ]
-            asked.append(RankQuery(logits[first : first + len(positions)], own, positions))
-            first += len(positions)
+            rows = slice(first, first + len(positions))
+            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows]))
+            first = rows.stop
             groups.append(some)
         for some, guesses in zip(groups, self._ranked(asked), strict=True):
             at = 0
@@ -198,13 +205,12 @@ class OnePassSource(DraftSource):
 
     def _each_after(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         """`_ranked` where guesses depend on the token before as well: a function of such tokens for each row."""
-        return [
-            [
-                functools.partial(self._after, row, next(self._hidden), at, one.params)
-                for row, at in zip(one.logits, one.positions, strict=True)
-            ]
-            for one in queries
-        ]
+        found: list[Guesses] = []
+        for one in queries:
+            assert one.hidden is not None, "guesses that depend on the token before need them"
+            rows = zip(one.logits, one.hidden, one.positions, strict=True)
+            found.append([functools.partial(self._after, row, hidden, at, one.params) for row, hidden, at in rows])
+        return found
 
     def _after(
         self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]

@@ -113,7 +113,7 @@ class Target:
             {
                 "origin": one.origin,
                 "seconds": one.costs,
-                "depths": getattr(one, "depths", 1) if one.makes_trees_alone else 1,
+                "depths": one.depths,
             }
             for one in self._beside.asking
         ]

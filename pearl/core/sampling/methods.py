@@ -88,6 +88,7 @@ class RankQuery(NamedTuple):
     logits: Tensor  # [R, V], the drafter's
     params: SamplingParams
     positions: Sequence[int]
+    hidden: Tensor | None = None  # [R, H], of a drafter whose guesses depend on more than the logits
 
 
 def ranked(logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int) -> Ranked:
@@ -109,7 +110,7 @@ def ranked_together(queries: Sequence[RankQuery], most: int) -> list[Ranked]:
 def _asked(query: RankQuery) -> Tensor:
     """What the host has to know: of a GPU's logits the best and their tokens, as doubles, which hold them as they are,
     [2, R, candidates]; else, and where a guess is drawn, all of them."""
-    logits, params, _ = query
+    logits, params = query.logits, query.params
     if params.rejection or not logits.is_cuda:
         return logits
     best, tokens = logits.topk(_candidates(query))
@@ -122,7 +123,7 @@ def _candidates(query: RankQuery) -> int:
 
 def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
     """here: of `_asked`, on the host."""
-    logits, params, positions = query
+    logits, params, positions = query.logits, query.params, query.positions
     if here.dim() == 3:
         best, tokens = here[0].to(logits.dtype), here[1].long()
     else:
