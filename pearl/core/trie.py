@@ -123,11 +123,11 @@ class Trie:
                 level.append(node)
                 yield parent, node
 
-    def chain(self, limit: int = 1 << 30) -> list[Node]:
-        """At most `limit` nodes straight down from the root, the first guess of each node first."""
+    def chain(self) -> list[Node]:
+        """The nodes straight down from the root, the first guess of each node first."""
         nodes: list[Node] = []
         node = self.root
-        while node.children and len(nodes) < limit:
+        while node.children:
             node = next(iter(node.children.values()))
             nodes.append(node)
         return nodes

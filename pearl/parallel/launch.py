@@ -17,6 +17,7 @@ from pearl.errors import UsageError
 from pearl.machine import cores, launcher
 from pearl.parallel import drafter_main, tensor_parallel_main
 from pearl.parallel.child import guarded
+from pearl.parallel.draft_sources import draft_source
 from pearl.parallel.replicas import assign_devices
 from pearl.parallel.runtime import Layout, Runtime
 from pearl.parallel.tensor_parallel import MEETING, RANK_TIMEOUT_S
@@ -49,7 +50,7 @@ def work(layout: Layout) -> int:
     config, world, checked = layout.checked.config, layout.world, layout.checked
     if world.rank == 1:
         store, host = meeting(f"replica-{world.replica}", world)
-        make = partial(drafter_main.draft_source, config, checked)
+        make = partial(draft_source, config, checked)
         draft = partial(drafter_main.serve, config, layout.draft_cpus, store, host, make, agent=world.here.agent)
         return guarded("drafter", draft)
     launcher.give_way()

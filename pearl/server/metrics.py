@@ -1,7 +1,9 @@
 """What /metrics says: vLLM's names where it has them, so that existing dashboards read them, and `pearl_*` beside.
 
-Every figure is derived from the records of passes and texts as they are heard. A rate of `pearl_busy_seconds` or
-`pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each second.
+Every figure is derived from the records of passes and texts as they are heard. What is drafted and accepted is counted
+as in an evaluation (docs/reference/figures.md): a guess that arrived while a pass ran was not read by it. A rate of
+`pearl_busy_seconds` or `pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each
+second.
 """
 
 from __future__ import annotations
@@ -132,12 +134,13 @@ class Metrics:
             self._of(self._origins, origin=origin or TARGET).inc(count)
         self._of(self._busy, role="target").inc(one.forward_s / one.texts)
         self._of(self._waiting, role="target").inc(one.waited_s / one.texts)
-        if guesses := drafted_in(one):
+        if one.verified:
             self.drafts.inc()
-            self.draft_tokens.inc(guesses)
-            self.accepted.inc(one.accepted)
-            for position in range(one.accepted):
+            self.draft_tokens.inc(one.offered)
+            self.accepted.inc(one.accepted_rows)
+            for position in range(one.accepted_rows):
                 self._of(self._by_position, position=str(position)).inc()
+        if one.offered or one.tested:  # or a guess came while the pass ran
             self._of(self._roots, outcome="hit" if one.hit else "miss").inc()
             self.prepared.inc(bool(one.judged) and one.judged[-1].rank not in (0, None))
 
@@ -159,16 +162,11 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def drafted_in(one: Pass) -> int:
-    """Guesses that a pass has verified; one may have arrived while it ran."""
-    return max(one.offered, one.tested)
-
-
 def speculation(passes: Iterable[Pass], detailed: bool = False) -> dict[str, Any]:
-    """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A tree verifies
-    more guesses than can be accepted: all of them count as drafted. vLLM's histogram by draft length is left out: the
-    lists of steps say the same."""
-    steps = [(one.accepted, drafted) for one in passes if (drafted := drafted_in(one))]
+    """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A step is a
+    verification. A tree verifies more guesses than can be accepted: all of them count as drafted. vLLM's histogram by
+    draft length is left out: the lists of steps say the same."""
+    steps = [(one.accepted_rows, one.offered) for one in passes if one.verified]
     accepted, drafted = (sum(column) for column in zip(*steps, strict=True)) if steps else (0, 0)
     most = max((drafted for _, drafted in steps), default=0)
     found: dict[str, Any] = {

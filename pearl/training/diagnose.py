@@ -102,16 +102,16 @@ def outcomes(
 
 
 def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome]:
-    """The tree of one forward of a network that drafts in parallel; of another, of as many as it has depths."""
-    forwards = 1 if isinstance(source, OnePassSource) else source.depths
+    """The tree of one forward of a network that drafts in parallel; of another, of as many as its chain is long."""
+    forwards = 1 if isinstance(source, OnePassSource) else source.chain_length
     for text in texts:
         tokens = text.tokens.tolist()
         for root in _roots(source, text, 0):
             trie = Trie(tokens[: root + 1])
             for _ in range(forwards):
-                source.extend([TreeQuery(0, trie, 4, source.depths, take_all=True)])
+                source.extend([TreeQuery(0, trie, 4, source.chain_length, take_all=True)])
             expected = sum(math.exp(one.logp) for one in trie.best(1 << 20))
-            chain, choices = trie.chain(), text.top_ids[root : root + source.depths, 0].tolist()
+            chain, choices = trie.chain(), text.top_ids[root : root + source.chain_length, 0].tolist()
             chances = itertools.accumulate(node.logp for node in chain)
             pairs = zip((node.token for node in chain), choices, strict=False)
             right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -165,10 +165,10 @@ def _roots(source: Source, text: RecordedText, ahead: int) -> Iterator[int]:
     bits = text.features.view(torch.int16).numpy() if source.layers else None
     source.begin(0, SamplingParams())
     told = 0
-    last = min(len(text.tokens), source.longest) - ahead - source.depths
+    last = min(len(text.tokens), source.longest) - ahead - source.chain_length
     chosen = (text.tokens[1:] == text.top_ids[:-1, 0]).tolist()  # after each token, whether the text goes on with it
     for root in range(max(1, text.prompt), last, EVERY):
-        if not all(chosen[root + ahead : root + ahead + source.depths - 1]):
+        if not all(chosen[root + ahead : root + ahead + source.chain_length - 1]):
             continue
         if bits is not None:
             source.observe(bits[told:root], 0)

@@ -29,7 +29,7 @@ from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
 from pearl.training.first_weights import go_on_from, new_drafter, spare_token
 from pearl.training.loop import Figures
-from pearl.training.objective import NOTHING, Objective, RowLosses, frequent
+from pearl.training.objective import NOTHING, Objective, RowLosses, depth_figures, frequent
 from pearl.training.recipes import FeatureRecipe
 from pearl.training.shards import Recorded, stacked
 
@@ -109,18 +109,14 @@ class FeatureLearner:
         weights = [self._recipe.depth_decay**depth for depth in range(depths)]
         later = [self._labels(noted, anchors, depth).sum() for depth in range(1, depths)]
         counts = [int(count) for count in (noted.sum(), *later)]
-        sums: dict[str, float] = {}
-        for name in ("loss", "accuracy", "top 5"):  # in the order in which they are shown
-            sums |= {f"{kind}{name} {depth}": 0.0 for depth in range(depths) for kind in ("", "n:")}
+        sums = depth_figures(depths)
 
         def judged(
             depth: int, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
         ) -> tuple[Tensor, Tensor]:
             """The share of the loss, and how likely each row found the choice."""
             found = self._judge(rows, before, ids, logp)
-            for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
-                sums[f"{name} {depth}"] += float(value.detach().sum())
-                sums[f"n:{name} {depth}"] += len(rows)
+            found.add_to(sums, depth)
             loss = (found.loss * weight).sum() * (weights[depth] / sum(weights) / counts[depth])
             return loss, found.chance
 

@@ -15,10 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from pearl.bench import shapes as bench
 from pearl.commands.bench import main
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models.numerics_check import Check
-from pearl.predict import shapes as bench
 
 pytestmark = pytest.mark.slow
 

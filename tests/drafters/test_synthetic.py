@@ -12,6 +12,7 @@ from tiers import tiered
 from toys import TableModel, letters
 
 from pearl import Engine, SamplingParams
+from pearl.bench import synthetic_bench
 from pearl.config.engine_config import EngineConfig
 from pearl.config.synthetic import SyntheticDraft
 from pearl.core import theory
@@ -24,7 +25,7 @@ from pearl.drafters.synthetic import SyntheticSource
 from pearl.errors import UsageError
 from pearl.evaluation.measures.acceptance import by_depth
 from pearl.models.verifier import VerifierModel
-from pearl.predict import simulation, synthetic_bench
+from pearl.predict import simulation
 from pearl.predict.script import DraftedToken, Script, Times
 from pearl.predict.simulation import simulate
 from pearl.roles.drafter import Drafter

@@ -47,7 +47,7 @@ def test_a_tree_has_the_nodes_of_all_each_with_its_origin():
     trie = Trie(TEXT)
     grown = extend(united(SuffixSource(), model), trie, 4, 8)
     origins = {node.origin for _, node in grown}
-    assert origins == {"draft", "suffix"} or (origins == {"draft"} and 3 in trie.root.children)
+    assert origins == {"draft", "suffix"}
     assert all(parent.children[node.token] is node for parent, node in grown)
     mine = [node for node in trie.root.children.values() if node.origin == "draft"]
     assert mine, "the model has its say below the root, though another source had a guess there already"

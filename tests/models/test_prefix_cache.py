@@ -20,10 +20,10 @@ from transformers import Gemma3TextConfig
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import PREFILL_CHUNK
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, PrefixCache, digest
-from pearl.models.language_model import PREFILL_CHUNK
 from pearl.models.verifier import VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target

@@ -81,10 +81,10 @@ def test_every_place_has_guesses_of_each_depth_and_a_tree(kind: str):
     text = recorded()
     for ahead in (0, 2):
         found = list(outcomes(drafting, [text], ahead, set()))
-        assert found and all(len(place.first) == drafting.depths for place in found)
+        assert found and all(len(place.first) == drafting.chain_length for place in found)
     worth = list(trees(drafting, [text]))
     assert len(worth) == len(list(outcomes(drafting, [text], 0, set())))
-    assert all(0 < place.expected <= drafting.depths + 1e-3 and place.accepted >= 0 for place in worth)
+    assert all(0 < place.expected <= drafting.chain_length + 1e-3 and place.accepted >= 0 for place in worth)
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "peagle"])
@@ -94,7 +94,7 @@ def test_places_where_the_text_leaves_the_targets_choices_are_left_out(kind: str
     drafting = FeatureSource(drafter) if kind == "peagle" else HeadSource(HeadReader(drafter, 100))
     text = recorded()  # its places are 4, 9, 14, 19
     count = len(list(outcomes(drafting, [text], 0, None)))
-    last = 9 + drafting.depths  # the last token that is guessed at the place 9
+    last = 9 + drafting.chain_length  # the last token that is guessed at the place 9
     for drawn, left_out in ((9, 0), (10, 1), (last - 1, 1), (last, 0)):
         tokens = text.tokens.clone()
         tokens[drawn] = (tokens[drawn] + 1) % 40

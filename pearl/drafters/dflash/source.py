@@ -81,8 +81,7 @@ class DFlashSource(ParallelSource):
         hidden = select_rows(self.forward(numbers, None, self._masks(rows, queries), past)[0], rows.wanted)
         self.forwards += 1
         self.rows += len(rows.tokens)
-        self._hidden = iter(hidden)
-        return self.tables(queries, drafter.logits(hidden).float())
+        return self.tables(queries, drafter.logits(hidden).float(), hidden)
 
     def _extend_context(self, query: PathsQuery) -> None:
         """Keys and values of the positions before the anchor that are not there yet."""
