@@ -32,7 +32,6 @@ from pearl.models.kv_cache.transformers_interface import (
     read_plainly,
     uses_cache_attention,
 )
-from pearl.models.rotation import rotated
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}  # the parts of a layer
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -41,6 +40,16 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _NEAR = 0, 1, 5, 23  # positions of rows with which two layers are compared, beside far ones
 _TOLERANCE = {torch.float32: 1e-4}  # of products that are added up otherwise
 _COARSE = 2e-2  # where they are rounded to fewer bits
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of positions, [R, D] or as far as they broadcast to x
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """x: [B, heads, R, D], turned by the angles of its positions (RoFormer, Su et al. 2021), as transformers pairs the
+    numbers of a head."""
+    first, second = x.chunk(2, -1)
+    cosines, sines = rotation
+    return x * cosines + torch.cat([-second, first], -1) * sines
 
 
 class RMSNorm:

@@ -25,9 +25,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 
 from pearl.drafters.dflash.shape import DFlashShape
 from pearl.models.draft_model import read_unknown_tokens
+from pearl.models.fused_layers import Rotation, rotated
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.linear import linear_of
-from pearl.models.rotation import Rotation, rotated
 
 
 class BlockAttention(nn.Module):

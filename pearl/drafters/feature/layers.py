@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
 from pearl.errors import UsageError
+from pearl.models.fused_layers import Rotation, rotated
 from pearl.models.kv_cache.slot_cache import KeyValue
-from pearl.models.rotation import Rotation, rotated
 
 
 class Attention(nn.Module):
