@@ -21,8 +21,9 @@ from pearl.training.first_weights import spare_token
 from pearl.training.objective import filled, frequent
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded
+from pearl.training.students.cut import go_on_from, student_of
 from pearl.training.students.one_pass import OnePassStudent
-from pearl.training.students.student import Student, go_on_from, student_of
+from pearl.training.students.student import Student
 
 
 def run(recipe: DistillRecipe, whole: str | None = None) -> None:

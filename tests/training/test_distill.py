@@ -28,7 +28,8 @@ from pearl.models.hidden_states import decoder_layers
 from pearl.training import loop
 from pearl.training.recipes import DistillRecipe, read_recipe
 from pearl.training.shards import Recorded
-from pearl.training.students.student import Student, go_on_from, student_of
+from pearl.training.students.cut import go_on_from, student_of
+from pearl.training.students.student import Student
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -66,12 +67,6 @@ def test_a_student_starts_with_the_targets_own_layers_and_embeddings():
     assert student.get_input_embeddings() is target.get_input_embeddings()
     assert student.get_output_embeddings() is target.get_output_embeddings()
     assert target.config.num_hidden_layers == 4, "the target is left as it was"
-
-
-def test_a_student_of_all_layers_is_the_target():
-    target, tokens = small_target(), torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        torch.testing.assert_close(student_of(target, (0, 1, 2))(tokens).logits, target(tokens).logits)
 
 
 def test_layers_that_the_target_does_not_have_are_refused():

@@ -127,7 +127,7 @@ class OnePassStudent(Student):
             figures |= {f"{kind}{name} {depth}": 0.0 for depth in range(recipe.one_pass) for kind in ("", "n:")}
 
         def judged(depth: int, hidden: Tensor, ids: Tensor, logp: Tensor, count: int) -> Tensor:
-            found = self._objective.judge(hidden @ self._head.T.to(hidden.dtype), ids, logp)
+            found = self._objective.judge(self._head(hidden), ids, logp)
             for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
                 figures[f"{name} {depth}"] += float(value.detach().sum())
                 figures[f"n:{name} {depth}"] += len(hidden)
