@@ -66,6 +66,10 @@ class FeatureLearner:
         longest = min(recipe.longest, max(data.lengths))
         self._mask = SlotMask(longest, recipe.depths, device)
 
+    @property
+    def texts_mark(self) -> int:
+        return self._data.mark
+
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
         if self.module.shape.parallel:

@@ -36,6 +36,10 @@ class Student:
         self._taps = HiddenStateHooks(model, [layer for _, layer in self._matched]) if self._matched else None
         self._spread = _spread(data).to(device) if self._taps else None
 
+    @property
+    def texts_mark(self) -> int:
+        return self._data.mark
+
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         loss, figures = self._judge(texts)
         (share * loss).backward()
