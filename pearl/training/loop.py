@@ -67,8 +67,9 @@ def train(
     folder = Path(recipe.output)
     main = accelerator.is_main_process
     total = max(1, round(recipe.epochs * len(texts) / recipe.batch))
-    parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
-    optimizer = optimizer_of(parameters, recipe, accelerator.device)
+    named = {name: weight for name, weight in learner.module.named_parameters() if weight.requires_grad}
+    parameters = list(named.values())
+    optimizer = optimizer_of(named, recipe, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
     texts_are = {"texts": len(texts), "texts_mark": learner.texts_mark}
     step = _resume(folder, learner.module, optimizer, schedule, recipe, texts_are)
