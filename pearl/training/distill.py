@@ -40,7 +40,7 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     vocabulary = filled(vocabulary, recipe.vocabulary, checked.vocabulary)  # the head is the target's
     student = student_of(target, recipe.layers)
     if recipe.start:
-        go_on_from(student, recipe.start)
+        go_on_from(student, recipe.start, recipe.layers, mark)
     del target
     if recipe.one_pass > 1:
         token = spare_token(checked.tokenizer, student.config.get_text_config().vocab_size)

@@ -193,7 +193,7 @@ class Recorded:
             _log.warning(
                 "%s has %d of %d shards so far: pearl extract goes on.", folder, len(manifest.shards), manifest.count
             )
-        self.manifest, self._features = manifest, features
+        self.manifest, self._folder, self._features = manifest, folder, features
         self._files: list[tuple[Any, list[int], list[int]]] = []  # open, offsets, prompts
         self._places: list[tuple[int, int]] = []  # (file, text in it)
         self.lengths: list[int] = []
@@ -221,7 +221,8 @@ class Recorded:
             )
 
     def split(self, held_out: int) -> tuple[list[int], list[int]]:
-        """The numbers of the texts to train on, and of those of the last `held_out` shards."""
+        """The numbers of the texts to train on, and of those of the last `held_out` shards. Raises `UsageError` if
+        there is nothing to train on."""
         if held_out >= len(self._files):
             prompts = sum(shard.texts for shard in self.manifest.shards)
             raise UsageError(
@@ -230,6 +231,8 @@ class Recorded:
             )
         first = len(self._files) - held_out
         train = [number for number, (file, _) in enumerate(self._places) if file < first]
+        if not train:
+            raise UsageError(f"{self._folder} holds no text to train on: extract longer texts, or of shorter prompts.")
         return train, [number for number, (file, _) in enumerate(self._places) if file >= first]
 
     def __getitem__(self, number: int) -> RecordedText:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -11,9 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from pearl.checkpoints import shared_embeddings
 from pearl.config.engine_config import model_path
 from pearl.errors import UsageError
+from pearl.models.fingerprint import wrong_target_message
 from pearl.models.hidden_states import decoder_layers
+from pearl.training.loop import RECIPE
 
 _OF_NO_LAYER = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")  # lists that are not by layer
 _NUMBERS = ("layer_idx", "layer_id", "layer_number", "training")  # of a layer, not of what it computes
@@ -83,14 +88,34 @@ def _difference(mine: nn.Module, theirs: nn.Module) -> str:
     return ""
 
 
-def go_on_from(student: PreTrainedModel, folder: str) -> None:
-    """Gives the student the weights that an earlier run saved. Raises `UsageError` if it had other layers."""
-    path = model_path(folder) / "model.safetensors"
+def go_on_from(student: PreTrainedModel, folder: str, layers: Sequence[int], mark: str) -> None:
+    """Gives the student, which has these layers of the target with the fingerprint `mark`, the weights that an earlier
+    run saved. Raises `UsageError` if those are of other layers or of another target."""
+    path = model_path(folder)
     try:
-        saved = load_file(path)
+        saved = load_file(path / "model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"The recipe's start {path} can't be read ({error}).") from None
+        raise UsageError(f"The recipe's start {path / 'model.safetensors'} can't be read ({error}).") from None
+    whose = shared_embeddings.read(path)
+    if whose and whose.fingerprint != mark:
+        raise UsageError(f"The recipe's start {folder}: {wrong_target_message(whose.target)}")
     mine = student.state_dict()
-    if any(name not in mine or mine[name].shape != weight.shape for name, weight in saved.items()) or not saved:
-        raise UsageError(f"The recipe's start {folder} is not a student of these layers: name one, or leave it out.")
-    student.load_state_dict(saved, strict=False)
+    wanted = {name: one.shape for name, one in mine.items() if not shared_embeddings.is_embedding(name)}
+    fits = wanted == {name: one.shape for name, one in saved.items() if not shared_embeddings.is_embedding(name)}
+    had = _layers_of_run(path)
+    if not fits or (had and had != list(layers)):
+        began = f", but of {had}" if had else ""
+        raise UsageError(
+            f"The recipe's start {folder} is not a student of these layers, {list(layers)}{began}: name one, or leave "
+            "it out."
+        )
+    student.load_state_dict({name: saved[name] for name in wanted}, strict=False)
+
+
+def _layers_of_run(folder: Path) -> list[int]:
+    """Those that the training in a folder began with; none if nothing says it."""
+    try:
+        had = json.loads((folder / RECIPE).read_text(encoding="utf-8"))["layers"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return had if isinstance(had, list) else []  # of a head it is how many it has

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pearl.checkpoints import shared_embeddings
+from pearl.errors import UsageError
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.training.loop import Figures
 from pearl.training.objective import NOTHING, Objective
@@ -22,7 +23,8 @@ class Student:
     """`loop.Learner`: learns the target's choices after every token of its answers."""
 
     def __init__(self, model: PreTrainedModel, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str):
-        """vocabulary: int64 [V], ids that it will draft from; `mark`: the target's fingerprint."""
+        """vocabulary: int64 [V], ids that it will draft from; `mark`: the target's fingerprint. Raises `UsageError` if
+        the recipe matches other states than those recorded."""
         self.module, self._data, self._recipe, self._mark = model, data, recipe, mark
         device = model.device
         self._vocabulary = vocabulary
@@ -31,6 +33,12 @@ class Student:
             frozen.requires_grad_(False)
         self._head = StudentHead(model, vocabulary)
         self._objective = Objective(vocabulary.to(device), head.weight.shape[0], recipe.kl)
+        recorded = data.manifest.layers
+        if recipe.match and recipe.match_after and len(recipe.match_after) != len(recorded):
+            raise UsageError(
+                f"The recipe's match_after must name {len(recorded)} layers of the student, one for each whose "
+                f"features were recorded ({recorded}), -1 for none: or give --match 0."
+            )
         pairs = enumerate(recipe.match_after) if recipe.match else ()
         self._matched = [(place, layer) for place, layer in pairs if layer >= 0]
         self._taps = HiddenStateHooks(model, [layer for _, layer in self._matched]) if self._matched else None
