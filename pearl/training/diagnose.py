@@ -301,7 +301,7 @@ def run(folder: str, recorded: str, target: str | None, count: int, first: int |
     vocabulary = None if source.vocabulary is None else set(source.vocabulary.tolist())
     lags = AHEAD if source.layers else AHEAD[:1]  # where nothing is read of the target, nothing is ever missing
     seen = [place for ahead in lags for place in outcomes(source, texts, ahead, vocabulary)]
-    if not seen:
+    if not any(place.ahead == 0 for place in seen):
         raise UsageError(
             "In no recorded answer the target goes on for as many tokens as the drafter guesses: extract longer ones, "
             "some of them greedy."

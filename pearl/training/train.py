@@ -66,6 +66,10 @@ class FeatureLearner:
         longest = min(recipe.longest, max(data.lengths))
         self._mask = SlotMask(longest, recipe.depths, device)
 
+    @property
+    def texts_mark(self) -> int:
+        return self._data.mark
+
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
         if self.module.shape.parallel:
@@ -219,8 +223,12 @@ def run(recipe: FeatureRecipe) -> None:
     sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
     size = target.get_output_embeddings().weight.shape[0]
     mask_token = spare_token(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
+    if mask_token >= size:
+        raise UsageError(f"The recipe's mask_token must be below {size}, the rows of the target's embedding.")
     if recipe.start:
         drafter = go_on_from(recipe.start, target, recipe, layers)
+        if accelerator.is_main_process and len(drafter.vocabulary) != recipe.vocabulary:
+            print(f"{recipe.start} goes on drafting from its own {len(drafter.vocabulary)} tokens")
     else:
         drafter = new_drafter(target, recipe, layers, vocabulary, sample, mask_token)
     architecture = type(target).__name__

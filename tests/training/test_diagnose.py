@@ -181,6 +181,18 @@ def test_a_checkpoint_is_diagnosed_by_its_kind(recordings, tmp_path: Path, capsy
         assert len(figures["ahead 2"]["top 1"]) == 2 and "ahead 4" not in figures, "what a block has room for"
 
 
+@pytest.mark.usefixtures("own_cache")
+def test_places_that_are_all_ahead_of_the_features_are_not_enough(recordings, tmp_path: Path, capsys, monkeypatch):
+    """The texts follow the target nowhere but further behind."""
+    target, folder = recordings
+    ahead_only = lambda source, texts, ahead, words: outcomes(source, texts, ahead, words) if ahead else ()  # noqa: E731
+    monkeypatch.setattr("pearl.training.diagnose.outcomes", ahead_only)
+    drafter = every_kind.save("dflash", tmp_path / "draft", target.config, tiny.tokenizer())
+    asked = ["--drafter", drafter, "--data", str(folder / "data"), "--target", str(folder / "target"), "--texts", "3"]
+    assert command.main(asked) == 2
+    assert "In no recorded answer the target goes on for as many tokens" in capsys.readouterr().err
+
+
 def of_a_model(vocabulary: int | None) -> tuple[list[int], RecordedText, Any]:
     """A text, what a model says after each of its tokens, and the same model as a draft model, its head cut."""
     model = tiny.random_model(tiny.CONFIGS["llama"]())

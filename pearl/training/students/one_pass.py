@@ -126,7 +126,7 @@ class OnePassStudent(Student):
         figures = depth_figures(recipe.one_pass)
 
         def judged(depth: int, hidden: Tensor, ids: Tensor, logp: Tensor, count: int) -> Tensor:
-            found = self._objective.judge(hidden @ self._head.T.to(hidden.dtype), ids, logp)
+            found = self._objective.judge(self._head(hidden), ids, logp)
             found.add_to(figures, depth)
             return share * found.loss.sum() * (weights[depth] / sum(weights) / max(1, count))
 
