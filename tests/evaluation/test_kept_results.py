@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -80,6 +81,37 @@ def test_a_synthetic_run_is_kept_beside_the_real_one_and_only_the_readme_of_its_
     assert told.count("GSM8K") == 1, "the real one"
     assert keep_results.main([str(folder), "--to", str(tmp_path / "results" / "kept")]) == 0
     assert readme.read_text() == told and (tmp_path / "results" / "kept" / "README.md").exists()
+
+
+def lines_of(folder: Path, suite: str) -> Path:
+    """A run of `suite` with lines of two modes."""
+    folder.mkdir(parents=True)
+    config, modes = {"suite": suite, "batch_size": 1}, {mode: {"sequences": 1} for mode in keep_results.RAW_MODES}
+    lines.write_json(folder / results.SUMMARY, {"config": config, "environment": {}, "modes": modes})
+    for name in (results.PASSES, results.SAMPLES):
+        lines.append(folder / name, [{"mode": mode, "text": f"of {suite}"} for mode in modes])
+    return folder
+
+
+def test_raw_lines_are_never_of_a_benchmark_whose_prompts_may_not_be_committed(tmp_path):
+    secret, free = (lines_of(tmp_path / "pair" / suite, suite) for suite in ("speed_bench", "gsm8k"))
+    assert keep_results.main([str(secret), "--to", str(tmp_path / "kept")]) == 0
+    assert not (tmp_path / "kept" / "raw").exists()
+    assert keep_results.main([str(secret), str(free), "--to", str(tmp_path / "kept")]) == 0
+    for file in (tmp_path / "kept" / "raw").glob("*.gz"):
+        told = gzip.decompress(file.read_bytes()).decode()
+        assert "of gsm8k" in told and "speed_bench" not in told
+
+
+def test_every_run_that_is_given_is_kept_under_the_name_of_its_folder(tmp_path, monkeypatch):
+    """Of two runs of one benchmark neither takes the other's place; a folder may be called `.`."""
+    folders = [lines_of(tmp_path / "pair" / name, "humaneval") for name in ("humaneval", "humaneval-gamma")]
+    assert keep_results.main([*map(str, folders), "--to", str(tmp_path / "kept")]) == 0
+    assert {file.name for file in (tmp_path / "kept" / "pair").iterdir()} == {"humaneval.json", "humaneval-gamma.json"}
+    monkeypatch.chdir(folders[0])
+    assert keep_results.main([".", "--to", str(tmp_path / "here")]) == 0
+    assert [file.name for file in (tmp_path / "here" / "pair").iterdir()] == ["humaneval.json"]
+    assert json.loads((tmp_path / "here" / "raw" / keep_results.FIGURES).read_text())["run"] == "humaneval"
 
 
 def test_two_runs_that_would_be_kept_in_one_place_are_refused_before_anything_is_written(tmp_path, capsys):
