@@ -49,7 +49,7 @@ def by_category(runs: Sequence[Run]) -> Curves:
     for run in runs:
         for mode, figures in run.modes.items():
             for category, some in (figures.get("by_category") or {}).items():
-                if category.isdigit():
+                if category.isdecimal():
                     curves.setdefault(name(run, mode), []).append((float(category), some))
     return _sorted(curves)
 
@@ -162,6 +162,9 @@ SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
     "temperature": lambda runs: curve(by_temperature(_beside_ar(runs)), "temperature"),
     "concurrency": pareto,
 }
+
+
+VARIED = {"temperature": ("temperature",), "concurrency": ("batch_size",)}  # options, by the runs of a sweep
 
 
 def draw(name: str, runs: Sequence[Run]) -> bytes | None:

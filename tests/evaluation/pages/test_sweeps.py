@@ -36,7 +36,7 @@ def made(name: str, modes: dict, **config: object) -> Run:
 
 
 def test_each_sweep_finds_what_was_varied():
-    by_length = {"8000": figures(1.1), "128": figures(1.5), "writing": figures(9.0)}
+    by_length = {"8000": figures(1.1), "²": figures(9.0), "128": figures(1.5), "writing": figures(9.0)}
     one = made("lengths", {"tree": figures(1.3, by_category=by_length)})
     assert [at for at, _ in sweeps.by_category([one])["tree"]] == [128.0, 8000.0]
     gammas = made("gammas", {"ar": figures(1.0), "sd:4": figures(1.4), "sd:1": figures(1.2), "sd": figures(1.5)})
