@@ -259,6 +259,15 @@ def test_every_plot_is_a_picture_of_the_facts_or_none(two, tmp_path):
     assert "speedup" not in plots.of(alone, list(plots.PLOTS))
 
 
+def test_a_picture_that_runs_have_nothing_for_is_told_to_be_missing(two, tmp_path, capsys):
+    output = tmp_path / "out"
+    words = [*map(str, two), "--plots", "energy", "speedup", "--sweep", "input_length"]
+    assert script("table").main([*words, "--output", str(output)]) == 0
+    missing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no picture of ")]
+    assert [line.split(":")[0] for line in missing] == ["no picture of energy", "no picture of input_length"]
+    assert [file.name for file in output.glob("*.png")] == ["speedup.png"]
+
+
 class Page(HTMLParser):
     """What a browser would find."""
 

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = plots.of(runs, found.plots)
     if found.sweep and (picture := sweeps.draw(found.sweep, runs)):
         pictures[found.sweep] = picture
+    for name in (*found.plots, *filter(None, [found.sweep])):
+        if name not in pictures:
+            print(f"no picture of {name}: none of these runs has what it shows", file=sys.stderr)
     for doubt in report.doubts(runs, sweeps.VARIED.get(found.sweep, ())):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)

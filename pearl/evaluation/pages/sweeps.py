@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
 from pearl.evaluation import tables
 from pearl.evaluation.plots import note, panels_of, png_of, spread, style
@@ -55,19 +56,25 @@ def by_category(runs: Sequence[Run]) -> Curves:
 
 
 def by_gamma(runs: Sequence[Run]) -> Curves:
-    """Of modes with a block length in their name; one without is the same at all of them."""
-    modes = [mode for run in runs for mode in run.modes]
-    lengths = sorted({float(mode.partition(":")[2]) for mode in modes if mode.partition(":")[2].isdigit()})
+    """Of modes with a block length in their name; one that finds its own is the same at all of them. What drafts
+    nothing, or not in our blocks, has no place here."""
+    lengths = sorted({length for run in runs for mode in run.modes if (length := block(mode)) is not None})
     curves: Curves = {}
     name = names(runs)
     for run in runs:
         for mode, figures in run.modes.items():
-            plain, _, gamma = mode.partition(":")
-            if gamma.isdigit():
-                curves.setdefault(name(run, plain), []).append((float(gamma), figures))
-            elif mode != "ar":
+            plain, length = mode.partition(":")[0], block(mode)
+            if length is not None:
+                curves.setdefault(name(run, plain), []).append((length, figures))
+            elif plain in MODES and Schedule.of(plain).drafts:
                 curves[name(run, f"{mode}, auto")] = [(length, figures) for length in lengths]
     return _sorted(curves)
+
+
+def block(mode: str) -> float | None:
+    """The block length in its name; behind `tree:` stands another number."""
+    plain, _, number = mode.partition(":")
+    return float(number) if number.isdecimal() and plain != "tree" else None
 
 
 def by_temperature(runs: Sequence[Run]) -> Curves:

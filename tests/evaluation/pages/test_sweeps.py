@@ -39,9 +39,11 @@ def test_each_sweep_finds_what_was_varied():
     by_length = {"8000": figures(1.1), "²": figures(9.0), "128": figures(1.5), "writing": figures(9.0)}
     one = made("lengths", {"tree": figures(1.3, by_category=by_length)})
     assert [at for at, _ in sweeps.by_category([one])["tree"]] == [128.0, 8000.0]
-    gammas = made("gammas", {"ar": figures(1.0), "sd:4": figures(1.4), "sd:1": figures(1.2), "sd": figures(1.5)})
+    speeds = {"ar": 1.0, "ar-all": 1.1, "sd:4": 1.4, "sd:1": 1.2, "sd": 1.5, "tree:3": 1.5, "hf-assisted": 1.3}
+    gammas = made("gammas", {mode: figures(speedup) for mode, speedup in speeds.items()})
     found = sweeps.by_gamma([gammas])
-    assert [at for at, _ in found["sd"]] == [at for at, _ in found["sd, auto"]] == [1.0, 4.0] and "ar" not in found
+    assert [at for at, _ in found["sd"]] == [at for at, _ in found["sd, auto"]] == [1.0, 4.0]
+    assert set(found) == {"sd", "sd, auto", "tree:3, auto"}, "the others draft nothing, or not in our blocks"
     warm = [made(f"t{t}", {"tree": figures(2 - t)}, temperature=t, batch_size=1) for t in (1.0, 0.0)]
     assert [(at, some["speedup_vs_ar"]) for at, some in sweeps.by_temperature(warm)["tree"]] == [
         (0, 2),
