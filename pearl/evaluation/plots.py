@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from pearl.config.cli import BASELINES
@@ -176,6 +177,13 @@ def of(runs: Sequence[Run], names: Sequence[str]) -> dict[str, bytes]:
             raise UsageError(f"There is no plot {name!r}: choose from {', '.join(PLOTS)}.")
     made = {name: PLOTS[name](runs) for name in names}
     return {name: png for name, png in made.items() if png}
+
+
+def tell_missing(asked: Iterable[str], drawn: Collection[str]) -> None:
+    """Says on standard error which pictures that were asked for there are none of."""
+    for name in asked:
+        if name not in drawn:
+            print(f"no picture of {name}: none of these runs has what it shows", file=sys.stderr)
 
 
 def panels_of(width: float, height: float, count: int) -> tuple[Any, list[Any]]:

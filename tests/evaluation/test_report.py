@@ -266,6 +266,10 @@ def test_a_picture_that_runs_have_nothing_for_is_told_to_be_missing(two, tmp_pat
     missing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no picture of ")]
     assert [line.split(":")[0] for line in missing] == ["no picture of energy", "no picture of input_length"]
     assert [file.name for file in output.glob("*.png")] == ["speedup.png"]
+    page = ["--output", str(tmp_path / "page.html")]
+    for words, told in (([], ""), (["--plots", "energy", "speedup"], missing[0] + "\n")):
+        assert script("report").main([*map(str, two), *words, *page]) == 0
+        assert capsys.readouterr().err == told
 
 
 class Page(HTMLParser):

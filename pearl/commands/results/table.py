@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = plots.of(runs, found.plots)
     if found.sweep and (picture := sweeps.draw(found.sweep, runs)):
         pictures[found.sweep] = picture
-    for name in (*found.plots, *filter(None, [found.sweep])):
-        if name not in pictures:
-            print(f"no picture of {name}: none of these runs has what it shows", file=sys.stderr)
+    plots.tell_missing([*found.plots, *filter(None, [found.sweep])], pictures)
     for doubt in report.doubts(runs, sweeps.VARIED.get(found.sweep, ())):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)
