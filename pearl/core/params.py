@@ -135,7 +135,8 @@ class SamplingParams:
         """With no None among the fields of `NEUTRAL`: a checkpoint's default where it has one, else off."""
         known = NEUTRAL | dict(defaults or {})
         known["min_tokens"] = min(known["min_tokens"], self.max_new_tokens)
-        return replace(self, **{name: known[name] for name in NEUTRAL if getattr(self, name) is None})
+        missing = {name: known[name] for name in NEUTRAL if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self
 
     def with_seed(self) -> SamplingParams:
         """With a fresh seed, if nobody has chosen one."""
@@ -211,7 +212,13 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(_id(name, one) for one in _items(name, () if value is None else value, "token ids"))
+    given = _items(name, () if value is None else value, "token ids")
+    return tuple(given) if _are_ids(given) else tuple(_id(name, one) for one in given)
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    """Of plain numbers, as almost always: they may be thousands, and are looked at several times a text."""
+    return {*map(type, values)} <= {int} and min(values, default=0) >= 0
 
 
 def _id(name: str, value: Any) -> int:
@@ -232,7 +239,9 @@ def _allowed(params: SamplingParams) -> tuple[int, ...]:
 
 
 def _words(value: Any) -> tuple[tuple[int, ...], ...]:
-    words = tuple(_ids("bad_words_ids", word) for word in _items("bad_words_ids", value, "lists of token ids"))
+    words = tuple(_items("bad_words_ids", value, "lists of token ids"))
+    if not ({*map(type, words)} <= {tuple} and _are_ids([token for word in words for token in word])):
+        words = tuple(_ids("bad_words_ids", word) for word in words)
     if not all(words):
         raise UsageError("bad_words_ids must hold lists of a token id at least.")
     return words

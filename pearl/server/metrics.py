@@ -3,7 +3,8 @@
 Every figure is derived from the records of passes and texts as they are heard. What is drafted and accepted is counted
 as in an evaluation (docs/reference/figures.md): a guess that arrived while a pass ran was not read by it. A rate of
 `pearl_busy_seconds` or `pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each
-second.
+second. The drafter tells its own at the end of a text, so its rates are shares only over times that are long beside
+texts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pearl.server.texts import Text
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_LATE = "the drafter's are added when a text ends"
 FINISH = {"eos": "stop"}  # what OpenAI calls it; stop and length are called so here too
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
@@ -72,8 +74,8 @@ class Metrics:
         self.text_sizes = self._histogram("vllm:request_generation_tokens", "of a text", _TOKENS)
         self._roots = self._counts("pearl_roots", "new roots after a pass: known to the drafter or not", "outcome")
         self.prepared = self._counter("pearl_misses_prepared", "corrections that were another guess of the drafter")
-        self._busy = self._counts("pearl_busy_seconds", "of forwards", "role")
-        self._waiting = self._counts("pearl_waiting_seconds", "of waiting for the other side", "role")
+        self._busy = self._counts("pearl_busy_seconds", f"of forwards; {_LATE}", "role")
+        self._waiting = self._counts("pearl_waiting_seconds", f"of waiting for the other side; {_LATE}", "role")
         self._origins = self._counts("pearl_tokens", "tokens written, by who had guessed them", "origin")
         self._refused = self._counts("pearl_requests_refused", "answers other than 2xx", "status")
 
