@@ -48,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return completion.main(rest)
     if name not in COMMANDS:
-        from pearl.options import brief, did_you_mean
+        from pearl.options import did_you_mean, shown
 
         end = did_you_mean(name, [*COMMANDS, COMPLETION])
-        print(f"error: There is no command {brief(name)}{end} `pearl --help` lists them.", file=sys.stderr)
+        print(f"error: There is no command {shown(name)}{end} `pearl --help` lists them.", file=sys.stderr)
         return 2
     return importlib.import_module(COMMANDS[name][0]).main(rest)
 

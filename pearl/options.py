@@ -193,7 +193,7 @@ def refuse_unknown(values: Iterable[object], names: Iterable[str], where: str, b
     known = list(names)
     for key in values:
         if key not in known:
-            raise UsageError(f"{where}: unknown key {brief(key)}{hint(str(key), known, before)}")
+            raise UsageError(f"{where}: unknown key {shown(key)}{hint(str(key), known, before)}")
 
 
 def hint(word: str, known: list[str], before: Mapping[str, str]) -> str:
@@ -229,8 +229,8 @@ def refuse(name: str, value: object, kind: Kind) -> NoReturn:
     """Raises the `UsageError` that says what `name` takes."""
     end = did_you_mean(value, kind.choices) if isinstance(value, str) else "."
     if kind.choices and AUTO not in kind.wanted.split()[-1:]:
-        raise UsageError(f"{name} {brief(value)} is unknown; choose from {', '.join(kind.choices)}{end}")
-    raise UsageError(f"{name} must be {kind.wanted}, not {brief(value)}{end}")
+        raise UsageError(f"{name} {shown(value)} is unknown; choose from {', '.join(kind.choices)}{end}")
+    raise UsageError(f"{name} must be {kind.wanted}, not {shown(value)}{end}")
 
 
 def either(names: Iterable[object]) -> str:
@@ -239,7 +239,7 @@ def either(names: Iterable[object]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def brief(value: object) -> str:
+def shown(value: object) -> str:
     """As part of a sentence: in one line, and not too long."""
     try:
         text = " ".join(repr(value).split())

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 from layers import MAY_IMPORT
 
 from pearl.core.schedule import Schedule
-from pearl.core.timeline import Trace
 from pearl.core.token_buckets import TokenBuckets
+from pearl.machine.timeline import Trace
 from pearl.predict.prediction import by_times
 from pearl.predict.script import DraftedToken, Script
 from pearl.predict.simulation import simulate

@@ -5,7 +5,8 @@
     python scripts/keep_results.py                                        makes the page and its pictures again
 
 What names this machine's folders is cut to the last part of a path. The raw lines (docs/results/raw) are of the run
-with the fewest of them: `ar` and one other mode, all that the figures are computed from.
+with the fewest of them: `ar` and one other mode, all that the figures are computed from. They hold the prompts, so
+they are never SPEED-Bench's, whose licence forbids that.
 """
 
 from __future__ import annotations
@@ -56,12 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
         outputs.write_json(file, without_folders(summary))
-        earlier = file.with_name(f"{run.config.get('suite')}.json")  # of the first tokens of answers
-        if earlier.exists() and earlier != file and not run.kind:
-            earlier.unlink()
-            print(f"{earlier} is removed, as {run.folder.name} takes its place")
-    alone = [run for run in runs if run.config.get("batch_size") == 1 and not run.kind]
-    if with_raw := [run for run in alone if set(RAW_MODES) <= set(run.modes)]:
+    if with_raw := [run for run in runs if may_be_raw(run)]:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
     for name, content in kept.page(found.to).items():
         outputs.write(found.to / name, content)
@@ -78,12 +74,19 @@ def places(runs: Sequence[report.Run], to: Path) -> list[tuple[report.Run, Path]
     """Where each is kept, in nobody's place but its own kind's. Raises `UsageError` where that is one for two."""
     found: dict[Path, report.Run] = {}
     for run in runs:
-        pair = run.folder.absolute().parent.name.partition("-tokens-")[0].partition("-limit-")[0]
-        file = to / pair / f"{run.folder.name}{results.in_names(run.kind)}.json"
+        folder = run.folder.resolve()  # it may be called `.`
+        pair = folder.parent.name.partition("-tokens-")[0].partition("-limit-")[0]
+        file = to / pair / f"{folder.name}{results.in_names(run.kind)}.json"
         if file in found:
             raise UsageError(f"{found[file].folder} and {run.folder} would both be kept as {file}: give one of them.")
         found[file] = run
     return [(run, file) for file, run in found.items()]
+
+
+def may_be_raw(run: report.Run) -> bool:
+    """A plain run with one text at a time, whose prompts may be committed (those of SPEED-Bench may not)."""
+    alone = run.config.get("batch_size") == 1 and not run.kind
+    return alone and run.config.get("suite") != "speed_bench" and set(RAW_MODES) <= set(run.modes)
 
 
 def keep_raw(run: report.Run, folder: Path) -> None:
@@ -93,7 +96,7 @@ def keep_raw(run: report.Run, folder: Path) -> None:
         mine = "".join(line for line in lines if json.loads(line)["mode"] in RAW_MODES)
         outputs.write(folder / f"{name}.gz", gzip.compress(mine.encode(), mtime=0))
     kept_modes = {mode: run.modes[mode] for mode in RAW_MODES}
-    outputs.write_json(folder / FIGURES, without_folders({"run": run.folder.name, "modes": kept_modes}))
+    outputs.write_json(folder / FIGURES, without_folders({"run": run.folder.resolve().name, "modes": kept_modes}))
 
 
 def without_folders(value: Any) -> Any:

@@ -1,8 +1,10 @@
-"""Shows that questions for training have no run of words in common with the evaluations.
+"""Shows that texts for training have no run of words in common with the evaluations.
 
     python scripts/overlap.py data/questions/*.jsonl --against test.jsonl question.jsonl [--words 13] [--drop]
+    python scripts/overlap.py data/smollm2-135m --against test.jsonl question.jsonl      a folder of recorded texts
 
-A run of 13 equal words counts as taken over (Brown et al. 2020, appendix C). Case and punctuation do not count. The
+A run of 13 equal words counts as taken over (Brown et al. 2020, appendix C). Case and punctuation do not count. Of a
+recording, whole texts are compared: questions that the target wrote itself, later turns and answers too. The
 evaluations are files of JSON lines; all texts in them are compared. HumanEval comes from its own package. Ends with
 code 1 if anything is found and not dropped.
 """
@@ -10,12 +12,17 @@ code 1 if anything is found and not dropped.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pearl.config import cli
+from pearl.config.inputs import json_lines, read_text
+from pearl.errors import UsageError
 
 Run = tuple[str, ...]
 
@@ -34,14 +41,9 @@ def runs(text: str, words: int) -> set[Run]:
     return {tuple(found[at : at + words]) for at in range(len(found) - words + 1)}
 
 
-def records(path: str) -> Iterator[str]:
-    for line in lines_of(path):
-        yield "\n".join(texts(json.loads(line)))
-
-
-def lines_of(path: str) -> list[str]:
-    """Not by `splitlines`: JSON may hold other separators of lines as they are."""
-    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+def records(path: Path) -> list[str]:
+    """The texts of each line of a file."""
+    return ["\n".join(texts(value)) for _, value in json_lines(read_text(path, "The texts"), str(path))]
 
 
 def humaneval() -> Iterator[str]:
@@ -54,32 +56,73 @@ def humaneval() -> Iterator[str]:
         yield f"{problem['prompt']}{problem['canonical_solution']}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("questions", nargs="+")
-    parser.add_argument("--against", nargs="+", default=[])
-    parser.add_argument("--words", type=int, default=13)
-    parser.add_argument("--drop", action="store_true", help="leave such questions out of their files")
-    options = parser.parse_args()
+def common(some: Iterable[str], known: set[Run], words: int, where: str) -> tuple[int, set[int]]:
+    """How many texts there are, and the numbers of those that have a run in common, which is shown."""
+    taken, number = set(), -1
+    for number, text in enumerate(some):
+        if shared := runs(text, words) & known:
+            print(f"{where}: {' '.join(min(shared))}")
+            taken.add(number)
+    return number + 1, taken
+
+
+def of_file(path: Path, known: set[Run], words: int, drop: bool) -> tuple[int, int]:
+    """How many questions there are in a file, and how many of them are in common."""
+    count, taken = common(records(path), known, words, str(path))
+    if drop and taken:
+        lines = [line for line in read_text(path, "The texts").split("\n") if line.strip()]
+        kept = [line for number, line in enumerate(lines) if number not in taken]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return count, len(taken)
+
+
+def of_recording(folder: Path, known: set[Run], words: int, drop: bool) -> tuple[int, int]:
+    """As `of_file`, of the texts of a recording so far."""
+    from pearl.checkpoints.preflight import preflight
+    from pearl.config.engine_config import EngineConfig
+    from pearl.training import shards
+
+    manifest = shards.Manifest.read(folder)
+    if manifest is None:
+        raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
+    tokenizer = preflight(EngineConfig(target=manifest.target)).tokenizer
+    count = taken = 0
+    for at, shard in enumerate(manifest.shards):
+        decoded = (str(tokenizer.decode(tokens)) for tokens in shards.tokens_of(folder, shard))
+        more, found = common(decoded, known, words, str(folder / shard.name))
+        count, taken = count + more, taken + len(found)
+        if drop and found:
+            manifest.shards[at] = shards.drop_texts(folder, shard, found)
+            manifest.write(folder)
+    return count, taken
+
+
+def parser() -> argparse.ArgumentParser:
+    made = cli.Parser("scripts/overlap.py", about="Texts that have words in common with the evaluations.")
+    made.add_argument(
+        "texts", nargs="+", type=Path, help="files of JSON lines, or folders that pearl extract has written"
+    )
+    made.add_argument("--against", nargs="*", default=[], type=Path, help="files of the evaluations")
+    made.add_argument("--words", type=cli.at_least_one, default=13)
+    made.add_argument("--drop", action="store_true", help="leave such texts out of their files")
+    return made
+
+
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
     known: set[Run] = set()
     for text in [*humaneval(), *(text for path in options.against for text in records(path))]:
         known |= runs(text, options.words)
     total = taken = 0
-    for path in options.questions:
-        lines = lines_of(path)
-        kept = []
-        for line in lines:
-            common = runs("\n".join(texts(json.loads(line))), options.words) & known
-            kept += [] if common else [line]
-            if common:
-                print(f"{path}: {' '.join(min(common))}")
-        total, taken = total + len(lines), taken + len(lines) - len(kept)
-        if options.drop and len(kept) < len(lines):
-            Path(path).write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    for path in options.texts:
+        look = of_recording if path.is_dir() else of_file
+        more, found = look(path, known, options.words, options.drop)
+        total, taken = total + more, taken + found
     what = "left out" if options.drop else "found"
-    print(f"{total} questions, {len(known)} runs of {options.words} words: {taken} in common, {what}")
-    return bool(taken) and not options.drop
+    print(f"{total} texts, {len(known)} runs of {options.words} words: {taken} in common, {what}")
+    return int(bool(taken) and not options.drop)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,20 +1,52 @@
 #!/usr/bin/env bash
-# The drafters of the default target that come with this repository, from nothing: questions, the target's own answers,
-# the head over its hidden states, the small draft model, that one trained on (`more`), and then to guess five tokens a
-# forward (`pard`). On two CPU cores it takes a night. A run that was cut off goes on where it was; stages can be named,
-# and a recording ends with the shard at hand after so many seconds:
+# The drafters of the default target that come with this repository, from nothing. Stages, and hours on two CPU cores:
 #
-#   DATA=folder bash scripts/train_smollm2.sh                    all: questions answers feature draft more pard diagnose
+#   questions  of templates, lists, Python's library and GSM8K's training set       a minute
+#   answers    the target's own, of which one in three is drawn at temperature 1    5
+#   overlap    leaves out what has 13 words in a row in common with an evaluation   a few minutes
+#   feature    the head over the target's hidden states                             2
+#   draft      the small draft model, 21,000 steps on all texts                     over 10
+#   more       that one trained on, and mixed with what it was                      4
+#   pard       that one trained to guess five tokens a forward                      5
+#   diagnose   what each of them reaches along the last texts
+#
+#   DATA=folder bash scripts/train_smollm2.sh                    all of them
 #   DATA=folder bash scripts/train_smollm2.sh questions answers  these stages
-#   DATA=folder SECONDS_AT_MOST=9000 bash scripts/train_smollm2.sh answers
+#   DATA=folder SECONDS_AT_MOST=10000 bash scripts/train_smollm2.sh
+#
+# The last one ends after so many seconds with the shard or the step at hand, in a checkpoint, and with code 124. The same
+# call goes on there, as it does after Ctrl-C; what is finished is not made again.
 #
 # DATA holds gsm8k/train.jsonl (https://github.com/openai/grade-school-math). What lies there for the evaluations,
-# gsm8k/test.jsonl, mgsm/*.jsonl, mt_bench/question.jsonl and spec_bench/question.jsonl, is compared with the questions:
-# one that has 13 words in a row in common with them, or with HumanEval, is left out.
+# gsm8k/test.jsonl, mgsm/*.jsonl, mt_bench/question.jsonl and spec_bench/question.jsonl, is compared with the questions
+# and with the answers, as HumanEval is.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
-questions=data/questions texts=data/smollm2-135m
 : "${DATA:?set DATA to the folder that holds gsm8k/train.jsonl}"
+DATA=$(realpath "$DATA") # before the folder changes
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
+questions=data/questions texts=data/smollm2-135m stages="questions answers overlap feature draft more pard diagnose"
+
+over() {
+  echo "the time is over: the same call goes on there" >&2
+  exit 124
+}
+limited() { # ends a command when the time of this call is over; one that is deaf to Ctrl-C hears of it too
+  local left=0 ended=0
+  if ((${SECONDS_AT_MOST:-0})); then
+    left=$((SECONDS_AT_MOST - SECONDS))
+    ((left > 0)) || over
+  fi
+  timeout --foreground --signal=INT "$left" env --default-signal=INT "$@" || ended=$?
+  ((ended != 124)) || over
+  return "$ended"
+}
+without_evaluations() { # leaves out of files or a recording what they have in common with the evaluations
+  local against=() one
+  for one in "$DATA"/gsm8k/test.jsonl "$DATA"/mgsm/*.jsonl "$DATA"/{mt_bench,spec_bench}/question.jsonl; do
+    [[ ! -e $one ]] || against+=("$one")
+  done
+  python scripts/overlap.py "$@" --drop --against "${against[@]}"
+}
 
 questions() {
   mkdir -p "$questions"
@@ -22,40 +54,31 @@ questions() {
   python scripts/general_prompts.py 2400 > "$questions/general.jsonl"
   python scripts/prose_prompts.py 7000 > "$questions/prose.jsonl"
   head -n 2400 "$DATA/gsm8k/train.jsonl" > "$questions/gsm8k.jsonl"
-  local against=() one
-  for one in "$DATA"/gsm8k/test.jsonl "$DATA"/mgsm/*.jsonl "$DATA"/{mt_bench,spec_bench}/question.jsonl; do
-    [[ ! -e $one ]] || against+=("$one")
-  done
-  python scripts/overlap.py "$questions"/*.jsonl --drop --against "${against[@]}"
+  without_evaluations "$questions"/*.jsonl
 }
-
-answers() {  # about 17,900 with 3.5 million tokens; one in three at temperature 1
-  local ended=0
-  timeout --signal=INT "${SECONDS_AT_MOST:-0}" \
-    pearl extract --prompts "$questions"/{python,general,prose,gsm8k}.jsonl --self-written 3500 \
-    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --batch 96 --output "$texts" || ended=$?
-  [[ $ended == 0 || $ended == 124 ]]  # 124: the time was over
+answers() { # to 17,900 prompts, some with a second turn: about 21,600 answers with 4 million tokens
+  limited pearl extract --prompts "$questions"/{python,general,prose,gsm8k}.jsonl --self-written 3500 \
+    --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --batch 96 --output "$texts"
 }
-
-feature() {
-  accelerate launch --num_processes 1 -m pearl train --config configs/feature/smollm2-135m.yaml --markov-rank 32 --borrow
-}
-draft() { accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m.yaml; }
+overlap() { without_evaluations "$texts"; } # also questions that the target wrote itself, second turns and the answers
+feature() { limited pearl train --config configs/feature/smollm2-135m.yaml --markov-rank 32 --borrow; }
+draft() { limited pearl distill --config configs/distill/smollm2-135m.yaml; }
 more() {
-  accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-more.yaml \
-    --start results/distill-smollm2-135m
+  limited pearl distill --config configs/distill/smollm2-135m-more.yaml --start results/distill-smollm2-135m
   python scripts/mix_weights.py results/distill-smollm2-135m results/distill-smollm2-135m-more --share 0.75 \
     --output results/distill-smollm2-135m-mixed
 }
 pard() {
-  accelerate launch --num_processes 1 -m pearl distill --config configs/distill/smollm2-135m-pard.yaml \
-    --start results/distill-smollm2-135m-mixed
+  limited pearl distill --config configs/distill/smollm2-135m-pard.yaml --start results/distill-smollm2-135m-mixed
 }
 diagnose() {
-  pearl diagnose --drafter results/feature-smollm2-135m --data "$texts"
-  pearl diagnose --drafter results/distill-smollm2-135m-mixed --data "$texts"
+  local one
+  for one in feature-smollm2-135m distill-smollm2-135m-mixed pard-smollm2-135m; do
+    [[ ! -e results/$one ]] || pearl diagnose --drafter "results/$one" --data "$texts"
+  done
 }
 
-for stage in "${@:-questions answers feature draft more pard diagnose}"; do
-  for one in $stage; do "$one"; done
+for one in ${*:-$stages}; do
+  [[ " $stages " == *" $one "* ]] || { echo "error: there is no stage $one: name some of $stages." >&2; exit 2; }
 done
+for one in ${*:-$stages}; do "$one"; done

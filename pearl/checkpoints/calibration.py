@@ -85,11 +85,56 @@ def _alone_on(devices: Iterable[str], folder: Path) -> Iterator[None]:
 
 def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Preflight) -> None:
     """Gives a target the row counts that keep its bits, and their costs."""
-    config, placed = checked.config, checked.target_on
-    key = _key(reader.model, config, placed, checked.target, config.dtype)
+    key = _key(reader.model, checked.config, checked.target_on, checked.target, checked.config.dtype)
+    if isinstance(reader, VerifierModel):
+        _calibrate_verifier(reader, checked, key)
+    else:
+        _calibrate_tensor_parallel(reader, checked, key)
+    for batch_slot in range(reader.max_sequences):
+        reader.forget(batch_slot=batch_slot)
 
-    def tried() -> list[Product]:
-        return products(reader.model) if isinstance(reader, VerifierModel) else []  # of a shard no rank asks alone
+
+def _calibrate_verifier(reader: VerifierModel, checked: Preflight, key: Found) -> None:
+    config, placed = checked.config, checked.target_on
+    ours = uses_cache_attention(reader.model)  # another's masks are no part of a recorded forward
+    static_shapes = ours and has_static_shapes(config, placed, reader.model)
+    capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
+
+    def examine_batches() -> Found:
+        plan, captured, checks = numerics_check.examine_batches(reader, capture, products(reader.model))
+        kept = {"captured": captured, "checks": [asdict(check) for check in checks]}
+        return {"joint": asdict(plan) if plan else None, **kept}
+
+    if static_shapes:
+        backends = numerics_check.backends(placed.on_cpu)
+        static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
+        found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
+        report = numerics_check.NumericsReport.of(found)
+        numerics_check.apply(reader, report, capture)
+        capture = capture if report.captured else None  # what can't be recorded of one text can't of several
+    else:
+        _measure_rows(reader, checked, key, lambda: products(reader.model))
+    _refuse_long_texts(reader, checked, key)
+    if reader.max_sequences > 1:
+        found = _measure_batches(reader, key, static_shapes, capture is not None, examine_batches)
+        reader.share_static_shapes(capture if found.get("captured") else None)
+        reader.checks += tuple(Check(**check) for check in found.get("checks", ()))
+
+
+def _calibrate_tensor_parallel(reader: TensorParallelModel, checked: Preflight, key: Found) -> None:
+    def examine_batches() -> Found:
+        plan = find_invariant_batches(reader, checked.vocabulary)
+        return {"joint": asdict(plan) if plan else None}
+
+    _measure_rows(reader, checked, key, list)  # no product of a shard is asked alone
+    if reader.max_sequences > 1:
+        _measure_batches(reader, key, False, False, examine_batches)
+
+
+def _measure_rows(
+    reader: VerifierModel | TensorParallelModel, checked: Preflight, key: Found, tried: Callable[[], list[Product]]
+) -> None:
+    """`tried`: the products that are tried by themselves too."""
 
     def measure() -> Found:
         plan = find_invariant_counts(
@@ -102,54 +147,31 @@ def calibrate_target(reader: VerifierModel | TensorParallelModel, checked: Prefl
         path_s = profile_path(reader, checked.vocabulary) if branches else 0.0
         return asdict(replace(plan, branches=branches, path_s=path_s))
 
-    ours = uses_cache_attention(reader.model)  # another's masks are no part of a recorded forward
-    static_shapes = isinstance(reader, VerifierModel) and ours and has_static_shapes(config, placed, reader.model)
-    capture = None if config.cuda_graphs == "static-only" or not static_shapes else capture_for(placed.devices)
+    reader.buckets = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
+    reader.checks = (numerics_check.rows_check(reader.buckets), *attention_checks(reader.model))
 
-    def measure_batches() -> Found:
-        if not reader.buckets.exact:
-            return {"joint": None}
-        if not isinstance(reader, VerifierModel):
-            plan = find_invariant_batches(reader, checked.vocabulary)
-            return {"joint": asdict(plan) if plan else None}
-        plan, captured, checks = numerics_check.examine_batches(reader, capture, tried())
-        kept = {"captured": captured, "checks": [asdict(check) for check in checks]}
-        return {"joint": asdict(plan) if plan else None, **kept}
 
-    if isinstance(reader, VerifierModel) and static_shapes:
-        backends = numerics_check.backends(placed.on_cpu)
-        static = {"what": "static shapes", "backends": backends, "graphs": capture is not None, **key}
-        found = measured_once(static, lambda: asdict(numerics_check.examine(reader, capture, backends)))
-        report = numerics_check.NumericsReport.of(found)
-        numerics_check.apply(reader, report, capture)
-        capture = capture if report.captured else None  # what can't be recorded of one text can't of several
-    else:
-        reader.buckets = TokenBuckets.from_json(measured_once({"what": "rows", **key}, measure))
-        reader.checks = (numerics_check.rows_check(reader.buckets), *attention_checks(reader.model))
-    if isinstance(reader, VerifierModel):
-        border = measured_once(
-            {"what": "positions", "longest": reader.max_length, **key}, lambda: {"border": position_border(reader)}
-        )["border"]
-        if border is not None:
-            raise UsageError(
-                f"In a text of more than {border} tokens {checked.target.name} changes what its first ones say (its "
-                f"rotary embedding looks at the whole text): give a max_length of at most {border}."
-            )
-    if reader.max_sequences > 1:
-        reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
-        key |= {
-            "what": "batches",
-            "texts": reader.max_sequences,
-            "static": static_shapes,
-            "graphs": capture is not None,
-        }
-        found = measured_once(key, measure_batches)
-        reader.batched_buckets = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
-        if isinstance(reader, VerifierModel):
-            reader.share_static_shapes(capture if found.get("captured") else None)
-            reader.checks += tuple(Check(**check) for check in found.get("checks", ()))
-    for batch_slot in range(reader.max_sequences):
-        reader.forget(batch_slot=batch_slot)
+def _refuse_long_texts(reader: VerifierModel, checked: Preflight, key: Found) -> None:
+    border = measured_once(
+        {"what": "positions", "longest": reader.max_length, **key}, lambda: {"border": position_border(reader)}
+    )["border"]
+    if border is not None:
+        raise UsageError(
+            f"In a text of more than {border} tokens {checked.target.name} changes what its first ones say (its "
+            f"rotary embedding looks at the whole text): give a max_length of at most {border}."
+        )
+
+
+def _measure_batches(
+    reader: VerifierModel | TensorParallelModel, key: Found, static: bool, graphs: bool, examine: Callable[[], Found]
+) -> Found:
+    """Gives the reader the row counts of passes that several texts share. Returns what `examine` has found, now or
+    earlier."""
+    reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
+    key = key | {"what": "batches", "texts": reader.max_sequences, "static": static, "graphs": graphs}
+    found = measured_once(key, lambda: examine() if reader.buckets.exact else {"joint": None})
+    reader.batched_buckets = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
+    return found
 
 
 def calibrate_draft(reader: DraftModel, checked: Preflight, kernel: str, kept: int) -> DraftCosts:

@@ -21,7 +21,7 @@ from pearl.checkpoints.placement import Load, Placement, check_memory, place
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
-from pearl.core.features import FeatureShares
+from pearl.core.feature_shares import FeatureShares
 from pearl.core.schedule import MAX_GAMMA
 from pearl.errors import UsageError
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border

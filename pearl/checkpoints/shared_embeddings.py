@@ -47,7 +47,7 @@ def save(
     kept = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
-        if not any(part in f"{name}." for part in _EMBEDDINGS)
+        if not is_embedding(name)
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     words = {"ids": vocabulary.int().cpu()}
@@ -55,6 +55,11 @@ def save(
         words["mask"] = mask_embedding.to("cpu", torch.bfloat16)
     save_file(words, folder / VOCABULARY)
     (folder / REFERENCE).write_text(json.dumps(asdict(EmbeddingRef(target, mark)), indent=1) + "\n", encoding="utf-8")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight of that name is the target's."""
+    return any(part in f"{name}." for part in _EMBEDDINGS)
 
 
 def read(folder: str | Path) -> EmbeddingRef | None:

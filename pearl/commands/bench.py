@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from pearl.predict.shapes import bench, markdown, named
+    from pearl.bench.shapes import bench, markdown, named
 
     device = found.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

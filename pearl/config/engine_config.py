@@ -176,6 +176,8 @@ class EngineConfig:
         if isinstance(self.draft, str):
             object.__setattr__(self, "draft", ",".join(self.draft_sources))
         check_model("target", self.target)
+        if len(self.draft_sources) > 1 and any(map(SyntheticDraft.of, self.draft_sources)):
+            raise UsageError(f"The draft {self.draft!r} names a synthetic one beside another: it stands alone.")
         if self.draft_has_files:
             check_model("draft", self.draft_checkpoint)
         if len(self.draft_sources) > 1 and (len(self.draft_sources) > 2 or SUFFIX not in self.draft_sources):

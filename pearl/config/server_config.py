@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 from pearl import options
-from pearl.options import TEXT, choice, number, setting, whole
+from pearl.options import TEXT, Kind, choice, number, setting, whole
 
 SERVER = "server"  # the group of options
 KEY = "PEARL_API_KEY"  # of the environment
 _SECONDS = number(0.1, 1e6, "a number of seconds from 0.1 to 1000000")
+_ORIGIN = Kind(
+    "* or an origin as browsers send it, like https://example.org or http://localhost:3000: in small letters, and "
+    "nothing behind the port",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", value)),
+)
 
 
 @options.checks_names
@@ -37,7 +43,7 @@ class ServerConfig:
         SERVER,
     )
     cors_origin: str | None = setting(
-        None, TEXT, "a web page elsewhere that may ask too, like https://example.org; *: any", SERVER
+        None, _ORIGIN, "a web page elsewhere that may ask too, like https://example.org; *: any", SERVER
     )
 
     def __post_init__(self) -> None:

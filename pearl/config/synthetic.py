@@ -33,7 +33,7 @@ class SyntheticDraft:
         """None: it names another draft. Raises `UsageError` for a synthetic one that can't be meant."""
         if not isinstance(word, str) or not (word == SYNTHETIC or word.startswith(f"{SYNTHETIC}:")):
             return None
-        numbers, _, time = word.removeprefix(SYNTHETIC).removeprefix(":").partition("@")
+        numbers, at, time = word.removeprefix(SYNTHETIC).removeprefix(":").partition("@")
         numbers, beside, second = numbers.partition("/")
         try:
             chances = tuple(float(number) for number in numbers.split(","))
@@ -42,14 +42,14 @@ class SyntheticDraft:
                 raise ValueError("not a chance")
             found = _TIME.fullmatch(time.strip())
             forward_s = float(found[1]) * _UNITS[found[2]] if found else math.nan
-            if time and not 0 <= forward_s <= _LONGEST_S:
+            if at and not 0 <= forward_s <= _LONGEST_S:
                 raise ValueError("not a time")
         except ValueError:
             raise UsageError(
                 f"The draft {word[:80]!r} must be like synthetic:0.8, synthetic:0.9,0.8,0.7 (chances from 0 to 1, by "
                 "depth), synthetic:0.8/0.5 (with that of a correction) or synthetic:0.8@5ms (the time of a forward)."
             ) from None
-        return SyntheticDraft(chances, forward_s if time else 0.0, correction)
+        return SyntheticDraft(chances, forward_s if at else 0.0, correction)
 
     def chance(self, depth: int) -> float:
         """Of a guess `depth` below the root, 1 the first."""

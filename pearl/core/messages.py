@@ -71,10 +71,12 @@ class Start:
 
 
 class DeviceTensor(Protocol):
-    """Features that lie on a device and may stay there, see `pearl.core.features.DeviceFeatures`."""
+    """Features that lie on a device and may stay there, see `pearl.machine.device_features.DeviceFeatures`."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
+
+    def columns(self, parts: Sequence[slice]) -> DeviceTensor: ...
 
     def __len__(self) -> int: ...
 

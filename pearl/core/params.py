@@ -135,7 +135,8 @@ class SamplingParams:
         """With no None among the fields of `NEUTRAL`: a checkpoint's default where it has one, else off."""
         known = NEUTRAL | dict(defaults or {})
         known["min_tokens"] = min(known["min_tokens"], self.max_new_tokens)
-        return replace(self, **{name: known[name] for name in NEUTRAL if getattr(self, name) is None})
+        missing = {name: known[name] for name in NEUTRAL if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self
 
     def with_seed(self) -> SamplingParams:
         """With a fresh seed, if nobody has chosen one."""
@@ -199,7 +200,7 @@ def _without(words: Iterable[tuple[int, ...]], eos: Collection[int]) -> tuple[tu
 def _items(name: str, value: Any, what: str) -> list[Any]:
     """What an iterable holds; a text or a mapping is none here."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise UsageError(f"{name} must hold {what}, not be {options.brief(value)}.")
+        raise UsageError(f"{name} must hold {what}, not be {options.shown(value)}.")
     return list(value)
 
 
@@ -211,7 +212,13 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(_id(name, one) for one in _items(name, () if value is None else value, "token ids"))
+    given = _items(name, () if value is None else value, "token ids")
+    return tuple(given) if _are_ids(given) else tuple(_id(name, one) for one in given)
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    """Of plain numbers, as almost always: they may be thousands, and are looked at several times a text."""
+    return {*map(type, values)} <= {int} and min(values, default=0) >= 0
 
 
 def _id(name: str, value: Any) -> int:
@@ -220,7 +227,7 @@ def _id(name: str, value: Any) -> int:
     except TypeError:
         token = -1
     if token < 0:
-        raise UsageError(f"{name} must hold token ids, whole numbers from 0, not {options.brief(value)}.")
+        raise UsageError(f"{name} must hold token ids, whole numbers from 0, not {options.shown(value)}.")
     return token
 
 
@@ -232,7 +239,9 @@ def _allowed(params: SamplingParams) -> tuple[int, ...]:
 
 
 def _words(value: Any) -> tuple[tuple[int, ...], ...]:
-    words = tuple(_ids("bad_words_ids", word) for word in _items("bad_words_ids", value, "lists of token ids"))
+    words = tuple(_items("bad_words_ids", value, "lists of token ids"))
+    if not ({*map(type, words)} <= {tuple} and _are_ids([token for word in words for token in word])):
+        words = tuple(_ids("bad_words_ids", word) for word in words)
     if not all(words):
         raise UsageError("bad_words_ids must hold lists of a token id at least.")
     return words
@@ -241,11 +250,11 @@ def _words(value: Any) -> tuple[tuple[int, ...], ...]:
 def _bias(value: Any) -> dict[int, float]:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
-        raise UsageError(f"logit_bias must be a mapping from token ids to numbers, not {options.brief(value)}.")
+        raise UsageError(f"logit_bias must be a mapping from token ids to numbers, not {options.shown(value)}.")
     found = {}
     for token, bias in value.items():
         if not isinstance(bias, int | float) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
-            raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.brief(bias)}.")
+            raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.shown(bias)}.")
         # as JSON has it; a token has no more digits
         whole_word = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20
         found[_id("logit_bias", int(token) if whole_word else token)] = float(bias)

@@ -10,7 +10,8 @@ be what somebody wants to stop at.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache
 
 from pearl.core.detokenizer import Decode, Detokenizer, TextDecoder
 from pearl.core.params import SamplingParams
@@ -67,46 +68,101 @@ class Stopper:
         return self._decode(self.tokens)[: self._cut]
 
 
-class _Beginning:
-    """How much of a stop string, short of all of it, a growing text ends with (Knuth, Morris and Pratt 1977): each
-    character is looked at a few times, however long the string is."""
+class StopAutomaton:
+    """All stop strings of a request, looked for at once in a text that grows (Aho and Corasick 1975): a character costs
+    the same however many they are, and however long.
 
-    def __init__(self, stop: str):
-        self._stop, self.size = stop, 0
-        self._shorter = [0, 0]  # by size: the longest beginning that this one ends with; as far as it was needed
+    A state is a number: the longest beginning of a stop string that the text ends with; 0: none. Texts keep their
+    states themselves, so they may share it."""
 
-    def add(self, piece: str) -> None:
-        for letter in piece:
-            size = self._after(self.size, letter)
-            if size == len(self._shorter):
-                self._shorter.append(self._after(self._shorter[-1], letter))
-            self.size = size if size < len(self._stop) else self._shorter[size]
+    def __init__(self, stops: Sequence[str]):
+        self._next: list[dict[str, int]] = [{}]  # by state and character
+        self._stop: list[int | None] = [None]  # by state: the number of the stop string that it is
+        for number, stop in enumerate(stops):
+            self._insert(number, stop)
+        count = len(self._next)
+        self._shorter = [0] * count  # by state: the longest other one that it ends with
+        self._ending = [0] * count  # by state: of itself and its shorter ones the longest that is a stop string
+        self.begun = [0] * count  # by state: characters at its end that are part of a stop string, but not all of it
+        self._link()
 
-    def _after(self, size: int, letter: str) -> int:
-        while size and self._stop[size] != letter:
-            size = self._shorter[size]
-        return size + (self._stop[size] == letter)
+    def _insert(self, number: int, stop: str) -> None:
+        state = 0
+        for letter in stop:
+            known = self._next[state]
+            if letter not in known:
+                known[letter] = len(self._next)
+                self._next.append({})
+                self._stop.append(None)
+            state = known[letter]
+        if self._stop[state] is None:
+            self._stop[state] = number
+
+    def _link(self) -> None:
+        """From the short states to the long ones, as each needs those that are shorter."""
+        states, size = list(self._next[0].values()), 1
+        while states:
+            longer = []
+            for state in states:
+                shorter = self._shorter[state]
+                self._ending[state] = self._ending[shorter] if self._stop[state] is None else state
+                self.begun[state] = size if self._next[state] else self.begun[shorter]
+                for letter, following in self._next[state].items():
+                    self._shorter[following] = self.after(shorter, letter)
+                    longer.append(following)
+            states, size = longer, size + 1
+
+    def after(self, state: int, letter: str) -> int:
+        while state and letter not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(letter, 0)
+
+    def ends(self, state: int) -> bool:
+        """Whether a stop string ends here."""
+        return self._ending[state] > 0
+
+    def ending(self, state: int) -> Iterator[int]:
+        """The numbers of the stop strings that end here, the longest first."""
+        while state := self._ending[state]:
+            number = self._stop[state]
+            assert number is not None, "a state that is a stop string"
+            yield number
+            state = self._shorter[state]
+
+
+@lru_cache(maxsize=8)
+def stop_automaton(stops: tuple[str, ...]) -> StopAutomaton:
+    """Samples of one request have the same."""
+    return StopAutomaton(stops)
 
 
 class _Text:
     """One of the texts in which stop strings are looked for."""
 
-    def __init__(self, decode: Decode, decoder: TextDecoder, stops: Sequence[str]):
+    def __init__(self, decode: Decode, decoder: TextDecoder, stops: StopAutomaton | None):
         self._detokenizer, self._stops = Detokenizer(decode, decoder.is_byte), stops
-        self._beginnings = [_Beginning(stop) for stop in stops if len(stop) > 1]
-        self._reach = max(map(len, stops), default=1) - 1  # settled characters before a token that a stop may begin at
-        self._before = self._piece = ""  # settled before the last token, as far back as `reach`, and by it
-        self._tail = ""
+        self._state = 0  # of the automaton, after what is settled
+        self._ends: list[tuple[int, int]] = []  # where the last token has completed stop strings: (place, state)
         self.lengths = [0]  # in characters, after each token
         self.first = 0  # a stop string ends behind it
 
     def add(self, token: int) -> str:
-        self._before = (self._before + self._piece)[-self._reach :] if self._reach else ""
-        self._piece = self._detokenizer.add(token)
+        piece = self._detokenizer.add(token)
         if self._stops:
-            self._tail = self._detokenizer.tail
-            self._note(self._detokenizer.settled + len(self._tail))
-        return self._piece
+            tail = self._detokenizer.tail
+            self._note(self._detokenizer.settled + len(tail))
+            self._look(self._stops, piece, tail)
+        return piece
+
+    def _look(self, stops: StopAutomaton, piece: str, tail: str) -> None:
+        """What the last token has settled is read once, its tail again and again until it is settled."""
+        self._ends, state, settled = [], self._state, self._detokenizer.settled
+        for place, letter in enumerate(piece + tail, settled - len(piece) + 1):
+            state = stops.after(state, letter)
+            if stops.ends(state):
+                self._ends.append((place, state))
+            if place == settled:
+                self._state = state
 
     def _note(self, length: int) -> None:
         """Bytes that were a character each may be one together: then the text is shorter than it was."""
@@ -116,18 +172,15 @@ class _Text:
             self.lengths[before] = length
             before -= 1
 
-    def find(self, stop: str) -> int:
-        """Where it begins, -1: nowhere. Of what the last token has made or completed."""
-        window = self._before + self._piece + self._tail
-        start = self.lengths[-1] - len(window)
-        at = window.find(stop, max(0, self.first - len(stop) + 1 - start))
-        return at if at < 0 else start + at
+    def found(self) -> Iterator[tuple[int, int]]:
+        """The stop strings that the last token has completed: the number of each, and where it ends."""
+        for place, state in self._ends:
+            if self._stops and place > self.first:
+                yield from ((number, place) for number in self._stops.ending(state))
 
     def may_begin(self) -> int:
-        """From where on the settled text may be the beginning of a stop string. To be asked once after each token."""
-        for one in self._beginnings:
-            one.add(self._piece)
-        return self._detokenizer.settled - max((one.size for one in self._beginnings), default=0)
+        """From where on the settled text may be the beginning of a stop string."""
+        return self._detokenizer.settled - (self._stops.begun[self._state] if self._stops else 0)
 
     def place_in(self, other: _Text, place: int) -> int:
         """Where a place of this text is in the other one, of the same tokens. One within a token counts from its end,
@@ -147,10 +200,11 @@ class _StopSearch:
     def __init__(self, params: SamplingParams, decoder: TextDecoder):
         self._stops, self._include = params.stop, params.include_stop_str_in_output
         skip, space = params.skip_special_tokens, bool(params.leading_space)
-        self._shown = _Text(decoder.shown(skip, space), decoder, self._stops)
+        automaton = stop_automaton(self._stops) if self._stops else None
+        self._shown = _Text(decoder.shown(skip, space), decoder, automaton)
         self._texts = [self._shown]
-        if self._stops and decoder.whole:
-            self._texts.append(_Text(decoder.shown(not skip, space), decoder, self._stops))
+        if automaton and decoder.whole:
+            self._texts.append(_Text(decoder.shown(not skip, space), decoder, automaton))
 
     def add(self, token: int) -> str:
         """The characters shown that are settled now."""
@@ -166,18 +220,18 @@ class _StopSearch:
         """The stop string that the last token has completed, and how many characters are shown: those before it, or
         those up to its end."""
         found = []
-        for text in self._texts:
-            for stop in self._stops:
-                if (at := text.find(stop)) >= 0:
-                    end = at + len(stop) if self._include else at
-                    found.append((stop, text.place_in(self._shown, at), text.place_in(self._shown, end)))
+        for number, text in enumerate(self._texts):
+            for stop, end in text.found():
+                begin = end - len(self._stops[stop])
+                places = [text.place_in(self._shown, place) for place in (begin, end)]
+                found.append((places[0], number, stop, places[self._include]))
         if not found:
             return None
-        stop, _, cut = min(found, key=lambda one: one[1])
-        return stop, cut
+        *_, stop, cut = min(found)
+        return self._stops[stop], cut
 
     def certain(self) -> int:
-        """Characters shown that are no part of a stop string, whatever follows. To be asked once after each token."""
+        """Characters shown that are no part of a stop string, whatever follows."""
         return min(text.place_in(self._shown, text.may_begin()) for text in self._texts)
 
 

@@ -16,6 +16,7 @@ from fractions import Fraction
 
 from pearl.errors import UsageError
 
+MOST_GAMMA = 16  # of the block lengths that `best_gamma` looks at
 FINEST_PHASE = 64  # `speedup_pearl` rounds c to the nearest fraction whose denominator is at most this
 
 
@@ -54,15 +55,13 @@ def speedup_sd(a: float, c: float, gamma: int) -> float:
     return tokens_per_pass_sd(a, gamma) / (gamma / c + 1.0)
 
 
-def best_gamma(a: float, c: float, limit: int = 16) -> int:
-    """The block length, 1 to `limit`, with the highest `speedup_sd`; the shortest one where several are equal.
+def best_gamma(a: float, c: float) -> int:
+    """The block length, 1 to `MOST_GAMMA`, with the highest `speedup_sd`; the shortest one where several are equal.
 
     It is at least 1 even where speculation loses: some block gains exactly where a * c > 1 (corollary 3.9 there).
     """
     _check(a, c)
-    if limit < 1:
-        raise UsageError(f"A block holds at least one guess, so give limit >= 1 (got {limit}).")
-    return max(range(1, limit + 1), key=lambda gamma: speedup_sd(a, c, gamma))
+    return max(range(1, MOST_GAMMA + 1), key=lambda gamma: speedup_sd(a, c, gamma))
 
 
 def tokens_per_pass_chain_ceiling(a: float) -> float:

@@ -16,6 +16,7 @@ LEAST = 2  # a single row goes through another kernel, and a short measurement m
 # The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
 # count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
 GRAIN = 128
+PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
 ROWS_A_TEXT = 5  # of a pass that many texts share, on average at most
 LEAST_CONTEXT = 192  # tokens that every model must be able to read: texts that long are timed and compared at start
 LEAVES = 8  # rows of a drafter's forward at most, once its text is read

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,11 +115,19 @@ class Trie:
             self.tokens.append(token)
         return hit
 
-    def chain(self, limit: int = 1 << 30) -> list[Node]:
-        """At most `limit` nodes straight down from the root, the first guess of each node first."""
+    def pairs(self) -> Iterator[tuple[Node, Node]]:
+        """Every node below the root, behind its parent, breadth first."""
+        level = [self.root]
+        for parent in level:
+            for node in parent.children.values():
+                level.append(node)
+                yield parent, node
+
+    def chain(self) -> list[Node]:
+        """The nodes straight down from the root, the first guess of each node first."""
         nodes: list[Node] = []
         node = self.root
-        while node.children and len(nodes) < limit:
+        while node.children:
             node = next(iter(node.children.values()))
             nodes.append(node)
         return nodes

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import propose, propose_together
+from pearl.core.sampling.methods import propose, propose_together
 from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource
 from pearl.models.draft_model import LeavesQuery
 
@@ -50,7 +50,11 @@ class ModelSource(DraftSource):
         self._live.add(batch_slot)
         self._batched |= batch_slot > 0
         if not continues:
-            self._model.forget(batch_slot=batch_slot)
+            self._forget(batch_slot)
+
+    def _forget(self, batch_slot: int) -> None:
+        """The sequence that begins has nothing of the one before it."""
+        self._model.forget(batch_slot=batch_slot)
 
     def end(self, batch_slot: int) -> None:
         self._live.discard(batch_slot)

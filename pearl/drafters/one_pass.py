@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import RankQuery, ranked_together
+from pearl.core.sampling.methods import RankQuery, ranked_together
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import (
     MAX_CHILDREN,
@@ -32,6 +32,7 @@ from pearl.drafters.draft_source import (
     Proposal,
     TreeQuery,
 )
+from pearl.models.reduced_head import scatter_vocabulary
 
 TOP_K = 8  # paths that survive a depth
 
@@ -100,7 +101,6 @@ class OnePassSource(DraftSource):
         self._ids: list[int] = []  # the same on the host
         self._size = 0  # one more than the last of them
         self._sequences: dict[int, Any] = {}  # `DraftedText` by batch slot
-        self._hidden: Iterator[Tensor] = iter(())  # of the rows that are being ranked, see `_after`
 
     def of_vocabulary(self, vocabulary: Tensor | None) -> None:
         """Logits are over these tokens of the target's, int64 [D]; None: over all."""
@@ -111,6 +111,11 @@ class OnePassSource(DraftSource):
         """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
         and guesses of K depths after its end."""
         raise NotImplementedError
+
+    @property
+    def chain_length(self) -> int:
+        """Of `guess`."""
+        return self.depths
 
     @property
     def vocabulary(self) -> Tensor | None:
@@ -133,10 +138,12 @@ class OnePassSource(DraftSource):
             found.append(table)
         return found
 
-    def tables(self, queries: Sequence[PathsQuery], logits: Tensor) -> list[list[tuple[Guesses, Guesses]]]:
+    def tables(
+        self, queries: Sequence[PathsQuery], logits: Tensor, hidden: Tensor | None = None
+    ) -> list[list[tuple[Guesses, Guesses]]]:
         """What `read_on` returns, of logits as `PathsQuery.processed` takes them, one query after the other.
 
-        logits: [R, D], float32, over the draft vocabulary."""
+        logits: [R, D], float32, over the draft vocabulary; hidden: [R, H], for `_after`."""
         logits = self._processed(queries, logits)
         found: list[list[tuple[Guesses, Guesses]]] = []
         groups, asked, first = [], [], 0
@@ -148,8 +155,9 @@ class OnePassSource(DraftSource):
                 for path in one.paths
                 for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
             ]
-            asked.append(RankQuery(logits[first : first + len(positions)], own, positions))
-            first += len(positions)
+            rows = slice(first, first + len(positions))
+            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows]))
+            first = rows.stop
             groups.append(some)
         for some, guesses in zip(groups, self._ranked(asked), strict=True):
             at = 0
@@ -174,7 +182,7 @@ class OnePassSource(DraftSource):
         """From the draft vocabulary to the target's token ids; what is there already stays.  logits: [R, D]"""
         if self._vocabulary is None or logits.shape[1] == self._size:
             return logits
-        return logits.new_full((len(logits), self._size), -torch.inf).index_copy_(1, self._vocabulary, logits)
+        return scatter_vocabulary(logits, self._vocabulary, self._size)
 
     def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         """Of logits over the draft vocabulary or the target's; positions: of the token that each row guesses. The host
@@ -197,13 +205,12 @@ class OnePassSource(DraftSource):
 
     def _each_after(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         """`_ranked` where guesses depend on the token before as well: a function of such tokens for each row."""
-        return [
-            [
-                functools.partial(self._after, row, next(self._hidden), at, one.params)
-                for row, at in zip(one.logits, one.positions, strict=True)
-            ]
-            for one in queries
-        ]
+        found: list[Guesses] = []
+        for one in queries:
+            assert one.hidden is not None, "guesses that depend on the token before need them"
+            rows = zip(one.logits, one.hidden, one.positions, strict=True)
+            found.append([functools.partial(self._after, row, hidden, at, one.params) for row, hidden, at in rows])
+        return found
 
     def _after(
         self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]

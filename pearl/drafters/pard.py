@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -25,6 +26,13 @@ from pearl.drafters.one_pass import DraftedText, Guesses, Leaf, OnePassSource, P
 from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.language_model import TREE_SLOTS
+
+
+@dataclass
+class SlottedText(DraftedText):
+    """One sequence, and where the model keeps it."""
+
+    batch_slot: int
 
 
 class PardSource(OnePassSource):
@@ -38,14 +46,14 @@ class PardSource(OnePassSource):
         self.costs = self._time()
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
-        self._sequences[batch_slot] = DraftedText(params)
+        self._sequences[batch_slot] = SlottedText(params, batch_slot)
         if not continues:
             self._model.forget(batch_slot=batch_slot)
 
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
         if not queries:
             return []
-        asked = [LeavesQuery(self._slot(one), one.trunk, self._paths(one), self._mask_token) for one in queries]
+        asked = [LeavesQuery(one.state.batch_slot, one.trunk, self._paths(one), self._mask_token) for one in queries]
         found = self._model.read_leaves_together(asked)
         self.forwards += 1
         self.rows += sum(map(len, found))
@@ -59,9 +67,6 @@ class PardSource(OnePassSource):
             if room >= 0:
                 kept.append(leaf)
         return kept
-
-    def _slot(self, query: PathsQuery) -> int:
-        return next(slot for slot, state in self._sequences.items() if state is query.state)
 
     def _paths(self, query: PathsQuery) -> list[tuple[int, ...]]:
         """The rows whose logits are wanted, each by the path that ends with it."""

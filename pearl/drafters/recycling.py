@@ -23,9 +23,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pearl.core import noise
 from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import noise
 from pearl.core.trie import RECYCLED, Node
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, DraftSource, Grown, RowsRead, TreeQuery
 from pearl.machine.transfers import Fetched

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 MOST_COUNTED = 32
+MOST_LINKS = 64
 SEPARATOR = -1  # between texts: no token
 
 Place = tuple[int, int]  # a state, and how many of the last tokens it matches
@@ -80,13 +81,15 @@ class SuffixAutomaton:
 
     def suffixes(self, place: Place) -> Iterator[tuple[int, Mapping[int, int]]]:
         """Of what `place` matches the suffixes that something followed, longest first: their length, and the state of
-        each with a token that did, the one last that first did so last. Only those that more followed than before."""
+        each with a token that did, the one last that first did so last. Only those that more followed than before, and
+        none beyond `MOST_LINKS` links that say nothing new: a repetition of n tokens has n such."""
         state, match = place
-        seen = 0
-        while state:
+        seen = idle = 0
+        while state and idle < MOST_LINKS:
             follow = self._next[state]
+            idle += 1
             if len(follow) > seen:
-                seen = len(follow)
+                seen, idle = len(follow), 0
                 yield match, follow
             state = self._link[state]
             match = self._length[state]

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pearl.config.synthetic import SyntheticDraft
-from pearl.core import noise
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import noise
 from pearl.core.trie import Node
 from pearl.drafters.draft_source import MIN_PATH_LOGP, Chain, ChainQuery, DraftSource, Grown, TreeQuery
 
-_FIRST, _SECOND = 11, 12  # purposes of their own, see `pearl.core.noise`
+_FIRST, _SECOND = 11, 12  # purposes of their own, see `pearl.core.sampling.noise`
 _NEVER = 1e-6  # in place of a chance of nought, whose logarithm is wanted
 _OPEN_LEAVES = 192  # with more a tree rests until the root moves
 

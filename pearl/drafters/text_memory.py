@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pearl.errors import UsageError
+from pearl.machine.files import atomic_write
 
 WINDOWS = (16, 5)  # tokens, longest first: long ones tell texts apart that share much, short ones find the rest
 TRIED = (4, 6)  # places that are looked at, for each
@@ -192,14 +193,12 @@ class TextMemory:
         starts, ends = np.array(self._starts, dtype=np.int64), np.array([*self._starts[1:], self._end], dtype=np.int64)
         texts = [self._tokens[starts[text] : ends[text]] for text in order]
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.part")
-        with unfinished.open("wb") as file:
+        with atomic_write(path) as unfinished, unfinished.open("wb") as file:
             np.savez_compressed(
                 file,
                 tokens=np.concatenate(texts) if texts else np.zeros(0, dtype=np.int32),
                 vocabulary=np.int64(vocabulary),
             )
-        unfinished.replace(path)
 
     def load(self, path: Path, vocabulary: int) -> None:
         """What was saved there, as far as there is room for it; the least recently used texts come first. Raises

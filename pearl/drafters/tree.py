@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import Ranked, RankQuery, ranked_together
+from pearl.core.sampling.methods import Ranked, RankQuery, ranked_together
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node
 from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, Proposal, TreeQuery
@@ -81,8 +81,10 @@ class TreeSource(ModelSource):
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         super().begin(batch_slot, params, continues)
         self._held_back[batch_slot] = {}
-        if not continues:
-            self._lookahead.begin(batch_slot)
+
+    def _forget(self, batch_slot: int) -> None:
+        super()._forget(batch_slot)
+        self._lookahead.begin(batch_slot)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
         """One forward over the rows that pay, of all tries; none is `max_depth` below its root or deeper."""

@@ -97,7 +97,7 @@ def written(text: SequenceState, batch_size: int, sent: int) -> Generation:
         drafter=drafter,
         bytes_on_wire=sent,
         peak_memory=memory.peak() + (drafter.memory if drafter else 0),
-        cached_tokens=text.cached,
+        cached_tokens=0 if text.prompt_logprobs is not None else text.cached,  # to be scored, it was read whole
         places=batch_size,
         began_s=text.placed,
         ended_s=text.ended,

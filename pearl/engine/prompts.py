@@ -72,11 +72,8 @@ class PromptEncoder:
         with self._turn:
             return self._read(text, special)
 
-    def _read(self, text: str, special: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(f"The prompt holds half a character at {error.start}: it is no text.") from None
+    def _read(self, text: str, special: bool, what: str = "The prompt") -> list[int]:
+        check_text(text, what)
         return list(self._tokenizer(text, add_special_tokens=special).input_ids)
 
     def _least(self, text: str) -> float:
@@ -128,9 +125,18 @@ class PromptEncoder:
         except Exception as error:  # a template is a program, and says in its own way what it does not take
             raise UsageError(f"The chat template does not take these messages ({error}).") from error
 
-    def plain_ids(self, text: str) -> list[int]:
+    def bad_word_ids(self, text: str) -> list[int]:
         """Without the special tokens of a beginning."""
-        return self._ids(text, special=False)
+        with self._turn:
+            return self._read(text, False, "bad_words")
+
+
+def check_text(text: str, what: str) -> None:
+    """Raises `UsageError` for half a character, which no tokenizer takes. `what`: of the request."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} holds half a character at {error.start}: it is no text.") from None
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -211,11 +217,13 @@ def _is_array(value: object) -> bool:
 
 
 def _message(message: Any) -> dict[str, Any]:
-    """As templates take it: its content one text, which a client may have given in parts."""
+    """As templates take it: its content one text, which a client may have given in parts. One that only calls has an
+    empty text: templates read it all the same."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "\n".join(str(part.get("text", "")) for part in content)
-    called = content is None and isinstance(message, Mapping) and bool(message.get("tool_calls"))
-    if not (isinstance(content, str) or called):
+    if content is None and isinstance(message, Mapping) and (message.get("tool_calls") or message.get("function_call")):
+        content = ""
+    if not isinstance(content, str):
         raise UsageError("Every message must be a mapping with the texts role and content.")
     return {**message, "content": content}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, TypedDict
 
@@ -27,6 +27,7 @@ from pearl.parallel.launch import refuse_alone
 from pearl.parallel.runtime import Runtime
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+_KEPT = 4096  # texts of bad words whose tokens are kept
 
 
 class Settings(TypedDict, total=False):
@@ -47,6 +48,7 @@ class RequestBuilder:
             PromptEncoder(runtime.tokenizer),
             decoder(runtime.tokenizer),
         )
+        self._bad_word_ids = lru_cache(_KEPT)(self.prompts.bad_word_ids)  # samples of one request have the same
         said = getattr(runtime.model.model, "generation_config", None)
         self.defaults = Defaults.of(said, runtime.config.generation_config == "auto", runtime.checked.vocabulary)
 
@@ -99,7 +101,7 @@ class RequestBuilder:
         handle = GenerationHandle(request, run, wake, new_stream, sink)
         try:
             _refuse_samples([own])
-            params = own.with_defaults(self.defaults.applied).with_bad_words_as_ids(self.prompts.plain_ids)
+            params = own.with_defaults(self.defaults.applied).with_bad_words_as_ids(self._bad_word_ids)
             params.check_vocabulary(self._runtime.checked.vocabulary)
             handle.params = params.with_seed()
             if params.rejection and run.schedule.drafts and self._runtime.config.synthetic:

@@ -240,14 +240,14 @@ class Worker:
         stopper = Stopper(handle.params, self._runtime.eos, self._decoder)
         reference = self._references.of(handle)
         return SequenceRequest(
-            handle.prompt,
-            handle.params,
-            stopper,
-            after,
-            handle,
-            lambda: handle.wanted,
-            reference,
-            handle.prediction,
+            prompt=handle.prompt,
+            params=handle.params,
+            stopper=stopper,
+            after=after,
+            user_data=handle,
+            wanted=lambda: handle.wanted,
+            reference=reference,
+            prediction=handle.prediction,
         )
 
 

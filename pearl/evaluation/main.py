@@ -140,19 +140,19 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         modes |= Baselines(engine, checked).decoders(config.baselines)
     size = min(found.batch_size, engine.model.max_sequences)
     return harness.Plan(
-        tuple(tasks),
-        {mode: modes[mode] for mode in found.mode},
-        params,
-        found.num_samples,
-        found.repeats,
-        harness.writers(engine, config.schedules, size),
-        size,
-        checked.max_length,
-        lambda forget: engine.exclusively(partial(engine.runtime.begin_round, forget)),
-        found.skip_too_long,
-        found.stop_at_interval,
-        energy_meter(engine),
-        config.until,
+        tasks=tuple(tasks),
+        modes={mode: modes[mode] for mode in found.mode},
+        params=params,
+        samples=found.num_samples,
+        repeats=found.repeats,
+        writers=harness.writers(engine, config.schedules, size),
+        batch_size=size,
+        limit=checked.max_length,
+        begin_round=lambda forget: engine.exclusively(partial(engine.runtime.begin_round, forget)),
+        skip_too_long=found.skip_too_long,
+        interval=found.stop_at_interval,
+        meter=energy_meter(engine),
+        until=config.until,
     )
 
 

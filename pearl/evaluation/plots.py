@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from pearl.config.cli import BASELINES
+from pearl.core.schedule import MODES
 from pearl.errors import UsageError
 from pearl.evaluation.measures import uncertainty
 from pearl.evaluation.report import Run
 from pearl.evaluation.trace import frame, panels, read
 from pearl.evaluation.trace_picture import draw
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#999999")
+# Okabe and Ito's colours, which colour-blind readers can tell apart; marks beside them for what has one in common.
+# A mode has the colour of its place in ORDER, which is that of docs/pictures.
+COLOURS = ("#009E73", "#999999", "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", "#D55E00", "#F0E442")
+HATCHES = ("", "////", "....", "xxxx", "----", "oo")
+LINES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (1, 4)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")
+ORDER = tuple(dict.fromkeys(("ar", "ar-all", "sd", "pearl", "tree", *BASELINES, *MODES)))
 TRACE = "trace.json"  # in the folder of a run that was traced
 
 
@@ -52,7 +61,7 @@ def _bars(
     if not any(run.modes.get(mode, {}).get(key) for run in runs for mode in modes):
         return None
     figure, axes = _axes(max(6.0, 1.5 + 0.35 * len(modes) * len(runs)), 3.8)
-    width, told = 0.8 / len(modes), []
+    width, told, places = 0.8 / len(modes), [], places_of(runs)
     for place, mode in enumerate(modes):
         for at, run in enumerate(runs):
             figures = run.modes.get(mode, {})
@@ -63,7 +72,7 @@ def _bars(
                 at + (place - (len(modes) - 1) / 2) * width,
                 value,
                 0.9 * width,
-                color=colour(place),
+                **bar_style(places[mode]),
                 yerr=spread([value], [figures.get(interval_key)]),
                 capsize=2,
                 label=mode if mode not in axes.get_legend_handles_labels()[1] else None,
@@ -71,7 +80,7 @@ def _bars(
     axes.axhline(line, color="#333333", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(runs)), [run.label for run in runs], rotation=20 if len(runs) > 3 else 0)
     axes.set_ylabel(label)
-    figure.legend(ncols=4, fontsize=8, frameon=False, loc="outside upper center")  # over no bar
+    legend(figure)
     note(axes, told)
     return png_of(figure)
 
@@ -96,7 +105,7 @@ def note(axes: Any, intervals: Sequence[Sequence[float] | None]) -> None:
 def depth(runs: Sequence[Run]) -> bytes | None:
     """Lines: of the guesses at each depth whose parents were accepted, the share that was."""
     curves = {
-        f"{run.label}, {mode}": (shares, figures.get("acceptance_by_depth_interval_95") or [None] * len(shares))
+        (run.label, mode): (shares, figures.get("acceptance_by_depth_interval_95") or [None] * len(shares))
         for run in runs
         for mode, figures in run.modes.items()
         if (shares := figures.get("acceptance_by_depth"))
@@ -104,14 +113,15 @@ def depth(runs: Sequence[Run]) -> bytes | None:
     if not curves:
         return None
     figure, axes = _axes(7.0, 3.8)
-    for place, (name, (shares, intervals)) in enumerate(curves.items()):
+    styles = line_styles([mode for _, mode in curves], runs)
+    for ((name, mode), (shares, intervals)), style in zip(curves.items(), styles, strict=True):
         reach = spread(shares, intervals)
-        axes.errorbar(range(1, len(shares) + 1), shares, yerr=reach, **style(place), label=name)
+        axes.errorbar(range(1, len(shares) + 1), shares, yerr=reach, capsize=2, **style, label=f"{name}, {mode}")
     note(axes, [one for _, intervals in curves.values() for one in intervals])
     axes.set_xlabel("depth below the root")
     axes.set_ylabel("accepted")
     axes.set_ylim(0, 1.02)
-    axes.legend(fontsize=8, frameon=False)
+    legend(figure)
     return png_of(figure)
 
 
@@ -119,7 +129,7 @@ def latency(runs: Sequence[Run]) -> bytes | None:
     """Lines: the share of tokens that took at most so long, each pass spread evenly over the tokens it committed; the
     band is that share's interval."""
     curves = {
-        f"{run.label}, {mode}": found
+        (run.label, mode): found
         for run in runs
         for mode, texts in run.texts.items()
         if (found := uncertainty.shares_by_latency(texts))
@@ -127,15 +137,16 @@ def latency(runs: Sequence[Run]) -> bytes | None:
     if not curves:
         return None
     figure, axes = _axes(7.0, 3.8)
-    for place, (name, (times, shares, band)) in enumerate(curves.items()):
-        axes.step(times, shares, where="post", color=colour(place), label=name)
+    styles = line_styles([mode for _, mode in curves], runs)
+    for ((name, mode), (times, shares, band)), style in zip(curves.items(), styles, strict=True):
+        axes.step(times, shares, where="post", markevery=0.1, **style, label=f"{name}, {mode}")
         if band is not None:
-            axes.fill_between(times, *band, step="post", color=colour(place), alpha=0.2, linewidth=0)
+            axes.fill_between(times, *band, step="post", color=style["color"], alpha=0.2, linewidth=0)
     note(axes, [None if band is None else (0.0, 1.0) for *_, band in curves.values()])
     axes.set_xscale("log")
     axes.set_xlabel("ms a token, after the first")
     axes.set_ylabel("share of tokens")
-    axes.legend(fontsize=8, frameon=False)
+    legend(figure)
     return png_of(figure)
 
 
@@ -168,6 +179,13 @@ def of(runs: Sequence[Run], names: Sequence[str]) -> dict[str, bytes]:
     return {name: png for name, png in made.items() if png}
 
 
+def tell_missing(asked: Iterable[str], drawn: Collection[str]) -> None:
+    """Says on standard error which pictures that were asked for there are none of."""
+    for name in asked:
+        if name not in drawn:
+            print(f"no picture of {name}: none of these runs has what it shows", file=sys.stderr)
+
+
 def panels_of(width: float, height: float, count: int) -> tuple[Any, list[Any]]:
     """A picture of so many panels, one below the other, that share what is on the x axis."""
     from matplotlib.figure import Figure  # no window, and no state of pyplot's
@@ -184,13 +202,34 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
+def legend(figure: Any) -> None:
+    """All names beside the axes, where they hide nothing: the picture is so much wider, and high enough for them."""
+    handles = {name: one for axes in figure.axes for one, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = figure.legend(handles.values(), handles, fontsize=8, frameon=False, loc="outside right upper")
+    width, height = figure.get_size_inches()
+    needed = names.get_window_extent()
+    figure.set_size_inches(width + needed.width / figure.dpi, max(height, needed.height / figure.dpi + 0.2))
 
 
-def style(place: int) -> dict[str, Any]:
-    """Of a line with whiskers."""
-    return {"marker": "o", "markersize": 3, "capsize": 2, "linewidth": 1.2, "color": colour(place)}
+def places_of(runs: Sequence[Run]) -> dict[str, int]:
+    """The place of each mode among all there are, then of those with a number of their own: it decides the colour, so
+    that a mode has the same one in every picture, whatever is left out there."""
+    return {mode: place for place, mode in enumerate(dict.fromkeys((*ORDER, *(m for run in runs for m in run.modes))))}
+
+
+def bar_style(place: int) -> dict[str, Any]:
+    row, column = divmod(place, len(COLOURS))
+    return {"color": COLOURS[column], "hatch": HATCHES[row % len(HATCHES)], "edgecolor": "white", "linewidth": 0}
+
+
+def line_styles(modes: Sequence[str], runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Of a line for each mode; those of one colour differ in dashes and marks."""
+    places, seen = places_of(runs), Counter[str]()
+    for mode in modes:
+        colour = COLOURS[places[mode] % len(COLOURS)]
+        line, marker = LINES[seen[colour] % len(LINES)], MARKERS[seen[colour] % len(MARKERS)]
+        seen[colour] += 1
+        yield {"color": colour, "linestyle": line, "marker": marker, "markersize": 3, "linewidth": 1.2}
 
 
 def png_of(figure: Any) -> bytes:

@@ -20,15 +20,24 @@ from pearl.evaluation import results, tables
 
 # What two runs must share if their figures are to be compared, and what else if they have the same benchmark
 ENVIRONMENT = ("commit", "torch", "transformers", "machine", "processor")
-SAMPLING = ("ignore_eos", "temperature", "top_k", "top_p", "min_p", "seed", "sampling", "num_samples")
-RULES = {  # which early runs did not have, and so were off
+PLAIN = {  # as evaluations are by default; an early run that has not one of these was so
+    "ignore_eos": False,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "seed": 0,
+    "sampling": "seeded",
+    "num_samples": 1,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "no_repeat_ngram_size": 0,
     "min_tokens": 0,
+    "batch_size": 1,
 }
-OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *SAMPLING, *RULES)
+OF_A_BENCHMARK = ("prompts", "prompt_format", "max_new_tokens", *PLAIN)
+OF_A_RATE = ("prompts", "max_new_tokens", "batch_size")  # what `ar` is slower or faster by, whatever the machine
 OF_OTHERS = ("tokens_per_second", "speedup_vs_ar", "acceptance_length", "draft_acceptance_rate")
 DRIFT = 1.1  # `ar` of one target on one benchmark is the same figure in every run, within a tenth
 
@@ -172,18 +181,20 @@ def rows(runs: Sequence[Run], categories: bool = False) -> list[tables.Row]:
     ]
 
 
-def doubts(runs: Sequence[Run]) -> list[str]:
-    """Why these runs' figures should not be compared, a sentence each; none if nothing speaks against it."""
+def doubts(runs: Sequence[Run], varied: Sequence[str] = ()) -> list[str]:
+    """Why these runs' figures should not be compared, a sentence each; none if nothing speaks against it.
+
+    `varied`: options that a sweep varies on purpose."""
     found = list(_differences(runs, lambda run: run.environment, ENVIRONMENT))
     measured = [run for run in runs if any(figures.get("millijoules_per_token") for figures in run.modes.values())]
     found += _differences(measured, lambda run: run.environment, ["energy"])
     for benchmark in dict.fromkeys(run.config.get("suite") for run in runs):
         same = [run for run in runs if run.config.get("suite") == benchmark]
-        told = [*_differences(same, lambda run: run.config, OF_A_BENCHMARK)]
+        told = [*_differences(same, lambda run: run.config, [key for key in OF_A_BENCHMARK if key not in varied])]
         told += _differences([run for run in same if "problems" in run.facts], lambda run: run.facts, ["problems"])
         found += [f"Of {benchmark}: {sentence}" for sentence in told]
-        for target in dict.fromkeys(_target(run) for run in same):
-            found += _drift([run for run in same if _target(run) == target])
+        for alike in dict.fromkeys(map(_baseline, same)):
+            found += _drift([run for run in same if _baseline(run) == alike])
     if rest := [f"{run.name} ({run.rest})" for run in runs if run.rest]:
         found.append(f"Not finished: {', '.join(rest)}.")
     return found + [sentence for run in runs for sentence in _of_itself(run)]
@@ -210,7 +221,7 @@ def _differences(runs: Sequence[Run], said: Callable[[Run], Mapping[str, Any]], 
     for key in keys:
         values: dict[str, list[str]] = {}
         for run in runs:
-            value = said(run).get(key, RULES.get(key))
+            value = said(run).get(key, PLAIN.get(key))
             values.setdefault(f"{value:g}" if isinstance(value, float) else str(value), []).append(run.name)
         if len(values) > 1:
             told = "; ".join(f"{value} in {', '.join(names)}" for value, names in values.items())
@@ -227,8 +238,10 @@ def _drift(runs: Sequence[Run]) -> Iterator[str]:
         )
 
 
-def _target(run: Run) -> tuple[Any, ...]:
-    return tuple(run.resolved.get(name) for name in ("target", "dtype", "target_device", "target_cores"))
+def _baseline(run: Run) -> tuple[Any, ...]:
+    """What makes `ar` of a benchmark as fast as it is, beside the machine."""
+    target = (run.resolved.get(name) for name in ("target", "dtype", "target_device", "target_cores"))
+    return (*target, *(run.config.get(name, PLAIN.get(name)) for name in OF_A_RATE))
 
 
 def _shared_parent(folders: Sequence[Path]) -> Path:

@@ -123,9 +123,12 @@ def show(title: str, modes: Mapping[str, Figures], wide: bool = False) -> None:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
-    """A table in Markdown; the first columns, `labels`, are words and the others numbers."""
+    """A table in Markdown; the first columns, `labels`, are words and the others numbers.
+
+    A label may hold a line break or a `|` (of a file's categories, a folder's name): neither ends a cell."""
+    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in (head, *rows)]
     rule = ["---"] * labels + ["---:"] * (len(head) - labels)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
 def comma_separated(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """A timeline that is read back: passes and how they ended, and which of them are worth a look, around a miss.
 
-Reads what `pearl.core.timeline` has written. `trace_picture` draws it.
+Reads what `pearl.machine.timeline` has written. `trace_picture` draws it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pearl.config.inputs import parse_json, read_text, sound
-from pearl.core.timeline import PHASES, ROLES
 from pearl.errors import UsageError
+from pearl.machine.timeline import PHASES, ROLES
 
 PASSES_BEFORE, PASSES_SHOWN = 3, 12  # of the default window: before the pass that misses, and in all
 

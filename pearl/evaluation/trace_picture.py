@@ -12,9 +12,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from pearl.core.timeline import ROLES
 from pearl.core.trie import ORIGINS, OWN
 from pearl.evaluation.trace import Event, Panel, Verify, Window
+from pearl.machine.timeline import ROLES
 
 WIDTH, LEFT, RIGHT, HEAD, LANES, FOOT = 13.0, 0.8, 0.2, 0.4, 1.8, 1.4  # inches; head and lanes are a panel's
 # Heights in lanes. The target's bars grow up from the gap between the lanes, the drafter's down; messages cross it.

@@ -37,12 +37,16 @@ from pearl.core.token_buckets import (
     CannotBranch,
     TokenBuckets,
 )
+from pearl.models.draft_model import DraftModel
+from pearl.models.language_model import LanguageModel
 from pearl.models.linear import FIRST_ROWS, BlockedLinear, PackedLinear
+from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.timing import best_of, timed
+from pearl.models.verifier import VerifierModel
 
 WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
-_PREFIX = 61  # tokens before the text under test
-_LONG_PREFIX = GRAIN + _PREFIX  # the same where texts share their passes: attention is a good part of those
+PREFIX = 61  # tokens before the text under test
+_LONG_PREFIX = GRAIN + PREFIX  # the same where texts share their passes: attention is a good part of those
 _GAIN = 0.97  # of the seconds of a count, at which a wider one is taken for it
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
@@ -127,15 +131,15 @@ def find_invariant_counts(
     model, to be tried by themselves too.
     """
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(vocabulary, (_PREFIX + LIMIT + max(_OFFSETS),), generator=generator).tolist()
-    read(text[:_PREFIX], 0)
+    text = torch.randint(vocabulary, (PREFIX + LIMIT + max(_OFFSETS),), generator=generator).tolist()
+    read(text[:PREFIX], 0)
     logits: dict[int, list[Tensor]] = {}
     seconds: dict[int, list[float]] = {}
     started = time.perf_counter()
     while True:
         for count in [LIMIT, *range(1, LIMIT + 1)]:
             for offset in _OFFSETS:
-                first = _PREFIX + offset
+                first = PREFIX + offset
                 taken, rows = timed(functools.partial(read, text[first : first + count], first))
                 seconds.setdefault(count, []).append(taken)
                 logits.setdefault(count, []).append(rows)
@@ -144,7 +148,7 @@ def find_invariant_counts(
     found = [{count: rows[: len(_OFFSETS)] for count, rows in logits.items()}, *(one.rows() for one in products)]
     safe = max((_agreeing(found, reference) for reference in logits), key=len)
     measured = [min(seconds[count]) for count in range(1, LIMIT + 1)]
-    costs = _rising(measured)
+    costs = rising(measured)
     if len(safe) >= 3:
         return TokenBuckets(safe, costs, pad_to=_worth_it(safe, measured))
     width = _one_width(read, text) if one_width else None
@@ -170,7 +174,7 @@ def _steady(read: Callable[[Sequence[int], int], Tensor], text: Sequence[int], w
     """Whether every token of the text under test has one set of bits in passes of `width` rows: each is read in every
     row, and in the first one also with other tokens after it."""
     bits: dict[int, Tensor] = {}
-    for first in range(_PREFIX, _PREFIX + LIMIT + max(_OFFSETS) - width + 1):
+    for first in range(PREFIX, PREFIX + LIMIT + max(_OFFSETS) - width + 1):
         tokens = list(text[first : first + width])
         for line in (tokens, tokens[:1] + tokens[:1] * (width - 1)):
             rows = read(line, first)
@@ -180,15 +184,15 @@ def _steady(read: Callable[[Sequence[int], int], Tensor], text: Sequence[int], w
     return True
 
 
-def _rising(costs: Sequence[float]) -> tuple[float, ...]:
+def rising(costs: Sequence[float]) -> tuple[float, ...]:
     """Whatever else ran on the machine made some of them longer: a pass costs no more than one of more rows."""
     return tuple(min(costs[count:]) for count in range(len(costs)))
 
 
-def profile_path(reader: Any, vocabulary: int) -> float:
-    """Seconds that a pass takes longer for each path beside its chain. `reader` is a `language_model.LanguageModel`."""
+def profile_path(reader: LanguageModel | TensorParallelModel, vocabulary: int) -> float:
+    """Seconds that a pass takes longer for each path beside its chain."""
     generator = torch.Generator().manual_seed(3)
-    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX,), generator=generator).tolist()
+    *text, a, b, c, d, e = torch.randint(vocabulary, (PREFIX,), generator=generator).tolist()
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(_ROUNDS):
         for chain, sides, found in (((a, b), (c, d, e), seconds[0]), ((a, b, c, d, e), (), seconds[1])):
@@ -198,13 +202,10 @@ def profile_path(reader: Any, vocabulary: int) -> float:
     return max(0.0, (min(seconds[0]) - min(seconds[1])) / 3)
 
 
-def branches_agree(reader: Any, vocabulary: int) -> bool:
-    """Whether rows beside the chain have, bit for bit, the logits that they would have in it, on this very model.
-
-    `reader` is a `model.LanguageModel`.
-    """
+def branches_agree(reader: LanguageModel | TensorParallelModel, vocabulary: int) -> bool:
+    """Whether rows beside the chain have, bit for bit, the logits that they would have in it, on this very model."""
     generator = torch.Generator().manual_seed(1)
-    *text, a, b, c, d, e = torch.randint(vocabulary, (_PREFIX + 5,), generator=generator).tolist()
+    *text, a, b, c, d, e = torch.randint(vocabulary, (PREFIX + 5,), generator=generator).tolist()
     try:
         mixed = reader.read([*text, a, b], 3, side_rows=[(0, c), (3, d), (1, e)])
     except CannotBranch:
@@ -215,13 +216,13 @@ def branches_agree(reader: Any, vocabulary: int) -> bool:
 
 
 def find_invariant_batches(
-    reader: Any, vocabulary: int, products: Sequence[Product] = ()
+    reader: VerifierModel | TensorParallelModel, vocabulary: int, products: Sequence[Product] = ()
 ) -> BatchedTokenBuckets | None:
     """Tries the row counts of a forward that all texts of `reader` share. None: their bits are not those of a text
     alone, or too few counts' are.
 
-    All read the same tokens, so each row can be compared with one that a text has read alone. `reader` is a
-    `model.LanguageModel`, its `rows` known.
+    All read the same tokens, so each row can be compared with one that a text has read alone. The
+    reader's `rows` are known.
     """
     if not reader.verifies_trees or reader.max_sequences < 2:
         return None
@@ -246,7 +247,7 @@ def find_invariant_batches(
         rounds += 1
     if len(counts) < 2:
         return None
-    return BatchedTokenBuckets(tuple(counts), _rising([min(seconds[count]) for count in counts]), reader.buckets.path_s)
+    return BatchedTokenBuckets(tuple(counts), rising([min(seconds[count]) for count in counts]), reader.buckets.path_s)
 
 
 def joint_candidates(buckets: TokenBuckets, texts: int) -> list[int]:
@@ -257,24 +258,24 @@ def joint_candidates(buckets: TokenBuckets, texts: int) -> list[int]:
     return [count for count in steps if count <= widest]
 
 
-def position_border(reader: Any) -> int | None:
+def position_border(reader: VerifierModel) -> int | None:
     """The longest text in which the first tokens say what they say in a shorter one; None: any, up to the longest.
 
     Some rotary embeddings look at the last position of a forward and turn all rows by other angles beyond some border.
-    So a row that only fills a forward is moved further and further away. `reader` is a `verifier.VerifierModel`.
+    So a row that only fills a forward is moved further and further away.
     """
-    tokens = torch.randint(reader.vocabulary, (_PREFIX,), generator=torch.Generator().manual_seed(4)).tolist()
+    tokens = torch.randint(reader.vocabulary, (PREFIX,), generator=torch.Generator().manual_seed(4)).tolist()
 
     def said(far: int) -> Tensor:
         return reader.with_a_row_at(tokens, far)
 
     near = said(0)
-    noise = (said(_PREFIX) - near).abs().max()  # of experts, say, that get other rows
+    noise = (said(PREFIX) - near).abs().max()  # of experts, say, that get other rows
 
     def changes(far: int) -> bool:
         return bool((said(far) - near).abs().max() > 4 * noise + 0.05 * near.float().std())
 
-    low, high = _PREFIX, reader.max_length - 1
+    low, high = PREFIX, reader.max_length - 1
     if high <= low or not changes(high):
         return None
     while high - low > 1:
@@ -283,10 +284,10 @@ def position_border(reader: Any) -> int | None:
     return high
 
 
-def profile_leaves(reader: Any, vocabulary: int) -> tuple[float, ...]:
+def profile_leaves(reader: DraftModel, vocabulary: int) -> tuple[float, ...]:
     """Seconds of a drafter's forward of 1, 2, ... `LEAVES` leaves."""
     generator = torch.Generator().manual_seed(2)
-    text = torch.randint(vocabulary, (2 * _PREFIX,), generator=generator).tolist()
+    text = torch.randint(vocabulary, (2 * PREFIX,), generator=generator).tolist()
     reader.read_leaves(text, [()])
     leaves = [[(token,) for token in range(count)] for count in range(1, LEAVES + 1)]
     return tuple(best_of(3, functools.partial(reader.read_leaves, text, paths)) for paths in leaves)

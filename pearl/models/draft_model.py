@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pearl.core.token_buckets import GRAIN, LIMIT
+from pearl.core.token_buckets import GRAIN, LIMIT, PREFILL_CHUNK
 from pearl.machine.transfers import select_rows
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_cache_attention
-from pearl.models.language_model import PREFILL_CHUNK, LanguageModel, SequenceRows, SideRow
+from pearl.models.language_model import LanguageModel, SequenceRows, SideRow
 from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, ForwardRows
 

@@ -41,6 +41,16 @@ _NEAR = 0, 1, 5, 23  # positions of rows with which two layers are compared, bes
 _TOLERANCE = {torch.float32: 1e-4}  # of products that are added up otherwise
 _COARSE = 2e-2  # where they are rounded to fewer bits
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of positions, [R, D] or as far as they broadcast to x
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """x: [B, heads, R, D], turned by the angles of its positions (RoFormer, Su et al. 2021), as transformers pairs the
+    numbers of a head."""
+    first, second = x.chunk(2, -1)
+    cosines, sines = rotation
+    return x * cosines + torch.cat([-second, first], -1) * sines
+
 
 class RMSNorm:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), rounded where transformers rounds."""
@@ -100,7 +110,8 @@ class FusedLayer(nn.Module):
         if self._head_norms:
             query, key = turned[:, : self._queries], turned[:, self._queries :]
             turned = torch.cat([self._head_norms[0](query), self._head_norms[1](key)], 1)
-        turned = _rotated(turned, *position_embeddings)
+        cosines, sines = position_embeddings
+        turned = rotated(turned, (cosines[:, None], sines[:, None]))
         query, key = turned[:, : self._queries], turned[:, self._queries :]
         cache = more.get("cache", more.get("past_key_values"))
         if cache is not None:
@@ -181,13 +192,6 @@ def _side_by_side(*layers: nn.Linear) -> nn.Linear:
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     weight = torch.cat([layer.weight.detach() for layer in layers])
     return linear.linear_of(weight, torch.cat(biases) if biases else None)
-
-
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021) of x [B, H + K, R, D], as transformers pairs its numbers."""
-    half = x.shape[-1] // 2
-    across = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return x * cosines[:, None] + across * sines[:, None]
 
 
 class _Chain(ForwardCache):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pearl.core.token_buckets import ANY, GRAIN, LIMIT, TokenBuckets
+from pearl.core.token_buckets import ANY, LIMIT, PREFILL_CHUNK, TokenBuckets
 from pearl.core.trie import shared_prefix
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import attention_of
@@ -35,7 +35,6 @@ from pearl.models.static_shapes.recordings import Capture
 from pearl.models.static_shapes.several_texts import SharedShapeRunner
 
 TREE_SLOTS = 256  # for the nodes of a drafter, beyond its longest sequence
-PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
 
 SideRow = tuple[int, int]  # (row of the parent, token): rows beside the chain are numbered on from its last
 

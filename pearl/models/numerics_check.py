@@ -19,27 +19,27 @@ import torch
 from torch import Tensor
 
 from pearl.config.inputs import brief
-from pearl.core.token_buckets import LIMIT, BatchedTokenBuckets, Check, TokenBuckets
+from pearl.core.token_buckets import LIMIT, PREFILL_CHUNK, BatchedTokenBuckets, Check, TokenBuckets
 from pearl.models.batch_invariance import (
+    PREFIX,
     Product,
     branches_agree,
     find_invariant_batches,
     find_invariant_counts,
     products,
     profile_path,
+    rising,
 )
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.kv_cache.attention import BACKENDS
 from pearl.models.language_model import LanguageModel
-from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PIECE
-from pearl.models.static_shapes.recordings import Capture
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS
+from pearl.models.static_shapes.recordings import SEEDS, Capture, compare_graphs
 from pearl.models.timing import best_of
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
 _ALONE, _TOGETHER = "graph against eager", "graph against eager, texts side by side"
-_PREFIX = 61
 _REPEATS = 5
-_SEEDS = 4, 5, 4  # of texts: each shape is recorded with one, then replayed with another
 _APART = 1.2  # times as many rows as the last: a forward that texts share has a shape for a few row counts only
 
 
@@ -123,9 +123,9 @@ def examine_batches(
     if capture is None:
         checks, captured = [Check(_TOGETHER, True, "not recorded: forwards run eagerly")], False
     else:
-        code = [logits for seed in _SEEDS for logits in _probed_together(reader, plan, seed)]
+        code = [logits for seed in SEEDS for logits in _probed_together(reader, plan, seed)]
         reader.share_static_shapes(capture)
-        graphs = [logits for seed in _SEEDS for logits in _probed_together(reader, plan, seed)]
+        graphs = [logits for seed in SEEDS for logits in _probed_together(reader, plan, seed)]
         checks, captured = _compared(_TOGETHER, code, graphs, reader.shared)
         if not captured:
             reader.share_static_shapes(None)
@@ -187,9 +187,9 @@ def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check]
     assert static, "what is compared with graphs is the same code"
     if capture is None:
         return [Check(_ALONE, True, "not recorded: forwards run eagerly")], False
-    code = [logits for seed in _SEEDS for logits in _probed(reader, static.counts, seed)]
+    code = [logits for seed in SEEDS for logits in _probed(reader, static.counts, seed)]
     recorder = reader.enable_static_shapes(static.counts, capture, static.backend)
-    graphs = [logits for seed in _SEEDS for logits in _probed(reader, static.counts, seed)]
+    graphs = [logits for seed in SEEDS for logits in _probed(reader, static.counts, seed)]
     checks, captured = _compared(_ALONE, code, graphs, recorder, reader.shared)
     if not captured:
         reader.enable_static_shapes(static.counts, None, static.backend)
@@ -199,11 +199,9 @@ def _graphs(reader: LanguageModel, capture: Capture | None) -> tuple[list[Check]
 def _compared(what: str, code: Sequence[Tensor], graphs: Sequence[Tensor], *runners: Any) -> tuple[list[Check], bool]:
     """What is said of logits by code and by graphs of some runners, and whether those are used."""
     used = [one for one in runners if one]
-    if failed := next((one.failed for one in used if one.failed), ""):
-        return [Check(what, False, f"forwards can't be recorded as graphs, so they run eagerly ({failed})")], False
-    if all(map(torch.equal, code, graphs)):
-        return [Check(what, True, f"equal bits in {sum(one.shapes for one in used)} shapes")], True
-    return [Check(what, False, "a graph gives other bits than its code, so forwards run eagerly")], False
+    failed = next((one.failed for one in used if one.failed), "")
+    check = compare_graphs(what, code, graphs, sum(one.shapes for one in used), failed)
+    return [check], check.holds
 
 
 def _spread(counts: Sequence[int]) -> tuple[int, ...]:
@@ -220,9 +218,9 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
     generator = torch.Generator().manual_seed(seed)
     found = []
     for count in counts:
-        text = torch.randint(reader.vocabulary, (_PREFIX + count,), generator=generator).tolist()
+        text = torch.randint(reader.vocabulary, (PREFIX + count,), generator=generator).tolist()
         reader.forget()
-        reader.read(text[:_PREFIX], 1)
+        reader.read(text[:PREFIX], 1)
         found.append(reader.read(text, count))
         if isinstance(reader, DraftModel):
             found.append(reader.read_leaves(text, [(1,), (2, 3)]))
@@ -231,11 +229,11 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
                 found += reader.read_leaves_together(both)
                 reader.forget(batch_slot=1)
         elif isinstance(reader, VerifierModel) and reader.verifies_trees and count < LIMIT:
-            reader.forget(but=text[:_PREFIX])
+            reader.forget(but=text[:PREFIX])
             found.append(reader.read(text, count, [(0, 1), (0, 2)][: LIMIT - count]))
-    if reader.max_length > PIECE:
+    if reader.max_length > PREFILL_CHUNK:
         reader.forget()
-        piece = torch.randint(reader.vocabulary, (PIECE,), generator=generator).tolist()
+        piece = torch.randint(reader.vocabulary, (PREFILL_CHUNK,), generator=generator).tolist()
         found += [reader.read(piece, 1), reader.read([*piece, 1], 1)]
     return found
 
@@ -243,10 +241,10 @@ def _probed(reader: LanguageModel, counts: Sequence[int], seed: int) -> list[Ten
 def _probed_together(reader: VerifierModel, plan: BatchedTokenBuckets, seed: int) -> list[Tensor]:
     """Logits of passes that all texts share, each another one, of each row count; chains, and trees."""
     generator, found, texts = torch.Generator().manual_seed(seed), [], reader.max_sequences
-    lines = torch.randint(reader.vocabulary, (texts, _PREFIX + LIMIT), generator=generator).tolist()
+    lines = torch.randint(reader.vocabulary, (texts, PREFIX + LIMIT), generator=generator).tolist()
     for slot, line in enumerate(lines):
         reader.forget(batch_slot=slot)
-        reader.read(line[:_PREFIX], 1, batch_slot=slot)
+        reader.read(line[:PREFIX], 1, batch_slot=slot)
     for count in plan.counts:
         for sides in ([], [(0, 1), (0, 2)]) if reader.verifies_trees else ([],):
             queries, left = [], count
@@ -255,39 +253,39 @@ def _probed_together(reader: VerifierModel, plan: BatchedTokenBuckets, seed: int
                 beside = sides[: max(0, rows - 1)]
                 if rows:
                     keep = rows - len(beside)
-                    queries.append(SequenceQuery(slot, line[: _PREFIX + keep], keep, beside))
+                    queries.append(SequenceQuery(slot, line[: PREFIX + keep], keep, beside))
                 left -= rows
-                reader.forget(line[:_PREFIX], slot)
+                reader.forget(line[:PREFIX], slot)
             found += reader.read_together(queries)
     return found
 
 
 def _timed_together(reader: VerifierModel, plan: BatchedTokenBuckets) -> tuple[float, ...]:
     """Seconds of a forward of each row count, as it runs from now on."""
-    text = torch.randint(reader.vocabulary, (_PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(reader.vocabulary, (PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
     reader.forget()
-    reader.read(text[:_PREFIX], 1)
-    reader.trial.copy_first(_PREFIX)
+    reader.read(text[:PREFIX], 1)
+    reader.trial.copy_first(PREFIX)
     found = []
     for count in plan.counts:
         share, more = divmod(count, reader.max_sequences)
         lengths = [share + (one < more) for one in range(reader.max_sequences)]
-        read = functools.partial(reader.trial.read, text[_PREFIX:], _PREFIX, lengths, count)
+        read = functools.partial(reader.trial.read, text[PREFIX:], PREFIX, lengths, count)
         read()
         found.append(best_of(_REPEATS, read))
-    return tuple(min(found[at:]) for at in range(len(found)))
+    return rising(found)
 
 
 def _timed(reader: VerifierModel, counts: Sequence[int], before: Sequence[float]) -> tuple[float, ...]:
     """Seconds of a pass of 1, 2, ... rows, as it runs from now on: that of the next count there is."""
-    text = torch.randint(reader.vocabulary, (_PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = torch.randint(reader.vocabulary, (PREFIX + LIMIT,), generator=torch.Generator().manual_seed(0)).tolist()
     seconds: dict[int, float] = {}
     reader.forget()
-    reader.read(text[:_PREFIX], 1)
+    reader.read(text[:PREFIX], 1)
     for count in counts:
-        tokens = text[_PREFIX : _PREFIX + count]
-        seconds[count] = best_of(_REPEATS, functools.partial(reader.forward, tokens, _PREFIX, count))
+        tokens = text[PREFIX : PREFIX + count]
+        seconds[count] = best_of(_REPEATS, functools.partial(reader.forward, tokens, PREFIX, count))
     found = [
         next((seconds[count] for count in counts if count >= rows), before[rows - 1]) for rows in range(1, LIMIT + 1)
     ]
-    return tuple(min(found[rows:]) for rows in range(LIMIT))
+    return rising(found)

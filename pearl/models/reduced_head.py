@@ -145,3 +145,9 @@ def reduce_vocab(model: PreTrainedModel, frequent: Tensor | int, always: Sequenc
     made = ReducedVocabHead(head, ids.to(head.weight.device), always)
     model.lm_head = made
     return made if model.get_output_embeddings() is made else None
+
+
+def scatter_vocabulary(logits: Tensor, ids: Tensor, size: int) -> Tensor:
+    """Over the whole vocabulary, [R, size], -inf where a head of fewer tokens has none.  logits: [R, D]; ids: int64
+    [D], of its tokens in the whole."""
+    return logits.new_full((len(logits), size), -torch.inf).index_copy_(1, ids, logits)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Features
 from pearl.core.token_buckets import ANY, LIMIT, BatchedTokenBuckets, Check, TokenBuckets
+from pearl.machine.device_features import DeviceFeatures
 from pearl.machine.transfers import select_rows
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.language_model import LanguageModel, SideRow

@@ -20,19 +20,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pearl.config.engine_config import RECYCLING, SUFFIX, EngineConfig
+from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
-from pearl.core import timeline
 from pearl.drafters.draft_source import DraftSource
-from pearl.drafters.recycling import RecyclingSource
-from pearl.drafters.suffix import SuffixSource
-from pearl.drafters.text_memory import TextMemory
-from pearl.drafters.united import UnitedSource
 from pearl.errors import PearlError, Unreachable
-from pearl.machine import cores
+from pearl.machine import cores, timeline
 from pearl.machine.parent import when_orphaned
 from pearl.parallel.child import TargetGone, guarded, received
-from pearl.parallel.drafter_process import DRAFTER, FEATURES, GONE, OVER, READY, connect
+from pearl.parallel.draft_sources import draft_source
+from pearl.parallel.drafter_process import DRAFTER, FEATURES_FROM, GONE, OVER, READY, connect
 from pearl.parallel.world import LOCAL
 from pearl.roles.drafter import Drafter
 from pearl.wire.process_channel import ProcessChannel
@@ -103,7 +99,7 @@ def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None
     try:
         store.set(f"{DRAFTER}/{number}", READY)
         # at first the target may still be loading; later it has no text, and comes when it has one
-        features_from = _await(store, f"{FEATURES}/{number}", math.inf if number else config.start_timeout_s)
+        features_from = _await(store, f"{FEATURES_FROM}/{number}", math.inf if number else config.start_timeout_s)
     except RuntimeError as error:
         raise TargetGone(f"its target ({brief(error)})") from None
     if features_from == OVER:
@@ -125,40 +121,6 @@ def _await(store: dist.Store, key: str, limit_s: float) -> str:
             store.check([key])  # raises where the store is gone
             if time.perf_counter() >= until:
                 raise
-
-
-def draft_source(config: EngineConfig, checked: Any = None) -> DraftSource:
-    """What a config names, with its model loaded; several sources as one. `checked`: the config's preflight, if it was
-    made."""
-    sources = [SuffixSource() if name == SUFFIX else _checkpoint(config, checked) for name in config.draft_sources]
-    return UnitedSource(sources) if len(sources) > 1 else sources[0]
-
-
-def _checkpoint(config: EngineConfig, checked: Any) -> DraftSource:
-    if config.synthetic:
-        from pearl.drafters.synthetic import SyntheticSource
-
-        return SyntheticSource(config.synthetic)
-    # transformers takes seconds to import, and the suffix source does not need it
-    from pearl.checkpoints.drafters import load_source
-    from pearl.checkpoints.preflight import preflight
-
-    return load_source(checked or preflight(config))
-
-
-def sources_beside_target(config: EngineConfig, checked: Any, memory: TextMemory | None = None) -> list[DraftSource]:
-    """Those that a config names for the target's own process. With a memory both keep what they know over texts."""
-    kinds: dict[str, Callable[[], DraftSource]] = {
-        SUFFIX: lambda: SuffixSource(memory=memory),
-        RECYCLING: lambda: RecyclingSource(memory is not None),
-    }
-    return [kinds.get(name, partial(_beside, checked))() for name in config.sources_beside_target]
-
-
-def _beside(checked: Any) -> DraftSource:
-    from pearl.checkpoints.drafters import load_source
-
-    return load_source(checked.of_beside())
 
 
 def trace(config: EngineConfig, role: str, ahead_s: Callable[[], float] = lambda: 0.0) -> timeline.Trace:

@@ -23,7 +23,10 @@ from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
 from pearl.wire.process_channel import ProcessChannel
 
-DRAFTER, FEATURES = "drafter", "features"  # keys: what the drafter says, and the device that its features come from
+DRAFTER, FEATURES_FROM = (
+    "drafter",
+    "features",
+)  # keys: what the drafter says, and the device that its features come from
 READY = "ready"
 GONE = "gone: "  # before a reason that may be another one the next time
 OVER = "over"  # in place of a device: there is no further connection
@@ -37,7 +40,7 @@ def connect(
     Raises `RuntimeError` if the other end does not come."""
     transport = None
     if device:
-        lanes = dist.PrefixStore(f"{FEATURES}-{number}", store)
+        lanes = dist.PrefixStore(f"{FEATURES_FROM}-{number}", store)
         transport = FeatureTransport.open(lanes, rank, torch.device(device), host)
     return ProcessChannel(store, rank, host, config.heartbeat_timeout_s, f"pearl-{number}", transport)
 
@@ -79,7 +82,7 @@ class DrafterProcess:
             self._end_child()
             self._start(number)
         try:
-            self._store.set(f"{FEATURES}/{number}", self._features_from)
+            self._store.set(f"{FEATURES_FROM}/{number}", self._features_from)
             said = self._await_word(number)
         except (RuntimeError, WorkerLostError) as error:  # the launcher is gone
             raise Unreachable(brief(error)) from None
@@ -110,7 +113,7 @@ class DrafterProcess:
             return
         with contextlib.suppress(RuntimeError):  # the launcher has just gone
             for number in range(self._reached + 1, self._config.max_draft_restarts + 2):
-                self._store.set(f"{FEATURES}/{number}", OVER)
+                self._store.set(f"{FEATURES_FROM}/{number}", OVER)
 
     def _start(self, number: int) -> None:
         assert isinstance(self._store, dist.TCPStore)

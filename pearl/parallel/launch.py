@@ -17,9 +17,10 @@ from pearl.errors import UsageError
 from pearl.machine import cores, launcher
 from pearl.parallel import drafter_main, tensor_parallel_main
 from pearl.parallel.child import guarded
+from pearl.parallel.draft_sources import draft_source
 from pearl.parallel.replicas import assign_devices
 from pearl.parallel.runtime import Layout, Runtime
-from pearl.parallel.tensor_parallel import DEADLINE_S, MEETING
+from pearl.parallel.tensor_parallel import MEETING, RANK_TIMEOUT_S
 from pearl.parallel.world import World, meeting
 
 
@@ -49,13 +50,13 @@ def work(layout: Layout) -> int:
     config, world, checked = layout.checked.config, layout.world, layout.checked
     if world.rank == 1:
         store, host = meeting(f"replica-{world.replica}", world)
-        make = partial(drafter_main.draft_source, config, checked)
+        make = partial(draft_source, config, checked)
         draft = partial(drafter_main.serve, config, layout.draft_cpus, store, host, make, agent=world.here.agent)
         return guarded("drafter", draft)
     launcher.give_way()
     store, host = meeting(MEETING, world)
     rank, cpus, gpu = world.tp_rank, layout.target_cpus if config.pins else [], world.here.local_rank
-    shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, DEADLINE_S, gpu)
+    shard = partial(tensor_parallel_main.work, lambda: checked, rank, cpus, store, host, RANK_TIMEOUT_S, gpu)
     return guarded(f"rank {rank} of the target", shard)
 
 

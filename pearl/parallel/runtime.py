@@ -20,14 +20,14 @@ from pearl.checkpoints.preflight import Preflight
 from pearl.checkpoints.targets import eos_ids, load_target
 from pearl.config import outputs
 from pearl.config.engine_config import SUFFIX, EngineConfig
-from pearl.core import timeline
 from pearl.core.schedule import Schedule
 from pearl.drafters.text_memory import TextMemory
 from pearl.errors import UsageError, WorkerLostError
-from pearl.machine import cores, launcher
+from pearl.machine import cores, launcher, timeline
 from pearl.machine.files import held
 from pearl.models.numerics_check import rows_check
-from pearl.parallel.drafter_main import draft_source, sources_beside_target, trace
+from pearl.parallel.draft_sources import draft_source, sources_beside_target
+from pearl.parallel.drafter_main import trace
 from pearl.parallel.drafter_process import DrafterProcess
 from pearl.parallel.tensor_parallel import TensorParallelWorkers
 from pearl.parallel.world import World

@@ -26,7 +26,7 @@ from pearl.parallel.child import WorkerSpec, end, start
 from pearl.parallel.process_groups import ProcessGroups, is_lost
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 
-DEADLINE_S = 300.0  # without a word from another rank, after which it is taken for dead
+RANK_TIMEOUT_S = 300.0  # without a word from another rank, after which it is taken for dead
 START_S = 3600.0  # that a rank may take to load its shard, which may have to be fetched first
 MEETING = "target"  # where the ranks that a launcher has started find each other
 MET, FAILED = "met", "failed"  # keys of the store
@@ -45,7 +45,7 @@ class TensorParallelWorkers:
                 "its own: run one such engine at a time, in a program that makes no group."
             )
         self.size, self._gpu = config.tensor_parallel_size, world.here.local_rank
-        self._deadline_s, self._deltas = DEADLINE_S, TokenDeltas()
+        self._deadline_s, self._deltas = RANK_TIMEOUT_S, TokenDeltas()
         self._groups: ProcessGroups | None = None
         self._children: list[subprocess.Popen] = []
         self._saying, self._said_at = threading.Lock(), time.monotonic()

@@ -66,7 +66,15 @@ class World:
             first = rank - local
             targets = max(0, min(tensor, first + on_this) - first)
             two_hosts = targets in (0, on_this)
-            return World(int(rank == tensor), 2, 0, 1, 0, 1, two_hosts, rank % tensor, tensor, targets, here)
+            return World(
+                rank=int(rank == tensor),
+                size=2,
+                two_hosts=two_hosts,
+                tp_rank=rank % tensor,
+                tp_size=tensor,
+                local_tp_size=targets,
+                here=here,
+            )
         if size % 2:
             raise UsageError(
                 f"The launcher started {size} processes, but one target and one drafter are two: use "
@@ -74,7 +82,14 @@ class World:
                 f"--target-device cuda:0,cuda:1, or {size - 1} with --tensor-parallel-size {size - 1}."
             )
         return World(
-            rank % 2, 2, rank // 2, size // 2, local // 2, max(1, on_this // 2), two_hosts=on_this == 1, here=here
+            rank=rank % 2,
+            size=2,
+            replica=rank // 2,
+            replicas=size // 2,
+            local_replica=local // 2,
+            local_replicas=max(1, on_this // 2),
+            two_hosts=on_this == 1,
+            here=here,
         )
 
 

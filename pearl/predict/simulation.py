@@ -25,11 +25,11 @@ from pearl.core.messages import Message
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.timeline import OFF, Trace
 from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.suffix import SuffixIndex
 from pearl.drafters.synthetic import SyntheticSource
 from pearl.drafters.tree import TreeSource
+from pearl.machine.timeline import OFF, Trace
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.models.language_model import TREE_SLOTS, SideRow

@@ -69,9 +69,18 @@ class DraftedSequence:
             self.exhausted_at = root.position
         guesses = tuple(
             Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp, node.origin)
-            for parent, node in grown
+            for parent, node in self._with_parents(grown)
         )
         return Nodes(self.start.sequence_id, self.name(root), root.position, exhausted, guesses)
+
+    def _with_parents(self, grown: Grown) -> Grown:
+        """New nodes, with those above them that nobody has told of: one source may have grown some before it raised,
+        and others go on below."""
+        root, new = self.trie.root, {node for _, node in grown}
+        if all(one in self.ids or one in new or one.position <= root.position for one, _ in grown):
+            return grown
+        untold = [pair for pair in self.trie.pairs() if pair[1] not in self.ids]
+        return [*untold, *(pair for pair in grown if pair not in untold)]
 
 
 def _foreseen(root: Node, tokens: Sequence[int]) -> tuple[int, int]:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pearl.core.messages import Costs, DraftStats, End, Nodes, SentSeparately, Start, Verdict
-from pearl.core.timeline import OFF, Trace, flow_id
 from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, named
 from pearl.machine import memory
+from pearl.machine.timeline import OFF, Trace, flow_id
 from pearl.roles.drafted_sequence import DraftedSequence
 from pearl.roles.sources.guarded_source import GuardedSource
 from pearl.wire.channel import Channel, Clock

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pearl.core.control.controller import Controller
 from pearl.core.messages import Costs, DraftStats, Nodes
 from pearl.core.schedule import Schedule
-from pearl.core.timeline import Trace, flow_id
+from pearl.machine.timeline import Trace, flow_id
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceState
 from pearl.roles.watcher import Watcher

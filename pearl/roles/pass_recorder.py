@@ -8,7 +8,7 @@ from typing import Any
 
 from pearl.core.messages import DraftPlan
 from pearl.core.records import Pass
-from pearl.core.timeline import OFF, Trace, flow_id
+from pearl.machine.timeline import OFF, Trace, flow_id
 from pearl.roles.sequence import SequenceState
 from pearl.roles.verification import PassRows, PassWalk
 

@@ -6,21 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from pearl.core.logits.logprobs import logprobs
 from pearl.core.messages import Features, joined
+from pearl.core.token_buckets import PREFILL_CHUNK
 from pearl.core.trie import Node
-from pearl.models.language_model import PREFILL_CHUNK
 from pearl.roles.sequence import SequenceState
 from pearl.roles.target_model import TargetModel
 from pearl.roles.verification import PassWalk
 from pearl.wire.channel import Clock
-
-PREFILL_TOKENS = PREFILL_CHUNK  # of prompts, between two passes of other sequences
 
 
 class PromptReader:
     """Works between the passes of the other sequences. A prompt is read in pieces of `PREFILL_CHUNK` tokens whatever
     the budget is, as its bits depend on where they end; the budget says how many there are a turn."""
 
-    def __init__(self, model: TargetModel, clock: Clock, budget: int = PREFILL_TOKENS):
+    def __init__(self, model: TargetModel, clock: Clock, budget: int = PREFILL_CHUNK):
         """`budget`: tokens that may be read between two passes of texts that are further, on the average."""
         self._model, self._clock, self._budget = model, clock, budget
         self._left = 0  # of it; below 0: later turns read nothing until it is earned

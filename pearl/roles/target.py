@@ -26,17 +26,18 @@ from typing import Any
 
 from torch import Tensor
 
-from pearl.core import picks
 from pearl.core.control.controller import Controller
-from pearl.core.features import ALL, FeatureShares
+from pearl.core.feature_shares import ALL, FeatureShares
 from pearl.core.messages import DraftPlan, DraftStats, End, Features, Message, Start, Verdict
 from pearl.core.params import SamplingParams
-from pearl.core.picks import Picks
 from pearl.core.records import Pass
+from pearl.core.sampling import picks
+from pearl.core.sampling.picks import Picks
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.timeline import OFF, Trace
+from pearl.core.token_buckets import PREFILL_CHUNK
 from pearl.drafters.draft_source import DraftSource, RowsRead
+from pearl.machine.timeline import OFF, Trace
 from pearl.models.verifier import SequenceQuery
 from pearl.roles import pass_recorder
 from pearl.roles.batch_limit import BatchLimit
@@ -44,7 +45,7 @@ from pearl.roles.controllers import Controllers
 from pearl.roles.drafter_inbox import DrafterInbox
 from pearl.roles.next_pass import NextPass
 from pearl.roles.pass_recorder import PassTimes
-from pearl.roles.prompt_reader import PREFILL_TOKENS, PromptReader
+from pearl.roles.prompt_reader import PromptReader
 from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.sources.target_sources import TargetSources
@@ -66,7 +67,7 @@ class Target:
         channel: Channel | None = None,
         clock: Clock = time.perf_counter,
         trace: Trace = OFF,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int = PREFILL_CHUNK,
         sources: Sequence[DraftSource] = (),
         shares: FeatureShares = ALL,
     ):
@@ -112,7 +113,7 @@ class Target:
             {
                 "origin": one.origin,
                 "seconds": one.costs,
-                "depths": getattr(one, "depths", 1) if one.makes_trees_alone else 1,
+                "depths": one.depths,
             }
             for one in self._beside.policies
         ]
@@ -198,10 +199,17 @@ class Target:
         if watcher := self._inbox.watcher:
             watcher.began(sequence)
         if self._inbox.channel:
-            plan = self._controllers.choose(self._schedule, list(self._batch.live.values())).plan
-            params = sequence.params.for_drafter(sequence.stopper.eos_ids)
-            told = sequence.sequence_id, self._schedule, params, tuple(prompt), plan, continues, watcher is not None
-            self._send([Start(*told, request.reference)])
+            start = Start(
+                sequence_id=sequence.sequence_id,
+                schedule=self._schedule,
+                params=sequence.params.for_drafter(sequence.stopper.eos_ids),
+                prompt=tuple(prompt),
+                plan=self._controllers.choose(self._schedule, list(self._batch.live.values())).plan,
+                continues=continues,
+                timed=watcher is not None,
+                reference=request.reference,
+            )
+            self._send([start])
 
     def _drop_unwanted(self) -> None:
         unwanted = [sequence for sequence in self._batch.live.values() if not sequence.request.wanted()]

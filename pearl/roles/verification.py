@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pearl.core import picks
 from pearl.core.control.controller import Controller
 from pearl.core.logits import custom
 from pearl.core.logits.logprobs import logprobs
-from pearl.core.picks import Picks
 from pearl.core.records import GuessOutcome
+from pearl.core.sampling import picks
+from pearl.core.sampling.picks import Picks
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.core.trie import Candidate, Node, path_numbers, walk
 from pearl.errors import NonFiniteLogits

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 from pearl import __version__
@@ -44,13 +45,25 @@ def make_app(service: Service) -> FastAPI:
     app.add_middleware(Limits, config=service.config, metrics=service.metrics)
     if origin := service.config.cors_origin:
         app.add_middleware(
-            CORSMiddleware,
+            _CrossOrigin,
             allow_origins=[origin],
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["Retry-After", "x-should-retry", "x-request-id"],
         )
     return app
+
+
+class _CrossOrigin(CORSMiddleware):
+    """Tells a page elsewhere that may not ask so in the shape of all errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        made = super().preflight_response(request_headers)
+        if made.status_code < 400:
+            return made
+        refused = errors.bad(f"{bytes(made.body).decode()}: see --cors-origin.").response
+        refused.headers.update({name: value for name, value in made.headers.items() if not name.startswith("content-")})
+        return refused
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

@@ -84,8 +84,11 @@ def install(app: FastAPI) -> None:
         return bad(*_first(error)).response
 
     async def http(_: Request, error: Any) -> JSONResponse:
-        if isinstance(error.__cause__, APIError):  # met while the body was read
-            return error.__cause__.response
+        cause = error.__cause__  # met while the body was read
+        if isinstance(cause, APIError):
+            return cause.response
+        if cause and error.status_code == 400:
+            return bad(_unread(cause)).response
         said = {404: "There is nothing at this address.", 405: "This address does not take that method."}
         return APIError(
             error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers
@@ -94,6 +97,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(APIError, ours)
     app.add_exception_handler(RequestValidationError, refused)
     app.add_exception_handler(HTTPException, http)
+
+
+def _unread(error: BaseException) -> str:
+    """Why a body could not be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"The body is no {error.encoding.upper()}: byte {error.start} belongs to no character."
+    if isinstance(error, RecursionError):
+        return "The JSON of the body is nested too deeply."
+    return f"The body can't be read ({error})."  # as a number with thousands of digits
 
 
 def _first(error: RequestValidationError) -> tuple[str, str | None]:

@@ -168,7 +168,8 @@ class Service:
             retry = min(60, max(1, math.ceil((waiting + 1) * self._mean_s / self.max_sequences)))
             raise APIError(
                 429,
-                f"{waiting} texts are waiting already: try again in {retry} s.",
+                f"{waiting} texts wait for a place, where {self.config.queue} may, and this request brings {texts}: "
+                f"try again in {retry} s.",
                 "queue_full",
                 headers={"Retry-After": str(retry)},
             )

@@ -1,4 +1,5 @@
-"""What is checked of a request before anybody reads its body: its key, its size, and that it comes at all.
+"""What is checked of a request before anybody reads its body: its key, its size, its coding, and that it
+comes at all.
 
 Plain ASGI, so that streams pass through untouched.
 """
@@ -48,6 +49,7 @@ class Limits:
         try:
             self._check_key(scope, headers)
             self._check_length(headers)
+            _check_coding(headers)
             await self._app(scope, self._limited(receive), numbered)
         except APIError as error:
             if began:
@@ -94,3 +96,10 @@ class Limits:
             return message
 
         return limited
+
+
+def _check_coding(headers: dict[bytes, bytes]) -> None:
+    coding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip()
+    if coding.lower() not in ("", "identity"):
+        message = f"The body must come as it is, not as {coding[:50]}."
+        raise APIError(415, message, headers={"Accept-Encoding": "identity"})

@@ -1,7 +1,10 @@
 """What /metrics says: vLLM's names where it has them, so that existing dashboards read them, and `pearl_*` beside.
 
-Every figure is derived from the records of passes and texts as they are heard. A rate of `pearl_busy_seconds` or
-`pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each second.
+Every figure is derived from the records of passes and texts as they are heard. What is drafted and accepted is counted
+as in an evaluation (docs/reference/figures.md): a guess that arrived while a pass ran was not read by it. A rate of
+`pearl_busy_seconds` or `pearl_waiting_seconds` is a share: seconds of work, or of waiting for the other side, in each
+second. The drafter tells its own at the end of a text, so its rates are shares only over times that are long beside
+texts.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pearl.server.texts import Text
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_LATE = "the drafter's are added when a text ends"
 FINISH = {"eos": "stop"}  # what OpenAI calls it; stop and length are called so here too
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
@@ -70,8 +74,8 @@ class Metrics:
         self.text_sizes = self._histogram("vllm:request_generation_tokens", "of a text", _TOKENS)
         self._roots = self._counts("pearl_roots", "new roots after a pass: known to the drafter or not", "outcome")
         self.prepared = self._counter("pearl_misses_prepared", "corrections that were another guess of the drafter")
-        self._busy = self._counts("pearl_busy_seconds", "of forwards", "role")
-        self._waiting = self._counts("pearl_waiting_seconds", "of waiting for the other side", "role")
+        self._busy = self._counts("pearl_busy_seconds", f"of forwards; {_LATE}", "role")
+        self._waiting = self._counts("pearl_waiting_seconds", f"of waiting for the other side; {_LATE}", "role")
         self._origins = self._counts("pearl_tokens", "tokens written, by who had guessed them", "origin")
         self._refused = self._counts("pearl_requests_refused", "answers other than 2xx", "status")
 
@@ -132,12 +136,13 @@ class Metrics:
             self._of(self._origins, origin=origin or TARGET).inc(count)
         self._of(self._busy, role="target").inc(one.forward_s / one.texts)
         self._of(self._waiting, role="target").inc(one.waited_s / one.texts)
-        if guesses := drafted_in(one):
+        if one.verified:
             self.drafts.inc()
-            self.draft_tokens.inc(guesses)
-            self.accepted.inc(one.accepted)
-            for position in range(one.accepted):
+            self.draft_tokens.inc(one.offered)
+            self.accepted.inc(one.accepted_rows)
+            for position in range(one.accepted_rows):
                 self._of(self._by_position, position=str(position)).inc()
+        if one.offered or one.tested:  # or a guess came while the pass ran
             self._of(self._roots, outcome="hit" if one.hit else "miss").inc()
             self.prepared.inc(bool(one.judged) and one.judged[-1].rank not in (0, None))
 
@@ -159,16 +164,11 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def drafted_in(one: Pass) -> int:
-    """Guesses that a pass has verified; one may have arrived while it ran."""
-    return max(one.offered, one.tested)
-
-
 def speculation(passes: Iterable[Pass], detailed: bool = False) -> dict[str, Any]:
-    """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A tree verifies
-    more guesses than can be accepted: all of them count as drafted. vLLM's histogram by draft length is left out: the
-    lists of steps say the same."""
-    steps = [(one.accepted, drafted) for one in passes if (drafted := drafted_in(one))]
+    """vLLM's `metrics.speculative_decoding` of one text: what was drafted and accepted, step by step. A step is a
+    verification. A tree verifies more guesses than can be accepted: all of them count as drafted. vLLM's histogram by
+    draft length is left out: the lists of steps say the same."""
+    steps = [(one.accepted_rows, one.offered) for one in passes if one.verified]
     accepted, drafted = (sum(column) for column in zip(*steps, strict=True)) if steps else (0, 0)
     most = max((drafted for _, drafted in steps), default=0)
     found: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """The page at `/`, and what only it asks for: a stream of events, who is served, and a way to kill the drafter.
 
     /, /style.css, /page.js    hand-written files; nothing of them comes from another host
-    /v1/pearl/events           what passes do, as server-sent events; see `hub`
+    /v1/pearl/events           what passes do, as server-sent events; see `event_stream`
     /v1/pearl/state            models, modes, and what this browser may do
     /v1/pearl/kill             ends the drafter's process by SIGKILL. The text goes on; the engine starts another one
 
@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pearl import __version__
 from pearl.server import streaming
 from pearl.server.errors import APIError
-from pearl.server.hub import Hub
+from pearl.server.event_stream import EventStream
 
 FILES = {"/": "index.html", "/style.css": "style.css", "/page.js": "page.js"}
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
@@ -43,14 +43,16 @@ FROM_PAGE = "x-pearl-page"  # a header that no other site can send
 
 
 def add_page(app: FastAPI, service: Any) -> None:
-    hub = app.state.hub = Hub(service)
+    event_stream = app.state.event_stream = EventStream(service)
     for path, name in FILES.items():
         app.add_api_route(path, _file(name), include_in_schema=False, methods=["GET", "HEAD"])
 
     @app.get("/v1/pearl/events", include_in_schema=False)
     async def events(key: str = "") -> Response:
         service.engine  # noqa: B018 (raises where there is none yet)
-        return StreamingResponse(hub.stream(key[:64]), media_type="text/event-stream", headers=streaming.HEADERS)
+        return StreamingResponse(
+            event_stream.stream(key[:64]), media_type="text/event-stream", headers=streaming.HEADERS
+        )
 
     @app.get("/v1/pearl/state", include_in_schema=False)
     async def state(request: Request) -> Response:
@@ -66,7 +68,7 @@ def add_page(app: FastAPI, service: Any) -> None:
         pid = service.engine.runtime.drafter_pid
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(pid, signal.SIGKILL)
-        return JSONResponse({"killed": pid, "t": hub.now()})
+        return JSONResponse({"killed": pid, "t": event_stream.now()})
 
 
 def _file(name: str) -> Any:

@@ -37,6 +37,7 @@ _MEANINGS = {
     404: "The model is not here.",
     408: "The body did not come.",
     413: "The body is too large.",
+    415: "The body is compressed.",
     429: "The queue is full; see Retry-After.",
     500: "An error of the server's own.",
     503: "It is being loaded, is shutting down, or has failed.",
@@ -50,7 +51,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 _TEXTS = _errors(*_MEANINGS)
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-_TOKENS = _errors(400, 404, 408, 413, 500, 503)
+_TOKENS = _errors(400, 404, 408, 413, 415, 500, 503)
 
 
 def make_router(service: Service) -> APIRouter:

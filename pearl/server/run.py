@@ -159,7 +159,7 @@ def lines(service: Service, where: str) -> str:
         body, path = '{"prompt": "The sky is", "max_tokens": 64, "temperature": 0}', "completions"
         ask, shown = 'completions.create(prompt="The sky is", ', ".choices[0].text"
     code = f'import openai; c = openai.OpenAI(base_url="{where}/v1", api_key={secret}); '
-    code += f'print(c.{ask}max_tokens=64, temperature=0, model="{service.model}"){shown})'
+    code += f"print(c.{ask}max_tokens=64, temperature=0, model={service.model!r}){shown})"
     return (
         f"{service.model} is served at {where}\n\n{first}"
         f"  curl {where}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n\n"

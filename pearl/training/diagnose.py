@@ -102,16 +102,16 @@ def outcomes(
 
 
 def trees(source: Source, texts: Sequence[RecordedText]) -> Iterator[TreeOutcome]:
-    """The tree of one forward of a network that drafts in parallel; of another, of as many as it has depths."""
-    forwards = 1 if isinstance(source, OnePassSource) else source.depths
+    """The tree of one forward of a network that drafts in parallel; of another, of as many as its chain is long."""
+    forwards = 1 if isinstance(source, OnePassSource) else source.chain_length
     for text in texts:
         tokens = text.tokens.tolist()
         for root in _roots(source, text, 0):
             trie = Trie(tokens[: root + 1])
             for _ in range(forwards):
-                source.extend([TreeQuery(0, trie, 4, source.depths, take_all=True)])
+                source.extend([TreeQuery(0, trie, 4, source.chain_length, take_all=True)])
             expected = sum(math.exp(one.logp) for one in trie.best(1 << 20))
-            chain, choices = trie.chain(), text.top_ids[root : root + source.depths, 0].tolist()
+            chain, choices = trie.chain(), text.top_ids[root : root + source.chain_length, 0].tolist()
             chances = itertools.accumulate(node.logp for node in chain)
             pairs = zip((node.token for node in chain), choices, strict=False)
             right = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -165,10 +165,10 @@ def _roots(source: Source, text: RecordedText, ahead: int) -> Iterator[int]:
     bits = text.features.view(torch.int16).numpy() if source.layers else None
     source.begin(0, SamplingParams())
     told = 0
-    last = min(len(text.tokens), source.longest) - ahead - source.depths
+    last = min(len(text.tokens), source.longest) - ahead - source.chain_length
     chosen = (text.tokens[1:] == text.top_ids[:-1, 0]).tolist()  # after each token, whether the text goes on with it
     for root in range(max(1, text.prompt), last, EVERY):
-        if not all(chosen[root + ahead : root + ahead + source.depths - 1]):
+        if not all(chosen[root + ahead : root + ahead + source.chain_length - 1]):
             continue
         if bits is not None:
             source.observe(bits[told:root], 0)
@@ -301,7 +301,7 @@ def run(folder: str, recorded: str, target: str | None, count: int, first: int |
     vocabulary = None if source.vocabulary is None else set(source.vocabulary.tolist())
     lags = AHEAD if source.layers else AHEAD[:1]  # where nothing is read of the target, nothing is ever missing
     seen = [place for ahead in lags for place in outcomes(source, texts, ahead, vocabulary)]
-    if not seen:
+    if not any(place.ahead == 0 for place in seen):
         raise UsageError(
             "In no recorded answer the target goes on for as many tokens as the drafter guesses: extract longer ones, "
             "some of them greedy."

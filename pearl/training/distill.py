@@ -21,8 +21,9 @@ from pearl.training.first_weights import spare_token
 from pearl.training.objective import filled, frequent
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded
+from pearl.training.students.cut import go_on_from, student_of
 from pearl.training.students.one_pass import OnePassStudent
-from pearl.training.students.student import Student, go_on_from, student_of
+from pearl.training.students.student import Student
 
 
 def run(recipe: DistillRecipe, whole: str | None = None) -> None:
@@ -39,7 +40,7 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     vocabulary = filled(vocabulary, recipe.vocabulary, checked.vocabulary)  # the head is the target's
     student = student_of(target, recipe.layers)
     if recipe.start:
-        go_on_from(student, recipe.start)
+        go_on_from(student, recipe.start, recipe.layers, mark)
     del target
     if recipe.one_pass > 1:
         token = spare_token(checked.tokenizer, student.config.get_text_config().vocab_size)

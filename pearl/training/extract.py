@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -97,6 +98,12 @@ def run(options: Any) -> None:
     total = sum(shard.responses for shard in manifest.shards)
     texts = sum(shard.texts for shard in manifest.shards)
     print(f"{job.folder}: {texts} texts with {total} tokens of answers")
+    if not texts:
+        print(
+            f"No prompt leaves room for an answer within --max-length {options.max_length}: give a larger one, less "
+            "--max-new-tokens or shorter prompts, and another --output.",
+            file=sys.stderr,
+        )
 
 
 def _plan(options: Any, config: EngineConfig, questions: tuple[Asked, ...], threads: int):
@@ -105,6 +112,8 @@ def _plan(options: Any, config: EngineConfig, questions: tuple[Asked, ...], thre
     text = model.config.get_text_config()
     layers = tuple(options.layers or default_layers(text.num_hidden_layers))
     HiddenStateHooks(model, layers).remove()
+    if options.top_k > text.vocab_size:
+        raise UsageError(f"--top-k must be at most {text.vocab_size}, the tokens of the target.")
     asked = "\n".join("\n".join(_said(question) or ("",)) for question in questions)
     names = ("self_written", "max_new_tokens", "max_length", "seed", "shard", "batch")
     settings = {

@@ -108,8 +108,8 @@ def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
     """The network that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
-    those that are added change nothing at first. Raises `UsageError` if it is of another target, or of a shape that
-    can't become the recipe's."""
+    those that are added change nothing at first. Raises `UsageError` if it is of another target, of a shape that can't
+    become the recipe's, or has another mask token than the recipe names."""
     facts = TargetFacts.of(recipe.target, target.config)
     saved = feature_weights.load(kinds.describe(folder, facts))
     had = saved.shape
@@ -124,6 +124,8 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     )
     if had != like:
         raise UsageError(f"The recipe's start {folder} is a drafter of another shape or target: leave it out.")
+    if recipe.mask_token not in (None, had.mask_token):
+        raise UsageError(f"The recipe's start {folder} has the mask token {had.mask_token}: leave mask_token out.")
     own = replace(had, own_embedding=False, own_mask=wanted.own_mask, target=wanted.target)
     tensors = dict(saved.state_dict())
     table = tensors.pop("embed_tokens.weight", None)

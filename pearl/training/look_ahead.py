@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 
 def look_ahead(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pearl.errors import UsageError
 from pearl.machine.display import Progress
 from pearl.machine.files import atomic_write
+from pearl.machine.stop_request import stop_request
 from pearl.training.optimizers import optimizer_of
 from pearl.training.recipes import Recipe
 
@@ -37,6 +38,10 @@ class Learner(Protocol):
 
     @property
     def module(self) -> nn.Module: ...
+
+    @property
+    def texts_mark(self) -> int:
+        """What tells the recorded texts from others."""
 
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         """Adds `share` times the gradient of these texts' loss. `done`: share of the training that is behind."""
@@ -56,21 +61,24 @@ def train(
 ) -> Figures:
     """Trains to the end of the recipe, from a checkpoint if its folder has one. Returns the validation's figures.
 
-    Raises `UsageError` if the folder's checkpoint is of another recipe, or of fewer texts.
+    Raises `UsageError` if the folder's checkpoint is of another recipe, or of other texts. Ctrl-C or SIGTERM, in any of
+    the processes, ends with the step at hand and a checkpoint: then `KeyboardInterrupt` is raised in all of them.
     """
     folder = Path(recipe.output)
     main = accelerator.is_main_process
     total = max(1, round(recipe.epochs * len(texts) / recipe.batch))
-    parameters = [weight for weight in learner.module.parameters() if weight.requires_grad]
-    optimizer = optimizer_of(parameters, recipe, accelerator.device)
+    named = {name: weight for name, weight in learner.module.named_parameters() if weight.requires_grad}
+    parameters = list(named.values())
+    optimizer = optimizer_of(named, recipe, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
-    step = _resume(folder, learner.module, optimizer, schedule, recipe, len(texts))
+    texts_are = {"texts": len(texts), "texts_mark": learner.texts_mark}
+    step = _resume(folder, learner.module, optimizer, schedule, recipe, texts_are)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
         _cut_log(folder / LOG, step)
     sums: dict[str, float] = defaultdict(float)
-    with Progress("training", total, done=step, quiet=not main) as progress:
+    with stop_request() as stop, Progress("training", total, done=step, quiet=not main) as progress:
         while step < total:
             _add(sums, _one_step(learner, recipe, texts, step, step / total, accelerator))
             for weight in parameters if accelerator.num_processes > 1 else ():  # all of them, as everybody does
@@ -82,15 +90,18 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             step += 1
             progress.advance()
-            last = step == total
+            last, stopped = step == total, _anywhere(stop.made, accelerator)
             if main and (step % 20 == 0 or last):
                 line = {"step": step, "rate": float(schedule.get_last_lr()[0]), **means(sums)}
                 _append(folder / LOG, line)
                 print(_words(line, total), flush=True)
                 sums.clear()
-            if main and (step % recipe.checkpoint_every == 0 or last):
-                _checkpoint(folder, learner.module, optimizer, schedule, recipe, len(texts), step)
+            if main and (step % recipe.checkpoint_every == 0 or last or stopped):
+                _checkpoint(folder, learner.module, optimizer, schedule, recipe, texts_are, step)
                 learner.save(folder)
+            if stopped and not last:
+                accelerator.wait_for_everyone()
+                raise KeyboardInterrupt(f"interrupted after step {step} of {total}: the same command goes on there.")
     accelerator.wait_for_everyone()
     found = means(tested(learner, held_out)) if main else {}
     if main:
@@ -98,6 +109,14 @@ def train(
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
         plot(folder)
     return found
+
+
+def _anywhere(here: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in any process: all of them have to end with the same step."""
+    if accelerator.num_processes == 1:
+        return here
+    count = torch.tensor(float(here), device=accelerator.device)
+    return bool(accelerator.reduce(count, "sum") > 0)
 
 
 def tested(learner: Learner, texts: Sequence[int]) -> Figures:
@@ -145,24 +164,27 @@ def _rate(step: int, total: int, warmup: float) -> float:
 
 
 def _checkpoint(
-    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: int, step: int
+    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: dict[str, int], step: int
 ) -> None:
     state = {
         "module": _trained(module),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "recipe": asdict(recipe),
-        "texts": texts,
+        **texts,
         "step": step,
     }
     with atomic_write(folder / CHECKPOINT) as partial:
         torch.save(state, partial)
 
 
-def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: int) -> int:
+def _resume(
+    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: dict[str, int]
+) -> int:
     """The step that the folder's checkpoint has come to, its state taken over; 0 if there is none.
 
-    Of other texts it would be another training: their order and what can be drafted follow from all of them."""
+    Of other texts it would be another training: their order and what can be drafted follow from all of them. Older
+    checkpoints say only how many there were, or nothing."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
@@ -170,14 +192,17 @@ def _resume(folder: Path, module: nn.Module, optimizer: Any, schedule: Any, reci
         state = torch.load(path, map_location="cpu", weights_only=True)
         now = asdict(recipe)
         before = {one.name: state["recipe"].get(one.name, one.default) for one in fields(recipe)}  # some may be new
-        texts_before = state.get("texts", texts)
+        before_texts = {name: state.get(name, value) for name, value in texts.items()}
     except Exception as error:  # torch raises many kinds for a broken file
         raise UsageError(f"{path} can't be read ({type(error).__name__}): delete it to begin again.") from None
     instead = f"name another output, or delete {path}"
     if changed := [f"{name} was {before[name]!r} and is {now[name]!r}" for name in now if before[name] != now[name]]:
         raise UsageError(f"{folder} holds a run of another recipe ({'; '.join(changed)}): {instead}.")
-    if texts_before != texts:
-        raise UsageError(f"{folder} holds a run over {texts_before} texts, and now there are {texts}: {instead}.")
+    if before_texts["texts"] != texts["texts"]:
+        counts = f"{before_texts['texts']} texts, and now there are {texts['texts']}"
+        raise UsageError(f"{folder} holds a run over {counts}: {instead}.")
+    if before_texts != texts:
+        raise UsageError(f"{folder} holds a run over other texts than those of {recipe.data}: {instead}.")
     module.load_state_dict(state["module"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

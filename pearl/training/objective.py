@@ -15,6 +15,7 @@ from torch import Tensor
 
 NOTHING = -1  # instead of a token that was not noted, or that can't be drafted
 _GONE = -30.0  # log-probability of a token that was not noted
+_FIGURES = ("loss", "accuracy", "top 5")  # of each depth, in the order in which they are shown
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class RowLosses:
     chance: Tensor  # float [R], of the target's choice, as the drafter sees it
     first: Tensor  # bool [R]
     fifth: Tensor  # bool [R]
+
+    def add_to(self, figures: dict[str, float], depth: int) -> None:
+        """To sums of `depth_figures`."""
+        for name, value in zip(_FIGURES, (self.loss, self.first, self.fifth), strict=True):
+            figures[f"{name} {depth}"] += float(value.detach().sum())
+            figures[f"n:{name} {depth}"] += len(value)
+
+
+def depth_figures(depths: int) -> dict[str, float]:
+    """Sums of nothing so far, for `pearl.training.loop.Figures`."""
+    return {f"{kind}{name} {depth}": 0.0 for name in _FIGURES for depth in range(depths) for kind in ("", "n:")}
 
 
 class Objective:

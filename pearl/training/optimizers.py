@@ -16,23 +16,25 @@ from torch import nn
 
 from pearl.training.recipes import ADAMW, Recipe
 
-TABLE = 8  # a matrix with more rows for each column, or the other way round, is a table
+# parts of the names of tables of tokens or positions, and of what judges a token
+NOT_HIDDEN = ("embed", "lm_head", "wte", "wpe", "mask", "markov", "confidence")
 
 
-def optimizer_of(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """The recipe's."""
+def optimizer_of(weights: dict[str, nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
+    """The recipe's. `weights`: by their names in the module."""
     if recipe.optimizer == ADAMW:
-        return _adamw(weights, recipe, device)
-    matrices = [weight for weight in weights if _of_a_hidden_layer(weight)]
-    others = [weight for weight in weights if not _of_a_hidden_layer(weight)]
+        return _adamw(list(weights.values()), recipe, device)
+    matrices = [weight for name, weight in weights.items() if _of_a_hidden_layer(name, weight)]
+    others = [weight for name, weight in weights.items() if not _of_a_hidden_layer(name, weight)]
     muon = torch.optim.Muon(
         matrices, recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     return Together(muon, _adamw(others, recipe, device)) if others else muon
 
 
-def _of_a_hidden_layer(weight: nn.Parameter) -> bool:
-    return weight.ndim == 2 and max(weight.shape) <= TABLE * min(weight.shape)
+def _of_a_hidden_layer(name: str, weight: nn.Parameter) -> bool:
+    """Told by the name: a table of few tokens has the shape of a wide layer's matrix."""
+    return weight.ndim == 2 and not any(part in name for part in NOT_HIDDEN)
 
 
 def _adamw(weights: Sequence[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ positions, K depths and S segments there are n + n (K - 1) / S rows in memory in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
@@ -46,16 +47,14 @@ def backward(
     for part in anchors.chunk(segments) if mask.slots and len(anchors) else ():
         ahead = look_ahead(drafter, mask, tokens, start, past, part)
         loss(start.detach(), ahead, part).backward()
-    roots: list[Tensor] = [loss(hidden, None, None)]
-    gradients: list[Tensor | None] = [None]
-    leaves = [
-        (hidden, start),
-        *((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True)),
-    ]
-    for part, leaf in leaves:
-        if leaf.grad is not None:
-            roots.append(part)
-            gradients.append(leaf.grad)
+    pairs = ((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True))
+    backward_through(loss(hidden, None, None), [(hidden, start), *pairs])
+
+
+def backward_through(loss: Tensor, leaves: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """The gradient of a loss, and what others have asked of detached copies: (part of the graph, its copy) each."""
+    asked = [(part, leaf.grad) for part, leaf in leaves if leaf.grad is not None]
+    roots, gradients = [loss, *(part for part, _ in asked)], [None, *(gradient for _, gradient in asked)]
     torch.autograd.backward(roots, gradients)
 
 

@@ -88,7 +88,7 @@ class FeatureRecipe(Recipe):
     reach: float = _value(0.0, _SHARE, "how much a token weighs by the chance that its place is reached (PARD-2)")
     borrow: bool = _value(False, FLAG, "save it without its target's embedding: a few MB, for pearl alone")
     segments: int = _value(4, whole(1), "S, pieces in which slots are read, which saves memory")
-    longest: int = _value(1024, whole(1), "tokens of a text; what is beyond is cut off")
+    longest: int = _value(1024, whole(2), "tokens of a text; what is beyond is cut off")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,17 +15,18 @@ lost or a crash cut off is found before anything trains on it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pearl.errors import UsageError
@@ -111,16 +112,32 @@ def write(folder: Path, number: int, answers: Sequence[RecordedAnswer]) -> Shard
         "top_ids": _joined([answer.top_ids for answer in answers], torch.int32),
         "top_logp": _joined([answer.top_logp for answer in answers], torch.float16),
     }
+    return _save(folder, number, tensors)
+
+
+def _save(folder: Path, number: int, tensors: dict[str, Tensor]) -> Shard:
     with atomic_write(folder / shard_name(number)) as partial:
         save_file(tensors, partial)
-        return Shard(
-            number=number,
-            texts=len(answers),
-            tokens=int(lengths.sum()),
-            responses=sum(len(answer.response) for answer in answers),
-            bytes=partial.stat().st_size,
-            crc32=checksum(partial),
-        )
+        count, prompts = len(tensors["tokens"]), int(tensors["prompts"].sum())
+        size, crc = partial.stat().st_size, checksum(partial)
+        return Shard(number, len(tensors["prompts"]), count, responses=count - prompts, bytes=size, crc32=crc)
+
+
+def tokens_of(folder: Path, shard: Shard) -> list[list[int]]:
+    """The tokens of each text of a shard."""
+    file = _open(folder / shard.name, shard)
+    offsets, tokens = file.get_tensor("offsets").tolist(), file.get_tensor("tokens").tolist()
+    return [tokens[first:last] for first, last in itertools.pairwise(offsets)]
+
+
+def drop_texts(folder: Path, shard: Shard, texts: Collection[int]) -> Shard:
+    """Writes a shard again without these of its texts, and returns its new entry."""
+    tensors = load_file(folder / shard.name)
+    lengths, kept = tensors["offsets"].diff(), torch.tensor([text not in texts for text in range(shard.texts)])
+    rows = kept.repeat_interleave(lengths)
+    left = {name: tensor[rows] for name, tensor in tensors.items() if name not in ("offsets", "prompts")}
+    left["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[kept].cumsum(0)])
+    return _save(folder, shard.number, left | {"prompts": tensors["prompts"][kept]})
 
 
 def _joined(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -176,7 +193,7 @@ class Recorded:
             _log.warning(
                 "%s has %d of %d shards so far: pearl extract goes on.", folder, len(manifest.shards), manifest.count
             )
-        self.manifest, self._features = manifest, features
+        self.manifest, self._folder, self._features = manifest, folder, features
         self._files: list[tuple[Any, list[int], list[int]]] = []  # open, offsets, prompts
         self._places: list[tuple[int, int]] = []  # (file, text in it)
         self.lengths: list[int] = []
@@ -190,6 +207,11 @@ class Recorded:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def mark(self) -> int:
+        """What tells these texts from others: the checksum of their files' checksums."""
+        return zlib.crc32(repr([shard.crc32 for shard in self.manifest.shards]).encode())
+
     def must_be_of(self, mark: str, target: str) -> None:
         """Raises `UsageError` unless these are texts of the target with that fingerprint."""
         if self.manifest.fingerprint != mark:
@@ -199,7 +221,8 @@ class Recorded:
             )
 
     def split(self, held_out: int) -> tuple[list[int], list[int]]:
-        """The numbers of the texts to train on, and of those of the last `held_out` shards."""
+        """The numbers of the texts to train on, and of those of the last `held_out` shards. Raises `UsageError` if
+        there is nothing to train on."""
         if held_out >= len(self._files):
             prompts = sum(shard.texts for shard in self.manifest.shards)
             raise UsageError(
@@ -208,6 +231,8 @@ class Recorded:
             )
         first = len(self._files) - held_out
         train = [number for number, (file, _) in enumerate(self._places) if file < first]
+        if not train:
+            raise UsageError(f"{self._folder} holds no text to train on: extract longer texts, or of shorter prompts.")
         return train, [number for number, (file, _) in enumerate(self._places) if file >= first]
 
     def __getitem__(self, number: int) -> RecordedText:

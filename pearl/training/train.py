@@ -29,7 +29,7 @@ from pearl.models.fingerprint import model_fingerprint
 from pearl.training import loop, partition
 from pearl.training.first_weights import go_on_from, new_drafter, spare_token
 from pearl.training.loop import Figures
-from pearl.training.objective import NOTHING, Objective, RowLosses, frequent
+from pearl.training.objective import NOTHING, Objective, RowLosses, depth_figures, frequent
 from pearl.training.recipes import FeatureRecipe
 from pearl.training.shards import Recorded, stacked
 
@@ -65,6 +65,10 @@ class FeatureLearner:
         self._objective = Objective(drafter.vocabulary, size, recipe.kl)
         longest = min(recipe.longest, max(data.lengths))
         self._mask = SlotMask(longest, recipe.depths, device)
+
+    @property
+    def texts_mark(self) -> int:
+        return self._data.mark
 
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
@@ -109,18 +113,14 @@ class FeatureLearner:
         weights = [self._recipe.depth_decay**depth for depth in range(depths)]
         later = [self._labels(noted, anchors, depth).sum() for depth in range(1, depths)]
         counts = [int(count) for count in (noted.sum(), *later)]
-        sums: dict[str, float] = {}
-        for name in ("loss", "accuracy", "top 5"):  # in the order in which they are shown
-            sums |= {f"{kind}{name} {depth}": 0.0 for depth in range(depths) for kind in ("", "n:")}
+        sums = depth_figures(depths)
 
         def judged(
             depth: int, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
         ) -> tuple[Tensor, Tensor]:
             """The share of the loss, and how likely each row found the choice."""
             found = self._judge(rows, before, ids, logp)
-            for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
-                sums[f"{name} {depth}"] += float(value.detach().sum())
-                sums[f"n:{name} {depth}"] += len(rows)
+            found.add_to(sums, depth)
             loss = (found.loss * weight).sum() * (weights[depth] / sum(weights) / counts[depth])
             return loss, found.chance
 
@@ -223,8 +223,12 @@ def run(recipe: FeatureRecipe) -> None:
     sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
     size = target.get_output_embeddings().weight.shape[0]
     mask_token = spare_token(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
+    if mask_token >= size:
+        raise UsageError(f"The recipe's mask_token must be below {size}, the rows of the target's embedding.")
     if recipe.start:
         drafter = go_on_from(recipe.start, target, recipe, layers)
+        if accelerator.is_main_process and len(drafter.vocabulary) != recipe.vocabulary:
+            print(f"{recipe.start} goes on drafting from its own {len(drafter.vocabulary)} tokens")
     else:
         drafter = new_drafter(target, recipe, layers, vocabulary, sample, mask_token)
     architecture = type(target).__name__

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pearl.config.inputs import brief
-from pearl.core.features import DeviceFeatures
+from pearl.machine.device_features import DeviceFeatures
 from pearl.wire.groups import gloo_group, nccl_group
 
 _log = logging.getLogger(__name__)

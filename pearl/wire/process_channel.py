@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from pearl.config.engine_config import SILENCE_S
 from pearl.config.inputs import brief
-from pearl.core.features import DeviceFeatures
 from pearl.core.messages import Beat, Close, MalformedMessage, Message, Nodes, SentSeparately, Verdict
+from pearl.machine.device_features import DeviceFeatures
 from pearl.wire.channel import Clock
 from pearl.wire.codec import length, pack, unpack
 from pearl.wire.connection import FrameConnection

@@ -39,8 +39,12 @@ def test_weights_in_two_formats_are_counted_once(pair, tmp_path, monkeypatch):
     weights = tmp_path / "target" / "model.safetensors"
     shutil.copy(weights, weights.with_name("consolidated.safetensors"))
     gb = weights.stat().st_size / 1e9
+    config = EngineConfig(str(tmp_path / "target"), dtype="float32", max_length=16)
     monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=needed_gb(1.5 * gb)))
-    preflight(EngineConfig(str(tmp_path / "target"), dtype="float32", max_length=16))
+    preflight(config)
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=needed_gb(0.9 * gb)))
+    with pytest.raises(UsageError, match="in main memory"):
+        preflight(config)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu,cpu", "cpu:0", "cuda:x", "", "cpu,cuda:0"])

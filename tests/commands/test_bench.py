@@ -16,12 +16,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pearl.bench import shapes as bench
 from pearl.checkpoints import embedded, shared_embeddings
 from pearl.commands.bench import main
 from pearl.config.engine_config import DRAFT, model_path
 from pearl.core.token_buckets import LIMIT, TokenBuckets
 from pearl.models.numerics_check import Check
-from pearl.predict import shapes as bench
 
 pytestmark = pytest.mark.slow
 

@@ -23,6 +23,8 @@ def test_a_draft_may_be_several_sources_one_of_which_has_files():
     assert EngineConfig(draft="synthetic:0.5").drafter_works
     with pytest.raises(UsageError, match="several checkpoints"):
         EngineConfig(draft="smollm2-135m-draft,smollm2-135m-feature")
+    with pytest.raises(UsageError, match="names a synthetic one beside another: it stands alone"):
+        EngineConfig(draft="suffix,synthetic:0.8")
 
 
 def test_what_guesses_beside_the_target_is_named_or_left_to_what_pays():

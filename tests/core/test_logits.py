@@ -18,7 +18,7 @@ from pearl.core.logits import custom
 from pearl.core.logits.logprobs import logprobs
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
-from pearl.core.picks import begin_processed
+from pearl.core.sampling.picks import begin_processed
 from pearl.core.trie import Trie
 from pearl.errors import UsageError
 from pearl.machine.transfers import select_rows

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pearl.core import noise, picks
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import NOT_FINITE, Picker
+from pearl.core.sampling import noise, picks
+from pearl.core.sampling.methods import NOT_FINITE, Picker
 from pearl.core.trie import Trie
 
 NODE = Trie([1, 2, 3]).root

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from toys import examples
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pearl.core import noise, sampling
 from pearl.core.messages import Guess, Nodes
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import Picker, accept_or_resample, noisy_argmax, propose, ranked, residual, warp
+from pearl.core.sampling import methods, noise
+from pearl.core.sampling.methods import Picker, accept_or_resample, noisy_argmax, propose, ranked, residual, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.wire.codec import decode, encode
@@ -79,7 +80,7 @@ def on_the_edge(logits: Tensor, params: SamplingParams) -> bool:
 @given(all_logits(), CUTS)
 def test_warp_keeps_what_transformers_keeps(logits: Tensor, params: SamplingParams):
     assume(not on_the_edge(logits, params))
-    ours, theirs = warp(logits, params), by_transformers(logits, params)
+    ours, theirs = warp(logits[None], params)[0], by_transformers(logits, params)
     assert torch.equal(ours.isinf(), theirs.isinf())
     assert torch.equal(ours, theirs)
 
@@ -87,7 +88,7 @@ def test_warp_keeps_what_transformers_keeps(logits: Tensor, params: SamplingPara
 @examples(100)
 @given(all_logits(), CUTS)
 def test_warp_keeps_a_likeliest_token_and_changes_no_logit_that_it_keeps(logits: Tensor, params: SamplingParams):
-    scores = warp(logits, params)
+    scores = warp(logits[None], params)[0]
     kept, before = ~scores.isinf(), logits.float() / params.temperature
     assert torch.equal(scores[kept], before[kept]) and scores.dtype == torch.float32
     assert scores.max() == before.max()
@@ -97,7 +98,32 @@ def test_warp_keeps_a_nucleus_larger_than_it_looks_for_first():
     logits = random_logits(0, 5000, 0.1)
     for top_p in (0.05, 0.5, 0.99):
         params = SamplingParams(temperature=1.0, top_p=top_p)
-        assert torch.equal(warp(logits, params), by_transformers(logits, params))
+        assert torch.equal(warp(logits[None], params)[0], by_transformers(logits, params))
+
+
+@st.composite
+def tied_rows(draw: st.DrawFn) -> Tensor:
+    """Rows of few different logits, so that several tokens lie at the edge of a nucleus."""
+    size = draw(st.one_of(st.integers(1, 12), st.integers(500, 900)))
+    seed, levels = draw(st.integers(0, 10_000)), draw(st.integers(1, 4))
+    return torch.randint(levels, (draw(st.integers(1, 4)), size), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@examples(300)
+@given(tied_rows(), st.one_of(st.floats(0.001, 0.999), st.integers(1, 9).map(lambda tenths: tenths / 10)))
+def test_a_nucleus_is_the_fewest_first_tokens_that_reach_top_p_however_it_is_computed(logits: Tensor, top_p: float):
+    params = SamplingParams(temperature=1.0, top_p=top_p)
+    together = warp(logits, params)
+    for row, scores in zip(logits, together, strict=True):
+        assert torch.equal(warp(row[None], params)[0], scores), "the rows beside it are of no account"
+        units = [int(p * 2.0**40) for p in row.softmax(-1).tolist()]
+        order = sorted(range(len(row)), key=lambda token: (-units[token], token))
+        ahead = itertools.accumulate([units[token] for token in order], initial=0)
+        nucleus = {token for token, mass in zip(order, ahead, strict=False) if mass < math.ceil(top_p * 2**40)}
+        assert set(scores.isfinite().nonzero().flatten().tolist()) == nucleus
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(methods, "_FIRST", logits.shape[1])  # as on a GPU, which sorts all at once
+        assert torch.equal(warp(logits, params), together)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-46, 1e-300])
@@ -107,7 +133,7 @@ def test_the_lower_the_temperature_the_greedier(temperature: float):
         params = SamplingParams(temperature=temperature)
     except UsageError:
         return  # refused: fine
-    assert noisy_argmax(warp(logits, params), 1, 2, noise.PICK) == 1
+    assert noisy_argmax(warp(logits[None], params)[0], 1, 2, noise.PICK) == 1
 
 
 # noise
@@ -301,9 +327,9 @@ def test_a_proposal_is_a_distribution_over_few_kept_tokens(
     params = replace(params, seed=seed, method="rejection")
     token, proposal = propose(logits, params, position)
     tokens, q = [t for t, _ in proposal], [x for _, x in proposal]
-    assert token in tokens and len(set(tokens)) == len(tokens) <= sampling.SUPPORT
+    assert token in tokens and len(set(tokens)) == len(tokens) <= methods.SUPPORT
     assert abs(sum(q) - 1) < 1e-6 and min(q) > 0
-    assert not warp(logits, params)[tokens].isinf().any()
+    assert not warp(logits[None], params)[0, tokens].isinf().any()
     assert propose(logits, params, position) == (token, proposal)
 
 
@@ -345,7 +371,7 @@ def test_the_first_of_the_ranked_guesses_is_the_one_that_a_chain_would_propose(
     logits: Tensor, params: SamplingParams, seed: int, position: int, most: int, how: str
 ):
     """Of few tokens; of more only the best are looked at, and a seeded sample may be beyond them."""
-    logits = logits[: min(sampling.CANDIDATES)]
+    logits = logits[: min(methods.CANDIDATES)]
     params = replace(params, seed=seed, temperature=0.0) if how == "greedy" else replace(params, seed=seed, method=how)
     guesses = ranked(logits[None], params, [position], most)[0]
     tokens = [token for token, _, _ in guesses]
@@ -367,4 +393,4 @@ def test_seeded_guesses_are_ranked_by_the_samples_that_they_would_be():
         (first, _, _), (second, _, _) = ranked(logits[None], params, [9], 2)[0]
         without = logits.clone()
         without[first] = -torch.inf
-        assert second == noisy_argmax(warp(without, params), seed, 9, noise.PICK)
+        assert second == noisy_argmax(warp(without[None], params)[0], seed, 9, noise.PICK)

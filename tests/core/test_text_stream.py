@@ -13,7 +13,7 @@ from toys import examples
 
 from pearl.core.detokenizer import TextDecoder
 from pearl.core.params import SamplingParams
-from pearl.core.stopping import Stopper, TextStream, _Beginning
+from pearl.core.stopping import Stopper, TextStream
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 TEXTS = st.text(st.sampled_from("ab \n\u00e9\u8868\u60c5\uff1b\U0001f389\U0001f468\u200d"), min_size=1, max_size=12)
@@ -193,16 +193,6 @@ def test_a_token_costs_the_same_however_long_the_text_is():
         for token in range(2000):
             stream.add([token])
         assert sum(sizes) < 2000 * 60
-
-
-@given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=6))
-def test_what_may_begin_a_stop_string_is_known_letter_by_letter(pieces: list[str], stop: str):
-    beginning, said = _Beginning(stop), ""
-    for piece in pieces:
-        beginning.add(piece)
-        said += piece
-        sizes = (size for size in range(1, len(stop)) if said.endswith(stop[:size]))
-        assert beginning.size == max(sizes, default=0)
 
 
 def test_a_token_costs_the_same_however_long_a_stop_string_is():

@@ -129,7 +129,6 @@ def test_the_best_block_grows_with_acceptance_and_with_the_speed_ratio() -> None
     assert all(list(column) == sorted(column) for column in zip(*best, strict=True))
     assert best[0] == [1] * len(GRID_C)
     assert best_gamma(1.0, 2.6) == 16
-    assert best_gamma(1.0, 2.6, limit=5) == 5
 
 
 def test_the_best_block_is_no_worse_than_any_other() -> None:
@@ -178,8 +177,6 @@ def test_figures_outside_the_model_are_refused(a: float, c: float) -> None:
 def test_blocks_outside_the_model_are_refused() -> None:
     with pytest.raises(UsageError):
         tokens_per_pass_sd(0.5, -1)
-    with pytest.raises(UsageError):
-        best_gamma(0.5, 2.0, limit=0)
 
 
 def test_the_page_shows_the_table_that_the_code_prints() -> None:

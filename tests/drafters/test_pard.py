@@ -24,7 +24,7 @@ from toys import EAGER, ScriptedChannel, examples, extend, falsified, scrambled,
 
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import ranked
+from pearl.core.sampling.methods import ranked
 from pearl.core.schedule import Schedule
 from pearl.core.trie import Trie
 from pearl.drafters.draft_source import MAX_CHILDREN, ChainQuery, TreeQuery

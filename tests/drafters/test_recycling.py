@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from pearl.core import noise
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import noise
 from pearl.core.trie import Trie
 from pearl.drafters.draft_source import RowsRead, TreeQuery
 from pearl.drafters.recycling import KEPT, PLACES, RecyclingSource

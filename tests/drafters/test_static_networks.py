@@ -18,7 +18,6 @@ from torch.distributed import HashStore
 from toys import EAGER, ScriptedChannel, scrambled, ticks, together
 from trained import drafter_for
 
-from pearl.core.features import DeviceFeatures
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
@@ -29,6 +28,7 @@ from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.drafters.pard import PardSource
+from pearl.machine.device_features import DeviceFeatures
 from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.sequence import SequenceRequest

@@ -17,7 +17,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import MIN_PATH_LOGP, ChainQuery, TreeQuery
 from pearl.drafters.suffix import MIN_CHAIN_LOGP, Chances, SuffixIndex, SuffixSource
-from pearl.drafters.suffix_automaton import MOST_COUNTED, SEPARATOR, SuffixAutomaton
+from pearl.drafters.suffix_automaton import MOST_COUNTED, MOST_LINKS, SEPARATOR, SuffixAutomaton
 
 TEXTS = st.lists(st.integers(0, 2), max_size=40)
 PATHS = st.lists(st.integers(0, 3), max_size=6)
@@ -46,6 +46,21 @@ def matches(text: list[int], path: list[int]) -> list[tuple[int, dict[int, int]]
         if len(after) > (len(found[-1][1]) if found else 0):
             found.append((size, {token: min(count, MOST_COUNTED) for token, count in after.items()}))
     return found
+
+
+def test_a_long_repetition_is_looked_up_in_a_few_steps():
+    automaton = automaton_of([7] * 5000)
+    steps = 0
+
+    class Counted(list[int]):
+        def __getitem__(self, at):
+            nonlocal steps
+            steps += 1
+            return super().__getitem__(at)
+
+    automaton._link = Counted(automaton._link)
+    assert [match for match, _ in automaton.suffixes(automaton.end)] == [4999]
+    assert steps <= MOST_LINKS + 2
 
 
 @examples(300)

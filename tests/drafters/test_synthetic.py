@@ -12,6 +12,7 @@ from tiers import tiered
 from toys import TableModel, letters
 
 from pearl import Engine, SamplingParams
+from pearl.bench import synthetic_bench
 from pearl.config.engine_config import EngineConfig
 from pearl.config.synthetic import SyntheticDraft
 from pearl.core import theory
@@ -24,7 +25,7 @@ from pearl.drafters.synthetic import SyntheticSource
 from pearl.errors import UsageError
 from pearl.evaluation.measures.acceptance import by_depth
 from pearl.models.verifier import VerifierModel
-from pearl.predict import simulation, synthetic_bench
+from pearl.predict import simulation
 from pearl.predict.script import DraftedToken, Script, Times
 from pearl.predict.simulation import simulate
 from pearl.roles.drafter import Drafter
@@ -126,7 +127,7 @@ def test_a_forward_takes_its_time_and_extends_several_leaves():
 
 
 @pytest.mark.parametrize(
-    "word", ["synthetic", "synthetic:", "synthetic:1.2", "synthetic:a", "synthetic:0.5@5", "synthetic:0.5/2"]
+    "word", ["synthetic", *(f"synthetic:{said}" for said in ("", "1.2", "a", "0.5@5", "0.5@", "0.5/2"))]
 )
 def test_one_that_cant_be_meant_is_refused_with_what_can(word: str):
     with pytest.raises(UsageError, match=r"must be like synthetic:0\.8"):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from toys import TableModel, alone, examples, extend
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import propose, ranked
+from pearl.core.sampling.methods import propose, ranked
 from pearl.core.schedule import Schedule
 from pearl.core.token_buckets import ANY
 from pearl.core.trie import Node, Trie
@@ -310,7 +310,7 @@ def test_a_guess_that_is_too_unlikely_far_below_the_root_is_offered_once_the_roo
     for _ in range(6):
         extend(source, trie, 8, 99, True)
     before = {node: len(node.children) for node in paths_of(trie.root).values()}
-    trie.commit([node.token for node in trie.chain(2)])
+    trie.commit([node.token for node in trie.chain()[:2]])
     new = extend(source, trie, 8, 99, True)
     assert any(len(node.children) > before[node] > 0 for node in paths_of(trie.root).values() if node in before)
     for path, node in paths_of(trie.root).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,9 @@ def test_texts_are_remembered_on_disk_and_prompts_in_the_engine(pair, tmp_path):
         with pytest.raises(UsageError, match="prediction must be token ids below"):
             engine.submit(PROMPT, PARAMS, prediction=[1 << 40])
         predicted = engine.submit(PROMPT, PARAMS, prediction=first.tokens).result()
+        scored = engine.generate(PROMPT, replace(PARAMS, prompt_logprobs=1))
         vocabulary = engine.runtime.checked.vocabulary
+    assert scored.tokens == first.tokens and scored.stats.cached_tokens == 0, "it was read whole"
     assert first.tokens == again.tokens == predicted.tokens
     assert (first.stats.cached_tokens, again.stats.cached_tokens % 128) == (0, 0) and again.stats.cached_tokens > 0
     assert sum(one.rows for one in first.stats.passes) - sum(one.rows for one in again.stats.passes) == (

@@ -182,8 +182,8 @@ def test_what_can_not_be_written_is_refused_before_the_first_token(serial, argum
 def test_a_budget_for_keys_and_values_says_how_many_texts_there_are(pair):
     config = EngineConfig(*pair, dtype="float32", max_length=200, max_sequences=500)
     each = 2 * 2 * 2 * 16 * 4 * (512 + 32)  # keys and values, layers, heads, numbers of 4 bytes; slots in 128s, spare
-    assert preflight(replace(config, cache_gb=7.5 * each / 1e9)).texts == 7
-    assert preflight(config).texts == 500
+    assert preflight(replace(config, cache_gb=7.5 * each / 1e9)).max_sequences == 7
+    assert preflight(config).max_sequences == 500
     with pytest.raises(UsageError, match="does not hold one text"):
         preflight(replace(config, cache_gb=0.5 * each / 1e9))
     for wrong in (0, 513, 2.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from evaluations import options, written
 from pearl.config import outputs
 from pearl.evaluation import lines, results
 from pearl.evaluation.pages import kept
+from pearl.evaluation.report import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = sorted(file for file in (ROOT / "docs" / "results").glob("*/*.json") if file.parent.name != "raw")
@@ -80,6 +82,78 @@ def test_a_synthetic_run_is_kept_beside_the_real_one_and_only_the_readme_of_its_
     assert told.count("GSM8K") == 1, "the real one"
     assert keep_results.main([str(folder), "--to", str(tmp_path / "results" / "kept")]) == 0
     assert readme.read_text() == told and (tmp_path / "results" / "kept" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        ({}, "GSM8K (chat), 1 text of up to 8 tokens, greedy"),
+        (
+            {"temperature": 0.5, "top_p": 0.9, "sampling": "rejection", "batch_size": 8},
+            "GSM8K (chat), 1 text of up to 8 tokens, temperature 0.5, top-p 0.9, rejection sampling, "
+            "8 texts side by side",
+        ),
+        (
+            {"ignore_eos": True, "repetition_penalty": 1.1, "min_tokens": 4, "repeats": 3, "num_samples": 2},
+            "GSM8K (chat), 1 text of up to 8 tokens, greedy, end of sequence ignored, 2 samples of each, "
+            "repetition-penalty 1.1, min-tokens 4, each 3 times",
+        ),
+    ],
+)
+def test_a_line_tells_what_was_asked_for_beside_its_text(config: dict, told: str):
+    config = {"suite": "gsm8k", "prompt_format": "chat", "max_new_tokens": 8, "top_p": 1.0, "top_k": None} | config
+    by_category = {"a|b": {"sequences": 1, "speedup_vs_ar": 2.0}, "c": {"sequences": 2, "speedup_vs_ar": 1.0}}
+    run = Run(Path("run"), "run", config, {}, {"sd": {"sequences": 1, "by_category": by_category}})
+    assert kept.text_of(run) == told
+    assert "\n| a\\|b, 1 text | 2.00 |\n| c, 2 texts | 1.00 |\n" in kept.section(run)
+
+
+@pytest.mark.parametrize(
+    "cpus, hosts, told",
+    [
+        ({"target": [0, 1], "drafter": [0, 1]}, 1, "2 cores of a CPU"),
+        ({"target": [0], "drafter": [1]}, 1, "2 cores of a CPU"),
+        ({"target": [0], "drafter": [0]}, 1, "1 core of a CPU"),
+        ({"target": [0, 1], "drafter": [0, 1]}, 2, "4 cores of a CPU"),
+        ({}, 1, "4 cores of a CPU"),
+    ],
+)
+def test_cores_that_both_roles_have_count_once(cpus: dict, hosts: int, told: str):
+    """Two hosts number theirs alike; an early run tells threads alone."""
+    environment = {"cpus": cpus, "threads": {"target": 2, "drafter": 2}, "hosts": hosts}
+    environment |= {"devices": {"target": ["cpu"]}, "processor": "a CPU"}
+    assert kept.machine(Run(Path("run"), "run", {}, environment, {})) == told
+
+
+def lines_of(folder: Path, suite: str) -> Path:
+    """A run of `suite` with lines of two modes."""
+    folder.mkdir(parents=True)
+    config, modes = {"suite": suite, "batch_size": 1}, {mode: {"sequences": 1} for mode in keep_results.RAW_MODES}
+    lines.write_json(folder / results.SUMMARY, {"config": config, "environment": {}, "modes": modes})
+    for name in (results.PASSES, results.SAMPLES):
+        lines.append(folder / name, [{"mode": mode, "text": f"of {suite}"} for mode in modes])
+    return folder
+
+
+def test_raw_lines_are_never_of_a_benchmark_whose_prompts_may_not_be_committed(tmp_path):
+    secret, free = (lines_of(tmp_path / "pair" / suite, suite) for suite in ("speed_bench", "gsm8k"))
+    assert keep_results.main([str(secret), "--to", str(tmp_path / "kept")]) == 0
+    assert not (tmp_path / "kept" / "raw").exists()
+    assert keep_results.main([str(secret), str(free), "--to", str(tmp_path / "kept")]) == 0
+    for file in (tmp_path / "kept" / "raw").glob("*.gz"):
+        told = gzip.decompress(file.read_bytes()).decode()
+        assert "of gsm8k" in told and "speed_bench" not in told
+
+
+def test_every_run_that_is_given_is_kept_under_the_name_of_its_folder(tmp_path, monkeypatch):
+    """Of two runs of one benchmark neither takes the other's place; a folder may be called `.`."""
+    folders = [lines_of(tmp_path / "pair" / name, "humaneval") for name in ("humaneval", "humaneval-gamma")]
+    assert keep_results.main([*map(str, folders), "--to", str(tmp_path / "kept")]) == 0
+    assert {file.name for file in (tmp_path / "kept" / "pair").iterdir()} == {"humaneval.json", "humaneval-gamma.json"}
+    monkeypatch.chdir(folders[0])
+    assert keep_results.main([".", "--to", str(tmp_path / "here")]) == 0
+    assert [file.name for file in (tmp_path / "here" / "pair").iterdir()] == ["humaneval.json"]
+    assert json.loads((tmp_path / "here" / "raw" / keep_results.FIGURES).read_text())["run"] == "humaneval"
 
 
 def test_two_runs_that_would_be_kept_in_one_place_are_refused_before_anything_is_written(tmp_path, capsys):

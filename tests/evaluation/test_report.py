@@ -16,6 +16,7 @@ from evaluations import script, text
 from pearl.core.records import SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import lines, metrics, plots, report, results, tables
+from pearl.evaluation.pages import sweeps
 
 PNG = b"\x89PNG\r\n"
 ENVIRONMENT = {"commit": "abc", "torch": "2.13", "processor": "a CPU", "command": ["eval/gsm8k.py", "--limit", "4"]}
@@ -150,6 +151,7 @@ def test_runs_of_one_kind_are_comparable(tmp_path):
         ({"environment": {"commit": "def"}}, "commit differs: abc in a; def in b."),
         ({"environment": {"processor": "another"}}, "processor differs: a CPU in a; another in b."),
         ({"config": {"temperature": 1.0}}, "Of gsm8k: temperature differs: 0 in a; 1 in b."),
+        ({"config": {"ignore_eos": True}}, "Of gsm8k: ignore_eos differs: False in a; True in b."),
         ({"config": {"prompts": "q"}}, "Of gsm8k: prompts differs: p in a; q in b."),
     ],
 )
@@ -171,6 +173,18 @@ def test_a_baseline_that_moved_between_runs_is_noticed(tmp_path):
     (sentence,) = doubts(tmp_path, {}, ar=2.5, sd=1.0)
     assert "ar made 0.40 tokens/s in b and 0.50 in a" in sentence
     assert doubts(tmp_path / "other", {"config": {"resolved": {"target": "another"}}}, ar=2.5, sd=1.0) == []
+
+
+def test_a_baseline_that_other_texts_side_by_side_moved_is_no_other_machine(tmp_path, capsys):
+    """Whatever a sweep varies on purpose is no doubt there."""
+    told = doubts(tmp_path, {"config": {"batch_size": 8}}, ar=0.5, sd=0.2)
+    fewer = "In b, fewer texts were side by side than the 8 asked for: ar 1, sd 1."
+    assert told == ["Of gsm8k: batch_size differs: 1 in a; 8 in b.", fewer]
+    assert report.doubts(report.load([tmp_path]), sweeps.VARIED["concurrency"]) == [fewer]
+    words = [str(tmp_path), "--output", str(tmp_path / "table"), "--sweep"]
+    for sweep, doubted in (("concurrency", False), ("temperature", True)):
+        assert script("table").main([*words, sweep]) == 0
+        assert ("batch_size differs" in capsys.readouterr().err) == doubted
 
 
 def changed(folder: Path, **facts: object) -> Path:
@@ -243,6 +257,19 @@ def test_every_plot_is_a_picture_of_the_facts_or_none(two, tmp_path):
     assert all(png.startswith(PNG) and len(png) > 5000 for png in made.values())
     alone = report.load([make(tmp_path / "alone", ar=1.0)])
     assert "speedup" not in plots.of(alone, list(plots.PLOTS))
+
+
+def test_a_picture_that_runs_have_nothing_for_is_told_to_be_missing(two, tmp_path, capsys):
+    output = tmp_path / "out"
+    words = [*map(str, two), "--plots", "energy", "speedup", "--sweep", "input_length"]
+    assert script("table").main([*words, "--output", str(output)]) == 0
+    missing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no picture of ")]
+    assert [line.split(":")[0] for line in missing] == ["no picture of energy", "no picture of input_length"]
+    assert [file.name for file in output.glob("*.png")] == ["speedup.png"]
+    page = ["--output", str(tmp_path / "page.html")]
+    for words, told in (([], ""), (["--plots", "energy", "speedup"], missing[0] + "\n")):
+        assert script("report").main([*map(str, two), *words, *page]) == 0
+        assert capsys.readouterr().err == told
 
 
 class Page(HTMLParser):

@@ -54,6 +54,11 @@ def test_cells_are_written_for_people(value, cell):
     assert tables.Column("x", "{:.2f}", "").cell(value) == cell
 
 
+def test_words_end_no_cell_of_a_table_in_markdown():
+    told = tables.markdown(["a|b", "x"], [["c\n| d", "1"], ["", "-"]])
+    assert told == "| a\\|b | x |\n| --- | ---: |\n| c \\| d | 1 |\n|  | - |"
+
+
 def test_an_interval_reaches_from_to_and_two_depths_are_two_figures():
     interval, depths = "speedup_interval_95", "acceptance_by_depth"
     _, ((_, *cells),) = tables.cells(

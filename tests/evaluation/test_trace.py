@@ -12,9 +12,9 @@ import pytest
 from timelines import MISS, PASS_S, PROMPT, ROWS, lived
 
 from pearl.commands.results.trace import main
-from pearl.core.timeline import Trace, merge
 from pearl.evaluation import trace_picture
 from pearl.evaluation.trace import frame, panels, read
+from pearl.machine.timeline import Trace, merge
 
 
 @pytest.fixture

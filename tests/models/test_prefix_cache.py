@@ -20,10 +20,10 @@ from transformers import Gemma3TextConfig
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
+from pearl.core.token_buckets import PREFILL_CHUNK
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, PrefixCache, digest
-from pearl.models.language_model import PREFILL_CHUNK
 from pearl.models.verifier import VerifierModel
 from pearl.roles.sequence import SequenceRequest
 from pearl.roles.target import Target
@@ -263,6 +263,16 @@ def test_in_a_round_nothing_of_it_is_found_so_every_mode_reads_the_same():
         assert store.nbytes <= 35
     store.begin_round()
     assert store.nbytes <= 35 * 3 / 4
+
+
+def test_a_store_that_is_full_after_a_round_drops_the_end_of_a_text_too():
+    keys = [bytes([number]) for number in range(5)]
+    store = PrefixCache(50)
+    store.begin_round()
+    for number, key in enumerate(keys):
+        store.add(key, piece(), keys[:number])
+    store.begin_round()
+    assert [len(store.find(keys[: number + 1])) for number in range(5)] == [1, 2, 3, 3, 3]
 
 
 def test_what_is_to_be_forgotten_of_a_round_is_found_by_nobody():

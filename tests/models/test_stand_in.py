@@ -24,9 +24,10 @@ from transformers import MistralConfig
 import pearl.machine.transfers
 import pearl.models.kv_cache.attention_probe
 import pearl.roles.target
-from pearl.core import sampling
+from pearl.bench.host_time import DuringPasses
 from pearl.core.messages import DraftStats
-from pearl.core.sampling import SamplingParams
+from pearl.core.params import SamplingParams
+from pearl.core.sampling import methods
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import BatchedTokenBuckets
@@ -43,7 +44,6 @@ from pearl.models.tensor_parallel import commands, ordered_sum
 from pearl.models.tensor_parallel.commands import TokenDeltas
 from pearl.models.tensor_parallel.model import TensorParallelModel
 from pearl.models.verifier import VerifierModel
-from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
 from pearl.roles.sequence import SequenceRequest, SequenceState
 from pearl.roles.target import Target
@@ -348,7 +348,7 @@ def after(of: type | ModuleType, name: str, more: Callable[[Tensor], object]) ->
         after(DraftModel, "_read_chunk", lambda logits: logits[0, 0].item()),
         after(DraftModel, "_read_chunk", lambda logits: logits + torch.zeros(logits.shape)),
         after(DraftModel, "_read_chunk", lambda logits: logits[logits > 0]),
-        after(sampling, "_asked", lambda ranked: ranked.tolist()),
+        after(methods, "_asked", lambda ranked: ranked.tolist()),
     ],
     ids=["item of leaves", "item", "host", "shape", "ranks"],
 )

@@ -11,11 +11,12 @@ import torch
 from numerics import Recorder, prepared
 from tiers import tiered
 
-from pearl.core.token_buckets import ANY, GRAIN, LIMIT, BatchedTokenBuckets, TokenBuckets
+from pearl.core.token_buckets import ANY, GRAIN, LIMIT, PREFILL_CHUNK, BatchedTokenBuckets, TokenBuckets
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
+from pearl.models.static_shapes import recordings as recordings_module
 from pearl.models.static_shapes.inputs import StaticInputs
-from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, PIECE, StaticShapeRunner
+from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, PATHS, StaticShapeRunner
 from pearl.models.static_shapes.recordings import Recordings
 from pearl.models.verifier import SequenceQuery, VerifierModel
 
@@ -129,8 +130,8 @@ def test_a_drafters_leaves_are_the_same(vocabulary):
 def test_a_draft_model_reads_any_number_of_tokens_at_once():
     plain, fixed = (tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]())) for _ in range(2))
     fixed.enable_static_shapes(DRAFT_COUNTS)
-    text = [7 * i % tiny.VOCABULARY for i in range(PIECE)]
-    for count in range(1, PIECE + 1):
+    text = [7 * i % tiny.VOCABULARY for i in range(PREFILL_CHUNK)]
+    for count in range(1, PREFILL_CHUNK + 1):
         for reader in (plain, fixed):
             reader.forget()
         said = [reader.read(text[:count], 1) for reader in (plain, fixed)]
@@ -193,15 +194,15 @@ def test_whole_pieces_of_prompts_have_the_bits_of_today_and_are_recorded_when_th
     recorder = Recorder()
     fixed.enable_static_shapes(capture=recorder)
     for number, seed in enumerate((1, 2, 3)):
-        prompt = [(seed * 7 * i) % tiny.VOCABULARY for i in range(PIECE + 40)]
+        prompt = [(seed * 7 * i) % tiny.VOCABULARY for i in range(PREFILL_CHUNK + 40)]
         for reader in (plain, fixed):
             reader.forget(batch_slot=1)
-        for end, keep in ((PIECE, 1), (PIECE + 9, 9)):
+        for end, keep in ((PREFILL_CHUNK, 1), (PREFILL_CHUNK + 9, 9)):
             said = [reader.read(prompt[:end], keep, batch_slot=1) for reader in (plain, fixed)]
             assert said[0].shape == (keep, tiny.VOCABULARY) and torch.equal(*said)
         assert recorder.recorded == (1 if number == 0 else 2)  # the nine rows at once, the piece when it comes again
     assert recorder.replayed == 5
-    scored = [reader.read(prompt[:PIECE], PIECE, batch_slot=0) for reader in (plain, fixed)]
+    scored = [reader.read(prompt[:PREFILL_CHUNK], PREFILL_CHUNK, batch_slot=0) for reader in (plain, fixed)]
     assert torch.equal(*scored) and recorder.replayed == 5  # what asks for every row is no such piece
 
 
@@ -249,9 +250,10 @@ def test_drafts_of_texts_side_by_side_are_the_same():
     assert fixed.shared.shapes > 2 and recorder.replayed > 2
 
 
-def test_of_many_recordings_those_replayed_last_are_kept():
+def test_of_many_recordings_those_replayed_last_are_kept(monkeypatch):
+    monkeypatch.setattr(recordings_module, "MOST", 2)
     recorder, made = Recorder(), []
-    recordings = Recordings(recorder, most=2)
+    recordings = Recordings(recorder)
     for shape in "aabacab":
         recordings.run(shape, lambda shape=shape: made.append(shape))
     assert recorder.recorded == 4  # a, b, c, and b again, which went for c

@@ -9,7 +9,7 @@ from pearl.config.engine_config import SUFFIX, EngineConfig
 from pearl.drafters.suffix import SuffixSource
 from pearl.parallel import drafter_main
 from pearl.parallel.child import TargetGone
-from pearl.parallel.drafter_process import DRAFTER, FEATURES, OVER, READY
+from pearl.parallel.drafter_process import DRAFTER, FEATURES_FROM, OVER, READY
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def store(monkeypatch: pytest.MonkeyPatch) -> HashStore:
 
     monkeypatch.setattr(drafter_main, "connect", nobody_comes)
     made = HashStore()
-    made.set(f"{FEATURES}/0", "")
-    made.set(f"{FEATURES}/1", OVER)
+    made.set(f"{FEATURES_FROM}/0", "")
+    made.set(f"{FEATURES_FROM}/1", OVER)
     return made
 
 
@@ -39,16 +39,16 @@ def test_a_launched_drafter_outlives_a_connection_that_does_not_come_about(store
 def test_one_whose_target_has_no_text_waits_until_it_has_one(store: HashStore, monkeypatch: pytest.MonkeyPatch):
     """However long that is: ending, it would take the target with it. At first the target has so long to load."""
     monkeypatch.setattr(drafter_main, "_LOOK_S", 0.02)
-    store.delete_key(f"{FEATURES}/1")
+    store.delete_key(f"{FEATURES_FROM}/1")
     drafter = threading.Thread(target=serve, args=[store, None, 0.1])
     drafter.start()
     drafter.join(1.0)
     assert drafter.is_alive()
-    store.set(f"{FEATURES}/1", OVER)
+    store.set(f"{FEATURES_FROM}/1", OVER)
     drafter.join(10.0)
     assert not drafter.is_alive()
 
-    store.delete_key(f"{FEATURES}/0")
+    store.delete_key(f"{FEATURES_FROM}/0")
     with pytest.raises(TargetGone):
         serve(store, None, 0.1)
 

@@ -36,7 +36,7 @@ OPTIONS: dict = dict(dtype="float32", max_length=256)
 @contextlib.contextmanager
 def opened(pair, monkeypatch, deadline_s: float):
     """The target's ranks alone."""
-    monkeypatch.setattr(tensor_parallel, "DEADLINE_S", deadline_s)
+    monkeypatch.setattr(tensor_parallel, "RANK_TIMEOUT_S", deadline_s)
     with Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS) as engine:
         yield engine
 

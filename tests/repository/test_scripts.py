@@ -320,7 +320,7 @@ def test_the_results_of_the_default_pair_are_made_and_kept_by_one_command(tmp_pa
     made = {file.stem for file in (kept / "smollm2-135m").glob("*.json")}
     assert made == {"humaneval-chat-t0", "humaneval-completion-t0"}
     page = (kept / "README.md").read_text()
-    assert "HumanEval (chat), 1 texts of up to 3 tokens, greedy" in page and str(tmp_path) not in page
+    assert "HumanEval (chat), 1 text of up to 3 tokens, greedy" in page and str(tmp_path) not in page
 
 
 @pytest.mark.slow

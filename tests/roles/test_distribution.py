@@ -31,8 +31,8 @@ from distribution import (
 from scipy.stats import chisquare
 from toys import EAGER, TableModel, letters
 
-from pearl.core import noise, sampling
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import methods, noise
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.trie import Node
@@ -161,7 +161,7 @@ def test_guesses_made_for_certain_shift_nothing(source: Callable[[], DraftSource
 
 def test_a_drafter_that_sends_only_its_likeliest_tokens_shifts_nothing(monkeypatch: pytest.MonkeyPatch):
     """q is cut to a few tokens before it is drawn from, so what is sent is all that the residual needs."""
-    monkeypatch.setattr(sampling, "SUPPORT", 2)
+    monkeypatch.setattr(methods, "SUPPORT", 2)
     assert p_value(REJECTION) > ALPHA
 
 
@@ -185,12 +185,12 @@ def test_rejection_accepts_more_than_the_seeded_coupling_and_neither_less_than_i
 
 
 def test_without_the_residual_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sampling, "residual", lambda p, q: p)
+    monkeypatch.setattr(methods, "residual", lambda p, q: p)
     assert p_value(REJECTION) < ALPHA
 
 
 def test_with_a_q_that_is_not_what_was_drawn_from_the_distribution_is_wrong(monkeypatch: pytest.MonkeyPatch):
-    honest = sampling.propose
+    honest = methods.propose
 
     def propose(logits: torch.Tensor, params: SamplingParams, position: int) -> tuple[int, Proposal]:
         token, proposal = honest(logits, params, position)
@@ -210,8 +210,8 @@ def judged(p: Sequence[float], q: Sequence[float]) -> float:
     """The comparison at one position, for guesses drawn from q."""
     counts = [0] * len(p)
     for seed in range(MANY):
-        token, proposal = sampling.propose(torch.tensor(q).log(), replace(REJECTION, seed=seed), position=5)
-        counts[sampling.accept_or_resample(torch.tensor(p).log(), Node(token, 5, proposal=proposal), seed)] += 1
+        token, proposal = methods.propose(torch.tensor(q).log(), replace(REJECTION, seed=seed), position=5)
+        counts[methods.accept_or_resample(torch.tensor(p).log(), Node(token, 5, proposal=proposal), seed)] += 1
     return float(chisquare(counts, [MANY * x for x in p]).pvalue)
 
 

@@ -20,7 +20,7 @@ from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import EngineConfig
 from pearl.core.control import forward_trial
-from pearl.core.features import DeviceFeatures, FeatureShares
+from pearl.core.feature_shares import FeatureShares
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
@@ -30,6 +30,7 @@ from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.machine.device_features import DeviceFeatures
 from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.sequence import SequenceRequest

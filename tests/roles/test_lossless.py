@@ -38,7 +38,7 @@ import pearl.roles.verification
 from pearl.core.logits.penalties import Penalties
 from pearl.core.messages import Nodes, Verdict
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import Picker
+from pearl.core.sampling.methods import Picker
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.core.token_buckets import GRAIN

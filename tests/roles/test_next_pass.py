@@ -8,12 +8,12 @@ import tiny
 import torch
 from toys import Right, Sometimes, TableModel, alone, ticks, together
 
+from pearl.bench.host_time import DuringPasses
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.tree import TreeSource
 from pearl.models.static_shapes.one_text import ForwardRows
-from pearl.predict.host_time import DuringPasses
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.roles.target_model import TargetModel

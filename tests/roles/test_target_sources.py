@@ -87,6 +87,34 @@ def test_rejection_sampling_has_none(temperature: float):
     assert any(one.rows_by for one in target.passes) == (not params.rejection)
 
 
+class FailsOnce(RecyclingSource):
+    fails = False
+
+    def extend(self, queries):
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("once")
+        return super().extend(queries)
+
+
+@pytest.mark.parametrize("before", ["rejection", "a failure"])
+def test_a_source_that_could_not_help_a_text_is_there_for_the_next(before: str):
+    case, source = plain_case("tree", None, "at a loss"), FailsOnce()
+    target = Target(case.model, ScriptedChannel(case.make_source(), IDLE), ticks(), sources=[source])
+
+    def passes(params: SamplingParams) -> int:
+        request = SequenceRequest(case.prompt, params, Stopper(params, (), letters))
+        return next(len(said.passes) for said, more in target.write([request], case.schedule) if not more)
+
+    first = passes(SamplingParams(max_new_tokens=100))
+    source.fails = before == "a failure"
+    if source.fails:
+        passes(SamplingParams(max_new_tokens=400))
+    for seed in range(0 if before == "a failure" else 6):
+        passes(SamplingParams(max_new_tokens=200, temperature=1.0, seed=seed, method="rejection"))
+    assert passes(SamplingParams(max_new_tokens=100)) <= first < 60
+
+
 @pytest.mark.parametrize("mode", ["pearl", "tree"])
 def test_what_was_written_before_is_written_in_few_passes(mode: str):
     """A model of a hundred tokens repeats nothing by itself. The drafter knows nothing."""

@@ -16,6 +16,7 @@ from servers import Served, recorded
 from pearl.core.params import SamplingParams
 from pearl.core.stopping import TextStream
 from pearl.engine import Generation, GenerationHandle
+from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 WORDS = "the thing and the other"
@@ -272,6 +273,17 @@ def test_a_race_shows_both_flags_the_measured_ratio_and_the_same_text(visit, wri
     assert page.inner_text("#lane-a .text") == page.inner_text("#lane-b .text")
 
 
+def test_a_race_that_ends_in_its_first_pass_has_no_ratio(visit):
+    page = visit.page
+    page.click("#tab-race")
+    page.fill("#raceprompt", WORDS)
+    page.evaluate("document.querySelector('#racetokens').min = 1")  # as of an answer that ends at once
+    page.fill("#racetokens", "1")
+    page.click("#go")
+    page.wait_for_selector("#verdict b")
+    assert page.inner_text("#verdict b") == "–" and "0.00 s" in page.inner_text("#verdict")
+
+
 def test_a_page_asks_for_the_key_and_keeps_it_until_the_tab_is_closed(browser, server):
     with servers.served(server.service.engine, api_key="secret") as one:
         visit = Visit(browser)
@@ -350,6 +362,28 @@ def test_a_saved_run_is_shown_again_without_a_server(browser, visit, tmp_path):
         visit.until("document.querySelector('#status').textContent.includes('no saved run')")
         assert page.locator("#ask").is_visible() and visit.tokens() == wanted, "what was shown stays"
         page.evaluate("document.querySelector('#status').textContent = ''")
+
+
+def test_what_becomes_of_the_server_during_a_run_from_a_file_is_told_behind_it(browser, server, tmp_path):
+    with servers.served(server.service.engine) as one:
+        visit = Visit(browser, accept_downloads=True)
+        page = visit.page
+        page.goto(one.url)
+        page.wait_for_selector("#status[data-is=ready]")
+        ask(visit, tokens=20)
+        settled(visit)
+        with page.expect_download() as coming:
+            page.click("#save")
+        coming.value.save_as(tmp_path / "run.json")
+        page.set_input_files("#file", tmp_path / "run.json")
+        page.wait_for_selector("#status[data-is=replay]")
+        one.service._look = lambda _: None
+        one.service.events = (*one.service.events, DrafterEvent(0.0, "lost", "gone"))
+        page.wait_for_timeout(1500)  # it is told
+        assert page.get_attribute("#status", "data-is") == "replay"
+        page.click("#closereplay")
+        assert page.get_attribute("#status", "data-is") == "degraded"
+        visit.close()
 
 
 def replayed(visit: Visit, wanted: list[tuple[str, str, int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 
@@ -10,8 +11,10 @@ import pytest
 import servers
 from servers import CHAT, COMPLETE, LONG, MESSAGES, streamed, text_of, until
 
+from pearl.config.server_config import ServerConfig
 from pearl.core.params import SamplingParams
 from pearl.engine.prompts import PromptEncoder
+from pearl.errors import UsageError
 from pearl.server import run, streaming
 from pearl.server.metrics import Metrics
 
@@ -202,6 +205,11 @@ def test_metrics_have_vllm_s_names_and_count(client):
         (b'{"prompt": [99999]}', None),
         (b'{"prompt": "a", "min_tokens": 20, "max_tokens": 10}', "min_tokens"),
         (b'{"prompt": "a", "stop": ["' + b"x" * 20000 + b'"]}', "stop"),
+        (b'{"prompt": "a", "bad_words": [' + b'"x",' * 1024 + b'"x"]}', "bad_words"),
+        (b'{"prompt": "a", "bad_words": ["' + b"x" * 20000 + b'"]}', "bad_words"),
+        (b'{"prompt": "a", "bad_words": ["\\ud800"]}', "bad_words"),
+        (b'{"prompt": "a", "prediction": {"content": "\\ud800"}}', "prediction"),
+        (b'{"prompt": "a", "gamma": 65}', "gamma"),
         (b'{"prompt": "a", "modalities": "\\ud800"}', "modalities"),
         (b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
     ],
@@ -211,6 +219,22 @@ def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, bo
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error", error
     assert error["param"] == param and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status", "why"),
+    [
+        (b'{"prompt": "\xff"}', "identity", 400, "The body is no UTF-8: byte 12 "),
+        (b"[" * 100_000, "identity", 400, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "identity", 400, "4300 digits"),
+        (b"{}", "gzip", 415, "not as gzip"),
+    ],
+)
+def test_a_body_that_can_t_be_read_is_told_why(client, body, coding, status, why):
+    headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+    answer = client.post(COMPLETE, content=body, headers=headers)
+    error = answer.json()["error"]
+    assert answer.status_code == status and why in error["message"] and error["type"] == "invalid_request_error", error
 
 
 @pytest.mark.parametrize("prompt", [[-1], [5, "a"], 7, [[1], "a"], None])
@@ -225,6 +249,22 @@ def test_tool_calls_of_another_shape_are_refused_or_shown_as_they_are(client, ca
     message = {"role": "assistant", "content": "the", "tool_calls": calls}
     answer = client.post(CHAT, json={"messages": [*MESSAGES, message, *MESSAGES], "max_tokens": 1})
     assert answer.status_code == (200 if isinstance(calls, list) else 400), answer.text
+
+
+@pytest.mark.parametrize("calls", ["tool_calls", "function_call"])
+def test_a_message_that_only_calls_has_an_empty_text(engine, client, monkeypatch, calls):
+    call = {"name": "f", "arguments": "{}"}
+    given = [{"id": "1", "type": "function", "function": call}] if calls == "tool_calls" else call
+    turns = [{"role": "assistant", "content": None, calls: given}, {"role": "tool", "content": "5"}]
+    template = "{% for one in messages %}{{ one.content + one.role }}{% endfor %}"  # as that of the default target
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    count = {}
+    for content in (None, ""):
+        turns[0]["content"] = content
+        answer = client.post(CHAT, json={"messages": [*MESSAGES, *turns], "max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        count[content] = answer.json()["usage"]["prompt_tokens"]
+    assert count[None] == count[""]
 
 
 def test_a_prompt_that_is_sure_to_be_too_long_is_not_even_read(client, monkeypatch):
@@ -263,6 +303,22 @@ def test_health_may_be_asked_for_its_head_and_a_page_elsewhere_reads_when_to_com
         assert {"Retry-After", "x-request-id"} <= {*answer.headers["access-control-expose-headers"].split(", ")}
 
 
+def test_a_page_elsewhere_that_may_not_ask_is_told_so_in_that_shape(engine):
+    asks = {"Access-Control-Request-Method": "POST"}
+    with servers.served(engine, cors_origin="https://example.org") as one, httpx.Client(base_url=one.url) as client:
+        refused = client.options(CHAT, headers=asks | {"Origin": "https://other.org"})
+        assert refused.status_code == 400 and refused.json()["error"]["message"].startswith("Disallowed CORS origin")
+        assert client.options(CHAT, headers=asks | {"Origin": "https://example.org"}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://example.org/", "example.org", "https://Example.org", "https://a.org/b"])
+def test_an_origin_that_no_browser_sends_is_refused_at_start(origin):
+    with pytest.raises(UsageError, match="cors_origin must be"):
+        ServerConfig(cors_origin=origin)
+    for good in ("*", "https://example.org", "http://localhost:3000", "http://[::1]:80", "chrome-extension://abc"):
+        assert ServerConfig(cors_origin=good).cors_origin == good
+
+
 def test_a_key_guards_v1_alone(engine):
     with servers.served(engine, api_key="secret") as one, httpx.Client(base_url=one.url) as client:
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
@@ -283,6 +339,13 @@ def test_the_lines_that_a_server_prints_take_its_key_from_the_environment(engine
         compile(python[2], "line", "exec")
         assert "PEARL_API_KEY" in python[2] and "secret" not in said
         assert ("take the key from PEARL_API_KEY" in said) == bool(options)
+
+
+def test_the_line_for_python_takes_every_name_of_a_model(server, monkeypatch):
+    monkeypatch.setattr(server.service, "model", 'it\'s "mine" \\ é😀')
+    line = shlex.split(run.lines(server.service, server.url).splitlines()[-1])[2]
+    asked = [one.value for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call) for one in node.keywords]
+    assert server.service.model in [one.value for one in asked if isinstance(one, ast.Constant)]
 
 
 def test_a_fault_of_the_server_is_said_in_that_shape_and_numbered(engine, monkeypatch):

@@ -103,7 +103,9 @@ def test_a_full_queue_is_429_and_who_waits_gets_the_text_of_its_own(engine, clie
         until(lambda: len(one.service.open) == 3)
         answer = httpx.post(one.url + COMPLETE, json=LONG)
         assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] == "queue_full"
+        error = answer.json()["error"]
+        assert error["code"] == "queue_full"
+        assert error["message"].startswith("1 texts wait for a place, where 1 may, and this request brings 1: ")
         assert httpx.get(one.url + "/health").status_code == 200
         go_on()
         for thread in threads:

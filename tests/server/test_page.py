@@ -21,8 +21,8 @@ from servers import Served
 
 from pearl.core.trie import DRAFT, ORIGINS
 from pearl.engine import Engine
-from pearl.server import hub as hubs
-from pearl.server.hub import Hub
+from pearl.server import event_stream
+from pearl.server.event_stream import EventStream
 from pearl.wire.reconnecting_channel import DrafterEvent
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -134,11 +134,11 @@ def test_nobody_hears_the_words_of_a_text_without_a_label(server, listen):
 
 def test_who_comes_back_soon_hears_on_of_the_text_that_it_asked_for(server):
     async def main() -> tuple[list[dict], list[dict], str]:
-        hub = Hub(SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[]))
+        shared = EventStream(SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[]))
         writing: asyncio.Task[str] | None = None
         found: list[list[dict]] = [[], []]
         for number, heard in enumerate(found):
-            async with aclosing(hub.stream("mine")) as stream:
+            async with aclosing(shared.stream("mine")) as stream:
                 async for line in stream:
                     heard += [json.loads(part[6:]) for part in line.split(b"\n") if part.startswith(b"data: ")]
                     writing = writing or asyncio.create_task(asyncio.to_thread(write, server, "mine/1", max_tokens=300))
@@ -146,7 +146,7 @@ def test_who_comes_back_soon_hears_on_of_the_text_that_it_asked_for(server):
                         break
         assert writing
         text = await writing
-        hub._end()
+        shared._end()
         return *found, text
 
     before, after, text = asyncio.run(main())
@@ -156,7 +156,7 @@ def test_who_comes_back_soon_hears_on_of_the_text_that_it_asked_for(server):
 
 
 def test_where_nobody_reads_any_more_the_engine_is_not_watched(server, monkeypatch):
-    monkeypatch.setattr(hubs, "LINGER_S", 0.1)
+    monkeypatch.setattr(event_stream, "LINGER_S", 0.1)
     listener = Listener(server, "mine")
     write(server, "mine/1")
     assert server.service.engine.runtime.target._inbox.watcher
@@ -168,13 +168,13 @@ def test_where_nobody_reads_any_more_the_engine_is_not_watched(server, monkeypat
 
 
 def test_a_slow_reader_misses_events_is_told_how_many_and_delays_nobody(server, monkeypatch):
-    """Two readers of one hub: one takes nothing until the text is over."""
-    monkeypatch.setattr(hubs, "READER", 5)
+    """Two readers of one stream: one takes nothing until the text is over."""
+    monkeypatch.setattr(event_stream, "READER", 5)
 
     async def main() -> tuple[list[dict], list[dict]]:
         service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[])
-        hub = Hub(service)
-        async with aclosing(hub.stream("mine")) as slow, aclosing(hub.stream("mine")) as quick:
+        shared = EventStream(service)
+        async with aclosing(shared.stream("mine")) as slow, aclosing(shared.stream("mine")) as quick:
             assert await anext(slow) and await anext(quick)
             read: list[dict] = []
 
@@ -241,12 +241,12 @@ def test_whoever_comes_learns_at_once_and_later_whether_the_drafter_is_lost(serv
     service = SimpleNamespace(engine=server.service.engine, stopping=asyncio.Event(), events=[lost])
 
     async def main() -> list[dict]:
-        hub = Hub(service)
-        async with aclosing(hub.stream("mine")) as stream:
+        shared = EventStream(service)
+        async with aclosing(shared.stream("mine")) as stream:
             first = await anext(stream)
             service.events = [lost, DrafterEvent(2.0, "back", "the drafter is back")]
             second = await anext(stream)
-        hub._end()
+        shared._end()
         return [json.loads(line.rpartition(b"data: ")[2]) for line in (first, second)]
 
     hello, back = asyncio.run(main())

@@ -15,7 +15,7 @@ from toys import IDLE, Move, ScriptedChannel, TableModel, letters, scrambled, ti
 
 from pearl.core.params import SamplingParams
 from pearl.core.records import Pass
-from pearl.core.sampling import warp
+from pearl.core.sampling.methods import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
 from pearl.drafters.draft_source import DraftSource
@@ -47,7 +47,7 @@ def exact(params: SamplingParams, prompt: Sequence[int] = PROMPT) -> dict[tuple[
     @functools.cache
     def after(text: tuple[int, ...]) -> torch.Tensor:
         logits = plainly(params, len(prompt), (), list(text), TARGET.after(text))
-        return warp(logits, params).double().softmax(-1)
+        return warp(logits[None], params)[0].double().softmax(-1)
 
     chances: Counter[tuple[int, ...]] = Counter()
     for text in itertools.product(range(VOCABULARY), repeat=1 + LENGTH):

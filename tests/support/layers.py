@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "tasks": ["config"],
     "evaluation": ["engine", "tasks"],
     "predict": ["roles", "evaluation"],
-    "commands": ["engine", "server", "evaluation", "predict", "training"],
+    "bench": ["predict"],
+    "commands": ["engine", "server", "evaluation", "bench", "training"],
     "__main__": ["commands"],
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pearl.core.timeline import Trace, merge
+from pearl.machine.timeline import Trace, merge
 
 PASS_S, DRAFT_S, PROMPT = 0.1, 0.03, 40
 ROWS = {"pearl": [4, 4, 4, 4, 4, 1, 4, 4, 4, 4, 4, 4], "tree": [4] * 12, "ar": [1] * 12}

@@ -19,10 +19,10 @@ from hypothesis.errors import Flaky
 from plain_processors import plainly
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.messages import Message, Verdict
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import warp
+from pearl.core.sampling import noise
+from pearl.core.sampling.methods import warp
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets
@@ -133,7 +133,7 @@ def alone(
             return Text(said, decode(said), "error")
         if params.temperature:
             noisy = noise.gumbel(params.seed, len(prompt) + len(said), noise.PICK, torch.arange(len(logits)))
-            logits = warp(logits, params).double() + noisy
+            logits = warp(logits[None], params)[0].double() + noisy
         said.append(int(logits.argmax()))
         text = decode(said)
         if said[-1] in eos and not params.ignore_eos:

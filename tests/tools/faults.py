@@ -348,7 +348,7 @@ def nursery() -> None:
     import torch
 
     from pearl.config.engine_config import EngineConfig
-    from pearl.parallel.drafter_main import draft_source
+    from pearl.parallel.draft_sources import draft_source
 
     torch.set_num_threads(1)
     target, draft, dtype, fault = sys.argv[2:]

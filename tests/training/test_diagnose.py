@@ -81,10 +81,10 @@ def test_every_place_has_guesses_of_each_depth_and_a_tree(kind: str):
     text = recorded()
     for ahead in (0, 2):
         found = list(outcomes(drafting, [text], ahead, set()))
-        assert found and all(len(place.first) == drafting.depths for place in found)
+        assert found and all(len(place.first) == drafting.chain_length for place in found)
     worth = list(trees(drafting, [text]))
     assert len(worth) == len(list(outcomes(drafting, [text], 0, set())))
-    assert all(0 < place.expected <= drafting.depths + 1e-3 and place.accepted >= 0 for place in worth)
+    assert all(0 < place.expected <= drafting.chain_length + 1e-3 and place.accepted >= 0 for place in worth)
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "peagle"])
@@ -94,7 +94,7 @@ def test_places_where_the_text_leaves_the_targets_choices_are_left_out(kind: str
     drafting = FeatureSource(drafter) if kind == "peagle" else HeadSource(HeadReader(drafter, 100))
     text = recorded()  # its places are 4, 9, 14, 19
     count = len(list(outcomes(drafting, [text], 0, None)))
-    last = 9 + drafting.depths  # the last token that is guessed at the place 9
+    last = 9 + drafting.chain_length  # the last token that is guessed at the place 9
     for drawn, left_out in ((9, 0), (10, 1), (last - 1, 1), (last, 0)):
         tokens = text.tokens.clone()
         tokens[drawn] = (tokens[drawn] + 1) % 40
@@ -179,6 +179,18 @@ def test_a_checkpoint_is_diagnosed_by_its_kind(recordings, tmp_path: Path, capsy
     assert ("taps" in figures) == (kind != "pard") and ("ahead 2" in figures) == (kind != "pard")
     if kind == "dflash":
         assert len(figures["ahead 2"]["top 1"]) == 2 and "ahead 4" not in figures, "what a block has room for"
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_places_that_are_all_ahead_of_the_features_are_not_enough(recordings, tmp_path: Path, capsys, monkeypatch):
+    """The texts follow the target nowhere but further behind."""
+    target, folder = recordings
+    ahead_only = lambda source, texts, ahead, words: outcomes(source, texts, ahead, words) if ahead else ()  # noqa: E731
+    monkeypatch.setattr("pearl.training.diagnose.outcomes", ahead_only)
+    drafter = every_kind.save("dflash", tmp_path / "draft", target.config, tiny.tokenizer())
+    asked = ["--drafter", drafter, "--data", str(folder / "data"), "--target", str(folder / "target"), "--texts", "3"]
+    assert command.main(asked) == 2
+    assert "In no recorded answer the target goes on for as many tokens" in capsys.readouterr().err
 
 
 def of_a_model(vocabulary: int | None) -> tuple[list[int], RecordedText, Any]:

@@ -28,7 +28,8 @@ from pearl.models.hidden_states import decoder_layers
 from pearl.training import loop
 from pearl.training.recipes import DistillRecipe, read_recipe
 from pearl.training.shards import Recorded
-from pearl.training.students.student import Student, go_on_from, student_of
+from pearl.training.students.cut import go_on_from, student_of
+from pearl.training.students.student import Student
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -66,12 +67,6 @@ def test_a_student_starts_with_the_targets_own_layers_and_embeddings():
     assert student.get_input_embeddings() is target.get_input_embeddings()
     assert student.get_output_embeddings() is target.get_output_embeddings()
     assert target.config.num_hidden_layers == 4, "the target is left as it was"
-
-
-def test_a_student_of_all_layers_is_the_target():
-    target, tokens = small_target(), torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        torch.testing.assert_close(student_of(target, (0, 1, 2))(tokens).logits, target(tokens).logits)
 
 
 def test_layers_that_the_target_does_not_have_are_refused():
@@ -304,17 +299,48 @@ def test_two_processes_without_a_gpu_share_every_step(distilled, toy, tmp_path):
         assert off.norm() < 0.02 * moved.norm(), name
 
 
+def begun_with(one: Student, folder: Path, mark: str = "") -> None:
+    go_on_from(one.module, str(folder), one._recipe.layers, mark or model_fingerprint(small_target()))
+
+
 def test_a_run_begins_with_the_weights_that_another_saved(data, tmp_path):
-    """What it saved, in bfloat16; only a student of the same layers takes them over."""
-    first, second, third = (
-        student(recipe(data, tmp_path / "first", layers=layers)) for layers in ((0, 2), (0, 1), (0,))
+    """What it saved, in bfloat16; only a student of the same layers of the same target takes them over."""
+    first, again, fewer, more, others = (
+        student(recipe(data, tmp_path / "first", layers=layers)) for layers in ((0, 2), (0, 2), (0,), (0, 1, 2), (0, 1))
     )
     first.save(tmp_path / "first")
-    go_on_from(second.module, str(tmp_path / "first"))
-    for mine, its in zip(decoder_layers(second.module), decoder_layers(first.module), strict=True):
+    begun_with(again, tmp_path / "first")
+    for mine, its in zip(decoder_layers(again.module), decoder_layers(first.module), strict=True):
         for name, weight in its.state_dict().items():
             assert torch.equal(mine.state_dict()[name], weight.bfloat16().float()), name
-    with pytest.raises(UsageError, match="not a student of these layers"):
-        go_on_from(third.module, str(tmp_path / "first"))
+    begun_with(others, tmp_path / "first")  # nothing in the folder says which layers those were
+    (tmp_path / "first" / loop.RECIPE).write_text('{"layers": [0, 2]}')
+    begun_with(again, tmp_path / "first")
+    for one in (fewer, more, others):
+        with pytest.raises(UsageError, match=r"not a student of these layers, \[0.*\], but of \[0, 2\]: name one"):
+            begun_with(one, tmp_path / "first")
+    (tmp_path / "first" / loop.RECIPE).write_text('{"layers": 2}')  # a head's
+    begun_with(again, tmp_path / "first")
+    with pytest.raises(UsageError, match="was trained for the small target, and its weights are not those of this"):
+        begun_with(again, tmp_path / "first", "f" * 16)
     with pytest.raises(UsageError, match=r"start .* can't be read"):
-        go_on_from(third.module, str(tmp_path / "nowhere"))
+        begun_with(again, tmp_path / "nowhere")
+
+
+def test_a_whole_model_lends_no_embeddings_to_the_run_that_begins_with_it(data, tmp_path):
+    first, second = (student(recipe(data, tmp_path / "first", layers=(0, 2))) for _ in range(2))
+    with torch.no_grad():
+        for weight in first.module.parameters():
+            weight += 1
+    first.module.save_pretrained(tmp_path / "whole")
+    begun_with(second, tmp_path / "whole")
+    assert torch.equal(second.module.get_input_embeddings().weight, small_target().get_input_embeddings().weight)
+    mine, its = (decoder_layers(one.module)[1].state_dict() for one in (second, first))
+    assert all(torch.equal(mine[name], weight) for name, weight in its.items())
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, -1)])
+def test_states_to_match_are_named_for_each_recorded_layer(data, tmp_path, layers):
+    with pytest.raises(UsageError, match=r"match_after must name 2 layers of the student, .* recorded \(\[0, 2\]\)"):
+        student(recipe(data, tmp_path / "out", match=1.0, match_after=layers))
+    student(recipe(data, tmp_path / "out", match=0.0, match_after=layers))

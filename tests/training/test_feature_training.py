@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from toys import EAGER, ScriptedChannel, examples, ticks, together
 from trained import TOP, WORDS, bits_of, drafter_for, read_drafter, save_recorded, save_toy_target, small_target
-from transformers import Gemma4TextConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from pearl.checkpoints.drafts import envelope
 from pearl.checkpoints.drafts.files import CONFIG
@@ -319,6 +319,8 @@ def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path, algo
     ):
         with pytest.raises(UsageError, match="a drafter of another shape or target"):
             go_on_from(str(tmp_path / "first"), other, recipe(folder, algorithm=algorithm, **values), (0, 2))
+    with pytest.raises(UsageError, match=r"start .*first has the mask token (0|None): leave mask_token out"):
+        go_on_from(str(tmp_path / "first"), target, recipe(folder, algorithm=algorithm, mask_token=3), (0, 2))
 
 
 def test_a_drafter_grows_layers_that_change_nothing_at_first(folder, tmp_path):
@@ -514,6 +516,7 @@ def test_a_flag_of_a_recipe_can_be_switched_off_in_words(tmp_path):
         ("{data: d, output: o, batch: 0}", "batch must be a whole number from 1"),
         ("{data: d, output: o, epochs: -1}", "epochs must be a number from 0"),
         ("{data: d, output: o, epochs: .inf}", "epochs must be a number from 0"),
+        ("{data: d, output: o, longest: 1}", "longest must be a whole number from 2"),
         ("{data: d, output: o, seed: 1.5}", "seed must be a whole number from 0"),
         ("{data: d, output: o, bf16: 1}", "bf16"),
         ("{data: [d], output: o}", "data must be a path"),
@@ -550,6 +553,23 @@ def test_the_command_refuses_texts_of_another_target(tmp_path, capsys, monkeypat
     assert "whose weights are not those of" in capsys.readouterr().err
     assert command.main([]) != 0 and "Give --config" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_a_start_keeps_and_refuses_a_mask_token_that_the_target_has_not(
+    tmp_path, capsys, monkeypatch
+):
+    toy = save_toy_target(tmp_path / "target")
+    save_recorded(tmp_path / "data", AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32), (1, 3))
+    text = f"{{data: {tmp_path}/data, target: {toy}, vocabulary: 20, epochs: 0, depths: 2}}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["--config", write(tmp_path / "r.yaml", text), "--output"]
+    assert command.main([*words, str(tmp_path / "out"), "--mask-token", "99999"]) == 2
+    assert "mask_token must be below 264, the rows of the target's embedding" in capsys.readouterr().err
+    assert command.main([*words, str(tmp_path / "first")]) == 0
+    assert "own" not in capsys.readouterr().out
+    start = ["--start", str(tmp_path / "first"), "--vocabulary", "50"]
+    assert command.main([*words, str(tmp_path / "second"), *start]) == 0
+    assert "first goes on drafting from its own 20 tokens" in capsys.readouterr().out
 
 
 def test_notes_have_as_many_tokens_as_the_manifest_says(folder):

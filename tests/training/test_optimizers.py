@@ -12,6 +12,8 @@ from pearl.training.optimizers import Together, optimizer_of
 
 
 def made(name: str, weights):
+    """`weights`: by name, or of hidden layers."""
+    weights = weights if isinstance(weights, dict) else {f"layers.{at}": one for at, one in enumerate(weights)}
     recipe = SimpleNamespace(optimizer=name, learning_rate=0.01, weight_decay=0.0)
     return optimizer_of(weights, recipe, torch.device("cpu"))  # type: ignore[arg-type]
 
@@ -33,12 +35,28 @@ def test_a_step_of_muon_moves_all_directions_of_a_matrix_alike():
     assert torch.allclose(vector.detach(), -0.01 * vector.grad.sign(), rtol=1e-3)  # AdamW's first step
 
 
-def test_a_table_of_tokens_stays_with_adamw():
-    table, matrix = nn.Parameter(torch.zeros(90, 10)), nn.Parameter(torch.zeros(80, 10))
-    optimizer = made("muon", [table, matrix])
+SHAPES = {  # of heads and students of targets with 1,024 to 4,096 dimensions
+    "lm_head.weight": (6144, 1024),
+    "embed_tokens.weight": (8192, 4096),
+    "markov_w1.weight": (2048, 256),
+    "markov_w2.weight": (2048, 256),
+    "confidence.weight": (1, 1280),
+    "transformer.wpe.weight": (1024, 1024),
+    "model.decoder.embed_positions.weight": (1024, 512),
+    "layers.0.self_attn.k_proj.weight": (128, 4096),
+    "model.layers.3.mlp.down_proj.weight": (4096, 11008),
+    "fc.weight": (1024, 12288),
+    "norm.weight": (1024,),
+}
+
+
+def test_matrices_of_hidden_layers_go_to_muon_and_tables_of_tokens_to_adamw_whatever_their_shapes():
+    weights = {name: nn.Parameter(torch.zeros(shape, device="meta")) for name, shape in SHAPES.items()}
+    optimizer = made("muon", weights)
     assert isinstance(optimizer, Together)
-    muon, adamw = optimizer._parts
-    assert muon.param_groups[0]["params"] == [matrix] and adamw.param_groups[0]["params"] == [table]
+    muon, _ = ({id(one) for one in part.param_groups[0]["params"]} for part in optimizer._parts)
+    hidden = {name for name, weight in weights.items() if id(weight) in muon}
+    assert hidden == {"layers.0.self_attn.k_proj.weight", "model.layers.3.mlp.down_proj.weight", "fc.weight"}
 
 
 def test_a_schedule_reaches_both_parts_and_after_a_resume_too():

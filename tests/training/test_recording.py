@@ -537,9 +537,13 @@ def test_a_folder_takes_no_run_with_other_settings(extracting, tmp_path, capsys)
     assert content(tmp_path / "data") == before
 
 
-def test_questions_that_are_all_too_long_leave_a_shard_empty(extracting, tmp_path):
-    assert extracting("data", "--max-length", 7, "--limit", 2) == 0
-    assert len(Recorded(tmp_path / "data")) == 0
+def test_questions_that_are_all_too_long_leave_nothing_to_train_on_which_is_said(extracting, tmp_path, capsys):
+    assert extracting("data", "--max-length", 7, "--limit", 2, "--shard", 1) == 0
+    assert "No prompt leaves room for an answer within --max-length 7" in capsys.readouterr().err
+    recorded = Recorded(tmp_path / "data")
+    assert len(recorded) == 0
+    with pytest.raises(UsageError, match="data holds no text to train on: extract longer texts"):
+        recorded.split(1)
 
 
 @pytest.mark.parametrize(
@@ -548,6 +552,7 @@ def test_questions_that_are_all_too_long_leave_a_shard_empty(extracting, tmp_pat
         (["--batch", 0], "--batch must be at least 1"),
         (["--temperature", -1], "from 0 to below 100"),
         (["--layers", 99], "layers 0 to 5"),
+        (["--top-k", 1000], "--top-k must be at most 264, the tokens of the target"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
     ],
 )

@@ -26,7 +26,7 @@ from pearl.core.messages import (
     Verdict,
 )
 from pearl.core.params import MIN_TEMPERATURE, SamplingParams
-from pearl.core.sampling import SUPPORT
+from pearl.core.sampling.methods import SUPPORT
 from pearl.core.schedule import MAX_DRAFT_BATCH, MAX_GAMMA, MODES, Schedule
 from pearl.core.token_buckets import LIMIT
 from pearl.core.trie import ORIGINS

@@ -16,12 +16,12 @@ from torch.distributed import HashStore
 from trained import drafter_for, save_as_before, save_toy_target, small_target
 from transformers import AutoModelForCausalLM
 
-from pearl.core.features import DeviceFeatures
 from pearl.core.messages import DraftPlan, End, SentSeparately, Verdict, joined
 from pearl.core.params import SamplingParams
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.machine.device_features import DeviceFeatures
 from pearl.wire import feature_transport as lanes
 from pearl.wire.codec import decode, encode
 from pearl.wire.feature_transport import FeatureTransport

@@ -16,7 +16,7 @@ Refuses to know: networks, and how one drafts (`pearl.checkpoints.drafters`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,14 +176,20 @@ def _describe_pard(files: DraftFiles, target: TargetFacts | None) -> DraftDescri
 def _describe_dflash(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
     shape, warnings = dflash_format.read(files), []
     if target is not None:
-        reads = shape.features, shape.hidden, shape.vocabulary, shape.target
-        _fit(files, *reads, target, target.vocabulary, range(-1, target.layers))
+        _fit(
+            files,
+            reads=shape.features,
+            hidden=shape.hidden,
+            drafts=shape.vocabulary,
+            trained_for=shape.target,
+            target=target,
+            most=target.vocabulary,
+            there=range(-1, target.layers),
+        )
         _mask_fits(files.name, shape.mask_token, shape.own_embedding, target)
         warnings += _vocabulary_fits(files.name, shape.known, target) + _named_another(files.name, shape.target, target)
     said = dflash_format.line(shape, target.layers if target else None, files.config)
-    return DraftDescription(
-        shape.kind, files, said, shape.features, shape.feature_row, shape, shape.target, tuple(warnings), target
-    )
+    return _of_features(files, said, shape, warnings, target)
 
 
 def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDescription:
@@ -192,17 +198,40 @@ def _describe_features(files: DraftFiles, target: TargetFacts | None) -> DraftDe
     if target is not None:
         ours = shape.kind == OURS  # drafts from a part of the vocabulary
         width = shape.width if shape.features else target.hidden  # without features it reads the text alone
-        reads = shape.features, width, shape.vocabulary, shape.target
         last = ours or bool(files.note) or shape.kind == EAGLE or not shape.fuses  # they may read behind the last norm
-        _fit(files, *reads, target, target.vocabulary - ours, range(-1, target.layers + last))
+        _fit(
+            files,
+            reads=shape.features,
+            hidden=width,
+            drafts=shape.vocabulary,
+            trained_for=shape.target,
+            target=target,
+            most=target.vocabulary - ours,
+            there=range(-1, target.layers + last),
+        )
         _mask_fits(files.name, shape.mask_token, shape.own_embedding or shape.own_mask, target)
         if not ours:
             warnings += _vocabulary_fits(files.name, shape.known, target)
             warnings += _named_another(files.name, shape.target, target)
     layers = target.layers if target else None
     line = feature_formats.line(shape, layers, read.numbering)
+    return _of_features(files, line, shape, warnings, target)
+
+
+def _of_features(
+    files: DraftFiles, line: str, shape: Any, warnings: Sequence[str], target: TargetFacts | None
+) -> DraftDescription:
+    """Of a network that reads a target's hidden states."""
     return DraftDescription(
-        shape.kind, files, line, shape.features, shape.feature_row, shape, shape.target, tuple(warnings), target
+        kind=shape.kind,
+        files=files,
+        line=line,
+        features=shape.features,
+        feature_width=shape.feature_row,
+        shape=shape,
+        target=shape.target,
+        warnings=tuple(warnings),
+        fits=target,
     )
 
 

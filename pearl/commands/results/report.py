@@ -19,7 +19,7 @@ def parser() -> cli.Parser:
     add("folders", metavar="FOLDER", nargs="+", type=Path, help="results of a run, or of many below it")
     add("--title", default="pearl: results", help="of the page")
     add("--columns", default=",".join(tables.OF_A_RUN), help=f"of {', '.join(tables.COLUMNS)}")
-    add("--plots", nargs="*", default=list(plots.PLOTS), help=f"of {', '.join(plots.PLOTS)}")
+    add("--plots", nargs="*", help=f"of {', '.join(plots.PLOTS)}; default: all there are facts for")
     add("--others", nargs="*", default=[], metavar="FILE", help="results of other engines, as JSON")
     add("--output", metavar="FILE", type=outputs.file, default="report.html", help="the page")
     return made
@@ -30,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     columns, runs = tables.choose(found.columns), report.load(found.folders)
     kinds = report.by_kind(runs)
+    asked = list(plots.PLOTS) if found.plots is None else found.plots
+    drawn: set[str] = set()
     pictures: dict[str, bytes] = {}
     for kind, some in kinds.items():
         of_kind = f" ({', '.join(kind)})" if kind else ""
-        pictures |= {f"{name}{of_kind}": png for name, png in plots.of(some, found.plots).items()}
+        made = plots.of(some, asked)
+        pictures |= {f"{name}{of_kind}": png for name, png in made.items()}
+        drawn |= set(made)
+    plots.tell_missing(found.plots or (), drawn)
     engines, real = others.load(found.others), [some for kind, some in kinds.items() if "synthetic" not in kind]
     ours = real[0] if real else []  # plain ones, or warm ones that say so
     beside = others.rows(engines, ours) if engines else [], list(others.doubts(engines, ours))

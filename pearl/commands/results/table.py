@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pictures = plots.of(runs, found.plots)
     if found.sweep and (picture := sweeps.draw(found.sweep, runs)):
         pictures[found.sweep] = picture
-    for doubt in report.doubts(runs):
+    plots.tell_missing([*found.plots, *filter(None, [found.sweep])], pictures)
+    for doubt in report.doubts(runs, sweeps.VARIED.get(found.sweep, ())):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)
     labels = ("run", "category", "mode") if found.by_category else ("run", "mode")

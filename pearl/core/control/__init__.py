@@ -1,5 +1,5 @@
 """What the runtime decides for itself: rows of a pass, rows of a draft, whether to wait, whether to draft.
 
 Knows: what passes and drafts have cost, and how often guesses of a given probability came true. Refuses to know:
-tokens, tensors, messages, clocks. A decision changes when things are done and how fast, never what is written.
+tensors, models, clocks. A decision changes when things are done and how fast, never what is written.
 """

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pearl.core.control.acceptance import AcceptanceRates
 from pearl.core.control.averages import ema
 from pearl.core.control.draft_trial import DraftTrial
-from pearl.core.control.pass_costs import PassCosts
+from pearl.core.control.pass_costs import AveragedCosts, InterpolatedCosts, PassCosts
 from pearl.core.control.wait_policy import WaitPolicy
 from pearl.core.messages import DraftPlan
 from pearl.core.schedule import MAX_AHEAD, Schedule
@@ -45,7 +45,7 @@ class Controller:
         self._buckets: TokenBuckets | BatchedTokenBuckets = batched or buckets
         self._sequences = 1  # of the last pass
         self.rates = rates or AcceptanceRates()
-        self._cost = PassCosts(self._buckets, by_count=self._shared)
+        self._cost: PassCosts = AveragedCosts(batched) if batched else InterpolatedCosts(buckets)
         self._trial, self._wait = DraftTrial(), WaitPolicy()
         self._draft_s: tuple[float, ...] = ()  # of a drafter forward, by its rows
         self._guess_s = 0.0  # waited for, each: of a lock-step schedule

@@ -7,6 +7,8 @@ them. Else one that looks dear would never be tried, and one that looks cheap wo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from pearl.core.control.averages import ema
@@ -20,54 +22,85 @@ _SCALE_WEIGHT = 0.1  # of one more pass in how many times as long they take as a
 _FORGET = 0.97  # of what was told, from pass to pass
 
 
-class PassCosts:
+class PassCosts(ABC):
     """Seconds of a pass by its rows."""
 
-    def __init__(self, buckets: TokenBuckets | BatchedTokenBuckets, by_count: bool):
-        """`by_count`: row counts are too many to tell of each other, so each has an average of its own."""
-        self._buckets, self._by_count = buckets, by_count
+    def __init__(self, buckets: TokenBuckets | BatchedTokenBuckets):
+        self._buckets = buckets
         self._scale: float | None = None  # a pass costs this many times what was measured at loading
+
+    @abstractmethod
+    def observe(self, rows: int, paths: int, forward_s: float) -> None:
+        """A pass of so many rows, some of them on `paths` beside its chains, took so long."""
+
+    @abstractmethod
+    def __call__(self, rows: int, paths: int = 0) -> float:
+        """Of a pass of so many rows, some of them on `paths` beside its chains."""
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self._scale is None else self._scale
+
+    def _rescale(self, ratio: float) -> None:
+        """`ratio`: the seconds of a pass over those that were measured at loading."""
+        self._scale = ratio if self._scale is None else ema(self._scale, ratio, weight=_SCALE_WEIGHT)
+
+    def _padded(self, rows: int) -> int:
+        return self._buckets.pad(min(rows, self._buckets.most))
+
+
+class AveragedCosts(PassCosts):
+    """Of row counts too many to tell of each other: each has an average of its own."""
+
+    def __init__(self, buckets: TokenBuckets | BatchedTokenBuckets):
+        super().__init__(buckets)
         self._seen: dict[int, tuple[int, float]] = {}  # by padded rows: how many passes, their average
+
+    def observe(self, rows: int, paths: int, forward_s: float) -> None:
+        padded, seconds = self._padded(rows), forward_s - self.scale * paths * self._buckets.path_s
+        often, average = self._seen.get(padded, (0, 0.0))
+        often = min(often + 1, EMA_PASSES)
+        self._seen[padded] = often, average + (seconds - average) / often
+        self._rescale(forward_s / self._buckets.cost(rows, paths))
+
+    def __call__(self, rows: int, paths: int = 0) -> float:
+        expected = self.scale * self._buckets.cost(rows, paths)
+        often, average = self._seen.get(self._padded(rows), (0, 0.0))
+        beside = self.scale * paths * self._buckets.path_s
+        return (PRIOR_WEIGHT * expected + often * (average + beside)) / (PRIOR_WEIGHT + often)
+
+
+class InterpolatedCosts(PassCosts):
+    """Of a few row counts: each tells of those beside it."""
+
+    def __init__(self, buckets: TokenBuckets | BatchedTokenBuckets):
+        super().__init__(buckets)
         self._told: dict[int, tuple[float, float]] = {}  # by padded rows: passes, and the sum of their scales
         self._table: list[float] = []  # seconds by rows, if they are known
 
     def observe(self, rows: int, paths: int, forward_s: float) -> None:
-        ratio, scale = forward_s / self._buckets.cost(rows, paths), self._scale
-        padded = self._padded(rows)
-        if self._by_count:
-            seconds = forward_s - (1.0 if scale is None else scale) * paths * self._buckets.path_s
-            often, average = self._seen.get(padded, (0, 0.0))
-            often = min(often + 1, EMA_PASSES)
-            self._seen[padded] = often, average + (seconds - average) / often
-        else:
-            self._told = {count: (_FORGET * n, _FORGET * total) for count, (n, total) in self._told.items()}
-            passes, total = self._told.get(padded, (0.0, 0.0))
-            ratio = min(ratio, LONGEST * scale) if scale else ratio
-            self._told[padded] = passes + 1, total + ratio
-        self._scale = ratio if scale is None else ema(scale, ratio, weight=_SCALE_WEIGHT)
+        ratio = forward_s / self._buckets.cost(rows, paths)
+        ratio = min(ratio, LONGEST * self._scale) if self._scale else ratio
+        self._told = {count: (_FORGET * n, _FORGET * total) for count, (n, total) in self._told.items()}
+        passes, total = self._told.get(self._padded(rows), (0.0, 0.0))
+        self._told[self._padded(rows)] = passes + 1, total + ratio
+        self._rescale(ratio)
         self._table = []
 
     def __call__(self, rows: int, paths: int = 0) -> float:
-        """Of a pass of so many rows, some of them on `paths` beside its chains."""
-        scale = 1.0 if self._scale is None else self._scale
-        if self._told:
-            self._table = self._table or self._by_rows(scale)
-            return self._table[min(rows, LIMIT) - 1] + scale * paths * self._buckets.path_s
-        expected = scale * self._buckets.cost(rows, paths)
-        if not self._seen:
-            return expected
-        often, average = self._seen.get(self._padded(rows), (0, 0.0))
-        beside = scale * paths * self._buckets.path_s
-        return (PRIOR_WEIGHT * expected + often * (average + beside)) / (PRIOR_WEIGHT + often)
+        if not self._told:
+            return self._buckets.cost(rows, paths)
+        self._table = self._table or self._by_rows()
+        return self._table[min(rows, LIMIT) - 1] + self.scale * paths * self._buckets.path_s
 
-    def _by_rows(self, scale: float) -> list[float]:
+    def _by_rows(self) -> list[float]:
         """Seconds of 1, 2, ... rows; one costs no more than one of more rows.
 
         Between two counts that were read of late none is taken to cost more than in proportion: one that does is read
         once, and then it is known.
         """
         known = sorted(count for count, (passes, _) in self._told.items() if passes >= LEAST_PASSES)
-        scales = [(scale + total) / (1 + passes) for passes, total in map(self._told.__getitem__, known)]
+        scales = [(self.scale + total) / (1 + passes) for passes, total in map(self._told.__getitem__, known)]
         padded = [self._padded(rows) for rows in range(1, LIMIT + 1)]
         expected = np.array([self._buckets.cost(rows) for rows in padded])
         found = np.interp(padded, known, scales) * expected
@@ -75,6 +108,3 @@ class PassCosts:
         found = np.minimum(found, np.interp(padded, known, seconds, right=np.inf))
         rising: list[float] = np.minimum.accumulate(found[::-1])[::-1].tolist()
         return rising
-
-    def _padded(self, rows: int) -> int:
-        return self._buckets.pad(min(rows, self._buckets.most))

@@ -4,7 +4,7 @@
     penalties       repetition, then frequency, then presence       (bias, penalties) are in the same one
     bans            n-grams, bad words, min_tokens, suppressed, not allowed
     callables       `pearl.core.logits.custom`, on what is left
-    warpers         temperature, top-k, top-p, min-p: `pearl.core.sampling.warp`
+    warpers         temperature, top-k, top-p, min-p: `pearl.core.sampling.methods.warp`
 
 A row's numbers are a function of its logits and of the tokens before it, bit by bit, wherever the border lies between
 the text and the path to the row's node: so the text is the target's own, whatever a pass holds beside it.

@@ -24,12 +24,10 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from pearl.drafters.dflash.shape import DFlashShape
-from pearl.drafters.feature.layers import rotated
 from pearl.models.draft_model import read_unknown_tokens
+from pearl.models.fused_layers import Rotation, rotated
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.linear import linear_of
-
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each [1, kv heads, rows, head_dim]
-Turn = tuple[Tensor, Tensor]  # cosines and sines, [rows, head_dim]
 
 
 class BlockAttention(nn.Module):
@@ -45,13 +43,13 @@ class BlockAttention(nn.Module):
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
-    def key_value(self, x: Tensor, turn: Turn) -> KeyValue:
+    def key_value(self, x: Tensor, turn: Rotation) -> KeyValue:
         """x: [R, H]"""
         k = self.k_norm(self.k_proj(x).view(1, len(x), -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(1, len(x), -1, self.head_dim).transpose(1, 2)
         return rotated(k, turn), v
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor, past: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Tensor, past: KeyValue) -> Tensor:
         """x: [R, H]; mask: bool [R, past + R]."""
         q = self.q_norm(self.q_proj(x).view(1, len(x), -1, self.head_dim)).transpose(1, 2)
         keys, values = (torch.cat(pair, 2) for pair in zip(past, self.key_value(x, turn), strict=True))
@@ -67,7 +65,7 @@ class BlockLayer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
-    def forward(self, x: Tensor, turn: Turn, mask: Tensor, past: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Tensor, past: KeyValue) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -191,6 +189,6 @@ class DFlashDrafter(nn.Module):
         looked = torch.cat([rows, before], -1) if self.shape.confident_markov and before is not None else rows
         return bias, self.confidence_head(looked)
 
-    def _turn(self, like: Tensor, positions: Tensor) -> Turn:
+    def _turn(self, like: Tensor, positions: Tensor) -> Rotation:
         cosines, sines = self._rotary[0](like, positions[None])
         return cosines[0], sines[0]

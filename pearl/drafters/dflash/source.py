@@ -18,13 +18,14 @@ from torch import Tensor
 
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
-from pearl.drafters.dflash.network import DFlashDrafter, KeyValue
+from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
 from pearl.machine.transfers import select_rows
 from pearl.models import timing
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 
 @dataclass
@@ -80,8 +81,7 @@ class DFlashSource(ParallelSource):
         hidden = select_rows(self.forward(numbers, None, self._masks(rows, queries), past)[0], rows.wanted)
         self.forwards += 1
         self.rows += len(rows.tokens)
-        self._hidden = iter(hidden)
-        return self.tables(queries, drafter.logits(hidden).float())
+        return self.tables(queries, drafter.logits(hidden).float(), hidden)
 
     def _extend_context(self, query: PathsQuery) -> None:
         """Keys and values of the positions before the anchor that are not there yet."""

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pearl.core.messages import Features
-from pearl.drafters.feature.layers import KeyValue
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.one_pass import DraftedText, PathsQuery
 from pearl.machine.transfers import sent
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 _GROW = 256  # slots by which the cache grows
 
@@ -98,14 +98,19 @@ def concatenated(past: Sequence[Sequence[KeyValue]]) -> list[KeyValue]:
     return [(torch.cat([k for k, _ in layer], 2), torch.cat([v for _, v in layer], 2)) for layer in layers]
 
 
+def block_masks(masks: Sequence[Tensor], past: Sequence[int]) -> Tensor:
+    """bool [all rows, all past + all rows]: each sequence sees itself alone. `past`: columns of each before rows."""
+    if len(masks) == 1:
+        return masks[0]
+    cached = torch.block_diag(*(mask[:, :count] for mask, count in zip(masks, past, strict=True)))
+    new = torch.block_diag(*(mask[:, count:] for mask, count in zip(masks, past, strict=True)))
+    return torch.cat([cached, new], 1).bool()
+
+
 def batch_mask(blocks: Sequence[RowBlock]) -> Tensor:
     """bool [rows, all kept + rows]: each sequence sees itself alone."""
     masks = [tree_mask(block.kept, block.fresh, block.groups) for block in blocks]
-    if len(masks) == 1:
-        return masks[0]
-    cached = torch.block_diag(*(mask[:, : block.kept] for mask, block in zip(masks, blocks, strict=True)))
-    new = torch.block_diag(*(mask[:, block.kept :] for mask, block in zip(masks, blocks, strict=True)))
-    return torch.cat([cached, new], 1).bool()
+    return block_masks(masks, [block.kept for block in blocks])
 
 
 def layer_masks(mask: Tensor, windows: Sequence[int], rows: Sequence[int], keys: Sequence[int]) -> list[Tensor]:

@@ -21,11 +21,12 @@ from torch import Tensor
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.trie import shared_prefix
-from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, concatenated, layer_masks
-from pearl.drafters.feature.layers import KeyValue
+from pearl.drafters.feature.forward_rows import FeatureCache, FeatureSequence, block_masks, concatenated, layer_masks
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.machine.transfers import sent
 from pearl.models.draft_model import LeavesQuery
+from pearl.models.kv_cache.slot_cache import KeyValue
+from pearl.models.reduced_head import scatter_vocabulary
 from pearl.models.static_shapes.network import NetworkForward
 
 _CHUNK = 512  # rows of the trunk that one forward reads at most
@@ -225,7 +226,7 @@ class HeadReader:
             positions += [*range(part.kept, part.end), *(position for _, _, position in part.new)]
         masks = [part.mask(before) for part in parts]
         pasts = [part.state.past(part.kept - before) for part in parts]
-        mask, windows = _joined(masks, [past[0][0].shape[2] for past in pasts]), self.drafter.shape.windows
+        mask, windows = block_masks(masks, [past[0][0].shape[2] for past in pasts]), self.drafter.shape.windows
         keys: list[int] = []
         for part in parts if windows else ():
             keys += part.state.places(before, part.kept, len(part.trunk) - 1)
@@ -272,19 +273,10 @@ class HeadReader:
         """logits: [R, D] over the draft vocabulary; [R, V] over the target's."""
         if self._whole:
             return logits
-        return logits.new_full((len(logits), self._size), -torch.inf).index_copy_(1, self.drafter.vocabulary, logits)
+        return scatter_vocabulary(logits, self.drafter.vocabulary, self._size)
 
 
 def _found(root: DraftedRow, path: Sequence[int]) -> DraftedRow:
     for token in path:
         root = root.children[token]
     return root
-
-
-def _joined(masks: Sequence[Tensor], past: Sequence[int]) -> Tensor:
-    """bool [all rows, all past + all rows]: each sequence sees itself alone. `past`: columns of each before rows."""
-    if len(masks) == 1:
-        return masks[0]
-    cached = torch.block_diag(*(mask[:, :count] for mask, count in zip(masks, past, strict=True)))
-    new = torch.block_diag(*(mask[:, count:] for mask, count in zip(masks, past, strict=True)))
-    return torch.cat([cached, new], 1).bool()

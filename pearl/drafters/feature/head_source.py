@@ -14,7 +14,7 @@ import torch
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import ranked
+from pearl.core.sampling.methods import ranked
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, ChainQuery, Grown, TreeQuery
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.one_pass import Guesses
@@ -30,7 +30,7 @@ class HeadSource(TreeSource):
     """An autoregressive network. A row needs the hidden state of the one before it, so no n-gram guess rides along."""
 
     origin = "feature"
-    depths = 5  # K, of `guess`
+    chain_length = 5  # of `guess`
     least_leaf_logp = MIN_PATH_LOGP  # what is less likely is not offered, so it need not be gone on from
 
     def __init__(self, reader: HeadReader):
@@ -51,15 +51,18 @@ class HeadSource(TreeSource):
         return self._reader.drafter.vocabulary
 
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
-        super().begin(batch_slot, params, continues=True)
+        super().begin(batch_slot, params, continues)
         self._reader.begin(batch_slot, continues)
 
+    def _forget(self, batch_slot: int) -> None:
+        """The reader does, as it begins."""
+
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
-        """For each path after the trunk, guesses of K depths, each after the likeliest ones before it."""
+        """For each path after the trunk, guesses of so many depths, each after the likeliest ones before it."""
         found: list[Guesses] = []
         for path in paths:
             chain, tables = list(path), []
-            for _ in range(self.depths):
+            for _ in range(self.chain_length):
                 (logits,) = self._reader.read_leaves_together([LeavesQuery(0, trunk, [tuple(chain)])])
                 tables += ranked(logits, self._params[0], [len(trunk) + len(chain)], MAX_CHILDREN)
                 chain.append(tables[-1][0][0])

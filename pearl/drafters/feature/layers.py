@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pearl.drafters.feature.shape import EAGLE, OURS, DrafterShape
 from pearl.errors import UsageError
-
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each [B, kv heads, R, head_dim]
+from pearl.models.fused_layers import Rotation, rotated
+from pearl.models.kv_cache.slot_cache import KeyValue
 
 
 class Attention(nn.Module):
@@ -36,7 +36,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(shape.head_dim, shape.eps)
             self.k_norm = nn.RMSNorm(shape.head_dim, shape.eps)
 
-    def forward(self, x: Tensor, turn: KeyValue, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, turn: Rotation, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """x: [B, R, width]; turn: cosines and sines [R, head_dim]; mask: bool [R, past + R]."""
         batch, rows, _ = x.shape
         q, k, v = (
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
         self.mlp = Mlp(shape)
 
-    def forward(self, x: Tensor, turn: KeyValue, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, turn: Rotation, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         seen, made = self.self_attn(self.input_layernorm(x), turn, mask, past)
         x = x + seen
         return x + self.mlp(self.post_attention_layernorm(x)), made
@@ -97,7 +97,7 @@ class PairLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden, shape.eps)
         self.mlp = Mlp(shape)
 
-    def forward(self, pair: Tensor, turn: KeyValue, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, pair: Tensor, turn: Rotation, mask: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """pair: [B, R, 2 H], embedding and hidden state."""
         embedded, x = pair.chunk(2, -1)
         normed = self.hidden_norm(x)
@@ -129,13 +129,7 @@ class Rotary:
         self._made = self._made.to(device)
         return self
 
-    def turns(self, positions: Tensor, like: Tensor) -> KeyValue:
+    def turns(self, positions: Tensor, like: Tensor) -> Rotation:
         """Of int64 positions [R], each [R, head_dim], of the kind of `like`."""
         cosines, sines = self._made(like, positions[None])
         return cosines[0], sines[0]
-
-
-def rotated(x: Tensor, turn: KeyValue) -> Tensor:
-    """x: [B, heads, R, head_dim], turned by the cosines and sines of its positions."""
-    first, second = x.chunk(2, -1)
-    return x * turn[0] + torch.cat([-second, first], -1) * turn[1]

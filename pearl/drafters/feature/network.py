@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pearl.drafters.feature.layers import KeyValue, Rotary, layers_of
+from pearl.drafters.feature.layers import Rotary, layers_of
 from pearl.drafters.feature.shape import EAGLE, EAGLE3, OURS, PEAGLE, DrafterShape
 from pearl.errors import UsageError
 from pearl.models.draft_model import read_unknown_tokens
 from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.hidden_states import final_norm
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.linear import linear_of
 
-__all__ = ["DrafterShape", "FeatureDrafter", "KeyValue"]
+__all__ = ["DrafterShape", "FeatureDrafter"]
 
 
 class FeatureDrafter(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import RankQuery
+from pearl.core.sampling.methods import RankQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence
 from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery, with_confidence
 from pearl.machine.transfers import Fetched, sent

@@ -77,8 +77,7 @@ class FeatureSource(ParallelSource):
         self.forwards += 1
         self.rows += first
         asked = select_rows(hidden, wanted)
-        self._hidden = iter(asked)
-        return self.tables(queries, drafter.logits(asked).float())
+        return self.tables(queries, drafter.logits(asked).float(), asked)
 
     @property
     def _looks_back(self) -> bool:

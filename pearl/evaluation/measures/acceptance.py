@@ -5,7 +5,8 @@ that the walk went through. These are vLLM's counters `num_drafts`, `num_draft_t
 there, an acceptance length has the token in it that the target adds itself, and counts what the end of a text then cuts
 off. Passes that read no guess count in tokens a pass alone.
 
-A guess that arrived while a pass ran (pre-verify) was not read by it: it can save the next pass, and has no part here.
+A guess that arrived while a pass ran (pre-verify) was judged by its pick, not read by it: it can save the next pass,
+and has no part here.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "cpus": {"target": engine.runtime.target_cpus, "drafter": engine.runtime.draft_cpus},
         "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
         "processes": engine.runtime.processes,
+        "hosts": 1 + engine.runtime.layout.world.two_hosts,
         "load": os.getloadavg(),
         "rows": asdict(engine.model.buckets),
         "draft_costs": engine.runtime.target.draft_costs,

@@ -5,7 +5,7 @@ Every line says which text, how long, and which machine. Pictures are PNG, with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -56,6 +56,13 @@ PLOTS = {  # each where its interval is known of some mode
 KINDS = {
     "synthetic": "**Synthetic**: the drafter was told how often to be right. ",
     "warm memory": "**Warm**: guesses were taken from earlier texts too. ",
+}
+SAID = {  # of options that a line names in other words than their own
+    "ignore_eos": "end of sequence ignored",
+    "sampling": "{} sampling",
+    "num_samples": "{} samples of each",
+    "batch_size": "{} texts side by side",
+    "repeats": "each {} times",
 }
 IN_A_LINE = ("sd", "pearl", "tree")
 BEGIN, END = "<!-- figures of docs/results -->", "<!-- end of figures -->"
@@ -141,7 +148,7 @@ def by_category(run: Run) -> str:
     rows = []
     for name in names:
         texts = next(some[name]["sequences"] for some in told.values() if name in some)
-        rows.append([f"{name}, {texts} texts", *(speedup(some.get(name, {})) for some in told.values())])
+        rows.append([f"{name}, {count(texts)}", *(speedup(some.get(name, {})) for some in told.values())])
     return f"\nBy category, times `ar`:\n\n{tables.markdown(['category', *told], rows)}\n"
 
 
@@ -152,22 +159,43 @@ def speedup(figures: tables.Figures) -> str:
 
 
 def text_of(run: Run) -> str:
-    """Which text, and how long: HumanEval (chat), 164 texts of up to 512 tokens, temperature 1"""
+    """Which text, how long, and what was asked for beside that: HumanEval (chat), 164 texts of up to 512 tokens,
+    temperature 1, 8 texts side by side"""
     config = run.config
     format = f" ({config['prompt_format']})" if config.get("prompt_format") else ""
     texts = next(iter(run.modes.values()))["sequences"]
     temperature = config.get("temperature") or 0
-    warm = f", temperature {temperature:g}" if temperature else ", greedy"
+    warm = f"temperature {temperature:g}" if temperature else "greedy"
     title = TITLES.get(str(config.get("suite")), str(config.get("suite")))
     so_far = " so far" if run.rest else ""
-    return f"{title}{format}, {texts} texts{so_far} of up to {config.get('max_new_tokens')} tokens{warm}"
+    long = f"{count(texts)}{so_far} of up to {config.get('max_new_tokens')} tokens"
+    return ", ".join([f"{title}{format}", long, warm, *beside(config)])
+
+
+def count(texts: int) -> str:
+    return f"{texts} text{'s' * (texts != 1)}"
+
+
+def beside(config: Mapping[str, Any]) -> Iterator[str]:
+    """What was asked for that evaluations do not do by default, each in a few words."""
+    for key, plain in (report.PLAIN | {"repeats": 1}).items():
+        value = config.get(key)
+        if key != "temperature" and value not in (None, plain):
+            yield SAID[key].format(value) if key in SAID else f"{key.replace('_', '-')} {value:g}"
 
 
 def machine(run: Run) -> str:
-    threads: dict[str, Any] = run.environment.get("threads", {})
-    cores = sum(threads.values())
+    cores = cores_of(run.environment)
     on = f"{cores} core{'s' * (cores > 1)} of " if run.environment.get("devices", {}).get("target") == ["cpu"] else ""
     return f"{on}{run.environment.get('processor')}"
+
+
+def cores_of(environment: Mapping[str, Any]) -> int:
+    """How many cores the run had: both roles may have the same ones, unless each has a host of its own."""
+    cpus: dict[str, Sequence[int]] = environment.get("cpus", {})
+    if not cpus or environment.get("hosts", 1) > 1:
+        return sum(environment.get("threads", {}).values())
+    return len(set().union(*cpus.values()))
 
 
 def in_lines(runs: Sequence[Run]) -> str:

@@ -43,13 +43,15 @@ COMPARED = {
     "dtype": ("resolved", "dtype"),
     "max_new_tokens": ("config", "max_new_tokens"),
     "temperature": ("config", "temperature"),
+    "ignore_eos": ("config", "ignore_eos"),
     "batch_size": ("config", "batch_size"),
     "problems": ("facts", "problems"),
     "processor": ("environment", "processor"),
 }
 RULES = MUST | MAY | dict.fromkeys(COMPARED, TEXT) | dict.fromkeys(("max_new_tokens", "batch_size", "problems"), COUNT)
 RULES["temperature"] = _number(0)
-_WORDS = {"prompts": "digest of the prompts", "processor": "processor", "batch_size": "texts side by side"}
+RULES["ignore_eos"] = "true or false", lambda value: isinstance(value, bool)
+_WORDS = {"prompts": "digest of the prompts", "batch_size": "texts side by side", "ignore_eos": "ignore_eos"}
 
 
 @dataclass(frozen=True)

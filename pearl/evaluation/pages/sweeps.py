@@ -13,19 +13,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pearl.core.schedule import MODES, Schedule
 from pearl.errors import UsageError
 from pearl.evaluation import tables
-from pearl.evaluation.plots import note, panels_of, png_of, spread, style
+from pearl.evaluation.plots import legend, line_styles, note, panels_of, png_of, spread
 from pearl.evaluation.report import Run
 
+
+class Label(NamedTuple):
+    """Of a curve."""
+
+    name: str  # the mode, with the pair where there are several
+    mode: str  # whose colour it has
+
+
 Point = tuple[float, tables.Figures]
-Curves = dict[str, list[Point]]  # by mode, and pair where there are several, in order
+Curves = dict[Label, list[Point]]  # each in order
 
 
-def names(runs: Sequence[Run]) -> Callable[[Run, str], str]:
-    """What the curve of a mode of a run is called."""
+def labels(runs: Sequence[Run]) -> Callable[..., Label]:
+    """What the curve of a mode of a run is called; with `how` where the mode has several."""
 
     def pair(run: Run) -> tuple[str, ...]:
         return tuple(str(run.resolved.get(name)) for name in ("target", "draft"))
@@ -35,39 +44,45 @@ def names(runs: Sequence[Run]) -> Callable[[Run, str], str]:
     if len(set(short.values())) < len(pairs):
         short = {one: " <- ".join(one) for one in pairs}
 
-    def name(run: Run, mode: str) -> str:
+    def label(run: Run, mode: str, how: str = "") -> Label:
         kind = f" ({', '.join(run.kind)})" if run.kind else ""
-        return f"{short[pair(run)]}, {mode}{kind}" if len(pairs) > 1 else f"{mode}{kind}"
+        return Label(f"{short[pair(run)]}, {mode}{how}{kind}" if len(pairs) > 1 else f"{mode}{how}{kind}", mode)
 
-    return name
+    return label
 
 
 def by_category(runs: Sequence[Run]) -> Curves:
     """Of categories that are numbers."""
     curves: Curves = {}
-    name = names(runs)
+    label = labels(runs)
     for run in runs:
         for mode, figures in run.modes.items():
             for category, some in (figures.get("by_category") or {}).items():
-                if category.isdigit():
-                    curves.setdefault(name(run, mode), []).append((float(category), some))
+                if category.isdecimal():
+                    curves.setdefault(label(run, mode), []).append((float(category), some))
     return _sorted(curves)
 
 
 def by_gamma(runs: Sequence[Run]) -> Curves:
-    """Of modes with a block length in their name; one without is the same at all of them."""
-    modes = [mode for run in runs for mode in run.modes]
-    lengths = sorted({float(mode.partition(":")[2]) for mode in modes if mode.partition(":")[2].isdigit()})
+    """Of modes with a block length in their name; one that finds its own is the same at all of them. What drafts
+    nothing, or not in our blocks, has no place here."""
+    lengths = sorted({length for run in runs for mode in run.modes if (length := block(mode)) is not None})
     curves: Curves = {}
-    name = names(runs)
+    label = labels(runs)
     for run in runs:
         for mode, figures in run.modes.items():
-            plain, _, gamma = mode.partition(":")
-            if gamma.isdigit():
-                curves.setdefault(name(run, plain), []).append((float(gamma), figures))
-            elif mode != "ar":
-                curves[name(run, f"{mode}, auto")] = [(length, figures) for length in lengths]
+            plain, length = mode.partition(":")[0], block(mode)
+            if length is not None:
+                curves.setdefault(label(run, plain), []).append((length, figures))
+            elif plain in MODES and Schedule.of(plain).drafts:
+                curves[label(run, mode, ", auto")] = [(length, figures) for length in lengths]
     return _sorted(curves)
+
+
+def block(mode: str) -> float | None:
+    """The block length in its name; behind `tree:` stands another number."""
+    plain, _, number = mode.partition(":")
+    return float(number) if number.isdecimal() and plain != "tree" else None
 
 
 def by_temperature(runs: Sequence[Run]) -> Curves:
@@ -82,32 +97,33 @@ def by_texts(runs: Sequence[Run]) -> Curves:
 def _by(value: Callable[[Run, tables.Figures], float], runs: Sequence[Run]) -> Curves:
     """Of runs that differ in a value."""
     found: Curves = {}
-    name = names(runs)
+    label = labels(runs)
     for run in runs:
         for mode, figures in run.modes.items():
-            found.setdefault(name(run, mode), []).append((float(value(run, figures)), figures))
+            found.setdefault(label(run, mode), []).append((float(value(run, figures)), figures))
     return _sorted(found)
 
 
 def _sorted(curves: Curves) -> Curves:
-    return {mode: sorted(points, key=lambda point: point[0]) for mode, points in curves.items()}
+    return {label: sorted(points, key=lambda point: point[0]) for label, points in curves.items()}
 
 
-def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
+def curve(curves: Curves, runs: Sequence[Run], x: str, logarithmic: bool = False) -> bytes | None:
     """The speed-up over `ar`, and below it the acceptance length."""
     figure, upper = panels_of(7.0, 6.0, 2)
     drawn: list[Any] = []  # intervals
+    styles = list(line_styles([mode for _, mode in curves], runs))
     for axes, key, label in zip(
         upper, ("speedup_vs_ar", "acceptance_length"), ("speed-up over ar", "acceptance length"), strict=True
     ):
-        for place, (mode, points) in enumerate(curves.items()):
+        for ((name, _), points), style in zip(curves.items(), styles, strict=True):
             told = [(at, figures) for at, figures in points if figures.get(key)]
             if told:
                 values = [figures[key] for _, figures in told]
                 intervals = [figures.get(_INTERVAL[key]) for _, figures in told]
                 drawn += intervals
                 axes.errorbar(
-                    [at for at, _ in told], values, yerr=spread(values, intervals), **style(place), label=mode
+                    [at for at, _ in told], values, yerr=spread(values, intervals), capsize=2, **style, label=name
                 )
         axes.axhline(1.0, color="#333333", linewidth=0.8, linestyle="--")
         axes.set_ylabel(label)
@@ -116,7 +132,7 @@ def curve(curves: Curves, x: str, logarithmic: bool = False) -> bytes | None:
     upper[1].set_xlabel(x)
     if not drawn:
         return None
-    upper[0].legend(fontsize=8, frameon=False)
+    legend(figure)
     note(upper[0], drawn)
     return png_of(figure)
 
@@ -130,7 +146,8 @@ def pareto(runs: Sequence[Run]) -> bytes | None:
     points = by_texts(runs)
     figure, (axes,) = panels_of(7.0, 4.4, 1)
     drawn: list[Any] = []  # intervals
-    for place, (mode, some) in enumerate(points.items()):
+    styles = line_styles([mode for _, mode in points], runs)
+    for ((name, _), some), style in zip(points.items(), styles, strict=True):
         told = [(size, figures) for size, figures in some if figures.get("ms_per_token_of_each")]
         if told:
             each = [figures["ms_per_token_of_each"] for _, figures in told]
@@ -139,14 +156,14 @@ def pareto(runs: Sequence[Run]) -> bytes | None:
             of_rate = [figures.get("tokens_per_second_interval_95") for _, figures in told]
             across, up = spread(each, of_each), spread(rate, of_rate)
             drawn += of_rate
-            axes.errorbar(each, rate, xerr=across, yerr=up, **style(place), label=mode)
+            axes.errorbar(each, rate, xerr=across, yerr=up, capsize=2, **style, label=name)
             for at, (size, _) in enumerate(told):
                 axes.annotate(f"{size:g}", (each[at], rate[at]), textcoords="offset points", xytext=(4, 4), fontsize=7)
     if not drawn:
         return None
     axes.set_xlabel("ms a token of each text (numbers: texts side by side)")
     axes.set_ylabel("tokens a second of all")
-    axes.legend(fontsize=8, frameon=False)
+    legend(figure)
     note(axes, drawn)
     return png_of(figure)
 
@@ -157,11 +174,14 @@ def _beside_ar(runs: Sequence[Run]) -> list[Run]:
 
 
 SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
-    "input_length": lambda runs: curve(by_category(_beside_ar(runs)), "tokens of the prompt", logarithmic=True),
-    "draft_length": lambda runs: curve(by_gamma(_beside_ar(runs)), "guesses a block"),
-    "temperature": lambda runs: curve(by_temperature(_beside_ar(runs)), "temperature"),
+    "input_length": lambda runs: curve(by_category(_beside_ar(runs)), runs, "tokens of the prompt", logarithmic=True),
+    "draft_length": lambda runs: curve(by_gamma(_beside_ar(runs)), runs, "guesses a block"),
+    "temperature": lambda runs: curve(by_temperature(_beside_ar(runs)), runs, "temperature"),
     "concurrency": pareto,
 }
+
+
+VARIED = {"temperature": ("temperature",), "concurrency": ("batch_size",)}  # options, by the runs of a sweep
 
 
 def draw(name: str, runs: Sequence[Run]) -> bytes | None:

@@ -66,7 +66,7 @@ class PrefixCache:
         if forget:
             self.nbytes -= sum(piece.nbytes for piece in self._waiting.values())
         else:
-            self._pieces |= self._waiting
+            self._pieces |= dict(reversed(self._waiting.items()))  # the beginning of a text is the last of it to go
         self._waiting = {}
         self._shrink(3 * self.limit // 4)
 

@@ -21,15 +21,14 @@ from torch import Tensor
 
 from pearl.core.token_buckets import GRAIN, Check
 from pearl.machine.transfers import sent
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.static_shapes.inputs import StaticInputs
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
-from pearl.models.static_shapes.recordings import Capture, Recordings
+from pearl.models.static_shapes.recordings import SEEDS, Capture, Recordings, compare_graphs
 
-KeyValue = tuple[Tensor, Tensor]  # of one layer, each [1, kv heads, rows, head_dim]
 # numbers int64 [n, R]; rows [R, W], if there are any; masks bool [R, S + R]; past -> tensors with a row for each,
 # [R, *] or [1, heads, R, *]
 Code = Callable[[Tensor, Tensor | None, list[Tensor], list[KeyValue]], list[Tensor]]
-_SEEDS = 4, 5, 4
 
 
 class NetworkForward:
@@ -58,17 +57,16 @@ class NetworkForward:
         for how in (None, capture):
             self.use_static_shapes(how)
             with self._notes() as noted:
-                for seed in _SEEDS:
+                for seed in SEEDS:
                     probe(seed)
             said.append(noted)
-        what, static = "graph against eager, drafter", self._static
+        static = self._static
         assert static is not None, "it has just been made"
-        if static.recorded.failed:
-            return Check(what, False, f"forwards can't be recorded, so they run eagerly ({static.recorded.failed})")
-        if all(map(torch.equal, *said)):
-            return Check(what, True, f"equal bits in {self.shapes} shapes")
-        self._static = None
-        return Check(what, False, "a graph gives other bits than its code, so forwards run eagerly")
+        code, graphs = said
+        check = compare_graphs("graph against eager, drafter", code, graphs, self.shapes, static.recorded.failed)
+        if not check.holds and not static.recorded.failed:
+            self._static = None
+        return check
 
     @contextlib.contextmanager
     def _notes(self) -> Iterator[list[Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
+from pearl.core.token_buckets import LIMIT, PREFILL_CHUNK, CannotBranch
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention import BACKENDS, AttentionMask, LayerCall
 from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS, Branch, KeyValue, SlotCache
@@ -29,7 +29,6 @@ from pearl.models.static_shapes.recordings import Capture, Recordings
 
 COUNTS = (1, 2, 4, 8, 12, 16)  # row counts of shapes; a target's are those of them that keep its bits
 DRAFT_COUNTS = (*COUNTS, 24, 32, 48, 64)  # a drafter that guesses several tokens at once has a row for each
-PIECE = GRAIN  # rows of a whole piece of a prompt, of which the last alone is asked what follows
 PATHS = (0, 1, 2, 4, 8, LIMIT)
 _TOKEN, _POSITION, _SLOT, _LAST, _TAKE = range(5)  # lines of the numbers that every pass has
 _TO, _FROM, _QUERY, _QUERY_LAST = range(4)  # lines of each path, after those
@@ -75,7 +74,9 @@ class StaticCache(ForwardCache):
     ):
         super().__init__()
         self._cache, self._shape, self._attention = cache, shape, BACKENDS[backend]
-        filled = backend == "flash" and not shape.masked and shape.rows < PIECE  # rows may lie behind the chain's own
+        filled = (
+            backend == "flash" and not shape.masked and shape.rows < PREFILL_CHUNK
+        )  # rows may lie behind the chain's own
         self._read = shape.seen + (LIMIT if filled else 0)
         numbers = inputs.numbers(*shape.lines)[:, : shape.rows]
         self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
@@ -149,11 +150,11 @@ class StaticShapeRunner:
         if head:
             head.settle()
         wide, masks = max(LIMIT, self.counts[-1]), 1 + len(windows)
-        numbers = max((_COMMON + _OF_A_PATH * LIMIT) * LIMIT, _COMMON * max(wide, PIECE))
+        numbers = max((_COMMON + _OF_A_PATH * LIMIT) * LIMIT, _COMMON * max(wide, PREFILL_CHUNK))
         self._inputs, self._windows = StaticInputs(model.device, numbers, masks * wide * slots), windows
         self._recorded, self._pieces = Recordings(capture), Recordings(capture, later=True)
         self._logits = self._states = torch.empty(0)  # [most rows, V] and [most rows, F], of the last forward
-        self._most = wide, max(wide, PIECE)
+        self._most = wide, max(wide, PREFILL_CHUNK)
         self._filled: tuple[ForwardShape, ForwardRows] | None = None  # what the inputs hold, if that was prepared
         self.foreseen = 0  # forwards whose inputs were there
 
@@ -179,7 +180,7 @@ class StaticShapeRunner:
 
     def supports(self, rows: int, keep: int = 0) -> bool:
         """Whether a forward of so many rows has a shape, the last `keep` of which are asked what follows."""
-        return rows <= self.counts[-1] or (self._reads_pieces and rows == PIECE and keep == 1)
+        return rows <= self.counts[-1] or (self._reads_pieces and rows == PREFILL_CHUNK and keep == 1)
 
     @torch.inference_mode()
     def __call__(self, cache: SlotCache, rows: ForwardRows) -> tuple[Tensor, Tensor | None]:
@@ -204,7 +205,7 @@ class StaticShapeRunner:
     def _fill(self, cache: SlotCache, rows: ForwardRows) -> ForwardShape:
         """The shape of a forward, whose inputs are filled unless they are."""
         piece = len(rows.tokens) > self.counts[-1]
-        counts = (PIECE,) if piece else self.counts
+        counts = (PREFILL_CHUNK,) if piece else self.counts
         count = next(count for count in counts if count >= max(rows.least, len(rows.tokens)))
         seen = cache.buffers.seen(rows.mask.shape[2] if rows.mask is not None else 1 + max(_lasts(rows)))
         paths = next(paths for paths in PATHS if paths >= len(rows.branches))

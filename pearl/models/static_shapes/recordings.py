@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from pearl.config.inputs import brief
+from pearl.core.token_buckets import Check
 
 _log = logging.getLogger(__name__)
-MOST = 512  # recordings at a time; a graph of a large model takes about a megabyte
+MOST = 512  # recordings at a time, those that were replayed last; a graph of a large model takes about a megabyte
+
+# of texts with which graphs are compared with their code: each shape is recorded with one, then replayed with another
+SEEDS = 4, 5, 4
 
 Run = Callable[[], None]  # a forward whose inputs and outputs lie in buffers
 
@@ -27,11 +34,11 @@ class Capture(Protocol):
 class Recordings:
     """The forwards of some shapes. Each is run as code before it is recorded, so that its buffers are there."""
 
-    def __init__(self, capture: Capture | None, later: bool = False, most: int = MOST):
+    def __init__(self, capture: Capture | None, later: bool = False):
         """`capture`: None leaves code as it is. `later`: a shape is recorded when it comes for the second time, for
-        many come once. `most`: recordings that are kept, those that were replayed last."""
+        many come once."""
         self.failed = ""  # why nothing is recorded any more
-        self.capture, self._later, self._most = capture, later, most
+        self.capture, self._later = capture, later
         self._known: set[Hashable] = set()
         self._runs: OrderedDict[Hashable, Run] = OrderedDict()
 
@@ -65,6 +72,16 @@ class Recordings:
                 self.failed, self.capture = brief(error) or type(error).__name__, None
                 _log.warning("forwards can't be recorded as graphs, so they run eagerly (%s).", self.failed)
                 return
-            if len(self._runs) > self._most:
+            if len(self._runs) > MOST:
                 self._runs.popitem(last=False)
         self._runs[shape]()
+
+
+def compare_graphs(what: str, code: Sequence[Tensor], graphs: Sequence[Tensor], shapes: int, failed: str) -> Check:
+    """What is said of the results of some forwards by code and by graphs of so many shapes; where the check does not
+    hold, forwards run eagerly. `failed`: why there are no graphs."""
+    if failed:
+        return Check(what, False, f"forwards can't be recorded as graphs, so they run eagerly ({failed})")
+    if all(map(torch.equal, code, graphs)):
+        return Check(what, True, f"equal bits in {shapes} shapes")
+    return Check(what, False, "a graph gives other bits than its code, so forwards run eagerly")

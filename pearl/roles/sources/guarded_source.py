@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 
 from pearl.core.messages import Features
-from pearl.core.timeline import Trace
 from pearl.drafters.draft_source import DraftSource
 from pearl.machine.logs import FailureLog
+from pearl.machine.timeline import Trace
 from pearl.roles.batch_limit import BatchLimit
 from pearl.roles.drafted_sequence import DraftedSequence
 from pearl.wire.channel import Clock

@@ -108,7 +108,7 @@ class TargetSources:
 
     def hear(self, sequence: SequenceState, read: RowsRead, features: Features | None) -> None:
         """What a pass has said of one sequence. `features`: of what is read for good now, if there are any."""
-        for source, policy in self.policies.items():
+        for source, policy in self._serve(sequence):
             began = self._clock()
             if source.layers and features is not None:
                 self._try(source, [sequence], partial(source.observe, features, sequence.batch_slot))
@@ -118,13 +118,18 @@ class TargetSources:
 
     def judge(self, sequence: SequenceState, chosen: PassRows, walked: PassWalk, controller: Controller) -> None:
         """The pass is over: what each source has brought to this sequence."""
-        for policy in self.policies.values():
+        for _, policy in self._serve(sequence):
             policy.judge(sequence, chosen, walked, controller)
 
     def passed(self, seconds: float) -> None:
         """A pass with all that belongs to it has taken so long."""
         for policy in self.policies.values():
             policy.passed(seconds)
+
+    def _serve(self, sequence: SequenceState) -> list[tuple[DraftSource, SourcePolicy]]:
+        """Those that are asked about it: what the others would have been worth here nobody knows."""
+        serving = self._serving[sequence]
+        return [(source, policy) for source, policy in self.policies.items() if source in serving]
 
     def _deepest(self, sequence: SequenceState) -> int:
         return deepest(sequence, self._buckets)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pearl.engine.prompts import check_text
+from pearl.errors import UsageError
 from pearl.server.api.answers import Answer
 from pearl.server.api.logprobs import chat_logprobs
 from pearl.server.api.schemas import ChatRequest, Message, TextPart, TokenizeRequest
@@ -25,26 +27,34 @@ def messages(given: Sequence[Message]) -> list[dict[str, Any]]:
     for number, one in enumerate(given):
         message = one.model_dump(exclude_none=True)
         message["role"] = "system" if one.role == "developer" else one.role
-        message["content"] = text_of(one.content, f"messages.{number}.content")
+        content = text_of(one.content, f"messages.{number}.content")
         calls = message.get("tool_calls")
         if calls is not None and not isinstance(calls, list):
             raise bad(f"messages.{number}.tool_calls must be a list.", "messages")
         for call in calls or ():
             _parse_arguments(call)
-        if one.content is None and not message.get("tool_calls"):
+        if content is None and not (calls or message.get("function_call")):
             raise bad(f"messages.{number} has no content: give it a text.", "messages")
+        message["content"] = content
         made.append(message)
     return made
 
 
 def text_of(content: str | Sequence[TextPart] | None, where: str) -> str | None:
     """The text of content, which may come in parts."""
-    if content is None or isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in ("text", "input_text", "output_text") or part.text is None:
-            raise bad(f"{where} holds a part of type {part.type[:50]!r}: this model reads text.", where.split(".")[0])
-    return "\n".join(part.text or "" for part in content)
+    if content is None:
+        return None
+    field = where.split(".")[0]
+    if not isinstance(content, str):
+        for part in content:
+            if part.type not in ("text", "input_text", "output_text") or part.text is None:
+                raise bad(f"{where} holds a part of type {part.type[:50]!r}: this model reads text.", field)
+        content = "\n".join(part.text or "" for part in content)
+    try:
+        check_text(content, where)
+    except UsageError as error:
+        raise bad(str(error), field) from None
+    return content
 
 
 def _parse_arguments(call: Any) -> None:

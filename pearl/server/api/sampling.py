@@ -13,7 +13,8 @@ from pearl.server.api.schemas import ChatRequest, CompletionRequest, Sampled
 from pearl.server.errors import bad
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
-MOST_STOP = 1 << 14  # characters of all stop strings: each is looked for at every token, beside all other texts
+MOST_LETTERS = 1 << 14  # of all stop strings, and of all bad words
+MOST_BAD_WORDS = 1024  # each is made tokens, and looked for at every row of a pass
 _SAME = (  # names and meanings are the engine's
     "temperature",
     "top_k",
@@ -80,8 +81,10 @@ def sampling(request: ChatRequest | CompletionRequest, room: int, defaults: Mapp
     `UsageError` and `APIError`."""
     values = {**defaults} | {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     values["stop"] = tuple(one for one in _listed(request.stop) if one)
-    if (letters := sum(map(len, values["stop"]))) > MOST_STOP:
-        raise bad(f"stop must have {MOST_STOP} characters at most, all strings together, not {letters}.", "stop")
+    if (letters := sum(map(len, values["stop"]))) > MOST_LETTERS:
+        raise bad(f"stop must have {MOST_LETTERS} characters at most, all strings together, not {letters}.", "stop")
+    if len(words := values.get("bad_words", ())) > MOST_BAD_WORDS or sum(map(len, words)) > MOST_LETTERS:
+        raise bad(f"bad_words must be {MOST_BAD_WORDS} at most, of {MOST_LETTERS} characters in all.", "bad_words")
     if request.seed is not None:
         values["seed"] = request.seed & (1 << 63) - 1
     limit = limit_of(request)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pearl.core.schedule import MAX_GAMMA
+
 MOST_LOGPROBS, MOST_CHOICES, MOST_TEXTS = 20, 128, 2048
 _TOKEN = Annotated[int, Field(ge=0, lt=1 << 31)]
 _COUNT = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -81,7 +83,7 @@ class Sampled(Body):
     mode: Annotated[str, Field(max_length=64)] | None = Field(
         None, description="how it is decoded: ar, sd, pearl, tree, ...; the text is the same"
     )
-    gamma: Annotated[int, Field(ge=0, le=1024)] | str | None = None
+    gamma: Annotated[int, Field(ge=0, le=MAX_GAMMA)] | str | None = None
     spec_decode_metrics: Literal["off", "summary", "detailed"] | None = Field(
         None, description="tell what was drafted and accepted, in vLLM's shape"
     )

@@ -151,6 +151,7 @@ async function listen() {
       }
       $("keyform").hidden = true;
       know(told);
+      say(told.status, told.status);
       const response = await fetch(`v1/pearl/events?key=${KEY}`, { headers: headers() });
       if (!response.ok) throw new Error(await problem(response));
       pause = 500;
@@ -161,7 +162,7 @@ async function listen() {
       }
       say("the server has gone", "bad");
     } catch (error) {
-      if (!replay) say(String(error.message).includes("fetch") ? "no connection" : error.message, "bad");
+      say(String(error.message).includes("fetch") ? "no connection" : error.message, "bad");
     }
     await wait(pause);
   }
@@ -201,7 +202,6 @@ function know(found) {
   state = found;
   $("pair").textContent = named(found);
   $("pair").title = (found.where || []).join("\n");
-  say(found.status, found.status);
   $("kill").hidden = !found.may_kill || !!replay;
   const tree = found.modes.includes("tree") ? "tree" : found.mode;
   for (const [id, wanted] of [["mode", found.mode], ["mode-a", "ar"], ["mode-b", tree]]) {
@@ -212,8 +212,14 @@ function know(found) {
   }
 }
 
+let heard = ["", ""]; // what was said last of the server: a run hides it while it is shown
+
 function say(words, is) {
-  if (replay && is !== "replay") return;
+  heard = [words, is];
+  if (!replay) mark(words, is);
+}
+
+function mark(words, is) {
   tell($("status"), words);
   $("status").dataset.is = is;
 }
@@ -540,7 +546,7 @@ function verdict() {
   if ($("verdict").dataset.key === key && $("verdict").querySelector("b")) return;
   $("verdict").dataset.key = key;
   $("verdict").replaceChildren(
-    make("b", { textContent: `${(one / other).toFixed(2)}×` }),
+    make("b", { textContent: one && other ? `${(one / other).toFixed(2)}×` : "–" }), // one pass takes no time
     ` ${times} from the first token to the last, as measured here. `,
     make("span", { id: "same", textContent: same ? `The same text, ${a.tokens.length} tokens.` : differ }),
     missed + others,
@@ -958,7 +964,7 @@ function open(words) {
     show(new Replay(JSON.parse(words)));
   } catch {
     if (replay !== before) before ? show(before) : close();
-    say("This file is no saved run of pearl.", before ? "replay" : "bad");
+    mark("This file is no saved run of pearl.", before ? "replay" : "bad");
   }
 }
 
@@ -974,7 +980,7 @@ function show(made) {
   };
   replay = made;
   if (run.state) $("pair").textContent = named(run.state);
-  say(`a run of ${String(run.saved).slice(0, 10)}`, "replay");
+  mark(`a run of ${String(run.saved).slice(0, 10)}`, "replay");
   views.clear();
   clear($("talk"));
   for (const entry of run.asked) if (entry.view === "chat") turn(entry);
@@ -1006,6 +1012,7 @@ function close() {
   for (const id of ["ask", "start", "save", "savepage"]) $(id).hidden = false;
   $("replaybar").hidden = true;
   if (state) know(state);
+  mark(...heard);
 }
 
 // What a person does

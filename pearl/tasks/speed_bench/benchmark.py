@@ -121,7 +121,7 @@ class SpeedBench(DataSet[Problem]):
 
 DATA = SpeedBench(
     title="SPEED-Bench",
-    needs="an object with question_id, category and turns, a list of texts",
+    needs="an object with question_id, category and turns, a list of texts that are not empty",
     parse=_problem,
 )
 

@@ -28,8 +28,9 @@ from transformers import DynamicCache, PreTrainedModel
 from pearl.checkpoints import shared_embeddings
 from pearl.config.engine_config import model_path
 from pearl.models.kv_cache.transformers_interface import cache_argument
+from pearl.training import partition
 from pearl.training.loop import Figures
-from pearl.training.objective import NOTHING
+from pearl.training.objective import NOTHING, depth_figures
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded, stacked
 from pearl.training.students.student import Student
@@ -122,15 +123,11 @@ class OnePassStudent(Student):
         rows = drop_rows(anchors, recipe.one_pass, keep, recipe.keep_least if keep < 1 else 1.0, generator)
         there = _labelled(rows, noted)
         weights = [recipe.depth_decay**depth for depth in range(recipe.one_pass)]
-        figures: Figures = {}
-        for name in ("loss", "accuracy", "top 5"):  # in the order in which they are shown
-            figures |= {f"{kind}{name} {depth}": 0.0 for depth in range(recipe.one_pass) for kind in ("", "n:")}
+        figures = depth_figures(recipe.one_pass)
 
         def judged(depth: int, hidden: Tensor, ids: Tensor, logp: Tensor, count: int) -> Tensor:
-            found = self._objective.judge(hidden @ self._head.T.to(hidden.dtype), ids, logp)
-            for name, value in (("loss", found.loss), ("accuracy", found.first), ("top 5", found.fifth)):
-                figures[f"{name} {depth}"] += float(value.detach().sum())
-                figures[f"n:{name} {depth}"] += len(hidden)
+            found = self._objective.judge(self._head(hidden), ids, logp)
+            found.add_to(figures, depth)
             return share * found.loss.sum() * (weights[depth] / sum(weights) / max(1, count))
 
         cache: Any = DynamicCache()
@@ -154,7 +151,8 @@ class OnePassStudent(Student):
             if share:
                 loss.backward()
         if share:
-            _go_back(total, made, past)
+            pairs = ((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True))
+            partition.backward_through(total, pairs)
         return figures
 
     def _read(self, rows: MaskRows, past: Sequence[tuple[Tensor, Tensor]], batch: int) -> Tensor:
@@ -181,15 +179,3 @@ def _labelled(rows: MaskRows, noted: Tensor) -> Tensor:
     """Whether the choice that a row learns was noted, and its anchor's own, bool [B, R].  noted: [B, n]"""
     count = noted.shape[1]
     return noted[:, rows.anchors] & noted[:, rows.positions.clamp(max=count - 1)] & (rows.positions < count)
-
-
-def _go_back(total: Tensor, made: Sequence[tuple[Tensor, Tensor]], past: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """The gradient of the text's own loss, and of what mask rows asked of its keys and values."""
-    roots: list[Tensor] = [total]
-    gradients: list[Tensor | None] = [None]
-    for pair, leaves in zip(made, past, strict=True):
-        for part, leaf in zip(pair, leaves, strict=True):
-            if leaf.grad is not None:
-                roots.append(part)
-                gradients.append(leaf.grad)
-    torch.autograd.backward(roots, gradients)

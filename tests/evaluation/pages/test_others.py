@@ -75,16 +75,16 @@ def test_their_acceptance_stands_beside_what_is_counted_alike_in_ours(tmp_path):
         ("problems", 80, True),
         ("problems", 40, False),
         ("max_new_tokens", 32, False),
+        ("ignore_eos", False, True),
+        ("ignore_eos", True, False),
     ],
 )
 def test_values_are_compared_as_what_they_are(tmp_path, name, said, same):
-    config = {"suite": "mt_bench", "temperature": 0.0, "batch_size": 1}
+    config = {"suite": "mt_bench", "temperature": 0.0, "batch_size": 1, "ignore_eos": False}
     run = report.Run(tmp_path, "ours", config, {}, {}, {"problems": 80})
     told = list(others.doubts(others.load([written(tmp_path / "theirs.json", THEIRS | {name: said})]), [run]))
-    assert (
-        any(f"{name.replace('batch_size', 'texts side by side').replace('_', ' ')} differs" in one for one in told)
-        != same
-    )
+    word = name if name == "ignore_eos" else name.replace("batch_size", "texts side by side").replace("_", " ")
+    assert any(f"{word} differs" in one for one in told) != same
 
 
 def test_beside_synthetic_runs_alone_nothing_is_compared(tmp_path):
@@ -110,6 +110,7 @@ def test_beside_synthetic_runs_alone_nothing_is_compared(tmp_path):
         ({"temperature": {"a": 1}}, "temperature must be a number from 0"),
         ({"temperature": float("nan")}, "temperature must be a number from 0"),
         ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false, not 1"),
         ({"draft": ["d"]}, "draft must be a text"),
         ({"name": " "}, "name must be a text, not ' '"),
         ({"acceptance": 47}, "acceptance must be a number from 0 to 1, not 47"),

@@ -86,6 +86,7 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
         ([RECORDS[0] | {"turns": []}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0]] * 2, "more than once"),
         ([RECORDS[0] | {"turns": "one text"}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": ["a", ""]}], "turns, a list of texts that are not empty"),
         ([RECORDS[0] | {"turns": [" "]}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0] | {"category": None}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0] | {"question_id": None}], "line 1 is no SPEED-Bench problem"),

@@ -26,8 +26,8 @@ from pearl.training.first_weights import spare_token
 from pearl.training.objective import NOTHING, Objective
 from pearl.training.recipes import DistillRecipe
 from pearl.training.shards import Recorded, stacked
+from pearl.training.students.cut import student_of
 from pearl.training.students.one_pass import MASK, OnePassStudent, drop_rows
-from pearl.training.students.student import student_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from pearl.predict import host_time
+from pearl.bench import host_time
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
+from pearl.bench import synthetic_bench
+from pearl.bench.host_time import host_times
+from pearl.bench.synthetic_bench import LATENCY_S, written
 from pearl.config.pairs import probe
 from pearl.config.synthetic import SyntheticDraft
 from pearl.core.messages import Message
@@ -39,10 +42,7 @@ from pearl.models.kv_cache.attention_probe import use_cache_attention
 from pearl.models.static_shapes.one_text import DRAFT_COUNTS
 from pearl.models.timing import best_of, timed
 from pearl.models.verifier import VerifierModel
-from pearl.predict import synthetic_bench
-from pearl.predict.host_time import host_times
 from pearl.predict.prediction import by_times, predict
-from pearl.predict.synthetic_bench import LATENCY_S, written
 from pearl.roles.drafter import Drafter
 from pearl.roles.target import Target
 from pearl.wire.channel import LocalChannel

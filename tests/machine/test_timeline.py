@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from timelines import live, lived
 
-from pearl.core.timeline import OFF, Trace, merge, prepare
 from pearl.errors import UsageError
+from pearl.machine.timeline import OFF, Trace, merge, prepare
 
 
 @pytest.fixture

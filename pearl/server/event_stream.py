@@ -69,7 +69,7 @@ class Reader:
         self.news.set()
 
 
-class Hub:
+class EventStream:
     """A `Watcher` of one service's engine. To be made and used in the event loop, but for what a watcher is told."""
 
     def __init__(self, service: Served):

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
+from pearl.core.sampling import noise
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.machine.transfers import all_on_host, on_host
@@ -32,37 +32,54 @@ SUPPORT = 10  # most tokens of the drafter's q that rejection sampling draws fro
 CANDIDATES = 64, 512  # best tokens of the drafter's q among which it ranks its guesses: greedy, sampling
 NOT_FINITE = -1  # in place of a token, where there is none
 TOP_MARGIN = 5.0  # nats below the best token
+_UNITS = 40  # bits of a probability
+_FIRST = 512  # likeliest tokens in which a nucleus is looked for before the whole vocabulary is sorted
 Ranked = list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]  # of each row: (token, log q, proposal)
 ALTERNATIVE_MASS = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 
 
 def warp(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, top-k, top-p, min-p.  logits: [V]  ->  float32 [V], -inf where a token is cut.
+    """Temperature, top-k, top-p, min-p.  logits: [R, V]  ->  float32 [R, V], -inf where a token is cut.
 
-    Keeps the tokens that transformers' warpers keep; top-p sorts the whole vocabulary only where the nucleus is larger
-    than its first few hundred tokens.
+    Keeps the tokens that transformers' warpers keep. What is kept of a row does not depend on the rows beside it, nor
+    on the device but for the last bits of a probability. On a GPU nothing waits for it.
     """
     assert params.temperature, "greedy picks are not warped"
     scores = logits.float() / params.temperature
-    if params.top_k and params.top_k < scores.numel():
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
+    if params.top_k and params.top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[:, -1:], -torch.inf)
     if params.top_p is not None and params.top_p < 1:
         scores = _nucleus(scores, params.top_p)
     if params.min_p:
-        scores = scores.masked_fill(scores < scores.max() + math.log(params.min_p), -torch.inf)
+        scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(params.min_p), -torch.inf)
     return scores
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """The fewest tokens whose probability reaches top_p; at least one."""
+    """The fewest tokens of each row whose probability reaches top_p, of equally likely ones the first; at least one.
+
+    The mass ahead of a token, which decides whether it belongs to them, is a sum of integers, probabilities in units of
+    2^-40: a sum of floats may depend on the order in which it is added up.
+    """
     probabilities = scores.softmax(-1)
-    for count in (min(512, scores.numel()), scores.numel()):
-        best, tokens = probabilities.topk(count)
-        before = best.cumsum(-1) - best  # the mass of the tokens ahead of each
-        if before[-1] >= top_p or count == scores.numel():
+    limit = math.ceil(top_p * (1 << _UNITS))
+    size = scores.shape[-1]
+    for count in (size,) if scores.is_cuda else (min(_FIRST, size), size):  # a GPU would be waited for to look at few
+        best, tokens = _best_first(probabilities, count)
+        units = (best.double() * (1 << _UNITS)).long()
+        kept = (units.cumsum(-1) - units < limit) & (best > 0)
+        if count == size or not (kept & (best == best[:, -1:])).any():  # every token that is as likely has been seen
             break
-    kept = tokens[(before < top_p) & (best > 0)]
-    return torch.full_like(scores, -torch.inf).index_copy_(0, kept, scores[kept])
+    return torch.full_like(scores, -torch.inf).scatter_(1, tokens, scores.gather(1, tokens).where(kept, -torch.inf))
+
+
+def _best_first(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens of each row and their probabilities, of equally likely ones the first at first."""
+    if count == probabilities.shape[-1]:
+        return probabilities.sort(dim=-1, descending=True, stable=True)
+    tokens = probabilities.topk(count, sorted=False).indices.sort(-1).values
+    best, order = probabilities.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    return best, tokens.gather(-1, order)
 
 
 class RankQuery(NamedTuple):
@@ -71,6 +88,7 @@ class RankQuery(NamedTuple):
     logits: Tensor  # [R, V], the drafter's
     params: SamplingParams
     positions: Sequence[int]
+    hidden: Tensor | None = None  # [R, H], of a drafter whose guesses depend on more than the logits
 
 
 def ranked(logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int) -> Ranked:
@@ -92,7 +110,7 @@ def ranked_together(queries: Sequence[RankQuery], most: int) -> list[Ranked]:
 def _asked(query: RankQuery) -> Tensor:
     """What the host has to know: of a GPU's logits the best and their tokens, as doubles, which hold them as they are,
     [2, R, candidates]; else, and where a guess is drawn, all of them."""
-    logits, params, _ = query
+    logits, params = query.logits, query.params
     if params.rejection or not logits.is_cuda:
         return logits
     best, tokens = logits.topk(_candidates(query))
@@ -105,7 +123,7 @@ def _candidates(query: RankQuery) -> int:
 
 def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
     """here: of `_asked`, on the host."""
-    logits, params, positions = query
+    logits, params, positions = query.logits, query.params, query.positions
     if here.dim() == 3:
         best, tokens = here[0].to(logits.dtype), here[1].long()
     else:
@@ -121,10 +139,10 @@ def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
     if not all(map(math.isfinite, best[:, 0].tolist())):
         raise NonFiniteLogits(logits.dtype)
     if params.rejection:
-        rows = zip(logits, best, tokens, positions, strict=True)
-        return [_drawn_first(row, warp(b, params), t, params, position, most) for row, b, t, position in rows]
-    kept = zip(best, tokens, positions, strict=True)
-    return [_best_samples(warp(b, params), t, params, position, most) for b, t, position in kept]
+        rows = zip(logits, warp(best, params), tokens, positions, strict=True)
+        return [_drawn_first(row, scores, t, params, position, most) for row, scores, t, position in rows]
+    kept = zip(warp(best, params), tokens, positions, strict=True)
+    return [_best_samples(scores, t, params, position, most) for scores, t, position in kept]
 
 
 def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:
@@ -210,7 +228,7 @@ class Picker:
 
     def _sample(self, logits: Tensor, row: int, node: Node) -> int:
         """logits: [V]"""
-        scores, seed, position = warp(logits, self.params), _seed(self.params), self.positions[row] + 1
+        scores, seed, position = warp(logits[None], self.params)[0], _seed(self.params), self.positions[row] + 1
         if not self.params.rejection:
             return noisy_argmax(scores, seed, position, noise.PICK, self.logits.dtype)
         guess = next(iter(node.children.values()), None)
@@ -300,7 +318,7 @@ def propose_together(asked: Sequence[tuple[Tensor, SamplingParams, int]]) -> lis
 
 def _drawn(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
     """logits: [V], on the host"""
-    scores = warp(logits, params)
+    scores = warp(logits[None], params)[0]
     if not params.rejection:
         return noisy_argmax(scores, _seed(params), position, noise.PICK, logits.dtype), ()
     best, tokens = scores.topk(min(SUPPORT, scores.numel()))

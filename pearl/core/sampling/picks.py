@@ -1,32 +1,27 @@
 """The target's picks, computed where the logits are: one copy to the host a pass, under way while the host works.
 
-`sampling.Picker` picks row by row on the host. On a GPU that waits for the device several times a row, so there all
+`methods.Picker` picks row by row on the host. On a GPU that waits for the device several times a row, so there all
 rows are picked at once, without waiting: greedy and seeded ones. Rejection sampling judges a guess that only the host
 knows, and stays there.
-
-A row's pick must not depend on how many rows there are. Sums of floats may; so the mass of the tokens ahead of a token,
-which decides whether it belongs to the nucleus, is a sum of integers: probabilities in units of 2^-40.
 
 Shapes: R rows of a pass, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pearl.core import noise
 from pearl.core.params import SamplingParams
-from pearl.core.sampling import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left
+from pearl.core.sampling import noise
+from pearl.core.sampling.methods import NOT_FINITE, Picker, ProcessedPicker, best_tokens, nothing_left, warp
 from pearl.core.trie import Node
 from pearl.errors import NonFiniteLogits
 from pearl.machine.transfers import Fetched
 
-_UNITS = 40  # bits of a probability
 _FORBIDDEN = NOT_FINITE - 1  # in place of a token: all are forbidden
 
 
@@ -99,31 +94,14 @@ class _Coming:
 
 
 def on_device(params: SamplingParams, logits: Tensor, positions: Sequence[int]) -> Tensor:
-    """What `sampling.Picker` picks after each row, int64 [R], without a word to the host; `NOT_FINITE` where it would
+    """What `methods.Picker` picks after each row, int64 [R], without a word to the host; `NOT_FINITE` where it would
     raise."""
     assert not params.rejection, "a guess is judged on the host"
     if params.greedy:
         return best_tokens(logits)
     assert params.seed is not None, "a sequence has a seed before it begins"
-    scores = _warped(logits, params)
+    scores = warp(logits, params)
     noisy = scores.double() + noise.gumbel_rows(
         params.seed, [position + 1 for position in positions], noise.PICK, scores.shape[-1], scores.device
     )
     return best_tokens(noisy)
-
-
-def _warped(logits: Tensor, params: SamplingParams) -> Tensor:
-    """`sampling.warp` of every row, [R, V]."""
-    assert params.temperature, "greedy picks are not warped"
-    scores = logits.float() / params.temperature
-    if params.top_k and params.top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[:, -1:], -torch.inf)
-    if params.top_p is not None and params.top_p < 1:
-        best, tokens = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        units = (best.double() * (1 << _UNITS)).long()
-        ahead = units.cumsum(-1) - units
-        kept = (ahead < math.ceil(params.top_p * (1 << _UNITS))) & (best > 0)
-        scores = scores.masked_fill(~torch.zeros_like(kept).scatter_(1, tokens, kept), -torch.inf)
-    if params.min_p:
-        scores = scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(params.min_p), -torch.inf)
-    return scores
