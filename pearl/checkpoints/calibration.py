@@ -61,8 +61,8 @@ class DraftCosts:
 def measured_once(key: dict[str, object], measure: Callable[[], Found]) -> Found:
     """`measure()`, or what it said the last time for this `key`, which names all that it depends on.
 
-    Of processes that ask at the same time one measures and the others wait. One at a time measures on a GPU, for the
-    drafter's may be the target's: each would find what the other left of it."""
+    Of processes that ask at the same time one measures and the others wait. Target and drafter may share a GPU, so only
+    one process at a time measures there: else each would slow the other down."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "rows" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def _calibrate_verifier(reader: VerifierModel, checked: Preflight, key: Found) -
     def examine_batches() -> Found:
         plan, captured, checks = numerics_check.examine_batches(reader, capture, products(reader.model))
         kept = {"captured": captured, "checks": [asdict(check) for check in checks]}
-        return {"joint": asdict(plan) if plan else None, **kept}
+        return {"batched": asdict(plan) if plan else None, **kept}
 
     if static_shapes:
         backends = numerics_check.backends(placed.on_cpu)
@@ -124,7 +124,7 @@ def _calibrate_verifier(reader: VerifierModel, checked: Preflight, key: Found) -
 def _calibrate_tensor_parallel(reader: TensorParallelModel, checked: Preflight, key: Found) -> None:
     def examine_batches() -> Found:
         plan = find_invariant_batches(reader, checked.vocabulary)
-        return {"joint": asdict(plan) if plan else None}
+        return {"batched": asdict(plan) if plan else None}
 
     _measure_rows(reader, checked, key, list)  # no product of a shard is asked alone
     if reader.max_sequences > 1:
@@ -169,8 +169,8 @@ def _measure_batches(
     earlier."""
     reader.read([0], 1)  # from here on there is memory for the keys and values of all texts, or loading fails
     key = key | {"what": "batches", "texts": reader.max_sequences, "static": static, "graphs": graphs}
-    found = measured_once(key, lambda: examine() if reader.buckets.exact else {"joint": None})
-    reader.batched_buckets = BatchedTokenBuckets.from_json(found["joint"]) if found["joint"] else None
+    found = measured_once(key, lambda: examine() if reader.buckets.exact else {"batched": None})
+    reader.batched_buckets = BatchedTokenBuckets.from_json(found["batched"]) if found["batched"] else None
     return found
 
 

@@ -130,7 +130,7 @@ class StopAutomaton:
             state = self._shorter[state]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=1)
 def stop_automaton(stops: tuple[str, ...]) -> StopAutomaton:
     """Samples of one request have the same."""
     return StopAutomaton(stops)

@@ -140,8 +140,8 @@ class DraftSource:
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
         """Up to `room` guesses, the first following `tokens`, for the sequence in slot 0.
 
-        With each the q that it was drawn from (see `sampling.propose`), empty if it was certain. An empty list: nothing
-        worth guessing until the text changes.
+        With each the q that it was drawn from (see `sampling.methods.propose`), empty if it was certain. An empty list:
+        nothing worth guessing until the text changes.
         """
         raise NotImplementedError
 

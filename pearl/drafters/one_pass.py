@@ -114,7 +114,7 @@ class OnePassSource(DraftSource):
 
     @property
     def chain_length(self) -> int:
-        """Of `guess`."""
+        """Guesses that follow one another in what `guess` returns."""
         return self.depths
 
     @property

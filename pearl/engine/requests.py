@@ -27,7 +27,7 @@ from pearl.parallel.launch import refuse_alone
 from pearl.parallel.runtime import Runtime
 
 Params = SamplingParams | Sequence[SamplingParams] | None
-_KEPT = 4096  # texts of bad words whose tokens are kept
+_KEPT = 1 << 15  # texts of bad words whose tokens are kept
 
 
 class Settings(TypedDict, total=False):

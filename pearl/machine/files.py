@@ -47,7 +47,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def held(lock: Path, taken: str) -> Iterator[None]:
     """No other program is in here with the same file. Raises `UsageError(taken)` if one is and stays so for
     `PATIENCE_S`. Where a file system knows no locks, nobody is kept out."""
-    gate = FileLock(lock)
+    gate = FileLock(lock, thread_local=False)  # an engine is closed in its own thread
     try:
         gate.acquire(timeout=PATIENCE_S)
     except Timeout:

@@ -34,8 +34,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Signals mean a request in here; but one to which whoever started this wants it deaf, and none outside of the main
-    thread, which alone gets them."""
+    """In here SIGINT and SIGTERM mean a request. One that was ignored before stays ignored. Outside of the main thread,
+    which alone gets signals, nothing changes."""
     request = StopRequest()
     heard = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
     usual = {number: signal.getsignal(number) for number in heard}

@@ -221,8 +221,8 @@ def find_invariant_batches(
     """Tries the row counts of a forward that all texts of `reader` share. None: their bits are not those of a text
     alone, or too few counts' are.
 
-    All read the same tokens, so each row can be compared with one that a text has read alone. The
-    reader's `rows` are known.
+    All read the same tokens, so each row can be compared with one that a text has read alone. The reader's `buckets`
+    are known.
     """
     if not reader.verifies_trees or reader.max_sequences < 2:
         return None
@@ -232,7 +232,7 @@ def find_invariant_batches(
     reader.read(text[:prefix], 1)
     reader.trial.copy_first(prefix)
     alone = reader.read(text, reader.buckets.most)
-    counts = joint_candidates(reader.buckets, reader.max_sequences)
+    counts = batched_candidates(reader.buckets, reader.max_sequences)
     counts = [count for count in counts if all(one.holds(count, reader.buckets.most) for one in products)]
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     started, rounds = time.perf_counter(), 0
@@ -250,7 +250,7 @@ def find_invariant_batches(
     return BatchedTokenBuckets(tuple(counts), rising([min(seconds[count]) for count in counts]), reader.buckets.path_s)
 
 
-def joint_candidates(buckets: TokenBuckets, texts: int) -> list[int]:
+def batched_candidates(buckets: TokenBuckets, texts: int) -> list[int]:
     """Row counts worth trying: up to several rows for each of so many texts. Products over blocks of rows are often
     made for multiples of 4 or 6."""
     steps = (*buckets.safe, 18, 20, 24, 28, 30, 36, 40, 48, 60, 72, 84, 96, 120, 144, 168, 192, 240, 288)

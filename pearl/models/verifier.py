@@ -56,9 +56,8 @@ class VerifierModel(LanguageModel):
     ):
         super().__init__(model, vocabulary, max_length, max_sequences, coarse, hooks)
         self.buckets = buckets
-        self.batched_buckets: BatchedTokenBuckets | None = (
-            None  # row counts of shared forwards; None: each sequence has its own
-        )
+        # row counts of shared forwards; None: each sequence has its own
+        self.batched_buckets: BatchedTokenBuckets | None = None
         self.checks: tuple[Check, ...] = ()  # what was found of its bits (`pearl.models.numerics_check`)
         self.gives_features = hooks is not None
         self.features_stay = False  # on the device, for a transport that takes them from there
@@ -91,9 +90,8 @@ class VerifierModel(LanguageModel):
             tokens = list(one.tokens)
             new, sides = self.begin(one.batch_slot, tokens, one.keep, one.side_rows, LIMIT)
             count, first = len(new) + len(sides), len(tokens) - len(new)
-            if count > (
-                min(LIMIT, self.batched_buckets.most) if self.shared else self.batched_buckets.most
-            ):  # no shared one is that wide
+            most = min(LIMIT, self.batched_buckets.most) if self.shared else self.batched_buckets.most
+            if count > most:  # no shared one is that wide
                 pads = self.buckets.pad(count) - count
                 logits = self.forward(new, first, count + pads, sides, pads, one.batch_slot)
                 found[one.batch_slot] = logits[:count]

@@ -23,10 +23,8 @@ from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
 from pearl.wire.process_channel import ProcessChannel
 
-DRAFTER, FEATURES_FROM = (
-    "drafter",
-    "features",
-)  # keys: what the drafter says, and the device that its features come from
+# keys: what the drafter says, and the device that its features come from
+DRAFTER, FEATURES_FROM = "drafter", "features"
 READY = "ready"
 GONE = "gone: "  # before a reason that may be another one the next time
 OVER = "over"  # in place of a device: there is no further connection

@@ -94,7 +94,9 @@ def _read_run(folder: Path, mode: str | None, latency_s: float, seed: int) -> Ca
         if times.draft_s:
             places = _completed(places, known, chains, random.Random(f"{seed} {key}"))
         prefill_s = modes.get("ar", {}).get(key, passes)[0]["forward_s"]
-        draft_prefill_s = prefill_s * times.draft_s[0] / times.pass_s[times.rows.pad(1) - 1] if times.draft_s else 0.0
+        draft_prefill_s = (
+            prefill_s * times.draft_s[0] / times.pass_s[times.buckets.pad(1) - 1] if times.draft_s else 0.0
+        )
         rng = random.Random(f"{seed} {key} beside")
         told = tuple(tuple(places_of(raw[key], one, rng)) for one in beside)
         scripts[key] = Script(passes[0]["position"] + 1, tuple(places), prefill_s, draft_prefill_s, told)

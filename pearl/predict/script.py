@@ -69,7 +69,7 @@ class Times:
     """Seconds, of sides that have the machine to themselves. While the other side works, a forward takes `crowding`
     times as long, and one that reads a prompt `prompt_crowding` times (1: they share nothing)."""
 
-    rows: TokenBuckets  # what the target knows of its rows; it may be wrong about their cost
+    buckets: TokenBuckets  # what the target knows of its rows; it may be wrong about their cost
     pass_s: tuple[float, ...]  # of a pass, by its rows with padding, and all that goes with it
     draft_s: tuple[float, ...]  # of a drafter forward by its rows; empty: it has no model, it searches in the text
     draft_costs: tuple[float, ...]  # what the drafter says of them

@@ -218,7 +218,7 @@ class _TargetReader:
     verifies_trees, max_sequences, batched_buckets, gives_features = True, 1, None, False
 
     def __init__(self, stage: _Stage, wire: _TargetEnd):
-        self.buckets = stage.times.rows
+        self.buckets = stage.times.buckets
         self.max_length = 1 << 20
         self._stage, self._wire = stage, wire
         self._fresh = True

@@ -145,7 +145,7 @@ def test_a_chain_deeper_than_pythons_stack_dies_at_once():
     assert all(one.dead for one in deep)
 
 
-def test_a_chain_follows_first_guesses_and_is_cut_where_asked():
+def test_a_chain_follows_first_guesses():
     trie = Trie([0])
     one = trie.grow(trie.root, 1)
     trie.grow(trie.root, 9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from pearl.core.params import SamplingParams
 from pearl.drafters.text_memory import TextMemory
 from pearl.engine import Engine
 from pearl.errors import UsageError
+from pearl.machine.files import held
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -69,6 +72,17 @@ def test_two_engines_do_not_keep_their_memories_in_one_file(pair, tmp_path, monk
     with opened(pair[0], memory=1, memory_file=str(path)), pytest.raises(UsageError, match=taken):
         opened(pair[0], memory=1, memory_file=str(path))
     opened(pair[0], memory=1, memory_file=str(path)).close()
+
+
+def test_a_file_is_given_back_by_another_thread_than_took_it(tmp_path):
+    """An engine is closed in a thread of its own."""
+    took = ExitStack()
+    took.enter_context(held(tmp_path / "lock", "it is taken"))
+    closing = threading.Thread(target=took.close)
+    closing.start()
+    closing.join()
+    with held(tmp_path / "lock", "it is taken"):
+        pass
 
 
 def test_without_a_prefix_cache_every_prompt_is_read(pair):

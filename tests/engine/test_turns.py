@@ -34,12 +34,8 @@ class Recording:
     """A reader that keeps what it has said, and how many tokens it read for that."""
 
     def __init__(self, reader: VerifierModel):
-        self._reader, self.buckets, self.verifies_trees, self.max_length = (
-            reader,
-            reader.buckets,
-            reader.verifies_trees,
-            256,
-        )
+        self._reader, self.buckets = reader, reader.buckets
+        self.verifies_trees, self.max_length = reader.verifies_trees, 256
         self.max_sequences, self.batched_buckets, self.gives_features = 1, None, False
         self.said: list[tuple[int, torch.Tensor]] = []
         self.forget, self.features, self.restore = reader.forget, reader.features, reader.restore

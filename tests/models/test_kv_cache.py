@@ -277,10 +277,10 @@ def test_cache_attention_is_attention(heads, kv_heads, rows):
 
 def test_cache_and_eager_attention_say_the_same():
     text = random_text(90)
-    grouped, eager = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
+    cached, eager = (tiny.random_model(tiny.CONFIGS["llama"]()) for _ in range(2))
     eager.set_attn_implementation("eager")
-    answers = [tiny.verifier(grouped).read(text, 20), VerifierModel(eager, tiny.VOCABULARY, tiny.LENGTH).read(text, 20)]
-    assert grouped.config._attn_implementation == CACHE_ATTENTION
+    answers = [tiny.verifier(cached).read(text, 20), VerifierModel(eager, tiny.VOCABULARY, tiny.LENGTH).read(text, 20)]
+    assert cached.config._attn_implementation == CACHE_ATTENTION
     assert eager.config._attn_implementation == "eager"
     torch.testing.assert_close(*answers, atol=TOLERANCE, rtol=0)
 

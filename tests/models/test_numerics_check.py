@@ -172,9 +172,9 @@ def test_texts_of_close_logits_are_the_targets_own(name, dtype, monkeypatch):
     reader, _ = pair(name, dtype, "auto")
     taken, move = [], SlotCache.move
 
-    def counting(self, rows, slot, layer=None):
-        taken.extend(rows if layer is None else [])
-        move(self, rows, slot, layer)
+    def counting(self, rows, slot):
+        taken.extend(rows)
+        move(self, rows, slot)
 
     monkeypatch.setattr(SlotCache, "move", counting)
     for mode, seed, temperature in (("tree", 1, 0.0), ("tree", 2, 0.7), ("pearl", 3, 0.0)):
@@ -293,12 +293,7 @@ def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_the_branch_over_the_chain(patch: pytest.MonkeyPatch) -> None:
-    move = SlotCache.move
-    patch.setattr(
-        SlotCache,
-        "move",
-        lambda self, rows, slot, layer=None: None if isinstance(rows, range) else move(self, rows, slot, layer),
-    )
+    patch.setattr(SlotCache, "put_chain_back", lambda self, layer: None)
 
 
 def leave_the_chain_where_the_branch_was(patch: pytest.MonkeyPatch) -> None:
@@ -310,26 +305,24 @@ def take_the_keys_of_the_row_before(patch: pytest.MonkeyPatch) -> None:
     """A text that goes through a branch gets its neighbour's keys and values."""
     move = SlotCache.move
 
-    def wrong(self, rows, slot, layer=None):
-        move(self, [row - 1 for row in rows] if layer is None else rows, slot, layer)
-
-    patch.setattr(SlotCache, "move", wrong)
+    patch.setattr(SlotCache, "move", lambda self, rows, slot: move(self, [row - 1 for row in rows], slot))
 
 
 def forget_to_move_the_branch(patch: pytest.MonkeyPatch) -> None:
-    move = SlotCache.move
-    patch.setattr(
-        SlotCache,
-        "move",
-        lambda self, rows, slot, layer=None: None if layer is None else move(self, rows, slot, layer),
-    )
+    patch.setattr(SlotCache, "move", lambda self, rows, slot: None)
 
 
 def move_only_the_first_layer(patch: pytest.MonkeyPatch) -> None:
     move = SlotCache.move
-    patch.setattr(
-        SlotCache, "move", lambda self, rows, slot, layer=None: move(self, rows, slot, 0 if layer is None else layer)
-    )
+
+    def wrong(self, rows, slot):
+        before = [own.clone() for own in self._stacks()]
+        move(self, rows, slot)
+        for own, had in zip(self._stacks(), before, strict=True):
+            for layer in {*range(len(own))} - {0, len(own) // 2}:  # its keys, and its values
+                own[layer] = had[layer]
+
+    patch.setattr(SlotCache, "move", wrong)
 
 
 def count_side_rows_on_from_the_chain(patch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ class HeadSource(TreeSource):
         """The reader does, as it begins."""
 
     def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
-        """For each path after the trunk, guesses of so many depths, each after the likeliest ones before it."""
+        """For each path after the trunk, guesses of `chain_length` depths, each after the likeliest ones before it."""
         found: list[Guesses] = []
         for path in paths:
             chain, tables = list(path), []

@@ -267,6 +267,10 @@ class SlotCache(ForwardCache):
             queries, own = branch.queries.on(query.device), branch.own.on(query.device)
             one = folded_heads(query.index_select(2, queries), key, value, branch.mask, call)
             out.index_copy_(2, own, one[:, :, : len(own)])
+        self.put_chain_back(owner)
+
+    def put_chain_back(self, layer: int) -> None:
+        """To the slots of the pass, where branches were laid over it."""
         first, count = self.layout.places[0], self.layout.written
-        for buffer in self._views[owner]:  # the chain is back where it was
+        for buffer in self._views[layer]:
             buffer[:, :, first : first + count] = buffer[:, :, self.slots : self.slots + count]

@@ -74,9 +74,8 @@ class StaticCache(ForwardCache):
     ):
         super().__init__()
         self._cache, self._shape, self._attention = cache, shape, BACKENDS[backend]
-        filled = (
-            backend == "flash" and not shape.masked and shape.rows < PREFILL_CHUNK
-        )  # rows may lie behind the chain's own
+        # rows may lie behind the chain's own
+        filled = backend == "flash" and not shape.masked and shape.rows < PREFILL_CHUNK
         self._read = shape.seen + (LIMIT if filled else 0)
         numbers = inputs.numbers(*shape.lines)[:, : shape.rows]
         self._slots, self._take = numbers[_SLOT], numbers[_TAKE]
