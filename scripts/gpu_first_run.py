@@ -166,15 +166,15 @@ def same_texts(run: FirstRun, name: str, tokens: int, *models: object) -> None:
 
 
 def default_texts(run: FirstRun, tokens: int, portable: Path | None) -> None:
-    """With the default pair where it is; else with what `scripts/portable_pair.py` made of `portable`."""
-    if embedded.at_hand():
-        same_texts(run, "default", tokens)
-    elif portable is None:
-        run.skip("default", "the default pair is not here, and --portable names none that was carried along")
-    else:
+    """With what `scripts/portable_pair.py` packed into `portable`; else with the default pair, where it is."""
+    if portable:
         pair = run.folder / "pair"
         if run.step("pair", [sys.executable, "scripts/portable_pair.py", "make", str(portable), str(pair)], 60):
             same_texts(run, "default", tokens, "--target", pair / "target", "--draft", pair / "draft")
+    elif embedded.at_hand():
+        same_texts(run, "default", tokens)
+    else:
+        run.skip("default", "the default pair is not here, and --portable names none that was carried along")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

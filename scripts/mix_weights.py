@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--share must be from 0 to 1.")
     if output.resolve() in (before.resolve(), after.resolve()):
         raise UsageError("--output must be a third folder.")
+    for folder in (before, after):
+        if not (folder / WEIGHTS).is_file():
+            raise UsageError(f"{folder / WEIGHTS} is not there: name the folder of a training.")
     pair = f"{before} and {after}"
     if shared_embeddings.read(before) != shared_embeddings.read(after):
         raise UsageError(f"{pair} borrow the embeddings of different targets: name two trainings of one model.")

@@ -22,7 +22,8 @@
 # and with the answers, as HumanEval is.
 set -euo pipefail
 : "${DATA:?set DATA to the folder that holds gsm8k/train.jsonl}"
-DATA=$(realpath "$DATA") # before the folder changes
+DATA=$(realpath -e "$DATA") # before the folder changes
+[[ ${SECONDS_AT_MOST:-0} =~ ^(0|[1-9][0-9]*)$ ]] || { echo "error: SECONDS_AT_MOST must be a whole number" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 questions=data/questions texts=data/smollm2-135m stages="questions answers overlap feature draft more pard diagnose"
 

@@ -12,10 +12,13 @@ from pearl.options import TEXT, Kind, choice, number, setting, whole
 SERVER = "server"  # the group of options
 KEY = "PEARL_API_KEY"  # of the environment
 _SECONDS = number(0.1, 1e6, "a number of seconds from 0.1 to 1000000")
+_SENT = re.compile(
+    r"\*|null|(?!https://.*:443$|http://.*:80$)[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^/?#@:*\sA-Z]+)(:[0-9]+)?"
+)
 _ORIGIN = Kind(
     "* or an origin as browsers send it, like https://example.org or http://localhost:3000: in small letters, and "
     "nothing behind the port",
-    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+", value)),
+    lambda value: isinstance(value, str) and bool(_SENT.fullmatch(value)),
 )
 
 

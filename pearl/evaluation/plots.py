@@ -212,8 +212,8 @@ def legend(figure: Any) -> None:
 
 
 def places_of(runs: Sequence[Run]) -> dict[str, int]:
-    """The place of each mode among all there are, then of those with a number of their own: it decides the colour, so
-    that a mode has the same one in every picture, whatever is left out there."""
+    """The place of each mode among all there are, then of those with a number of their own. It decides the colour: a
+    mode without a number has the same one in every picture, whatever is left out there."""
     return {mode: place for place, mode in enumerate(dict.fromkeys((*ORDER, *(m for run in runs for m in run.modes))))}
 
 

@@ -117,6 +117,12 @@ def test_a_stage_that_is_not_there_is_refused_before_any_begins(tools):
     assert not done.stdout
 
 
+def test_wrong_values_are_refused_before_any_stage_begins(tools):
+    for more, said in (({"SECONDS_AT_MOST": "0900"}, "a whole number"), ({"DATA": "nowhere"}, "No such file")):
+        done = train(tools, "draft", **more)
+        assert done.returncode and said in done.stderr and not done.stdout
+
+
 def test_a_call_ends_when_its_time_is_over_and_the_next_stage_does_not_begin(tools):
     begun = time.monotonic()
     done = train(tools, "draft", "more", SECONDS_AT_MOST="2", THEN="exec sleep 50")

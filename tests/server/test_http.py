@@ -311,11 +311,28 @@ def test_a_page_elsewhere_that_may_not_ask_is_told_so_in_that_shape(engine):
         assert client.options(CHAT, headers=asks | {"Origin": "https://example.org"}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["https://example.org/", "example.org", "https://Example.org", "https://a.org/b"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://example.org/",
+        "example.org",
+        "https://Example.org",
+        "https://a.org/b",
+        "https://a.org:443",
+        "https://*.a.org",
+    ],
+)
 def test_an_origin_that_no_browser_sends_is_refused_at_start(origin):
     with pytest.raises(UsageError, match="cors_origin must be"):
         ServerConfig(cors_origin=origin)
-    for good in ("*", "https://example.org", "http://localhost:3000", "http://[::1]:80", "chrome-extension://abc"):
+    for good in (
+        "*",
+        "https://example.org",
+        "http://localhost:3000",
+        "http://[::1]:8080",
+        "null",
+        "chrome-extension://abc",
+    ):
         assert ServerConfig(cors_origin=good).cors_origin == good
 
 

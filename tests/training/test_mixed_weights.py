@@ -24,7 +24,7 @@ def mixed(one: Path, other: Path, share: float) -> int:
     return mix_weights.main([str(one), str(other), "--share", str(share), "--output", str(one.parent / "mixed")])
 
 
-def test_weights_are_mixed_by_their_share(tmp_path):
+def test_weights_are_mixed_by_their_share(tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "other"
     for folder, value in ((one, 1.0), (other, 3.0)):
         folder.mkdir()
@@ -35,6 +35,7 @@ def test_weights_are_mixed_by_their_share(tmp_path):
     assert found.tolist() == [1.5, 1.5] and found.dtype == torch.bfloat16
     assert (tmp_path / "mixed" / "config.json").read_text() == "{}"
     assert mix_weights.main([str(tmp_path), str(other), "--output", str(tmp_path / "mixed")]) == 2, "nothing is there"
+    assert "is not there: name the folder of a training" in capsys.readouterr().err
     save_file({"b": torch.zeros(2)}, one / "model.safetensors")
     assert mixed(one, other, 0.5) == 2
     assert mix_weights.main([str(one), str(other), "--output", str(other)]) == 2, "it would write over what it reads"

@@ -15,7 +15,7 @@ from typing import Any
 from pearl.config.inputs import brief, parse_json, read_text, whole_characters
 from pearl.errors import UsageError
 from pearl.evaluation import tables
-from pearl.evaluation.report import Run
+from pearl.evaluation.report import PLAIN, Run
 
 MOST = 1e15  # of any number here: its quotients are numbers too
 Rule = tuple[str, Callable[[Any], object]]  # what a value must be, and whether it is
@@ -120,7 +120,7 @@ def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
             yield f"{one.label} does not say: {', '.join(untold)}."
         for name, (part, key) in COMPARED.items():
             said = one.facts.get(name)
-            ours = [getattr(run, part).get(key) for run in runs]
+            ours = [getattr(run, part).get(key, PLAIN.get(key)) for run in runs]
             if said is not None and {_plain(name, value) for value in ours} != {_plain(name, said)}:
                 told = sorted({"nothing said" if value is None else str(value) for value in ours})
                 yield f"{_word(name)} differs: {said} in {one.label}; {', '.join(told)} in ours."

@@ -34,7 +34,7 @@ def student_of(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         raise UsageError(f"The target has layers 0 to {len(stack) - 1}: {list(layers)} can't be the start.")
     try:
         made: Any = type(target)(_config_of(target, layers, len(stack)))
-        student = made.to(target.dtype)
+        student = made.to(target.device, target.dtype)
         for mine, layer in zip(decoder_layers(student), layers, strict=True):
             mine.load_state_dict(stack[layer].state_dict())
         _take_the_rest(student, target)
