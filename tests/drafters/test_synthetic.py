@@ -82,24 +82,41 @@ def test_prepared_corrections_raise_the_acceptance_of_a_tree(a: float):
     assert theory.speedup_pearl(a, C) < mean < theory.tokens_per_pass_ceiling(better)
 
 
+class Recorded(SyntheticSource):
+    """Keeps what it has guessed, by position."""
+
+    def __init__(self, draft: SyntheticDraft):
+        super().__init__(draft)
+        self.guessed: dict[int, tuple[int, int]] = {}
+
+    def _guesses(self, seed: int, position: int, right: int, depth: int) -> tuple[int, int]:
+        made = super()._guesses(seed, position, right, depth)
+        assert self.guessed.setdefault(position, made) == made, "the same, however often it is asked"
+        return made
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("mode", ["sd:3", "pearl", "tree"])
 def test_the_text_is_the_targets_own_by_one_seed_the_same_guesses(mode: str, temperature: float):
+    """How many of them there are depends on time."""
     params = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3)
 
-    def write(schedule: Schedule, reference: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int]]]:
+    def write(schedule: Schedule, reference: tuple[int, ...]) -> tuple[list[int], dict[int, tuple[int, int]], int]:
         here, there = LocalChannel.pair()
-        here.peer_step = Drafter(SyntheticSource(SyntheticDraft((0.6,), 0.0, 0.5)), there).step
+        source = Recorded(SyntheticDraft((0.6,), 0.0, 0.5))
+        here.peer_step = Drafter(source, there).step
         target = Target(TableModel(vocabulary=9), here)
         passes = target.decode([0, 1], schedule, params, Stopper(params, (), letters), reference=reference)
         text = [token for committed in passes for token in committed]
-        return text, [(one.tested, one.accepted) for one in target.passes]
+        return text, source.guessed, sum(one.accepted for one in target.passes)
 
-    alone, _ = write(Schedule.of("ar"), ())
-    once, again = (write(Schedule.of(mode), tuple(alone)) for _ in range(2))
-    assert once == again and once[0] == alone and sum(right for _, right in once[1]) > 5
-    unknown, judged = write(Schedule.of(mode), ())  # without a reference it has no guess
-    assert unknown == alone and not any(tested for tested, _ in judged)
+    alone, _, _ = write(Schedule.of("ar"), ())
+    (once, guessed, right), (again, guessed_again, _) = (write(Schedule.of(mode), tuple(alone)) for _ in range(2))
+    assert once == again == alone and right > 5
+    both = guessed.keys() & guessed_again.keys()
+    assert len(both) > 10 and all(guessed[place] == guessed_again[place] for place in both)
+    unknown, guessed, _ = write(Schedule.of(mode), ())  # without a reference it has no guess
+    assert unknown == alone and not guessed
 
 
 def test_chances_may_depend_on_the_depth():

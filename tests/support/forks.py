@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 EXECUTABLE = sys.executable
 _IMPORTED = (
     "pearl.engine",
@@ -172,6 +174,9 @@ def _become(order: dict[str, Any], streams: list[int]) -> None:
     """Runs a program, in a fork that does nothing else."""
     code = 1
     with contextlib.suppress(BaseException):
+        # torch makes its pool of threads anew when it is first asked after a fork; of two threads that ask at once one
+        # would find none
+        torch.set_num_threads(torch.get_num_threads())
         if order["session"]:
             os.setsid()
         for number, stream in enumerate(streams):
