@@ -31,8 +31,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 EXECUTABLE = sys.executable
 _IMPORTED = (
     "pearl.engine",
@@ -174,6 +172,8 @@ def _become(order: dict[str, Any], streams: list[int]) -> None:
     """Runs a program, in a fork that does nothing else."""
     code = 1
     with contextlib.suppress(BaseException):
+        import torch
+
         # torch makes its pool of threads anew when it is first asked after a fork; of two threads that ask at once one
         # would find none
         torch.set_num_threads(torch.get_num_threads())
