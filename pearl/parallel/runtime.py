@@ -66,12 +66,12 @@ class Runtime:
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
-        _check_memory(self.config)
+        self._memory_path = _checked_memory(self.config)
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
             timeline.prepare(self._trace_path)
         with contextlib.ExitStack() as opened:
-            if path := _memory_path(self.config):
+            if path := self._memory_path:
                 taken = f"Another engine keeps its memory in {path}: wait for its end, or name another memory_file."
                 opened.enter_context(held(path.with_name(f".{path.name}.lock"), taken))
             opened.callback(launcher.leave)
@@ -109,7 +109,7 @@ class Runtime:
         if not config.memory:
             return None
         memory = TextMemory(config.memory)
-        if path := _memory_path(config):
+        if path := self._memory_path:
             if path.exists():
                 memory.load(path, vocabulary)
             opened.callback(_save, memory, path, vocabulary)
@@ -240,17 +240,14 @@ class Runtime:
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
 
 
-def _check_memory(config: EngineConfig) -> None:
-    """Refuses, before models are loaded, a memory of earlier texts that can't be had or kept here."""
-    if config.memory_file:
-        outputs.file(config.memory_file)
+def _checked_memory(config: EngineConfig) -> Path | None:
+    """The file of a memory of earlier texts, if it has one. One that can't be had or kept here is refused, before
+    models are loaded."""
+    path = outputs.file(config.memory_file).absolute() if config.memory_file else None
     free = psutil.virtual_memory().available / 1e6
     if config.memory > free / 2:
         raise UsageError(f"memory {config.memory:g} is more than half of the {free:.0f} MB that are free: lower it.")
-
-
-def _memory_path(config: EngineConfig) -> Path | None:
-    return Path(config.memory_file).expanduser().absolute() if config.memory_file else None
+    return path
 
 
 def _save(memory: TextMemory, path: Path, vocabulary: int) -> None:
