@@ -120,7 +120,7 @@ def _passes(
     source = SyntheticSource(SyntheticDraft((acceptance,), 0.0, acceptance))
     here.peer_step = clock.leaving_out(Drafter(source, there).step)
     target = Target(reader, here, clock)
-    target.prepares = prepares
+    target.always_prepares = prepares
     name, _, gamma = mode.partition(":")
     tokens = reader.max_length - _PROMPT
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
@@ -128,8 +128,8 @@ def _passes(
     writing = target.decode([0] * _PROMPT, schedule, params, stopper, reference=(0,) * tokens)
     found, before = [], 0.0
     for _ in zip(range(passes + _WARM_UP), writing, strict=False):
-        one, beside = target.passes[-1], target.next.seconds
+        one, beside = target.passes[-1], target.next_pass.seconds
         found.append(one.seconds - one.waited_s - (beside - before))
         before = beside
     writing.close()  # type: ignore[attr-defined]
-    return found[_WARM_UP:], target.next.used / max(1, len(found))
+    return found[_WARM_UP:], target.next_pass.used / max(1, len(found))

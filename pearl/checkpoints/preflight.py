@@ -55,7 +55,7 @@ class Preflight:
 
     @property
     def shares(self) -> FeatureShares:
-        """And who."""
+        """Which of these layers the drafter reads, and which what drafts beside the target."""
         return FeatureShares.of(*(one.features if one else () for one in (self.drafting, self.beside)))
 
     def of_beside(self) -> Preflight:

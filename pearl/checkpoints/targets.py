@@ -22,13 +22,13 @@ from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.fused_layers import fuse
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import use_cache_attention
-from pearl.models.tensor_parallel.model import Others, TensorParallelModel
+from pearl.models.tensor_parallel.model import OtherRanks, TensorParallelModel
 from pearl.models.verifier import VerifierModel
 
 MOST_PREFIX_GB = 2.0  # of prompts, where nobody says how much
 
 
-def load_target(checked: Preflight, others: Others | None = None) -> VerifierModel | TensorParallelModel:
+def load_target(checked: Preflight, others: OtherRanks | None = None) -> VerifierModel | TensorParallelModel:
     """`others`: the other ranks, of a target that is spread over several."""
     model = _load(checked)
     prepare(model, "stock" if others else checked.config.kernel, checked.target_on)
@@ -42,7 +42,7 @@ def load_target(checked: Preflight, others: Others | None = None) -> VerifierMod
         coarse=not (checked.target_on.on_cpu or others),
     )
     if others:
-        others.settle()
+        others.await_loaded()
         reader = TensorParallelModel(reader, others)
     calibrate_target(reader, checked)
     ranks = checked.config.tensor_parallel_size

@@ -12,8 +12,7 @@ from pearl.core.messages import Features
 
 @dataclass(frozen=True)
 class FeatureShares:
-    """Of the layers whose hidden states a target gives those that the drafter reads, and those that a source beside the
-    target does; None: all."""
+    """Which of a target's `layers` the drafter reads, and which a source beside the target; None: all."""
 
     layers: tuple[int, ...] = ()
     drafter: tuple[int, ...] | None = None

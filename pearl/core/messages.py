@@ -2,8 +2,8 @@
 
     target -> drafter    Start    a sequence begins: its schedule, its sampling, its prompt
                          Verdict  the tokens that a pass committed (tokens, not node ids: tokens have no races), and
-                                  what the target's layers said at them, for a source that drafts from it, or that this
-                                  comes another way
+                                  the target's hidden states at them where a source drafts from those, or a note that
+                                  they come another way
                          End      the sequence is over
     drafter -> target    Costs    once: the seconds of a forward by its rows
                          Nodes    guesses: (id, parent id, token, score, origin) each, and q where rejection sampling
@@ -28,9 +28,9 @@ import numpy as np
 
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.core.trie import DRAFT
+from pearl.core.trie import DRAFT, Proposal
 
-MOST = 1 << 28  # words of a message: the features of a long prompt are the longest
+MAX_MESSAGE_WORDS = 1 << 28  # words of a message: the features of a long prompt are the longest
 
 
 class MalformedMessage(ValueError):
@@ -44,7 +44,7 @@ class Guess:
     id: int
     parent: int
     token: int
-    proposal: tuple[tuple[int, float], ...] = ()
+    proposal: Proposal = ()
     logp: float = 0.0  # see trie.Node
     origin: str = DRAFT
 

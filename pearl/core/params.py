@@ -158,15 +158,15 @@ class SamplingParams:
         return replace(self, bad_words=(), bad_words_ids=(*(self.bad_words_ids or ()), *found))
 
     def for_drafter(self, eos: Collection[int]) -> SamplingParams:
-        """What shapes guesses. What ends a text stays with the target, and so do callables: `stop_token_ids` are all
-        that `min_tokens` forbids."""
+        """What shapes guesses. The target alone ends a text and calls the user's processors. `stop_token_ids` become
+        all tokens that `min_tokens` forbids."""
         ends = (*self.stop_token_ids, *eos) if self.min_tokens else ()
         return replace(
             self.with_defaults(),
             stop=(),
             bad_words=(),
             stop_token_ids=ends,
-            bad_words_ids=_without(self.bad_words_ids or (), eos),
+            bad_words_ids=without_ends(self.bad_words_ids or (), eos),
             logits_processors=(),
             ignore_eos=False,
             leading_space=None,
@@ -192,7 +192,7 @@ def _derived(seed: int | None, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest(), "big") % _FRESH
 
 
-def _without(words: Iterable[tuple[int, ...]], eos: Collection[int]) -> tuple[tuple[int, ...], ...]:
+def without_ends(words: Iterable[tuple[int, ...]], eos: Collection[int]) -> tuple[tuple[int, ...], ...]:
     """The end of a text is no bad word, as in transformers."""
     return tuple(word for word in words if len(word) > 1 or word[0] not in eos)
 

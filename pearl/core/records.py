@@ -50,7 +50,7 @@ class Pass:
     tested: int  # places of the walk at which there were guesses; the last may have come during the pass (pre-verify)
     accepted: int  # of those: where one was right
     committed: int
-    hit: bool  # the new root was among the guesses that had arrived
+    hit: bool  # the new root had been guessed, by whomever
     judged: tuple[GuessOutcome, ...]  # place by place along the walk, up to the first without guesses
     block: int  # the block length in force, decided after the pass
     branches: int  # rows of a draft, decided after the pass

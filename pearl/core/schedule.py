@@ -142,12 +142,13 @@ class Schedule:
 
         `depth`: guesses below the root now; `drafted`: guesses made since the chain began, at the last miss or when it
         was used up. Post-verify drafts beyond what is being verified: the block under verification, its bonus
-        token, and the next block; where there is no block, up to `max_depth`. Without it the drafter makes one block
-        and waits for the verdict.
+        token, and the next block; where there is no block, up to the schedule's `max_draft_tokens`, or else
+        `max_depth`. Without it the drafter makes one block and waits for the verdict.
         """
         if not self.post_verify:
             return max(0, gamma - drafted)
-        return max(0, (self.max_draft_tokens or max_depth if self.gamma is None else 2 * gamma + 1) - depth)
+        most = (self.max_draft_tokens or max_depth) if self.gamma is None else 2 * gamma + 1
+        return max(0, most - depth)
 
 
 def _number(setting: Option, value: int | str | None) -> int | None:

@@ -15,8 +15,8 @@ LIMIT = 16  # rows of a pass at most
 LEAST = 2  # a single row goes through another kernel, and a short measurement may not meet a bit that tells
 # The cache is read in multiples of this many slots. A sum over more slots may round otherwise even if the further ones
 # count for nothing, so the pass that reads a token always sees as many as that token's own position asks for.
-GRAIN = 128
-PREFILL_CHUNK = GRAIN  # rows of one forward over a prompt at most: other sequences wait no longer than that
+SLOT_MULTIPLE = 128
+PREFILL_CHUNK = SLOT_MULTIPLE  # rows of one forward over a prompt at most: other sequences wait no longer than that
 ROWS_A_TEXT = 5  # of a pass that many texts share, on average at most
 LEAST_CONTEXT = 192  # tokens that every model must be able to read: texts that long are timed and compared at start
 LEAVES = 8  # rows of a drafter's forward at most, once its text is read
@@ -63,8 +63,8 @@ class TokenBuckets:
         return self.cost_s[min(self.pad(rows), LIMIT) - 1] + paths * self.path_s
 
     def up_to(self, position: int) -> int:
-        """The most rows of a pass whose root is at `position`: it ends where the cache's grain does."""
-        return GRAIN - position % GRAIN
+        """The most rows of a pass whose root is at `position`: it does not cross a multiple of `SLOT_MULTIPLE`."""
+        return SLOT_MULTIPLE - position % SLOT_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 DRAFT, FEATURE, SUFFIX, RECYCLED = "draft", "feature", "suffix", "recycled"
-# Where a node came from: the kind of source that guessed it. Where two guess the same, the one further up is believed,
-# as it has read more of the text.
+# Where a node came from: the kind of source that guessed it. Where two guess the same, the one listed first is
+# believed, as it has read more of the text.
 ORIGINS = (
     DRAFT,  # a smaller model
     FEATURE,  # a drafter that reads the target's hidden states
@@ -29,7 +29,8 @@ ORIGINS = (
     RECYCLED,  # what the target itself would have said after such a token
     "synthetic",  # made up, for measurements
 )
-FORGET_EVERY = 256  # tokens of a text after which those who name nodes forget what lies behind
+FORGET_EVERY = 256  # tokens of a text: so often both sides forget the ids of nodes that it has passed
+Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
 OWN = ""  # in place of an origin: a token of the target's own, which nobody had guessed
 ORIGIN_NUMBER = {origin: number for number, origin in enumerate(ORIGINS)}
 
@@ -41,9 +42,7 @@ class Node:
     token: int
     position: int  # index in the text: the first prompt token is 0
     children: dict[int, Node] = field(default_factory=dict)  # by token, in the order in which they were guessed
-    proposal: tuple[
-        tuple[int, float], ...
-    ] = ()  # (token, q) where `token` was sampled from; empty: proposed for certain
+    proposal: Proposal = ()  # where `token` was sampled from; empty: proposed for certain
     logp: float = 0.0  # log of the chance, as its source sees it, that the walk goes here once it is at the parent
     origin: str = DRAFT  # of that source, one of `ORIGINS`
     dead: bool = False  # the text went another way
@@ -75,7 +74,7 @@ class Trie:
         self,
         parent: Node,
         token: int,
-        proposal: tuple[tuple[int, float], ...] = (),
+        proposal: Proposal = (),
         logp: float = 0.0,
         origin: str = DRAFT,
     ) -> Node | None:
@@ -170,7 +169,7 @@ class Trie:
             if not below or (origin and all(child.origin != origin for child in below)):
                 found.append((path, node, logp))
             if below and len(path) < deepest:
-                stack += [((*path, child.token), child, logp + child.logp) for child in node.children.values()]
+                stack += [((*path, child.token), child, logp + child.logp) for child in below]
         return sorted(found, key=lambda leaf: -leaf[2])
 
 

@@ -18,12 +18,10 @@ from torch import Tensor
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.core.trie import DRAFT, Node, Trie
+from pearl.core.trie import DRAFT, Node, Proposal, Trie
 
 MAX_CHILDREN = 6  # guesses after a node at most, of a source that does not rank further
 MIN_PATH_LOGP = math.log(0.003)  # a path that is less likely is not offered, unless it is its parent's first
-
-Proposal = tuple[tuple[int, float], ...]  # (token, q): the distribution that a guess was drawn from
 
 
 class DraftGuess(NamedTuple):
@@ -34,6 +32,8 @@ class DraftGuess(NamedTuple):
     logp: float = 0.0  # how likely it is, of a source that knows it (see `trie.Node.logp`)
     origin: str = ""  # of a source that unites others: whose guess it is
 
+
+COUNTERS = ("forwards", "rows", "lookahead_rows", "lookahead_hits")  # of a source, by the names of `DraftStats`
 
 Chain = Sequence[tuple[int, Proposal] | DraftGuess]  # guesses, each after the one before it
 Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
@@ -164,7 +164,12 @@ class DraftSource:
         """What the last pass of the target has said. Only asked of a source in the target's process."""
 
 
-def named(chain: Chain, origin: str) -> list[DraftGuess]:
+def counters(source: DraftSource) -> dict[str, int]:
+    """What a source has done so far."""
+    return {name: getattr(source, name) for name in COUNTERS}
+
+
+def as_guesses(chain: Chain, origin: str) -> list[DraftGuess]:
     """The guesses of a chain with all that they may leave out; `origin`: of the source that was asked."""
     guesses = (DraftGuess(*guess) for guess in chain)
     return [guess if guess.origin else guess._replace(origin=origin) for guess in guesses]
@@ -173,7 +178,7 @@ def named(chain: Chain, origin: str) -> list[DraftGuess]:
 def grow_chain(query: TreeQuery, chain: Chain, origin: str) -> Grown:
     """The nodes of a chain below the root of a trie."""
     node, grown = query.trie.root, []
-    for guess in named(chain, origin):
+    for guess in as_guesses(chain, origin):
         there = guess.token in node.children
         below = query.trie.grow(node, *guess)
         assert below is not None, "a source extends the tree that it was given"

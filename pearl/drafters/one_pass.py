@@ -21,7 +21,7 @@ from torch import Tensor
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import RankQuery, ranked_together
-from pearl.core.trie import Node, Trie
+from pearl.core.trie import Node, Proposal, Trie
 from pearl.drafters.draft_source import (
     MAX_CHILDREN,
     MIN_PATH_LOGP,
@@ -29,7 +29,6 @@ from pearl.drafters.draft_source import (
     ChainQuery,
     DraftSource,
     Grown,
-    Proposal,
     TreeQuery,
 )
 from pearl.models.reduced_head import scatter_vocabulary
@@ -53,13 +52,13 @@ class DraftedText:
 
 @dataclass(frozen=True)
 class PathsQuery:
-    """Asks a forward about one sequence: what follows `trunk`, which is known for certain, and each path.
+    """Asks a forward about one sequence: what follows `prefix`, which is known for certain, and each path.
 
     `state`: a `DraftedText`; `text`: the committed tokens; `processing`: what the target does to its logits; `way`: ask
-    also what follows the trunk and each node on the way to the end of a path."""
+    also what follows the prefix and each node on the way to the end of a path."""
 
     state: Any
-    trunk: Sequence[int]
+    prefix: Sequence[int]
     paths: Sequence[Sequence[int]]
     text: Sequence[int] = ()
     processing: LogitsProcessing | None = None
@@ -72,13 +71,13 @@ class PathsQuery:
     def processed(self, logits: Tensor, depths: Callable[[Sequence[int]], int]) -> Tensor:
         """As the target does it to its own, up to what is not known: guesses between the end of a path and a slot.
 
-        logits: [rows, V], for each path those of what follows the trunk, each node of the path, and slots: together as
+        logits: [rows, V], for each path those of what follows the prefix, each node of the path, and slots: together as
         many after the end of a path as `depths` says of it.
         """
         if not self.processing:
             return logits
         said = [
-            [*self.trunk, *path[:end]]
+            [*self.prefix, *path[:end]]
             for path in self.paths
             for end in range(0 if self.way else len(path), len(path) + 1)
             for _ in range(depths(path) if end == len(path) else 1)
@@ -108,8 +107,8 @@ class OnePassSource(DraftSource):
         self._size = 1 + max(self._ids, default=0)
 
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
-        """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
-        and guesses of K depths after its end."""
+        """One forward. For each path of each sequence: what follows each node on its way, the prefix's last token
+        first, and guesses of K depths after its end."""
         raise NotImplementedError
 
     @property
@@ -122,15 +121,15 @@ class OnePassSource(DraftSource):
         """The target's ids of the tokens that can be drafted, int64 [D]; None: all."""
         return self._vocabulary
 
-    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
-        """For each path after the trunk, guesses of all depths, each after the likeliest one before it."""
+    def guess(self, prefix: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+        """For each path after the prefix, guesses of all depths, each after the likeliest one before it."""
         found: list[Guesses] = []
         if not all(map(self.guesses_after, paths)):
-            return [self.guess(trunk, [path])[0] if self.guesses_after(path) else [] for path in paths]
-        read = self.read_on([PathsQuery(self._sequences[0], trunk, paths, way=False)])[0]
+            return [self.guess(prefix, [path])[0] if self.guesses_after(path) else [] for path in paths]
+        read = self.read_on([PathsQuery(self._sequences[0], prefix, paths, way=False)])[0]
         for path, (_, table) in zip(paths, read, strict=True):
             if any(map(callable, table)):
-                token, known = [*trunk, *path][-1], []
+                token, known = [*prefix, *path][-1], []
                 for row in table:
                     known += row([token])
                     token = known[-1][0][0]
@@ -150,7 +149,7 @@ class OnePassSource(DraftSource):
         for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
             some = list(group)
             positions = [
-                len(one.trunk) + len(path) + self.guesses_after(path) - left
+                len(one.prefix) + len(path) + self.guesses_after(path) - left
                 for one in some
                 for path in one.paths
                 for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
@@ -219,15 +218,15 @@ class OnePassSource(DraftSource):
         raise NotImplementedError
 
     def known(self, state: Any, tokens: Sequence[int]) -> int:
-        """How many of `tokens` are the trunk; what is beyond counts as a path."""
+        """How many of `tokens` are the prefix; what is beyond counts as a path."""
         return len(tokens)
 
     def guesses_after(self, path: Sequence[int]) -> int:
         """How many tokens are guessed after the end of a path; 0: it is not read."""
         return self.depths
 
-    def ready(self, state: Any, trunk: Sequence[int]) -> bool:
-        """Whether all is there that a forward after this trunk reads."""
+    def ready(self, state: Any, prefix: Sequence[int]) -> bool:
+        """Whether all is there that a forward after this prefix reads."""
         return True
 
     def propose(self, tokens: Sequence[int], room: int) -> Chain:
@@ -239,10 +238,10 @@ class OnePassSource(DraftSource):
         wanted: dict[int, PathsQuery] = {}
         for one in queries:
             state, tokens = self._sequences[one.batch_slot], [*one.tokens, *one.path]
-            trunk = self.known(state, tokens)
-            fits = len(tokens) + self.depths <= self.longest and self.guesses_after(tokens[trunk:]) > 0
-            if fits and self.ready(state, tokens[:trunk]):
-                query = PathsQuery(state, tokens[:trunk], [tokens[trunk:]], one.tokens, one.processing, way=False)
+            prefix = self.known(state, tokens)
+            fits = len(tokens) + self.depths <= self.longest and self.guesses_after(tokens[prefix:]) > 0
+            if fits and self.ready(state, tokens[:prefix]):
+                query = PathsQuery(state, tokens[:prefix], [tokens[prefix:]], one.tokens, one.processing, way=False)
                 wanted[one.batch_slot] = query
         found = dict(zip(wanted, self.read_on(list(wanted.values())), strict=True))
         return [
@@ -273,7 +272,7 @@ class OnePassSource(DraftSource):
         ]
         found = dict(zip((one.batch_slot for one in reading), self.read_on(wanted), strict=True))
         return [
-            self._hang(one, leaves[one.batch_slot], found[one.batch_slot]) if one.batch_slot in found else []
+            self._grow(one, leaves[one.batch_slot], found[one.batch_slot]) if one.batch_slot in found else []
             for one in queries
         ]
 
@@ -293,7 +292,7 @@ class OnePassSource(DraftSource):
         """Whether the text has grown since the trie was last extended."""
         return self._sequences[query.batch_slot].guessed != len(query.trie.tokens)
 
-    def _hang(self, query: TreeQuery, leaves: Sequence[Leaf], read: Sequence[tuple[Guesses, Guesses]]) -> Grown:
+    def _grow(self, query: TreeQuery, leaves: Sequence[Leaf], read: Sequence[tuple[Guesses, Guesses]]) -> Grown:
         """Grows a trie by what was read of its leaves."""
         state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
         anew = self._anew(query)

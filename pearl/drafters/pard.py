@@ -53,7 +53,7 @@ class PardSource(OnePassSource):
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
         if not queries:
             return []
-        asked = [LeavesQuery(one.state.batch_slot, one.trunk, self._paths(one), self._mask_token) for one in queries]
+        asked = [LeavesQuery(one.state.batch_slot, one.prefix, self._paths(one), self._mask_token) for one in queries]
         found = self._model.read_leaves_together(asked)
         self.forwards += 1
         self.rows += sum(map(len, found))

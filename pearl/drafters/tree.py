@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pearl.core.params import SamplingParams
-from pearl.core.sampling.methods import Ranked, RankQuery, ranked_together
+from pearl.core.sampling.methods import Ranked, RankedRow, RankQuery, ranked_together
 from pearl.core.token_buckets import LEAVES, extended
 from pearl.core.trie import Node
-from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, Proposal, TreeQuery
+from pearl.drafters.draft_source import MIN_PATH_LOGP, Grown, TreeQuery
 from pearl.drafters.model import LeafReader, ModelSource
 from pearl.drafters.suffix import LENGTHS, Spot, SuffixIndex, length_class
 from pearl.models.draft_model import LeavesQuery
@@ -38,8 +38,6 @@ RANKED = 16  # guesses after a node at most: of a model's misses one in eight is
 _HIT_WEIGHT = 0.04  # of one more guess from the text in how often such guesses are right
 FIRST_HIT_RATE = 0.3, 0.4, 0.5, 0.6, 0.6, 0.7, 0.7, 0.8  # until something is known, see `LENGTHS`
 _TIMED, _LEAVES_TIMED = 160, 3  # tokens of the sequences, and rows of each, at which a forward of several is timed
-
-_Ranked = list[tuple[int, float, Proposal]]  # guesses after a node, likeliest first: token, log q, proposal
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class TreeSource(ModelSource):
         self.costs, self._several = tuple(costs), several
         self._lookahead = lookahead or SuffixIndex()
         self._hit_rate = list(FIRST_HIT_RATE)  # of guesses from the text, by the length of their match
-        self._held_back: dict[int, dict[Node, _Ranked]] = {0: {}}  # by batch slot: of nodes, what was not offered yet
+        self._held_back: dict[int, dict[Node, RankedRow]] = {0: {}}  # by batch slot: of nodes, what was not offered yet
         self._root: dict[int, Node] = {}  # by batch slot: below which all that is likely enough was offered
         assert len(self._hit_rate) == len(LENGTHS), "a rate for each class of lengths"
 
@@ -115,18 +113,18 @@ class TreeSource(ModelSource):
             return []
         self._root[query.batch_slot] = trie.root
         new: Grown = []
-        kept: dict[Node, _Ranked] = {}
+        kept: dict[Node, RankedRow] = {}
         stack = [(trie.root, 0.0)]
         while stack:
             node, joint = stack.pop()
             stack += [(child, joint + child.logp) for child in node.children.values()]
             if after := held_back.get(node):
-                new += self._hang(query, node, joint, after, kept, 0)
+                new += self._add_children(query, node, joint, after, kept, 0)
         self._held_back[query.batch_slot] = kept
         return new
 
-    def _hang(
-        self, query: TreeQuery, node: Node, joint: float, after: _Ranked, held_back: dict[Node, _Ranked], least: int
+    def _add_children(
+        self, query: TreeQuery, node: Node, joint: float, after: RankedRow, held_back: dict[Node, RankedRow], least: int
     ) -> Grown:
         """The guesses after a node that are likely enough, `least` of them in any case; the others go to
         `held_back`."""
@@ -150,7 +148,7 @@ class TreeSource(ModelSource):
             if found is None:
                 continue
             node, joint = read[row.path] = found
-            new += self._hang(query, node, joint, after, held_back, 1)
+            new += self._add_children(query, node, joint, after, held_back, 1)
         return new
 
     def _confirm(self, row: _DraftRow, parent: tuple[Node, float] | None) -> tuple[Node, float] | None:

@@ -14,7 +14,16 @@ import torch
 
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
-from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource, Grown, TreeQuery, grow_chain, named
+from pearl.drafters.draft_source import (
+    COUNTERS,
+    Chain,
+    ChainQuery,
+    DraftSource,
+    Grown,
+    TreeQuery,
+    as_guesses,
+    grow_chain,
+)
 from pearl.machine.logs import FailureLog
 
 _log = logging.getLogger(__name__)
@@ -60,7 +69,7 @@ class UnitedSource(DraftSource):
             open_ = [query for query in self._live(one, queries) if not found.get(query.batch_slot)]
             chains = one.propose_batch(open_) if open_ else []
             for query, chain in zip(open_, chains, strict=True):
-                found[query.batch_slot] = named(chain, one.origin)
+                found[query.batch_slot] = as_guesses(chain, one.origin)
 
         self._each([query.batch_slot for query in queries], propose)
         return [found.get(query.batch_slot, []) for query in queries]
@@ -90,7 +99,7 @@ class UnitedSource(DraftSource):
     def _each(self, slots: Sequence[int], work: Callable[[DraftSource], object]) -> None:
         for one in self.sources:
             self._ask(one, slots, lambda one=one: work(one))  # type: ignore[misc]
-        for name in ("forwards", "rows", "lookahead_rows", "lookahead_hits"):
+        for name in COUNTERS:
             setattr(self, name, sum(getattr(one, name) for one in self.sources))
 
     def _ask(self, one: DraftSource, slots: Sequence[int], work: Callable[[], object]) -> None:

@@ -165,7 +165,7 @@ class Worker:
         """What the target alone writes of all that wait, if their drafter has to know it."""
         missing = [one for one in self._waiting if isinstance(one, GenerationHandle) and self._references.missing(one)]
         alone = Schedule.of("ar")
-        requests = [self._asked(one, None) for one in missing]
+        requests = [self._sequence_request(one, None) for one in missing]
         try:
             with self._runtime.target_for(alone) as target, closing(target.write(requests, alone, batch_size)) as run:
                 for text, committed in run:
@@ -234,9 +234,9 @@ class Worker:
         self._under_way[handle] = 0.0
         request = handle.request
         after, request.after = request.after, None  # once it is known what may be kept, a talk keeps only its last turn
-        return self._asked(handle, after.sequence if after else None)
+        return self._sequence_request(handle, after.sequence if after else None)
 
-    def _asked(self, handle: GenerationHandle, after: SequenceState | None) -> SequenceRequest:
+    def _sequence_request(self, handle: GenerationHandle, after: SequenceState | None) -> SequenceRequest:
         stopper = Stopper(handle.params, self._runtime.eos, self._decoder)
         reference = self._references.of(handle)
         return SequenceRequest(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from pearl.core.token_buckets import GRAIN
+from pearl.core.token_buckets import SLOT_MULTIPLE
 from pearl.errors import UsageError
 from pearl.models.kv_cache.slot_cache import SCRATCH_SLOTS
 
 
 def bytes_of_a_sequence(config: PretrainedConfig, tokens: int, width: int) -> int:
     """Of the keys and values of one sequence, in numbers of `width` bytes."""
-    slots = -(-tokens // GRAIN) * GRAIN + SCRATCH_SLOTS
+    slots = -(-tokens // SLOT_MULTIPLE) * SLOT_MULTIPLE + SCRATCH_SLOTS
     layers = layers_of(config)
     own = len(layers) - (getattr(config.get_text_config(), "num_kv_shared_layers", None) or 0)
     return sum(map(_numbers_of_a_token, layers[:own])) * slots * width
@@ -66,7 +66,7 @@ def longest_sequence(config: PretrainedConfig) -> int:
         raise UsageError(f"{config.model_type} shares its last loop's keys, which can't be read here: choose another.")
     limits = [getattr(config, "max_position_embeddings", None), rope_border(config)]
     if kept := getattr(config, "keep_window_size", None):  # Doge's mask leaves out tokens once there are more slots
-        limits.append(kept // GRAIN * GRAIN)
+        limits.append(kept // SLOT_MULTIPLE * SLOT_MULTIPLE)
     return min((limit for limit in limits if limit), default=1 << 20)
 
 

@@ -28,11 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pearl.core.token_buckets import (
     ANY,
-    GRAIN,
     LEAST,
     LEAVES,
     LIMIT,
     ROWS_A_TEXT,
+    SLOT_MULTIPLE,
     BatchedTokenBuckets,
     CannotBranch,
     TokenBuckets,
@@ -46,7 +46,7 @@ from pearl.models.verifier import VerifierModel
 
 WIDTHS = (8, 12, 4)  # of all passes, where the bits change with the row count
 PREFIX = 61  # tokens before the text under test
-_LONG_PREFIX = GRAIN + PREFIX  # the same where texts share their passes: attention is a good part of those
+_LONG_PREFIX = SLOT_MULTIPLE + PREFIX  # the same where texts share their passes: attention is a good part of those
 _GAIN = 0.97  # of the seconds of a count, at which a wider one is taken for it
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours

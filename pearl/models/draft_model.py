@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pearl.core.token_buckets import GRAIN, LIMIT, PREFILL_CHUNK
+from pearl.core.token_buckets import LIMIT, PREFILL_CHUNK, SLOT_MULTIPLE
 from pearl.machine.transfers import select_rows
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
@@ -25,7 +25,7 @@ from pearl.models.reduced_head import ReducedVocabHead
 from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, ForwardRows
 
 _ROWS = (*DRAFT_COUNTS, *range(80, 1 << 10, 16))  # of a forward that several sequences share, where shapes are static
-DRAFT_PREFILL_CHUNK = 4 * GRAIN  # rows of one forward over a prompt at most
+DRAFT_PREFILL_CHUNK = 4 * SLOT_MULTIPLE  # rows of one forward over a prompt at most
 
 
 @dataclass(frozen=True)

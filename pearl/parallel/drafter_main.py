@@ -15,7 +15,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ def serve(
         torch.set_num_threads(len(cpus))
     only, number = number is not None, number or 0
     try:
-        source: Any = make()  # one that drafts from features has a device
+        source = make()
     except (MemoryError, torch.OutOfMemoryError) as error:
         store.set(f"{DRAFTER}/{number}", f"{GONE}it has too little memory: {brief(error)}")
         raise
@@ -93,7 +92,9 @@ def serve(
         number += 1
 
 
-def _meet(source: Any, config: EngineConfig, store: dist.Store, host: str | None, number: int) -> ProcessChannel | None:
+def _meet(
+    source: DraftSource, config: EngineConfig, store: dist.Store, host: str | None, number: int
+) -> ProcessChannel | None:
     """Connection `number`; None: the target wants none any more. Raises `Unreachable` where it is there and does not
     connect, `TargetGone` where it is not."""
     try:

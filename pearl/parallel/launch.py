@@ -72,10 +72,10 @@ def arrange(
     two = processes == 2 or schedule.mode == "ar-all"
     target_cpus, draft_cpus = shares(config, two and not world.two_hosts)
     # neighbours on a machine are neighbours in rank; where the drafter is alone on its own, there is none
-    dealt = deal(target_cpus, world.local_tp_size) if world.local_tp_size else []
-    if dealt:
-        target_cpus = dealt[world.tp_rank % len(dealt)]
-    return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, dealt)
+    tp_cpus = contiguous_parts(target_cpus, world.local_tp_size) if world.local_tp_size else []
+    if tp_cpus:
+        target_cpus = tp_cpus[world.tp_rank % len(tp_cpus)]
+    return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, tp_cpus)
 
 
 def count_processes(schedule: Schedule, asked: int | None, world: World) -> int:
@@ -110,7 +110,7 @@ def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
     return target, draft
 
 
-def deal(cpus: Sequence[int], parts: int) -> list[list[int]]:
+def contiguous_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
     """These CPUs for so many ranks on one machine, neighbours together; too few are shared by all."""
     if len(cpus) < parts:
         return [list(cpus)] * parts

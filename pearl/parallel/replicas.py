@@ -125,9 +125,7 @@ def assign_devices(config: EngineConfig, world: World) -> EngineConfig:
         first = world.here.local_rank if world.two_hosts else 2 * world.local_replica
         other = first if world.two_hosts else first + 1
         return replace(config, target_device=f"cuda:{first % gpus}", draft_device=f"cuda:{other % gpus}")
-    if world.local_replicas == 1:
-        return config
-    if not config.pins:
+    if world.local_replicas == 1 or not config.pins:
         return config
     there = cores.available()
     mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there

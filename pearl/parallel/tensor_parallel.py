@@ -71,10 +71,10 @@ class TensorParallelWorkers:
         try:
             self._groups = ProcessGroups(self._store, 0, self.size, self._deadline_s, self._host, self._gpu)
         except RuntimeError as error:
-            raise self.blamed(error) from error
+            raise self.cause_of(error) from error
         threading.Thread(target=self._keep_awake, name="pearl-ranks", daemon=True).start()
 
-    def settle(self) -> None:
+    def await_loaded(self) -> None:
         """Waits until all ranks have loaded their shards. Raises `WorkerLostError` with its reason if one could not."""
         self._await("loaded")
 
@@ -84,7 +84,7 @@ class TensorParallelWorkers:
             self._groups.commands.send(command.words(self._deltas))
             self._said_at = time.monotonic()
 
-    def blamed(self, error: Exception) -> Exception:
+    def cause_of(self, error: Exception) -> Exception:
         """What to raise for an error in a call: the sentence of the rank that failed, or the error itself."""
         if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
             return error

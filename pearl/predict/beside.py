@@ -43,7 +43,7 @@ class ScriptedSource(OnePassSource):
             self._work(self.costs[0])
         found = []
         for one in queries:
-            first = len(one.trunk)
+            first = len(one.prefix)
             said = [self._said(first + at) for at in range(max(map(len, one.paths)) + self.depths)]
             found.append([(said[: len(path)], said[len(path) : len(path) + self.depths]) for path in one.paths])
         return found

@@ -21,8 +21,8 @@ class DraftedSequence:
     plan: DraftPlan
     stats: DraftStats
     processing: LogitsProcessing | None
-    ids: dict[Node, int] = field(default_factory=dict)  # the names that the target knows the nodes by
-    named: int = 0  # how many nodes have had one
+    ids: dict[Node, int] = field(default_factory=dict)  # by which the target knows the nodes
+    ids_given: int = 0
     forgotten: int = 0  # the position before which nodes have none any more
     drafted: int = 0  # guesses since the chain began
     exhausted_at: int = -1  # the root position for which the target knows that no more will come
@@ -32,12 +32,12 @@ class DraftedSequence:
         processing = LogitsProcessing.of(start.params, len(start.prompt))
         trie, stats = Trie(start.prompt), DraftStats(start.sequence_id)
         sequence = DraftedSequence(start, batch_slot, trie, start.plan, stats, processing)
-        sequence.name(sequence.trie.root)
+        sequence.id_of(sequence.trie.root)
         return sequence
 
-    def name(self, node: Node) -> int:
+    def id_of(self, node: Node) -> int:
         if node not in self.ids:
-            self.ids[node], self.named = self.named, self.named + 1
+            self.ids[node], self.ids_given = self.ids_given, self.ids_given + 1
         return self.ids[node]
 
     def count(self, **more: float) -> None:
@@ -52,7 +52,7 @@ class DraftedSequence:
         assert self.trie.root.position == verdict.position, "a verdict was lost"
         self.plan = verdict.plan
         if verdict.position >= self.forgotten + FORGET_EVERY:
-            self.ids = {node: name for node, name in self.ids.items() if node.may_grow(verdict.position)}
+            self.ids = {node: id_ for node, id_ in self.ids.items() if node.may_grow(verdict.position)}
             self.forgotten = verdict.position
         if not self.trie.root.children:
             self.drafted = 0
@@ -68,10 +68,10 @@ class DraftedSequence:
         if exhausted:
             self.exhausted_at = root.position
         guesses = tuple(
-            Guess(self.name(node), self.name(parent), node.token, node.proposal, node.logp, node.origin)
+            Guess(self.id_of(node), self.id_of(parent), node.token, node.proposal, node.logp, node.origin)
             for parent, node in self._with_parents(grown)
         )
-        return Nodes(self.start.sequence_id, self.name(root), root.position, exhausted, guesses)
+        return Nodes(self.start.sequence_id, self.id_of(root), root.position, exhausted, guesses)
 
     def _with_parents(self, grown: Grown) -> Grown:
         """New nodes, with those above them that nobody has told of: one source may have grown some before it raised,

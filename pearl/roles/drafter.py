@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pearl.core.messages import Costs, DraftStats, End, Nodes, SentSeparately, Start, Verdict
-from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, named
+from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, as_guesses
 from pearl.machine import memory
 from pearl.machine.timeline import OFF, Trace, flow_id
 from pearl.roles.drafted_sequence import DraftedSequence
@@ -34,7 +34,7 @@ class Drafter:
         self._source, self._channel, self._clock, self._trace = source, channel, clock, trace
         self._guarded = GuardedSource(source, clock, trace)
         self._live: dict[int, DraftedSequence] = {}
-        self._slot_of: dict[int, int] = {}  # of the sequence that was last in each batch slot
+        self._slot_of: dict[int, int] = {}  # by sequence id: the batch slot, for the last sequence in each
         self._told_costs = False
 
     def run(self) -> None:
@@ -133,7 +133,7 @@ class Drafter:
         for sequence, guesses in found.items():
             chain = sequence.trie.chain()
             leaf, grown = chain[-1] if chain else sequence.trie.root, []
-            for guess in named(guesses or [], self._source.origin):
+            for guess in as_guesses(guesses or [], self._source.origin):
                 node = sequence.trie.grow(leaf, *guess)
                 assert node is not None, "the drafter's own root is up to date with its own text"
                 grown.append((leaf, node))

@@ -37,7 +37,7 @@ class DrafterInbox:
                     if message.guesses:
                         first = flow_id(message.sequence_id, message.guesses[0].id)
                         self._trace.flow("nodes", first, self._clock(), sent=False)
-                    self._batch.live[message.sequence_id].hang(message)
+                    self._batch.live[message.sequence_id].add_nodes(message)
                     if watcher := self.watcher:  # another thread may take it away
                         watcher.drafted(message, self._clock())
                 case DraftStats():
@@ -88,10 +88,11 @@ class DrafterInbox:
         self.channel.wait(timeout_s)
         self.take()
 
-    def pop_over(self) -> list[SequenceState]:
-        """The sequences that have ended and of which nothing more is known soon; they are forgotten here."""
-        known, long_ago = not self.channel or self.channel.lost, self._clock() - STATS_PATIENCE_S
-        over = [one for one in self._batch.ended.values() if one.draft_stats or known or one.ended < long_ago]
+    def pop_finished(self) -> list[SequenceState]:
+        """The sequences that have ended and whose statistics are there, or are not waited for any longer; they are
+        forgotten here."""
+        hopeless, long_ago = not self.channel or self.channel.lost, self._clock() - STATS_PATIENCE_S
+        over = [one for one in self._batch.ended.values() if one.draft_stats or hopeless or one.ended < long_ago]
         for one in over:
             del self._batch.ended[one.sequence_id]
         return over

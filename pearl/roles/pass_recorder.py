@@ -72,8 +72,8 @@ def draw(sequence: SequenceState, times: PassTimes, trace: Trace, drafts: bool) 
         "offered": one.offered,
         "committed": one.committed,
         "hit": one.hit,
+        "origins": one.origins,
     }
-    facts["origins"] = one.origins
     trace.span("prefill" if len(sequence.passes) == 1 else "verify", times.ready, times.ended, **at, **facts)
     prepared = bool(one.judged) and one.judged[-1].rank not in (0, None)
     trace.instant("hit" if one.hit else "miss", times.read, **at, prepared=prepared)

@@ -33,7 +33,8 @@ class PromptReader:
             one = min(left, key=_read)
             before = _read(one)
             yield one
-            self._left -= _read(one) - before or len(one.request.prompt) - one.read  # its rest, in its first pass
+            read = _read(one) - before
+            self._left -= read or len(one.request.prompt) - one.read  # nothing yet: its first pass reads the rest
             left = [one for one in left if not (one.passes or alone)]
 
     def restore(self, sequence: SequenceState) -> bool:

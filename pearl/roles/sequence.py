@@ -23,7 +23,9 @@ class SequenceRequest:
     prompt: Sequence[int]
     params: SamplingParams
     stopper: Stopper
-    after: SequenceState | None = None  # which the prompt begins with: what lies there of it still is not read again
+    after: SequenceState | None = (
+        None  # one whose text the prompt begins with: what the cache still has of it is not read again
+    )
     user_data: Any = None
     wanted: Callable[[], bool] = lambda: True  # False, from any thread: nobody wants it any more
     reference: tuple[int, ...] = ()  # as in `messages.Start`
@@ -47,7 +49,7 @@ class SequenceState:
         self.error: Exception | None = None  # that has ended it
         self.passes: list[Pass] = []
         self.draft_stats: DraftStats | None = None
-        self.hit = False  # the last walk ended on a node that had arrived
+        self.hit = False  # the last walk ended on a guess, whoever had made it
         self.wait_budget_s = 0.0  # the longest wait for a first guess that the controller allowed before this pass
         self.placed = now  # when it took its slot
         self.began: float | None = None  # when its prompt's turn came
@@ -90,8 +92,8 @@ class SequenceState:
         """The drafter has guessed it, whoever else has."""
         return node in self._arrived
 
-    def hang(self, message: Nodes) -> None:
-        """Hangs the nodes that have arrived into the trie; those of a dead branch fall away."""
+    def add_nodes(self, message: Nodes) -> None:
+        """Adds the nodes that have arrived to the trie; those of a dead branch fall away."""
         at = message.position
         if at >= self._forgotten + FORGET_EVERY:
             self._forget(at)

@@ -79,7 +79,8 @@ class Target:
         self._batch, self._controllers, self._limit = RunningBatch(), Controllers(model), BatchLimit("pass")
         self._prompts = PromptReader(model, clock, prefill_tokens)
         self._beside = TargetSources(sources, clock, model.buckets)
-        self.next, self.prepares = NextPass(model, clock), False  # the latter: even where picks are here at once
+        self.next_pass = NextPass(model, clock)
+        self.always_prepares = False  # for tests and measurements: even where picks are here at once
         self._inbox = DrafterInbox(self._batch, self._controllers.take_costs, clock, trace)
 
     def watch(self, watcher: Watcher | None) -> None:
@@ -173,7 +174,7 @@ class Target:
                     yield from self._turn()
                 elif more:
                     self._inbox.take()
-                yield from ((sequence, []) for sequence in self._inbox.pop_over())
+                yield from ((sequence, []) for sequence in self._inbox.pop_finished())
             self._inbox.await_stats()
             while batch.ended:
                 yield batch.ended.pop(next(iter(batch.ended))), []
@@ -185,12 +186,12 @@ class Target:
             self._trace.save()
 
     def _begin(self, request: SequenceRequest) -> None:
-        wanted = request.params.prompt_logprobs
-        if wanted is not None:  # all of the prompt is to be read
+        prompt_logprobs = request.params.prompt_logprobs
+        if prompt_logprobs is not None:  # all of the prompt is to be read
             request = replace(request, after=None)
         sequence, continues = self._batch.admit(request, self._schedule, self._clock())
         prompt = request.prompt
-        if wanted is not None:
+        if prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
         self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
         if self._beside:
@@ -256,45 +257,48 @@ class Target:
             self._beside.grow(sequences, controller)
         chosen = self._choose(sequences, controller)
         # forward: p at each row, and the picks from it
-        p = self._forward([rows.query(one) for one, rows in zip(sequences, chosen, strict=True)])
-        coming = [begin_picks(*one) for one in zip(sequences, chosen, p, strict=True)]
+        p = self._forward([rows.query(sequence) for sequence, rows in zip(sequences, chosen, strict=True)])
+        coming = [begin_picks(*arguments) for arguments in zip(sequences, chosen, p, strict=True)]
         read = self._clock()
         self._inbox.take()  # what arrived meanwhile may already tell hit from miss
         if len(sequences) == 1 and not first:
             self._prepare(sequences[0], chosen[0], coming[0], controller)
-        if picks.wait(coming):  # a GPU was still at work
+        if picks.wait(coming):  # they came from a GPU, and the pass was read only now
             read = self._clock()
         # walk and commit
         heard = zip(sequences, chosen, strict=True) if beside else ()
-        contexts = [rows.contexts(one.trie.tokens) for one, rows in heard]  # before the walk moves the root
+        contexts = [rows.contexts(sequence.trie.tokens) for sequence, rows in heard]  # before the walk moves the root
         walks = [
-            verify(one, rows.nodes, found, controller, logits, partial(self._read_root, one))
-            for one, rows, found, logits in zip(sequences, chosen, coming, p, strict=True)
+            verify(sequence, rows.nodes, row_picks, controller, logits, partial(self._read_root, sequence))
+            for sequence, rows, row_picks, logits in zip(sequences, chosen, coming, p, strict=True)
         ]
         if not first:
-            rows, paths = sum(len(one.nodes) for one in chosen), sum(one.paths for one in chosen)
-            committed = sum(len(one.committed) for one in walks)
-            controller.record_pass(rows, committed, read - ready, self._clock() - since, paths, len(sequences))
+            row_count, path_count = sum(len(rows.nodes) for rows in chosen), sum(rows.paths for rows in chosen)
+            committed = sum(len(walked.committed) for walked in walks)
+            took = read - ready, self._clock() - since
+            controller.record_pass(row_count, committed, *took, path_count, len(sequences))
         plan = controller.plan
         # send the verdicts: the drafter is at work again
         features = [
-            None if one.error else self._prompts.features(one, rows.nodes, walked)
-            for one, rows, walked in zip(sequences, chosen, walks, strict=True)
+            None if sequence.error else self._prompts.features(sequence, rows.nodes, walked)
+            for sequence, rows, walked in zip(sequences, chosen, walks, strict=True)
         ]
-        verdicts = [self._verdict(*one, plan) for one in zip(sequences, walks, features, strict=True)]
-        for one in sequences:
-            if one.stopper.finish is not None:
-                self._batch.end(one, self._clock())
+        verdicts = [self._verdict(*arguments, plan) for arguments in zip(sequences, walks, features, strict=True)]
+        for sequence in sequences:
+            if sequence.stopper.finish is not None:
+                self._batch.end(sequence, self._clock())
         self._send(verdicts)
         if beside:
             read_rows = list(map(RowsRead, contexts, p))
             self._tell_beside(sequences, chosen, walks, read_rows, features, None if first else controller)
             self._beside.passed(self._clock() - since)
-        for one in sequences:
-            if one.stopper.finish is not None:
-                self._beside.end(one)
+        for sequence in sequences:
+            if sequence.stopper.finish is not None:
+                self._beside.end(sequence)
         self._record(sequences, chosen, walks, plan, PassTimes(began, since, ready, read, self._clock()))
-        yield from ((one, walked.committed) for one, walked in zip(sequences, walks, strict=True) if walked.committed)
+        yield from (
+            (sequence, walked.committed) for sequence, walked in zip(sequences, walks, strict=True) if walked.committed
+        )
 
     def _tell_beside(
         self,
@@ -307,10 +311,10 @@ class Target:
     ) -> None:
         """What a pass has read, to the sources in this process. `controller`: judges their guesses; None: there were
         none."""
-        for one, rows, walked, read_of, states in zip(sequences, chosen, walks, read, features, strict=True):
-            self._beside.hear(one, read_of, self._shares.for_beside(states))
+        for sequence, rows, walked, read_of, states in zip(sequences, chosen, walks, read, features, strict=True):
+            self._beside.hear(sequence, read_of, self._shares.for_beside(states))
             if controller:
-                self._beside.judge(one, rows, walked, controller)
+                self._beside.judge(sequence, rows, walked, controller)
 
     def _record(
         self,
@@ -321,27 +325,27 @@ class Target:
         times: PassTimes,
     ) -> None:
         """A pass in the statistics, in the trace, and to who watches."""
-        for one, rows, walked in zip(sequences, chosen, walks, strict=True):
-            pass_recorder.record(one, rows, walked, plan, times, len(sequences))
-            pass_recorder.draw(one, times, self._trace, drafts=self._inbox.channel is not None)
+        for sequence, rows, walked in zip(sequences, chosen, walks, strict=True):
+            pass_recorder.record(sequence, rows, walked, plan, times, len(sequences))
+            pass_recorder.draw(sequence, times, self._trace, drafts=self._inbox.channel is not None)
             if watcher := self._inbox.watcher:
-                watcher.passed(one, rows, walked, times)
+                watcher.passed(sequence, rows, walked, times)
 
     def _prepare(self, sequence: SequenceState, rows: PassRows, coming: Picks, controller: Controller) -> None:
         """The next pass, while the picks of this one are on their way; anew when more guesses have come meanwhile."""
-        if self.prepares:
-            self.next.prepare(sequence, rows, controller)
+        if self.always_prepares:
+            self.next_pass.prepare(sequence, rows, controller)
         changes = -1
         while picks.under_way([coming]):
             if changes != sequence.trie.changes:
                 changes = sequence.trie.changes
-                self.next.prepare(sequence, rows, controller)
+                self.next_pass.prepare(sequence, rows, controller)
             time.sleep(0)  # who receives messages needs the interpreter too
             self._inbox.take()
 
     def _choose(self, sequences: list[SequenceState], controller: Controller) -> list[PassRows]:
         """The rows of a pass: what was prepared, if the walk has gone there, or those that pay."""
-        if len(sequences) == 1 and (foreseen := self.next.rows(sequences[0])):
+        if len(sequences) == 1 and (foreseen := self.next_pass.rows(sequences[0])):
             return [foreseen]
         likely = [candidates(one, self._model.buckets, self._model.verifies_trees, controller) for one in sequences]
         chosen = controller.choose(likely)

@@ -86,8 +86,8 @@ class PassWalk:
 
 
 def deepest(sequence: SequenceState, buckets: TokenBuckets, root: Node | None = None) -> int:
-    """How far below the root a pass may read: not beyond the end of the text, or of the cache's grain. `root`: one
-    that it may have later."""
+    """How far below the root a pass may read: not beyond the end of the text, or of the cache's next `SLOT_MULTIPLE`
+    slots. `root`: one that it may have later."""
     root = root or sequence.trie.root
     left = sequence.params.max_new_tokens - len(sequence.stopper.tokens)
     left -= root.position - sequence.trie.root.position
@@ -130,7 +130,7 @@ def begin_picks(sequence: SequenceState, rows: PassRows, logits: Tensor) -> Pick
 def verify(
     sequence: SequenceState,
     nodes: Sequence[Node],
-    found: Picks,
+    row_picks: Picks,
     controller: Controller,
     logits: Tensor,
     read_root: Callable[[], Tensor],
@@ -145,7 +145,7 @@ def verify(
     """
     root = sequence.trie.root
     rows = {node: row for row, node in enumerate(nodes)}
-    walked, failed = _walked(root, rows, found)
+    walked, failed = _walked(root, rows, row_picks)
     if isinstance(failed, NonFiniteLogits) and not walked:
         logits, rows = read_root(), {root: 0}
         walked, failed = _walked(root, rows, begin_picks(sequence, PassRows.of(root, []), logits))
@@ -164,12 +164,12 @@ def verify(
     return PassWalk(root.position, committed, outcomes, passed, verified, accepted)
 
 
-def _walked(root: Node, rows: dict[Node, int], found: Picks) -> tuple[list[int], Exception | None]:
+def _walked(root: Node, rows: dict[Node, int], row_picks: Picks) -> tuple[list[int], Exception | None]:
     """The tokens of a walk, and what has ended it too early, if anything."""
     picked: list[int] = []
 
     def pick(node: Node) -> int:
-        picked.append(found.pick(rows[node], node))
+        picked.append(row_picks.pick(rows[node], node))
         return picked[-1]
 
     try:

@@ -34,14 +34,14 @@ class Limits:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        number = headers.get(b"x-request-id", b"")[:200] or secrets.token_hex(8).encode()
+        request_id = headers.get(b"x-request-id", b"")[:200] or secrets.token_hex(8).encode()
         began = False
 
-        async def numbered(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number)]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
                 if message["status"] >= 400:
                     self._metrics.refused(message["status"])
             await send(message)
@@ -50,14 +50,14 @@ class Limits:
             self._check_key(scope, headers)
             self._check_length(headers)
             _check_coding(headers)
-            await self._app(scope, self._limited(receive), numbered)
+            await self._app(scope, self._limited(receive), send_with_id)
         except APIError as error:
             if began:
                 raise
-            await error.response(scope, receive, numbered)
+            await error.response(scope, receive, send_with_id)
         except Exception as error:
             if not began:
-                await unexpected(error).response(scope, receive, numbered)
+                await unexpected(error).response(scope, receive, send_with_id)
             raise  # to the server's log
 
     def _check_key(self, scope: Scope, headers: dict[bytes, bytes]) -> None:

@@ -58,12 +58,12 @@ def add_page(app: FastAPI, service: Any) -> None:
     async def state(request: Request) -> Response:
         told = {"version": __version__, "status": service.status, "model": service.model}
         if service.healthy:
-            told |= _state(service) | {"may_kill": _may_kill(request, service) is None}
+            told |= _state(service) | {"may_kill": _why_not_kill(request, service) is None}
         return JSONResponse(told)
 
     @app.post("/v1/pearl/kill", include_in_schema=False)
     async def kill(request: Request) -> Response:
-        if refusal := _may_kill(request, service):
+        if refusal := _why_not_kill(request, service):
             raise APIError(403, refusal, "refused")
         pid = service.engine.runtime.drafter_pid
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
@@ -96,7 +96,7 @@ def _state(service: Any) -> dict[str, Any]:
     }
 
 
-def _may_kill(request: Request, service: Any) -> str | None:
+def _why_not_kill(request: Request, service: Any) -> str | None:
     """Why this request may not; None: it may."""
     if not service.engine.runtime.drafter_pid:
         return "This server has started no drafter that could be killed."

@@ -144,17 +144,17 @@ class Writer:
         model: PreTrainedModel,
         rows: int,
         slots: int,
-        taps: HiddenStateHooks | None = None,
+        hooks: HiddenStateHooks | None = None,
         top: int = 0,
         seed: int = 0,
     ):
-        """`taps`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
+        """`hooks`, `top`: record features and the `top` likeliest tokens; without them answers hold tokens only."""
         if why_not := use_cache_attention(model).why_not:
             raise UsageError(
                 f"This model's answers can't be recorded, as its attention reads one text alone: {why_not}."
             )
         self._model, self._rows, self._slots = model, rows, slots
-        self._taps, self._top = taps, top
+        self._hooks, self._top = hooks, top
         self._cache = RowCache(rows, slots)
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -194,9 +194,9 @@ class Writer:
         self._cache.read_one(0, count)
         tokens, positions = torch.tensor([[*prompt, *answer]])[:, :count], torch.arange(count)[None]
         logits = forward(self._model, tokens, positions, self._cache, keep=len(answer))[0].float().cpu()
-        states = self._taps.states()[0] if self._taps else logits[:, :0]
+        states = self._hooks.states()[0] if self._hooks else logits[:, :0]
         recorded = RecordedAnswer.empty(request, states.shape[-1], self._top)
-        if self._taps:
+        if self._hooks:
             recorded.features[:count] = states
         if self._top:
             noted = slice(len(prompt) - 1, count)
@@ -210,7 +210,7 @@ class Writer:
         count = len(request.prompt)
         self._cache.read_one(row, count)
         logits = self._run(torch.tensor([request.prompt]), torch.arange(count)[None])
-        states = self._taps.states()[0] if self._taps else logits[:, :0]
+        states = self._hooks.states()[0] if self._hooks else logits[:, :0]
         answer = RecordedAnswer.empty(request, states.shape[-1], self._top)
         self._note([answer], logits)
         answer.features[:count] = states
@@ -224,8 +224,8 @@ class Writer:
         self._cache.read_all(places)
         logits = self._run(last[:, None], places[:, None])
         self._note(answers, logits)
-        if self._taps:
-            for answer, states in zip(answers, self._taps.states(), strict=True):
+        if self._hooks:
+            for answer, states in zip(answers, self._hooks.states(), strict=True):
                 answer.features[len(answer.tokens) - 1] = states[0]
         for answer, token in zip(answers, self._pick([a.request for a in answers], logits), strict=True):
             answer.tokens.append(token)

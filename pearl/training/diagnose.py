@@ -58,7 +58,7 @@ class DraftOutcome:
 
     ahead: int
     first: tuple[bool, ...]  # by depth: the best guess was the target's choice
-    fifth: tuple[bool, ...]  # one of the best five was
+    top_five: tuple[bool, ...]  # one of the best five was
     draftable: bool  # the first choice is in the draft vocabulary
     seen: bool  # its token has occurred in the text
     certainty: float  # the target's own probability of it
@@ -184,7 +184,7 @@ def summary(found: Sequence[DraftOutcome]) -> dict[str, object]:
         figures[f"ahead {ahead}"] = {
             "places": len(some),
             "top 1": [_share(place.first[depth] for place in some) for depth in range(len(some[0].first))],
-            "top 5": [_share(place.fifth[depth] for place in some) for depth in range(len(some[0].first))],
+            "top 5": [_share(place.top_five[depth] for place in some) for depth in range(len(some[0].first))],
             "accepted": sum(place.accepted for place in some) / len(some),
         }
     plain = [place for place in found if place.ahead == min(p.ahead for p in found)]

@@ -33,20 +33,20 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     data = Recorded(Path(recipe.data), features=bool(recipe.match and recipe.match_after))
     checked = preflight(EngineConfig(target=recipe.target, dtype="float32"))
     target = load_plain(checked, str(accelerator.device))
-    mark = model_fingerprint(target)
-    data.must_be_of(mark, recipe.target)
+    fingerprint = model_fingerprint(target)
+    data.must_be_of(fingerprint, recipe.target)
     train, held_out = data.split(recipe.held_out)
     vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
     vocabulary = filled(vocabulary, recipe.vocabulary, checked.vocabulary)  # the head is the target's
     student = student_of(target, recipe.layers)
     if recipe.start:
-        go_on_from(student, recipe.start, recipe.layers, mark)
+        go_on_from(student, recipe.start, recipe.layers, fingerprint)
     del target
     if recipe.one_pass > 1:
         token = spare_token(checked.tokenizer, student.config.get_text_config().vocab_size)
-        learner: Student = OnePassStudent(student, data, vocabulary, recipe, mark, token)
+        learner: Student = OnePassStudent(student, data, vocabulary, recipe, fingerprint, token)
     else:
-        learner = Student(student, data, vocabulary, recipe, mark)
+        learner = Student(student, data, vocabulary, recipe, fingerprint)
     loop.train(learner, recipe, train, held_out, accelerator)
     if accelerator.is_main_process and whole:
         learner.complete()

@@ -160,15 +160,15 @@ class _Worker:
         seed = options.seed * 1_000_003 + number
         own = self._instructions(asked.count(None), seed)
         talks = {n: list(one or (next(own),)) for n, one in enumerate(asked) if not isinstance(one, Dialogue)}
-        taps = HiddenStateHooks(self.model, job.layers)
-        writer = Writer(self.model, options.batch, options.max_length, taps, options.top_k, seed)
+        hooks = HiddenStateHooks(self.model, job.layers)
+        writer = Writer(self.model, options.batch, options.max_length, hooks, options.top_k, seed)
         answers: list[list[RecordedAnswer]] = [
             list(self._read(writer, one)) if isinstance(one, Dialogue) else [] for one in asked
         ]
         for turn in range(max(map(len, talks.values()), default=0)):
             for question, answer in self._turn(writer, talks, turn, first):
                 answers[question].append(answer)
-        taps.remove()
+        hooks.remove()
         return shards.write(job.folder, number, [answer for some in answers for answer in some])
 
     def _turn(

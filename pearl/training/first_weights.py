@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from pearl.checkpoints.drafts import feature_weights, kinds
 from pearl.checkpoints.drafts.kinds import TargetFacts
-from pearl.drafters.feature.network import DrafterShape, FeatureDrafter
+from pearl.drafters.feature.network import FeatureDrafter
+from pearl.drafters.feature.shape import DrafterShape
 from pearl.errors import UsageError
 from pearl.models.architecture import layers_of
 from pearl.models.fingerprint import model_fingerprint
@@ -116,7 +117,7 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     wanted = _shape(target, recipe, layers, had.vocabulary, had.mask_token)
     like = replace(
         wanted,
-        layers=had.layers if had.layers <= wanted.layers else wanted.layers,
+        layers=min(had.layers, wanted.layers),
         intermediate=max(had.intermediate, wanted.intermediate),
         own_embedding=had.own_embedding,
         own_mask=had.own_mask,

@@ -26,11 +26,11 @@ class RowLosses:
     loss: Tensor  # float [R]
     chance: Tensor  # float [R], of the target's choice, as the drafter sees it
     first: Tensor  # bool [R]
-    fifth: Tensor  # bool [R]
+    top_five: Tensor  # bool [R]
 
     def add_to(self, figures: dict[str, float], depth: int) -> None:
         """To sums of `depth_figures`."""
-        for name, value in zip(_FIGURES, (self.loss, self.first, self.fifth), strict=True):
+        for name, value in zip(_FIGURES, (self.loss, self.first, self.top_five), strict=True):
             figures[f"{name} {depth}"] += float(value.detach().sum())
             figures[f"n:{name} {depth}"] += len(value)
 

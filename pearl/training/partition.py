@@ -8,7 +8,7 @@ positions, K depths and S segments there are n + n (K - 1) / S rows in memory in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.training.look_ahead import look_ahead
 
 
@@ -43,12 +44,17 @@ def backward(
     known = drafter.known(tokens, features, withheld)
     hidden, made = drafter.stack(known, torch.arange(count, device=tokens.device), mask.known(count))
     start = hidden.detach().requires_grad_()
-    past = [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in made]
+    past, pairs = detached(made)
     for part in anchors.chunk(segments) if mask.slots and len(anchors) else ():
         ahead = look_ahead(drafter, mask, tokens, start, past, part)
         loss(start.detach(), ahead, part).backward()
-    pairs = ((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True))
     backward_through(loss(hidden, None, None), [(hidden, start), *pairs])
+
+
+def detached(made: Sequence[KeyValue]) -> tuple[list[KeyValue], list[tuple[Tensor, Tensor]]]:
+    """Copies of keys and values at which a graph ends, and (part of the graph, its copy) for `backward_through`."""
+    past = [(keys.detach().requires_grad_(), values.detach().requires_grad_()) for keys, values in made]
+    return past, [(part, copy) for pair in zip(made, past, strict=True) for part, copy in zip(*pair, strict=True)]
 
 
 def backward_through(loss: Tensor, leaves: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -212,9 +212,9 @@ class Recorded:
         """What tells these texts from others: the checksum of their files' checksums."""
         return zlib.crc32(repr([shard.crc32 for shard in self.manifest.shards]).encode())
 
-    def must_be_of(self, mark: str, target: str) -> None:
+    def must_be_of(self, fingerprint: str, target: str) -> None:
         """Raises `UsageError` unless these are texts of the target with that fingerprint."""
-        if self.manifest.fingerprint != mark:
+        if self.manifest.fingerprint != fingerprint:
             raise UsageError(
                 f"The recorded texts are those of {self.manifest.target}, whose weights are not those of {target}: "
                 "extract texts of this target."

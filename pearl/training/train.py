@@ -73,10 +73,10 @@ class FeatureLearner:
     def learn(self, texts: Sequence[int], generator: torch.Generator, share: float, done: float) -> Figures:
         batch = self.batch(texts)
         if self.module.shape.parallel:
-            hidden = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
-            batch = replace(batch, withheld=batch.withheld | hidden)
-        anchors = self._recipe.anchors if done >= self._recipe.slots_after else 0.0
-        return self._run(batch, self._anchors(batch, anchors, generator), share)
+            withheld = runs(batch.tokens.shape, self._recipe.withheld, generator).to(self._device)
+            batch = replace(batch, withheld=batch.withheld | withheld)
+        anchor_share = self._recipe.anchors if done >= self._recipe.slots_after else 0.0
+        return self._run(batch, self._anchors(batch, anchor_share, generator), share)
 
     @torch.no_grad()
     def test(self, text: int) -> Figures:

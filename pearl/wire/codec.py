@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pearl.core.messages import (
-    MOST,
+    MAX_MESSAGE_WORDS,
     Beat,
     Close,
     Costs,
@@ -193,7 +193,7 @@ def _read_features(of: _Reader) -> SentSeparately | None:
     if not of.left:
         return None
     rows, width, direct = of.get("i", 3)
-    if rows < 0 or width < 0 or rows * width > 2 * MOST:
+    if rows < 0 or width < 0 or rows * width > 2 * MAX_MESSAGE_WORDS:
         raise MalformedMessage(f"features of {rows} positions with {width} numbers each")
     return SentSeparately((rows, width), bool(direct))
 
@@ -304,7 +304,7 @@ def decode(words: Words) -> Message:
 def length(head: Words) -> int:
     """How many words the message has that begins with these, two at least. Raises `MalformedMessage`."""
     kind, count = head[:_HEAD].tolist()
-    if not 0 <= kind <= _TOGETHER or not _HEAD < count <= MOST:
+    if not 0 <= kind <= _TOGETHER or not _HEAD < count <= MAX_MESSAGE_WORDS:
         raise MalformedMessage(f"there is no message of kind {kind} and {count} words")
     return count
 

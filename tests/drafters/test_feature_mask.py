@@ -100,21 +100,21 @@ def test_the_mask_is_the_rule_of_its_docstring(case: tuple[int, list[int]], dept
 @given(st.integers(0, 6), st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(2, 5))
 def test_at_inference_a_leaf_sees_what_an_anchor_sees_in_training(kept: int, fresh: int, paths: list[int], depths: int):
     """Where the path of a leaf is taken for known positions, and other leaves are left out."""
-    trunk, groups, first = kept + fresh, [], fresh
+    prefix, groups, first = kept + fresh, [], fresh
     for path in paths:
         groups.append((first, path + depths - 1))
         first += path + depths - 1
     mask = tree_mask(kept, fresh, groups)
     assert mask.shape == (first, kept + first)
-    rule = SlotMask(trunk + max(paths), depths)
-    assert torch.equal(mask[:fresh, :trunk], rule.known(trunk)[kept:])
-    assert not mask[:fresh, trunk:].any()
+    rule = SlotMask(prefix + max(paths), depths)
+    assert torch.equal(mask[:fresh, :prefix], rule.known(prefix)[kept:])
+    assert not mask[:fresh, prefix:].any()
     for (first, count), path in zip(groups, paths, strict=True):
         own = torch.zeros(mask.shape[1], dtype=torch.bool)
-        own[:trunk] = own[kept + first : kept + first + count] = True
+        own[:prefix] = own[kept + first : kept + first + count] = True
         seen = mask[first : first + count]
-        known = trunk + path
-        assert torch.equal(seen[:path, own], torch.nn.functional.pad(rule.known(known)[trunk:], (0, depths - 1)))
+        known = prefix + path
+        assert torch.equal(seen[:path, own], torch.nn.functional.pad(rule.known(known)[prefix:], (0, depths - 1)))
         assert torch.equal(seen[path:, own], rule.of(torch.tensor([known - 1]), known))
         assert not seen[:, ~own].any(), "another leaf's path or slots"
 

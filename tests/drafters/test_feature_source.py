@@ -271,15 +271,15 @@ def as_trained(text: Sequence[int], confirmed: int, features: tuple[int, ...]) -
         return drafter.logits(torch.cat([hidden[0, -1:], ahead[0]]))
 
 
-def assert_as_trained(source: Raw, trunk: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
+def assert_as_trained(source: Raw, prefix: list[int], paths: list[list[int]], features: tuple[int, ...]) -> None:
     for path, (way, logits) in zip(
-        paths, source.read_on([PathsQuery(source._sequences[0], trunk, paths)])[0], strict=True
+        paths, source.read_on([PathsQuery(source._sequences[0], prefix, paths)])[0], strict=True
     ):
-        expected = as_trained([*trunk, *path], len(trunk) - 1, features)
+        expected = as_trained([*prefix, *path], len(prefix) - 1, features)
         torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
         assert len(way) == len(path)
         for end, row in enumerate(way):
-            expected = as_trained([*trunk, *path[:end]], len(trunk) - 1, features)[0]
+            expected = as_trained([*prefix, *path[:end]], len(prefix) - 1, features)[0]
             torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
 
 
@@ -386,7 +386,7 @@ class Scattered(FeatureSource):
         self.text = list(text)
 
     def read_on(self, asked):
-        return [[self._told(len(one.trunk), len(one.trunk) + len(path)) for path in one.paths] for one in asked]
+        return [[self._told(len(one.prefix), len(one.prefix) + len(path)) for path in one.paths] for one in asked]
 
     def _told(self, first: int, last: int):
         right = [*self.text[first : last + 3], *[0] * (last + 3)][: last + 3 - first]

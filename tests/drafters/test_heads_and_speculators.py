@@ -74,13 +74,13 @@ def test_draft_logits_are_theirs_along_a_path(tmp_path: Path, case: dict):
     features = torch.randn(len(TEXT) - 1, drafter.shape.feature_row, generator=GENERATOR).bfloat16()
     theirs = their_logits(model, features, TEXT[1:], steps=4)
     reader = HeadReader(drafter, 100)
-    for trunk in (2, 5, 8):
-        path = tuple(TEXT[trunk : trunk + 3])
+    for prefix in (2, 5, 8):
+        path = tuple(TEXT[prefix : prefix + 3])
         paths = [path[:depth] for depth in range(4)]
-        mine = read(reader, features, TEXT[:trunk], paths)[:, drafter.vocabulary]
-        expected = torch.stack([theirs[depth][trunk - 2] for depth in range(4)])
+        mine = read(reader, features, TEXT[:prefix], paths)[:, drafter.vocabulary]
+        expected = torch.stack([theirs[depth][prefix - 2] for depth in range(4)])
         torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
-        one_by_one = read(reader, features, TEXT[:trunk], [path])[:, drafter.vocabulary]
+        one_by_one = read(reader, features, TEXT[:prefix], [path])[:, drafter.vocabulary]
         torch.testing.assert_close(one_by_one, expected[3:], atol=1e-4, rtol=1e-4)
 
 
@@ -122,10 +122,10 @@ def test_what_one_forward_of_p_eagle_drafts_is_theirs(tmp_path: Path, case: dict
     features = torch.randn(len(TEXT) - 1, drafter.shape.feature_row, generator=GENERATOR).bfloat16()
     theirs = their_parallel_logits(model, features, TEXT[1:], drafter.shape.depths)
     source = Raw(drafter)
-    for trunk in (2, 5, 8):
+    for prefix in (2, 5, 8):
         source.begin(0, SamplingParams())
-        source.observe(bits(features[: trunk - 1]))
-        torch.testing.assert_close(source.guess(TEXT[:trunk], [[]])[0], theirs[trunk - 2], atol=1e-4, rtol=1e-4)
+        source.observe(bits(features[: prefix - 1]))
+        torch.testing.assert_close(source.guess(TEXT[:prefix], [[]])[0], theirs[prefix - 2], atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_layer_with_a_window_says_is_theirs(tmp_path: Path):
@@ -137,9 +137,9 @@ def test_what_a_layer_with_a_window_says_is_theirs(tmp_path: Path):
     features = torch.randn(len(TEXT) - 1, drafter.shape.feature_row, generator=GENERATOR).bfloat16()
     theirs = their_logits(model, features, TEXT[1:], steps=1)[0]
     reader = HeadReader(drafter, 100)
-    for trunk in (4, 8, 11):
-        mine = read(reader, features, TEXT[:trunk], [()])[0, drafter.vocabulary]
-        torch.testing.assert_close(mine, theirs[trunk - 2], atol=1e-4, rtol=1e-4)
+    for prefix in (4, 8, 11):
+        mine = read(reader, features, TEXT[:prefix], [()])[0, drafter.vocabulary]
+        torch.testing.assert_close(mine, theirs[prefix - 2], atol=1e-4, rtol=1e-4)
 
 
 class Raw(FeatureSource):

@@ -162,7 +162,7 @@ def test_several_texts_are_guessed_in_one_forward_as_each_is_alone(family: str):
     queries = [PathsQuery(source._sequences[slot], text, [[], [7, 7]]) for slot, text in texts.items()]
     for query, read in zip(queries, source.read_on(queries), strict=True):
         for path, (way, table) in zip(query.paths, read, strict=True):
-            expected = by_transformers(family, query.trunk, path)
+            expected = by_transformers(family, query.prefix, path)
             torch.testing.assert_close(torch.cat([way, table]), expected, atol=1e-4, rtol=1e-4)
     assert source.forwards == before + 1
 

@@ -130,7 +130,7 @@ def test_rejection_sampling_fills_the_text_as_its_seed_says(engine, mode):
 
 
 @pytest.mark.parametrize("mode", ["ar", "sd", "pearl"])
-def test_a_long_prompt_is_read_in_parts_and_crosses_the_caches_grain(engine, mode):
+def test_a_long_prompt_is_read_in_parts_and_crosses_a_multiple_of_slots(engine, mode):
     prompt = list(itertools.islice(itertools.cycle(range(5, 250, 7)), 120))
     assert engine.generate(prompt, GREEDY, mode=mode).tokens == engine.generate(prompt, GREEDY, mode="ar").tokens
 

@@ -13,7 +13,7 @@ from numerics import VOCABULARY, fake, measured
 from tiers import tiered
 from transformers import Phi3Config
 
-from pearl.core.token_buckets import ANY, GRAIN, LEAST, LEAVES, LIMIT, TokenBuckets
+from pearl.core.token_buckets import ANY, LEAST, LEAVES, LIMIT, SLOT_MULTIPLE, TokenBuckets
 from pearl.models import batch_invariance, linear
 from pearl.models.batch_invariance import find_invariant_counts, position_border, products, profile_leaves, profile_path
 from pearl.models.verifier import VerifierModel
@@ -112,7 +112,7 @@ def test_a_real_models_safe_counts_have_equal_bits_elsewhere_too(name, dtype, ke
     text = torch.randint(tiny.VOCABULARY, (tiny.LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
     reader.forward(text, 0, 1)
     bits: dict[int, torch.Tensor] = {}  # by position
-    for first in (17, 50, 58, 63, 64, GRAIN - 27, GRAIN, GRAIN + 40):
+    for first in (17, 50, 58, 63, 64, SLOT_MULTIPLE - 27, SLOT_MULTIPLE, SLOT_MULTIPLE + 40):
         for count in plan.safe:
             logits = reader.forward(text[first : first + count], first, count)
             for position, row in enumerate(logits, first):
@@ -125,7 +125,7 @@ def test_padded_passes_of_any_length_have_the_bits_of_one_token_at_a_time(kernel
     reader.buckets = measured(reader)
     assert reader.buckets.exact, "see above"
     text = torch.randint(tiny.VOCABULARY, (200,), generator=torch.Generator().manual_seed(5)).tolist()
-    start = GRAIN - 50
+    start = SLOT_MULTIPLE - 50
     reader.read(text[:start], 1)
     alone = torch.cat([reader.read(text[:end], 1) for end in range(start + 1, len(text) + 1)])
     reader.forget()

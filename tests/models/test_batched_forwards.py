@@ -20,7 +20,7 @@ from tiers import tiered
 from toys import examples, falsified
 
 import pearl.models.kv_cache.batch_cache
-from pearl.core.token_buckets import GRAIN, LIMIT, BatchedTokenBuckets
+from pearl.core.token_buckets import LIMIT, SLOT_MULTIPLE, BatchedTokenBuckets
 from pearl.machine.transfers import SentOnce
 from pearl.models import linear
 from pearl.models.batch_invariance import branches_agree, find_invariant_batches, products
@@ -34,7 +34,11 @@ MODELS = [(name, dtype, False) for name in NAMES for dtype in DTYPES]
 STATIC = [("llama", "float32", True), ("llama", "bfloat16", True), ("gemma3", "float32", True)]  # of static shapes
 CHAINS = ("gemma2", "deepseek")
 TEXTS = 5
-PROMPTS = st.lists(st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3, GRAIN + 2]), min_size=TEXTS, max_size=TEXTS)
+PROMPTS = st.lists(
+    st.sampled_from([1, 7, 61, SLOT_MULTIPLE - 20, SLOT_MULTIPLE - 3, SLOT_MULTIPLE + 2]),
+    min_size=TEXTS,
+    max_size=TEXTS,
+)
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from pearl.core.token_buckets import GRAIN, TokenBuckets
+from pearl.core.token_buckets import SLOT_MULTIPLE, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_asserted():
         with pytest.raises(AssertionError, match="must fit"):
             reader.read(text, keep)
     with pytest.raises(AssertionError, match="too short"):
-        SlotCache(KVBuffers(GRAIN)).place_chain(GRAIN - 1, 2, 2)
+        SlotCache(KVBuffers(SLOT_MULTIPLE)).place_chain(SLOT_MULTIPLE - 1, 2, 2)
 
 
 class Operations(TorchDispatchMode):
@@ -243,7 +243,7 @@ def test_a_walk_through_side_rows_is_as_few_operations_for_many_layers_as_for_fe
 
 @torch.inference_mode()
 def test_layers_that_are_alike_lie_together_and_others_by_themselves():
-    buffers = KVBuffers(GRAIN, alike=[(0, 2)])
+    buffers = KVBuffers(SLOT_MULTIPLE, alike=[(0, 2)])
     for layer, heads in ((2, 3), (1, 2), (0, 3), (5, 3)):
         keys, values = buffers.layer(layer, torch.zeros(1, heads, 1, 16), torch.zeros(1, heads, 1, 16))
         assert keys.shape == values.shape and keys.shape[1] == heads and keys.is_contiguous()

@@ -42,7 +42,7 @@ from transformers import (
 import pearl.models.language_model
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.core.token_buckets import ANY, GRAIN, LEAST, LIMIT, TokenBuckets
+from pearl.core.token_buckets import ANY, LEAST, LIMIT, SLOT_MULTIPLE, TokenBuckets
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.errors import UsageError
@@ -73,7 +73,7 @@ MODELS = [
 
 
 STEPS = st.lists(st.builds(Step, TREES, st.integers(-1, 2 * LIMIT), TOKENS), min_size=3, max_size=5)
-PROMPTS = st.sampled_from([1, 7, 61, GRAIN - 20, GRAIN - 3])
+PROMPTS = st.sampled_from([1, 7, 61, SLOT_MULTIPLE - 20, SLOT_MULTIPLE - 3])
 
 
 def assert_same_cache(reader: VerifierModel, plain: Plain, text: Sequence[int]) -> None:
@@ -151,7 +151,7 @@ def texts(reader: VerifierModel, name: str, mode: str, seed: int, temperature: f
     source = TreeSource(draft) if mode == "tree" else ModelSource(draft)
     schedule = Schedule.of("tree", None, 4, 9, 6) if mode == "tree" else Schedule.of(mode, 3)
     params = SamplingParams(max_new_tokens=16, temperature=temperature, seed=seed)
-    prompt = random_prompt(GRAIN - 20 + seed)
+    prompt = random_prompt(SLOT_MULTIPLE - 20 + seed)
     target = Target(reader, ScriptedChannel(source, scrambled(seed) if seed % 2 else [(3, 3, 3)]), ticks())
     said = together(target, prompt, schedule, params, decode=str).tokens
     assert target.draft_stats and not target.draft_stats.failed

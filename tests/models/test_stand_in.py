@@ -224,7 +224,7 @@ def test_a_pass_that_was_prepared_while_the_picks_travelled_waits_no_more_than_o
     channel.peer_step = Drafter(source, there, ticks()).step
     target = Target(reader, channel, ticks())
     assert write(target, "pearl", GREEDY).tokens == expected.tokens
-    assert 0 < target.next.used <= reader.static.foreseen
+    assert 0 < target.next_pass.used <= reader.static.foreseen
     assert gpu.waits == len(target.passes)
 
 
@@ -254,13 +254,13 @@ class Twin:
     def __init__(self, shard: VerifierModel):
         self.shard, self.sent, self.heard = shard, TokenDeltas(), TokenDeltas()
 
-    def settle(self) -> None:
+    def await_loaded(self) -> None:
         """It has nothing to load."""
 
     def say(self, command: commands.Command) -> None:
         commands.decode(command.words(self.sent), self.heard).run(self.shard)
 
-    def blamed(self, error: Exception) -> Exception:
+    def cause_of(self, error: Exception) -> Exception:
         return error
 
 

@@ -11,7 +11,7 @@ import torch
 from numerics import Recorder, prepared
 from tiers import tiered
 
-from pearl.core.token_buckets import ANY, GRAIN, LIMIT, PREFILL_CHUNK, BatchedTokenBuckets, TokenBuckets
+from pearl.core.token_buckets import ANY, LIMIT, PREFILL_CHUNK, SLOT_MULTIPLE, BatchedTokenBuckets, TokenBuckets
 from pearl.models.draft_model import DraftModel, LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.static_shapes import recordings as recordings_module
@@ -47,7 +47,7 @@ def tree(rng: random.Random, most: int) -> tuple[int, list[tuple[int, int]]]:
 def test_every_pass_has_the_bits_of_today(name, dtype, kernel):
     plain, fixed = pair(name, dtype, kernel)
     rng = random.Random(name + dtype)
-    text = [rng.randrange(tiny.VOCABULARY) for _ in range(GRAIN - 30)]
+    text = [rng.randrange(tiny.VOCABULARY) for _ in range(SLOT_MULTIPLE - 30)]
     paths = set()
     while len(text) < tiny.LENGTH - LIMIT:
         chain, sides = tree(rng, min(LIMIT, plain.buckets.up_to(len(text) - 1)))
@@ -86,8 +86,8 @@ def test_the_cache_is_the_same_afterwards():
 
 def test_each_text_has_its_own_slots_and_layers_are_tapped_as_before():
     model = tiny.random_model(tiny.CONFIGS["llama"]())
-    taps = HiddenStateHooks(model, (0, 1))
-    plain, fixed = (tiny.verifier(model, buckets=SAFE, max_sequences=2, hooks=taps) for _ in range(2))
+    hooks = HiddenStateHooks(model, (0, 1))
+    plain, fixed = (tiny.verifier(model, buckets=SAFE, max_sequences=2, hooks=hooks) for _ in range(2))
     fixed.enable_static_shapes(capture=Recorder())
     texts = [list(range(40)), list(range(70, 100))]
     for step in range(6):
@@ -167,10 +167,12 @@ def test_coarse_buckets_are_few_and_waste_little():
     buffers.slots = 1 << 15
     found = [buffers.seen(end) for end in range(1, buffers.slots + 1)]
     assert len(set(found)) < 40
-    assert all(seen >= end and seen % GRAIN == 0 for end, seen in enumerate(found, 1))
-    assert all(seen <= 1.25 * end + GRAIN for end, seen in enumerate(found, 1))
-    # a pass ends where the grain does, so all of its rows read as many slots, however it is cut
-    assert all(len({found[i] for i in range(at, at + GRAIN)}) == 1 for at in range(0, buffers.slots, GRAIN))
+    assert all(seen >= end and seen % SLOT_MULTIPLE == 0 for end, seen in enumerate(found, 1))
+    assert all(seen <= 1.25 * end + SLOT_MULTIPLE for end, seen in enumerate(found, 1))
+    # a pass ends at a multiple of slots, so all of its rows read as many slots, however it is cut
+    assert all(
+        len({found[i] for i in range(at, at + SLOT_MULTIPLE)}) == 1 for at in range(0, buffers.slots, SLOT_MULTIPLE)
+    )
 
 
 def test_a_shape_is_recorded_once_and_replayed_ever_after():

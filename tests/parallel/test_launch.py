@@ -25,7 +25,7 @@ from pearl.errors import CheckpointError, StorageError, UsageError
 from pearl.machine import cores, launcher
 from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
-from pearl.parallel.launch import arrange, deal, launch
+from pearl.parallel.launch import arrange, contiguous_parts, launch
 from pearl.parallel.replicas import POLL_S, ReplicaGroup, assign_devices
 from pearl.parallel.world import World
 
@@ -69,9 +69,9 @@ def test_a_launcher_of_another_number_is_refused(size, options, says, pair, monk
         Engine.from_pretrained(*pair, **options)
 
 
-def test_cores_are_dealt_to_the_ranks():
-    assert deal([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
-    assert deal([0], 3) == [[0], [0], [0]]
+def test_ranks_get_neighbouring_cores():
+    assert contiguous_parts([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3, 4]]
+    assert contiguous_parts([0], 3) == [[0], [0], [0]]
 
 
 def test_a_drafter_on_a_machine_of_its_own_has_all_cores_of_it(pair):

@@ -76,7 +76,7 @@ def test_a_drafter_without_end_of_speed_makes_every_pass_full():
     figures = predict(by_hand(1.0, 1e9, tokens=400), ["sd:4", "pearl"])
     assert figures["sd:4"]["speedup_vs_ar"] == pytest.approx(
         5, rel=0.06
-    )  # four guesses and the bonus, cut at the grain
+    )  # four guesses and the bonus, cut at a multiple of slots
     assert figures["pearl"]["speedup_vs_ar"] == pytest.approx(16, rel=0.06)  # the most rows of a pass
 
 

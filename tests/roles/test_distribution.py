@@ -35,9 +35,9 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling import methods, noise
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.trie import Node
+from pearl.core.trie import Node, Proposal
 from pearl.drafters import model
-from pearl.drafters.draft_source import Chain, DraftSource, Proposal
+from pearl.drafters.draft_source import Chain, DraftSource
 from pearl.drafters.model import ModelSource
 from pearl.drafters.suffix import SuffixSource
 from pearl.roles.target import Target

@@ -41,7 +41,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import Picker
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.core.token_buckets import GRAIN
+from pearl.core.token_buckets import SLOT_MULTIPLE
 from pearl.core.trie import Node, Trie
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
@@ -318,13 +318,13 @@ def test_gamma_beyond_the_widest_pass_still_ends():
 
 @pytest.mark.parametrize("mode", DRAFTING)
 @pytest.mark.parametrize("gamma", [3, "auto"])
-def test_no_pass_crosses_the_caches_grain(mode: str, gamma: int | str):
+def test_no_pass_crosses_a_multiple_of_slots(mode: str, gamma: int | str):
     """Beyond it a row would be summed over more slots than the same row of another pass."""
     case = replace(plain_case(mode, gamma, "sometimes", scrambled(2)), prompt=tuple([1, 2, 3, 0] * 30))
     case = replace(case, params=SamplingParams(max_new_tokens=30))
     target, _ = check(case)
-    assert target.passes[0].position < GRAIN < target.passes[-1].position
-    assert all(p.position // GRAIN == (p.position + p.offered) // GRAIN for p in target.passes)
+    assert target.passes[0].position < SLOT_MULTIPLE < target.passes[-1].position
+    assert all(p.position // SLOT_MULTIPLE == (p.position + p.offered) // SLOT_MULTIPLE for p in target.passes)
 
 
 @examples(40)

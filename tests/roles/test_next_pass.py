@@ -26,7 +26,7 @@ def with_drafter(model: TargetModel, source: DraftSource, prepares: bool) -> Tar
     here, there = DuringPasses.pair()
     here.peer_step = Drafter(source, there, ticks()).step
     target = Target(model, here, ticks())
-    target.prepares = prepares
+    target.always_prepares = prepares
     return target
 
 
@@ -45,7 +45,7 @@ def test_a_walk_that_goes_as_foreseen_finds_its_inputs_filled_and_any_other_fill
     target = target_with(0.008, True)
     said = together(target, PROMPT, Schedule.of(mode), PARAMS, decode=str)
     assert said == together(target_with(0.008, False), PROMPT, Schedule.of(mode), PARAMS, decode=str)
-    assert 0 < target.next.used <= target._model.static.foreseen < target.next.prepared
+    assert 0 < target.next_pass.used <= target._model.static.foreseen < target.next_pass.prepared
 
 
 def test_inputs_of_another_pass_than_was_foreseen_would_change_the_text(monkeypatch):
@@ -58,7 +58,7 @@ def test_inputs_of_another_pass_than_was_foreseen_would_change_the_text(monkeypa
 def test_on_a_cpu_nothing_is_prepared_as_nothing_is_waited_for():
     target = target_with(0.008, False)
     together(target, PROMPT, Schedule.of("tree"), PARAMS, decode=str)
-    assert target.next.prepared == target._model.static.foreseen == 0 == target.next.seconds
+    assert target.next_pass.prepared == target._model.static.foreseen == 0 == target.next_pass.seconds
 
 
 def test_the_likeliest_walk_is_foreseen_through_the_rows_of_the_pass():
@@ -69,5 +69,5 @@ def test_the_likeliest_walk_is_foreseen_through_the_rows_of_the_pass():
     for source in (Right(text), Sometimes(text, model.vocabulary, 0.3)):
         target = with_drafter(model, source, True)
         together(target, [0, 1], Schedule.of("pearl"), params)
-        used[type(source)] = target.next.used / target.next.prepared
+        used[type(source)] = target.next_pass.used / target.next_pass.prepared
     assert used[Right] > 0.9 > 0.5 > used[Sometimes]

@@ -221,7 +221,7 @@ def parameters(table: Sequence[Architecture] = TABLE) -> list[Any]:
 
 
 def prompts(longest: int, new: int) -> list[list[int]]:
-    """Random ones: a short one, one whose text crosses a boundary of the cache's grain, and the longest that fits."""
+    """Random ones: a short one, one whose text crosses a multiple of the cache's slots, and the longest that fits."""
     lengths = [length for length in (5, 100, longest - new) if 0 < length <= longest - new]
     made = []
     for seed, length in enumerate(lengths):

@@ -71,7 +71,7 @@ def check(
     """Writes the texts of the case. The one claim of this file is made here."""
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
     target = target or WatchedTarget(case.model, channel, ticks())
-    target.prepares = case.foresees
+    target.always_prepares = case.foresees
     said: dict[int, list[int]] = {}
     over: list[SequenceState] = []
     for text, committed in target.write(requests(case), case.schedule, case.places):

@@ -279,7 +279,7 @@ def check(case: Case, lost_after: int | None = None) -> tuple[Target, ScriptedCh
     model = case.model
     channel = ScriptedChannel(case.make_source(), case.script, lost_after)
     target = Target(model, channel, ticks(), sources=case.make_sources_beside())
-    target.prepares = case.foresees
+    target.always_prepares = case.foresees
     written = together(target, case.prompt, case.schedule, case.params, case.eos)
     assert written == alone(model, case.prompt, case.params, case.eos), "the text is not the target's own"
     return target, channel

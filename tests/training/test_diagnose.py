@@ -133,7 +133,7 @@ class Honest(OnePassSource):
         def after(tokens):
             return [[(t, math.log(q), ()) for t, q in enumerate(self.CHANCES[token])] for token in tokens]
 
-        table = [after([queries[0].trunk[-1]])[0], after, after]
+        table = [after([queries[0].prefix[-1]])[0], after, after]
         return [[([], table) for _ in one.paths] for one in queries]
 
 
@@ -207,7 +207,7 @@ def of_a_model(vocabulary: int | None) -> tuple[list[int], RecordedText, Any]:
 def test_a_model_that_guesses_one_token_is_looked_at_after_every_token_of_the_answer():
     choices, text, model = of_a_model(None)
     places, drafts = zip(*by_token(model, [text], model.draftable), strict=True)
-    assert len(places) == 30 and all(place.first == place.fifth == (True,) and place.draftable for place in places)
+    assert len(places) == 30 and all(place.first == place.top_five == (True,) and place.draftable for place in places)
     said = text.tokens.tolist()
     assert [place.seen for place in places] == [choices[at] in said[: at + 1] for at in range(9, 39)]
     assert all(draft.accepted == draft.chain_accepted == 1 and draft.chain == (draft.expected,) for draft in drafts)

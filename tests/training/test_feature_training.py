@@ -61,7 +61,7 @@ def test_the_loss_is_what_a_person_gets():
     for kl, expected in ((0.0, choice), (1.0, soft), (0.25, 0.75 * choice + 0.25 * soft)):
         _, judged = judge(logits, tops, chances, kl)
         assert judged.loss.tolist() == pytest.approx([expected], rel=1e-5)
-        assert judged.first.tolist() == [False] and judged.fifth.tolist() == [True]
+        assert judged.first.tolist() == [False] and judged.top_five.tolist() == [True]
     assert judge(logits, [[7, 5, 4]], chances, 0.0)[1].first.tolist() == [True]
 
 
@@ -77,7 +77,7 @@ def test_a_choice_outside_the_vocabulary_is_wrong_and_teaches_nothing(kl: float)
     logits, judged = judge([[1.0, 2.0, 3.0]] * 3, [[4, 5, 7], [NOTHING] * 3, [5, 4, 9]], [[0.5, 0.3, 0.2]] * 3, kl)
     judged.loss.sum().backward()
     assert judged.loss[:2].tolist() == [0.0, 0.0] and judged.loss[2] > 0
-    assert judged.first.tolist() == [False] * 3 and judged.fifth.tolist() == [False, False, True]
+    assert judged.first.tolist() == [False] * 3 and judged.top_five.tolist() == [False, False, True]
     assert logits.grad is not None and not logits.grad[:2].any() and logits.grad[2].all() and logits.isfinite().all()
 
 
@@ -251,9 +251,9 @@ def test_a_drafter_learns_a_simple_rule_at_every_depth(folder, tmp_path, algorit
     assert drafter.shape.features == (0, 2) and drafter.shape.kind == algorithm
 
     model, params = small_target(), SamplingParams(max_new_tokens=12, ignore_eos=True)
-    taps = HiddenStateHooks(model, (0, 2))
+    hooks = HiddenStateHooks(model, (0, 2))
     own = together(Target(tiny.verifier(small_target())), [1, 2, 3], Schedule.of("ar"), params, decode=str)
-    target = Target(tiny.verifier(model, hooks=taps), ScriptedChannel(source_of(drafter), EAGER), ticks())
+    target = Target(tiny.verifier(model, hooks=hooks), ScriptedChannel(source_of(drafter), EAGER), ticks())
     assert together(target, [1, 2, 3], Schedule.of("tree"), params, decode=str) == own
 
     lines = [json.loads(line) for line in (tmp_path / "out" / LOG).read_text().splitlines()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys import EAGER, ScriptedChannel, TableModel, examples, scrambled, ticks, together
 
 from pearl.core.messages import (
-    MOST,
+    MAX_MESSAGE_WORDS,
     Beat,
     Close,
     Costs,
@@ -203,7 +203,7 @@ def test_a_message_that_was_cut_short_is_garbage(message, data):
         decode(words[: length(words)])
 
 
-@pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MOST + 1, (1 << 31) - 1])
+@pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MAX_MESSAGE_WORDS + 1, (1 << 31) - 1])
 def test_no_message_has_so_many_words(count):
     with pytest.raises(MalformedMessage, match="words"):
         length(np.array([3, count], np.int32))

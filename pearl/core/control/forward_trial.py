@@ -87,7 +87,7 @@ class ForwardTrial:
         """The numbers of those that a forward is to be made for now. `rate`: tokens per second of the run. `may_try`:
         also one that is not known to pay; false for a second forward before the same pass."""
         gains = [self.worth(one.reach) / rate for one in queries]
-        able = [number for number, one in enumerate(queries) if self._has_read(one, gains[number], may_try)]
+        able = [number for number, one in enumerate(queries) if self._reading_pays(one, gains[number], may_try)]
         able.sort(key=lambda number: -gains[number])
         best, chosen, gain = 0.0, 0, 0.0
         for count, number in enumerate(able, 1):
@@ -104,12 +104,13 @@ class ForwardTrial:
         self._to_try_s -= price
         return [number]
 
-    def _has_read(self, one: ForwardQuery, gain_s: float, counts: bool) -> bool:
-        """Whether what it has still to read is little, or was worth reading by now."""
+    def _reading_pays(self, one: ForwardQuery, gain_s: float, may_try: bool) -> bool:
+        """Whether what it has still to read is little, or worth reading by now. Where a forward may be tried, notes
+        what one now would have brought."""
         if one.unread <= _LITTLE:
             return True
         saved = self._saved.get(one.text, 0.0)
-        if counts:
+        if may_try:
             saved = self._saved[one.text] = saved + max(0.0, gain_s - self.seconds(1))
         return saved >= self._row_s * one.unread
 

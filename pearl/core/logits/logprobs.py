@@ -21,4 +21,4 @@ def logprobs(logits: Tensor, tokens: Sequence[int], most: int) -> list[Logprobs]
     best = logp.topk(min(most, logp.shape[-1]))
     own = logp.gather(1, sent(torch.tensor(tokens, dtype=torch.int64), logp.device)[:, None])[:, 0]
     rows = zip(tokens, *(one.tolist() for one in all_on_host([own, best.indices, best.values])), strict=True)
-    return [{token: logp} | dict(zip(ids, values, strict=True)) for token, logp, ids, values in rows]
+    return [{token: own_logp} | dict(zip(ids, values, strict=True)) for token, own_logp, ids, values in rows]

@@ -24,7 +24,7 @@ from torch import Tensor
 from pearl.core.logits.top_k import top_k
 from pearl.core.params import SamplingParams
 from pearl.core.sampling import noise
-from pearl.core.trie import Node
+from pearl.core.trie import Node, Proposal
 from pearl.errors import NonFiniteLogits, UsageError
 from pearl.machine.transfers import all_on_host, on_host
 
@@ -34,7 +34,8 @@ NOT_FINITE = -1  # in place of a token, where there is none
 TOP_MARGIN = 5.0  # nats below the best token
 _UNITS = 40  # bits of a probability
 _FIRST = 512  # likeliest tokens in which a nucleus is looked for before the whole vocabulary is sorted
-Ranked = list[list[tuple[int, float, tuple[tuple[int, float], ...]]]]  # of each row: (token, log q, proposal)
+RankedRow = list[tuple[int, float, Proposal]]  # likeliest first: token, log q, proposal
+Ranked = list[RankedRow]  # of each row
 ALTERNATIVE_MASS = 0.2  # rejection sampling: how often a drawn guess is taken to be rejected, where guesses are ranked
 
 
@@ -222,7 +223,7 @@ class Picker:
         """The token after `node`, which the pass read as `row`. Rejection sampling judges the node's first guess."""
         if not self.params.greedy:
             return self._sample(self.logits[row], row, node)
-        if self._best[row] == NOT_FINITE:  # of a row that nobody comes to it is of no account
+        if self._best[row] == NOT_FINITE:  # raised only here: rows that the walk does not come to may hold anything
             raise NonFiniteLogits(self.logits.dtype)
         return self._best[row]
 
@@ -289,7 +290,7 @@ def residual(p: Tensor, q: dict[int, float]) -> Tensor:
     return p.index_add(0, support, -mass).clamp_(min=0)
 
 
-Proposed = tuple[int, tuple[tuple[int, float], ...]]
+Proposed = tuple[int, Proposal]
 
 
 def propose(logits: Tensor, params: SamplingParams, position: int) -> Proposed:

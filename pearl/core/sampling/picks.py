@@ -59,7 +59,7 @@ def under_way(picks: Sequence[Picks]) -> bool:
 
 
 def wait(picks: Sequence[Picks]) -> bool:
-    """Until they are all here. False: they have been all along."""
+    """Waits until all are here. Returns whether any came from a GPU."""
     coming = [one for one in picks if isinstance(one, _Coming)]
     for one in reversed(coming):  # with the last those before it have arrived
         one.wait()

@@ -85,18 +85,18 @@ class DFlashSource(ParallelSource):
 
     def _extend_context(self, query: PathsQuery) -> None:
         """Keys and values of the positions before the anchor that are not there yet."""
-        state, count = query.state, len(query.trunk) - 1
-        kept = min(shared_prefix(state.read, query.trunk), len(state.read), count)
+        state, count = query.state, len(query.prefix) - 1
+        kept = min(shared_prefix(state.read, query.prefix), len(state.read), count)
         cache: list[KeyValue] = [(k[:, :, :kept], v[:, :, :kept]) for k, v in state.cache]
         if kept < count:
             features = state.between(kept, count, self.device)
             new = self._drafter.context(features, torch.arange(kept, count, device=self.device))
             cache = concatenated([cache, new]) if cache else new
-        state.cache, state.read = cache, list(query.trunk[:count])
+        state.cache, state.read = cache, list(query.prefix[:count])
 
     def _add_block(self, rows: _Rows, number: int, query: PathsQuery, path: Sequence[int]) -> None:
-        shape, anchor, first = self._drafter.shape, len(query.trunk) - 1, len(rows.tokens)
-        block = [query.trunk[-1], *path, *[shape.mask_token] * shape.block][: shape.block]
+        shape, anchor, first = self._drafter.shape, len(query.prefix) - 1, len(rows.tokens)
+        block = [query.prefix[-1], *path, *[shape.mask_token] * shape.block][: shape.block]
         rows.tokens += block
         rows.positions += range(anchor, anchor + shape.block)
         rows.anchors += [anchor] * shape.block
@@ -106,7 +106,7 @@ class DFlashSource(ParallelSource):
 
     def _masks(self, rows: _Rows, queries: Sequence[PathsQuery]) -> list[Tensor]:
         """Who sees whom, of each layer: bool [R, context + R]."""
-        counts = [len(one.trunk) - 1 for one in queries]
+        counts = [len(one.prefix) - 1 for one in queries]
         whose = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         places = torch.cat([torch.arange(count) for count in counts])
         positions, anchors, blocks, sequences = (

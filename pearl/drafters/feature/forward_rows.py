@@ -58,7 +58,7 @@ class FeatureSequence(DraftedText):
     cache: FeatureCache
     read: list[int] = field(default_factory=list)  # confirmed tokens in the cache
     features: list[Features] = field(default_factory=list)  # one piece after the other
-    known: int = 0  # positions that they are of
+    known: int = 0  # positions whose features have come
 
     def between(self, first: int, last: int, device: torch.device) -> Tensor:
         """The features of the positions from `first` up to `last`, bfloat16 [last - first, F]."""
@@ -82,7 +82,7 @@ class RowBlock:
     """The rows of one sequence in a forward."""
 
     kept: int  # rows in its cache
-    fresh: int  # rows of its trunk
+    fresh: int  # rows of its prefix
     groups: tuple[tuple[int, int], ...]  # first row and count of each leaf's path and slots, after those
 
     @property
@@ -139,18 +139,18 @@ def tree_mask(kept: int, fresh: int, groups: Sequence[tuple[int, int]]) -> Tenso
 def query_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[Tensor, list[int], RowBlock, list[int]]:
     """The rows of one sequence, [R, W], their positions, who sees whom, and the rows whose guesses are wanted. `kept`:
     positions whose rows are in the cache, or are none (`DrafterShape.first_row`)."""
-    trunk, slots, before = query.trunk, drafter.shape.depths - 1, drafter.shape.first_row
+    prefix, slots, before = query.prefix, drafter.shape.depths - 1, drafter.shape.first_row
     kept = max(kept, before)
-    fresh = len(trunk) - kept
+    fresh = len(prefix) - kept
     known = _known_rows(drafter, query, kept)
     ahead = drafter.slots(1, slots)[0]
-    inputs, positions, groups = [known[:fresh]], list(range(kept, len(trunk))), []
+    inputs, positions, groups = [known[:fresh]], list(range(kept, len(prefix))), []
     wanted, at, rows = [], fresh, fresh
     for path in query.paths:
         inputs += [known[at : at + len(path)], ahead]
         at += len(path)
         count = len(path) + slots
-        positions += range(len(trunk), len(trunk) + count)
+        positions += range(len(prefix), len(prefix) + count)
         groups.append((rows, count))
         wanted += [fresh - 1, *range(rows, rows + count)][-query.rows(path, slots + 1) :]
         rows += count
@@ -158,15 +158,15 @@ def query_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> tuple[T
 
 
 def _known_rows(drafter: FeatureDrafter, query: PathsQuery, kept: int) -> Tensor:
-    """The trunk's rows from `kept` on, with features, and all paths' rows, without, [R, W]."""
-    trunk, paths, device = query.trunk, query.paths, drafter.device
-    tokens = sent(torch.tensor([*trunk[kept:], *(token for path in paths for token in path)]), device)
-    fresh = len(trunk) - kept
+    """The prefix's rows from `kept` on, with features, and all paths' rows, without, [R, W]."""
+    prefix, paths, device = query.prefix, query.paths, drafter.device
+    tokens = sent(torch.tensor([*prefix[kept:], *(token for path in paths for token in path)]), device)
+    fresh = len(prefix) - kept
     withheld = torch.ones(len(tokens), dtype=torch.bool)
     features = torch.zeros(len(tokens), drafter.shape.feature_row, dtype=torch.bfloat16, device=device)
     if drafter.shape.features:
-        withheld[:fresh] = torch.arange(kept, len(trunk)) == 0
+        withheld[:fresh] = torch.arange(kept, len(prefix)) == 0
         first = max(kept, 1)
-        if first < len(trunk):
-            features[first - kept : fresh] = query.state.between(first - 1, len(trunk) - 1, device)
+        if first < len(prefix):
+            features[first - kept : fresh] = query.state.between(first - 1, len(prefix) - 1, device)
     return drafter.known(tokens[None], features[None], sent(withheld[None], device))[0]

@@ -1,10 +1,10 @@
 """Reads texts with EAGLE-3: a row for every token, in which the features of the position before stand beside it.
 
-    the trunk         tokens whose rows have features: read once, in the cache
+    the prefix         tokens whose rows have features: read once, in the cache
     below it          the network goes on from its own hidden state: a row a token, each after its parent's
 
-What is below the trunk is a tree of *drafted rows*, each with its hidden state and its keys and values. When features
-come, the trunk grows over rows that were drafted: these are read anew, with features, and what hangs below them stays
+What is below the prefix is a tree of *drafted rows*, each with its hidden state and its keys and values. When features
+come, the prefix grows over rows that were drafted: these are read anew, with features, and what hangs below them stays
 as it was drafted. Both are a memo: emptied, the next forwards are more, and nothing else.
 
 Knows: caches, trees of rows, and forwards over several sequences. Refuses to know: tries, sampling, which leaf pays.
@@ -29,13 +29,13 @@ from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.reduced_head import scatter_vocabulary
 from pearl.models.static_shapes.network import NetworkForward
 
-_CHUNK = 512  # rows of the trunk that one forward reads at most
+_CHUNK = 512  # rows of the prefix that one forward reads at most
 _MOST = 2048  # drafted rows of a sequence, beyond which all are forgotten
 
 
 @dataclass(eq=False)
 class DraftedRow:
-    """A token below the trunk, or the trunk's last one."""
+    """A token below the prefix, or the prefix's last one."""
 
     token: int
     hidden: Tensor | None = None  # [H]; None: it is yet to be read
@@ -61,31 +61,31 @@ class HeadSequence(FeatureSequence):
         self.root, self.drafted, self.count = DraftedRow(-1), [], 0
 
     def past(self, kept: int) -> list[KeyValue]:
-        """Of the first `kept` rows of the trunk, and of all drafted ones."""
-        trunk = self.cache.upto(kept)
+        """Of the first `kept` rows of the prefix, and of all drafted ones."""
+        prefix = self.cache.upto(kept)
         if not self.drafted:
-            return trunk
+            return prefix
         return [
             (torch.cat([k, more_k], 2), torch.cat([v, more_v], 2))
-            for (k, v), (more_k, more_v) in zip(trunk, self.drafted, strict=True)
+            for (k, v), (more_k, more_v) in zip(prefix, self.drafted, strict=True)
         ]
 
     def places(self, first: int, kept: int, last: int) -> list[int]:
-        """The positions that `past` is of; `first`: of the trunk's first row, `last`: of its end."""
+        """The positions that `past` is of; `first`: of the prefix's first row, `last`: of its end."""
         drafted = [0] * self.count
         for row in self.root.below():
             drafted[row.seen[-1]] = last + len(row.seen)
         return [*range(first, kept), *drafted]
 
-    def follow(self, trunk: Sequence[int]) -> int:
-        """Moves the tree to where the trunk ends now. Returns how many of its positions need not be read."""
-        shared = shared_prefix(self.read, trunk)
+    def follow(self, prefix: Sequence[int]) -> int:
+        """Moves the tree to where the prefix ends now. Returns how many of its positions need not be read."""
+        shared = shared_prefix(self.read, prefix)
         if shared < len(self.read):
             self.forget_drafted()
-        for token in trunk[shared:]:
+        for token in prefix[shared:]:
             self.root = self.root.children.get(token) or DraftedRow(token)
-        if shared < len(trunk):
-            self.root.hidden, self.root.seen = None, ()  # its row is of the trunk now
+        if shared < len(prefix):
+            self.root.hidden, self.root.seen = None, ()  # its row is of the prefix now
             self._compact()
         elif self.root.hidden is None:
             shared -= 1
@@ -110,10 +110,10 @@ class HeadSequence(FeatureSequence):
 
 @dataclass
 class _Part:
-    """The rows of one sequence in a forward: of the trunk from `kept` up to `end`, and drafted ones."""
+    """The rows of one sequence in a forward: of the prefix from `kept` up to `end`, and drafted ones."""
 
     state: HeadSequence
-    trunk: Sequence[int]
+    prefix: Sequence[int]
     kept: int
     end: int
     new: list[tuple[DraftedRow, DraftedRow, int]] = field(default_factory=list)  # parent, row, position
@@ -154,7 +154,7 @@ class HeadReader:
         self.begin(batch_slot, continues=False)
 
     def forget_drafted(self, batch_slot: int) -> None:
-        """What is below the trunk is to be read again."""
+        """What is below the prefix is to be read again."""
         state = self._sequences[batch_slot]
         hidden = state.root.hidden
         state.forget_drafted()
@@ -184,29 +184,29 @@ class HeadReader:
         asked = [self._asked(query) for query in queries]
         while parts := [part for part, paths in asked if self._next(part, paths)]:
             self._forward(parts)
-        hidden = [_found(part.state.root, path).hidden for part, paths in asked for path in paths]
+        hidden = [_row_at(part.state.root, path).hidden for part, paths in asked for path in paths]
         logits = self.drafter.logits(torch.stack(hidden)).float()  # type: ignore[arg-type]
         return list(self._of_target(logits).split([len(query.paths) for query in queries]))
 
     def _asked(self, query: LeavesQuery) -> tuple[_Part, list[tuple[int, ...]]]:
-        """What is read already of a query, and its paths from the end of the trunk."""
+        """What is read already of a query, and its paths from the end of the prefix."""
         state = self._sequences[query.batch_slot]
         tokens = query.tokens
-        trunk = list(tokens[: state.known + 1])
+        prefix = list(tokens[: state.known + 1])
         if state.count > _MOST:
             self.forget_drafted(query.batch_slot)
-        kept = max(state.follow(trunk), self.drafter.shape.first_row)
-        beyond = tuple(tokens[len(trunk) :])
-        return _Part(state, trunk, kept, kept), [(*beyond, *path) for path in query.paths]
+        kept = max(state.follow(prefix), self.drafter.shape.first_row)
+        beyond = tuple(tokens[len(prefix) :])
+        return _Part(state, prefix, kept, kept), [(*beyond, *path) for path in query.paths]
 
     def _next(self, part: _Part, paths: Sequence[tuple[int, ...]]) -> bool:
         """Chooses the rows that can be read now. False: all are."""
-        part.kept, part.end, part.new = part.end, min(len(part.trunk), part.end + _CHUNK), []
-        if part.end < len(part.trunk):
+        part.kept, part.end, part.new = part.end, min(len(part.prefix), part.end + _CHUNK), []
+        if part.end < len(part.prefix):
             return True
         taken: dict[tuple[DraftedRow, int], DraftedRow] = {}
         for path in paths:
-            row, position = part.state.root, len(part.trunk) - 1
+            row, position = part.state.root, len(part.prefix) - 1
             for token in path:
                 position += 1
                 child = row.children.get(token)
@@ -229,7 +229,7 @@ class HeadReader:
         mask, windows = block_masks(masks, [past[0][0].shape[2] for past in pasts]), self.drafter.shape.windows
         keys: list[int] = []
         for part in parts if windows else ():
-            keys += part.state.places(before, part.kept, len(part.trunk) - 1)
+            keys += part.state.places(before, part.kept, len(part.prefix) - 1)
         masks = layer_masks(mask, windows, positions, keys)
         hidden, *new = self.forward([positions], torch.cat(rows), masks, concatenated(pasts))
         made, first = list(zip(new[::2], new[1::2], strict=True)), 0
@@ -242,7 +242,7 @@ class HeadReader:
         drafter, device = self.drafter, self.drafter.device
         found = []
         if part.end > part.kept:
-            tokens = sent(torch.tensor(part.trunk[part.kept : part.end]), device)
+            tokens = sent(torch.tensor(part.prefix[part.kept : part.end]), device)
             features = part.state.between(part.kept - 1, part.end - 1, device)
             found.append(drafter.rows(tokens, drafter.fused(features)))
         if part.new:
@@ -257,8 +257,8 @@ class HeadReader:
         last = first + fresh
         if fresh:
             state.cache.keep(made, part.kept - self.drafter.shape.first_row, slice(first, last))
-            state.read = list(part.trunk[: part.end])
-            if part.end == len(part.trunk):
+            state.read = list(part.prefix[: part.end])
+            if part.end == len(part.prefix):
                 state.root.hidden = hidden[last - 1]
         if not part.new:
             return
@@ -276,7 +276,7 @@ class HeadReader:
         return scatter_vocabulary(logits, self.drafter.vocabulary, self._size)
 
 
-def _found(root: DraftedRow, path: Sequence[int]) -> DraftedRow:
+def _row_at(root: DraftedRow, path: Sequence[int]) -> DraftedRow:
     for token in path:
         root = root.children[token]
     return root

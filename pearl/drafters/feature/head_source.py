@@ -7,7 +7,8 @@ target has read, drafting goes on from the network's own hidden state, in one pr
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import ranked
+from pearl.core.token_buckets import LEAVES
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, ChainQuery, Grown, TreeQuery
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.one_pass import Guesses
@@ -22,8 +24,6 @@ from pearl.drafters.tree import TreeSource
 from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.static_shapes.network import NetworkForward
-
-_LEAVES = 8  # rows up to which a forward is timed
 
 
 class HeadSource(TreeSource):
@@ -57,14 +57,14 @@ class HeadSource(TreeSource):
     def _forget(self, batch_slot: int) -> None:
         """The reader does, as it begins."""
 
-    def guess(self, trunk: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
-        """For each path after the trunk, guesses of `chain_length` depths, each after the likeliest ones before it."""
+    def guess(self, prefix: Sequence[int], paths: Sequence[Sequence[int]]) -> list[Guesses]:
+        """For each path after the prefix, guesses of `chain_length` depths, each after the likeliest ones before it."""
         found: list[Guesses] = []
         for path in paths:
             chain, tables = list(path), []
             for _ in range(self.chain_length):
-                (logits,) = self._reader.read_leaves_together([LeavesQuery(0, trunk, [tuple(chain)])])
-                tables += ranked(logits, self._params[0], [len(trunk) + len(chain)], MAX_CHILDREN)
+                (logits,) = self._reader.read_leaves_together([LeavesQuery(0, prefix, [tuple(chain)])])
+                tables += ranked(logits, self._params[0], [len(prefix) + len(chain)], MAX_CHILDREN)
                 chain.append(tables[-1][0][0])
             found.append(tables)
         return found
@@ -76,14 +76,16 @@ class HeadSource(TreeSource):
         return self._reader.unread(batch_slot)
 
     def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
-        ready = [one for one in queries if self._reader.ready(one.batch_slot)]
-        found = dict(zip((one.batch_slot for one in ready), super().propose_batch(ready) if ready else [], strict=True))
-        return [found.get(one.batch_slot, []) for one in queries]
+        return self._where_ready(queries, super().propose_batch)
 
     def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
-        ready = [one for one in queries if self._reader.ready(one.batch_slot)]
-        found = dict(zip((one.batch_slot for one in ready), super().extend(ready) if ready else [], strict=True))
-        return [found.get(one.batch_slot, []) for one in queries]
+        return self._where_ready(queries, super().extend)
+
+    def _where_ready(self, queries: Sequence[Any], answer: Callable[[Any], list[Any]]) -> list[Any]:
+        """The answers; an empty one for a sequence that has no row to draft from yet."""
+        ready = [query for query in queries if self._reader.ready(query.batch_slot)]
+        answers = dict(zip((query.batch_slot for query in ready), answer(ready) if ready else [], strict=True))
+        return [answers.get(query.batch_slot, []) for query in queries]
 
     def _look_ahead(self, query: TreeQuery, row: object, deepest: int) -> None:
         return None
@@ -100,7 +102,7 @@ class HeadSource(TreeSource):
         features = torch.randn(length - 1, shape.feature_row, generator=generator)
         self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
         for end in range(length - 3, length + 1):
-            for rows in range(1, _LEAVES + 1):
+            for rows in range(1, LEAVES + 1):
                 self._reader.read_leaves_together([LeavesQuery(0, text[:end], [(token,) for token in range(rows)])])
                 self._reader.forget_drafted(0)
         self.begin(0, SamplingParams())
@@ -116,6 +118,6 @@ class HeadSource(TreeSource):
             self._reader.read_leaves_together([LeavesQuery(0, text, [(token,) for token in range(rows)])])
 
         read(1)
-        counts = range(1, _LEAVES + 1)
+        counts = range(1, LEAVES + 1)
         self.costs = tuple(timing.best_of(rounds, functools.partial(read, rows), self.device) for rows in counts)
         self.begin(0, SamplingParams())

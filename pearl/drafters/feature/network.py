@@ -10,7 +10,7 @@ et al. 2024). Several tokens of one forward are read from rows whose token is no
 token beside a learned feature there, and ours of before two learned vectors (ParallelSpec, Xiao et al. 2024).
 
 Knows: what is computed, by the options of a `DrafterShape`. Refuses to know: files (`pearl.checkpoints.drafts`).
-Shapes: B texts, R rows, H hidden, W numbers of a row (H or 2 H), F features, V draft vocabulary, K depths.
+Shapes: B texts, R rows, H hidden, W numbers of a row (H or 2 H), F features, D draft vocabulary, K depths.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from pearl.models.hidden_states import final_norm
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.linear import linear_of
 
-__all__ = ["DrafterShape", "FeatureDrafter"]
-
 
 class FeatureDrafter(nn.Module):
     """What is loaded or trained. Of the target's parts those that it lacks are attached (`attach`)."""
@@ -40,7 +38,7 @@ class FeatureDrafter(nn.Module):
     vocabulary: Tensor
 
     def __init__(self, shape: DrafterShape, vocabulary: Tensor):
-        """vocabulary: int64 [V], the target's ids of the tokens that can be drafted."""
+        """vocabulary: int64 [D], the target's ids of the tokens that can be drafted."""
         super().__init__()
         assert len(vocabulary) == shape.vocabulary, "a draft vocabulary of the size that was said"
         self.shape = shape
@@ -120,7 +118,7 @@ class FeatureDrafter(nn.Module):
 
     @property
     def head(self) -> Any:
-        """From H to V."""
+        """From H to D."""
         return self.lm_head if self.shape.own_head else self._target[2]
 
     def replace_head(self, head: nn.Module) -> None:
@@ -231,11 +229,11 @@ class FeatureDrafter(nn.Module):
         return [hidden[0], *(one for pair in made for one in pair)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Over the draft vocabulary, [..., V], of hidden states [..., H]."""
+        """Over the draft vocabulary, [..., D], of hidden states [..., H]."""
         return self.head(self._normed(hidden))
 
     def after(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows after some tokens: what the token adds to the logits, [P, V], and the logit of the chance that the
+        """Of rows after some tokens: what the token adds to the logits, [P, D], and the logit of the chance that the
         best guess is right, [P] (DSpark, 2026).  tokens: int64 [P]; hidden: [P, H]"""
         before = self.markov_w1(tokens)
         return self.markov_w2(before), self.confidence(torch.cat([hidden, before], -1))[..., 0]

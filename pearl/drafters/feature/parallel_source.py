@@ -50,9 +50,9 @@ class ParallelSource(OnePassSource):
         """Up to the token after the last one whose features are there."""
         return min(len(tokens), state.known + 1) if self.layers else len(tokens)
 
-    def ready(self, state: FeatureSequence, trunk: Sequence[int]) -> bool:
+    def ready(self, state: FeatureSequence, prefix: Sequence[int]) -> bool:
         """Whether the features of all of the text but its last token are there, if any are wanted."""
-        return not self.layers or state.known >= max(1, len(trunk) - 1)
+        return not self.layers or state.known >= max(1, len(prefix) - 1)
 
     @property
     def _looks_back(self) -> bool:

@@ -48,15 +48,15 @@ class FeatureSource(ParallelSource):
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
-        """One forward. For each path of each sequence: what follows each node on its way, the trunk's last token first,
-        and guesses of K depths after its end."""
+        """One forward. For each path of each sequence: what follows each node on its way, the prefix's last token
+        first, and guesses of K depths after its end."""
         if not queries:
             return []
         drafter = self._drafter
         inputs, positions, blocks, wanted = [], [], [], []
         first = 0
         for one in queries:
-            kept = min(shared_prefix(one.state.read, one.trunk), len(one.trunk) - 1)
+            kept = min(shared_prefix(one.state.read, one.prefix), len(one.prefix) - 1)
             rows, where, block, mine = query_rows(drafter, one, kept)
             inputs.append(rows)
             positions += where
@@ -72,7 +72,7 @@ class FeatureSource(ParallelSource):
         first = 0
         for one, block in zip(queries, blocks, strict=True):
             one.state.cache.keep(made, block.kept, slice(first, first + block.fresh))
-            one.state.read = list(one.trunk)
+            one.state.read = list(one.prefix)
             first += block.rows
         self.forwards += 1
         self.rows += first

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pearl.core.token_buckets import GRAIN, LIMIT, CannotBranch
+from pearl.core.token_buckets import LIMIT, SLOT_MULTIPLE, CannotBranch
 from pearl.machine.transfers import SentOnce
 from pearl.models.kv_cache.attention import AttentionMask, LayerCall, folded_heads
 from pearl.models.kv_cache.transformers_interface import ForwardCache
@@ -77,7 +77,7 @@ class KVBuffers:
     def __init__(self, slots: int, max_sequences: int = 1, coarse: bool = False, alike: Sequence[Sequence[int]] = ()):
         """`coarse`: slots are read in fewer different numbers (`seen`), for there is a graph of each. `alike`: layers
         that make keys and values of the same shapes on the same device; others have a stack each."""
-        self.slots = -(-slots // GRAIN) * GRAIN
+        self.slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
         self.max_sequences, self.coarse = max_sequences, coarse
         self.stacks: list[Tensor] = []  # [layers, batch slots, kv heads, slots, head_dim] each
         self._alike = {number: tuple(layers) for layers in alike for number in layers}
@@ -106,11 +106,11 @@ class KVBuffers:
     def seen(self, end: int) -> int:
         """How many slots a forward reads that needs those below `end`: a function of the position alone.
 
-        A multiple of the grain; if `coarse`, with at most a fifth of them in vain and four numbers to an octave.
+        A multiple of `SLOT_MULTIPLE`; if `coarse`, with at most a fifth of them in vain and four numbers to an octave.
         """
-        grains = -(-end // GRAIN)
-        step = 1 << max(0, grains.bit_length() - 3) if self.coarse else 1
-        return min(-(-grains // step) * step * GRAIN, self.slots)
+        multiples = -(-end // SLOT_MULTIPLE)
+        step = 1 << max(0, multiples.bit_length() - 3) if self.coarse else 1
+        return min(-(-multiples // step) * step * SLOT_MULTIPLE, self.slots)
 
     def _make(self, layers: int, keys: Tensor, values: Tensor) -> KeyValue:
         """Buffers of layers whose keys and values are like these: halves of a stack, or a stack each."""
@@ -131,7 +131,7 @@ class SlotCache(ForwardCache):
     def __init__(self, buffers: KVBuffers, batch_slot: int = 0):
         super().__init__()
         self.buffers, self.slots, self.batch_slot = buffers, buffers.slots, batch_slot
-        self.layout = ForwardLayout(slice(0, 0), 0, GRAIN)
+        self.layout = ForwardLayout(slice(0, 0), 0, SLOT_MULTIPLE)
         self.high = 0  # slots from here on have never held a row, or not since `clear`
         self._views: dict[int, KeyValue] = {}  # its part of the buffers, by layer, [1, kv heads, slots, head_dim]
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pearl.core.token_buckets import GRAIN, Check
+from pearl.core.token_buckets import SLOT_MULTIPLE, Check
 from pearl.machine.transfers import sent
 from pearl.models.kv_cache.slot_cache import KeyValue
 from pearl.models.static_shapes.inputs import StaticInputs
@@ -117,7 +117,7 @@ class _StaticNetwork:
     ) -> list[Tensor]:
         count, before = len(numbers[0]), past[0][0].shape[2]
         wide = next(one for one in DRAFT_COUNTS if one >= count)
-        seen = max(GRAIN, -(-before // GRAIN) * GRAIN)
+        seen = max(SLOT_MULTIPLE, -(-before // SLOT_MULTIPLE) * SLOT_MULTIPLE)
         kinds: dict[int, int] = {}  # layers may share a mask
         which = tuple(kinds.setdefault(id(mask), len(kinds)) for mask in masks)
         self._make_room(rows, past, seen, len(numbers), len(which))
@@ -155,7 +155,7 @@ class _StaticNetwork:
         """Buffers that hold so many positions. Graphs that read the old ones are gone with them."""
         if self._inputs is not None and seen <= self._room:
             return
-        self._room = max(seen, 2 * self._room, 8 * GRAIN)
+        self._room = max(seen, 2 * self._room, 8 * SLOT_MULTIPLE)
         most = DRAFT_COUNTS[-1]
         self._inputs = StaticInputs(self._device, lines * most, layers * most * (self._room + most))
         if rows is not None:

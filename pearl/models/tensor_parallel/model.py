@@ -26,16 +26,16 @@ from pearl.models.verifier import SequenceQuery, VerifierModel
 _HEADS = ("q_proj", "k_proj", "qkv_proj", "query_key_value")  # whose outputs are the attention's heads
 
 
-class Others(Protocol):
+class OtherRanks(Protocol):
     """The other ranks of the target, as the reader of the first one knows them."""
 
-    def settle(self) -> None:
+    def await_loaded(self) -> None:
         """Returns when all of them have loaded their shards."""
 
     def say(self, command: Command) -> None:
         """To all of them. Returns before they have heard it."""
 
-    def blamed(self, error: Exception) -> Exception:
+    def cause_of(self, error: Exception) -> Exception:
         """What to raise for an error in a call: one of them may be the cause."""
 
 
@@ -46,7 +46,7 @@ class TensorParallelModel:
     leaves them somewhere in it, and there is no other after it.
     """
 
-    def __init__(self, shard: VerifierModel, others: Others):
+    def __init__(self, shard: VerifierModel, others: OtherRanks):
         self._shard, self._others, self._whole = shard, others, True
         self.model, self.vocabulary, self.max_length = shard.model, shard.vocabulary, shard.max_length
         self.max_sequences, self.gives_features, self.static = shard.max_sequences, shard.gives_features, None
@@ -63,7 +63,7 @@ class TensorParallelModel:
     @buckets.setter
     def buckets(self, buckets: TokenBuckets) -> None:
         self._shard.buckets = buckets
-        self._settle()
+        self._send_buckets()
 
     @property
     def batched_buckets(self) -> BatchedTokenBuckets | None:
@@ -72,7 +72,7 @@ class TensorParallelModel:
     @batched_buckets.setter
     def batched_buckets(self, buckets: BatchedTokenBuckets | None) -> None:
         self._shard.batched_buckets = buckets
-        self._settle()
+        self._send_buckets()
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         return self.call(commands.ReadSequence(SequenceQuery(batch_slot, tokens, keep, side_rows)))
@@ -114,7 +114,7 @@ class TensorParallelModel:
         """Of the last read; they are whole on every rank."""
         return self._shard.features(rows, batch_slot)
 
-    def _settle(self) -> None:
+    def _send_buckets(self) -> None:
         buckets, batched = self._shard.buckets, self._shard.batched_buckets
         counts = batched.counts if batched else ()
         self._others.say(commands.SetBuckets(buckets.safe, buckets.pad_to, buckets.branches, counts))
@@ -134,7 +134,7 @@ class TensorParallelModel:
             self._whole = True
             raise
         except Exception as error:
-            cause = self._others.blamed(error)
+            cause = self._others.cause_of(error)
             if cause is error:
                 raise
             raise cause from error

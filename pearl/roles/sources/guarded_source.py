@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from pearl.core.messages import Features
-from pearl.drafters.draft_source import DraftSource
+from pearl.drafters.draft_source import DraftSource, counters
 from pearl.machine.logs import FailureLog
 from pearl.machine.timeline import Trace
 from pearl.roles.batch_limit import BatchLimit
@@ -26,7 +26,7 @@ class GuardedSource:
     """Counts what its source does for each sequence; after a failure it is not asked for that sequence again."""
 
     def __init__(self, source: DraftSource, clock: Clock, trace: Trace):
-        self.source, self._clock, self._trace = source, clock, trace
+        self._source, self._clock, self._trace = source, clock, trace
         self._limit = BatchLimit("draft")
         self._failures = FailureLog(_log)
         self.spans: deque[float] = deque(maxlen=2 * 64)  # of a sequence that is timed: see `Nodes`
@@ -34,22 +34,22 @@ class GuardedSource:
     def begin(self, sequence: DraftedSequence, continues: bool) -> None:
         try:
             start = sequence.start
-            self.source.begin(sequence.batch_slot, start.params, continues)
+            self._source.begin(sequence.batch_slot, start.params, continues)
             if start.reference:
-                self.source.expect(sequence.batch_slot, start.prompt, start.reference)
+                self._source.expect(sequence.batch_slot, start.prompt, start.reference)
         except Exception:
             self._fail([sequence])
 
     def observe(self, sequence: DraftedSequence, features: Features) -> None:
         if not sequence.stats.failed:
             try:
-                self.source.observe(features, sequence.batch_slot)
+                self._source.observe(features, sequence.batch_slot)
             except Exception:
                 self._fail([sequence])
 
     def end(self, sequence: DraftedSequence) -> None:
         try:
-            self.source.end(sequence.batch_slot)
+            self._source.end(sequence.batch_slot)
         except Exception:
             self._fail([sequence])
 
@@ -61,8 +61,7 @@ class GuardedSource:
             return {}
 
         def counted(some: Sequence[DraftedSequence]) -> list[Found | None]:
-            source, began = self.source, self._clock()
-            before = source.forwards, source.rows, source.lookahead_rows, source.lookahead_hits
+            began, before = self._clock(), counters(self._source)
             try:
                 found = draft(some)
                 assert len(found) == len(some), "a source answers each query"
@@ -79,12 +78,10 @@ class GuardedSource:
 
         return dict(zip(sequences, self._limit.run(sequences, counted), strict=True))
 
-    def _count(self, sequences: Sequence[DraftedSequence], began: float, before: tuple[int, int, int, int]) -> None:
+    def _count(self, sequences: Sequence[DraftedSequence], began: float, before: dict[str, int]) -> None:
         """A forward that several share counts once, for the first; its time in equal parts."""
-        source, ended = self.source, self._clock()
-        after = source.forwards, source.rows, source.lookahead_rows, source.lookahead_hits
-        names = "forwards", "rows", "lookahead_rows", "lookahead_hits"
-        more = {name: now - then for name, now, then in zip(names, after, before, strict=True)}
+        ended = self._clock()
+        more = {name: now - before[name] for name, now in counters(self._source).items()}
         sequences[0].count(**more)
         if sequences[0].start.timed:
             self.spans += began, ended

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 class TargetSources:
-    """For greedy and seeded texts all of them; rejection sampling judges guesses that were drawn, which some are."""
+    """All of them serve greedy and seeded texts. A text of rejection sampling is served by those alone whose guesses
+    are drawn (`DraftSource.draws`)."""
 
     def __init__(self, sources: Sequence[DraftSource], clock: Clock, buckets: TokenBuckets):
         """`buckets`: of a pass over one text."""

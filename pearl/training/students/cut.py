@@ -88,8 +88,8 @@ def _difference(mine: nn.Module, theirs: nn.Module) -> str:
     return ""
 
 
-def go_on_from(student: PreTrainedModel, folder: str, layers: Sequence[int], mark: str) -> None:
-    """Gives the student, which has these layers of the target with the fingerprint `mark`, the weights that an earlier
+def go_on_from(student: PreTrainedModel, folder: str, layers: Sequence[int], fingerprint: str) -> None:
+    """Gives the student, which has these layers of the target with that fingerprint, the weights that an earlier
     run saved. Raises `UsageError` if those are of other layers or of another target."""
     path = model_path(folder)
     try:
@@ -97,7 +97,7 @@ def go_on_from(student: PreTrainedModel, folder: str, layers: Sequence[int], mar
     except (OSError, SafetensorError) as error:
         raise UsageError(f"The recipe's start {path / 'model.safetensors'} can't be read ({error}).") from None
     whose = shared_embeddings.read(path)
-    if whose and whose.fingerprint != mark:
+    if whose and whose.fingerprint != fingerprint:
         raise UsageError(f"The recipe's start {folder}: {wrong_target_message(whose.target)}")
     mine = student.state_dict()
     wanted = {name: one.shape for name, one in mine.items() if not shared_embeddings.is_embedding(name)}

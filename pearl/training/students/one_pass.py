@@ -80,10 +80,16 @@ class OnePassStudent(Student):
     """`loop.Learner`: learns the target's choices after every token of its answers, and further ahead."""
 
     def __init__(
-        self, model: PreTrainedModel, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str, token: int
+        self,
+        model: PreTrainedModel,
+        data: Recorded,
+        vocabulary: Tensor,
+        recipe: DistillRecipe,
+        fingerprint: str,
+        token: int,
     ):
         """`token`: of the mask rows; the others as in `Student`."""
-        super().__init__(model, data, vocabulary, recipe, mark)
+        super().__init__(model, data, vocabulary, recipe, fingerprint)
         model.config.pard_token, model.config.para_num = token, recipe.one_pass
         rows: Any = model.get_input_embeddings()
         model.register_parameter(MASK, nn.Parameter(rows.weight.detach().mean(0)))
@@ -107,7 +113,7 @@ class OnePassStudent(Student):
 
     def save(self, folder: Path) -> None:
         shared_embeddings.save(
-            self.module, folder, self._recipe.target, self._mark, self._vocabulary, self.mask.detach()
+            self.module, folder, self._recipe.target, self._fingerprint, self._vocabulary, self.mask.detach()
         )
 
     def complete(self) -> None:
@@ -134,11 +140,11 @@ class OnePassStudent(Student):
         hidden = self._forward(cache, input_ids=tokens)
         made = [(layer.keys, layer.values) for layer in cache.layers]
         total = judged(0, hidden[noted], ids[noted], logp[noted], int(noted.sum()))
-        if self._taps:
+        if self._hooks:
             apart = self._apart(some)
             figures |= {"apart": float(apart.detach()), "n:apart": 1.0}
             total = total + share * recipe.match * apart
-        past = [(keys.detach().requires_grad_(), values.detach().requires_grad_()) for keys, values in made]
+        past, pairs = partition.detached(made)
         counts = [int(there[:, rows.depths == depth].sum()) for depth in range(recipe.one_pass)]
         for part in rows.segments(recipe.segments):
             ahead, labelled = self._read(part, past, len(tokens)), _labelled(part, noted)
@@ -151,7 +157,6 @@ class OnePassStudent(Student):
             if share:
                 loss.backward()
         if share:
-            pairs = ((part, leaf) for pair in zip(made, past, strict=True) for part, leaf in zip(*pair, strict=True))
             partition.backward_through(total, pairs)
         return figures
 

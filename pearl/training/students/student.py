@@ -22,10 +22,12 @@ from pearl.training.students.head import StudentHead
 class Student:
     """`loop.Learner`: learns the target's choices after every token of its answers."""
 
-    def __init__(self, model: PreTrainedModel, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, mark: str):
-        """vocabulary: int64 [V], ids that it will draft from; `mark`: the target's fingerprint. Raises `UsageError` if
+    def __init__(
+        self, model: PreTrainedModel, data: Recorded, vocabulary: Tensor, recipe: DistillRecipe, fingerprint: str
+    ):
+        """vocabulary: int64 [V], ids that it will draft from; `fingerprint`: the target's. Raises `UsageError` if
         the recipe matches other states than those recorded."""
-        self.module, self._data, self._recipe, self._mark = model, data, recipe, mark
+        self.module, self._data, self._recipe, self._fingerprint = model, data, recipe, fingerprint
         device = model.device
         self._vocabulary = vocabulary
         head = model.get_output_embeddings()
@@ -41,8 +43,8 @@ class Student:
             )
         pairs = enumerate(recipe.match_after) if recipe.match else ()
         self._matched = [(place, layer) for place, layer in pairs if layer >= 0]
-        self._taps = HiddenStateHooks(model, [layer for _, layer in self._matched]) if self._matched else None
-        self._spread = _spread(data).to(device) if self._taps else None
+        self._hooks = HiddenStateHooks(model, [layer for _, layer in self._matched]) if self._matched else None
+        self._spread = _spread(data).to(device) if self._hooks else None
 
     @property
     def texts_mark(self) -> int:
@@ -58,7 +60,7 @@ class Student:
         return self._judge([text])[1]
 
     def save(self, folder: Path) -> None:
-        shared_embeddings.save(self.module, folder, self._recipe.target, self._mark, self._vocabulary)
+        shared_embeddings.save(self.module, folder, self._recipe.target, self._fingerprint, self._vocabulary)
 
     def complete(self) -> None:
         """Makes of the student a model that needs nothing of ours, once it is trained."""
@@ -73,11 +75,11 @@ class Student:
         figures = {
             "loss": float(judged.loss.detach().sum()),
             "accuracy": float(judged.first.sum()),
-            "top 5": float(judged.fifth.sum()),
+            "top 5": float(judged.top_five.sum()),
         }
         figures |= {f"n:{name}": count for name in figures}
         loss = judged.loss.mean()
-        if self._taps:
+        if self._hooks:
             apart = self._apart(some)
             figures |= {"apart": float(apart.detach()), "n:apart": 1.0}
             loss = loss + self._recipe.match * apart
@@ -90,11 +92,11 @@ class Student:
         Jiao et al. 2020, section 3.1).
         """
         pad = nn.utils.rnn.pad_sequence
-        assert self._taps and self._spread is not None, "states are matched only where they are taken"
+        assert self._hooks and self._spread is not None, "states are matched only where they are taken"
         wanted = pad([text.features[:-1] for text in texts], batch_first=True).to(self.module.device).float()
         read = pad([torch.ones(len(text.tokens) - 1, dtype=torch.bool) for text in texts], batch_first=True)
         read = read.to(self.module.device)
-        mine = self._taps.states()[:, : wanted.shape[1]].chunk(len(self._matched), -1)
+        mine = self._hooks.states()[:, : wanted.shape[1]].chunk(len(self._matched), -1)
         theirs, spread = (part.chunk(len(self._recipe.match_after), -1) for part in (wanted, self._spread))
         losses = [
             nn.functional.smooth_l1_loss(part[read] / spread[place], theirs[place][read] / spread[place])
