@@ -156,7 +156,7 @@ def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace)
     for problem in problems:
         category = benchmark.category(problem)
         seen[category] += 1
-        if seen[category] <= math.ceil(found.share * sizes[category]):
+        if seen[category] <= math.ceil(round(found.share * sizes[category], 9)):
             shared.append(problem)
     if found.stop_at_interval:
         shared = _mixed(benchmark, shared)

@@ -299,7 +299,8 @@ def summary(
     modes = metrics.summarise(runs, lambda key: tasks[key.task].category)
     for mode, figures in modes.items():
         if plan.params.rejection:  # the text depends on the drafter there; only its distribution is the target's
-            figures["identical_to_ar"] = None
+            for some in (figures, *(figures["by_category"] or {}).values()):
+                some["identical_to_ar"] = None
         elif ar := runs.get("ar"):
             figures["first_divergence_gaps"] = [
                 engine.top_two_gap([*tasks[key.task].prompt(_before(ar, key)), *ar[key].tokens[:index]])
@@ -331,8 +332,8 @@ def summary(
 def left(plan: Plan, runs: Mapping[str, metrics.Runs], skipped: Sequence[Line]) -> int:
     """Work units that were neither decoded nor too long."""
     done = {WorkUnit(*key[:3]) for texts in runs.values() for key in texts}
-    long = {line["task_id"] for line in skipped}
-    return sum(unit not in done and unit.task not in long for unit in plan.units)
+    long = {WorkUnit(line["task_id"], line["sample"], line["repeat"]) for line in skipped if "sample" in line}
+    return sum(unit not in done and unit not in long for unit in plan.units)
 
 
 class ProgressLine:

@@ -107,7 +107,7 @@ def matches(
 def key(match: Any) -> tuple[Any, ...]:
     """What it is about, as `judged` has it."""
     models = (getattr(match, name) for name in ("model", "model_1", "model_2") if hasattr(match, name))
-    return match.question["question_id"], 1 + match.multi_turn, *models
+    return match.judge.model_name, match.question["question_id"], 1 + match.multi_turn, *models
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def judged(file: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
     def about(line: dict[str, Any]) -> tuple[Any, ...]:
         models = (line[name] for name in ("model", "model_1", "model_2") if name in line)
-        return line["question_id"], line["turn"], *models
+        return line["judge"][0], line["question_id"], line["turn"], *models
 
     with sound(str(file), "name another --output, which pearl judge has written or will write"):
         values = lines.read(file)

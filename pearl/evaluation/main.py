@@ -23,6 +23,7 @@ from pearl.evaluation import eval_config, lines, results
 from pearl.evaluation.eval_config import EvalConfig
 from pearl.machine import launcher
 from pearl.tasks.benchmark import Benchmark
+from pearl.tasks.scoring import reasoning
 
 
 def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
@@ -183,10 +184,13 @@ def _task(benchmark: Benchmark, problem: Any, format: Any, tokenizer: Any) -> An
         text = benchmark.prompt(problem, answers, format, tokenizer)
         return tuple(tokenizer(text, add_special_tokens=format != "chat").input_ids)
 
+    thinks = ""  # a mark that the template writes is missing in what the model writes
+    if benchmark.score and format == "chat":
+        thinks = reasoning.opened(benchmark.prompt(problem, (), format, tokenizer))
     return Task(
         benchmark.identify(problem),
         prompt,
-        lambda text: benchmark.completion(problem, text, format),
+        lambda text: benchmark.completion(problem, thinks + text, format),
         benchmark.turns(problem),
         benchmark.category(problem),
         partial(benchmark.repeats, problem) if benchmark.repeats and format == "chat" else None,

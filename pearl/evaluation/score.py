@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pearl.config.inputs import json_lines, read_text
@@ -128,7 +129,7 @@ def score_source(source: Any, texts: Sequence[Read]) -> list[Scored]:
     return scored
 
 
-def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, vocabulary: int) -> list[Read]:
+def load(path: str, encode: Callable[..., Sequence[int]], max_length: int, vocabulary: int) -> list[Read]:
     """The texts of a file, cut to `max_length` tokens, which are below `vocabulary`. Raises `UsageError`.
 
     Of a run's own samples.jsonl, which has every text once a mode and a repeat, those of the first mode."""
@@ -144,8 +145,9 @@ def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, voc
             if "prompt" not in value:
                 raise UsageError(f"{path} has answers without their prompts, as earlier runs left them: run it again.")
             value = {**value, "text": value["tokens"]}
-        parts = value.get("prompt", ""), value["text"]
-        first, rest = (_tokens(part, encode, vocabulary, f"{path}, line {number}") for part in parts)
+        where = f"{path}, line {number}"
+        first = _tokens(value.get("prompt", ""), encode, vocabulary, where)
+        rest = _tokens(value["text"], partial(encode, add_special_tokens=False), vocabulary, where)
         tokens = tuple(first + rest)[:max_length]
         if len(tokens) > max(1, len(first)):
             texts.append(Read(tokens, max(1, len(first))))
@@ -154,7 +156,7 @@ def load(path: str, encode: Callable[[str], Sequence[int]], max_length: int, voc
     return texts
 
 
-def _tokens(part: Any, encode: Callable[[str], Sequence[int]], vocabulary: int, where: str) -> list[int]:
+def _tokens(part: Any, encode: Callable[..., Sequence[int]], vocabulary: int, where: str) -> list[int]:
     if isinstance(part, str):
         return [*encode(part)]
     if not isinstance(part, list) or not all(type(one) is int and 0 <= one < vocabulary for one in part):

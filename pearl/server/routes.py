@@ -192,6 +192,9 @@ class Writer:
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise bad("Give either prompt or messages.", "prompt")
+        sampling.refuse(body)
+        if body.messages is not None and body.add_special_tokens:
+            raise bad("add_special_tokens is for a prompt: a chat template writes its own.", "add_special_tokens")
         try:
             if body.messages is not None:
                 (ids,) = await service.encode([chat.messages(body.messages)], **chat.template(body))

@@ -46,7 +46,7 @@ _SCALES = {
     12: "trillion",
 }
 _POWERS = {word: power for power, words in _SCALES.items() for word in words.split()}
-_SCALE = rf"\s?(?P<scale>{'|'.join(sorted(_POWERS, key=len, reverse=True))})(?![^\W\d_]*[a-zà-ÿа-я]|克|米|瓦)"
+_SCALE = rf"\s{{0,2}}(?P<scale>{'|'.join(sorted(_POWERS, key=len, reverse=True))})(?![^\W\d_]*[a-zà-ÿа-я]|克|米|瓦)"
 _VULGAR = "".join(map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F))))
 _AFTER = (
     r"[eE](?P<e>[+-]?\d{1,3})(?!\w)",
@@ -84,12 +84,13 @@ _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 _MARKUP = (
     (r"</?(?:b|strong|i|em|u|span|p|br)\b[^>]*>|\\(?:left|right)\b", ""),
     (r"\{,\}", ","),
-    (r"\\[,!]", ""),
+    (r"\\[,!;:]", ""),
     (r"\\([$%#])", r"\1"),
     (r"\\(?:text|textbf|mathbf|mathrm|mbox|bm)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),
     (r"\\[dt]?frac\s*(?:\{([^{}]+)\}|(\d))\s*(?:\{([^{}]+)\}|(\d))", r"\1\2/\3\4"),
-    (r"\\(?:times|cdot)\b", "×"),
+    (r"\\(?:times|cdot|ast)\b", "×"),
+    (r"\\div\b", "÷"),
     (r"\\approx\b", "≈"),
     (r"(?m)^[ \t]*(?:\*\*)?\d{1,2}[.)][ \t]+(?=\S)", ""),  # numbers of a list
     (r"(?m)^([ \t]*#{1,6}[ \t]*)(?:\*\*)?\d{1,2}[.)][ \t]+(?=\S.*\n\s*\S)", r"\1"),  # and of headings with text below

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
+from pearl.config.inputs import brief
 from pearl.errors import UsageError
 
 Format = Literal["completion", "chat"]
@@ -37,4 +38,9 @@ def chat(turns: Sequence[str], tokenizer: ChatTokenizer) -> str:
         )
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and says in its own way what it does not take
+        raise UsageError(
+            f"The chat template does not take these messages ({brief(error)}): use the format 'completion'."
+        ) from error

@@ -280,6 +280,9 @@ def test_layers_may_see_a_window(tmp_path: Path):
         ("llama", {}, (9,)),
         ("qwen3", {"use_sliding_window": True}, (9,)),
         ("qwen3", {}, ()),  # as transformers reads it
+        ("qwen3", {"layer_types": None, "use_sliding_window": True, "max_window_layers": 0}, (9,)),
+        ("qwen3", {"layer_types": None, "use_sliding_window": True, "max_window_layers": 1}, ()),
+        ("llama", {"layer_types": None, "use_sliding_window": True, "max_window_layers": 0}, ()),
     ):
         inner = ENVELOPE["transformer_layer_config"] | window | {"model_type": model_type, "head_dim": 4} | more
         found = describe(checkpoint(tmp_path, ENVELOPE | {"transformer_layer_config": inner}, tensors()), TARGET)
@@ -431,3 +434,15 @@ def test_half_a_character_in_a_config_does_not_end_its_description(tmp_path, cap
     (tmp_path / "config.json").write_text('{"model_type": "\\ud83d"}')
     assert pairs.describe(str(tmp_path)) == 0
     assert capsys.readouterr().out == "\\ud83d language model.\n"
+
+
+def test_a_number_of_guesses_is_asked_of_what_drafts_beside_the_target_too(tmp_path: Path, target: str):
+    masked = tensors() | {"mask_hidden": torch.zeros(1, 1, 3 * HIDDEN)}
+    name = checkpoint(tmp_path / "several", FLAT | {"ptd_token_id": 7}, masked)
+    found = preflight(EngineConfig(target, "suffix", target_draft=name, draft_depths=3))
+    assert found.beside and found.beside.shape.depths == 3
+    for more in ({}, {"target_draft": checkpoint(tmp_path / "one", FLAT, tensors())}):
+        with pytest.raises(
+            PearlError, match="draft_depths is for a drafter that guesses several tokens in one forward: l"
+        ):
+            preflight(EngineConfig(target, "suffix", draft_depths=3, **more))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 from evaluations import options, run, written
@@ -34,6 +36,13 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     kinds = [int(name.split("/")[1]) % 2 for name in mixed]
     assert sorted(mixed) == sorted(chosen()) and mixed != chosen()
     assert all(first != second for first, second in zip(kinds[::2], kinds[1::2], strict=True)), "they take turns"
+
+
+def test_a_share_is_no_problem_more_by_rounding():
+    for share, count, kept in ((0.07, 100, 7), (0.28, 25, 7), (0.55, 100, 55), (0.14, 50, 7), (0.141, 50, 8)):
+        found = argparse.Namespace(share=share, stop_at_interval=None, limit=None, indices=None)
+        problems = [gsm8k.Problem(str(number), "?", Decimal(1)) for number in range(count)]
+        assert len(eval_config.choose(gsm8k.BENCHMARK, problems, found)) == kept
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,14 @@ def test_every_turn_is_rated_once_and_kept_as_fastchat_keeps_it(files, endpoint,
     assert len(endpoint.asked) == 8 and capsys.readouterr().out == table
 
 
+def test_another_judge_is_asked_of_what_a_first_one_has_judged(files, endpoint, capsys):
+    for number, judge in enumerate(("judge-1", "judge-2"), 1):
+        endpoint.said = f"[[{number}]]"
+        assert run("single", files, "--endpoint", endpoint.url, "--model", judge) == 0
+        assert f"| m-ar | {number}.00 |" in capsys.readouterr().out
+    assert len(endpoint.asked) == len(kept(files)) == 16
+
+
 def test_a_judgment_that_broke_off_is_asked_for_again(files, endpoint):
     judging = ("--endpoint", endpoint.url, "--model", "judge-1")
     run("single", files, *judging)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,9 @@ import pytest
 from evaluations import ALONE, SAMPLES, options, run, said, summary, written
 
 from pearl.errors import UsageError
-from pearl.evaluation import lines, main, results
-from pearl.tasks import fastchat, mt_bench
+from pearl.evaluation import harness, lines, main, results
+from pearl.evaluation.results import WorkUnit
+from pearl.tasks import fastchat, gsm8k, mt_bench
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -44,6 +46,30 @@ def finished(pair, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp(name)
         assert run(name, *options(pair, written(folders[name], name), folders[name])) == 0
     return folders
+
+
+def test_a_thought_that_was_cut_off_is_no_answer_where_the_template_opened_it():
+    """GSM8K: the mark is in the prompt, so the text holds the thought alone."""
+    benchmark, problem = gsm8k.BENCHMARK, gsm8k.Problem("GSM8K/0", "9 times 2?", Decimal(18))
+    for opening, cut in (("<assistant><think>\n", 0.0), ("<assistant><think>\n\n</think>\n", 1.0)):
+        tokenizer = SimpleNamespace(chat_template="yes", apply_chat_template=lambda *_, opening=opening, **__: opening)
+        task = main._task(benchmark, problem, "chat", tokenizer)
+        assert benchmark.score([problem], [("GSM8K/0", task.completion("Well, 9 * 2 = 18."))])["score"] == cut
+        assert benchmark.score([problem], [("GSM8K/0", task.completion("Well.</think>18"))])["score"] == 1.0
+
+
+def test_of_a_problem_of_which_one_sample_proved_too_long_the_others_are_left():
+    units = [WorkUnit("101", sample, 0) for sample in range(2)]
+    skipped = [{"task_id": "101", "sample": 0, "repeat": 0, "turn": 1}]
+    assert harness.left(SimpleNamespace(units=units), {}, skipped) == 1
+
+
+def test_texts_that_depend_on_the_drafter_are_not_compared_by_category_either(pair, tmp_path):
+    more = ("--sampling", "rejection", "--temperature", "1")
+    assert run("mgsm", *options(pair, written(tmp_path, "mgsm"), tmp_path), *more) == 0
+    for figures in summary(tmp_path)["modes"].values():
+        for some in (figures, *figures["by_category"].values()):
+            assert some["identical_to_ar"] is None
 
 
 # One harness

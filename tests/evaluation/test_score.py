@@ -97,11 +97,15 @@ def test_a_search_in_the_text_is_scored_token_by_token():
     assert mine.ranks == (8, 8, 8, 0, 0, 0, 0)
 
 
+def letters(text: str, **_: object) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
 def test_texts_come_as_strings_or_tokens_and_what_is_none_is_refused(tmp_path):
     file = tmp_path / "texts.jsonl"
     lines = [{"prompt": "ab", "text": "cde"}, {"text": [5, 6, 7]}, {"prompt": [1], "text": []}, {"text": "x"}]
     file.write_text("\n".join(map(json.dumps, lines)))
-    read = load(str(file), lambda text: [ord(letter) for letter in text], 4, 128)
+    read = load(str(file), letters, 4, 128)
     assert read == [Read((97, 98, 99, 100), 2), Read((5, 6, 7), 1)]
     refused = [("{}", "line 1"), ("[]", "line 1"), ('{"text": "x"}', "no text"), ("{", "line 1 is not JSON")]
     refused += [
@@ -112,7 +116,15 @@ def test_texts_come_as_strings_or_tokens_and_what_is_none_is_refused(tmp_path):
     for content, wrong in refused:
         file.write_text(content)
         with pytest.raises(UsageError, match=wrong):
-            load(str(file), lambda text: [ord(letter) for letter in text], 4, 128)
+            load(str(file), letters, 4, 128)
+
+
+def test_a_text_begins_once(tmp_path):
+    tokenizer = tiny.after_sentencepiece()
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"prompt": "the text", "text": " of a"}, {"text": "the text"}])))
+    for read in load(str(file), tokenizer.encode, 99, len(tokenizer)):
+        assert [place for place, token in enumerate(read.tokens) if token == tokenizer.bos_token_id] == [0]
 
 
 def test_of_a_run_each_text_counts_once_and_with_its_prompt(tmp_path):

@@ -222,6 +222,21 @@ def test_a_request_that_can_t_be_carried_out_is_400_in_openai_s_shape(client, bo
 
 
 @pytest.mark.parametrize(
+    ("path", "more", "param"),
+    [
+        ("/tokenize", {"tools": [{"type": "function"}]}, "tools"),
+        ("/tokenize", {"chat_template": "x"}, "chat_template"),
+        ("/tokenize", {"add_special_tokens": True}, "add_special_tokens"),
+        (CHAT, {"add_special_tokens": True}, "add_special_tokens"),
+        (CHAT, {"best_of": 3}, "best_of"),
+    ],
+)
+def test_a_field_that_would_change_a_chat_is_not_ignored(client, path, more, param):
+    error = client.post(path, json={"messages": MESSAGES, **more})
+    assert error.status_code == 400 and error.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
     ("body", "coding", "status", "why"),
     [
         (b'{"prompt": "\xff"}', "identity", 400, "The body is no UTF-8: byte 12 "),

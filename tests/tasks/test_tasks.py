@@ -171,6 +171,17 @@ def test_unknown_formats_and_chats_without_a_template_are_refused(tmp_path, name
         BENCHMARKS[name].prompt(problem, (), "chat", tokenizer)
 
 
+@EVERY
+def test_a_template_that_refuses_its_messages_is_told_in_a_sentence(tmp_path, name):
+    class Strict(Tokenizer):
+        def apply_chat_template(self, conversation, **_) -> str:
+            raise ValueError("content must be a list")
+
+    problem = loaded(tmp_path, name)[0]
+    with pytest.raises(UsageError, match=r"does not take these messages .content must be a list.: use the format 'comp"):
+        BENCHMARKS[name].prompt(problem, (), "chat", Strict())
+
+
 # Judging
 
 

@@ -155,6 +155,9 @@ def _sliding(name: str, said: Mapping[str, Any], layers: int) -> tuple[tuple[boo
     """Which layers see a window, and how long it is; 0: all of the text after all, as transformers reads a config of
     Qwen's without `use_sliding_window`."""
     kinds = list(said.get("layer_types") or ())
+    if not kinds and said.get("use_sliding_window") and str(said.get("model_type")).startswith("qwen"):
+        first = int(said.get("max_window_layers", 28))  # as transformers fills them in for Qwen's
+        kinds = ["sliding_attention" if one >= first else "full_attention" for one in range(layers)]
     if not set(kinds) - {"full_attention"}:
         return (False,) * layers, 0
     window = int(said.get("sliding_window") or 0) if said.get("use_sliding_window", True) else 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pearl.core.params import SamplingParams
-from pearl.server.api.schemas import ChatRequest, CompletionRequest, Sampled
+from pearl.server.api.schemas import Body, ChatRequest, CompletionRequest
 from pearl.server.errors import bad
 
 COMPLETION_TOKENS = 16  # of a completion that does not say, as OpenAI has it
@@ -57,12 +57,14 @@ _REFUSED = (  # fields that would change the text, and that nothing here carries
     "prompt_embeds",
     "kv_transfer_params",
     "vllm_xargs",
+    "add_special_tokens",  # of a chat, whose template writes its own
+    "best_of",  # of a chat too
 )
-_NEUTRAL = {"length_penalty": 1, "typical_p": 1}
+_NEUTRAL = {"length_penalty": 1, "typical_p": 1, "best_of": 1}
 FIELDS = frozenset((*_SAME, "stop", "seed", "n", "logprobs", "mode", "gamma", "max_tokens"))
 
 
-def refuse(request: Sampled) -> None:
+def refuse(request: Body) -> None:
     """Raises for what would change the text and can't be had."""
     extra: dict[str, Any] = request.model_extra or {}
     for name in _REFUSED:

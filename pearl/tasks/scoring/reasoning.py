@@ -21,6 +21,12 @@ _MESSAGE = re.compile(
 _UNMARKED = re.compile(r"\s*analysis.*assistant\s*final", re.DOTALL)  # the same where special tokens were left out
 
 
+def opened(prompt: str) -> str:
+    """The mark at the end of a prompt behind which a model thinks; empty: it answers at once."""
+    found = re.search(rf"(?:{_OPEN.pattern})\s*\Z", prompt)
+    return found[0] if found else ""
+
+
 def answer(text: str) -> str:
     """`text` without its reasoning; nothing of a text that ended before its reasoning did."""
     if messages := _MESSAGE.findall(text):
