@@ -80,6 +80,8 @@ class Detokenizer:
             count -= _ENOUGH
             text = text[: len(self._decode(self._context + self._waiting[:count]))]
         if len(text) <= len(self._before):
+            if count >= _LONG and self._decode(self._context + self._waiting[-_ENOUGH:]) == text:
+                del self._waiting[:-_ENOUGH]  # they show nothing, such as special tokens that are not shown
             return ""
         piece = text[len(self._before) :]
         self._context, self._waiting = self._waiting[:count], self._waiting[count:]

@@ -30,7 +30,7 @@ class LeafReader(Protocol):
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         """For each query logits [len(paths), V] of what follows its tokens and each of its paths."""
 
-    def forget(self, *, batch_slot: int) -> None:
+    def forget(self, *, batch_slot: int) -> object:
         """Empties the cache of a batch slot."""
 
 

@@ -186,9 +186,13 @@ class Worker:
             ):
                 self._write(target, run, batch_size)
         except Exception as error:  # whatever it is, the engine goes on with the next run
-            for handle in self._under_way:
-                handle.fail(error)
-            self._under_way.clear()
+            for handle in list(self._under_way):
+                text = handle.request.sequence
+                if text and text.stopper.finish:  # it was whole, and waited for what its drafter says of it
+                    self._end(handle, text, batch_size)
+                else:
+                    self._under_way.pop(handle)
+                    handle.fail(error)
         memory.reset_peak()  # that of the next run; not when it begins, for somebody waits for its first token then
 
     def _write(self, target: Target, run: Iterator[Any], batch_size: int) -> None:
@@ -210,12 +214,17 @@ class Worker:
 
     def _end(self, handle: GenerationHandle, text: SequenceState, batch_size: int) -> None:
         sent = self._under_way.pop(handle)
+        try:
+            made = written(text, batch_size, round(sent))
+        except Exception as error:  # of a tokenizer that can't decode what was said
+            handle.fail(error)
+            return
         if not handle.run.schedule.drafts and text.stopper.finish:
             self._references.learn(handle, text.stopper.tokens)
         if text.error:
-            handle.fail(text.error, replace(written(text, batch_size, round(sent)), error=text.error))
+            handle.fail(text.error, replace(made, error=text.error))
         else:
-            handle.finish(written(text, batch_size, round(sent)))
+            handle.finish(made)
 
     def _requests(self, key: RunKey, target: Target) -> Iterator[SequenceRequest | None]:
         """Those whose turn has come. None: nobody waits, but texts are under way."""

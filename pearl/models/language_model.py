@@ -143,14 +143,16 @@ class LanguageModel:
             self.shared = SharedShapeRunner(self.model, self.buffers, capture, self.static.backend, *more)
 
     @torch.inference_mode()
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
+        """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning. Returns
+        how many of them it does hold."""
         state, but = self._slots[batch_slot], list(but)
         known = state.known(but, len(but))
         state.cache.clear(known, scratch=self.static is not None)
         self._slots[batch_slot] = SlotState(state.cache, but[:known], pieces=state.pieces[: known // PREFILL_CHUNK])
         if self._head:
             self._head.forget(batch_slot)
+        return known
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:

@@ -223,8 +223,9 @@ class _TargetReader:
         self._stage, self._wire = stage, wire
         self._fresh = True
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
         self._fresh = True
+        return 0
 
     def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
         return 0

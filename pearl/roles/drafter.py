@@ -47,6 +47,8 @@ class Drafter:
                 for sequence in self._live.values():
                     sequence.count(waiting_s=(ended - began) / len(self._live))
                 self._trace.span("wait", began, ended)
+        for sequence in self._live.values():  # the source may serve another connection
+            self._guarded.end(sequence)
 
     def step(self) -> bool:
         """Applies what has arrived, then makes a proposal for every sequence that wants one. False: there was nothing

@@ -20,6 +20,7 @@ class PassTimes:
     began: float  # the turn of the loop that it belongs to; of a first pass the prompt's turn
     since: float  # the waiting for guesses
     ready: float  # that was over
+    asked: float  # the sources beside the target had guessed, and the rows were chosen
     read: float  # the logits were there
     ended: float  # the verdict was sent
 
@@ -48,7 +49,7 @@ def record(
             ahead=plan.max_depth,
             patience_s=sequence.wait_budget_s,
             waited_s=times.ready - times.since,
-            forward_s=times.read - times.ready + reading_s,
+            forward_s=times.read - times.asked + reading_s,
             seconds=times.ended - times.began,
             texts=sequences,
             rows_by=dict(Counter(node.origin for node in rows.nodes[1:])),

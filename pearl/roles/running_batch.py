@@ -34,7 +34,7 @@ class RunningBatch:
         the number of that sequence, or 0."""
         after = request.after
         there = after and after.batch_slot in self._free and self._last_in.get(after.batch_slot) is after
-        if after and not (there and after.passes):  # one that was dropped may not have been read
+        if after and not (there and after.passes and not after.error):  # of others not all may have been read
             after = None
         slot = self._free.pop(self._free.index(after.batch_slot) if after else 0)
         self._count += 1

@@ -72,6 +72,11 @@ class SequenceState:
         if (features := joined(last.features)) is not None:
             self.features = [features[: self.cached]]
 
+    def keep(self, tokens: int) -> None:
+        """The model holds no more of what it goes on from: somebody else has used its place meanwhile."""
+        self.cached = self.read = min(self.cached, tokens)
+        self.features = [one[: self.cached] for one in self.features]
+
     @property
     def exhausted(self) -> bool:
         """The drafter has said that no more will come until the root moves from where it is."""

@@ -193,7 +193,7 @@ class Target:
         prompt = request.prompt
         if prompt_logprobs is not None:
             sequence.prompt_logprobs = [None]
-        self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot)
+        sequence.keep(self._model.forget(but=prompt[: sequence.cached], batch_slot=sequence.batch_slot))
         if self._beside:
             self._beside.begin(sequence, bool(continues))
         self._trace.instant("sequence", self._clock(), sequence=sequence.sequence_id, mode=self._schedule.mode)
@@ -256,6 +256,7 @@ class Target:
         if beside and not first:
             self._beside.grow(sequences, controller)
         chosen = self._choose(sequences, controller)
+        asked = self._clock()
         # forward: p at each row, and the picks from it
         p = self._forward([rows.query(sequence) for sequence, rows in zip(sequences, chosen, strict=True)])
         coming = [begin_picks(*arguments) for arguments in zip(sequences, chosen, p, strict=True)]
@@ -275,7 +276,7 @@ class Target:
         if not first:
             row_count, path_count = sum(len(rows.nodes) for rows in chosen), sum(rows.paths for rows in chosen)
             committed = sum(len(walked.committed) for walked in walks)
-            took = read - ready, self._clock() - since
+            took = read - asked, self._clock() - since
             controller.record_pass(row_count, committed, *took, path_count, len(sequences))
         plan = controller.plan
         # send the verdicts: the drafter is at work again
@@ -295,7 +296,7 @@ class Target:
         for sequence in sequences:
             if sequence.stopper.finish is not None:
                 self._beside.end(sequence)
-        self._record(sequences, chosen, walks, plan, PassTimes(began, since, ready, read, self._clock()))
+        self._record(sequences, chosen, walks, plan, PassTimes(began, since, ready, asked, read, self._clock()))
         yield from (
             (sequence, walked.committed) for sequence, walked in zip(sequences, walks, strict=True) if walked.committed
         )

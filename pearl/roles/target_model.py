@@ -45,8 +45,9 @@ class TargetModel(Protocol):
     def prepare(self, query: SequenceQuery) -> None:
         """A read that is likely to be the next one: what can be done for it beforehand is done."""
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning."""
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
+        """Empties the cache of a batch slot, but for what it holds of the tokens `but`, from their beginning. Returns
+        how many of them it does hold."""
 
     def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
         """Goes on with what is cached of `tokens`, without reading: by so many tokens, which were read in earlier

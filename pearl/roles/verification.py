@@ -146,12 +146,18 @@ def verify(
     root = sequence.trie.root
     rows = {node: row for row, node in enumerate(nodes)}
     walked, failed = _walked(root, rows, row_picks)
-    if isinstance(failed, NonFiniteLogits) and not walked:
+    if isinstance(failed, NonFiniteLogits) and walked:
+        failed = None  # rows that it must not see may have made it so: the next pass reads that token as its root
+    elif isinstance(failed, NonFiniteLogits):
         logits, rows = read_root(), {root: 0}
         walked, failed = _walked(root, rows, begin_picks(sequence, PassRows.of(root, []), logits))
     outcomes = _outcomes(sequence, walked, controller)
     verified, accepted = _verified(root, walked, rows)
-    committed, passed, node = sequence.stopper.take(walked), [], root
+    try:
+        committed = sequence.stopper.take(walked)
+    except Exception as error:  # of a tokenizer that can't decode what was said
+        committed, failed = [], error
+    passed, node = list[Node](), root
     if failed and sequence.stopper.finish is None:
         sequence.fail(failed)
     for token in committed:

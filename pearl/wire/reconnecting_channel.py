@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from pearl.config.engine_config import DEADLINE_S
 from pearl.core.messages import DraftStats, End, Message, Start, Verdict
-from pearl.errors import Unreachable, UsageError
+from pearl.errors import UsageError
 from pearl.wire.channel import Channel, Clock
 from pearl.wire.drafter_messages import fault, offset_ids
 from pearl.wire.replay_log import ReplayLog
@@ -267,7 +267,7 @@ class ReconnectingChannel:
                 self._refusal = error
                 number = self._restarts
                 self._happened.append(("lost", f"the drafter can't start ({error})"))
-            except Unreachable as error:
+            except Exception as error:  # `Unreachable`, or what nobody has foreseen: it is tried again all the same
                 self._happened.append(("lost", f"the drafter could not be reached ({error}); the target goes on alone"))
             number += 1
             self._settled.set()

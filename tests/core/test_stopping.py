@@ -139,3 +139,15 @@ def test_a_token_costs_the_same_however_many_stop_strings_there_are():
     stopper, stream, began = Stopper(params, (), letters), TextStream(letters, params), time.thread_time()
     assert "".join(stream.add(stopper.take([0])) for _ in range(400)) == "a" * 400
     assert time.thread_time() - began < 1  # ten times as much with a look for each
+
+
+def test_tokens_that_show_nothing_cost_the_same_one_after_another():
+    read = []
+
+    def decode(tokens: list[int]) -> str:
+        read.append(len(tokens))
+        return without_specials(tokens)
+
+    params = SamplingParams(max_new_tokens=2000, ignore_eos=True, stop=("zz",))
+    assert Stopper(params, (), decode).take([2] * 2000) == [2] * 2000
+    assert max(read) < 100 and len(read) < 10_000

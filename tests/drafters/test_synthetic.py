@@ -178,9 +178,9 @@ class InVirtualTime(simulation._TargetReader):
         super().__init__(stage, wire)
         self._model = model
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
         super().forget()
-        self._model.forget(but, batch_slot)
+        return self._model.forget(but, batch_slot)
 
     def read(self, tokens, keep, side_rows=(), batch_slot=0):
         super().read(tokens, keep, side_rows)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from programs import start, torchrun
 
+from pearl.core.detokenizer import TextDecoder
 from pearl.core.params import SamplingParams
 from pearl.engine import Engine, GenerationRequest
 from pearl.errors import EngineClosedError, PearlError, UsageError
@@ -188,6 +189,31 @@ def test_an_error_in_a_pass_reaches_all_under_way_and_the_engine_goes_on(narrow,
     assert narrow.generate(prompt, params).tokens == tokens
 
 
+def undecodable(engine, monkeypatch) -> int:
+    """A token that the engine's tokenizer can't decode, as one written in Python that does not know it."""
+    token, plain = engine.runtime.checked.vocabulary - 1, engine._worker._decoder.plain
+
+    def decode(tokens):
+        if token in tokens:
+            raise TypeError("sequence item 0: expected str instance, NoneType found")
+        return plain(tokens)
+
+    monkeypatch.setattr(engine._worker, "_decoder", TextDecoder(decode))
+    return token
+
+
+@pytest.mark.parametrize("stop", [(), ("zz",)], ids=["", "stop"])
+def test_a_text_that_can_not_be_decoded_ends_with_the_error_and_alone(engine, asked, monkeypatch, stop):
+    prompt, params, tokens = asked[6]
+    token = undecodable(engine, monkeypatch)
+    beside = engine.submit(prompt, params)
+    broken = engine.submit("the", SamplingParams(max_new_tokens=5, allowed_token_ids=[token], stop=stop))
+    with pytest.raises(TypeError, match="NoneType found"):
+        broken.result(WAIT_S)
+    assert beside.result(WAIT_S).tokens == tokens
+    assert engine.generate(prompt, params).tokens == tokens
+
+
 def test_closing_gives_everybody_an_error_and_nobody_waits(pair):
     engine = Engine.from_pretrained(*pair, **OPTIONS)
     streams = [engine.stream("the", LONG), engine.stream("thing", LONG)]
@@ -312,6 +338,17 @@ def test_the_gap_of_two_logits_does_not_disturb_a_talk(engine):
     assert engine.top_two_gap(prompt) > 0
     goes_on = engine.generate(prompt, params, continues=True)
     assert goes_on.tokens == engine.generate(prompt, params).tokens
+
+
+def test_what_a_talk_still_finds_in_its_place_is_counted_after_somebody_else_was_there(narrow):
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    prompt = [40 + number % 50 for number in range(200)]
+    first = narrow.generate(prompt, params)
+    narrow.top_two_gap([7] * 5)
+    prompt += [*first.tokens, *[60] * 30]
+    stats = narrow.generate(prompt, params, continues=True).stats
+    assert 0 < stats.cached_tokens < len(prompt)
+    assert stats.passes[0].rows == len(prompt) - stats.cached_tokens
 
 
 def test_what_an_engine_is_made_of_can_not_be_replaced(engine):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +201,20 @@ def test_what_can_not_draft_there_is_refused(toy, tmp_path: Path):
     checked = preflight(EngineConfig(target, target_draft=folder))
     assert checked.features == (1, 2, 4) and checked.shares.drafter == () and not checked.features_from(True)
     assert checked.of_beside().drafting is checked.beside
+
+
+def test_a_text_that_goes_on_from_a_failed_one_tells_every_position_once():
+    def fails(tokens, logits):
+        raise RuntimeError("a callable of the user's")
+
+    prompt = [(7 * i * i + 3 * i) % tiny.VOCABULARY for i in range(150)]
+    beside = head("eagle3")
+    target = target_of(beside, Noise(tiny.VOCABULARY))
+    broken = replace(GREEDY, logits_processors=(fails,))
+    list(target.decode(prompt, Schedule.of("tree"), broken, Stopper(broken, (), str)))
+    heard: list[int] = []
+    observe = beside.observe
+    beside.observe = lambda features, batch_slot=0: (heard.append(len(features)), observe(features, batch_slot))[1]
+    list(target.decode(prompt, Schedule.of("tree"), GREEDY, Stopper(GREEDY, (), str), continues=True))
+    read = len(target._batch.last.trie.tokens) - 1
+    assert read - target._batch.last.cached == sum(heard) == len(prompt) + 11

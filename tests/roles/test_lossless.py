@@ -153,8 +153,8 @@ class Forgetful:
     def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
         return 0
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        self._model.forget()
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
+        return self._model.forget()
 
 
 @pytest.mark.parametrize("mode", DRAFTING)

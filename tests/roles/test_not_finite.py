@@ -17,7 +17,8 @@ from toys import EAGER, ScriptedChannel, scrambled, ticks
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.stopping import Stopper
-from pearl.drafters.draft_source import Chain, DraftSource
+from pearl.core.trie import Trie
+from pearl.drafters.draft_source import Chain, DraftSource, Grown, TreeQuery
 from pearl.drafters.model import ModelSource
 from pearl.drafters.tree import TreeSource
 from pearl.errors import NonFiniteLogits
@@ -69,3 +70,38 @@ def test_a_text_ends_where_its_logits_are_not_finite_and_the_others_go_on(mode: 
             assert broken.stopper.finish == "error" and isinstance(broken.error, NonFiniteLogits)
             assert "not finite" in str(broken.error) and "float32" in str(broken.error)
             assert [(text.error, text.stopper.tokens) for text in whole] == [(None, sound[1]), (None, sound[2])]
+
+
+class Branches(DraftSource):
+    """Below the root a likely wrong guess; beside it the right one, and below that a token that is no number."""
+
+    grows_trees = True
+
+    def __init__(self, texts: Sequence[Sequence[int]], wrong: int, broken: int):
+        self._texts, self._wrong, self._broken = texts, wrong, broken
+
+    def extend(self, queries: Sequence[TreeQuery]) -> list[Grown]:
+        return [self._grow(query.trie) for query in queries]
+
+    def _grow(self, trie: Trie) -> Grown:
+        (text,) = (text for text in self._texts if trie.tokens == text[: len(trie.tokens)])
+        if trie.root.children or len(trie.tokens) == len(text):
+            return []
+        wrong = trie.grow(trie.root, self._wrong, (), -0.1)
+        right = trie.grow(trie.root, text[len(trie.tokens)], (), -1.0)
+        below = trie.grow(right, self._broken, (), -0.1)
+        return [(trie.root, wrong), (trie.root, right), (right, below)]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_guess_that_is_no_number_ends_no_text_on_whose_branch_it_was(together: int):
+    params = SamplingParams(max_new_tokens=NEW)
+    model = random_model(CONFIGS["llama"]())
+    alone = written(verifier(model, max_sequences=3), "ar", params, None, 1)
+    texts = [[*prompt, *text.stopper.tokens] for prompt, text in zip(PROMPTS, alone, strict=True)]
+    wrong, broken = [token for token in range(160) if not any(token in text for text in texts)][:2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[broken] = math.nan
+    made = written(verifier(model, max_sequences=3), "tree", params, Branches(texts, wrong, broken), together)
+    assert [text.stopper.tokens for text in made] == [text.stopper.tokens for text in alone]
+    assert any(one.sides for text in made for one in text.passes) and not any(text.error for text in made)

@@ -7,7 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import plain_case
-from toys import EAGER, IDLE, Crashing, Noise, Right, ScriptedChannel, Sometimes, alone, letters, ticks, together
+from toys import (
+    EAGER,
+    IDLE,
+    Crashing,
+    Noise,
+    Right,
+    ScriptedChannel,
+    Sometimes,
+    TableModel,
+    alone,
+    letters,
+    ticks,
+    together,
+)
 
 from pearl.core.control.source_trial import FIRST_REST, FIRST_TRIAL, LONGEST_REST, TRIAL, SourceTrial
 from pearl.core.params import SamplingParams
@@ -342,3 +355,25 @@ def test_the_last_pass_of_a_text_is_judged_too():
     policy.end = lambda *given: (judged.append(1), over(*given))  # type: ignore[method-assign]
     together(target, case.prompt, case.schedule, case.params)
     assert judged == [0] * (len(target.passes) - 1) + [1]
+
+
+def test_the_time_of_sources_is_no_time_of_the_forward():
+    """Or rows would look dear, and sources would be charged twice."""
+    now = [0.0]
+
+    class Timed(TableModel):
+        def read(self, *args, **more):
+            now[0] += 1.0
+            return super().read(*args, **more)
+
+    class Slow(Noise):
+        def propose(self, text, room):
+            now[0] += 0.25
+            return super().propose(text, room)
+
+    params = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    channel = ScriptedChannel(Right([]), EAGER)
+    target = Target(Timed(vocabulary=12, max_length=300), channel, lambda: now[0], sources=[Slow(12)])
+    list(target.decode([1, 2, 3], Schedule.of("tree"), params, Stopper(params, (), str)))
+    assert {one.forward_s for one in target.passes} == {1.0}
+    assert {one.seconds for one in target.passes} >= {1.25}

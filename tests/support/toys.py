@@ -106,8 +106,9 @@ class TableModel:
         assert all(len(text) + len(path) <= self.max_length for path in paths)
         return torch.stack([self.after([*text, *path]) for path in paths])
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
         self.forgotten += 1
+        return len(but)
 
 
 def letters(tokens: list[int]) -> str:

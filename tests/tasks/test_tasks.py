@@ -178,7 +178,9 @@ def test_a_template_that_refuses_its_messages_is_told_in_a_sentence(tmp_path, na
             raise ValueError("content must be a list")
 
     problem = loaded(tmp_path, name)[0]
-    with pytest.raises(UsageError, match=r"does not take these messages .content must be a list.: use the format 'comp"):
+    with pytest.raises(
+        UsageError, match=r"does not take these messages .content must be a list.: use the format 'comp"
+    ):
         BENCHMARKS[name].prompt(problem, (), "chat", Strict())
 
 

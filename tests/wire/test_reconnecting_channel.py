@@ -117,6 +117,8 @@ class Fate:
         kind, moves = self.fates[number] if number < len(self.fates) else ("well", 0)
         if kind == "absent":
             raise Unreachable("nobody there")
+        if kind == "unforeseen":  # as starting a process does where memory is short
+            raise OSError(12, "Cannot allocate memory")
         self.made.append(Doomed(self.case.make_source(), self.script, kind, moves, self.time))
         return self.made[-1]
 
@@ -376,6 +378,18 @@ def test_a_drafter_that_can_not_start_is_refused_and_one_that_is_gone_is_not():
     channel = fate.lifeline()
     channel.settle()
     assert not channel.lost and [event.kind for event in channel.events] == ["lost", "back"]
+
+
+@pytest.mark.parametrize("fates", [[("unforeseen", 0)], [("well", 0), ("unforeseen", 0)]], ids=["first", "later"])
+def test_an_attempt_that_fails_as_nobody_foresaw_is_made_again(fates):
+    fate = Fate(plain_case("pearl", 1, "right"), EAGER, fates)
+    channel = fate.lifeline()
+    channel.settle()
+    if len(fates) > 1:
+        fate.made[0].gone = True
+        channel.receive()
+    assert not channel.lost and [event.kind for event in channel.events] == ["lost"] * len(fates) + ["back"]
+    assert "Cannot allocate memory" in channel.events[-2].what
 
 
 def test_attempts_end_and_pauses_between_them_grow(monkeypatch):

@@ -86,8 +86,9 @@ class TensorParallelModel:
     def forward(self, tokens: Sequence[int], first: int, keep: int) -> Tensor:
         return self.call(commands.Forward(tuple(tokens), first, keep))
 
-    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> None:
-        self.call(commands.Forget(SlotTokens(batch_slot, tuple(but))))
+    def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
+        held: int = self.call(commands.Forget(SlotTokens(batch_slot, tuple(but))))
+        return held
 
     def restore(self, tokens: Sequence[int], batch_slot: int = 0) -> int:
         return self.call(commands.Restore(SlotTokens(batch_slot, tuple(tokens)))) if self._shard.prefix_cache else 0

@@ -140,16 +140,18 @@ class ForwardPolicy:
         self._offered[sequence] = {node: at for node, at in mine.items() if not sequence.has_arrived(node)}
 
     def judge(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, controller: Controller) -> None:
-        mine = self._offered.get(sequence)
-        if not mine:
-            return
+        if mine := self._offered.get(sequence):
+            self._judge(mine, rows, walked, controller)
+        grown = self._grown.get(sequence, {})
+        self._grown[sequence] = {node: at for node, at in grown.items() if _is_below(node, sequence)}
+
+    def _judge(self, mine: dict[Node, int], rows: PassRows, walked: PassWalk, controller: Controller) -> None:
+        """What guesses that nobody else had made were worth. `mine`: these, with their class."""
         rate, went_through = controller.rate, {node for node in walked.nodes[1:] if node in mine}
         read = [node for node in rows.nodes[1:] if node in mine]
         each = rate * controller.seconds_of_rows(len(read), len(rows.nodes)) / len(read) if read else 0.0
         for node in read:
             self.trial.brought(mine[node], (node in went_through) - each)
-        grown = self._grown[sequence]
-        self._grown[sequence] = {node: at for node, at in grown.items() if _is_below(node, sequence)}
 
     def passed(self, seconds: float) -> None:
         self.trial.passed(seconds)
