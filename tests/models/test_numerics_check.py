@@ -293,7 +293,7 @@ def see_one_slot_further(patch: pytest.MonkeyPatch) -> None:
 
 
 def leave_the_branch_over_the_chain(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SlotCache, "put_chain_back", lambda self, layer: None)
+    patch.setattr(SlotCache, "lay_chain", lambda self, layer: None)
 
 
 def leave_the_chain_where_the_branch_was(patch: pytest.MonkeyPatch) -> None:

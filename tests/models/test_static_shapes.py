@@ -79,7 +79,7 @@ def test_the_cache_is_the_same_afterwards():
         text = list(range(60 + keep))
         for reader in (plain, fixed):
             reader.read(text, keep, side_rows=[(0, 7), (keep, 8)])
-    for (_, ours), (_, theirs) in zip(fixed.buffers._layers.items(), plain.buffers._layers.items(), strict=True):
+    for ours, theirs in zip(fixed.buffers.all_layers(), plain.buffers.all_layers(), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a[:, :, :69], b[:, :, :69])
 

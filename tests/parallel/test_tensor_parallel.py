@@ -62,7 +62,7 @@ def test_each_rank_caches_its_own_heads(engine, alone):
         reader.read([1, 2, 3], 1)
 
     def heads(reader) -> set[int]:
-        return {keys.shape[1] for keys, _ in reader.buffers._layers.values()}
+        return {keys.shape[1] for keys, _ in reader.buffers.all_layers()}
 
     assert (heads(engine.model._shard), heads(alone.model)) == ({1}, {2})
 

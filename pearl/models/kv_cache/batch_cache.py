@@ -93,9 +93,14 @@ class BatchCache(ForwardCache):
         out = torch.cat(results).index_select(0, back).view(1, rows, heads, -1).transpose(1, 2)
         for one in self._slices:
             if one.cache.layout.branches:
-                mine = slice(one.rows.start, one.rows.stop)
-                k, v = one.cache.view(owner, key, value)
-                one.cache.attend_branches(query[:, :, mine], k, v, call, owner, out[:, :, mine])
+                mine, seen = out[:, :, one.rows.start : one.rows.stop], one.cache.layout.seen
+                k, v = (part[:, :, :seen] for part in one.cache.view(owner, key, value))
+                asked = query[:, :, one.rows.start : one.rows.stop]
+                for branch, made in zip(
+                    one.cache.layout.branches, one.cache.attend_branches(asked, k, v, call), strict=True
+                ):
+                    own = branch.own.on(out.device)
+                    mine.index_copy_(2, own, made[:, :, : len(own)])
         return out
 
     def _gather(self, heads: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ bits nobody compares, writes its nodes wherever there is room and lets a mask pi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ class ForwardLayout:
     written: int  # how many rows that are
     seen: int  # slots read
     branches: tuple[BranchAttention, ...] = ()
-    main: AttentionMask | None = None  # of the first rows, where the others need no attention but their branch's
+    main: AttentionMask | None = None  # with branches: of the first rows, those of the main call
+    results: SentOnce | None = None  # and int64 [rows]: of the main call's results and the branches', which is whose
 
     @property
     def places(self) -> list[int]:
@@ -81,22 +83,27 @@ class KVBuffers:
         self.max_sequences, self.coarse = max_sequences, coarse
         self.stacks: list[Tensor] = []  # [layers, batch slots, kv heads, slots, head_dim] each
         self._alike = {number: tuple(layers) for layers in alike for number in layers}
-        self._made: dict[tuple[object, ...], KeyValue] = {}  # of layers that are alike, [layers, batch slots, ...]
-        self._layers: dict[int, KeyValue] = {}
+        # of layers that are alike: keys and values, [2, layers, batch slots, ...], or each of them, [1, layers, ...]
+        self._made: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
+        self._layers: dict[int, tuple[Tensor, ...]] = {}  # their parts
 
     def layer(self, number: int, keys: Tensor, values: Tensor) -> KeyValue:
         """Those of a layer that makes keys and values like these, [batch, kv heads, rows, head_dim]."""
+        keys, values = itertools.chain(*self.parts(number, keys, values))
+        return keys, values
+
+    def parts(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """The same in as few tensors as hold them: keys and values, [2, ...], or each of them, [1, ...]."""
         if number not in self._layers:
             alike = self._alike.get(number, (number,))
             kind = alike, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device  # in case it was moved
             if kind not in self._made:
                 self._made[kind] = self._make(len(alike), keys, values)
-            all_keys, all_values = self._made[kind]
-            self._layers[number] = all_keys[alike.index(number)], all_values[alike.index(number)]
+            self._layers[number] = tuple(one[:, alike.index(number)] for one in self._made[kind])
         return self._layers[number]
 
-    def all_layers(self) -> Iterable[KeyValue]:
-        return self._layers.values()
+    def all_layers(self) -> Iterable[Sequence[Tensor]]:
+        return (list(itertools.chain(*parts)) for parts in self._layers.values())
 
     def copy_first(self, slots: int) -> None:
         """Gives all batch slots what the first has in so many slots."""
@@ -112,13 +119,12 @@ class KVBuffers:
         step = 1 << max(0, multiples.bit_length() - 3) if self.coarse else 1
         return min(-(-multiples // step) * step * SLOT_MULTIPLE, self.slots)
 
-    def _make(self, layers: int, keys: Tensor, values: Tensor) -> KeyValue:
+    def _make(self, layers: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """Buffers of layers whose keys and values are like these: halves of a stack, or a stack each."""
-        if keys.shape == values.shape:
-            self.stacks.append(self._empty(2 * layers, keys))
-            return self.stacks[-1][:layers], self.stacks[-1][layers:]
-        self.stacks += [self._empty(layers, keys), self._empty(layers, values)]
-        return self.stacks[-2], self.stacks[-1]
+        together = keys.shape == values.shape
+        made = [self._empty(2 * layers, keys)] if together else [self._empty(layers, one) for one in (keys, values)]
+        self.stacks += made
+        return tuple(stack.unflatten(0, (-1, layers)) for stack in made)
 
     def _empty(self, layers: int, like: Tensor) -> Tensor:
         _, heads, _, width = like.shape
@@ -134,6 +140,7 @@ class SlotCache(ForwardCache):
         self.layout = ForwardLayout(slice(0, 0), 0, SLOT_MULTIPLE)
         self.high = 0  # slots from here on have never held a row, or not since `clear`
         self._views: dict[int, KeyValue] = {}  # its part of the buffers, by layer, [1, kv heads, slots, head_dim]
+        self._parts: dict[int, tuple[Tensor, ...]] = {}  # the same, see `KVBuffers.parts`, [n, kv heads, slots, ...]
 
     def place_chain(
         self,
@@ -147,14 +154,18 @@ class SlotCache(ForwardCache):
         """The next forward has `count` rows; the first `written` go to the slots from `first`, each sees up to its own.
 
         The others are side rows (see `Branch`; `positions` are those of all rows but padding) and padding, which nobody
-        reads: what they see in the main call is of no account, and beyond its first `main` rows it has none of them.
+        reads: what they see in the main call is of no account, and with branches it has only the first `main` rows.
         """
         assert first + written <= self.slots, "the cache is too short for this forward"
         assert not branches or count <= SCRATCH_SLOTS, "more side rows than there is room for"
         seen = self.buffers.seen(max([first + written, *(position + 1 for position in positions)]))
         own = torch.arange(first, first + count).clamp_(max=first + written - 1)
-        self.first = first
-        calls = []
+        self.first, self.mask = first, AttentionMask.chain(own[None], seen)
+        self.layout = ForwardLayout(slice(first, first + written), written, seen)
+        if not branches:
+            return
+        main = min(main or count, count)
+        calls, results, done = [], list(range(written)) + [0] * (count - written), main
         for branch in branches:
             sources = torch.tensor([*range(branch.slot - first), *branch.overlay])
             queries = torch.tensor(branch.queries)
@@ -162,9 +173,11 @@ class SlotCache(ForwardCache):
             mask = AttentionMask.chain(last[None], seen)
             rows = [SentOnce(one) for one in (self.slots + sources, queries, queries[: branch.own])]
             calls.append(BranchAttention(rows[0], rows[1], rows[2], mask))
-        part = AttentionMask.chain(own[None, :main], seen) if main is not None and main < count else None
-        self.layout = ForwardLayout(slice(first, first + written), written, seen, tuple(calls), part)
-        self.mask = AttentionMask.chain(own[None], seen)
+            for place, row in enumerate(branch.queries[: branch.own], done):
+                results[row] = place
+            done += len(branch.queries)
+        mask, order = AttentionMask.chain(own[None, :main], seen), SentOnce(torch.tensor(results))
+        self.layout = replace(self.layout, branches=tuple(calls), main=mask, results=order)
 
     def place_nodes(self, slots: Tensor, mask: AttentionMask) -> None:
         """The next forward writes its rows to `slots`, int64 [rows]; they see what `mask` says."""
@@ -193,19 +206,16 @@ class SlotCache(ForwardCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object) -> KeyValue:
         """Called by each layer with its new keys and values, [1, kv heads, rows, head_dim]."""
-        layout, seen = self.layout, []
-        for buffer, states in zip(
-            self.view(layer_idx, key_states, value_states), (key_states, value_states), strict=True
-        ):
-            new = states[:, :, : layout.written]
-            if isinstance(layout.slots, slice):
-                buffer[:, :, layout.slots] = new
-            else:
-                buffer.index_copy_(2, layout.slots.on(buffer.device), new)
-            if layout.branches:
+        layout = self.layout
+        keys, values = self.view(layer_idx, key_states, value_states)
+        for buffer, states in ((keys, key_states), (values, value_states)):
+            if layout.branches:  # `attend` lays one after the other over the slots of the pass, the chain at last
                 buffer[:, :, self.slots : self.slots + states.shape[2]] = states
-            seen.append(buffer[:, :, : layout.seen])
-        return seen[0], seen[1]
+            elif isinstance(layout.slots, slice):
+                buffer[:, :, layout.slots] = states[:, :, : layout.written]
+            else:
+                buffer.index_copy_(2, layout.slots.on(buffer.device), states[:, :, : layout.written])
+        return keys[:, :, : layout.seen], values[:, :, : layout.seen]
 
     def view(self, layer: int, keys: Tensor, values: Tensor) -> KeyValue:
         """This sequence's part of the buffers of a layer, which makes keys and values like these."""
@@ -213,6 +223,7 @@ class SlotCache(ForwardCache):
             own = slice(self.batch_slot, self.batch_slot + 1)
             all_keys, all_values = self.buffers.layer(layer, keys, values)
             self._views[layer] = all_keys[own], all_values[own]
+            self._parts[layer] = tuple(one[:, self.batch_slot] for one in self.buffers.parts(layer, keys, values))
         return self._views[layer]
 
     def move(self, rows: Sequence[int], slot: int) -> None:
@@ -231,9 +242,9 @@ class SlotCache(ForwardCache):
     def lay_over(self, branch: BranchAttention, layer: int) -> None:
         """Puts a branch, and the chain up to where it leaves it, to the slots of the pass in one layer."""
         first = self.layout.places[0]
-        for buffer in self._views[layer]:
-            sources = branch.sources.on(buffer.device)
-            buffer[:, :, first : first + len(sources)] = buffer.index_select(2, sources)
+        for part in self._parts[layer]:
+            sources = branch.sources.on(part.device)
+            part[:, :, first : first + len(sources)] = part.index_select(2, sources)
 
     def owner(self, keys: Tensor) -> int | None:
         """The layer whose cached keys `keys` are a view of: layers may share keys. None: no layer's."""
@@ -244,33 +255,29 @@ class SlotCache(ForwardCache):
         return bool(self.layout.branches)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> Tensor:
-        if mask := self.layout.main:
-            out, rows = query.new_zeros(*query.shape[:3], value.shape[-1]), slice(0, mask.visible.shape[2])
-            out[:, :, rows] = folded_heads(query[:, :, rows], key, value, mask, call)
-        else:
-            out = folded_heads(query, key, value, self.mask, call)
-        if self.layout.branches:
-            owner = self.owner(key)
-            if owner is None:
-                raise CannotBranch
-            self.attend_branches(query, key, value, call, owner, out)
-        return out
+        main, results = self.layout.main, self.layout.results
+        if main is None or results is None:
+            return folded_heads(query, key, value, self.mask, call)
+        beside = self.attend_branches(query, key, value, call)
+        chain = folded_heads(query[:, :, : main.visible.shape[2]], key, value, main, call)
+        return torch.cat([chain, *beside], 2).index_select(2, results.on(query.device))
 
-    def attend_branches(
-        self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall, owner: int, out: Tensor
-    ) -> None:
-        """Writes the attention of the rows beside the chain to `out`. `key`, `value`: at least the slots seen, of the
-        layer `owner`."""
-        key, value = key[:, :, : self.layout.seen], value[:, :, : self.layout.seen]
+    def attend_branches(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> list[Tensor]:
+        """The attention of each branch's queries, [1, heads, queries, head_dim]; then the chain lies in its slots.
+        `key`, `value`: the slots seen, of one layer. Raises `CannotBranch` if they are no layer's own."""
+        owner = self.owner(key)
+        if owner is None:
+            raise CannotBranch
+        results = []
         for branch in self.layout.branches:
             self.lay_over(branch, owner)
-            queries, own = branch.queries.on(query.device), branch.own.on(query.device)
-            one = folded_heads(query.index_select(2, queries), key, value, branch.mask, call)
-            out.index_copy_(2, own, one[:, :, : len(own)])
-        self.put_chain_back(owner)
+            queries = query.index_select(2, branch.queries.on(query.device))
+            results.append(folded_heads(queries, key, value, branch.mask, call))
+        self.lay_chain(owner)
+        return results
 
-    def put_chain_back(self, layer: int) -> None:
-        """To the slots of the pass, where branches were laid over it."""
+    def lay_chain(self, layer: int) -> None:
+        """Puts the chain to the slots of the pass, where branches were laid over it."""
         first, count = self.layout.places[0], self.layout.written
-        for buffer in self._views[layer]:
-            buffer[:, :, first : first + count] = buffer[:, :, self.slots : self.slots + count]
+        for part in self._parts[layer]:
+            part[:, :, first : first + count] = part[:, :, self.slots : self.slots + count]
