@@ -43,11 +43,8 @@ def test_every_tensor_of_a_layer_is_on_its_device(name):
         add_hook_to_module(part, AlignDevicesHook(execution_device="meta", skip_keys=["cache", "past_key_values"]))
     reader, logits = said(model)
     assert {one.device.type for one in logits} == {"meta"}
-    layers = reader.buffers._layers
-    assert {number: [part.device.type for part in parts] for number, parts in layers.items()} == {
-        0: ["cpu", "cpu"],
-        1: ["meta", "meta"],
-    }
+    layers = [[part.device.type for part in parts] for parts in reader.buffers.all_layers()]
+    assert layers == [["cpu", "cpu"], ["meta", "meta"]]
 
 
 def test_layers_placed_by_a_device_map_have_the_bits_of_a_model_in_one_place(tmp_path):
