@@ -234,7 +234,7 @@ class Fuzz:
         return prompts.from_jsonl(self.write(self.lines(RECORDS["prompts"])))
 
     def texts(self) -> object:
-        return score.load(self.write(self.lines(RECORDS["texts"])), lambda text: [*text.encode()], 100, 256)
+        return score.load(self.write(self.lines(RECORDS["texts"])), lambda text, **_: [*text.encode()], 100, 256)
 
     def data(self, name: str) -> object:
         benchmark = BENCHMARKS[name]
