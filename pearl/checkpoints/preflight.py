@@ -138,7 +138,7 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     drafting = kind.describe(files, TargetFacts.of(config.target, target_config)) if kind and files else None
     if drafting:
         _check_use(config, drafting)
-        if _guesses_several(drafting) or not config.target_draft_checkpoint:
+        if drafting.depths > 1 or not config.target_draft_checkpoint:
             drafting = draft_kinds.with_depths(drafting, config.draft_depths)
     sizes = {
         "target": bytes_of_a_sequence(target_config, max_length + TREE_SLOTS, _width(config.dtype))
@@ -161,7 +161,8 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     caches = {role: max_sequences * size for role, size in sizes.items()}
     caches["target"] *= here
     beside = _beside(config, TargetFacts.of(config.target, target_config)) if "target" in roles else None
-    if config.draft_depths and "target" in roles and not (_guesses_several(drafting) or _guesses_several(beside)):
+    several = any(one.depths > 1 for one in (drafting, beside) if one)
+    if config.draft_depths and "target" in roles and not several:
         raise UsageError("draft_depths is for a drafter that guesses several tokens in one forward: leave it out.")
     held = [role for role in kinds if role in roles]
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
@@ -198,7 +199,7 @@ def _check_use(config: EngineConfig, drafting: DraftDescription) -> None:
             raise UsageError(
                 f"draft_vocabulary is for draft models: leave it out, as {name} ({drafting.line}) has its own."
             )
-    if config.tree_top_k and not config.target_draft_checkpoint and not _guesses_several(drafting):
+    if config.tree_top_k and not config.target_draft_checkpoint and drafting.depths == 1:
         raise UsageError(
             f"tree_top_k is for a drafter that guesses several tokens in one forward, and {name} ({drafting.line}) "
             "guesses one at a time: leave it out."
@@ -217,12 +218,7 @@ def _beside(config: EngineConfig, target: TargetFacts) -> DraftDescription | Non
             "draft, and give target_draft a drafter that reads the target's hidden states (EAGLE-3, P-EAGLE, DFlash)."
         )
     found = kind.describe(files, target)
-    return draft_kinds.with_depths(found, config.draft_depths) if _guesses_several(found) else found
-
-
-def _guesses_several(found: DraftDescription | None) -> bool:
-    """Whether it guesses several tokens in one forward."""
-    return getattr(found and found.shape, "depths", 1) > 1
+    return draft_kinds.with_depths(found, config.draft_depths) if found.depths > 1 else found
 
 
 def _numbers(files: DraftFiles, placed: Placement) -> tuple[float | None, str]:

@@ -63,6 +63,12 @@ class DraftDescription:
     warnings: tuple[str, ...] = ()
     fits: TargetFacts | None = None  # what it was described for
 
+    @property
+    def depths(self) -> int:
+        """Tokens that it guesses in one forward."""
+        depths: int = getattr(self.shape, "depths", 1)
+        return depths
+
 
 @dataclass(frozen=True)
 class DraftKind:
@@ -91,7 +97,7 @@ def with_depths(found: DraftDescription, depths: int) -> DraftDescription:
     that guesses one at a time."""
     if not depths:
         return found
-    trained = getattr(found.shape, "depths", 1)
+    trained = found.depths
     if trained == 1:
         raise UsageError(
             f"draft_depths is for a drafter that guesses several tokens in one forward, and {found.files.name} "

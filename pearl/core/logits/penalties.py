@@ -29,9 +29,8 @@ class Penalties:
     def __init__(self, repetition: float, frequency: float, presence: float, prompt: int):
         """`prompt`: its tokens."""
         self._repetition, self._frequency, self._presence, self._prompt = repetition, frequency, presence, prompt
-        self._read = (
-            0 if repetition != 1 else prompt
-        )  # tokens of the text that are done with: without a repetition penalty the prompt does not count
+        # tokens of the text that are done with: without a repetition penalty the prompt does not count
+        self._read = 0 if repetition != 1 else prompt
         self._places: dict[int, int] = {}  # of tokens in the tensors, in the order in which they came
         self._counts: Counter[int] = Counter()  # in the new text
         self._tokens = torch.empty(0, dtype=torch.long)  # [U]

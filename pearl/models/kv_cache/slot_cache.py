@@ -85,25 +85,28 @@ class KVBuffers:
         self._alike = {number: tuple(layers) for layers in alike for number in layers}
         # of layers that are alike: keys and values, [2, layers, batch slots, ...], or each of them, [1, layers, ...]
         self._made: dict[tuple[object, ...], tuple[Tensor, ...]] = {}
-        self._layers: dict[int, tuple[Tensor, ...]] = {}  # their parts
+        self._parts: dict[int, tuple[Tensor, ...]] = {}  # of these, by layer
+        self._layers: dict[int, KeyValue] = {}
 
     def layer(self, number: int, keys: Tensor, values: Tensor) -> KeyValue:
         """Those of a layer that makes keys and values like these, [batch, kv heads, rows, head_dim]."""
-        keys, values = itertools.chain(*self.parts(number, keys, values))
-        return keys, values
+        if number not in self._layers:
+            own_keys, own_values = itertools.chain(*self.parts(number, keys, values))
+            self._layers[number] = own_keys, own_values
+        return self._layers[number]
 
     def parts(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         """The same in as few tensors as hold them: keys and values, [2, ...], or each of them, [1, ...]."""
-        if number not in self._layers:
+        if number not in self._parts:
             alike = self._alike.get(number, (number,))
             kind = alike, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device  # in case it was moved
             if kind not in self._made:
                 self._made[kind] = self._make(len(alike), keys, values)
-            self._layers[number] = tuple(one[:, alike.index(number)] for one in self._made[kind])
-        return self._layers[number]
+            self._parts[number] = tuple(one[:, alike.index(number)] for one in self._made[kind])
+        return self._parts[number]
 
-    def all_layers(self) -> Iterable[Sequence[Tensor]]:
-        return (list(itertools.chain(*parts)) for parts in self._layers.values())
+    def all_layers(self) -> Iterable[KeyValue]:
+        return self._layers.values()
 
     def copy_first(self, slots: int) -> None:
         """Gives all batch slots what the first has in so many slots."""
