@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.drafts.envelope import WEIGHTS
-from pearl.checkpoints.drafts.files import MARKOV_FILE
+from pearl.checkpoints.drafts.files import MARKOV_FILE, DraftFiles
+from pearl.checkpoints.drafts.rounding import rounded, whole
 from pearl.config import cli, outputs
 from pearl.config.engine_config import model_path
 from pearl.errors import UsageError
@@ -57,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     pair = f"{before} and {after}"
     if shared_embeddings.read(before) != shared_embeddings.read(after):
         raise UsageError(f"{pair} borrow the embeddings of different targets: name two trainings of one model.")
+    in_8_bits = DraftFiles(str(after), after).in_8_bits
     there = [name for name in FILES if name == WEIGHTS or (before / name).exists() or (after / name).exists()]
     mixed = {name: mix(_read(before / name), _read(after / name), found.share, pair) for name in there}
     shutil.copytree(after, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint.pt"))
     for name, tensors in mixed.items():
-        save_file(tensors, output / name, {"format": "pt"})
+        save_file(rounded(tensors) if in_8_bits else tensors, output / name, {"format": "pt"})
     print(f"written to {output}")
     return 0
 
@@ -89,7 +91,7 @@ def mix(before: dict[str, Tensor], after: dict[str, Tensor], share: float, pair:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return whole(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} can't be read ({error}): name the folder of a training.") from None
 

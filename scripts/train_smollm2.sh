@@ -4,7 +4,7 @@
 #   questions  of templates, lists, Python's library and GSM8K's training set       a minute
 #   answers    the target's own, of which one in three is drawn at temperature 1    5
 #   overlap    leaves out what has 13 words in a row in common with an evaluation   a few minutes
-#   feature    the head over the target's hidden states                             2
+#   feature    the head over the target's hidden states, of one layer, then of two  3
 #   draft      the small draft model, 21,000 steps on all texts                     over 10
 #   more       that one trained on, and mixed with what it was                      4
 #   pard       that one trained to guess five tokens a forward                      5
@@ -62,7 +62,10 @@ answers() { # to 17,900 prompts, some with a second turn: about 21,600 answers w
     --max-new-tokens 256 --max-length 1024 --temperature 0 0 1 --dtype bfloat16 --shard 192 --batch 96 --output "$texts"
 }
 overlap() { without_evaluations "$texts"; } # also questions that the target wrote itself, second turns and the answers
-feature() { limited pearl train --config configs/feature/smollm2-135m.yaml --markov-rank 32 --borrow; }
+feature() { # of one layer, then of two
+  limited pearl train --config configs/feature/smollm2-135m.yaml --markov-rank 32 --borrow
+  limited pearl train --config configs/feature/smollm2-135m-more.yaml
+}
 draft() { limited pearl distill --config configs/distill/smollm2-135m.yaml; }
 more() {
   limited pearl distill --config configs/distill/smollm2-135m-more.yaml --start results/distill-smollm2-135m
@@ -74,7 +77,7 @@ pard() {
 }
 diagnose() {
   local one
-  for one in feature-smollm2-135m distill-smollm2-135m-mixed pard-smollm2-135m; do
+  for one in feature-smollm2-135m-more distill-smollm2-135m-mixed pard-smollm2-135m; do
     [[ ! -e results/$one ]] || pearl diagnose --drafter "results/$one" --data "$texts"
   done
 }

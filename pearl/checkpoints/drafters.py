@@ -139,15 +139,27 @@ def _ends_of_target(checked: Preflight) -> Any:
 
 def _placed(drafter: Network, checked: Preflight) -> Network:
     """On its device, with the linear layers of that."""
-    placed = checked.draft_on
+    placed, asked = checked.draft_on, checked.config.draft_kernel
     drafter.place(placed.devices[0], torch.float32 if placed.on_cpu else torch.bfloat16).requires_grad_(False)
     if placed.on_cpu:
-        kernel = linear.chosen(checked.config.draft_kernel, torch.float32)
-        linear.pack(drafter, kernel)
-        head = nn.ModuleList([drafter.head])  # it may be the target's, which is no part of the drafter
-        linear.pack(head, kernel)
-        drafter.replace_head(head[0])
+        assert checked.drafting
+        kernel = "int8" if asked == "auto" and checked.drafting.files.in_8_bits else asked
+        _pack(drafter, linear.chosen(kernel, torch.float32))
     return drafter
+
+
+def _pack(drafter: Network, kernel: str) -> None:
+    """A network's linear layers as a kernel has them. What reads the target's features is not rounded: some of their
+    numbers are so much larger than others that 8 bits for both would cost guesses."""
+    head, reads = nn.ModuleList([drafter.head]), nn.ModuleList()  # the head may be the target's, no part of the drafter
+    if kernel == "int8" and hasattr(drafter, "fc"):
+        reads.append(drafter.fc)
+        drafter.fc = nn.Identity()
+    for some, its in ((drafter, kernel), (head, kernel), (reads, linear.chosen("auto", torch.float32))):
+        linear.pack(some, its)
+    drafter.replace_head(head[0])
+    if len(reads):
+        drafter.fc = reads[0]
 
 
 SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {

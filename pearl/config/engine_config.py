@@ -123,7 +123,7 @@ class EngineConfig:
     draft_kernel: str = setting(
         "auto",
         choice("auto", "stock", "packed", "blocked", "int8"),
-        "the same for the drafter; int8: rounded weights; auto rounds those of distilled ones",
+        "the same for the drafter; int8: rounded weights; auto rounds those of distilled ones and of heads in 8 bits",
         MACHINE,
     )
     tree_top_k: int = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,7 +44,8 @@ def new_drafter(
     embedding: Tensor = target.get_input_embeddings().weight.detach().float()  # type: ignore[union-attr, operator]
     head: Any = target.get_output_embeddings()
     first: Any = drafter.layers[0]
-    fc, width = drafter.fc, shape.hidden
+    fc: Any = drafter.fc
+    width = shape.hidden
     with torch.no_grad():
         _even(first.input_layernorm, embedding[vocabulary])
         parts = torch.ones(2, shape.feature_row) if sample is None else sample.float()
@@ -59,8 +61,8 @@ def new_drafter(
     stack = decoder_layers(target)
     last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):
-        start = strongest(stack[max(0, last - (shape.layers - 1 - number))].state_dict(), shape.intermediate)
-        _begin_as(layer, start, pair=number == 0)
+        own = stack[max(0, last - (shape.layers - 1 - number))].state_dict()
+        _begin_as(layer, strongest(several(own, shape), shape.intermediate), pair=number == 0)
     return drafter.attach(target)
 
 
@@ -94,7 +96,26 @@ def _shape(
         mask_token=mask_token,
         markov_rank=recipe.markov_rank,
     )
-    return replace(made, fc_norm=recipe.fc_norm)
+    heads = recipe.kv_heads or made.kv_heads
+    if made.heads % heads or heads % made.kv_heads:
+        raise UsageError(
+            f"The recipe's kv_heads must be a multiple of the target's {made.kv_heads}, and divide its {made.heads}"
+            " heads."
+        )
+    return replace(made, fc_norm=recipe.fc_norm, kv_heads=heads)
+
+
+def several(layer: dict[str, Tensor], shape: DrafterShape) -> dict[str, Tensor]:
+    """A layer's weights by name with as many heads of keys and values as a shape has: copies of those that it has, side
+    by side, so that each head of queries reads what it read (the other way round than Ainslie et al. 2023, GQA)."""
+    names = [name for name in layer if re.search(r"\b[kv]_proj\.", name)]
+    size, rows = shape.head_dim, shape.kv_heads * shape.head_dim
+    copies = {name: rows // max(1, len(layer[name])) for name in names if rows % max(1, len(layer[name])) == 0}
+    return layer | {
+        name: layer[name].unflatten(0, (-1, size)).repeat_interleave(count, 0).flatten(0, 1)
+        for name, count in copies.items()
+        if count > 1
+    }
 
 
 def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -108,9 +129,9 @@ def strongest(layer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, layers: Sequence[int]) -> FeatureDrafter:
-    """The network that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers grows:
-    those that are added change nothing at first. Raises `UsageError` if it is of another target, of a shape that can't
-    become the recipe's, or has another mask token than the recipe names."""
+    """The network that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers or
+    heads, or with a Markov head of lower rank, grows: what is added changes nothing at first. Raises `UsageError` if it
+    is of another target, of a shape that can't become the recipe's, or has another mask token than the recipe names."""
     facts = TargetFacts.of(recipe.target, target.config)
     saved = feature_weights.load(kinds.describe(folder, facts))
     had = saved.shape
@@ -119,6 +140,8 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
         wanted,
         layers=min(had.layers, wanted.layers),
         intermediate=max(had.intermediate, wanted.intermediate),
+        kv_heads=had.kv_heads if wanted.kv_heads % had.kv_heads == 0 else wanted.kv_heads,
+        markov_rank=min(had.markov_rank, wanted.markov_rank) or wanted.markov_rank,
         own_embedding=had.own_embedding,
         own_mask=had.own_mask,
         target=had.target,
@@ -137,15 +160,23 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
 
 
 def grown(drafter: FeatureDrafter, shape: DrafterShape) -> FeatureDrafter:
-    """A network with more layers, or a narrower SwiGLU. An added layer adds nothing yet: what writes to the residual is
-    0 (as in Net2Net, Chen et al. 2016, it starts from the same function)."""
+    """A network with more layers, more heads of keys and values, a Markov head of higher rank, or a narrower SwiGLU. An
+    added layer adds nothing yet: what writes to the residual is 0 (as in Net2Net, Chen et al. 2016, it starts from the
+    same function). Neither does an added column of the Markov head."""
     larger = FeatureDrafter(shape, drafter.vocabulary)
     rest = {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("layers.")}
+    for name in ("markov_w1.weight", "markov_w2.weight", "confidence.weight") if drafter.shape.markov_rank else ():
+        place = larger.get_parameter(name).detach().clone()
+        if name != "markov_w1.weight":  # what the added numbers of a token are multiplied by
+            place.zero_()
+        place[:, : rest[name].shape[1]] = rest[name]
+        rest[name] = place
     larger.load_state_dict(rest, strict=False)
     layers: Any = larger.layers
     for number, layer in enumerate(layers):
         if number < drafter.shape.layers:
-            layer.load_state_dict(strongest(drafter.layers[number].state_dict(), shape.intermediate))
+            own = several(drafter.layers[number].state_dict(), shape)
+            layer.load_state_dict(strongest(own, shape.intermediate))
         else:
             nn.init.zeros_(layer.self_attn.o_proj.weight)
             nn.init.zeros_(layer.mlp.down_proj.weight)

@@ -77,6 +77,7 @@ class FeatureRecipe(Recipe):
     depths: int = _value(5, whole(1, 16), "K, the tokens of a draft that are learnt")
     layers: int = _value(1, whole(1, 4), "of the drafter")
     intermediate: int | None = _value(None, whole(1), "of the layers' SwiGLU; default: the target's")
+    kv_heads: int | None = _value(None, whole(1), "of the layers' keys and values; default: as many as the target has")
     start_layer: int | None = _value(None, whole(), "of the target, copied into the last layer; default: its last one")
     depth_decay: float = _value(0.8, _AMOUNT, "weight of a depth's loss against the one before")
     anchors: float = _value(0.5, _SHARE, "share of the answer's tokens from which slots look ahead")
@@ -86,7 +87,7 @@ class FeatureRecipe(Recipe):
     fc_norm: bool = _value(True, FLAG, "a norm for each feature (EAGLE-3.1), which older engines do not read")
     markov_rank: int = _value(0, whole(), "of peagle: rank of a bias by the token before (DSpark); 0: none")
     reach: float = _value(0.0, _SHARE, "how much a token weighs by the chance that its place is reached (PARD-2)")
-    borrow: bool = _value(False, FLAG, "save it without its target's embedding: a few MB, for pearl alone")
+    borrow: bool = _value(False, FLAG, "save it without its target's embedding, in 8 bits: a few MB, for pearl alone")
     segments: int = _value(4, whole(1), "S, pieces in which slots are read, which saves memory")
     longest: int = _value(1024, whole(2), "tokens of a text; what is beyond is cut off")
 

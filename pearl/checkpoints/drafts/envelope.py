@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pearl.checkpoints.drafts.feature_formats import IDS
 from pearl.checkpoints.drafts.files import CONFIG, MARKOV, MARKOV_FILE, MARKOV_TABLE, MASK_ROW, NOTE
+from pearl.checkpoints.drafts.rounding import rounded
 from pearl.config.engine_config import EMBEDDED, EMBEDDED_ON_HUB, model_path
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import EAGLE3, PEAGLE, DrafterShape
@@ -28,29 +29,32 @@ _OTHER = ("vocabulary", MASK_ROW, *MARKOV)  # what has no place in the format
 
 def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: str = "", borrows: bool = False) -> None:
     """`tokens`: of a draft, as the file recommends it; 0: as many as a forward gives, or 5. `architecture`: the class
-    of its target. `borrows`: without the target's embedding, for pearl alone, in few bytes."""
+    of its target. `borrows`: without the target's embedding, and rounded: for pearl alone, in few bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = drafter.shape
     config = _config(shape, tokens or (shape.depths if shape.parallel else 5), architecture)
-    tensors = {name: part for name, part in drafter.state_dict().items() if not name.startswith(_OTHER)}
-    stored = {name: part.detach().to("cpu", torch.bfloat16).contiguous() for name, part in tensors.items()}
+    learned = {name: part.detach().cpu() for name, part in drafter.state_dict().items()}
+    tensors = {name: part for name, part in learned.items() if not name.startswith(_OTHER)}
+    stored = {name: part.bfloat16().contiguous() for name, part in tensors.items()}
     borrows = borrows and not shape.own_embedding
     if not (shape.own_embedding or borrows):
         stored["embed_tokens.weight"] = drafter.whole_embedding().to("cpu", torch.bfloat16).contiguous()
+    if borrows:
+        stored = rounded(tensors)
     if shape.mapped:
         stored |= _maps(drafter.vocabulary.cpu(), shape.known)
     with atomic_write(folder / WEIGHTS) as partial:
         save_file(stored, partial, metadata={"format": "pt"})
     names = (*MARKOV, *([MASK_ROW] if borrows else []))
-    if beside := {name: part.detach().cpu() for name, part in drafter.state_dict().items() if name.startswith(names)}:
+    if beside := {name: part for name, part in learned.items() if name.startswith(names)}:
         if borrows:
-            beside = {name: part.bfloat16() for name, part in beside.items()}
             if MARKOV_TABLE in beside:  # after other tokens it says nothing then
                 beside[MARKOV_TABLE] = beside[MARKOV_TABLE][drafter.vocabulary.cpu()]
+            beside = rounded(beside)
         with atomic_write(folder / MARKOV_FILE) as partial:
             save_file({name: part.contiguous() for name, part in beside.items()}, partial)
     note = {"target": shape.target, "fingerprint": shape.fingerprint, "markov_rank": shape.markov_rank}
-    note |= {"borrows": True} if borrows else {}
+    note |= {"borrows": True, "rounded": True} if borrows else {}
     for name, values in ((CONFIG, config), (NOTE, note)):
         with atomic_write(folder / name) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -69,6 +69,11 @@ class DraftFiles:
         found = parse_json(read_text(path, "The draft's"), str(path)) if path and path.is_file() else {}
         return found if isinstance(found, dict) else {}
 
+    @property
+    def in_8_bits(self) -> bool:
+        """Its matrices were rounded when they were written (`pearl.checkpoints.drafts.rounding`)."""
+        return bool(self.note.get("rounded"))
+
     @functools.cached_property
     def is_ours(self) -> bool:
         """In the format that pearl wrote before."""
@@ -92,6 +97,8 @@ class DraftFiles:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        from pearl.checkpoints.drafts.rounding import whole
+
         files = self.downloaded()
         assert files.folder is not None
         markov = files.folder / MARKOV_FILE
@@ -103,7 +110,7 @@ class DraftFiles:
                 raise CheckpointError(f"{path} can't be read ({brief(error)}): get the checkpoint again.") from None
         if not found:
             raise CheckpointError(f"{self.name} holds no weights: neither .safetensors nor .bin files.")
-        return found
+        return whole(found) if self.in_8_bits else found
 
     def downloaded(self) -> DraftFiles:
         """The same in a folder."""

@@ -107,7 +107,7 @@ class DFlashDrafter(nn.Module):
         super().__init__()
         self.shape = shape
         config: Any = Qwen3Config(**shape.config)
-        self.fc = nn.Linear(len(shape.features) * shape.hidden, shape.hidden, bias=False)
+        self.fc: nn.Module = nn.Linear(len(shape.features) * shape.hidden, shape.hidden, bias=False)
         self.hidden_norm = Qwen3RMSNorm(shape.hidden, eps=config.rms_norm_eps)
         self.layers: Any = nn.ModuleList(BlockLayer(config) for _ in range(shape.layers))
         self.norm = Qwen3RMSNorm(shape.hidden, eps=config.rms_norm_eps)

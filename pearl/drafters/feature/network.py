@@ -45,7 +45,7 @@ class FeatureDrafter(nn.Module):
         self.register_buffer("vocabulary", vocabulary.clone())
         hidden, kind = shape.hidden, shape.kind
         if shape.features and shape.fuses and kind != EAGLE:
-            self.fc = nn.Linear(shape.feature_row, hidden, bias=shape.fc_bias)
+            self.fc: nn.Module = nn.Linear(shape.feature_row, hidden, bias=shape.fc_bias)
         if shape.fc_norm:
             self.fc_norm = nn.ModuleList(nn.RMSNorm(shape.width, shape.eps) for _ in shape.features)
         if shape.input_norm:
