@@ -75,7 +75,7 @@ def by_hand(
 
 def _with_beside(case: Case, a: float, cost: float, depths: int, seed: int) -> Case:
     """The same with a source beside the target."""
-    if not 0.0 <= a <= 1.0 or cost < 0 or depths < 1:
+    if not (0.0 <= a <= 1.0 and 0 <= cost < math.inf and depths >= 1):
         raise UsageError("Of a source beside the target give a chance, a cost that is not negative, a depth from 1.")
     rng = random.Random(f"{seed} beside")
     scripts = {

@@ -61,6 +61,9 @@ def test_a_checkpoint_beside_the_target_is_named_as_a_draft_is_and_stands_with_o
     [
         ({"dtype": "float64"}, "dtype 'float64' is unknown; choose from float32, bfloat16, float16"),
         ({"draft_dtype": "int8"}, "draft_dtype 'int8' is unknown"),
+        ({"draft": "suffix", "draft_dtype": "bfloat16"}, "draft_dtype is for a drafter with weights, and suffix has"),
+        ({"draft": "suffix", "draft_load_in": "8bit"}, "draft_load_in is for a drafter with weights"),
+        ({"draft": "synthetic:0.8", "draft_vocabulary": 50}, "draft_vocabulary is for a drafter with weights"),
         ({"load_in": "2bit"}, "load_in '2bit' is unknown; choose from 8bit, 4bit"),
         ({"cuda_graphs": "maybe"}, "cuda_graphs 'maybe' is unknown; choose from auto, on, off, static-only"),
         ({"trust_remote_code": "no"}, "trust_remote_code must be true or false, not 'no'"),

@@ -336,6 +336,7 @@ def test_a_run_that_says_too_little_is_refused(tmp_path: Path, break_it: Callabl
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--a", "0.8", "--c", "4", "--beside", "0.5", "--beside-cost", "nan"], "a cost that is not negative"),
         ([], "folder of a run"),
         (["here", "--a", "0.5", "--c", "2"], "folder of a run"),
         (["nowhere"], "nowhere holds no finished run"),
