@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run, file in places(runs, found.to):
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
         summary["wanted_interval"] = found.interval  # an early round of many wants less
-        if not metrics.narrow(summary.get("widest_interval"), found.interval):
-            summary["unfinished"] = summary.get("left", 0)
+        narrow = metrics.narrow(summary.get("widest_interval"), found.interval)
+        summary["unfinished"] = 0 if narrow else summary.get("left", 0)
         for told in summary["modes"].values():
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]

@@ -30,8 +30,9 @@ Every option has one name. On the command line it is `--max-length 512`. In a YA
 belong to `Schedule.of`. `pearl COMMAND --help` lists the options of one command. What a pair says (`--pair`, or
 smollm2-135m where no model is named) takes the place of the defaults of `--target`, `--draft`, `--target-draft`,
 `--dtype`, `--load-in` and `--draft-load-in`. Some commands have defaults of their own: `serve` has `--max-sequences
-8` and `--mode pearl`; `chat` `--mode pearl` and `--max-new-tokens 512`; `eval` `--generation-config off`, and each
-benchmark its own `--max-new-tokens`. `eval` also takes the modes `hf-assisted` and `hf-prompt-lookup`.
+8`, `--mode pearl` and `--max-draft-restarts 1000`; `chat` has `--mode pearl` and `--max-new-tokens 512`; `eval` has
+`--generation-config off`, and each benchmark its own `--max-new-tokens`. `eval` also takes the modes `hf-assisted` and
+`hf-prompt-lookup`.
 
 ## Commands
 

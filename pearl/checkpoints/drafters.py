@@ -151,15 +151,16 @@ def _placed(drafter: Network, checked: Preflight) -> Network:
 def _pack(drafter: Network, kernel: str) -> None:
     """A network's linear layers as a kernel has them. What reads the target's features is not rounded: some of their
     numbers are so much larger than others that 8 bits for both would cost guesses."""
-    head, reads = nn.ModuleList([drafter.head]), nn.ModuleList()  # the head may be the target's, no part of the drafter
-    if kernel == "int8" and hasattr(drafter, "fc"):
-        reads.append(drafter.fc)
-        drafter.fc = nn.Identity()
+    head, reads = nn.ModuleList([drafter.head]), nn.ModuleDict()  # the head may be the target's, no part of the drafter
+    for name in ("fc", "in_proj") if kernel == "int8" else ():
+        if hasattr(drafter, name):
+            reads[name] = getattr(drafter, name)
+            setattr(drafter, name, nn.Identity())
     for some, its in ((drafter, kernel), (head, kernel), (reads, linear.chosen("auto", torch.float32))):
         linear.pack(some, its)
     drafter.replace_head(head[0])
-    if len(reads):
-        drafter.fc = reads[0]
+    for name, layer in reads.items():
+        setattr(drafter, name, layer)
 
 
 SOURCES: dict[str, Callable[[Preflight], DraftSource]] = {

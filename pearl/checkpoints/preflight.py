@@ -162,8 +162,9 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     caches["target"] *= here
     beside = _beside(config, TargetFacts.of(config.target, target_config)) if "target" in roles else None
     several = any(one.depths > 1 for one in (drafting, beside) if one)
-    if config.draft_depths and "target" in roles and not several:
-        raise UsageError("draft_depths is for a drafter that guesses several tokens in one forward: leave it out.")
+    for option in ("draft_depths", "tree_top_k"):
+        if getattr(config, option) and "target" in roles and not several:
+            raise UsageError(f"{option} is for a drafter that guesses several tokens in one forward: leave it out.")
     held = [role for role in kinds if role in roles]
     loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
     if beside:

@@ -190,9 +190,9 @@ class EngineConfig:
         if self.memory and self.target_draft == "none":
             raise UsageError("memory is for the suffix source beside the target: leave target_draft none out.")
         self._check_target_draft()
-        for name in () if self.draft_has_files else ("draft_dtype", "draft_load_in", "draft_vocabulary"):
-            if getattr(self, name):
-                raise UsageError(f"{name} is for a drafter with weights, and {self.draft} has none: leave it out.")
+        for option in () if self.draft_has_files else ("draft_dtype", "draft_load_in", "draft_vocabulary"):
+            if getattr(self, option):
+                raise UsageError(f"{option} is for a drafter with weights, and {self.draft} has none: leave it out.")
         for name in (self.target_cores, self.draft_cores):
             if name is not None:
                 cores.parse(name)

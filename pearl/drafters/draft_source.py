@@ -98,9 +98,8 @@ class DraftSource:
 
     origin: str = DRAFT  # of its nodes, one of `pearl.core.trie`
     grows_trees: bool = False  # it has `extend`
-    makes_trees_alone: bool = (
-        False  # one forward makes a tree by itself; else a chain, unless it extends several leaves
-    )
+    # one forward makes a tree by itself; else a chain, unless it extends several leaves
+    makes_trees_alone: bool = False
     depths: int = 1  # tokens that such a forward guesses, one after the other
     layers: tuple[int, ...] = ()  # of the target, whose hidden states it wants in `observe`
     costs: tuple[float, ...] = ()  # seconds of a forward by its rows; empty: not known, or there is no model

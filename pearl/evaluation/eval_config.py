@@ -51,7 +51,7 @@ TASK = (
         "begin no problem that will end later, one at least; --resume goes on",
         "task",
     ),
-    Option("wide", False, FLAG, "print all columns of the table", "task"),
+    Option("wide", False, FLAG, "print more columns of the table", "task"),
 )
 
 
@@ -150,13 +150,14 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
 
 def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace) -> list[Any]:
     """The problems to run: a share of each category, and of those what --limit and --indices leave."""
-    sizes = Counter(map(benchmark.category, problems))
+    kind = benchmark.kind or benchmark.category
+    sizes = Counter(map(kind, problems))
     seen: Counter[str | None] = Counter()
     shared = []
     for problem in problems:
-        category = benchmark.category(problem)
-        seen[category] += 1
-        if seen[category] <= math.ceil(round(found.share * sizes[category], 9)):
+        own = kind(problem)
+        seen[own] += 1
+        if seen[own] <= math.ceil(round(found.share * sizes[own], 9)):
             shared.append(problem)
     if found.stop_at_interval:
         shared = _mixed(benchmark, shared)
@@ -164,14 +165,15 @@ def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace)
 
 
 def _mixed(benchmark: Benchmark, problems: list[Any]) -> list[Any]:
-    """In an order by chance, the same every time, in which the categories take turns: so that the first of them are a
-    fair sample of all."""
+    """In an order by chance, the same every time, in which each category has its share from the beginning (those of one
+    size take turns): so that the first of them are a fair sample of all."""
     drawn = list(problems)
     random.Random(0).shuffle(drawn)
+    sizes = Counter(map(benchmark.category, drawn))
     place: Counter[str | None] = Counter()
     turns = []
     for problem in drawn:
         category = benchmark.category(problem)
-        turns.append((place[category], problem))
+        turns.append(((place[category] + 0.5) / sizes[category], problem))
         place[category] += 1
     return [problem for _, problem in sorted(turns, key=lambda turn: turn[0])]

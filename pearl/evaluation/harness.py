@@ -182,7 +182,8 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
 def _warm_up(plan: Plan) -> None:
     """Every mode writes a few tokens that nobody records or remembers: first forwards are slow."""
     plan.begin_round(False)
-    warm = replace(plan.params, max_new_tokens=min(WARM_UP_TOKENS, plan.params.max_new_tokens))
+    few = min(WARM_UP_TOKENS, plan.params.max_new_tokens)
+    warm = replace(plan.params, max_new_tokens=few, min_tokens=min(few, plan.params.min_tokens or 0))
     for mode, decode in plan.modes.items():
         decode(plan.tasks[0].prompt(()), warm, False)
         if plan.batch_size > 1 and mode in plan.writers:

@@ -69,7 +69,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
     from pearl.engine import Engine
     from pearl.engine.defaults import listed
     from pearl.evaluation import harness
-    from pearl.evaluation.measures.environment import commit
+    from pearl.evaluation.measures.environment import commit, processor
     from pearl.parallel.launch import count_processes, launch
     from pearl.parallel.replicas import ReplicaGroup, assign_devices
     from pearl.parallel.world import World
@@ -112,7 +112,8 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
             results.begin(config.folder, asked)
             done = results.repair(config.folder, plan.texts) | set(results.skipped(config.folder))
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            results.note_start(config.folder, at=now, commit=commit(), load=os.getloadavg(), done=len(done))
+            told = {"commit": commit(), "processor": processor(), "load": os.getloadavg(), "done": len(done)}
+            results.note_start(config.folder, at=now, **told)
             return [unit for unit in plan.units if unit not in done]
 
         def decode(units: list[list[Any]], name: str) -> None:

@@ -91,6 +91,12 @@ class Run:
         return list(dict.fromkeys(map(str, said)))
 
     @property
+    def processors(self) -> list[str]:
+        """The same of the processors; early runs say the last one's alone."""
+        said = [one["processor"] for one in self.facts.get("starts", ()) if one.get("processor")]
+        return list(dict.fromkeys(said or [str(self.environment.get("processor"))]))
+
+    @property
     def command(self) -> str:
         return " ".join(map(str, self.environment.get("command", ())))
 
@@ -203,6 +209,10 @@ def doubts(runs: Sequence[Run], varied: Sequence[str] = ()) -> list[str]:
 def _of_itself(run: Run) -> Iterator[str]:
     if len(run.commits) > 1:
         yield f"{run.name} was made in pieces by several commits: {', '.join(run.commits)}."
+    if len(run.processors) > 1:
+        yield f"{run.name} was made in pieces on several processors: {', '.join(run.processors)}."
+    if skipped := run.facts.get("skipped_too_long"):
+        yield f"{run.name} leaves out {skipped} problem{'s' * (skipped > 1)} that were too long."
     if other := [f"{mode} {1 - equal:.1%}" for mode, equal in _of_modes(run, "identical_to_ar") if equal < 1]:
         yield f"In {run.name}, texts that are not those of ar: {', '.join(other)}."
     asked = run.config.get("batch_size") or 1

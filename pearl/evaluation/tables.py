@@ -108,7 +108,7 @@ def cells(labels: Sequence[str], columns: Sequence[str], rows: Sequence[Row]) ->
 
 
 def show(title: str, modes: Mapping[str, Figures], wide: bool = False) -> None:
-    """Prints a run's figures and what their headings mean: as many as fit 80 letters, or all; none that no mode has."""
+    """Prints a run's figures and what the headings mean: as many as fit 80 letters, or more; none that no mode has."""
     from pearl.machine.display import show_table
 
     columns = [

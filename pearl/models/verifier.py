@@ -24,10 +24,8 @@ from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.language_model import LanguageModel, SideRow
 from pearl.models.static_shapes.one_text import ForwardRows
 
-QUERY_COUNTS = (
-    4,
-    8,
-)  # rows of a sequence in the attention of a shared forward: few kinds, so that many share a call
+# rows of a sequence in the attention of a shared forward: few kinds, so that many share a call
+QUERY_COUNTS = (4, 8)
 Part = tuple[int, ForwardRows]  # of a forward that several sequences share: a batch slot, and its rows
 
 

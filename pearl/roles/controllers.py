@@ -1,4 +1,4 @@
-"""Which controller decides for a pass: one for each schedule, way of sampling and size of the batch."""
+"""Which controller decides for a pass: one for each schedule and size of batch, greedy and sampled texts apart."""
 
 from __future__ import annotations
 

@@ -23,9 +23,8 @@ class SequenceRequest:
     prompt: Sequence[int]
     params: SamplingParams
     stopper: Stopper
-    after: SequenceState | None = (
-        None  # one whose text the prompt begins with: what the cache still has of it is not read again
-    )
+    # one whose text the prompt begins with: what the cache still has of it is not read again
+    after: SequenceState | None = None
     user_data: Any = None
     wanted: Callable[[], bool] = lambda: True  # False, from any thread: nobody wants it any more
     reference: tuple[int, ...] = ()  # as in `messages.Start`

@@ -181,7 +181,7 @@ class Target:
         finally:  # also where the caller stops listening
             for sequence in batch.live.values():
                 self._beside.end(sequence)
-            self._send([End(sequence) for sequence in batch.abandon()])
+            self._send([End(number) for number in batch.abandon()])
             self._inbox.await_stats()
             self._trace.save()
 

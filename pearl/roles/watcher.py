@@ -1,8 +1,8 @@
 """Somebody who watches a target at work: what it is told, and when.
 
-It is called in the target's thread, between two passes, so it must be quick and must not raise. The target is as it
-was after the pass: what is to be kept of a trie has to be copied at once. Nobody watches unless asked; then nothing of
-this costs anything.
+It is called in the target's thread, between two passes (`drafted` within one too), so it must be quick and must not
+raise. The target is as it was after the pass: what is to be kept of a trie has to be copied at once. Nobody watches
+unless asked; then nothing of this costs anything.
 """
 
 from __future__ import annotations

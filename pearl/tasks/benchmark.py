@@ -46,6 +46,7 @@ class Benchmark(Generic[Problem]):
     identify: Callable[[Problem], str]
     prompt: Callable[[Problem, Sequence[str], Format, ChatTokenizer], str]  # after these answers, one a turn
     category: Callable[[Problem], str | None] = lambda _: None
+    kind: Callable[[Problem], str | None] | None = None  # finer than its category: what a share is taken of
     turns: Callable[[Problem], int] = lambda _: 1
     stop: tuple[str, ...] = ()  # what ends a text in the format `completion`
     completion: Callable[[Problem, str, Format], str] = lambda problem, text, format: text

@@ -273,6 +273,27 @@ def test_a_plan_that_was_measured_on_a_busy_machine_is_corrected_by_the_passes(q
     assert speeds[taken_by(controller, nodes)] > 0.93 * max(speeds)
 
 
+def test_rows_of_a_sequence_cost_what_they_cost_beside_those_of_others():
+    """A pass that four sequences share has 12 rows, the last four of which are dear."""
+    batched = BatchedTokenBuckets((4, 8, 12), (1.0, 1.1, 3.0))
+    controller = Controller(TREE, costing(1.0, 1.0, 1.0), batched)
+    controller.record_pass(12, 4, 3.0, 3.0, sequences=4)
+    assert controller.seconds_of_rows(2, 3) == 0.0, "10 rows are read as 12"
+    controller.record_pass(9, 4, 3.0, 3.0, sequences=4)
+    assert controller.seconds_of_rows(2, 3) == pytest.approx(1.9, rel=0.2)
+
+
+def test_sequences_with_a_forward_each_teach_what_one_forward_costs():
+    """Three of them take three times as long, and no row is dearer for it."""
+    plan, nodes = costing(1.0, 1.1, 1.2, 5.0), chain(0.6, 0.6, 0.6)
+    alone, several = Controller(TREE, plan), Controller(TREE, plan)
+    for _ in range(20):
+        alone.record_pass(3, 2, 1.2, 1.2)
+        several.record_pass(9, 6, 3.6, 3.6, sequences=3)
+    assert taken_by(several, nodes) == taken_by(alone, nodes) == 2
+    assert several.rate == pytest.approx(alone.rate)
+
+
 def test_a_pass_that_something_stopped_for_long_changes_no_width():
     plan, nodes = costing(1.0, 1.2, 1.4, 3.0), chain(0.6, 0.6, 0.6)
     controller = Controller(TREE, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
 
@@ -13,7 +14,7 @@ from evaluations import options, run, written
 from pearl.config import cli
 from pearl.errors import UsageError
 from pearl.evaluation import eval_config
-from pearl.tasks import gsm8k, mgsm
+from pearl.tasks import fastchat, gsm8k, mgsm, spec_bench
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,6 +37,21 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     kinds = [int(name.split("/")[1]) % 2 for name in mixed]
     assert sorted(mixed) == sorted(chosen()) and mixed != chosen()
     assert all(first != second for first, second in zip(kinds[::2], kinds[1::2], strict=True)), "they take turns"
+
+
+def test_the_first_problems_hold_each_category_by_its_size(tmp_path):
+    """Whoever stops early has a fair sample: of Spec-Bench's subtasks, which are of one size, as many of each."""
+    kinds = ["writing"] * 10 + ["math"] * 10 + ["qa"] * 20 + ["rag"] * 10
+    questions = [fastchat.Question(number, kind, ("?",), None) for number, kind in enumerate(kinds)]
+
+    def chosen(*more: str) -> list[str]:
+        found = eval_config.parser(spec_bench.BENCHMARK).parse_args(list(more))
+        return [question.category for question in eval_config.choose(spec_bench.BENCHMARK, questions, found)]
+
+    first = Counter(chosen("--stop-at-interval", "0.1", "--limit", "25"))
+    assert first["qa"] == 10 and first["rag"] == 5 and first["writing"] + first["math"] == 10
+    assert Counter(map(spec_bench.subtask, questions)) == {"mt_bench": 20, "qa": 20, "rag": 10}
+    assert Counter(chosen("--share", "0.1")) == {"writing": 1, "math": 1, "qa": 2, "rag": 1}, "of MT-bench's kinds too"
 
 
 def test_a_share_is_no_problem_more_by_rounding():

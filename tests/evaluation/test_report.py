@@ -16,7 +16,7 @@ from evaluations import script, text
 from pearl.core.records import SampleKey
 from pearl.errors import UsageError
 from pearl.evaluation import lines, metrics, plots, report, results, tables
-from pearl.evaluation.pages import sweeps
+from pearl.evaluation.pages import kept, sweeps
 
 PNG = b"\x89PNG\r\n"
 ENVIRONMENT = {"commit": "abc", "torch": "2.13", "processor": "a CPU", "command": ["eval/gsm8k.py", "--limit", "4"]}
@@ -163,6 +163,30 @@ def test_a_run_of_before_penalties_had_none(tmp_path):
     assert doubts(tmp_path / "off", {"config": {"repetition_penalty": 1.0, "min_tokens": 0}}) == []
     (sentence,) = doubts(tmp_path / "on", {"config": {"repetition_penalty": 1.1}})
     assert sentence == "Of gsm8k: repetition_penalty differs: 1 in a; 1.1 in b."
+
+
+def test_what_was_left_out_or_made_elsewhere_is_told(tmp_path):
+    starts = [{"commit": "abc", "processor": name} for name in ("a CPU", "another", "a CPU")]
+    (run,) = report.load([changed(make(tmp_path / "a"), starts=starts, skipped_too_long=2)])
+    assert run.processors == ["a CPU", "another"]
+    assert report.doubts([run]) == [
+        "a was made in pieces on several processors: a CPU, another.",
+        "a leaves out 2 problems that were too long.",
+    ]
+    assert kept.machine(run).endswith("a CPU and another")
+    assert "Left out, as they were too long: 2 problems." in kept.section(run)
+    (early,) = report.load([changed(make(tmp_path / "b"), starts=[{"commit": "abc"}])])
+    assert early.processors == ["a CPU"] and report.doubts([early]) == []
+
+
+def test_curves_of_several_tasks_are_told_apart(tmp_path):
+    for name, suite, temperature in (("a", "gsm8k", 0.0), ("b", "mgsm", 0.0), ("c", "mgsm", 1.0)):
+        make(tmp_path / name, config={"suite": suite, "temperature": temperature})
+    curves = sweeps.by_temperature(report.load([tmp_path]))
+    assert {label.name: [x for x, _ in points] for label, points in curves.items() if label.mode == "sd"} == {
+        "sd, gsm8k": [0.0],
+        "sd, mgsm": [0.0, 1.0],
+    }
 
 
 def test_other_tasks_may_have_other_prompts(tmp_path):

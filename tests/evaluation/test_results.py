@@ -336,7 +336,8 @@ def test_a_run_that_has_little_time_does_a_part_and_goes_on(tmp_path, monkeypatc
         return decode(*of)
 
     made = replace(made, modes={"ar": ten_seconds, "pearl": made.modes["pearl"]})
-    harness._warm_up(made)  # takes its ten seconds too
+    long = replace(made.params, min_tokens=made.params.max_new_tokens)  # than a warm-up
+    harness._warm_up(replace(made, params=long))  # takes its ten seconds too
     for until, units in ((now[0] + 10.0 + 45.0, 3), (now[0], 1), (now[0] + 1000.0, 2)):  # turns: 1, 2, 1, 2, ...
         before = len(results.repair(tmp_path, made.texts))
         resume(tmp_path, replace(made, until=until))

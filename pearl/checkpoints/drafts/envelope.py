@@ -1,5 +1,7 @@
 """Writes a network over hidden states in the envelope of `speculators`, which vLLM, SGLang and llama.cpp serve.
 
+One that borrows its target's embedding is in it too, but for pearl alone.
+
 Knows: the keys and tensors of that format, version 0.9.0. Refuses to know: how the network was trained.
 """
 
@@ -35,12 +37,10 @@ def save(drafter: FeatureDrafter, folder: Path, tokens: int = 0, architecture: s
     config = _config(shape, tokens or (shape.depths if shape.parallel else 5), architecture)
     learned = {name: part.detach().cpu() for name, part in drafter.state_dict().items()}
     tensors = {name: part for name, part in learned.items() if not name.startswith(_OTHER)}
-    stored = {name: part.bfloat16().contiguous() for name, part in tensors.items()}
     borrows = borrows and not shape.own_embedding
+    stored = rounded(tensors) if borrows else {name: part.bfloat16().contiguous() for name, part in tensors.items()}
     if not (shape.own_embedding or borrows):
         stored["embed_tokens.weight"] = drafter.whole_embedding().to("cpu", torch.bfloat16).contiguous()
-    if borrows:
-        stored = rounded(tensors)
     if shape.mapped:
         stored |= _maps(drafter.vocabulary.cpu(), shape.known)
     with atomic_write(folder / WEIGHTS) as partial:

@@ -43,7 +43,7 @@ class Controller:
         controllers."""
         self._schedule, self._each, self._shared = schedule, buckets, batched is not None
         self._buckets: TokenBuckets | BatchedTokenBuckets = batched or buckets
-        self._sequences = 1  # of the last pass
+        self._sequences, self._rows = 1, 1  # of the last pass
         self.rates = rates or AcceptanceRates()
         self._cost: PassCosts = AveragedCosts(batched) if batched else InterpolatedCosts(buckets)
         self._trial, self._wait = DraftTrial(), WaitPolicy()
@@ -78,20 +78,22 @@ class Controller:
     def record_pass(
         self, rows: int, committed: int, forward_s: float, seconds: float, paths: int = 0, sequences: int = 1
     ) -> None:
-        """A pass of so many rows, some of them on `paths` beside its chain, is over; so many sequences shared it."""
-        self._sequences = sequences
-        self._cost.observe(rows, paths, forward_s)
+        """A pass of so many rows, some of them on `paths` beside its chain, is over; it was of so many sequences."""
+        self._sequences, self._rows = sequences, rows
+        forwards = 1 if self._shared else sequences  # else each has one of its own: what is learned is their mean
+        self._cost.observe(round(rows / forwards), round(paths / forwards), forward_s / forwards)
         self._tokens = RATE_DECAY * self._tokens + committed
         self._seconds = RATE_DECAY * self._seconds + seconds
         if self.free and self._draft_s:  # a source without a model takes nothing from the target
-            self._trial.passed(committed, seconds, sequences, self._buckets.cost(sequences))
+            alone = self._buckets.cost(sequences) if self._shared else sequences * self._buckets.cost(1)
+            self._trial.passed(committed, seconds, sequences, alone)
 
     # decisions
 
     @property
     def rate(self) -> float:
         """Tokens per second, over the last passes."""
-        return self._tokens / self._seconds if self._tokens else self._sequences / self._cost(self._sequences)
+        return self._tokens / self._seconds if self._tokens else self._sequences / self._pass_s()
 
     @property
     def acceptance(self) -> float:
@@ -106,8 +108,15 @@ class Controller:
         return math.log(self.chance(node, depth))
 
     def seconds_of_rows(self, some: int, rows: int) -> float:
-        """What `some` of the `rows` of a pass have added to its time."""
-        return self._cost(rows) - self._cost(max(1, rows - some))
+        """What `some` of the `rows` that a sequence had in the last pass have added to its time: others may have shared
+        its forward, where a row costs what it costs beside theirs."""
+        all_rows = self._rows if self._shared else rows
+        return self._cost(all_rows) - self._cost(max(1, all_rows - some))
+
+    def _pass_s(self, each: int = 1) -> float:
+        """Seconds of a pass with so many rows of each sequence."""
+        sequences = self._sequences
+        return self._cost(sequences * each) if self._shared else sequences * self._cost(each)
 
     @property
     def free(self) -> bool:
@@ -137,11 +146,12 @@ class Controller:
         if sequences == 1:
             c = self._cost(1) / self._guess_s if self._guess_s else 3.0
             return best_gamma(self.acceptance, max(c, 0.01))
-        guess_s = self._guess_s or self._cost(sequences) / 3
+        guess_s = self._guess_s or self._pass_s() / 3
+        together = sequences if self._shared else 1  # in a forward
         speeds = {
-            gamma: tokens_per_pass_sd(self.acceptance, gamma) / (self._cost(sequences * (gamma + 1)) + gamma * guess_s)
+            gamma: tokens_per_pass_sd(self.acceptance, gamma) / (self._pass_s(gamma + 1) + gamma * guess_s)
             for gamma in range(1, LONGEST_BLOCK + 1)
-            if sequences * (gamma + 1) <= self._buckets.most
+            if together * (gamma + 1) <= self._buckets.most
         }
         return max(speeds, key=speeds.__getitem__, default=1)
 
@@ -149,8 +159,7 @@ class Controller:
         """Seconds worth waiting for a first guess of each of so many sequences that have none."""
         if not self.free or self.paused:
             return 0.0
-        pass_s = self._cost(self._sequences)
-        return self._wait.take_budget(self.acceptance, pass_s, lacking, self._sequences, bool(self._draft_s))
+        return self._wait.take_budget(self.acceptance, self._pass_s(), lacking, self._sequences, bool(self._draft_s))
 
     def choose(self, candidates: Sequence[Sequence[Candidate]]) -> list[list[Candidate]]:
         """Of each sequence's candidates, likeliest first, those that a pass verifies: they bring more tokens than their

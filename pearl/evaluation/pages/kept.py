@@ -111,6 +111,8 @@ def section(run: Run) -> str:
     label = "".join(KINDS[word] for word in run.kind)
     if run.rest:
         label += f"**Not finished**: {run.rest}.\n\n"
+    if skipped := run.facts.get("skipped_too_long"):
+        label += f"Left out, as they were too long: {skipped} problem{'s' * (skipped > 1)}.\n\n"
     return f"### {text_of(run)}\n\n{label}{machine(run)}, {how_made(run)}\n\n{table}\n{by_category(run)}"
 
 
@@ -187,7 +189,7 @@ def beside(config: Mapping[str, Any]) -> Iterator[str]:
 def machine(run: Run) -> str:
     cores = cores_of(run.environment)
     on = f"{cores} core{'s' * (cores > 1)} of " if run.environment.get("devices", {}).get("target") == ["cpu"] else ""
-    return f"{on}{run.environment.get('processor')}"
+    return f"{on}{' and '.join(run.processors)}"
 
 
 def cores_of(environment: Mapping[str, Any]) -> int:

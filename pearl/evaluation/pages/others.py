@@ -114,6 +114,10 @@ def doubts(others: Sequence[Other], runs: Sequence[Run]) -> Iterator[str]:
     """Why a result should not be compared with ours, a sentence each."""
     if others and not runs:
         yield "None of our runs has a real draft, so that there is nothing to compare them with."
+    for run in runs if others else ():
+        odd = {key: run.config.get(key) for key in PLAIN if key not in (*COMPARED, "seed")}
+        if beside := [f"{key} {value}" for key, value in odd.items() if value not in (None, PLAIN[key])]:
+            yield f"{run.name} was asked for {', '.join(beside)}, which no file of another engine says."
     for one in others if runs else ():
         untold = [_word(name) for name in COMPARED if one.facts.get(name) is None]
         if untold:

@@ -44,11 +44,18 @@ def labels(runs: Sequence[Run]) -> Callable[..., Label]:
     if len(set(short.values())) < len(pairs):
         short = {one: " <- ".join(one) for one in pairs}
 
+    tasks = {_task(run) for run in runs}
+
     def label(run: Run, mode: str, how: str = "") -> Label:
         kind = f" ({', '.join(run.kind)})" if run.kind else ""
+        kind += f", {_task(run)}" if len(tasks) > 1 else ""
         return Label(f"{short[pair(run)]}, {mode}{how}{kind}" if len(pairs) > 1 else f"{mode}{how}{kind}", mode)
 
     return label
+
+
+def _task(run: Run) -> str:
+    return " ".join(str(told) for name in ("suite", "prompt_format") if (told := run.config.get(name)))
 
 
 def by_category(runs: Sequence[Run]) -> Curves:

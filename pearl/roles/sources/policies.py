@@ -43,7 +43,7 @@ class SourcePolicy(Protocol):
         """The pass is over: what it has brought to this sequence."""
 
     def passed(self, seconds: float) -> None:
-        """So is all that belongs to it."""
+        """The pass took so long, with all that belongs to it."""
 
     def end(self, sequence: SequenceState) -> None:
         """The text is over."""
