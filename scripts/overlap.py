@@ -36,8 +36,13 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(one)
 
 
+# A word; of scripts that put no spaces between words (Thai, Japanese, Chinese) a character
+_SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
+
+
 def runs(text: str, words: int) -> set[Run]:
-    found = re.findall(r"\w+", text.lower())
+    found = _WORD.findall(text.lower())
     return {tuple(found[at : at + words]) for at in range(len(found) - words + 1)}
 
 

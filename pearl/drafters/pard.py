@@ -57,7 +57,10 @@ class PardSource(OnePassSource):
         found = self._model.read_leaves_together(asked)
         self.forwards += 1
         self.rows += sum(map(len, found))
-        return self.tables(queries, torch.cat(found))
+        logits = torch.cat(found)
+        if self._mask_token < logits.shape[1]:  # no text has it, and a tied head's row of it is what mask rows are fed
+            logits[:, self._mask_token] = -torch.inf
+        return self.tables(queries, logits)
 
     def _leaves(self, query: TreeQuery) -> list[Leaf]:
         """As many as there are slots for: each takes its path and the mask rows."""

@@ -114,8 +114,9 @@ class RequestBuilder:
         return handle
 
     def prediction(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Raises `UsageError` where one is no token."""
+        """As much of it as a text can hold. Raises `UsageError` where one is no token."""
         vocabulary = self._runtime.checked.vocabulary
+        tokens = tokens[: self._runtime.checked.max_length]
         if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
             raise UsageError(f"prediction must be token ids below {vocabulary}, as engine.encode makes them.")
         return tuple(tokens)

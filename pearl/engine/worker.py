@@ -242,6 +242,7 @@ class Worker:
     def _begin(self, handle: GenerationHandle) -> SequenceRequest:
         self._under_way[handle] = 0.0
         request = handle.request
+        request.sequence = None  # it may have been asked for before
         after, request.after = request.after, None  # once it is known what may be kept, a talk keeps only its last turn
         return self._sequence_request(handle, after.sequence if after else None)
 

@@ -253,7 +253,8 @@ class LanguageModel:
             states = self._hooks.states()[0] if self._hooks else None
         if states is not None:
             self._slots[batch_slot].states.append(states)
-        if not side_rows and not pads:
+        # where shapes are static, a piece whose other rows are asked for too has gone through other kernels
+        if not side_rows and not pads and (keep == 1 or not self.static):
             self._remember(tokens, first, batch_slot, states)
         return logits
 

@@ -57,7 +57,7 @@ class SequenceState:
         self.read, self.reading_s = 0, 0.0  # tokens of the prompt that are read by now, and for how long
         self.features: list[Features] = []  # of all tokens but the last, if the model tells them
         self._nodes: dict[int, Node] = {}  # by the drafter's id
-        self._arrived: set[Node] = set()  # those that the drafter knows
+        self._arrived: dict[Node, int] = {}  # those that the drafter knows, with its number of each: they ascend
         self._exhausted_at = -1
         self._forgotten = 0  # the position before which nodes are forgotten
 
@@ -90,7 +90,8 @@ class SequenceState:
 
     def first_arrived(self, node: Node) -> Node | None:
         """The drafter's first guess after a node; others may have been made here."""
-        return next((child for child in node.children.values() if child in self._arrived), None)
+        mine = (child for child in node.children.values() if child in self._arrived)
+        return min(mine, key=self._arrived.__getitem__, default=None)
 
     def has_arrived(self, node: Node) -> bool:
         """The drafter has guessed it, whoever else has."""
@@ -108,12 +109,12 @@ class SequenceState:
             node = parent and self.trie.grow(parent, guess.token, guess.proposal, guess.logp, guess.origin)
             if node:
                 self._nodes[guess.id] = node
-                self._arrived.add(node)
+                self._arrived.setdefault(node, guess.id)
         if message.exhausted:
             self._exhausted_at = at
 
     def _forget(self, at: int) -> None:
         """Lets go of nodes that no guess can follow any more: dead ones, and those before the drafter's root, `at`."""
         self._nodes = {id: node for id, node in self._nodes.items() if node.may_grow(at)}
-        self._arrived = {node for node in self._arrived if node.may_grow(at)}
+        self._arrived = {node: number for node, number in self._arrived.items() if node.may_grow(at)}
         self._forgotten = at

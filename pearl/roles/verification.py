@@ -6,7 +6,7 @@ Knows: tries and what a row of a pass is. Refuses to know: models, channels, clo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -49,6 +49,16 @@ class PassRows:
         sides = [(rows[one.parent], one.node.token) for one in beside]
         nodes = [root, *(one.node for one in chain), *(one.node for one in beside)]
         return PassRows(nodes, sides, max(path_numbers(likely), default=0))
+
+    def paths_of(self, mine: Collection[Node]) -> int:
+        """On how many paths beside the chain, counted as `path_numbers` does, one of these is the first."""
+        keep, count = len(self.nodes) - len(self.sides), 0
+        gone_on: set[int] = set()  # rows beside the chain that have a child
+        for row, (parent, _) in enumerate(self.sides, keep):
+            begins = parent < keep or parent in gone_on
+            gone_on.add(parent)
+            count += begins and self.nodes[row] in mine
+        return count
 
     def below_root(self) -> list[list[int]]:
         """For each row the tokens after the root, up to its own."""

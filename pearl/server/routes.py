@@ -30,6 +30,7 @@ from pearl.server.api.token_names import TokenNames
 from pearl.server.errors import TOO_LONG, bad, from_engine
 from pearl.server.life import EACH, Service, beside
 
+_LONG_WORD = 64  # characters of a token at most, on average over a text
 LABEL = "X-Pearl-Label"  # by which a page that watches knows its texts again
 _MEANINGS = {
     400: "A value that can't be carried out.",
@@ -181,7 +182,10 @@ class Writer:
 
     async def _prediction(self, given: Prediction | None) -> list[int] | None:
         text = chat.text_of(given.content, "prediction.content") if given else None
-        return (await self._service.encode([text], special=False))[0] if text else None
+        if not text:
+            return None
+        length = self._service.max_length  # an answer holds no more of it, in however long words
+        return (await self._service.encode([text[: _LONG_WORD * length]], special=False))[0][:length]
 
     def _metrics(self, body: ChatRequest | CompletionRequest) -> str | None:
         wanted = body.spec_decode_metrics or self._service.config.per_request_spec_decode_metrics

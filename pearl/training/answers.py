@@ -242,9 +242,12 @@ class Writer:
             answer.top_ids[at], answer.top_logp[at] = one_ids, one_best
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of each row, and the logs of their probabilities. logits: [rows, V]"""
+        """The tokens of each row, and the logs of their probabilities. Of equal ones (bfloat16 has many) the first
+        token comes first, as it is picked. logits: [rows, V]"""
         best, ids = logits.topk(self._top)
-        return ids, best - logits.logsumexp(-1, keepdim=True)
+        ids, order = ids.sort(-1)
+        best, at = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        return ids.gather(-1, at), best - logits.logsumexp(-1, keepdim=True)
 
     def _pick(self, requests: list[AnswerRequest], logits: Tensor) -> list[int]:
         picks = logits.argmax(-1)

@@ -132,6 +132,7 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     """The network that an earlier run saved, with its draft vocabulary, for a loaded target. One of fewer layers or
     heads, or with a Markov head of lower rank, grows: what is added changes nothing at first. Raises `UsageError` if it
     is of another target, of a shape that can't become the recipe's, or has another mask token than the recipe names."""
+    torch.manual_seed(recipe.seed)  # so that what is added is the same in every process, and in every run
     facts = TargetFacts.of(recipe.target, target.config)
     saved = feature_weights.load(kinds.describe(folder, facts))
     had = saved.shape

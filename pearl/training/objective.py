@@ -20,11 +20,11 @@ _FIGURES = ("loss", "accuracy", "top 5")  # of each depth, in the order in which
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Of R rows: the loss of each, how likely it found the target's choice, and whether the best guess, or one of the
-    best five, was that."""
+    """Of R rows: the loss of each, how likely it found what the text goes on with, and whether the best guess, or one
+    of the best five, was the target's choice."""
 
     loss: Tensor  # float [R]
-    chance: Tensor  # float [R], of the target's choice, as the drafter sees it
+    chance: Tensor  # float [R], of the text's next token, as the drafter sees it
     first: Tensor  # bool [R]
     top_five: Tensor  # bool [R]
 
@@ -52,8 +52,9 @@ class Objective:
         self._row[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
         self._kl = kl
 
-    def judge(self, logits: Tensor, top_ids: Tensor, top_logp: Tensor) -> RowLosses:
-        """logits: [R, V]; top_ids: [R, k], the choice first; top_logp: [R, k]"""
+    def judge(self, logits: Tensor, top_ids: Tensor, top_logp: Tensor, went: Tensor | None = None) -> RowLosses:
+        """logits: [R, V]; top_ids: [R, k], the choice first; top_logp: [R, k]; went: [R], what the text goes on with;
+        None: with the choice."""
         logq = logits.float().log_softmax(-1)
         rows = self._row[top_ids.long()]  # a NOTHING indexes the last entry, which is NOTHING
         there = rows >= 0
@@ -63,7 +64,8 @@ class Objective:
         soft = torch.where(there[:, 0], -(p * torch.where(there, q, 0.0)).sum(-1), 0.0)
         best = logq.detach().topk(min(5, logq.shape[-1])).indices
         right = (best == rows[:, :1]) & there[:, :1]
-        chance = torch.where(there[:, 0], q[:, 0].detach().exp(), 0.0)
+        on = rows[:, 0] if went is None else self._row[went.long()]
+        chance = torch.where(on >= 0, logq.detach().gather(1, on.clamp(min=0)[:, None])[:, 0].exp(), 0.0)
         return RowLosses((1 - self._kl) * choice + self._kl * soft, chance, right[:, 0], right.any(-1))
 
 

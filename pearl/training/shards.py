@@ -171,6 +171,18 @@ class RecordedText:
         )
 
 
+def as_taken(tokens: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+    """The target's likeliest tokens, [n, k]; of those that are equally likely the one that the text took comes first.
+
+    Of bfloat16 logits the best two are equal at one token of a hundred, and early recordings hold such in any order.
+    tokens: [n]; ids, logp: [n, k]"""
+    took = (ids[:-1] == tokens[1:, None]) & (logp[:-1] == logp[:-1, :1])
+    rows, places = took.nonzero(as_tuple=True)
+    found = ids.clone()
+    found[rows, places], found[rows, 0] = ids[rows, 0], ids[rows, places]
+    return found
+
+
 def stacked(texts: Sequence[RecordedText]) -> tuple[Tensor, Tensor, Tensor]:
     """tokens [B, n], top_ids and top_logp [B, n, k]; what follows a shorter text is never noted."""
     pad = nn.utils.rnn.pad_sequence
@@ -240,8 +252,8 @@ class Recorded:
         file, offsets, prompts = self._files[at]
         span = slice(offsets[text], offsets[text + 1])
         features = file.get_slice("features")[span] if self._features else torch.zeros(0)
-        ids, logp = file.get_slice("top_ids")[span], file.get_slice("top_logp")[span]
-        return RecordedText(file.get_slice("tokens")[span].long(), prompts[text], features, ids, logp)
+        tokens, ids, logp = (file.get_slice(name)[span] for name in ("tokens", "top_ids", "top_logp"))
+        return RecordedText(tokens.long(), prompts[text], features, as_taken(tokens, ids, logp), logp)
 
     def choices(self, number: int) -> Tensor:
         """The target's own choices alone, int32 [n]; -1 where none was noted."""

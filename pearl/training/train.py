@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +112,13 @@ class FeatureLearner:
         """Judges every depth; adds `share` times the gradient if that is not 0."""
         depths, noted = self._recipe.depths, batch.top_ids[..., 0] != NOTHING
         weights = [self._recipe.depth_decay**depth for depth in range(depths)]
-        later = [self._labels(noted, anchors, depth).sum() for depth in range(1, depths)]
+        later = [self._labelled(noted, anchors, depth).sum() for depth in range(1, depths)]
         counts = [int(count) for count in (noted.sum(), *later)]
         sums = depth_figures(depths)
 
-        def judged(
-            depth: int, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor, weight: Tensor | float
-        ) -> tuple[Tensor, Tensor]:
-            """The share of the loss, and how likely each row found the choice."""
-            found = self._judge(rows, before, ids, logp)
+        def judged(depth: int, rows: Tensor, labels: Labels, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+            """The share of the loss, and how likely each row found what the text goes on with."""
+            found = self._judge(rows, labels)
             found.add_to(sums, depth)
             loss = (found.loss * weight).sum() * (weights[depth] / sum(weights) / counts[depth])
             return loss, found.chance
@@ -130,7 +129,7 @@ class FeatureLearner:
                 return total + judged(0, *self._rows(batch, hidden, None, 0), 1.0)[0] if counts[0] else total
             total, reach = ahead.sum() * 0.0, self._reached(batch, hidden, anchors)
             for depth in range(1, depths):
-                there = self._labels(noted, anchors, depth)
+                there = self._labelled(noted, anchors, depth)
                 if not there.any():
                     continue
                 weight = 1 - self._recipe.reach + self._recipe.reach * reach[there]
@@ -148,16 +147,16 @@ class FeatureLearner:
             partition.evaluate(self.module, self._mask, *inputs, anchors, loss)
         return sums
 
-    def _judge(self, rows: Tensor, before: Tensor, ids: Tensor, logp: Tensor) -> RowLosses:
-        """rows: [R, H]; before: [R], the token that each guess follows. With a Markov head, its confidence is to be how
-        often the best guess is right."""
+    def _judge(self, rows: Tensor, labels: Labels) -> RowLosses:
+        """rows: [R, H]. With a Markov head, its confidence is to be how often the best guess is right."""
         logits = self.module.logits(rows)
+        told = labels.ids, labels.logp, labels.went
         if not self.module.shape.markov_rank:
-            return self._objective.judge(logits, ids, logp)
-        bias, sure = self.module.after(before, rows)
-        found = self._objective.judge(logits + bias, ids, logp)
+            return self._objective.judge(logits, *told)
+        bias, sure = self.module.after(labels.before, rows)
+        found = self._objective.judge(logits + bias, *told)
         wrong = nn.functional.binary_cross_entropy_with_logits(sure, found.first.float(), reduction="none")
-        return replace(found, loss=found.loss + torch.where(ids[:, 0] != NOTHING, wrong, 0.0))
+        return replace(found, loss=found.loss + torch.where(labels.ids[:, 0] != NOTHING, wrong, 0.0))
 
     @torch.no_grad()
     def _reached(self, batch: Batch, hidden: Tensor, anchors: Tensor) -> Tensor:
@@ -168,27 +167,38 @@ class FeatureLearner:
         reach = torch.ones(noted.shape, device=hidden.device)
         if not self._recipe.reach or not noted.any():
             return reach
-        ids, logp = batch.top_ids[:, anchors][noted], batch.top_logp[:, anchors][noted]
-        found = self._judge(hidden[:, anchors][noted], batch.tokens[:, anchors][noted], ids, logp)
+        found = self._judge(hidden[:, anchors][noted], _labels(batch, anchors, noted))
         return reach.masked_scatter_(noted, found.chance)
 
-    def _labels(self, noted: Tensor, anchors: Tensor, depth: int) -> Tensor:
-        """Whether the choice `depth` after each anchor was noted, bool [B, anchors]."""
+    def _labelled(self, noted: Tensor, anchors: Tensor, depth: int) -> Tensor:
+        """Whether the choice after each anchor was noted, and that `depth` after it, bool [B, anchors]."""
         count = noted.shape[1]
         there = anchors + depth < count
-        return noted[:, (anchors + depth).clamp(max=count - 1)] & there
+        return noted[:, anchors] & noted[:, (anchors + depth).clamp(max=count - 1)] & there
 
-    def _rows(
-        self, batch: Batch, hidden: Tensor, part: Tensor | None, depth: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows of one depth that have a label, [R, H], the tokens that they follow, [R], and their labels."""
+    def _rows(self, batch: Batch, hidden: Tensor, part: Tensor | None, depth: int) -> tuple[Tensor, Labels]:
+        """The rows of one depth that have a label, [R, H], and these."""
         noted = batch.top_ids[..., 0] != NOTHING
         if part is None:
-            return hidden[noted], batch.tokens[noted], batch.top_ids[noted], batch.top_logp[noted]
-        there = self._labels(noted, part, depth)
-        rows = hidden[:, depth - 1 :: self._mask.slots][there]
+            return hidden[noted], _labels(batch, slice(None), noted)
+        there = self._labelled(noted, part, depth)
         at = (part + depth).clamp(max=noted.shape[1] - 1)
-        return rows, batch.tokens[:, at][there], batch.top_ids[:, at][there], batch.top_logp[:, at][there]
+        return hidden[:, depth - 1 :: self._mask.slots][there], _labels(batch, at, there)
+
+
+class Labels(NamedTuple):
+    """What R rows are to learn, each a guess after one token of a text."""
+
+    before: Tensor  # [R], that token
+    ids: Tensor  # [R, k], the target's likeliest, its choice first
+    logp: Tensor  # [R, k]
+    went: Tensor  # [R], what the text goes on with: in a sampled one it may be another than the choice
+
+
+def _labels(batch: Batch, at: Tensor | slice, there: Tensor) -> Labels:
+    """Of the positions `at` of all texts, those that are `there`, bool [B, positions]."""
+    went = torch.cat([batch.tokens[:, 1:], batch.tokens[:, -1:]], 1)  # after the last one nothing is guessed
+    return Labels(*(part[:, at][there] for part in (batch.tokens, batch.top_ids, batch.top_logp, went)))
 
 
 def runs(shape: Sequence[int], chance: float, generator: torch.Generator) -> Tensor:

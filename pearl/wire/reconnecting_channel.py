@@ -240,12 +240,13 @@ class ReconnectingChannel:
             self._run(lambda: self._connect(number, link))
 
     def _event(self, kind: str, what: str) -> None:
-        """Each is kept, and said once: of those that may come often, only the first."""
-        if len(self.events) < _REMEMBERED:
+        """Each is kept and said; of those that may come often only the first are kept, and one is said."""
+        often = kind in ("late", "heard", "failed")  # of the others there are as many as restarts
+        if not often or len(self.events) < _REMEMBERED:
             self.events.append(DrafterEvent(round(self._clock() - self._began, 3), kind, what))
         if kind not in self._told:
             self._tell(f"{what}.")
-        if kind in ("late", "heard", "failed"):
+        if often:
             self._told.add(kind)
 
     # Beside it

@@ -70,10 +70,12 @@ class Raw(PardSource):
 
 
 def by_transformers(family: str, text: Sequence[int], path: Sequence[int], way: bool = True) -> torch.Tensor:
-    """Logits of the rows that are asked for, by one forward of transformers over the same ids."""
+    """Logits of the rows that are asked for, by one forward of transformers over the same ids; the mask token is never
+    guessed."""
     ids = torch.tensor([[*text, *path, *[MASK] * (DEPTHS - 1)]])
     with torch.no_grad():
-        return plain(family)(ids).logits[0, -((len(path) if way else 0) + DEPTHS) :]
+        logits = plain(family)(ids).logits[0, -((len(path) if way else 0) + DEPTHS) :]
+    return logits.index_fill(1, torch.tensor([MASK]), -torch.inf)
 
 
 def assert_as_transformers(source: Raw, family: str, text: list[int], paths: list[list[int]], way: bool) -> None:
@@ -101,6 +103,20 @@ def test_its_logits_are_those_of_a_plain_forward_of_the_same_ids(family: str, tu
     for back, more, paths, way in turns:
         text = [*text[: max(1, len(text) - back)], *more]
         assert_as_transformers(source, family, text, paths, way)
+
+
+def test_the_mask_token_is_never_guessed():
+    """A tied head has a row of it, which is what mask rows are fed."""
+    model, text = reader("llama"), [3, 1, 4]
+    source = PardSource(model, MASK, DEPTHS, top_k=8)
+    read = model.read_leaves_together
+
+    def liked(queries: list) -> list[torch.Tensor]:
+        return [logits.index_fill(1, torch.tensor([MASK]), 99.0) for logits in read(queries)]
+
+    model.read_leaves_together = liked  # type: ignore[method-assign]
+    for _, guesses in source.read_on([PathsQuery(source._sequences[0], text, [(), (2,)])])[0]:
+        assert all(token != MASK for row in guesses for token, _, _ in row)
 
 
 def mask_rows(model: DraftModel) -> int:

@@ -189,6 +189,25 @@ def test_an_error_in_a_pass_reaches_all_under_way_and_the_engine_goes_on(narrow,
     assert narrow.generate(prompt, params).tokens == tokens
 
 
+def test_a_request_that_is_made_again_does_not_give_out_its_old_text(narrow, asked, monkeypatch):
+    """The second run ends before its first pass."""
+    prompt, params, tokens = asked[2]
+    request = GenerationRequest(prompt, params)
+    assert narrow.submit(request).result().tokens == tokens
+    write = narrow.runtime.target.write
+
+    def broken(requests, *args):
+        monkeypatch.setattr(narrow.runtime.target, "write", write)
+        next(iter(requests))
+        raise RuntimeError("no memory for it")
+        yield
+
+    monkeypatch.setattr(narrow.runtime.target, "write", broken)
+    with pytest.raises(RuntimeError, match="no memory for it"):
+        narrow.submit(request).result()
+    assert narrow.submit(request).result().tokens == tokens
+
+
 def undecodable(engine, monkeypatch) -> int:
     """A token that the engine's tokenizer can't decode, as one written in Python that does not know it."""
     token, plain = engine.runtime.checked.vocabulary - 1, engine._worker._decoder.plain

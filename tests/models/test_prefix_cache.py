@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -178,6 +179,20 @@ def test_log_probabilities_of_a_prompt_are_read_and_what_follows_them_is_not_rea
         ]
         said.append((text.stopper.tokens, text.prompt_logprobs))
     assert said[0] == said[1] == said[2]
+
+
+def test_a_piece_whose_rows_are_all_asked_for_is_not_kept_where_shapes_are_static(monkeypatch: pytest.MonkeyPatch):
+    """It has gone through other kernels than the piece that a text reads, so it has other bits."""
+    kept, _ = readers("llama", "float32")
+    kept.keep_prefixes(100)
+    remembered: list[int] = []
+    monkeypatch.setattr(kept, "_remember", lambda tokens, *_: remembered.append(len(tokens)))
+    for static in (None, SimpleNamespace(supports=lambda count, keep: False)):
+        monkeypatch.setattr(kept, "static", static)
+        for keep in (1, P):
+            kept.forget()
+            kept.forward([5] * P, 0, keep=keep)
+    assert remembered == [P, P, P], "all but the last"
 
 
 # The drafter's side, whose bits are of no account

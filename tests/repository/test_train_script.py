@@ -69,6 +69,13 @@ def test_so_is_a_recorded_text_whoever_wrote_its_question(evaluation, tmp_path, 
     assert left.manifest.shards[1].responses == 16 + 18
 
 
+def test_scripts_without_spaces_are_compared_by_the_character():
+    chinese, thai = "罗杰有五个网球他又买了两罐网球", "โรเจอร์มีลูกเทนนิสห้าลูก"
+    for text in (chinese, thai):
+        assert overlap.runs(text, 13) & overlap.runs(f"abc {text}!", 13)
+    assert overlap.runs("a1b 罗杰", 3) == {("a1b", "罗", "杰")} and not overlap.runs("one two three", 13)
+
+
 def test_what_is_not_there_is_said_in_a_sentence(evaluation, tmp_path, capsys):
     assert overlap.main([str(evaluation), "--against", str(tmp_path / "nowhere.jsonl")]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err

@@ -147,16 +147,54 @@ def test_a_slot_is_asked_for_the_choice_as_far_ahead_as_it_looks(folder):
     anchors = torch.arange(count)[::2]
     marks = torch.tensor([[[b, a, d] for a in anchors.tolist() for d in range(1, 4)] for b in range(2)])
     for depth in (1, 2, 3):
-        rows, before, ids, logp = some._rows(batch, marks, anchors, depth)
-        assert before.tolist() == [int(batch.tokens[b, a + depth]) for b, a, _ in rows.tolist()]
-        assert len(rows) == len(ids) == len(logp) > 3 and (rows[:, 2] == depth).all()
-        for (b, anchor, _), top in zip(rows.tolist(), ids, strict=True):
+        rows, labels = some._rows(batch, marks, anchors, depth)
+        assert labels.before.tolist() == [int(batch.tokens[b, a + depth]) for b, a, _ in rows.tolist()]
+        assert len(rows) == len(labels.ids) == len(labels.logp) > 3 and (rows[:, 2] == depth).all()
+        for (b, anchor, _), top in zip(rows.tolist(), labels.ids, strict=True):
             assert torch.equal(top, batch.top_ids[b, anchor + depth]) and top[0] != NOTHING
+            assert batch.top_ids[b, anchor, 0] != NOTHING, "its anchor is in the answer, whatever the other text's is"
+        inside = [(at, b, a) for at, (b, a, _) in enumerate(rows.tolist()) if a + depth + 1 < count]
+        assert [int(labels.went[at]) for at, _, _ in inside] == [
+            int(batch.tokens[b, a + depth + 1]) for _, b, a in inside
+        ]
     known = torch.arange(2 * count).view(2, count, 1)
-    rows, before, ids, _ = some._rows(batch, known, None, 0)
-    assert torch.equal(before, batch.tokens.flatten()[rows[:, 0]])
+    rows, labels = some._rows(batch, known, None, 0)
+    assert torch.equal(labels.before, batch.tokens.flatten()[rows[:, 0]])
     noted = batch.top_ids[..., 0] != NOTHING
-    assert torch.equal(rows[:, 0], known[noted][:, 0]) and torch.equal(ids, batch.top_ids[noted])
+    assert torch.equal(rows[:, 0], known[noted][:, 0]) and torch.equal(labels.ids, batch.top_ids[noted])
+
+
+def test_a_text_learns_from_its_own_answer_whoever_is_beside_it(folder):
+    """The prompts are of different lengths."""
+    some = learner(recipe(folder, depths=4))
+
+    def told(*texts: int) -> dict[str, float]:
+        batch = some.batch(texts)
+        return some._run(batch, some._anchors(batch, 1.0, None), 0.0)
+
+    pair, first, second = told(0, 1), told(0), told(1)
+    for name, value in pair.items():
+        assert value == pytest.approx(first[name] + second[name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_place_is_reached_by_the_token_that_the_text_took(folder):
+    """Not by the target's choice, which a sampled text may have left."""
+    objective = Objective(torch.tensor([4, 5, 7]), 10, 0.5)
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    ids, logp = torch.tensor([[5, 7, 4]]), torch.tensor([[0.5, 0.3, 0.2]]).log()
+    for went, chance in ((None, 0.5), (5, 0.5), (7, 0.3), (9, 0.0)):
+        told = objective.judge(logits, ids, logp, None if went is None else torch.tensor([went]))
+        assert told.chance.tolist() == pytest.approx([chance]) and told.first.tolist() == [True]
+
+
+def test_what_grows_is_the_same_in_every_process(folder, tmp_path):
+    envelope.save(learner(recipe(folder, markov_rank=2)).module, tmp_path / "first", tokens=3)
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # as each process begins with another one
+        wanted = recipe(folder, layers=3, markov_rank=5)
+        states.append(go_on_from(str(tmp_path / "first"), small_target(), wanted, (0, 2)).state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_only_what_the_target_wrote_counts(folder):

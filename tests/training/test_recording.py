@@ -293,6 +293,22 @@ def test_without_a_template_a_dialogue_is_paragraphs():
 # The whole of it, in one process
 
 
+def test_of_equally_likely_tokens_the_one_that_was_picked_is_the_choice():
+    """bfloat16 logits have many such; topk gives them in any order."""
+    tokens = torch.tensor([3, 9, 4, 9, 2])
+    ids = torch.tensor([[1, 9, 5], [4, 1, 2], [7, 9, 4], [2, 3, 4], [1, 2, 3]])
+    logp = torch.tensor([[-7, -7, -30], [-5, -10, -30], [-7, -9, -30], [-10, -10, -10], [-1, -1, -90]]) / 10
+    taken = shards.as_taken(tokens, ids, logp)
+    assert taken[:, 0].tolist() == [9, 4, 7, 2, 1], "the third is likelier than what was drawn"
+    assert torch.equal(taken.sort().values, ids.sort().values)
+    model = small_target().bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight[20:40] = model.lm_head.weight[:20]  # every choice has its equal
+    request = AnswerRequest((1, 2, 3), 12, ())
+    ((_, answer),) = Writer(model, 1, slots=64, top=4).answers([request])
+    assert answer.top_ids[2:-1, 0].tolist() == answer.response
+
+
 class Here(Executor):
     """Makes shards in this process, and is interrupted before its `crash`-th one."""
 

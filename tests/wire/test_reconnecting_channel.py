@@ -20,6 +20,7 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.errors import Unreachable, UsageError
 from pearl.roles.target import Target
+from pearl.wire import reconnecting_channel
 from pearl.wire.reconnecting_channel import BACK_OFF_S, DrafterEvent, ReconnectingChannel
 
 DEADLINE_S = 0.25
@@ -312,6 +313,19 @@ def test_a_drafter_is_late_once_and_heard_once():
         assert channel.receive() == Nodes(round, 0, 1, False) and not channel.lost
     assert [event.kind for event in channel.events] == ["late", "heard"] * 3
     assert len(fate.said) == 2  # on the terminal each once
+
+
+def test_that_a_drafter_is_lost_is_kept_however_often_it_was_late(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reconnecting_channel, "_REMEMBERED", 3)
+    fate = Fate(plain_case("sd", 1, "right"), [(0, 0, 0)], [("stopped", 0)])
+    channel = fate.lifeline()
+    for round in range(3):
+        channel.send(Start(round, Schedule.of("sd"), SamplingParams(seed=0), (1, 2), DraftPlan()))
+        channel.wait()
+        fate.made[0].inbox.append(Nodes(round, 0, 1, False))
+        channel.receive()
+    channel._event("lost", "the drafter is lost")
+    assert [event.kind for event in channel.events] == ["late", "heard", "late", "lost"]
 
 
 def test_a_short_wait_makes_nobody_late():

@@ -107,11 +107,11 @@ class Controller:
     def log_chance(self, node: Node, depth: int) -> float:
         return math.log(self.chance(node, depth))
 
-    def seconds_of_rows(self, some: int, rows: int) -> float:
-        """What `some` of the `rows` that a sequence had in the last pass have added to its time: others may have shared
-        its forward, where a row costs what it costs beside theirs."""
+    def seconds_of_rows(self, some: int, rows: int, paths: int = 0) -> float:
+        """What `some` of the `rows` that a sequence had in the last pass have added to its time, and so many paths that
+        they began: others may have shared its forward, where a row costs what it costs beside theirs."""
         all_rows = self._rows if self._shared else rows
-        return self._cost(all_rows) - self._cost(max(1, all_rows - some))
+        return self._cost(all_rows, paths) - self._cost(max(1, all_rows - some))
 
     def _pass_s(self, each: int = 1) -> float:
         """Seconds of a pass with so many rows of each sequence."""
@@ -231,7 +231,8 @@ class Controller:
         twice what a pass can read of each is enough."""
         if self._sequences == 1:
             return MAX_AHEAD
-        return min(MAX_AHEAD, max(2, 2 * (self._buckets.most // self._sequences - 1)))
+        together = self._sequences if self._shared else 1  # in a forward
+        return min(MAX_AHEAD, max(2, 2 * (self._buckets.most // together - 1)))
 
     def _draft_batch(self) -> int:
         """Rows of a draft: up to where a row more costs more than the rows before it did on average."""

@@ -105,6 +105,7 @@ class DrafterShape:
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type", "default") not in _ROPES or "rope_theta" not in rope:
             rope = {"rope_theta": rope.get("rope_theta") or 10000.0}
+        rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}  # it turns whole heads
         known = int(config.vocab_size)
         return DrafterShape(
             kind=kind,

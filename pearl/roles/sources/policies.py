@@ -83,9 +83,10 @@ class TrialPolicy:
 
     def judge(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, controller: Controller) -> None:
         origin = self._source.origin
-        mine = sum(node.origin == origin for node in rows.nodes[1:])
+        mine = {node for node in rows.nodes[1:] if node.origin == origin}
         right = sum(outcome.origin == origin for outcome in walked.outcomes)
-        self._trial(sequence).passed(right, controller.seconds_of_rows(mine, len(rows.nodes)), controller.rate)
+        seconds = controller.seconds_of_rows(len(mine), len(rows.nodes), rows.paths_of(mine))
+        self._trial(sequence).passed(right, seconds, controller.rate)
 
     def passed(self, seconds: float) -> None:
         pass
@@ -149,7 +150,8 @@ class ForwardPolicy:
         """What guesses that nobody else had made were worth. `mine`: these, with their class."""
         rate, went_through = controller.rate, {node for node in walked.nodes[1:] if node in mine}
         read = [node for node in rows.nodes[1:] if node in mine]
-        each = rate * controller.seconds_of_rows(len(read), len(rows.nodes)) / len(read) if read else 0.0
+        seconds = controller.seconds_of_rows(len(read), len(rows.nodes), rows.paths_of(read))
+        each = rate * seconds / len(read) if read else 0.0
         for node in read:
             self.trial.brought(mine[node], (node in went_through) - each)
 

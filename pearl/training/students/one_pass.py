@@ -98,6 +98,12 @@ class OnePassStudent(Student):
             self.mask.data.copy_(saved)
 
     @property
+    def _scale(self) -> Tensor | float:
+        """What the model multiplies its embeddings by, the mask's among them (Gemma)."""
+        scale: Tensor | float = getattr(self.module.get_input_embeddings(), "embed_scale", 1.0)
+        return scale
+
+    @property
     def mask(self) -> nn.Parameter:
         found = getattr(self.module, MASK)
         assert isinstance(found, nn.Parameter)
@@ -170,7 +176,7 @@ class OnePassStudent(Student):
         barred = barred.masked_fill(~seen, torch.finfo(self.module.dtype).min)
         return self._forward(
             cache,
-            inputs_embeds=self.mask.expand(batch, len(rows.anchors), -1),
+            inputs_embeds=(self.mask * self._scale).expand(batch, len(rows.anchors), -1),
             position_ids=rows.positions[None].expand(batch, -1),
             attention_mask=barred[None, None].expand(batch, 1, -1, -1),
         )
