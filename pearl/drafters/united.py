@@ -78,12 +78,13 @@ class UnitedSource(DraftSource):
         grown: dict[int, Grown] = {query.batch_slot: [] for query in queries}
 
         def extend(one: DraftSource) -> None:
-            if not (mine := self._live(one, queries)):
+            mine = self._live(one, queries)
+            if not one.grows_trees:  # below a root where it has spoken, or another has, it is not asked
+                mine = [query for query in mine if not query.trie.root.children]
+            if not mine:
                 return
             if one.grows_trees:
                 made = one.extend(mine)
-            elif any(query.trie.root.children for query in mine):  # it has spoken, or another has
-                return
             else:
                 asked = [query.chain() for query in mine]
                 made = [grow_chain(*pair, one.origin) for pair in zip(mine, one.propose_batch(asked), strict=True)]

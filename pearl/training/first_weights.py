@@ -56,20 +56,39 @@ def new_drafter(
         fc.weight *= 0.1
         fc.weight[:, -width:] += torch.diag(spreads[-1])
         drafter.lm_head.weight.copy_(head.weight[vocabulary])
-        norm: Any = final_norm(target)
-        drafter.norm.weight.copy_(getattr(norm, "weight", torch.ones(width)))
+        drafter.norm.weight.copy_(_gain(final_norm(target), width))
     stack = decoder_layers(target)
     last = len(stack) - 1 if recipe.start_layer is None else min(recipe.start_layer, len(stack) - 1)
     for number, layer in enumerate(drafter.layers):
-        own = stack[max(0, last - (shape.layers - 1 - number))].state_dict()
+        own = _by_llamas_names(stack[max(0, last - (shape.layers - 1 - number))], width)
         _begin_as(layer, strongest(several(own, shape), shape.intermediate), pair=number == 0)
     return drafter.attach(target)
+
+
+def _by_llamas_names(layer: nn.Module, width: int) -> dict[str, Tensor]:
+    """A target's layer. Of norms what they multiply by; that before the MLP is called as in Llama's."""
+    found = dict(layer.state_dict())
+    norms = {name: module for name, module in layer.named_children() if name.endswith("layernorm")}
+    found |= {f"{name}.weight": _gain(norm, width) for name, norm in norms.items()}
+    before_mlp = found.get("pre_feedforward_layernorm.weight")
+    return found if before_mlp is None else found | {"post_attention_layernorm.weight": before_mlp}
+
+
+@torch.no_grad()
+def _gain(norm: Any, width: int) -> Tensor:
+    """What a norm multiplies its normed input by, [H]: its weight, or one more than that (Gemma)."""
+    signs = torch.ones(width)
+    signs[1::2] = -1  # of mean 0 and mean square 1
+    gain: Tensor = (norm(signs) - norm(-signs)) / 2 * signs
+    return gain
 
 
 def _begin_as(layer: nn.Module, start: dict[str, Tensor], pair: bool) -> None:
     """Gives a layer the weights of one of the target's, if it has the same. `pair`: it reads the embedding too, which
     the target's does not: of that half a tenth of what chance gives is left."""
     mine = layer.state_dict()
+    if any("q_norm" in name for name in start.keys() - mine.keys()):
+        return  # without these norms its queries and keys would be of another size
     if pair and _NORM in start:
         start = start | {"hidden_norm.weight": start[_NORM], _NORM: mine[_NORM]}
         for name in (f"self_attn.{one}_proj.weight" for one in "qkv"):

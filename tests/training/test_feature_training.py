@@ -412,6 +412,21 @@ def test_a_new_drafter_with_more_heads_of_keys_begins_with_copies_of_its_targets
     assert copies > 1 and torch.equal(read, own.view(-1, 1, size, own.shape[1]).expand_as(read))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_norms_begin_as_what_the_targets_multiply_by(folder, family: str):
+    """Gemma's by one more than their weights, and that before its MLP has another name."""
+    target = tiny.random_model(tiny.CONFIGS[family]())
+    with torch.no_grad():
+        for name, weight in target.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    made = new_drafter(target, recipe(folder, intermediate=None), (0, 1), torch.arange(20))
+    more, last = float(family == "gemma2"), target.model.layers[-1]
+    before_mlp = getattr(last, "pre_feedforward_layernorm", last.post_attention_layernorm)
+    for mine, its in ((made.norm, target.model.norm), (made.layers[0].post_attention_layernorm, before_mlp)):
+        torch.testing.assert_close(mine.weight, its.weight + more, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_markov_head_learns_what_follows_a_token_and_how_sure_it_is(folder, tmp_path):
     """Every slot is fed alike, so only the head can tell what follows the token that was drafted before."""
