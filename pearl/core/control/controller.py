@@ -80,13 +80,12 @@ class Controller:
     ) -> None:
         """A pass of so many rows, some of them on `paths` beside its chain, is over; it was of so many sequences."""
         self._sequences, self._rows = sequences, rows
-        forwards = 1 if self._shared else sequences  # else each has one of its own: what is learned is their mean
+        forwards = sequences // self._together  # where there are several, what is learned is their mean
         self._cost.observe(round(rows / forwards), round(paths / forwards), forward_s / forwards)
         self._tokens = RATE_DECAY * self._tokens + committed
         self._seconds = RATE_DECAY * self._seconds + seconds
         if self.free and self._draft_s:  # a source without a model takes nothing from the target
-            alone = self._buckets.cost(sequences) if self._shared else sequences * self._buckets.cost(1)
-            self._trial.passed(committed, seconds, sequences, alone)
+            self._trial.passed(committed, seconds, sequences, forwards * self._buckets.cost(self._together))
 
     # decisions
 
@@ -113,10 +112,14 @@ class Controller:
         all_rows = self._rows if self._shared else rows
         return self._cost(all_rows, paths) - self._cost(max(1, all_rows - some))
 
+    @property
+    def _together(self) -> int:
+        """Sequences of a forward: all of a pass, or each has one of its own."""
+        return self._sequences if self._shared else 1
+
     def _pass_s(self, each: int = 1) -> float:
         """Seconds of a pass with so many rows of each sequence."""
-        sequences = self._sequences
-        return self._cost(sequences * each) if self._shared else sequences * self._cost(each)
+        return self._sequences // self._together * self._cost(self._together * each)
 
     @property
     def free(self) -> bool:
@@ -147,11 +150,10 @@ class Controller:
             c = self._cost(1) / self._guess_s if self._guess_s else 3.0
             return best_gamma(self.acceptance, max(c, 0.01))
         guess_s = self._guess_s or self._pass_s() / 3
-        together = sequences if self._shared else 1  # in a forward
         speeds = {
             gamma: tokens_per_pass_sd(self.acceptance, gamma) / (self._pass_s(gamma + 1) + gamma * guess_s)
             for gamma in range(1, LONGEST_BLOCK + 1)
-            if together * (gamma + 1) <= self._buckets.most
+            if self._together * (gamma + 1) <= self._buckets.most
         }
         return max(speeds, key=speeds.__getitem__, default=1)
 
@@ -231,8 +233,7 @@ class Controller:
         twice what a pass can read of each is enough."""
         if self._sequences == 1:
             return MAX_AHEAD
-        together = self._sequences if self._shared else 1  # in a forward
-        return min(MAX_AHEAD, max(2, 2 * (self._buckets.most // together - 1)))
+        return min(MAX_AHEAD, max(2, 2 * (self._buckets.most // self._together - 1)))
 
     def _draft_batch(self) -> int:
         """Rows of a draft: up to where a row more costs more than the rows before it did on average."""
