@@ -14,9 +14,9 @@ def run(trial: ForwardTrial, passes: int, forward_s: float, brings: float, reach
     made = 0
     for _ in range(passes):
         query = ForwardQuery("text", reach, unread)
-        if trial.choose([query], RATE, may_try=True):
+        if trial.choose([query], RATE):
             trial.made([query], forward_s)
-            trial.brought(trial.reach_class(reach), brings)
+            trial.brought(query.place, brings)
             made += 1
         trial.passed(PASS_S)
     return made
@@ -54,32 +54,41 @@ def test_a_long_prompt_is_read_once_what_was_missed_is_worth_reading_it():
     trial, short, long = ForwardTrial((0.005,)), ForwardQuery("a", 0.0), ForwardQuery("b", 0.0, unread=400)
     for _ in range(20):
         trial.made([short], 0.005)
-        trial.brought(0, 1.0)
+        trial.brought(short.place, 1.0)
     trial.made([long], 0.405)  # a millisecond a row
-    trial.brought(0, 1.0)
+    trial.brought(short.place, 1.0)
     waited = 0
-    while not trial.choose([long], RATE, may_try=True):
+    while not trial.choose([long], RATE):
         waited += 1
     # a forward brings about 50 ms and takes 5
     assert 6 <= waited <= 12
     trial.ended("b")
-    assert not trial.choose([long], RATE, may_try=True), "the next text saves for itself"
+    assert not trial.choose([long], RATE), "the next text saves for itself"
 
 
 def test_of_several_texts_those_share_a_forward_that_bring_more_than_they_add_to_it():
     trial = ForwardTrial((0.01, 0.02, 0.03, 0.04))
     for reach, brings in ((0.0, 1.0), (3.0, 0.0)):
         for _ in range(30):
-            trial.made([ForwardQuery("text", reach)], 0.01)
-            trial.brought(trial.reach_class(reach), brings)
+            query = ForwardQuery("text", reach)
+            trial.made([query], 0.01)
+            trial.brought(query.place, brings)
     some = [ForwardQuery(number, reach) for number, reach in enumerate((3.0, 0.0, 0.0, 3.0))]
-    assert sorted(trial.choose(some, RATE, may_try=True)) == [1, 2]
+    assert sorted(trial.choose(some, RATE)) == [1, 2]
 
 
-def test_a_second_forward_before_a_pass_is_none_to_try():
-    trial = ForwardTrial((0.01,))
-    run(trial, 100, 0.01, 0.0)
-    trial.passed(1000.0)
-    query = ForwardQuery("text", 0.0)
-    assert not trial.choose([query], RATE, may_try=False)
-    assert trial.choose([query], RATE, may_try=True)
+@pytest.mark.parametrize("brings, times", [(0.0, 30), (0.8, 200)])
+def test_a_second_forward_before_a_pass_is_judged_apart(brings: float, times: int):
+    """What it does not bring is no fault of the first, and it is made as long as it brings something itself."""
+    trial, first, second = ForwardTrial((0.01,)), ForwardQuery("text", 0.0), ForwardQuery("text", 2.0, again=True)
+    made = 0
+    for _ in range(200):
+        assert trial.choose([first], RATE)
+        trial.made([first], 0.01)
+        trial.brought(first.place, 1.5)
+        if trial.choose([second], RATE):
+            made += 1
+            trial.made([second], 0.01)
+            trial.brought(second.place, brings)
+        trial.passed(PASS_S)
+    assert made <= times and (made == times) == (brings > 0.0)

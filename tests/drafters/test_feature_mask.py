@@ -15,9 +15,9 @@ from torch import Tensor
 from toys import examples
 from trained import drafter_for, small_target
 
-from pearl.drafters.feature.forward_rows import tree_mask
 from pearl.drafters.feature.mask import SlotMask
 from pearl.drafters.feature.network import FeatureDrafter
+from pearl.drafters.feature.path_rows import PathRows, rows_mask
 from pearl.training import partition
 from pearl.training.partition import evaluate
 from pearl.training.train import RUN, runs
@@ -96,27 +96,37 @@ def test_the_mask_is_the_rule_of_its_docstring(case: tuple[int, list[int]], dept
     assert torch.equal(SlotMask(count, depths).of(torch.tensor(anchors), count), expected)
 
 
-@examples(50)
-@given(st.integers(0, 6), st.integers(1, 6), st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(2, 5))
-def test_at_inference_a_leaf_sees_what_an_anchor_sees_in_training(kept: int, fresh: int, paths: list[int], depths: int):
-    """Where the path of a leaf is taken for known positions, and other leaves are left out."""
-    prefix, groups, first = kept + fresh, [], fresh
-    for path in paths:
-        groups.append((first, path + depths - 1))
-        first += path + depths - 1
-    mask = tree_mask(kept, fresh, groups)
-    assert mask.shape == (first, kept + first)
-    rule = SlotMask(prefix + max(paths), depths)
-    assert torch.equal(mask[:fresh, :prefix], rule.known(prefix)[kept:])
+PATHS = st.lists(st.lists(st.integers(0, 2), max_size=4), min_size=1, max_size=4)
+
+
+@examples(100)
+@given(st.integers(1, 6), st.integers(0, 6), PATHS, PATHS, st.integers(2, 5))
+def test_at_inference_a_leaf_sees_what_an_anchor_sees_in_training(
+    prefix: int, fresh: int, read: list[list[int]], paths: list[list[int]], depths: int
+):
+    """Where its path is taken for known positions, and other leaves are left out. `read`: by forwards before."""
+    fresh, rows, slots = min(fresh, prefix), PathRows(), depths - 1
+    for path in read if not fresh else ():
+        rows.grow(path)
+    known = len(rows.ways)
+    on = [rows.grow(path)[0] for path in paths]
+    mask = rows_mask(prefix, fresh, rows.ways, known, [numbers[-1] for numbers in on], slots)
+    kept, columns = mask.shape[1] - mask.shape[0], mask.shape[1]
+    assert kept == (prefix - fresh if fresh else prefix + known - 1)
+    first = columns - len(paths) * slots
+    new = set(range(prefix - 1 + known, first)) if known > 1 else set(range(prefix, first))
+    assert torch.equal(mask[:fresh, :prefix], SlotMask(prefix, depths).known(prefix)[prefix - fresh :])
     assert not mask[:fresh, prefix:].any()
-    for (first, count), path in zip(groups, paths, strict=True):
-        own = torch.zeros(mask.shape[1], dtype=torch.bool)
-        own[:prefix] = own[kept + first : kept + first + count] = True
-        seen = mask[first : first + count]
-        known = prefix + path
-        assert torch.equal(seen[:path, own], torch.nn.functional.pad(rule.known(known)[prefix:], (0, depths - 1)))
-        assert torch.equal(seen[path:, own], rule.of(torch.tensor([known - 1]), known))
-        assert not seen[:, ~own].any(), "another leaf's path or slots"
+    for group, numbers in enumerate(on):
+        way = [*range(prefix), *(prefix - 1 + number for number in numbers[1:])]
+        own = [*way, *range(first + group * slots, first + (group + 1) * slots)]
+        rule = SlotMask(len(way), depths)
+        seen = mask[[column - kept for column in own[len(way) :]]]
+        assert torch.equal(seen[:, own], rule.of(torch.tensor([len(way) - 1]), len(way)))
+        for place, column in enumerate(way):
+            if column in new:
+                assert mask[column - kept].nonzero()[:, 0].tolist() == sorted(way[: place + 1])
+        assert seen.sum() == seen[:, own].sum(), "another leaf's path or slots"
 
 
 # The network

@@ -5,8 +5,9 @@
 
 What a forward is worth depends on how far the guesses of others reach by then: where there are none it may bring a
 token or two, below a sure chain hardly anything. So it is learned by how many tokens the pass is expected to commit
-without it. A source with much to read, a long prompt or what it missed while it was not asked, reads it once the
-forwards that were not made would have brought as much as that takes (the ski rental problem: at most twice the best).
+without it. A second forward before the same pass brings what the first has left, so it is judged apart. A source with
+much to read, a long prompt or what it missed while it was not asked, reads it once the forwards that were not made
+would have brought as much as that takes (the ski rental problem: at most twice the best).
 Where no forward pays, one is tried from what `TRIED` of the run's seconds allow.
 """
 
@@ -21,6 +22,7 @@ from pearl.core.token_buckets import extended
 
 TRIED = 0.005  # of the run's time: forwards that are not known to pay
 FIRST_WORTH = 1.5  # tokens, until something is known: what published heads bring beside nothing else
+_AGAIN = 1 / 3  # of that, for a further forward before the same pass
 _REACH = (0.01, 0.25, 0.5, 1.0, 2.0, 4.0)  # least tokens that a pass is expected to go through, of each class but one
 _WEIGHT_OF_ALL = 4.0  # in a class, of what was seen in all, in forwards
 _FORGET = 0.98  # of what was seen, from forward to forward
@@ -28,24 +30,33 @@ _ROW_WEIGHT = 0.3  # of one more forward in the seconds of a row that it had sti
 _SCALE_WEIGHT = 0.1  # of one more forward in how many times as long they take as at loading
 _LITTLE = 16  # rows that are still to be read, which a forward reads for nothing
 
+Place = tuple[bool, int]  # where it is counted what a forward is worth: `ForwardQuery.again`, the class of its reach
+
 
 @dataclass(frozen=True)
 class ForwardQuery:
     """One text before a pass. `reach`: tokens that the walk is expected to go through by the guesses that are there;
-    `unread`: rows that a forward has to read of the text before it can guess."""
+    `unread`: rows that a forward has to read of the text before it can guess; `again`: there was one before this pass
+    already."""
 
     text: Hashable
     reach: float
     unread: int = 0
+    again: bool = False
+
+    @property
+    def place(self) -> Place:
+        return self.again, bisect.bisect_right(_REACH, self.reach)
 
 
 class _Worth:
     """Tokens that forwards have brought, on the average."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: float) -> None:
+        """`first`: until something is known."""
         self.tokens = [0.0] * (len(_REACH) + 1)
         self.forwards = [0.0] * (len(_REACH) + 1)
-        self.all_tokens, self.all_forwards = _WEIGHT_OF_ALL * FIRST_WORTH, _WEIGHT_OF_ALL
+        self.all_tokens, self.all_forwards = _WEIGHT_OF_ALL * first, _WEIGHT_OF_ALL
 
     def of(self, at: int) -> float:
         of_all = _WEIGHT_OF_ALL * self.all_tokens / self.all_forwards
@@ -66,35 +77,31 @@ class ForwardTrial:
     def __init__(self, costs: Sequence[float]):
         self._costs, self._scale = tuple(costs), 1.0  # a forward takes this many times what was measured
         self._row_s = 0.0  # of a row that is read on the way
-        self._worth = _Worth()
+        self._worth = {False: _Worth(FIRST_WORTH), True: _Worth(_AGAIN * FIRST_WORTH)}  # by `ForwardQuery.again`
         self._to_try_s = 0.0
         self._saved: dict[Hashable, float] = {}  # by text: what forwards that were not made would have brought, in s
 
-    @staticmethod
-    def reach_class(reach: float) -> int:
-        """Where what a forward is worth is counted."""
-        return bisect.bisect_right(_REACH, reach)
-
-    def worth(self, reach: float) -> float:
+    def worth(self, query: ForwardQuery) -> float:
         """Tokens of a forward."""
-        return self._worth.of(self.reach_class(reach))
+        again, at = query.place
+        return self._worth[again].of(at)
 
     def seconds(self, texts: int, unread: int = 0) -> float:
         """Of a forward over so many texts."""
         return self._scale * extended(self._costs, texts) + (self._row_s * unread if unread > _LITTLE else 0.0)
 
-    def choose(self, queries: Sequence[ForwardQuery], rate: float, may_try: bool) -> list[int]:
-        """The numbers of those that a forward is to be made for now. `rate`: tokens per second of the run. `may_try`:
-        also one that is not known to pay; false for a second forward before the same pass."""
-        gains = [self.worth(one.reach) / rate for one in queries]
-        able = [number for number, one in enumerate(queries) if self._reading_pays(one, gains[number], may_try)]
+    def choose(self, queries: Sequence[ForwardQuery], rate: float) -> list[int]:
+        """The numbers of those that a forward is to be made for now, at least one. `rate`: tokens per second of the
+        run."""
+        gains = [self.worth(one) / rate for one in queries]
+        able = [number for number, one in enumerate(queries) if self._reading_pays(one, gains[number])]
         able.sort(key=lambda number: -gains[number])
         best, chosen, gain = 0.0, 0, 0.0
         for count, number in enumerate(able, 1):
             gain += gains[number]
             if gain - self.seconds(count) > best:
                 best, chosen = gain - self.seconds(count), count
-        if chosen or not (may_try and queries):
+        if chosen:
             return able[:chosen]
         number = max(range(len(queries)), key=lambda one: gains[one] - self.seconds(1, queries[one].unread))
         price = self.seconds(1, queries[number].unread)
@@ -104,14 +111,12 @@ class ForwardTrial:
         self._to_try_s -= price
         return [number]
 
-    def _reading_pays(self, one: ForwardQuery, gain_s: float, may_try: bool) -> bool:
-        """Whether what it has still to read is little, or worth reading by now. Where a forward may be tried, notes
-        what one now would have brought."""
+    def _reading_pays(self, one: ForwardQuery, gain_s: float) -> bool:
+        """Whether what it has still to read is little, or worth reading by now. Notes what a forward now would have
+        brought."""
         if one.unread <= _LITTLE:
             return True
-        saved = self._saved.get(one.text, 0.0)
-        if may_try:
-            saved = self._saved[one.text] = saved + max(0.0, gain_s - self.seconds(1))
+        saved = self._saved[one.text] = self._saved.get(one.text, 0.0) + max(0.0, gain_s - self.seconds(1))
         return saved >= self._row_s * one.unread
 
     def made(self, queries: Sequence[ForwardQuery], seconds: float) -> None:
@@ -124,11 +129,13 @@ class ForwardTrial:
             self._scale = ema(self._scale, seconds / expected, weight=_SCALE_WEIGHT)
         for one in queries:
             self._saved.pop(one.text, None)
-            self._worth.made(self.reach_class(one.reach))
+            again, at = one.place
+            self._worth[again].made(at)
 
-    def brought(self, at: int, tokens: float) -> None:
-        """A pass went through so many guesses of a forward of class `at`, less what its rows were worth."""
-        self._worth.brought(at, tokens)
+    def brought(self, place: Place, tokens: float) -> None:
+        """A pass went through so many guesses of a forward of that place, less what its rows were worth."""
+        again, at = place
+        self._worth[again].brought(at, tokens)
 
     def passed(self, seconds: float) -> None:
         """A pass is over, with all that belongs to it."""

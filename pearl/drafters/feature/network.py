@@ -171,13 +171,13 @@ class FeatureDrafter(nn.Module):
         if not self.shape.features:
             return self.rows(tokens, self.shared_hidden.expand(*tokens.shape, -1))
         x = self.fused(features)
-        if (instead := self._unknown()) is not None:
+        if (instead := self.unknown()) is not None:
             x = torch.where(withheld[..., None], instead, x)
         return self.rows(tokens, x)
 
     def slots(self, batch: int, count: int) -> Tensor:
         """The rows of `count` slots, [B, count, W]: all alike."""
-        unknown = self._unknown()
+        unknown = self.unknown()
         assert unknown is not None, "a network that drafts several tokens in one forward"
         if self.shape.kind == OURS:
             one = self.in_proj(torch.cat([self.mask_embedding, unknown]))
@@ -198,7 +198,7 @@ class FeatureDrafter(nn.Module):
             0, torch.tensor([self.shape.mask_token], device=self.device), self.mask_row.detach()[None]
         )
 
-    def _unknown(self) -> Tensor | None:
+    def unknown(self) -> Tensor | None:
         """x where no feature is known, [H]."""
         if self.shape.kind == OURS:
             return self.shared_hidden

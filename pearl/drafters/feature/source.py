@@ -1,13 +1,8 @@
 """A network over hidden states that drafts in parallel: one forward gives the distributions of the next K tokens.
 
 What the target has read comes with its verdicts, as features. Known positions whose features are there are read once
-and stay in the cache; tokens beyond them are guesses or too new, so they enter with what was learned for that instead
-and are read anew each time. One forward holds the newly confirmed rows, the paths of the leaves that it extends, and
-the slots after each leaf:
-
-    confirmed rows                 see the text up to themselves
-    a leaf's path                  sees the text and itself up to each row
-    a leaf's slots                 see the text, the path, and themselves up to each row (`pearl.drafters.feature.mask`)
+and stay in the cache; tokens beyond them are guesses or too new, so they enter with what was learned for that instead,
+and are read anew once the text has grown (`pearl.drafters.feature.path_rows`).
 
 Bits are of no account here: whatever is drafted, the target decides.
 """
@@ -20,20 +15,15 @@ import torch
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
-from pearl.core.trie import shared_prefix
-from pearl.drafters.feature.forward_rows import (
-    FeatureCache,
-    FeatureSequence,
-    batch_mask,
-    concatenated,
-    layer_masks,
-    query_rows,
-)
+from pearl.drafters.feature.forward_rows import FeatureCache, block_masks, concatenated, layer_masks
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.parallel_source import ParallelSource
+from pearl.drafters.feature.path_rows import PathsSequence, RowReader
 from pearl.drafters.one_pass import Guesses, PathsQuery
 from pearl.machine.transfers import select_rows
 from pearl.models import timing
+
+_NEW = 3  # tokens that a pass commits, for what a forward takes
 
 
 class FeatureSource(ParallelSource):
@@ -41,10 +31,16 @@ class FeatureSource(ParallelSource):
 
     _drafter: FeatureDrafter
 
+    def __init__(self, drafter: FeatureDrafter, top_k: int = 0, longest: int = 1 << 20):
+        """`top_k`, `longest`: see `OnePassSource`."""
+        with torch.inference_mode():
+            self._reader = RowReader(drafter)
+        super().__init__(drafter, top_k, longest)
+
     def begin(self, batch_slot: int, params: SamplingParams, continues: bool = False) -> None:
         """The target tells the features of the whole prompt in any case."""
-        old = self._sequences.get(batch_slot) or FeatureSequence(params, FeatureCache(self._drafter))
-        self._sequences[batch_slot] = FeatureSequence(params, old.cache, old.read if continues else [])
+        old = self._sequences.get(batch_slot) or PathsSequence(params, FeatureCache(self._drafter))
+        self._sequences[batch_slot] = PathsSequence(params, old.cache, old.read if continues else [])
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
@@ -52,32 +48,30 @@ class FeatureSource(ParallelSource):
         first, and guesses of K depths after its end."""
         if not queries:
             return []
-        drafter = self._drafter
-        inputs, positions, blocks, wanted = [], [], [], []
-        first = 0
-        for one in queries:
-            kept = min(shared_prefix(one.state.read, one.prefix), len(one.prefix) - 1)
-            rows, where, block, mine = query_rows(drafter, one, kept)
-            inputs.append(rows)
-            positions += where
-            blocks.append(block)
-            wanted += [first + row for row in mine]
-            first += len(rows)
+        blocks = [self._reader.rows(one) for one in queries]
         past = [one.state.cache.upto(block.kept) for one, block in zip(queries, blocks, strict=True)]
-        before = drafter.shape.first_row
-        keys = [position for block in blocks for position in range(before, before + block.kept)]
-        masks = layer_masks(batch_mask(blocks), drafter.shape.windows, positions, keys)
-        hidden, *new = self.forward([positions], torch.cat(inputs), masks, concatenated(past))
+        positions = [position for block in blocks for position in block.positions]
+        keys = [position for block in blocks for position in block.keys]
+        mask = block_masks([block.mask for block in blocks], [block.kept for block in blocks])
+        masks = layer_masks(mask, self._drafter.shape.windows, positions, keys)
+        rows = torch.cat([block.inputs for block in blocks])
+        hidden, *new = self.forward([positions], rows, masks, concatenated(past))
         made = list(zip(new[::2], new[1::2], strict=True))
-        first = 0
+        states: list[Tensor] = []
+        which, asked, first = [], 0, 0  # `asked`: rows of logits
         for one, block in zip(queries, blocks, strict=True):
-            one.state.cache.keep(made, block.kept, slice(first, first + block.fresh))
-            one.state.read = list(one.prefix)
-            first += block.rows
+            one.state.cache.keep(made, block.kept, slice(first, first + block.lasting))
+            said = one.state.paths.said(hidden[first + block.anew : first + len(block.positions)])
+            distinct = list(dict.fromkeys(block.wanted))  # paths share rows
+            place = {row: at for at, row in enumerate(distinct, asked)}
+            which += [place[row] for row in block.wanted]
+            states.append(select_rows(said, distinct))
+            first, asked = first + len(block.positions), asked + len(distinct)
         self.forwards += 1
         self.rows += first
-        asked = select_rows(hidden, wanted)
-        return self.tables(queries, drafter.logits(asked).float(), asked)
+        states_of_rows = torch.cat(states)
+        logits = self._drafter.logits(states_of_rows).float()
+        return self.tables(queries, select_rows(logits, which), select_rows(states_of_rows, which))
 
     @property
     def _looks_back(self) -> bool:
@@ -88,7 +82,12 @@ class FeatureSource(ParallelSource):
         return bias, torch.nn.functional.logsigmoid(sure.float())
 
     def _timed(self, count: int) -> PathsQuery:
-        return PathsQuery(self._sequences[0], [0] * timing.TIMED[0], [[0]] * count)
+        return PathsQuery(self._sequences[0], [0] * timing.TIMED[0], [[token] for token in range(count)], way=False)
+
+    def _read_timed(self, query: PathsQuery) -> None:
+        """As after a pass: some tokens are new."""
+        query.state.forget_last(_NEW)
+        self.read_on([query])
 
     def probe(self, seed: int) -> None:
         """Some forwards over a text of that number."""
@@ -100,7 +99,6 @@ class FeatureSource(ParallelSource):
             self.observe(features.to(torch.bfloat16).view(torch.int16).numpy())
         for more in range(3):
             for leaves in range(1, self.max_leaves + 1):
-                self.read_on(
-                    [PathsQuery(self._sequences[0], text[: length + more], [[token] for token in range(leaves)])]
-                )
+                paths = [[token] * (1 + more) for token in range(leaves)]
+                self._read_timed(PathsQuery(self._sequences[0], text[: length + more], paths))
         self.begin(0, SamplingParams())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pearl.core.control.controller import Controller
-from pearl.core.control.forward_trial import ForwardQuery, ForwardTrial
+from pearl.core.control.forward_trial import ForwardQuery, ForwardTrial, Place
 from pearl.core.control.source_trial import SourceTrial
 from pearl.core.trie import Node
 from pearl.drafters.draft_source import DraftSource, Grown
@@ -108,8 +108,8 @@ class ForwardPolicy:
         self._source, self._deepest = source, deepest
         self.trial = ForwardTrial(source.costs)
         self._asked: dict[SequenceState, ForwardQuery] = {}
-        self._grown: dict[SequenceState, dict[Node, int]] = {}  # with the class of the forward
-        self._offered: dict[SequenceState, dict[Node, int]] = {}  # of those: what only it had when rows were chosen
+        self._grown: dict[SequenceState, dict[Node, Place]] = {}  # of the forward
+        self._offered: dict[SequenceState, dict[Node, Place]] = {}  # of those: what only it had when rows were chosen
 
     def choose(
         self, sequences: Sequence[SequenceState], controller: Controller, again: bool
@@ -119,18 +119,18 @@ class ForwardPolicy:
                 one.sequence_id,
                 expected(one, controller, self._deepest(one)),
                 0 if again else self._source.unread(one.batch_slot, one.trie.tokens),
+                again,
             )
             for one in sequences
         ]
         self._asked = dict(zip(sequences, queries, strict=True))
-        return [sequences[number] for number in self.trial.choose(queries, controller.rate, not again)]
+        return [sequences[number] for number in self.trial.choose(queries, controller.rate)]
 
     def answered(self, sequences: Sequence[SequenceState], grown: Sequence[Grown], seconds: float) -> None:
         asked = [self._asked[one] for one in sequences]
         self.trial.made(asked, seconds)
         for one, query, new in zip(sequences, asked, grown, strict=True):
-            at = self.trial.reach_class(query.reach)
-            self._grown.setdefault(one, {}).update((node, at) for _, node in new)
+            self._grown.setdefault(one, {}).update((node, query.place) for _, node in new)
 
     def heard(self, sequence: SequenceState, seconds: float) -> None:
         pass  # it keeps what it hears for its next forward
@@ -138,16 +138,16 @@ class ForwardPolicy:
     def chosen(self, sequence: SequenceState) -> None:
         """What the drafter has guessed too by now is no gain."""
         mine = self._grown.get(sequence, {})
-        self._offered[sequence] = {node: at for node, at in mine.items() if not sequence.has_arrived(node)}
+        self._offered[sequence] = {node: place for node, place in mine.items() if not sequence.has_arrived(node)}
 
     def judge(self, sequence: SequenceState, rows: PassRows, walked: PassWalk, controller: Controller) -> None:
         if mine := self._offered.get(sequence):
             self._judge(mine, rows, walked, controller)
         grown = self._grown.get(sequence, {})
-        self._grown[sequence] = {node: at for node, at in grown.items() if _is_below(node, sequence)}
+        self._grown[sequence] = {node: place for node, place in grown.items() if _is_below(node, sequence)}
 
-    def _judge(self, mine: dict[Node, int], rows: PassRows, walked: PassWalk, controller: Controller) -> None:
-        """What guesses that nobody else had made were worth. `mine`: these, with their class."""
+    def _judge(self, mine: dict[Node, Place], rows: PassRows, walked: PassWalk, controller: Controller) -> None:
+        """What guesses that nobody else had made were worth. `mine`: these, with the place of their forward."""
         rate, went_through = controller.rate, {node for node in walked.nodes[1:] if node in mine}
         read = [node for node in rows.nodes[1:] if node in mine]
         seconds = controller.seconds_of_rows(len(read), len(rows.nodes), rows.paths_of(read))
