@@ -8,7 +8,6 @@ Knows: tries, chains, paths. Refuses to know: networks and how they are read (`r
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,10 +33,10 @@ from pearl.drafters.draft_source import (
 from pearl.models.reduced_head import scatter_vocabulary
 
 TOP_K = 8  # paths that survive a depth
+_GO_ON_LOGP = math.log(0.02)  # a path that is less likely is not gone on from, unless it is the best below its leaf
 
 Guess = tuple[int, float, Proposal]  # token, log q, what it was drawn from
-# Of one row, likeliest first; or, where they depend on the token before, what they are after each of some tokens
-RowGuesses = Any  # list[Guess] | Callable[[Sequence[int]], list[list[Guess]]]
+RowGuesses = Any  # of one row, list[Guess], likeliest first; or, where they depend on the token before, a `RowAfter`
 Guesses = list[RowGuesses]  # by depth
 Leaf = tuple[tuple[int, ...], Node, float]  # path, node, joint log-probability
 
@@ -128,7 +127,7 @@ class OnePassSource(DraftSource):
             return [self.guess(prefix, [path])[0] if self.guesses_after(path) else [] for path in paths]
         read = self.read_on([PathsQuery(self._sequences[0], prefix, paths, way=False)])[0]
         for path, (_, table) in zip(paths, read, strict=True):
-            if any(map(callable, table)):
+            if any(isinstance(row, RowAfter) for row in table):
                 token, known = [*prefix, *path][-1], []
                 for row in table:
                     known += row([token])
@@ -203,18 +202,16 @@ class OnePassSource(DraftSource):
         return bool(self._ids) and query.params.greedy and query.logits.shape[1] == len(self._ids)
 
     def _each_after(self, queries: Sequence[RankQuery]) -> list[Guesses]:
-        """`_ranked` where guesses depend on the token before as well: a function of such tokens for each row."""
+        """`_ranked` where guesses depend on the token before as well."""
         found: list[Guesses] = []
         for one in queries:
             assert one.hidden is not None, "guesses that depend on the token before need them"
             rows = zip(one.logits, one.hidden, one.positions, strict=True)
-            found.append([functools.partial(self._after, row, hidden, at, one.params) for row, hidden, at in rows])
+            found.append([RowAfter(self, row, hidden, at, one.params) for row, hidden, at in rows])
         return found
 
-    def _after(
-        self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
-    ) -> list[list[Guess]]:
-        """The guesses of one row after each of `tokens`.  row: [D], or over the target's vocabulary; hidden: [H]"""
+    def after(self, asked: Sequence[tuple[RowAfter, Sequence[int]]]) -> list[list[list[Guess]]]:
+        """The guesses of some rows of one text, each after some tokens."""
         raise NotImplementedError
 
     def known(self, state: Any, tokens: Sequence[int]) -> int:
@@ -297,34 +294,51 @@ class OnePassSource(DraftSource):
         state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
         anew = self._anew(query)
         state.guessed = len(trie.tokens)
-        new: Grown = []
+        beams: list[Beam] = []
         gone: set[int] = set()
         for (path, leaf, logp), (way, table) in zip(leaves, read, strict=True):
             node, joint = trie.root, 0.0
             for token, guesses in zip(path, way if anew else (), strict=False):
                 if id(node) not in gone:
                     gone.add(id(node))
-                    new += grow_beam(trie, node, joint, [guesses], self._top_k, self.origin)
+                    beams.append((node, joint, [guesses]))
                 node = node.children[token]
                 joint += node.logp
-            new += grow_beam(
-                trie, leaf, joint if anew else logp, table[: deepest - len(path)], self._top_k, self.origin
-            )
-        return new
+            gone.add(id(leaf))
+            beams.append((leaf, joint if anew else logp, table[: deepest - len(path)]))
+        return grow_beams(trie, beams, self._top_k, self.origin)
 
 
 def best_chain(table: Guesses, token: int) -> Chain:
     """The best guess of every depth, one after the other, the first after `token`."""
     chain: list[Any] = []
     for row in table:
-        token, _, proposal = _after(row, [token])[0][0]
+        token, _, proposal = _after([(row, [token])])[0][0][0]
         chain.append((token, proposal))
     return chain
 
 
-def _after(row: RowGuesses, tokens: Sequence[int]) -> list[list[Guess]]:
-    """The guesses of a row after each of some tokens."""
-    return row(tokens) if callable(row) else [row] * len(tokens)
+@dataclass(frozen=True)
+class RowAfter:
+    """The guesses of a row, which depend on the token before it as well.  logits: [D], or over the target's
+    vocabulary; hidden: [H]; position: of the token that is guessed"""
+
+    source: OnePassSource
+    logits: Tensor
+    hidden: Tensor
+    position: int
+    params: SamplingParams
+
+    def __call__(self, tokens: Sequence[int]) -> list[list[Guess]]:
+        """After each of some tokens."""
+        return self.source.after([(self, tokens)])[0]
+
+
+def _after(asked: Sequence[tuple[RowGuesses, Sequence[int]]]) -> list[list[list[Guess]]]:
+    """The guesses of some rows of one text, each after some tokens: one call of the network for all of them."""
+    looking = [(row, tokens) for row, tokens in asked if isinstance(row, RowAfter)]
+    found = iter(looking[0][0].source.after(looking) if looking else ())
+    return [next(found) if isinstance(row, RowAfter) else [row] * len(tokens) for row, tokens in asked]
 
 
 def with_confidence(guesses: Sequence[Guess], chance: float) -> list[Guess]:
@@ -336,29 +350,48 @@ def with_confidence(guesses: Sequence[Guess], chance: float) -> list[Guess]:
     return [(best, chance, proposal), *rest]
 
 
-def grow_beam(trie: Trie, leaf: Node, logp: float, table: Guesses, top_k: int, origin: str) -> Grown:
-    """A beam of highest joint probability: every surviving parent meets every candidate of its depth."""
-    beam = [(logp, leaf)]
+Beam = tuple[Node, float, Guesses]  # what grows below a node, whose path is so likely (log)
+
+
+def grow_beams(trie: Trie, beams: Sequence[Beam], top_k: int, origin: str) -> Grown:
+    """Beams of highest joint probability: every surviving parent meets every candidate of its depth."""
     new: Grown = []
-    for guesses in table:
-        paths = [
-            (joint + q, rank, parent, token, proposal, q)
-            for (joint, parent), after in zip(beam, _after(guesses, [node.token for _, node in beam]), strict=True)
-            for rank, (token, q, proposal) in enumerate(after)
+    alive = [([(logp, node)], table) for node, logp, table in beams]
+    for depth in range(max((len(table) for _, _, table in beams), default=0)):
+        alive = [(beam, table) for beam, table in alive if beam and depth < len(table)]
+        asked = [(table[depth], [node.token for _, node in beam]) for beam, table in alive]
+        alive = [
+            (_next_depth(trie, beam, after, top_k, origin, new), table)
+            for (beam, table), after in zip(alive, _after(asked), strict=True)
         ]
-        first = paths[0] if paths else None
-        paths = sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]
-        beam = []
-        for path in paths:
-            joint, _, parent, token, proposal, q = path
-            if joint < MIN_PATH_LOGP and path is not first:
-                continue
-            there = token in parent.children
-            child = trie.grow(parent, token, proposal, q, origin)
-            assert child is not None, "a source extends the tree that it was given"
-            if not there:
-                new.append((parent, child))
-            beam.append((joint, child))
-        if not beam:
-            break
     return new
+
+
+def _next_depth(
+    trie: Trie,
+    beam: Sequence[tuple[float, Node]],
+    guesses: Sequence[list[Guess]],
+    top_k: int,
+    origin: str,
+    new: Grown,
+) -> list[tuple[float, Node]]:
+    """The likeliest paths that go on from those of a beam. Notes nodes that were not there."""
+    paths = [
+        (joint + q, rank, parent, token, proposal, q)
+        for (joint, parent), after in zip(beam, guesses, strict=True)
+        for rank, (token, q, proposal) in enumerate(after)
+    ]
+    first = paths[0] if paths else None
+    kept: list[tuple[float, Node]] = []
+    for path in sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]:
+        joint, _, parent, token, proposal, q = path
+        if joint < MIN_PATH_LOGP and path is not first:
+            continue
+        there = token in parent.children
+        child = trie.grow(parent, token, proposal, q, origin)
+        assert child is not None, "a source extends the tree that it was given"
+        if not there:
+            new.append((parent, child))
+        if joint >= _GO_ON_LOGP or not kept:
+            kept.append((joint, child))
+    return kept

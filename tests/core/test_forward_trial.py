@@ -80,7 +80,7 @@ def test_of_several_texts_those_share_a_forward_that_bring_more_than_they_add_to
 @pytest.mark.parametrize("brings, times", [(0.0, 30), (0.8, 200)])
 def test_a_second_forward_before_a_pass_is_judged_apart(brings: float, times: int):
     """What it does not bring is no fault of the first, and it is made as long as it brings something itself."""
-    trial, first, second = ForwardTrial((0.01,)), ForwardQuery("text", 0.0), ForwardQuery("text", 2.0, again=True)
+    trial, first, second = ForwardTrial((0.01,)), ForwardQuery("text", 0.0), ForwardQuery("text", 0.7, again=True)
     made = 0
     for _ in range(200):
         assert trial.choose([first], RATE)

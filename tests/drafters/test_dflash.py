@@ -201,7 +201,7 @@ def test_its_logits_are_those_of_speculators(tmp_path, kind: str, cut: bool, inn
     for row, state in zip(chain, hidden[0, first:], strict=True):
         if kind == "dspark":
             before = torch.tensor([[token]])
-            bias, sure = drafter.after(before[0], state)
+            bias, sure = drafter.after(before[0], state[None])
             with torch.no_grad():
                 if model.markov_head is not None:
                     theirs = model.markov_head.block_bias(prev_token_ids=before, hidden_states=state[None, None])
@@ -347,7 +347,7 @@ def test_where_dspark_was_trained_each_row_guesses_what_follows_it(tmp_path, kin
     hidden, table = block_of(drafter, TEXT[: ANCHOR + 1], path)
     expected = by_hand(tensors, config, TEXT[: ANCHOR + 1], path, first=0)
     torch.testing.assert_close(table, expected, atol=1e-4, rtol=1e-4)
-    bias, sure = drafter.after(torch.tensor([7]), hidden[0])
+    bias, sure = drafter.after(torch.tensor([7]), hidden[:1])
     if kind == "deepspec-dflash":
         assert bias is None and sure is None
         return
@@ -367,7 +367,7 @@ def test_a_token_that_its_own_tables_lack_is_read_as_the_last_one(tmp_path):
     drafter.place("cpu", torch.float32)
     unknown, last = (block_of(drafter, [*TEXT[:ANCHOR], token]) for token in (WORDS + 2, WORDS - 1))
     assert torch.equal(unknown[1], last[1])
-    assert torch.equal(*(drafter.after(torch.tensor([one]), last[0][0])[0] for one in (WORDS + 2, WORDS - 1)))
+    assert torch.equal(*(drafter.after(torch.tensor([one]), last[0][:1])[0] for one in (WORDS + 2, WORDS - 1)))
 
 
 def test_a_map_of_the_whole_vocabulary_is_undone_in_the_rows_of_the_heads(tmp_path):

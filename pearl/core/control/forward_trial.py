@@ -14,6 +14,7 @@ Where no forward pays, one is tried from what `TRIED` of the run's seconds allow
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ TRIED = 0.005  # of the run's time: forwards that are not known to pay
 FIRST_WORTH = 1.5  # tokens, until something is known: what published heads bring beside nothing else
 _AGAIN = 1 / 3  # of that, for a further forward before the same pass
 _REACH = (0.01, 0.25, 0.5, 1.0, 2.0, 4.0)  # least tokens that a pass is expected to go through, of each class but one
-_WEIGHT_OF_ALL = 4.0  # in a class, of what was seen in all, in forwards
+_MEAN_REACH = (0.0, 0.1, 0.35, 0.75, 1.5, 3.0, 6.0)  # about the middle of each class
+_WEIGHT = 4.0  # in a class, of what is expected there by all that was seen, in forwards
+_WEIGHT_OF_ALL = 8.0  # of what is expected before anything was seen, in forwards
 _FORGET = 0.98  # of what was seen, from forward to forward
 _ROW_WEIGHT = 0.3  # of one more forward in the seconds of a row that it had still to read
 _SCALE_WEIGHT = 0.1  # of one more forward in how many times as long they take as at loading
@@ -50,25 +53,30 @@ class ForwardQuery:
 
 
 class _Worth:
-    """Tokens that forwards have brought, on the average."""
+    """Tokens that forwards have brought, on the average, by the class of their reach.
+
+    Before anything is known a forward brings less the further others reach, as its own guesses lie behind theirs
+    (`_expected`). What forwards bring in all, against that, is the same factor in all classes."""
 
     def __init__(self, first: float) -> None:
-        """`first`: until something is known."""
-        self.tokens = [0.0] * (len(_REACH) + 1)
-        self.forwards = [0.0] * (len(_REACH) + 1)
-        self.all_tokens, self.all_forwards = _WEIGHT_OF_ALL * first, _WEIGHT_OF_ALL
+        """`first`: where nobody else guesses, until something is known."""
+        self._expected = [first * math.exp(-reach) for reach in _MEAN_REACH]
+        self._tokens = [0.0] * len(_MEAN_REACH)
+        self._forwards = [0.0] * len(_MEAN_REACH)
+        self._all_tokens = self._all_expected = _WEIGHT_OF_ALL * first
 
     def of(self, at: int) -> float:
-        of_all = _WEIGHT_OF_ALL * self.all_tokens / self.all_forwards
-        return (self.tokens[at] + of_all) / (self.forwards[at] + _WEIGHT_OF_ALL)
+        by_all = self._expected[at] * self._all_tokens / self._all_expected
+        return (self._tokens[at] + _WEIGHT * by_all) / (self._forwards[at] + _WEIGHT)
 
     def made(self, at: int) -> None:
-        self.tokens[at], self.forwards[at] = _FORGET * self.tokens[at], _FORGET * self.forwards[at] + 1
-        self.all_tokens, self.all_forwards = _FORGET * self.all_tokens, _FORGET * self.all_forwards + 1
+        self._tokens[at], self._forwards[at] = _FORGET * self._tokens[at], _FORGET * self._forwards[at] + 1
+        self._all_tokens *= _FORGET
+        self._all_expected = _FORGET * self._all_expected + self._expected[at]
 
     def brought(self, at: int, tokens: float) -> None:
-        self.tokens[at] += tokens
-        self.all_tokens += tokens
+        self._tokens[at] += tokens
+        self._all_tokens += tokens
 
 
 class ForwardTrial:

@@ -134,9 +134,7 @@ def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
         logp = best.float().log_softmax(-1).tolist()
         if any(math.isnan(row[0]) for row in logp):  # of infinity too
             raise NonFiniteLogits(logits.dtype)
-        pairs = [zip(row, qs, strict=False) for row, qs in zip(tokens.tolist(), logp, strict=True)]
-        # of equal logits, which half precision often has, the first token comes first, as argmax has it
-        return [[(t, q, ()) for t, q in sorted(row, key=lambda one: (-one[1], one[0]))[:most]] for row in pairs]
+        return [_likeliest(row, qs, most) for row, qs in zip(tokens.tolist(), logp, strict=True)]
     if not all(map(math.isfinite, best[:, 0].tolist())):
         raise NonFiniteLogits(logits.dtype)
     if params.rejection:
@@ -144,6 +142,15 @@ def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
         return [_drawn_first(row, scores, t, params, position, most) for row, scores, t, position in rows]
     kept = zip(warp(best, params), tokens, positions, strict=True)
     return [_best_samples(scores, t, params, position, most) for scores, t, position in kept]
+
+
+def _likeliest(tokens: Sequence[int], logp: Sequence[float], most: int) -> list:
+    """The first of tokens whose probabilities don't rise. Of equal ones, which half precision often has, the first
+    token comes first, as argmax has it."""
+    pairs = list(zip(tokens, logp, strict=True))
+    if len(set(logp[: most + 1])) <= min(most, len(logp) - 1):
+        pairs.sort(key=lambda one: (-one[1], one[0]))
+    return [(token, q, ()) for token, q in pairs[:most]]
 
 
 def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int) -> list:

@@ -179,14 +179,13 @@ class DFlashDrafter(nn.Module):
         return torch.tanh(found / cap) * cap if cap else found
 
     def after(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of a row after each of some tokens: what the token adds to its logits, [P, D], and the log of the chance that
-        its guess is taken, [P]; None: it has no such head.  tokens: int64 [P]; hidden: [H], of the row"""
-        rows = hidden.expand(len(tokens), -1)
+        """Of rows after some tokens: what the token adds to the logits, [P, D], and the log of the chance that the best
+        guess is taken, [P]; None: it has no such head.  tokens: int64 [P]; hidden: [P, H], of the rows"""
         before = self.markov_head.markov_w1(tokens) if self.markov_head else None
-        bias = self.markov_head(before, rows) if self.markov_head else None
+        bias = self.markov_head(before, hidden) if self.markov_head else None
         if self.confidence_head is None:
             return bias, None
-        looked = torch.cat([rows, before], -1) if self.shape.confident_markov and before is not None else rows
+        looked = torch.cat([hidden, before], -1) if self.shape.confident_markov and before is not None else hidden
         return bias, self.confidence_head(looked)
 
     def _turn(self, like: Tensor, positions: Tensor) -> Rotation:

@@ -60,12 +60,7 @@ class DFlashSource(ParallelSource):
         return False
 
     def _leaves(self, query: TreeQuery) -> list[Leaf]:
-        leaves = [leaf for leaf in super()._leaves(query) if self.guesses_after(leaf[0])]
-        state = self._sequences[query.batch_slot]
-        anew = state.guessed != len(query.trie.tokens) and self.ready(state, query.trie.tokens)
-        if anew and query.trie.root.children and self._deepest(query) > 0:
-            return [((), query.trie.root, 0.0), *leaves[: self.max_leaves - 1]]
-        return leaves
+        return self._and_root(query, [leaf for leaf in super()._leaves(query) if self.guesses_after(leaf[0])])
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:

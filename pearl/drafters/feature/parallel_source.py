@@ -6,6 +6,7 @@ Knows: features come with verdicts, and guesses may depend on the token before. 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from pearl.core.messages import Features
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import RankQuery
+from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence
-from pearl.drafters.one_pass import Guess, Guesses, OnePassSource, PathsQuery, with_confidence
+from pearl.drafters.one_pass import Guess, Guesses, Leaf, OnePassSource, PathsQuery, RowAfter, with_confidence
 from pearl.machine.transfers import Fetched, sent
 from pearl.models import timing
 from pearl.models.static_shapes.network import NetworkForward
@@ -54,38 +56,48 @@ class ParallelSource(OnePassSource):
         """Whether the features of all of the text but its last token are there, if any are wanted."""
         return not self.layers or state.known >= max(1, len(prefix) - 1)
 
+    def _and_root(self, query: TreeQuery, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """With the root where the text has grown since: of what follows it more is known than when it was guessed."""
+        state, trie = self._sequences[query.batch_slot], query.trie
+        anew = state.guessed != len(trie.tokens) and self.ready(state, trie.tokens)
+        if anew and trie.root.children and self._deepest(query) > 0:
+            return [((), trie.root, 0.0), *leaves[: self.max_leaves - 1]]
+        return list(leaves)
+
     @property
     def _looks_back(self) -> bool:
         """Guesses depend on the token before as well."""
         raise NotImplementedError
 
     def _said_of(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of a row after each of some tokens: what the token adds to its logits, [P, D], and the log of the chance that
-        its guess is taken, [P]; None: nothing.  tokens: int64 [P]; hidden: [H], of the row"""
+        """Of rows after some tokens: what the token adds to the logits, [P, D], and the log of the chance that the best
+        guess is taken, [P]; None: nothing.  tokens: int64 [P]; hidden: [P, H], of the rows"""
         raise NotImplementedError
 
     def _ranked(self, queries: Sequence[RankQuery]) -> list[Guesses]:
         return self._each_after(queries) if self._looks_back else super()._ranked(queries)
 
     @torch.inference_mode()
-    def _after(
-        self, row: Tensor, hidden: Tensor, position: int, params: SamplingParams, tokens: Sequence[int]
-    ) -> list[list[Guess]]:
-        """The guesses of one row after each of `tokens`; the best one is as likely as a head of confidence says.
-
-        row: [D], or over the target's vocabulary; hidden: [H]"""
-        bias, sure = self._said_of(sent(torch.tensor(tokens), self.device), hidden)
-        logits = row.expand(len(tokens), -1)
+    def after(self, asked: Sequence[tuple[RowAfter, Sequence[int]]]) -> list[list[list[Guess]]]:
+        """The guesses of some rows of one text, each after some tokens; the best one is as likely as a head of
+        confidence says."""
+        counts = [len(tokens) for _, tokens in asked]
+        tokens = sent(torch.tensor([token for _, some in asked for token in some]), self.device)
+        hidden = torch.cat([row.hidden.expand(count, -1) for (row, _), count in zip(asked, counts, strict=True)])
+        logits = torch.cat([row.logits.expand(count, -1) for (row, _), count in zip(asked, counts, strict=True)])
+        bias, sure = self._said_of(tokens, hidden)
         if bias is not None:
             if logits.shape[1] != bias.shape[1]:
                 assert self._vocabulary is not None, "only a draft vocabulary has other ids"
                 bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
             logits = logits + bias.float()
         coming = None if sure is None else Fetched(sure)
-        found: list[list[Guess]] = super()._ranked([RankQuery(logits, params, [position] * len(tokens))])[0]
-        if coming is None:
-            return found
-        return list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
+        positions = [row.position for (row, _), count in zip(asked, counts, strict=True) for _ in range(count)]
+        found: list[list[Guess]] = super()._ranked([RankQuery(logits, asked[0][0].params, positions)])[0]
+        if coming is not None:
+            found = list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
+        parts = iter(found)
+        return [list(itertools.islice(parts, count)) for count in counts]
 
     def _timed(self, count: int) -> PathsQuery:
         """A forward of so many leaves."""

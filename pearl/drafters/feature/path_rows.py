@@ -135,13 +135,14 @@ class RowReader:
         if first == len(prefix):
             return []
         tokens = sent(torch.tensor(prefix[first:]), drafter.device)
+        if drafter.shape.features and first:
+            features = query.state.between(first - 1, len(prefix) - 1, drafter.device)
+            return [drafter.rows(tokens, drafter.fused(features))]
+        # the first token of a text, which has none
         features = torch.zeros(len(tokens), drafter.shape.feature_row, dtype=torch.bfloat16, device=drafter.device)
-        withheld = torch.zeros(len(tokens), dtype=torch.bool)
-        if drafter.shape.features:
-            withheld[: max(0, 1 - first)] = True
-            told = max(first, 1)
-            if told < len(prefix):
-                features[told - first :] = query.state.between(told - 1, len(prefix) - 1, drafter.device)
+        withheld = torch.arange(len(tokens)) == 0
+        if drafter.shape.features and len(prefix) > 1:
+            features[1:] = query.state.between(0, len(prefix) - 1, drafter.device)
         return [drafter.known(tokens[None], features[None], sent(withheld[None], drafter.device))[0]]
 
     def _ahead(self, tokens: Sequence[int]) -> list[Tensor]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
+from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureCache, block_masks, concatenated, layer_masks
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.feature.path_rows import PathsSequence, RowReader
-from pearl.drafters.one_pass import Guesses, PathsQuery
+from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
 from pearl.machine.transfers import select_rows
 from pearl.models import timing
 
@@ -41,6 +42,9 @@ class FeatureSource(ParallelSource):
         """The target tells the features of the whole prompt in any case."""
         old = self._sequences.get(batch_slot) or PathsSequence(params, FeatureCache(self._drafter))
         self._sequences[batch_slot] = PathsSequence(params, old.cache, old.read if continues else [])
+
+    def _leaves(self, query: TreeQuery) -> list[Leaf]:
+        return self._and_root(query, super()._leaves(query))
 
     @torch.inference_mode()
     def read_on(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
@@ -78,7 +82,7 @@ class FeatureSource(ParallelSource):
         return self._drafter.shape.markov_rank > 0
 
     def _said_of(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        bias, sure = self._drafter.after(tokens, hidden.expand(len(tokens), -1))
+        bias, sure = self._drafter.after(tokens, hidden)
         return bias, torch.nn.functional.logsigmoid(sure.float())
 
     def _timed(self, count: int) -> PathsQuery:
