@@ -12,8 +12,10 @@ entries are 2^29 times smaller than the largest; `shift_of` tells, and a layer t
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -21,10 +23,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pearl.errors import UsageError
+from pearl.models import timing
 
 FIRST_ROWS = 32  # of a weight, kept readable where the layer's own layout is not
 _PIECE = 1 << 18  # entries looked at together
 _USUAL_ROWS = 8  # of a pass, for which a layout is chosen
+_FEW_ROWS = 2  # FBGEMM's 8 bits are sooner with up to so many, whatever the processor
+_CACHE, _ROUNDS = 12_000_000, 5  # numbers of four bytes that push others out of a cache; rounds that are timed
 
 
 class PackedLinear(nn.Module):
@@ -72,24 +77,95 @@ class BlockedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W rounded to 8 bits a row and x to 7 bits a forward: for drafters, whose errors cost guesses
-    only. Half the bytes of `PackedLinear`."""
+    """y = x W^T + b with W rounded to 8 bits a row and x to 8 bits: for drafters, whose errors cost guesses only. Half
+    the bytes of `PackedLinear`.
+
+    FBGEMM takes the largest entry of a forward for the scale of x. Some rows at once are multiplied by oneDNN where
+    that is sooner, as it is with matrix units for 8 bits; there each row has a scale of its own."""
+
+    _scales: Tensor
+    _zeros: Tensor
+    _bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         """weight: [out, in]"""
         super().__init__()
         self._dtype = weight.dtype
         weight = weight.float()
-        scales = (weight.abs().amax(1) / 127).clamp_(min=1e-12).double()
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch means to drop this function one day, and says so to every user
-            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._packed = torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+        scales = (weight.abs().amax(1) / 127).clamp_(min=1e-12)
+        self._packed = _packed_in_8_bits(weight, scales, bias)
+        self._tiled: Tensor | None = None
+        if _tiles_are_sooner():
+            self._tiled = _tiled(weight, scales)
+            self.register_buffer("_scales", scales, persistent=False)
+            self.register_buffer("_zeros", torch.zeros(len(scales), dtype=torch.int32), persistent=False)
+            self.register_buffer("_bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.quantized.linear_dynamic(_rows(x), self._packed, True)
+        if self._tiled is None or x.numel() <= _FEW_ROWS * x.shape[-1]:
+            y = torch.ops.quantized.linear_dynamic(_rows(x), self._packed, not _sums_hold_8_bits())
+            return y.view(*x.shape[:-1], y.shape[-1]).to(self._dtype)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = (rows.abs().amax(1, keepdim=True) / 126).clamp_(min=1e-12).to(torch.bfloat16)  # rounded up to 127
+        rounded = (rows / scale).round_().to(torch.int8)
+        y = _of_tiles(rounded, self._tiled, self._scales, self._zeros).mul_(scale)
+        if self._bias is not None:
+            y = y.add_(self._bias)
         return y.view(*x.shape[:-1], y.shape[-1]).to(self._dtype)
+
+
+def _packed_in_8_bits(weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> object:
+    """As FBGEMM multiplies it.  weight: float32 [out, in]; scales: float32 [out]"""
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to drop this function one day, and says so to every user
+        rounded = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+
+
+def _tiled(weight: Tensor, scales: Tensor) -> Tensor:
+    """As oneDNN multiplies it."""
+    return torch.ops.onednn.qlinear_prepack((weight / scales[:, None]).round().to(torch.int8), None)
+
+
+def _of_tiles(x: Tensor, tiled: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """x W^T, bfloat16 [R, out].  x: int8 [R, in]"""
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, tiled, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+    )
+
+
+@functools.cache
+def _sums_hold_8_bits() -> bool:
+    """Whether FBGEMM's product is right with 8 bits of x. Without the instructions for it, pairs of products are added
+    in 16 bits, which hold 7."""
+    weight, x = torch.ones(32, 64), torch.ones(2, 64)
+    found = torch.ops.quantized.linear_dynamic(x, _packed_in_8_bits(weight, weight.amax(1) / 127), False)
+    return bool((found - 64).abs().max() < 0.5)
+
+
+@functools.cache
+def _tiles_are_sooner() -> bool:
+    """Whether oneDNN multiplies some rows in 8 bits rightly, and sooner than FBGEMM does."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return False
+    weight = torch.randn(8192, 512, generator=torch.Generator().manual_seed(1))
+    scales, zeros = weight.abs().amax(1) / 127, torch.zeros(len(weight), dtype=torch.int32)
+    try:
+        tiled = _tiled(weight, scales)
+        sums = _of_tiles(torch.full((2, 512), 127, dtype=torch.int8), tiled, scales, zeros)
+    except RuntimeError:
+        return False
+    if not torch.allclose(sums.float(), 127 * weight.sum(1), rtol=0.05, atol=100.0):
+        return False
+    packed, x, others = _packed_in_8_bits(weight, scales), torch.randn(_USUAL_ROWS, 512), torch.ones(_CACHE)
+
+    def seconds(multiply: Callable[[], object]) -> float:
+        """The least of some, each with weights that are not in the cache, as in a model."""
+        return min((others.sum(), timing.timed(multiply)[0])[1] for _ in range(_ROUNDS))
+
+    by_onednn = seconds(lambda: _of_tiles((x * 30).round().to(torch.int8), tiled, scales, zeros))
+    return by_onednn < seconds(lambda: torch.ops.quantized.linear_dynamic(x, packed, False))
 
 
 class RowwiseInt8Linear(nn.Module):

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pearl.checkpoints import quantized
 from pearl.errors import UsageError
+from pearl.models import linear
 from pearl.models.linear import BlockedLinear, Int8Linear, PackedLinear, chosen, pack, shift_of
 
 needs_fbgemm = pytest.mark.skipif(
@@ -148,6 +149,33 @@ def test_a_layer_takes_rows_in_any_shape(make):
     assert y.shape == (2, 3, 24) and layer(x[:0]).shape == (0, 3, 24)
     assert layer(x[0, 0]).shape == (24,)
     torch.testing.assert_close(layer(x[0, 0]), y[0, 0], atol=0.3, rtol=0)  # int8 rounds by the largest of a forward
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_8_bits_differ_by_rounding_only(monkeypatch, tiles: bool, dtype: torch.dtype, bias: bool):
+    """By both libraries, whichever this processor has the instructions for."""
+    monkeypatch.setattr(linear, "_tiles_are_sooner", lambda: tiles)
+    layer = nn.Linear(96, 70, bias=bias).to(dtype)
+    with torch.no_grad():
+        layer.weight[5] = 0.0
+    rounded = Int8Linear(layer.weight.detach(), layer.bias)
+    assert (rounded._tiled is not None) == tiles
+    for rows in (1, 2, 3, 9):
+        x = torch.randn(rows, 96).to(dtype)
+        x[0] = 0.0
+        y, expected = rounded(x), layer(x).detach()
+        assert y.dtype == dtype and y.shape == (rows, 70)
+        assert (y - expected).float().abs().max() < 0.03, "steps of 1/127, in both"
+
+
+@needs_fbgemm
+def test_with_tiles_a_row_has_what_it_has_beside_others(monkeypatch):
+    monkeypatch.setattr(linear, "_tiles_are_sooner", lambda: True)
+    layer, x = Int8Linear(torch.randn(70, 96).bfloat16(), None), torch.randn(6, 96).bfloat16()
+    assert torch.equal(layer(x)[:4], layer(torch.cat([x[:4], 1000 * x[4:]]))[:4])
 
 
 @needs_blocks
