@@ -211,7 +211,7 @@ def _beside(config: EngineConfig, target: TargetFacts) -> DraftDescription | Non
     """The checkpoint that drafts in the target's process."""
     if not (name := config.target_draft_checkpoint):
         return None
-    files = DraftFiles.of(name)
+    files = DraftFiles.of(name, "target_draft")
     kind = draft_kinds.kind_of(files)
     if kind.is_causal_lm:
         raise UsageError(

@@ -77,19 +77,22 @@ class EngineConfig:
         1, whole(1, MAX_SEQUENCES), "texts side by side that there is memory for; in eval as many as --batch-size", PAIR
     )
     cache_gb: float = setting(
-        0.0, number(0, 1e6, "a number of gigabytes, or 0"), "of their keys and values at most; 0: no limit", PAIR
+        0.0,
+        number(0, 1e6, "a number of gigabytes up to 1,000,000, or 0"),
+        "GB of their keys and values at most; 0: no limit",
+        PAIR,
     )
     memory: float = setting(
         0.0,
         number(0, MAX_MEMORY_MB, f"a number of megabytes up to {MAX_MEMORY_MB}, or 0"),
-        "MB of earlier texts that guesses are taken from, beside the target; 0: none",
+        "MB of earlier texts that the suffix source beside the target guesses from, whatever else is there; 0: none",
         PAIR,
     )
     memory_file: str | None = setting(None, PATH, "where they are loaded from, and saved at the end", PAIR)
     prefix_cache_gb: float | None = setting(
         None,
-        number(0, 1e6, "a number of gigabytes, or 0"),
-        "of prompts' keys and values that each side keeps; 0: none; default: a sixteenth of what is free, 2 GB at most",
+        number(0, 1e6, "a number of gigabytes up to 1,000,000, or 0"),
+        "GB of prompts' keys and values that each side keeps; 0: none; default: a sixteenth of what is free, 2 at most",
         PAIR,
         word="prefix_cache",
     )
@@ -185,6 +188,7 @@ class EngineConfig:
                 f"The draft {self.draft!r} names several checkpoints: name one of them, and suffix before or after it."
             )
         options.check(self)
+        self._check_names()
         if self.memory_file and not self.memory:
             raise UsageError("memory_file needs memory, the MB that it may have: give --memory too.")
         if self.memory and self.target_draft == "none":
@@ -200,6 +204,19 @@ class EngineConfig:
             raise UsageError("target_cores and draft_cores name cores to keep to, which pin_cores off forbids: choose.")
         if self.tensor_parallel_size > 1:
             self._check_ranks()
+
+    def _check_names(self) -> None:
+        """Of draft sources: each once, and where it belongs."""
+        for option, names in (("draft", self.draft_sources), ("target_draft", self._target_drafts)):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise UsageError(f"The {option} {getattr(self, option)!r} names {twice} twice: once is enough.")
+        for name in self.draft_sources:
+            if name in (RECYCLING, "auto", "none") and not model_path(name).exists():
+                raise UsageError(
+                    f"{name} is for target_draft, what guesses in the target's process: give draft a draft model, a "
+                    f"feature drafter, or {SUFFIX}, which needs no model."
+                )
 
     def _check_target_draft(self) -> None:
         files = [name for name in self._target_drafts if name not in (*BESIDE_TARGET, "auto")]
@@ -252,8 +269,7 @@ class EngineConfig:
             return ()
         if model_path(given.removeprefix(FEATURE)).exists():  # its name may hold a comma
             return (given,)
-        names = [name.strip() for name in given.split(",")]
-        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name)) or (given,)
+        return tuple(_listed(given)) or (given,)
 
     @property
     def pins(self) -> bool:
@@ -279,13 +295,18 @@ class EngineConfig:
         """The names of all, in their order."""
         if self.synthetic or not isinstance(self.draft, str) or model_path(self.draft).exists():
             return (self.draft,)
-        names = [name.strip() for name in self.draft.split(",")]
-        return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names if name)) or (self.draft,)
+        return tuple(_listed(self.draft)) or (self.draft,)
 
     @property
     def draft_checkpoint(self) -> str:
         """The one that has files, if there is any."""
         return next((name for name in self.draft_sources if name not in WITHOUT_FILES), self.draft_sources[0])
+
+
+def _listed(names: object) -> list[str]:
+    """The names of draft sources with commas between, as they are called today."""
+    some = [name.strip() for name in names.split(",")] if isinstance(names, str) else []
+    return [ALIASES.get(name, name) for name in some if name]
 
 
 def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -313,6 +334,8 @@ def check_model(role: str, name: object) -> None:
     name = name if role == "target" else name.removeprefix(FEATURE)
     path = model_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", os.sep))
+    if not name.strip():
+        raise UsageError(f"The {role} {FEATURE} names no drafter: give its folder or hub id behind the colon.")
     if looks_like_path and not path.exists():
         raise UsageError(f"The {role} {name} does not exist: give a hub id, a folder with a model, or a GGUF file.")
     if path.is_file() and path.suffix != ".gguf":

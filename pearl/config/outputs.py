@@ -39,12 +39,12 @@ def file(name: str) -> Path:
     """The same for a file, and the folders above it."""
     try:
         path = Path(name).expanduser()
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file.")
-        writable = os.access(path, os.W_OK)
+        is_folder, writable = path.is_dir(), os.access(path, os.W_OK)
     except (OSError, RuntimeError, ValueError) as error:  # a name that no file can have, a user who is not there
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"Nothing can be written to {brief(name)} ({reason}): name another place.") from None
+    if is_folder:
+        raise UsageError(f"{path} is a folder: name a file.")
     if not writable:  # as where it is still to be made
         folder(path.parent)
     return path

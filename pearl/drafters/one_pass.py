@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from pearl.drafters.draft_source import (
 from pearl.models.reduced_head import scatter_vocabulary
 
 TOP_K = 8  # paths that survive a depth
-_GO_ON_LOGP = math.log(0.02)  # a path that is less likely is not gone on from, unless it is the best below its leaf
+_GO_ON_LOGP = math.log(0.02)  # a path that is less likely is not gone on from, unless it is the best of its beam
 
 Guess = tuple[int, float, Proposal]  # token, log q, what it was drawn from
 RowGuesses = Any  # of one row, list[Guess], likeliest first; or, where they depend on the token before, a `RowAfter`
@@ -85,7 +85,7 @@ class PathsQuery:
 
 
 class OnePassSource(DraftSource):
-    """Chains and trees of one forward. A path less likely than `MIN_PATH_LOGP` is not gone on from."""
+    """Chains and trees of one forward."""
 
     grows_trees = makes_trees_alone = draws = True
     max_open_leaves = 128  # with more it rests until the root moves
@@ -141,7 +141,7 @@ class OnePassSource(DraftSource):
     ) -> list[list[tuple[Guesses, Guesses]]]:
         """What `read_on` returns, of logits as `PathsQuery.processed` takes them, one query after the other.
 
-        logits: [R, D], float32, over the draft vocabulary; hidden: [R, H], for `_after`."""
+        logits: [R, D], float32, over the draft vocabulary; hidden: [R, H], for `after`."""
         logits = self._processed(queries, logits)
         found: list[list[tuple[Guesses, Guesses]]] = []
         groups, asked, first = [], [], 0
@@ -294,19 +294,27 @@ class OnePassSource(DraftSource):
         state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
         anew = self._anew(query)
         state.guessed = len(trie.tokens)
-        beams: list[Beam] = []
-        gone: set[int] = set()
-        for (path, leaf, logp), (way, table) in zip(leaves, read, strict=True):
-            node, joint = trie.root, 0.0
+        # nodes with a row that has read their path, parents first: the node before, and what follows
+        read_nodes: dict[Node, tuple[Node | None, RowGuesses]] = {}
+        for (path, leaf, _), (way, table) in zip(leaves, read, strict=True):
+            node, before = trie.root, None
             for token, guesses in zip(path, way if anew else (), strict=False):
-                if id(node) not in gone:
-                    gone.add(id(node))
-                    beams.append((node, joint, [guesses]))
-                node = node.children[token]
-                joint += node.logp
-            gone.add(id(leaf))
-            beams.append((leaf, joint if anew else logp, table[: deepest - len(path)]))
-        return grow_beams(trie, beams, self._top_k, self.origin)
+                read_nodes.setdefault(node, (before, guesses))
+                node, before = node.children[token], node
+            read_nodes.setdefault(leaf, (before, table[0]))
+        joints = {} if anew else {leaf: logp for _, leaf, logp in leaves}
+        kept: dict[Node, Beam] = {}
+        new: Grown = []
+        found = _after([(row, [node.token]) for node, (_, row) in read_nodes.items()])
+        for (node, (before, _)), guesses in zip(read_nodes.items(), found, strict=True):
+            joint = joints.setdefault(node, joints[before] + node.logp if before else 0.0)
+            kept[node] = _grown_once(trie, [(joint, node)], guesses, self._top_k, self.origin, new)
+        # further down guesses come from the slots of a leaf, which know less than a row that has read the path
+        beams = [
+            ([one for one in kept[leaf] if one[1] not in read_nodes], table[1 : deepest - len(path)])
+            for (path, leaf, _), (_, table) in zip(leaves, read, strict=True)
+        ]
+        return new + grown_beams(trie, beams, self._top_k, self.origin, read_nodes)
 
 
 def best_chain(table: Guesses, token: int) -> Chain:
@@ -350,31 +358,30 @@ def with_confidence(guesses: Sequence[Guess], chance: float) -> list[Guess]:
     return [(best, chance, proposal), *rest]
 
 
-Beam = tuple[Node, float, Guesses]  # what grows below a node, whose path is so likely (log)
+Beam = list[tuple[float, Node]]  # paths: the log of how likely each is, and where it ends
 
 
-def grow_beams(trie: Trie, beams: Sequence[Beam], top_k: int, origin: str) -> Grown:
-    """Beams of highest joint probability: every surviving parent meets every candidate of its depth."""
+def grown_beams(
+    trie: Trie, beams: Sequence[tuple[Beam, Guesses]], top_k: int, origin: str, others: Collection[Node] = ()
+) -> Grown:
+    """Goes on from beams of highest joint probability, each by a table of guesses by depth: every surviving parent
+    meets every candidate of its depth. `others`: nodes below which others have said more, so no path goes on there."""
     new: Grown = []
-    alive = [([(logp, node)], table) for node, logp, table in beams]
-    for depth in range(max((len(table) for _, _, table in beams), default=0)):
-        alive = [(beam, table) for beam, table in alive if beam and depth < len(table)]
-        asked = [(table[depth], [node.token for _, node in beam]) for beam, table in alive]
-        alive = [
-            (_next_depth(trie, beam, after, top_k, origin, new), table)
-            for (beam, table), after in zip(alive, _after(asked), strict=True)
+    for depth in range(max((len(table) for _, table in beams), default=0)):
+        beams = [(beam, table) for beam, table in beams if beam and depth < len(table)]
+        found = _after([(table[depth], [node.token for _, node in beam]) for beam, table in beams])
+        grown = [
+            _grown_once(trie, beam, guesses, top_k, origin, new)
+            for (beam, _), guesses in zip(beams, found, strict=True)
+        ]
+        beams = [
+            ([one for one in beam if one[1] not in others], table)
+            for beam, (_, table) in zip(grown, beams, strict=True)
         ]
     return new
 
 
-def _next_depth(
-    trie: Trie,
-    beam: Sequence[tuple[float, Node]],
-    guesses: Sequence[list[Guess]],
-    top_k: int,
-    origin: str,
-    new: Grown,
-) -> list[tuple[float, Node]]:
+def _grown_once(trie: Trie, beam: Beam, guesses: Sequence[list[Guess]], top_k: int, origin: str, new: Grown) -> Beam:
     """The likeliest paths that go on from those of a beam. Notes nodes that were not there."""
     paths = [
         (joint + q, rank, parent, token, proposal, q)
@@ -382,7 +389,7 @@ def _next_depth(
         for rank, (token, q, proposal) in enumerate(after)
     ]
     first = paths[0] if paths else None
-    kept: list[tuple[float, Node]] = []
+    kept: Beam = []
     for path in sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]:
         joint, _, parent, token, proposal, q = path
         if joint < MIN_PATH_LOGP and path is not first:

@@ -200,24 +200,34 @@ class TextMemory:
                 vocabulary=np.int64(vocabulary),
             )
 
-    def load(self, path: Path, vocabulary: int) -> None:
-        """What was saved there, as far as there is room for it; the least recently used texts come first. Raises
-        `UsageError`."""
+    def load(self, path: Path, vocabulary: int) -> int:
+        """What was saved there, as far as there is room for it; the least recently used texts come first. Returns how
+        many tokens that are, with those that have no room. Raises `UsageError`."""
         try:
             with np.load(path, allow_pickle=False) as saved:
-                tokens, of = saved["tokens"].astype(np.int32), int(saved["vocabulary"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UsageError(f"The memory {path} can't be read ({error}): name another file, or delete it.") from None
-        except Exception as error:  # a damaged zip has errors of many kinds
-            raise UsageError(f"The memory {path} is damaged ({error}): name another file, or delete it.") from None
-        if of != vocabulary or (len(tokens) and not (tokens.min() >= _END and tokens.max() < vocabulary)):
+                kept, of = saved["tokens"], int(saved["vocabulary"])
+            tokens = kept.astype(np.int32, casting="same_kind")
+        except MemoryError:
+            raise
+        except Exception as error:  # no archive, a damaged one, or no numbers: numpy and zip have errors of many kinds
+            if isinstance(error, OSError) and error.strerror:
+                raise UsageError(f"The memory {path} can't be read ({error.strerror}): name another file.") from None
+            raise UsageError(_no_memory(path)) from None
+        if of != vocabulary:
             raise UsageError(
                 f"The memory {path} holds tokens of another vocabulary ({of} tokens, not {vocabulary}): give each "
                 "target a memory of its own."
             )
+        if tokens.ndim != 1 or (len(tokens) and not (tokens.min() >= _END and tokens.max() < vocabulary)):
+            raise UsageError(_no_memory(path))
         for text in np.split(tokens, np.flatnonzero(tokens == _END) + 1):
             if len(text) > 1:
                 self.add(text[:-1].tolist())
+        return len(tokens)
+
+
+def _no_memory(path: Path) -> str:
+    return f"{path} is damaged, or no memory of texts at all: name another memory_file, or delete it."
 
 
 def _hash_of(text: np.ndarray) -> int:

@@ -66,7 +66,7 @@ class Runtime:
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
-        self._memory_path = _checked_memory(self.config)
+        self._memory_path, self._remembered = _checked_memory(self.config), 0  # tokens that its file held
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
             timeline.prepare(self._trace_path)
@@ -74,6 +74,7 @@ class Runtime:
             if path := self._memory_path:
                 taken = f"Another engine keeps its memory in {path}: wait for its end, or name another memory_file."
                 opened.enter_context(held(path.with_name(f".{path.name}.lock"), taken))
+            self._memory = self._load_memory()
             opened.callback(launcher.leave)
             cores.in_a_thread(lambda: self._open(opened))
             self._opened = opened.pop_all()
@@ -99,21 +100,29 @@ class Runtime:
                 self._open_channel(),
                 trace=trace(self.config, "target"),
                 prefill_tokens=self.config.prefill_tokens,
-                sources=sources_beside_target(self.config, self.checked, self._open_memory(opened)),
+                sources=sources_beside_target(self.config, self.checked, self._memory),
                 shares=self.checked.shares,
             )
+        if self._memory is not None and self._memory_path:
+            opened.callback(_save, self._memory, self._memory_path, self.checked.vocabulary)
 
-    def _open_memory(self, opened: contextlib.ExitStack) -> TextMemory | None:
-        """That of earlier texts, which is saved at the end where somebody asks for it."""
+    def _load_memory(self) -> TextMemory | None:
+        """That of earlier texts; before models are loaded, as its file may be none."""
         config, vocabulary = self.config, self.checked.vocabulary
         if not config.memory:
             return None
         memory = TextMemory(config.memory)
-        if path := self._memory_path:
-            if path.exists():
-                memory.load(path, vocabulary)
-            opened.callback(_save, memory, path, vocabulary)
+        if (path := self._memory_path) and path.exists():
+            self._remembered = memory.load(path, vocabulary)
         return memory
+
+    def _memory_line(self, memory: TextMemory) -> str:
+        if not self._remembered:
+            return f"up to {self.config.memory:g} MB of earlier texts, none yet"
+        line = f"{memory.size:,} tokens of {memory.texts} earlier texts"
+        if memory.size < self._remembered:
+            line += f"; of the {self._remembered:,} in {self._memory_path} no more fit into {self.config.memory:g} MB"
+        return line
 
     def begin_round(self, forget: bool = False) -> None:
         """What is read and written from now on helps other texts from the next round on: of modes that are compared
@@ -236,6 +245,8 @@ class Runtime:
             lines.append(f"draft: {self.checked.drafting.line}")
         if self.checked.beside:
             lines.append(f"target draft: {self.checked.beside.line}")
+        if self._memory is not None:
+            lines.append(f"memory: {self._memory_line(self._memory)}")
         checks = (rows_check(self.model.buckets), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
 

@@ -86,7 +86,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         ({"max_new_tokens": [1]}, "max_new_tokens must be a whole number from 1, not [1]."),
         ({"double_quant": "yes"}, "double_quant must be true or false, not 'yes'."),
         ({"trust_remote_code": 1}, "trust_remote_code must be true or false, not 1."),
-        ({"cache_gb": math.nan}, "cache_gb must be a number of gigabytes, or 0, not nan."),
+        ({"cache_gb": math.nan}, "cache_gb must be a number of gigabytes up to 1,000,000, or 0, not nan."),
         ({"dtype": "bf16"}, "dtype 'bf16' is unknown; choose from float32, bfloat16, float16; did you mean bfloat16?"),
         ({"mode": {"a": 1}}, "mode must be text, not {'a': 1}."),
         ({"mode": [["ar", "tree"]]}, "mode must be text, not ['ar', 'tree']."),

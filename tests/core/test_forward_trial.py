@@ -77,6 +77,18 @@ def test_of_several_texts_those_share_a_forward_that_bring_more_than_they_add_to
     assert sorted(trial.choose(some, RATE)) == [1, 2]
 
 
+def test_what_forwards_lose_where_little_was_expected_is_no_debt_elsewhere():
+    trial, far, near = ForwardTrial((0.01,)), ForwardQuery("text", 6.0), ForwardQuery("text", 0.0)
+    for _ in range(300):
+        trial.made([far], 0.01)
+        trial.brought(far.place, -0.2)
+    assert 0.0 <= trial.worth(near) < 1.5
+    for _ in range(60):
+        trial.made([far], 0.01)
+        trial.brought(far.place, 0.5)
+    assert trial.worth(near) < 10.0
+
+
 @pytest.mark.parametrize("brings, times", [(0.0, 30), (0.8, 200)])
 def test_a_second_forward_before_a_pass_is_judged_apart(brings: float, times: int):
     """What it does not bring is no fault of the first, and it is made as long as it brings something itself."""

@@ -16,6 +16,8 @@ from toys import examples
 from trained import drafter_for
 
 from pearl.core.params import SamplingParams
+from pearl.core.trie import SUFFIX, Trie
+from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.path_rows import PathRows
 from pearl.drafters.feature.source import FeatureSource
@@ -111,6 +113,53 @@ def test_a_row_is_read_once_for_all_paths_and_all_forwards_until_the_text_grows(
     assert rows(10, [1, 5]) == slots
     assert rows(12, [3]) == 2 + 1 + slots
     assert rows(12, [3, 3]) == 1 + slots
+
+
+def test_a_text_that_goes_on_from_one_that_ended_with_nothing_new_is_read():
+    drafting = source("peagle")
+    drafting.begin(0, SamplingParams())
+    told(drafting, 0, 50)
+    first = drafting.guess(TEXT[:9], [[], [4, 4]])
+    drafting.begin(0, SamplingParams(), continues=True)
+    told(drafting, 0, 50)
+    for before, after in zip(first, drafting.guess(TEXT[:9], [[], [4, 4]]), strict=True):
+        torch.testing.assert_close(before, after, atol=2e-3, rtol=1e-3)
+
+
+def test_after_a_forward_that_failed_all_is_read_again(monkeypatch: pytest.MonkeyPatch):
+    drafting = source("peagle")
+    drafting.begin(0, SamplingParams())
+    told(drafting, 0, 50)
+    expected = drafting.guess(TEXT[:12], [[1, 2, 3]])
+    drafting.begin(0, SamplingParams())
+    told(drafting, 0, 50)
+    drafting.guess(TEXT[:9], [[1]])
+
+    def fails(*_: object) -> list[Tensor]:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafting, "forward", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            drafting.guess(TEXT[:12], [[1, 2, 3]])
+    torch.testing.assert_close(drafting.guess(TEXT[:12], [[1, 2, 3]]), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_root_that_only_others_have_extended_is_read_once():
+    drafting = source("peagle")
+    drafting.begin(0, SamplingParams())
+    told(drafting, 0, 50)
+    trie = Trie(TEXT[:10])
+    trie.grow(trie.root, 3, (), -0.1, SUFFIX)
+    asked: list[PathsQuery] = []
+    read = FeatureSource.read_on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "read_on", lambda queries: (asked.extend(queries), read(drafting, queries))[1])
+        patch.setattr(drafting, "tables", functools.partial(FeatureSource.tables, drafting))
+        drafting.extend([TreeQuery(0, trie, 15, 8)])
+        assert [one.paths for one in asked] == [[[], [3]]]
+        drafting.extend([TreeQuery(0, Trie(TEXT[:11]), 1, 8)])
+        assert asked[-1].paths == [[]], "max_rows"
 
 
 def test_numbers_of_rows():

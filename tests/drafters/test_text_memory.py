@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,7 +123,7 @@ def test_it_comes_back_from_disk(tmp_path_factory, texts, tokens: int):
     memory = memory_of(*texts, tokens=tokens)
     memory.save(path, 4)
     again = memory_of(tokens=tokens)
-    again.load(path, 4)
+    assert again.load(path, 4) == memory.size
     for text in texts:
         for end in range(1, len(text)):
             before, after = memory.find(text[:end]), again.find(text[:end])
@@ -137,10 +138,15 @@ def test_a_file_that_is_none_or_of_other_tokens_is_refused(tmp_path: Path):
     memory_of([*range(20)]).save(path, 20)
     with pytest.raises(UsageError, match=r"another vocabulary \(20 tokens, not 30\)"):
         memory_of().load(path, 30)
-    for damaged in (b"", b"no memory", path.read_bytes()[:-40]):
+    garbage = [b"", b"no memory", path.read_bytes()[:-40]]
+    for tokens in (np.ones((3, 4), dtype=np.int32), np.array([20, -1]), np.array([0.5]), np.array(["a"])):
+        np.savez(path.with_suffix(".npz"), tokens=tokens, vocabulary=20)
+        garbage.append(path.with_suffix(".npz").read_bytes())
+    for damaged in garbage:
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match="name another file, or delete it"):
+        with pytest.raises(UsageError, match="damaged, or no memory of texts at all: name another memory_file, or del"):
             memory_of().load(path, 20)
+        assert path.read_bytes() == damaged
 
 
 def test_in_a_round_nothing_of_it_is_found():

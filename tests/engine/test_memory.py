@@ -60,6 +60,9 @@ def test_a_memory_that_can_t_be_had_or_kept_is_refused_before_models_are_loaded(
     for place in (tmp_path, tmp_path / "file" / "memory.npz"):
         with pytest.raises(UsageError, match=r"[Nn]ame a"):
             opened(pair[0], memory=1, memory_file=str(place))
+    (tmp_path / "garbage").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="delete it"):
+        opened(pair[0], memory=1, memory_file=str(tmp_path / "garbage"))
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=4e9))
     with pytest.raises(UsageError, match="memory 2500 is more than half of the 4000 MB that are free"):
         opened(pair[0], memory=2500)

@@ -17,6 +17,9 @@ needs_fbgemm = pytest.mark.skipif(
 needs_blocks = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="a processor without bfloat16 products"
 )
+needs_tiles = pytest.mark.skipif(
+    not linear.tiles_are_right(), reason="a torch or a processor without oneDNN's product in 8 bits"
+)
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # the relative error of one rounding
 
 
@@ -152,7 +155,7 @@ def test_a_layer_takes_rows_in_any_shape(make):
 
 
 @needs_fbgemm
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=needs_tiles)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_8_bits_differ_by_rounding_only(monkeypatch, tiles: bool, dtype: torch.dtype, bias: bool):
@@ -172,6 +175,7 @@ def test_8_bits_differ_by_rounding_only(monkeypatch, tiles: bool, dtype: torch.d
 
 
 @needs_fbgemm
+@needs_tiles
 def test_with_tiles_a_row_has_what_it_has_beside_others(monkeypatch):
     monkeypatch.setattr(linear, "_tiles_are_sooner", lambda: True)
     layer, x = Int8Linear(torch.randn(70, 96).bfloat16(), None), torch.randn(6, 96).bfloat16()

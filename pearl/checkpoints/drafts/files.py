@@ -40,15 +40,15 @@ class DraftFiles:
     only_downloaded: bool = False  # no hub answers
 
     @staticmethod
-    def of(name: str) -> DraftFiles:
-        """Raises `UsageError` for a name that is neither a folder nor on a hub."""
+    def of(name: str, role: str = "draft") -> DraftFiles:
+        """`role`: the option that names it. Raises `UsageError` for a name that is neither a folder nor on a hub."""
         name = name.removeprefix(FEATURE)
         path = model_path(name)
         if path.exists():
             return DraftFiles(name, path)
         from pearl.checkpoints import hub  # whose library takes long to import
 
-        return DraftFiles(name, only_downloaded=hub.only_downloaded("draft", name))
+        return DraftFiles(name, only_downloaded=hub.only_downloaded(role, name))
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:

@@ -56,17 +56,19 @@ class _Worth:
     """Tokens that forwards have brought, on the average, by the class of their reach.
 
     Before anything is known a forward brings less the further others reach, as its own guesses lie behind theirs
-    (`_expected`). What forwards bring in all, against that, is the same factor in all classes."""
+    (`_expected`). What forwards have brought in all, against that, is the same factor in all classes."""
 
     def __init__(self, first: float) -> None:
         """`first`: where nobody else guesses, until something is known."""
         self._expected = [first * math.exp(-reach) for reach in _MEAN_REACH]
         self._tokens = [0.0] * len(_MEAN_REACH)
         self._forwards = [0.0] * len(_MEAN_REACH)
-        self._all_tokens = self._all_expected = _WEIGHT_OF_ALL * first
+        self._all_tokens = self._all_expected = 0.0  # of all that were made: brought, and expected
+        self._before = _WEIGHT_OF_ALL * first
 
     def of(self, at: int) -> float:
-        by_all = self._expected[at] * self._all_tokens / self._all_expected
+        factor = max(0.0, self._before + self._all_tokens) / (self._before + self._all_expected)
+        by_all = self._expected[at] * factor
         return (self._tokens[at] + _WEIGHT * by_all) / (self._forwards[at] + _WEIGHT)
 
     def made(self, at: int) -> None:
@@ -99,8 +101,8 @@ class ForwardTrial:
         return self._scale * extended(self._costs, texts) + (self._row_s * unread if unread > _LITTLE else 0.0)
 
     def choose(self, queries: Sequence[ForwardQuery], rate: float) -> list[int]:
-        """The numbers of those that a forward is to be made for now, at least one. `rate`: tokens per second of the
-        run."""
+        """The numbers of those that a forward is to be made for now. `queries`: one at least; `rate`: tokens per second
+        of the run."""
         gains = [self.worth(one) / rate for one in queries]
         able = [number for number, one in enumerate(queries) if self._reading_pays(one, gains[number])]
         able.sort(key=lambda number: -gains[number])

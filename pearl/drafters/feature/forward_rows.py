@@ -23,7 +23,8 @@ _GROW = 256  # slots by which the cache grows
 
 
 class FeatureCache:
-    """Keys and values of the confirmed positions, [1, kv heads, slots, head_dim] a layer."""
+    """Keys and values of rows that were read, those of confirmed positions first: [1, kv heads, slots, head_dim] a
+    layer."""
 
     def __init__(self, drafter: FeatureDrafter):
         shape = drafter.shape
@@ -34,7 +35,7 @@ class FeatureCache:
         return [(keys[:, :, :count], values[:, :, :count]) for keys, values in self._layers]
 
     def keep(self, made: Sequence[KeyValue], first: int, rows: slice) -> None:
-        """Takes over those new rows as the positions from `first` on."""
+        """Takes over those new rows, from slot `first` on."""
         for number, new in enumerate(made):
             keys, values = (
                 _written(old, part[:, :, rows], first) for old, part in zip(self._layers[number], new, strict=True)

@@ -50,7 +50,7 @@ class PathRows:
         """Takes over the hidden states of its new rows, [.., H], slots behind them. Returns those of all its rows, and
         the slots."""
         whole = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
-        self.hidden = whole[: len(self.ways)]
+        self.hidden = whole[: len(self.ways)].clone()  # not a view of all rows of a forward
         return whole
 
 
@@ -60,6 +60,10 @@ class PathsSequence(FeatureSequence):
 
     cache: FeatureCache
     paths: PathRows = field(default_factory=PathRows)
+
+    def forget(self) -> None:
+        """All is to be read again, as after a forward that failed."""
+        self.read, self.paths = [], PathRows()
 
     def forget_last(self, count: int) -> None:
         """The last tokens of what is in the cache are to be read again."""
@@ -75,7 +79,7 @@ class QueryRows:
     keys: list[int]  # positions of what is in the cache
     mask: Tensor  # bool [R, keys + R]
     lasting: int  # rows that are kept, the first ones
-    anew: int  # of these, how many come before the first with a number
+    skipped: int  # of these, how many come before the first with a number
     wanted: list[int]  # whose guesses: rows by number, and behind them slots
 
     @property
@@ -98,7 +102,7 @@ class RowReader:
         state, prefix = query.state, query.prefix
         before, slots = self._drafter.shape.first_row, len(self._slots)
         kept = shared_prefix(state.read, prefix)
-        if not kept == len(state.read) == len(prefix):
+        if state.paths.hidden is None or not kept == len(state.read) == len(prefix):
             kept = min(kept, len(prefix) - 1)
             state.read, state.paths = list(prefix), PathRows()
         paths: PathRows = state.paths
@@ -124,7 +128,7 @@ class RowReader:
             keys=[*range(before, max(kept, before)), *at[1:known]],
             mask=rows_mask(len(prefix) - before, fresh, paths.ways, known, [on[-1] for on in numbers], slots),
             lasting=fresh + len(tokens),
-            anew=max(0, fresh - 1),
+            skipped=max(0, fresh - 1),
             wanted=wanted,
         )
 

@@ -52,6 +52,14 @@ class FeatureSource(ParallelSource):
         first, and guesses of K depths after its end."""
         if not queries:
             return []
+        try:
+            return self._read(queries)
+        except Exception:  # of some rows nobody knows whether they are there
+            for one in queries:
+                one.state.forget()
+            raise
+
+    def _read(self, queries: Sequence[PathsQuery]) -> list[list[tuple[Guesses, Guesses]]]:
         blocks = [self._reader.rows(one) for one in queries]
         past = [one.state.cache.upto(block.kept) for one, block in zip(queries, blocks, strict=True)]
         positions = [position for block in blocks for position in block.positions]
@@ -65,7 +73,7 @@ class FeatureSource(ParallelSource):
         which, asked, first = [], 0, 0  # `asked`: rows of logits
         for one, block in zip(queries, blocks, strict=True):
             one.state.cache.keep(made, block.kept, slice(first, first + block.lasting))
-            said = one.state.paths.said(hidden[first + block.anew : first + len(block.positions)])
+            said = one.state.paths.said(hidden[first + block.skipped : first + len(block.positions)])
             distinct = list(dict.fromkeys(block.wanted))  # paths share rows
             place = {row: at for at, row in enumerate(distinct, asked)}
             which += [place[row] for row in block.wanted]
@@ -73,9 +81,11 @@ class FeatureSource(ParallelSource):
             first, asked = first + len(block.positions), asked + len(distinct)
         self.forwards += 1
         self.rows += first
-        states_of_rows = torch.cat(states)
-        logits = self._drafter.logits(states_of_rows).float()
-        return self.tables(queries, select_rows(logits, which), select_rows(states_of_rows, which))
+        of_rows = torch.cat(states)
+        logits = self._drafter.logits(of_rows).float()
+        if len(which) > asked:
+            logits, of_rows = select_rows(logits, which), select_rows(of_rows, which)
+        return self.tables(queries, logits, of_rows)
 
     @property
     def _looks_back(self) -> bool:

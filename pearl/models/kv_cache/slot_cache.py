@@ -249,9 +249,13 @@ class SlotCache(ForwardCache):
             sources = branch.sources.on(part.device)
             part[:, :, first : first + len(sources)] = part.index_select(2, sources)
 
-    def owner(self, keys: Tensor) -> int | None:
-        """The layer whose cached keys `keys` are a view of: layers may share keys. None: no layer's."""
-        return next((layer for layer, one in self._views.items() if keys.data_ptr() == one[0].data_ptr()), None)
+    def owner(self, keys: Tensor, layer: int) -> int | None:
+        """The layer whose cached keys `keys` are a view of, for `layer` itself as a rule: layers may share keys. None:
+        no layer's."""
+        at = keys.data_ptr()
+        if layer in self._views and self._views[layer][0].data_ptr() == at:
+            return layer
+        return next((other for other, one in self._views.items() if one[0].data_ptr() == at), None)
 
     @property
     def must_attend(self) -> bool:
@@ -268,7 +272,7 @@ class SlotCache(ForwardCache):
     def attend_branches(self, query: Tensor, key: Tensor, value: Tensor, call: LayerCall) -> list[Tensor]:
         """The attention of each branch's queries, [1, heads, queries, head_dim]; then the chain lies in its slots.
         `key`, `value`: the slots seen, of one layer. Raises `CannotBranch` if they are no layer's own."""
-        owner = self.owner(key)
+        owner = self.owner(key, call.layer)
         if owner is None:
             raise CannotBranch
         results = []

@@ -111,7 +111,7 @@ class StaticCache(ForwardCache):
         out = self._attention(query, key, value, self.mask, call)
         if not self._shape.paths:
             return out
-        owner = self._cache.owner(key)
+        owner = self._cache.owner(key, call.layer)
         if owner is None:
             raise CannotBranch
         keys, values = map(self._laid_over, self._cache.view(owner, key, value))
