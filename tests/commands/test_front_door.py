@@ -129,7 +129,7 @@ def test_without_a_command_it_lists_them(capsys):
         ),
         (["chat", "--max-new-tokens", "many"], "--max-new-tokens must be a whole number from 1, not 'many'."),
         (["chat", "--gamma", "-3"], "--gamma must be a whole number from 0 to 64, or auto, not -3."),
-        (["chat", "--cache-gb", "nan"], "--cache-gb must be a number of gigabytes, or 0, not nan."),
+        (["chat", "--cache-gb", "nan"], "--cache-gb must be a number of gigabytes up to 1,000,000, or 0, not nan."),
         (["chat", "--mode", "pearl", "tree"], "A talk has one mode: name one of pearl, tree with --mode."),
         (["chat", "--mode", "perl"], "There is no mode 'perl'; did you mean pearl?"),
         (["score"], "Give texts, --draft (see `pearl score --help`)"),

@@ -21,7 +21,7 @@ from pearl.core.params import SamplingParams
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
-from pearl.drafters.one_pass import DraftedText, OnePassSource
+from pearl.drafters.one_pass import DraftedText, OnePassSource, RowAfter
 from pearl.models import timing
 from pearl.models.reduced_head import reduce_vocab
 from pearl.training.diagnose import TreeOutcome, by_token, calibration, outcomes, taps, trees, warnings
@@ -130,11 +130,15 @@ class Honest(OnePassSource):
         self._sequences[batch_slot] = DraftedText(params)
 
     def read_on(self, queries):
-        def after(tokens):
-            return [[(t, math.log(q), ()) for t, q in enumerate(self.CHANCES[token])] for token in tokens]
-
-        table = [after([queries[0].prefix[-1]])[0], after, after]
+        row = RowAfter(self, torch.zeros(0), torch.zeros(0), 0, SamplingParams())
+        table = [row([queries[0].prefix[-1]])[0], row, row]
         return [[([], table) for _ in one.paths] for one in queries]
+
+    def after(self, asked):
+        return [
+            [[(t, math.log(q), ()) for t, q in enumerate(self.CHANCES[token])] for token in tokens]
+            for _, tokens in asked
+        ]
 
 
 def honest_text(seed: int, count: int = 400) -> RecordedText:
