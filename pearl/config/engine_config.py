@@ -85,7 +85,7 @@ class EngineConfig:
     memory: float = setting(
         0.0,
         number(0, MAX_MEMORY_MB, f"a number of megabytes up to {MAX_MEMORY_MB}, or 0"),
-        "MB of earlier texts that the suffix source beside the target guesses from, whatever else is there; 0: none",
+        "MB of earlier texts that the suffix source beside the target guesses from, named there or not; 0: none",
         PAIR,
     )
     memory_file: str | None = setting(None, PATH, "where they are loaded from, and saved at the end", PAIR)
@@ -179,6 +179,9 @@ class EngineConfig:
         if isinstance(self.draft, str):
             object.__setattr__(self, "draft", ",".join(self.draft_sources))
         check_model("target", self.target)
+        if not isinstance(self.draft, str):
+            check_model("draft", self.draft)
+        self._check_twice("draft", self.draft_sources)
         if len(self.draft_sources) > 1 and any(map(SyntheticDraft.of, self.draft_sources)):
             raise UsageError(f"The draft {self.draft!r} names a synthetic one beside another: it stands alone.")
         if self.draft_has_files:
@@ -207,16 +210,18 @@ class EngineConfig:
 
     def _check_names(self) -> None:
         """Of draft sources: each once, and where it belongs."""
-        for option, names in (("draft", self.draft_sources), ("target_draft", self._target_drafts)):
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise UsageError(f"The {option} {getattr(self, option)!r} names {twice} twice: once is enough.")
+        self._check_twice("target_draft", self._target_drafts)
         for name in self.draft_sources:
             if name in (RECYCLING, "auto", "none") and not model_path(name).exists():
                 raise UsageError(
                     f"{name} is for target_draft, what guesses in the target's process: give draft a draft model, a "
                     f"feature drafter, or {SUFFIX}, which needs no model."
                 )
+
+    def _check_twice(self, option: str, names: tuple[str, ...]) -> None:
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"The {option} {getattr(self, option)!r} names {twice} twice: once is enough.")
 
     def _check_target_draft(self) -> None:
         files = [name for name in self._target_drafts if name not in (*BESIDE_TARGET, "auto")]
@@ -293,7 +298,7 @@ class EngineConfig:
     @property
     def draft_sources(self) -> tuple[str, ...]:
         """The names of all, in their order."""
-        if self.synthetic or not isinstance(self.draft, str) or model_path(self.draft).exists():
+        if not isinstance(self.draft, str) or self.synthetic or model_path(self.draft.removeprefix(FEATURE)).exists():
             return (self.draft,)
         return tuple(_listed(self.draft)) or (self.draft,)
 

@@ -294,27 +294,35 @@ class OnePassSource(DraftSource):
         state, trie, deepest = self._sequences[query.batch_slot], query.trie, self._deepest(query)
         anew = self._anew(query)
         state.guessed = len(trie.tokens)
-        # nodes with a row that has read their path, parents first: the node before, and what follows
-        read_nodes: dict[Node, tuple[Node | None, RowGuesses]] = {}
+        # nodes with a row that has read their path, parents first: that path, and what follows
+        read_nodes: dict[Node, tuple[tuple[int, ...], RowGuesses]] = {}
         for (path, leaf, _), (way, table) in zip(leaves, read, strict=True):
-            node, before = trie.root, None
-            for token, guesses in zip(path, way if anew else (), strict=False):
-                read_nodes.setdefault(node, (before, guesses))
-                node, before = node.children[token], node
-            read_nodes.setdefault(leaf, (before, table[0]))
-        joints = {} if anew else {leaf: logp for _, leaf, logp in leaves}
+            node = trie.root
+            for depth, guesses in enumerate(way if anew else ()):
+                read_nodes.setdefault(node, (path[:depth], guesses))
+                node = node.children[path[depth]]
+            read_nodes.setdefault(leaf, (path, table[0]))
         kept: dict[Node, Beam] = {}
         new: Grown = []
         found = _after([(row, [node.token]) for node, (_, row) in read_nodes.items()])
-        for (node, (before, _)), guesses in zip(read_nodes.items(), found, strict=True):
-            joint = joints.setdefault(node, joints[before] + node.logp if before else 0.0)
-            kept[node] = _grown_once(trie, [(joint, node)], guesses, self._top_k, self.origin, new)
+        for (node, (path, _)), guesses in zip(read_nodes.items(), found, strict=True):
+            beam = [(_joint(trie, path), node)]  # by what has just been said of its parents
+            kept[node] = _grown_once(trie, beam, guesses, self._top_k, self.origin, new)
         # further down guesses come from the slots of a leaf, which know less than a row that has read the path
         beams = [
             ([one for one in kept[leaf] if one[1] not in read_nodes], table[1 : deepest - len(path)])
             for (path, leaf, _), (_, table) in zip(leaves, read, strict=True)
         ]
         return new + grown_beams(trie, beams, self._top_k, self.origin, read_nodes)
+
+
+def _joint(trie: Trie, path: Sequence[int]) -> float:
+    """The log of the chance of a path that is there."""
+    node, joint = trie.root, 0.0
+    for token in path:
+        node = node.children[token]
+        joint += node.logp
+    return joint
 
 
 def best_chain(table: Guesses, token: int) -> Chain:
@@ -365,7 +373,7 @@ def grown_beams(
     trie: Trie, beams: Sequence[tuple[Beam, Guesses]], top_k: int, origin: str, others: Collection[Node] = ()
 ) -> Grown:
     """Goes on from beams of highest joint probability, each by a table of guesses by depth: every surviving parent
-    meets every candidate of its depth. `others`: nodes below which others have said more, so no path goes on there."""
+    meets every candidate of its depth. `others`: nodes whose own row was read; paths stop there."""
     new: Grown = []
     for depth in range(max((len(table) for _, table in beams), default=0)):
         beams = [(beam, table) for beam, table in beams if beam and depth < len(table)]

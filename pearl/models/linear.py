@@ -81,7 +81,8 @@ class Int8Linear(nn.Module):
     forward reads half the bytes of `PackedLinear`.
 
     FBGEMM takes the largest entry of a forward for the scale of x. Some rows at once are multiplied by oneDNN where
-    that is sooner, as it is with matrix units for 8 bits, from a copy of W of its own; there each row has its scale."""
+    that is sooner, as it is with matrix units for 8 bits. There each row has its own scale. A second copy of W is kept
+    for that."""
 
     _scales: Tensor
     _zeros: Tensor
@@ -106,7 +107,9 @@ class Int8Linear(nn.Module):
             y = torch.ops.quantized.linear_dynamic(_rows(x), self._packed, not _sums_hold_8_bits())
             return y.view(*x.shape[:-1], y.shape[-1]).to(self._dtype)
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale = (rows.abs().amax(1, keepdim=True) / 126).clamp_(min=1e-12).to(torch.bfloat16)  # rounded, so not 127
+        scale = (
+            (rows.abs().amax(1, keepdim=True) / 126).clamp_(min=1e-12).to(torch.bfloat16)
+        )  # 126, not 127, as it is rounded
         rounded = (rows / scale).round_().to(torch.int8)
         y = _of_tiles(rounded, self._tiled, self._scales, self._zeros, self._dtype).mul_(scale)
         if self._bias is not None:
@@ -151,10 +154,11 @@ def tiles_are_right() -> bool:
     weight, scales = torch.ones(32, 64), torch.full((32,), 1 / 127)
     x, zeros = torch.full((2, 64), 127, dtype=torch.int8), torch.zeros(32, dtype=torch.int32)
     try:
-        sums = _of_tiles(x, _tiled(weight, scales), scales, zeros, torch.float32)
+        tiled = _tiled(weight, scales)
+        found = [_of_tiles(x, tiled, scales, zeros, dtype).float() for dtype in (torch.float32, torch.bfloat16)]
     except RuntimeError:
         return False
-    return bool((sums / 127 - 64).abs().max() < 0.5)
+    return all(bool((sums / 127 - 64).abs().max() < 0.5) for sums in found)
 
 
 @functools.cache

@@ -66,7 +66,8 @@ class Runtime:
         self._workers: TensorParallelWorkers | None = None
         self._connection: ReconnectingChannel | None = None
         self._spread: Target | None = None  # over all devices, for ar-all on GPUs
-        self._memory_path, self._remembered = _checked_memory(self.config), 0  # tokens that its file held
+        self._memory_path = _checked_memory(self.config)
+        self._saved = self._loaded = 0  # tokens: in its file, and of these in the memory
         self._trace_path = Path(self.config.trace).absolute() if self.config.trace else None
         if self._trace_path:
             timeline.prepare(self._trace_path)
@@ -113,15 +114,15 @@ class Runtime:
             return None
         memory = TextMemory(config.memory)
         if (path := self._memory_path) and path.exists():
-            self._remembered = memory.load(path, vocabulary)
+            self._saved, self._loaded = memory.load(path, vocabulary), memory.size
         return memory
 
-    def _memory_line(self, memory: TextMemory) -> str:
-        if not self._remembered:
-            return f"up to {self.config.memory:g} MB of earlier texts, none yet"
-        line = f"{memory.size:,} tokens of {memory.texts} earlier texts"
-        if memory.size < self._remembered:
-            line += f"; of the {self._remembered:,} in {self._memory_path} no more fit into {self.config.memory:g} MB"
+    @property
+    def _memory_line(self) -> str:
+        """What was loaded."""
+        line = f"{self._loaded:,} tokens of earlier texts, up to {self.config.memory:g} MB"
+        if self._loaded < self._saved:
+            line += f"; of the {self._saved:,} in {self._memory_path} no more fit in"
         return line
 
     def begin_round(self, forget: bool = False) -> None:
@@ -246,7 +247,7 @@ class Runtime:
         if self.checked.beside:
             lines.append(f"target draft: {self.checked.beside.line}")
         if self._memory is not None:
-            lines.append(f"memory: {self._memory_line(self._memory)}")
+            lines.append(f"memory: {self._memory_line}")
         checks = (rows_check(self.model.buckets), *(check for check in self.model.checks if check.what != "rows"))
         return "\n".join([*lines, *(f"{check.what}: {check.found}" for check in checks)])
 

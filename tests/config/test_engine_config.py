@@ -79,6 +79,8 @@ def test_a_checkpoint_beside_the_target_is_named_as_a_draft_is_and_stands_with_o
         ({"memory": 8, "target_draft": "none"}, "leave target_draft none out"),
         ({"target_draft": None}, "target_draft must be auto, none, or some of"),
         ({"draft": "suffix, suffix"}, "names suffix twice"),
+        ({"draft": "suffix,m,m"}, "names m twice"),
+        ({"draft": ["m"]}, "The draft must be a hub id, a folder or a GGUF file, not ['m']"),
         ({"draft": "ngram,suffix"}, "names suffix twice"),
         ({"target_draft": "auto,auto"}, "The target_draft 'auto,auto' names auto twice"),
         ({"target_draft": "feature:"}, "names no drafter: give its folder or hub id behind the colon"),

@@ -64,7 +64,7 @@ def test_slots_of_the_root_do_not_overrule_rows_that_have_read_the_path():
 
 
 def test_a_path_is_as_likely_as_its_nodes_are_now():
-    """0.3 x 0.01 was too little to offer anything but the best; what the rows on its way say now is more."""
+    """0.3 x 0.012 was too little to offer anything but the best; what the rows on its way say now is more."""
     trie = Trie([9])
     first = trie.grow(trie.root, 1, (), math.log(0.3), "feature")
     assert first

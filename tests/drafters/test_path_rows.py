@@ -16,7 +16,7 @@ from toys import examples
 from trained import drafter_for
 
 from pearl.core.params import SamplingParams
-from pearl.core.trie import SUFFIX, Trie
+from pearl.core.trie import FEATURE, SUFFIX, Trie
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.path_rows import PathRows
@@ -158,7 +158,10 @@ def test_a_root_that_only_others_have_extended_is_read_once():
         patch.setattr(drafting, "tables", functools.partial(FeatureSource.tables, drafting))
         drafting.extend([TreeQuery(0, trie, 15, 8)])
         assert [one.paths for one in asked] == [[[], [3]]]
-        drafting.extend([TreeQuery(0, Trie(TEXT[:11]), 1, 8)])
+        trie = Trie(TEXT[:11])
+        child = trie.grow(trie.root, 3, (), -0.1, FEATURE)
+        assert child is not None
+        drafting.extend([TreeQuery(0, trie, 1, 8)])
         assert asked[-1].paths == [[]], "max_rows"
 
 

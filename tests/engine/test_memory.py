@@ -74,7 +74,21 @@ def test_two_engines_do_not_keep_their_memories_in_one_file(pair, tmp_path, monk
     taken = r"Another engine keeps its memory in .*: wait for its end, or name"
     with opened(pair[0], memory=1, memory_file=str(path)), pytest.raises(UsageError, match=taken):
         opened(pair[0], memory=1, memory_file=str(path))
-    opened(pair[0], memory=1, memory_file=str(path)).close()
+    with opened(pair[0], memory=1, memory_file=str(path)) as engine:
+        assert "memory: 0 tokens of earlier texts, up to 1 MB" in engine.runtime.description.splitlines()
+
+
+def test_the_start_says_what_a_smaller_memory_has_no_room_for(pair, tmp_path):
+    path = tmp_path / "memory.npz"
+    with opened(pair[0], memory=1, memory_file=str(path)) as engine:
+        vocabulary = engine.runtime.checked.vocabulary
+    large = TextMemory(1)
+    for text in range(40):
+        large.add([text + 1] * 60)
+    large.save(path, vocabulary)
+    with opened(pair[0], memory=0.02, memory_file=str(path)) as engine:
+        (line,) = (one for one in engine.runtime.description.splitlines() if one.startswith("memory: "))
+        assert f"of the {large.size:,} in {path} no more fit in" in line
 
 
 def test_a_file_is_given_back_by_another_thread_than_took_it(tmp_path):

@@ -60,7 +60,7 @@ class ParallelSource(OnePassSource):
         """With the root where the text has grown since: of what follows it more is known than when it was guessed."""
         state, trie = self._sequences[query.batch_slot], query.trie
         anew = state.guessed != len(trie.tokens) and self.ready(state, trie.tokens)
-        if not anew or not trie.root.children or self._deepest(query) <= 0:
+        if not anew or not trie.root.children or min(query.max_rows, self._deepest(query)) <= 0:
             return list(leaves)
         others = [leaf for leaf in leaves if leaf[0]]
         return [((), trie.root, 0.0), *others[: min(query.max_rows, self.max_leaves) - 1]]

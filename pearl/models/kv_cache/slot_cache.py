@@ -250,8 +250,8 @@ class SlotCache(ForwardCache):
             part[:, :, first : first + len(sources)] = part.index_select(2, sources)
 
     def owner(self, keys: Tensor, layer: int) -> int | None:
-        """The layer whose cached keys `keys` are a view of, for `layer` itself as a rule: layers may share keys. None:
-        no layer's."""
+        """The layer whose cached keys `keys` are a view of: usually `layer`, but layers may share keys. None: no
+        layer's."""
         at = keys.data_ptr()
         if layer in self._views and self._views[layer][0].data_ptr() == at:
             return layer
