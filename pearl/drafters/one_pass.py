@@ -9,8 +9,7 @@ Knows: tries, chains, paths. Refuses to know: networks and how they are read (`r
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from pearl.core.logits.processing import LogitsProcessing
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import RankQuery, ranked_together
-from pearl.core.trie import Node, Proposal, Trie
+from pearl.core.trie import Node
 from pearl.drafters.draft_source import (
     MAX_CHILDREN,
     MIN_PATH_LOGP,
@@ -30,14 +29,22 @@ from pearl.drafters.draft_source import (
     Grown,
     TreeQuery,
 )
+from pearl.drafters.guesses import (
+    Beam,
+    Guess,
+    Guesses,
+    RowAfter,
+    RowGuesses,
+    best_chain,
+    grown_beams,
+    grown_once,
+    guesses_after_each,
+    joint_logp,
+)
 from pearl.models.reduced_head import scatter_vocabulary
 
 TOP_K = 8  # paths that survive a depth
-_GO_ON_LOGP = math.log(0.02)  # a path that is less likely is not gone on from, unless it is the best of its beam
 
-Guess = tuple[int, float, Proposal]  # token, log q, what it was drawn from
-RowGuesses = Any  # of one row, list[Guess], likeliest first; or, where they depend on the token before, a `RowAfter`
-Guesses = list[RowGuesses]  # by depth
 Leaf = tuple[tuple[int, ...], Node, float]  # path, node, joint log-probability
 
 
@@ -130,7 +137,7 @@ class OnePassSource(DraftSource):
             if any(isinstance(row, RowAfter) for row in table):
                 token, known = [*prefix, *path][-1], []
                 for row in table:
-                    known += row([token])
+                    known += guesses_after_each([(row, [token])])[0]
                     token = known[-1][0][0]
                 table = known
             found.append(table)
@@ -285,9 +292,13 @@ class OnePassSource(DraftSource):
     def _deepest(self, query: TreeQuery) -> int:
         return min(query.max_depth, self.longest - len(query.trie.tokens) - self.depths)
 
-    def _anew(self, query: TreeQuery) -> bool:
+    def _has_grown(self, query: TreeQuery) -> bool:
         """Whether the text has grown since the trie was last extended."""
         return self._sequences[query.batch_slot].guessed != len(query.trie.tokens)
+
+    def _anew(self, query: TreeQuery) -> bool:
+        """Whether the way to its leaves is to be guessed again."""
+        return self._has_grown(query)
 
     def _grow(self, query: TreeQuery, leaves: Sequence[Leaf], read: Sequence[tuple[Guesses, Guesses]]) -> Grown:
         """Grows a trie by what was read of its leaves."""
@@ -304,109 +315,13 @@ class OnePassSource(DraftSource):
             read_nodes.setdefault(leaf, (path, table[0]))
         kept: dict[Node, Beam] = {}
         new: Grown = []
-        found = _after([(row, [node.token]) for node, (_, row) in read_nodes.items()])
+        found = guesses_after_each([(row, [node.token]) for node, (_, row) in read_nodes.items()])
         for (node, (path, _)), guesses in zip(read_nodes.items(), found, strict=True):
-            beam = [(_joint(trie, path), node)]  # by what has just been said of its parents
-            kept[node] = _grown_once(trie, beam, guesses, self._top_k, self.origin, new)
+            beam = [(joint_logp(trie, path), node)]  # by what has just been said of its parents
+            kept[node] = grown_once(trie, beam, guesses, self._top_k, self.origin, new)
         # further down guesses come from the slots of a leaf, which know less than a row that has read the path
         beams = [
             ([one for one in kept[leaf] if one[1] not in read_nodes], table[1 : deepest - len(path)])
             for (path, leaf, _), (_, table) in zip(leaves, read, strict=True)
         ]
         return new + grown_beams(trie, beams, self._top_k, self.origin, read_nodes)
-
-
-def _joint(trie: Trie, path: Sequence[int]) -> float:
-    """The log of the chance of a path that is there."""
-    node, joint = trie.root, 0.0
-    for token in path:
-        node = node.children[token]
-        joint += node.logp
-    return joint
-
-
-def best_chain(table: Guesses, token: int) -> Chain:
-    """The best guess of every depth, one after the other, the first after `token`."""
-    chain: list[Any] = []
-    for row in table:
-        token, _, proposal = _after([(row, [token])])[0][0][0]
-        chain.append((token, proposal))
-    return chain
-
-
-@dataclass(frozen=True)
-class RowAfter:
-    """The guesses of a row, which depend on the token before it as well.  logits: [D], or over the target's
-    vocabulary; hidden: [H]; position: of the token that is guessed"""
-
-    source: OnePassSource
-    logits: Tensor
-    hidden: Tensor
-    position: int
-    params: SamplingParams
-
-    def __call__(self, tokens: Sequence[int]) -> list[list[Guess]]:
-        """After each of some tokens."""
-        return self.source.after([(self, tokens)])[0]
-
-
-def _after(asked: Sequence[tuple[RowGuesses, Sequence[int]]]) -> list[list[list[Guess]]]:
-    """The guesses of some rows of one text, each after some tokens: one call of the network for all of them."""
-    looking = [(row, tokens) for row, tokens in asked if isinstance(row, RowAfter)]
-    found = iter(looking[0][0].source.after(looking) if looking else ())
-    return [next(found) if isinstance(row, RowAfter) else [row] * len(tokens) for row, tokens in asked]
-
-
-def with_confidence(guesses: Sequence[Guess], chance: float) -> list[Guess]:
-    """Guesses of a row, of which a head says the log of the chance that the best is right: the others share what is
-    left, in proportion, and none is likelier."""
-    (best, q, proposal), *others = guesses
-    left, before = (math.log1p(-math.exp(min(logp, -1e-6))) for logp in (chance, q))
-    rest = [(token, min(chance, left + one - before), its) for token, one, its in others]
-    return [(best, chance, proposal), *rest]
-
-
-Beam = list[tuple[float, Node]]  # paths: the log of how likely each is, and where it ends
-
-
-def grown_beams(
-    trie: Trie, beams: Sequence[tuple[Beam, Guesses]], top_k: int, origin: str, others: Collection[Node] = ()
-) -> Grown:
-    """Goes on from beams of highest joint probability, each by a table of guesses by depth: every surviving parent
-    meets every candidate of its depth. `others`: nodes whose own row was read; paths stop there."""
-    new: Grown = []
-    for depth in range(max((len(table) for _, table in beams), default=0)):
-        beams = [(beam, table) for beam, table in beams if beam and depth < len(table)]
-        found = _after([(table[depth], [node.token for _, node in beam]) for beam, table in beams])
-        grown = [
-            _grown_once(trie, beam, guesses, top_k, origin, new)
-            for (beam, _), guesses in zip(beams, found, strict=True)
-        ]
-        beams = [
-            ([one for one in beam if one[1] not in others], table)
-            for beam, (_, table) in zip(grown, beams, strict=True)
-        ]
-    return new
-
-
-def _grown_once(trie: Trie, beam: Beam, guesses: Sequence[list[Guess]], top_k: int, origin: str, new: Grown) -> Beam:
-    """The likeliest paths that go on from those of a beam. Notes nodes that were not there."""
-    paths = [
-        (joint + q, rank, parent, token, proposal, q)
-        for (joint, parent), after in zip(beam, guesses, strict=True)
-        for rank, (token, q, proposal) in enumerate(after)
-    ]
-    first = paths[0] if paths else None
-    kept: Beam = []
-    for path in sorted(paths, key=lambda path: (-path[0], path[1]))[:top_k]:
-        joint, _, parent, token, proposal, q = path
-        if joint < MIN_PATH_LOGP and path is not first:
-            continue
-        there = token in parent.children
-        child = trie.grow(parent, token, proposal, q, origin)
-        assert child is not None, "a source extends the tree that it was given"
-        if not there:
-            new.append((parent, child))
-        if joint >= _GO_ON_LOGP or not kept:
-            kept.append((joint, child))
-    return kept

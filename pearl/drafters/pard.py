@@ -21,8 +21,9 @@ import torch
 
 from pearl.core.params import SamplingParams
 from pearl.drafters.draft_source import TreeQuery
+from pearl.drafters.guesses import Guesses
 from pearl.drafters.model import LeafReader
-from pearl.drafters.one_pass import DraftedText, Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.drafters.one_pass import DraftedText, Leaf, OnePassSource, PathsQuery
 from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.language_model import TREE_SLOTS

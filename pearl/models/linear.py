@@ -107,9 +107,8 @@ class Int8Linear(nn.Module):
             y = torch.ops.quantized.linear_dynamic(_rows(x), self._packed, not _sums_hold_8_bits())
             return y.view(*x.shape[:-1], y.shape[-1]).to(self._dtype)
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale = (
-            (rows.abs().amax(1, keepdim=True) / 126).clamp_(min=1e-12).to(torch.bfloat16)
-        )  # 126, not 127, as it is rounded
+        largest = rows.abs().amax(1, keepdim=True)
+        scale = (largest / 126).clamp_(min=1e-12).to(torch.bfloat16)  # 126, not 127, as it is rounded
         rounded = (rows / scale).round_().to(torch.int8)
         y = _of_tiles(rounded, self._tiled, self._scales, self._zeros, self._dtype).mul_(scale)
         if self._bias is not None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from pearl.core.params import SamplingParams
 from pearl.drafters.draft_source import MAX_CHILDREN
-from pearl.drafters.one_pass import DraftedText, Guess, Guesses, OnePassSource, PathsQuery
+from pearl.drafters.guesses import Guess, Guesses
+from pearl.drafters.one_pass import DraftedText, OnePassSource, PathsQuery
 from pearl.predict.script import DraftedToken, Script, token
 
 

@@ -38,11 +38,10 @@ from pearl.drafters.draft_source import ChainQuery, TreeQuery
 from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
 from pearl.errors import PearlError
-from pearl.models import timing
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "hurried")
 
 WORDS, HIDDEN, BLOCK, MASK = 40, 64, 5, 39
 DRAFTED = tuple(range(0, WORDS, 3))
@@ -59,14 +58,6 @@ INNER: dict[str, Any] = dict(
     rope_parameters={"rope_type": "default", "rope_theta": 500.0},
 )
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4, "use_sliding_window": True}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurried():
-    """Nothing here depends on how long a forward takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "TIMED", (8, 1))
-        yield
 
 
 def parts(drafter: DFlashDrafter, features: Tensor, tokens: Sequence[int]) -> tuple[DFlashSource, Any]:

@@ -53,13 +53,12 @@ from pearl.drafters.one_pass import PathsQuery
 from pearl.engine import Engine
 from pearl.errors import CheckpointError, UsageError
 from pearl.models import language_model as model_module
-from pearl.models import timing
 from pearl.models.batch_invariance import branches_agree, find_invariant_counts
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "hurried")
 
 DEPTHS = 4
 
@@ -67,14 +66,6 @@ DEPTHS = 4
 @functools.cache
 def network(features: tuple[int, ...] = (0, 2), depths: int = DEPTHS) -> FeatureDrafter:
     return drafter_for(small_target(), features, depths).requires_grad_(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurried():
-    """Nothing here depends on how long a forward takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "TIMED", (8, 1))
-        yield
 
 
 # The tree

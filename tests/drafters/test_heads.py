@@ -27,24 +27,17 @@ from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
 from pearl.engine import Engine
-from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.roles.target import Target
+
+pytestmark = pytest.mark.usefixtures("hurried")
 
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
 SEEDED = SamplingParams(max_new_tokens=10, ignore_eos=True, temperature=0.9, seed=3)
 PENALISED = SamplingParams(max_new_tokens=10, ignore_eos=True, repetition_penalty=1.5, suppress_tokens=[7])
 REJECTION = SamplingParams(max_new_tokens=10, ignore_eos=True, temperature=0.9, seed=3, method="rejection")
 PROMPT = [3, 1, 4, 1, 5]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurried():
-    """Nothing here depends on how long a forward takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "TIMED", (8, 1))
-        yield
 
 
 @functools.cache

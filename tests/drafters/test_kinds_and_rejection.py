@@ -30,6 +30,7 @@ from pearl.drafters.draft_source import DraftSource
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
+from pearl.drafters.guesses import with_confidence
 from pearl.models import timing
 
 WIDE = 16  # numbers of a hidden state
@@ -168,7 +169,7 @@ def test_the_first_child_of_a_node_is_the_drawn_one_and_no_other_was(kind: str):
 @pytest.mark.parametrize("best", [0.02, 0.6, 1.0])
 def test_the_chances_of_a_row_stay_chances_when_a_head_knows_that_of_the_best(best: float, chance: float):
     guesses = [(7, math.log(best), ()), *((token, math.log(max(1e-9, (1 - best) / 6)), ()) for token in range(3))]
-    found = one_pass.with_confidence(guesses, math.log(chance))
+    found = with_confidence(guesses, math.log(chance))
     chances = [math.exp(logp) for _, logp, _ in found]
     assert [token for token, *_ in found] == [7, 0, 1, 2] and chances[0] == pytest.approx(chance)
     assert sum(chances) <= 1 + 1e-5 and max(chances) == chances[0]

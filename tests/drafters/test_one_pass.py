@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pearl.core.params import SamplingParams
 from pearl.core.trie import Node, Trie
 from pearl.drafters.draft_source import TreeQuery
-from pearl.drafters.one_pass import DraftedText, Guess, Guesses, Leaf, OnePassSource, PathsQuery
+from pearl.drafters.guesses import Guess, Guesses
+from pearl.drafters.one_pass import DraftedText, Leaf, OnePassSource, PathsQuery
 
 
 def guesses(**chances: float) -> list[Guess]:
@@ -46,12 +48,19 @@ def chances(node: Node) -> dict[int, float]:
     return {token: round(math.exp(child.logp), 3) for token, child in node.children.items()}
 
 
-def test_slots_of_the_root_do_not_overrule_rows_that_have_read_the_path():
+def path_of(*some: float) -> tuple[Any, ...]:
+    """A trie with the path 1, 2, ..., of nodes that are so likely, and these nodes."""
     trie = Trie([9])
-    first = trie.grow(trie.root, 1, (), math.log(0.3), "feature")
-    assert first
-    second = trie.grow(first, 2, (), math.log(0.9), "feature")
-    assert second
+    nodes = [trie.root]
+    for token, chance in enumerate(some, 1):
+        child = trie.grow(nodes[-1], token, (), math.log(chance), "feature")
+        assert child is not None
+        nodes.append(child)
+    return trie, *nodes[1:]
+
+
+def test_slots_of_the_root_do_not_overrule_rows_that_have_read_the_path():
+    trie, first, second = path_of(0.3, 0.9)
     source = Said(
         {(): guesses(t1=0.8, t5=0.1), (1,): guesses(t2=0.6, t3=0.3), (1, 2): guesses(t4=0.7)},
         {(): [guesses(t2=0.2, t7=0.2), guesses(t8=0.5)], (1, 2): [guesses(t4=0.4), guesses(t4=0.4)]},
@@ -65,11 +74,7 @@ def test_slots_of_the_root_do_not_overrule_rows_that_have_read_the_path():
 
 def test_a_path_is_as_likely_as_its_nodes_are_now():
     """0.3 x 0.012 was too little to offer anything but the best; what the rows on its way say now is more."""
-    trie = Trie([9])
-    first = trie.grow(trie.root, 1, (), math.log(0.3), "feature")
-    assert first
-    second = trie.grow(first, 2, (), math.log(0.012), "feature")
-    assert second
+    trie, _, second = path_of(0.3, 0.012)
     source = Said(
         {(): guesses(t1=0.8), (1,): guesses(t2=0.6), (1, 2): guesses(t4=0.5, t5=0.3)},
         {(): [guesses(t2=0.2), guesses(t8=0.5)], (1, 2): [guesses(t4=0.4), guesses(t4=0.4)]},

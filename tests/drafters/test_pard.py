@@ -31,24 +31,15 @@ from pearl.drafters.draft_source import MAX_CHILDREN, ChainQuery, TreeQuery
 from pearl.drafters.one_pass import PathsQuery
 from pearl.drafters.pard import PardSource
 from pearl.engine import Engine
-from pearl.models import timing
 from pearl.models.draft_model import DraftModel
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache
 from pearl.roles.target import Target
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "hurried")
 
 MASK, DEPTHS = 159, 4
 FAMILIES = ("llama", "qwen2", "qwen3")
 WORDS = st.integers(0, 9)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurried():
-    """Nothing here depends on how long a forward takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "TIMED", (8, 1))
-        yield
 
 
 @functools.cache

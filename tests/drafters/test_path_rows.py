@@ -21,8 +21,10 @@ from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.path_rows import PathRows
 from pearl.drafters.feature.source import FeatureSource
-from pearl.drafters.one_pass import Guesses, PathsQuery
-from pearl.models import timing
+from pearl.drafters.guesses import Guesses
+from pearl.drafters.one_pass import PathsQuery
+
+pytestmark = pytest.mark.usefixtures("hurried")
 
 FEATURES = torch.randn(60, 2 * 64, generator=torch.Generator().manual_seed(1)).bfloat16()
 TEXT = torch.randint(0, tiny.VOCABULARY, (60,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -41,14 +43,6 @@ class Raw(FeatureSource):
             ]
             for one in queries
         ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hurried():
-    """Nothing here depends on how long a forward takes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "TIMED", (8, 1))
-        yield
 
 
 @functools.cache

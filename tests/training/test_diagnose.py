@@ -21,7 +21,8 @@ from pearl.core.params import SamplingParams
 from pearl.drafters.feature.head_reader import HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.source import FeatureSource
-from pearl.drafters.one_pass import DraftedText, OnePassSource, RowAfter
+from pearl.drafters.guesses import RowAfter
+from pearl.drafters.one_pass import DraftedText, OnePassSource
 from pearl.models import timing
 from pearl.models.reduced_head import reduce_vocab
 from pearl.training.diagnose import TreeOutcome, by_token, calibration, outcomes, taps, trees, warnings
@@ -131,7 +132,7 @@ class Honest(OnePassSource):
 
     def read_on(self, queries):
         row = RowAfter(self, torch.zeros(0), torch.zeros(0), 0, SamplingParams())
-        table = [row([queries[0].prefix[-1]])[0], row, row]
+        table = [self.after([(row, [queries[0].prefix[-1]])])[0][0], row, row]
         return [[([], table) for _ in one.paths] for one in queries]
 
     def after(self, asked):

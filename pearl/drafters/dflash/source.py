@@ -22,7 +22,8 @@ from pearl.drafters.dflash.network import DFlashDrafter
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence, concatenated
 from pearl.drafters.feature.parallel_source import ParallelSource
-from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
+from pearl.drafters.guesses import Guesses
+from pearl.drafters.one_pass import Leaf, PathsQuery
 from pearl.machine.transfers import select_rows
 from pearl.models import timing
 from pearl.models.kv_cache.slot_cache import KeyValue

@@ -19,7 +19,7 @@ from pearl.core.sampling.methods import ranked
 from pearl.core.token_buckets import LEAVES
 from pearl.drafters.draft_source import MAX_CHILDREN, MIN_PATH_LOGP, Chain, ChainQuery, Grown, TreeQuery
 from pearl.drafters.feature.head_reader import HeadReader
-from pearl.drafters.one_pass import Guesses
+from pearl.drafters.guesses import Guesses
 from pearl.drafters.tree import TreeSource
 from pearl.models import timing
 from pearl.models.draft_model import LeavesQuery

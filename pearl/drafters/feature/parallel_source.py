@@ -19,7 +19,8 @@ from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import RankQuery
 from pearl.drafters.draft_source import TreeQuery
 from pearl.drafters.feature.forward_rows import FeatureSequence
-from pearl.drafters.one_pass import Guess, Guesses, Leaf, OnePassSource, PathsQuery, RowAfter, with_confidence
+from pearl.drafters.guesses import Guess, Guesses, RowAfter, with_confidence
+from pearl.drafters.one_pass import Leaf, OnePassSource, PathsQuery
 from pearl.machine.transfers import Fetched, sent
 from pearl.models import timing
 from pearl.models.static_shapes.network import NetworkForward
@@ -59,7 +60,7 @@ class ParallelSource(OnePassSource):
     def _and_root(self, query: TreeQuery, leaves: Sequence[Leaf]) -> list[Leaf]:
         """With the root where the text has grown since: of what follows it more is known than when it was guessed."""
         state, trie = self._sequences[query.batch_slot], query.trie
-        anew = state.guessed != len(trie.tokens) and self.ready(state, trie.tokens)
+        anew = self._has_grown(query) and self.ready(state, trie.tokens)
         if not anew or not trie.root.children or min(query.max_rows, self._deepest(query)) <= 0:
             return list(leaves)
         others = [leaf for leaf in leaves if leaf[0]]

@@ -20,7 +20,8 @@ from pearl.drafters.feature.forward_rows import FeatureCache, block_masks, conca
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.parallel_source import ParallelSource
 from pearl.drafters.feature.path_rows import PathsSequence, RowReader
-from pearl.drafters.one_pass import Guesses, Leaf, PathsQuery
+from pearl.drafters.guesses import Guesses
+from pearl.drafters.one_pass import Leaf, PathsQuery
 from pearl.machine.transfers import select_rows
 from pearl.models import timing
 
