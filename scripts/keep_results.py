@@ -2,6 +2,8 @@
 
     python scripts/keep_results.py results/smollm2-135m-tokens-512/*      a run goes to docs/results/PAIR/RUN.json,
                                                                           a synthetic one to PAIR/RUN-synthetic.json
+    python scripts/keep_results.py results/PAIR-limit-8/humaneval-temperature-* --sweep temperature
+                                                                          those of a sweep to sweeps/SWEEP/PAIR-RUN.json
     python scripts/keep_results.py                                        makes the page and its pictures again
 
 What names this machine's folders is cut to the last part of a path. The raw lines (docs/results/raw) are of the run
@@ -26,7 +28,7 @@ import figures
 from pearl.config import cli, outputs
 from pearl.errors import UsageError
 from pearl.evaluation import metrics, report, results
-from pearl.evaluation.pages import kept
+from pearl.evaluation.pages import kept, sweeps
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "results"
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = cli.Parser("scripts/keep_results.py", about=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="*", type=Path, help="of runs; those without a summary are left out")
     parser.add_argument("--to", type=Path, default=DOCS, help="default: docs/results")
+    parser.add_argument("--sweep", choices=sweeps.SWEEPS, help="the runs are those of one, and take the place of it")
     parser.add_argument("--interval", type=float, default=0.1, help=ENOUGH)
     found = parser.parse_args(argv)
     found.to = found.to.resolve()
@@ -48,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
     runs = report.load(ended) if ended else []
     report.all_of_a_kind(runs)
-    for run, file in places(runs, found.to):
+    kept_as = places(runs, found.to, found.sweep)
+    if found.sweep:
+        for before in (found.to / kept.OF_SWEEPS / found.sweep).glob("*.json"):
+            before.unlink()
+    for run, file in kept_as:
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
         summary["wanted_interval"] = found.interval  # an early round of many wants less
         narrow = metrics.narrow(summary.get("widest_interval"), found.interval)
@@ -57,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
         outputs.write_json(file, without_folders(summary))
-    if with_raw := [run for run in runs if may_be_raw(run)]:
+    if with_raw := [run for run in runs if may_be_raw(run) and not found.sweep]:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
     for name, content in kept.page(found.to).items():
         outputs.write(found.to / name, content)
@@ -70,13 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def places(runs: Sequence[report.Run], to: Path) -> list[tuple[report.Run, Path]]:
+def places(runs: Sequence[report.Run], to: Path, sweep: str | None = None) -> list[tuple[report.Run, Path]]:
     """Where each is kept, in nobody's place but its own kind's. Raises `UsageError` where that is one for two."""
     found: dict[Path, report.Run] = {}
     for run in runs:
         folder = run.folder.resolve()  # it may be called `.`
         pair = folder.parent.name.partition("-tokens-")[0].partition("-limit-")[0]
-        file = to / pair / f"{folder.name}{results.in_names(run.kind)}.json"
+        name = f"{folder.name}{results.in_names(run.kind)}.json"
+        file = to / kept.OF_SWEEPS / sweep / f"{pair}-{name}" if sweep else to / pair / name
         if file in found:
             raise UsageError(f"{found[file].folder} and {run.folder} would both be kept as {file}: give one of them.")
         found[file] = run

@@ -11,7 +11,7 @@
 # intervals, then those at temperature 1, then all again with narrower ones: so that whenever it ends each table is as
 # good as the others. HumanEval has three lines: chat, chat without the part of an answer that repeats its prompt,
 # completion. What draws in its own way (hf-*) is greedy only. Beside the variables of scripts/rows.sh: TEMPERATURES
-# (0 1), INTERVALS (0.5 0.3 0.2 0.1, parts of a speed-up), KEEP_TO (docs/results).
+# (0 1), INTERVALS (0.5 0.3 0.2 0.1, parts of a speed-up).
 MODES=${MODES:-ar ar-all sd pearl tree} TASKS=${TASKS:-humaneval gsm8k mt_bench spec_bench}
 TOKENS=${TOKENS:-512} INTERVALS=${INTERVALS:-0.5 0.3 0.2 0.1}
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
@@ -36,7 +36,5 @@ for interval in $INTERVALS; do
   done
 done
 ended
-if [[ ${1:-} == keep ]] && ((${#folders[@]})); then
-  run python scripts/keep_results.py "${folders[@]}" --interval "${INTERVALS##* }" ${KEEP_TO:+--to "$KEEP_TO"}
-fi
+if [[ $asked == keep ]] && ((${#folders[@]})); then keep --interval "${INTERVALS##* }"; fi
 table "Whole answers" --columns tokens_per_second,speedup_vs_ar,speedup_interval_95,speedup_vs_ar_all,identical_to_ar,tokens_per_pass,acceptance_length,acceptance,score --plots speedup length equal_devices latency

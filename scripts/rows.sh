@@ -8,6 +8,7 @@
 #   MODES     of runs that several tables share; default: ar ar-all sd pearl tree
 #   LAUNCH    what starts an evaluation; default: accelerate launch --num_processes 2
 #   MINUTES   that this call may take: no run is begun after them, and one under way stops in time; the next call goes on
+#   KEEP_TO   where results are kept that a script is told to `keep`; default: docs/results
 #   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
@@ -16,7 +17,7 @@ PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}
 MODES=${MODES:-ar ar-all sd pearl tree}
 TASKS=${TASKS:-humaneval gsm8k mgsm mt_bench spec_bench}
-folders=()
+folders=() asked=${1:-}
 
 run() { if [[ -n ${DRY_RUN:-} ]]; then printf '%q ' "$@"; echo; else "$@"; fi; }
 
@@ -84,3 +85,12 @@ table() {
   if ((${#folders[@]} == 0)); then echo "no run has a summary yet: call it again"; return; fi
   run python eval/table.py "${folders[@]}" --title "$title" --output "$RESULTS/tables/$(basename "$0" .sh)" "$@"
 }
+
+# sweep NAME TITLE OPTIONS...: the table of one, with its picture. `keep` behind the script's name: into docs/results/ too
+sweep() {
+  local name=$1; shift
+  table "$@" --sweep "$name"
+  if [[ $asked == keep ]] && ((${#folders[@]})); then keep --sweep "$name"; fi
+}
+
+keep() { run python scripts/keep_results.py "${folders[@]}" "$@" ${KEEP_TO:+--to "$KEEP_TO"}; }

@@ -4,4 +4,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"
 for temperature in ${TEMPERATURES:-0 0.3 0.6 1 1.5}; do
   row "humaneval-temperature-$temperature" humaneval --mode $MODES --temperature "$temperature"
 done
-table "Temperature" --sweep temperature
+sweep temperature "Temperature"

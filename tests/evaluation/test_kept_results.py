@@ -22,10 +22,11 @@ from pearl.evaluation.report import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = sorted(file for file in (ROOT / "docs" / "results").glob("*/*.json") if file.parent.name != "raw")
+SWEPT = sorted((ROOT / "docs" / "results" / kept.OF_SWEEPS).glob("*/*.json"))
 WHOLE = [file for file in KEPT if file.stem.endswith(("-t0", "-t1"))]  # answers, of which each run has enough
 
 
-@pytest.mark.parametrize("file", KEPT, ids=lambda file: f"{file.parent.name}-{file.stem}")
+@pytest.mark.parametrize("file", KEPT + SWEPT, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_a_kept_run_is_lossless_and_says_how_it_was_made(file: Path):
     kept = json.loads(file.read_text())
     assert kept["environment"]["commit"] and kept["environment"]["processor"]
@@ -82,6 +83,31 @@ def test_a_synthetic_run_is_kept_beside_the_real_one_and_only_the_readme_of_its_
     assert told.count("GSM8K") == 1, "the real one"
     assert keep_results.main([str(folder), "--to", str(tmp_path / "results" / "kept")]) == 0
     assert readme.read_text() == told and (tmp_path / "results" / "kept" / "README.md").exists()
+
+
+def test_a_sweep_is_kept_whole_and_shown_by_what_was_varied(tmp_path):
+    """Kept again, it takes the place of what was there; pictures and tables of pairs have none of its runs."""
+    kept_in, folders = tmp_path / "docs" / "results", []
+    for temperature, speedup in ((1.0, 1.25), (0.5, 1.5), (0.0, 2.0)):
+        some = {"sequences": 9, "identical_to_ar": 1.0, "speedup_interval_95": [speedup - 0.25, speedup + 0.25]}
+        facts = {
+            "config": {"suite": "gsm8k", "max_new_tokens": 8, "temperature": temperature, "resolved": {}},
+            "environment": {"command": ["eval/gsm8k.py", "--temperature", temperature], "commit": "abc"},
+            "modes": {"ar": some | {"speedup_vs_ar": 1.0}, "tree": some | {"speedup_vs_ar": speedup}},
+        }
+        folders.append(tmp_path / "results" / "pair-limit-9" / f"gsm8k-{temperature}")
+        folders[-1].mkdir(parents=True)
+        lines.write_json(folders[-1] / results.SUMMARY, facts)
+    for some in (folders[:1], folders[1:]):
+        words = [*map(str, some), "--sweep", "temperature", "--to", str(kept_in)]
+        assert keep_results.main(words) == 0
+    files = sorted(file.relative_to(kept_in).as_posix() for file in kept_in.rglob("*") if file.is_file())
+    names = [f"sweeps/temperature/pair-gsm8k-{temperature}.json" for temperature in (0.0, 0.5)]
+    assert files == ["README.md", "sweeps-temperature.png", *names]
+    page = (kept_in / "README.md").read_text()
+    assert "## Temperature: GSM8K, 9 texts of up to 8 tokens\n\n![temperature](sweeps-temperature.png)" in page
+    assert "commit abc:\n\n```\neval/gsm8k.py --temperature 0.0\neval/gsm8k.py --temperature 0.5\n```" in page
+    assert "| 0 | 2.00 (1.75 to 2.25) |\n| 0.5 | 1.50 (1.25 to 1.75) |\n\nTimes `ar`; 100% of the texts" in page
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def colours(figure: Any) -> dict[str, str]:
     [
         (plots.speedup, runs_of(*GAMMAS)),
         (plots.depth, runs_of("ar", "sd", "pearl", "tree", count=10)),
-        (sweeps.SWEEPS["draft_length"], runs_of(*GAMMAS)),
+        (sweeps.SWEEPS["draft_length"].picture, runs_of(*GAMMAS)),
     ],
 )
 def test_the_names_hide_nothing_and_are_not_cut_off(draw, runs):
@@ -64,6 +64,6 @@ def test_a_mode_has_one_colour_in_every_picture():
     """Whichever modes stand beside it, and whichever a picture leaves out."""
     runs, few = runs_of("ar", "ar-all", "sd", "pearl", "tree"), runs_of("pearl", "ar", "tree")
     made = [draw(some) for some in (runs, few) for draw in (plots.speedup, plots.length, plots.equal_devices)]
-    made += [sweeps.draw("temperature", some) for some in (runs, few)]
+    made += [sweeps.SWEEPS["temperature"].picture(some) for some in (runs, few)]
     assert len({colours(figure)["tree"] for figure in made} | {colours(plots.depth(few))["tree"]}) == 1
     assert len(set(colours(made[0]).values())) == 4

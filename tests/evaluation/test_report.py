@@ -204,7 +204,7 @@ def test_a_baseline_that_other_texts_side_by_side_moved_is_no_other_machine(tmp_
     told = doubts(tmp_path, {"config": {"batch_size": 8}}, ar=0.5, sd=0.2)
     fewer = "In b, fewer texts were side by side than the 8 asked for: ar 1, sd 1."
     assert told == ["Of gsm8k: batch_size differs: 1 in a; 8 in b.", fewer]
-    assert report.doubts(report.load([tmp_path]), sweeps.VARIED["concurrency"]) == [fewer]
+    assert report.doubts(report.load([tmp_path]), sweeps.SWEEPS["concurrency"].option) == [fewer]
     words = [str(tmp_path), "--output", str(tmp_path / "table"), "--sweep"]
     for sweep, doubted in (("concurrency", False), ("temperature", True)):
         assert script("table").main([*words, sweep]) == 0

@@ -249,11 +249,15 @@ def test_the_sweeps_and_speed_bench_run_with_the_default_pair_and_end_on_one_pag
         "XDG_CACHE_HOME": str(tmp_path),
         "PATH": forking,
     }
+    kept = tmp_path / "kept"
     for name in SWEEPS:
-        done = bash(f"scripts/{name}.sh", **settings)
+        done = bash(f"scripts/{name}.sh", "keep", **settings, KEEP_TO=str(kept))
         assert done.returncode == 0, done.stderr
         (picture,) = (tmp_path / "results" / "tables" / name).glob("*.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
+        assert sorted(file.parent.name for file in kept.glob("sweeps/*/*.json")).count(name.removeprefix("sweep_"))
+    page = (kept / "README.md").read_text()
+    assert page.count("\n## ") == len(SWEEPS) and "100% of the texts were those of `ar`" in page
     folder, data = tmp_path / "results" / "speed_bench", written(tmp_path, "speed_bench")
     words = ["eval/speed_bench.py", "--data", data, "--mode", "ar", "tree", "--max-new-tokens", "8"]
     command = ["-c", f"{settings['LAUNCH']} {shlex.join(words)} --output {folder}"]

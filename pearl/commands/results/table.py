@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     if (found.plots or found.sweep) and not found.output:
         raise UsageError("Say by --output which folder the plots go to.")
+    sweep = sweeps.named(found.sweep) if found.sweep else None
     columns, runs = tables.choose(found.columns), report.load(found.folders)
     report.all_of_a_kind(runs)
     pictures = plots.of(runs, found.plots)
-    if found.sweep and (picture := sweeps.draw(found.sweep, runs)):
+    if sweep and (picture := sweep.picture(runs)):
         pictures[found.sweep] = picture
     plots.tell_missing([*found.plots, *filter(None, [found.sweep])], pictures)
-    for doubt in report.doubts(runs, sweeps.VARIED.get(found.sweep, ())):
+    for doubt in report.doubts(runs, sweep.option if sweep else ()):
         print(f"not comparable: {doubt}", file=sys.stderr)
     rows = report.rows(runs, found.by_category)
     labels = ("run", "category", "mode") if found.by_category else ("run", "mode")

@@ -1,6 +1,7 @@
 """The page of the results that are kept, and the lines of the README: made of the committed summaries alone.
 
-Every line says which text, how long, and which machine. Pictures are PNG, with intervals.
+A run is kept as PAIR/RUN.json, one of a sweep as sweeps/SWEEP/PAIR-RUN.json. Every line says which text, how long, and
+which machine. Pictures are PNG, with intervals.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from pearl.config.engine_config import EMBEDDED
 from pearl.config.inputs import parse_json, read_text, sound
 from pearl.evaluation import plots, report, results, tables
+from pearl.evaluation.pages import sweeps
 from pearl.evaluation.report import Run
 
 TITLES = {
@@ -46,6 +48,7 @@ of which its figures can be [computed again](../reference/figures.md#computed-ag
 [log](../log.md) has what else was measured, and what did not work.
 """
 BATCHES = "bench_batch.json"
+OF_SWEEPS = "sweeps"  # the folder that has one of each sweep
 UNTOLD = f"`{BATCHES}` does not say models, machine and commit, as its script did not write them yet ([log](../log.md))"
 PLOTS = {  # each where its interval is known of some mode
     "speedup": "speedup_interval_95",
@@ -69,7 +72,7 @@ BEGIN, END = "<!-- figures of docs/results -->", "<!-- end of figures -->"
 
 
 def load(folder: Path) -> list[Run]:
-    """The runs whose summaries are kept there, a folder a pair."""
+    """The runs whose summaries are kept there, a folder a pair; those of sweeps are not among them."""
 
     def place(file: Path) -> tuple[bool, str, str]:
         return file.parent.name != EMBEDDED, file.parent.name, file.stem
@@ -95,6 +98,11 @@ def page(folder: Path) -> dict[str, str | bytes]:
         shown = "\n".join(f"![{name} of every mode]({name})\n" for name in made)
         parts.append(f"## {pair}\n\n{shown}\n" + "\n".join(map(section, mine)))
         pictures |= made
+    for name, sweep in sweeps.SWEEPS.items():
+        if runs := load_sweep(folder, name):
+            picture = sweep.picture(runs)
+            pictures |= {f"{OF_SWEEPS}-{name}.png": picture} if picture else {}
+            parts.append(sweep_section(name, runs))
     if (folder / BATCHES).exists():
         parts.append(batches(folder / BATCHES))
     return {"README.md": "\n".join([HEAD, *parts]), **pictures}
@@ -116,10 +124,43 @@ def section(run: Run) -> str:
     return f"### {text_of(run)}\n\n{label}{machine(run)}, {how_made(run)}\n\n{table}\n{by_category(run)}"
 
 
-def how_made(run: Run) -> str:
-    """Of which code, and by which command."""
-    commits = f"commit{'s' * (len(run.commits) > 1)} {', '.join(one[:10] for one in run.commits)}"
-    return f"{commits}:\n\n```\n{run.command}\n```"
+def how_made(*runs: Run) -> str:
+    """Of which code, and by which commands."""
+    commits = list(dict.fromkeys(one[:10] for run in runs for one in run.commits))
+    commands = "\n".join(run.command for run in runs)
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}:\n\n```\n{commands}\n```"
+
+
+def load_sweep(folder: Path, name: str) -> list[Run]:
+    """The runs of one that is kept, in the order of what was varied."""
+    runs = [run for run in map(report.kept, sorted((folder / OF_SWEEPS / name).glob("*.json"))) if run]
+    return sorted(runs, key=lambda run: [run.config.get(key) or 0 for key in sweeps.SWEEPS[name].option])
+
+
+def sweep_section(name: str, runs: Sequence[Run]) -> str:
+    """Its picture, and a row for each value of what was varied."""
+    sweep, (first, *_) = sweeps.SWEEPS[name], runs
+    fixed = replace(first, config={key: value for key, value in first.config.items() if key not in sweep.option})
+    text = [which_text(fixed), *(() if "temperature" in sweep.option else [warmth(fixed)]), *beside(fixed.config)]
+    curves = {label.name: dict(points) for label, points in sweep.curves(runs).items()}
+    cell = tokens_and_ms if sweep.of_texts else speedup
+    rows = [
+        [f"{value:g}", *(cell(points.get(value, {})) for points in curves.values())]
+        for value in sorted({value for points in curves.values() for value in points})
+    ]
+    same = min(of["identical_to_ar"] for run in runs for mode, of in run.modes.items() if not mode.startswith("hf-"))
+    what = "Tokens a second of all texts, and milliseconds a token of each" if sweep.of_texts else "Times `ar`"
+    said = f"{what}; {same:.0%} of the texts were those of `ar`."
+    machines = " and ".join(dict.fromkeys(map(machine, runs)))
+    drawn = f"![{name}]({OF_SWEEPS}-{name}.png)"
+    table = tables.markdown([sweep.varied, *curves], rows)
+    title = f"## {sweep.title}: {', '.join(text)}"
+    return f"{title}\n\n{drawn}\n\n{machines}, {how_made(*runs)}\n\n{table}\n\n{said}\n"
+
+
+def tokens_and_ms(figures: tables.Figures) -> str:
+    rate, each = figures.get("tokens_per_second"), figures.get("ms_per_token_of_each")
+    return f"{rate:.1f}, {each:.0f} ms" if rate and each else "-"
 
 
 def batches(file: Path) -> str:
@@ -163,15 +204,21 @@ def speedup(figures: tables.Figures) -> str:
 def text_of(run: Run) -> str:
     """Which text, how long, and what was asked for beside that: HumanEval (chat), 164 texts of up to 512 tokens,
     temperature 1, 8 texts side by side"""
+    return ", ".join([which_text(run), warmth(run), *beside(run.config)])
+
+
+def which_text(run: Run) -> str:
     config = run.config
     format = f" ({config['prompt_format']})" if config.get("prompt_format") else ""
     texts = next(iter(run.modes.values()))["sequences"]
-    temperature = config.get("temperature") or 0
-    warm = f"temperature {temperature:g}" if temperature else "greedy"
     title = TITLES.get(str(config.get("suite")), str(config.get("suite")))
     so_far = " so far" if run.rest else ""
-    long = f"{count(texts)}{so_far} of up to {config.get('max_new_tokens')} tokens"
-    return ", ".join([f"{title}{format}", long, warm, *beside(config)])
+    return f"{title}{format}, {count(texts)}{so_far} of up to {config.get('max_new_tokens')} tokens"
+
+
+def warmth(run: Run) -> str:
+    temperature = run.config.get("temperature") or 0
+    return f"temperature {temperature:g}" if temperature else "greedy"
 
 
 def count(texts: int) -> str:

@@ -10,8 +10,8 @@ A curve is of one mode and one pair; runs that are not plain say what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,19 +180,33 @@ def _beside_ar(runs: Sequence[Run]) -> list[Run]:
     return [replace(run, modes={mode: some for mode, some in run.modes.items() if mode != "ar"}) for run in runs]
 
 
-SWEEPS: Mapping[str, Callable[[Sequence[Run]], bytes | None]] = {
-    "input_length": lambda runs: curve(by_category(_beside_ar(runs)), runs, "tokens of the prompt", logarithmic=True),
-    "draft_length": lambda runs: curve(by_gamma(_beside_ar(runs)), runs, "guesses a block"),
-    "temperature": lambda runs: curve(by_temperature(_beside_ar(runs)), runs, "temperature"),
-    "concurrency": pareto,
+@dataclass(frozen=True)
+class Sweep:
+    title: str
+    varied: str  # what stands along its figure
+    points: Callable[[Sequence[Run]], Curves]
+    option: tuple[str, ...] = ()  # of evaluations, in which the runs of one sweep differ
+    logarithmic: bool = False
+    of_texts: bool = False  # whether it shows what many texts cost each other, beside `ar`; else speed-ups over `ar`
+
+    def curves(self, runs: Sequence[Run]) -> Curves:
+        return self.points(runs if self.of_texts else _beside_ar(runs))
+
+    def picture(self, runs: Sequence[Run]) -> bytes | None:
+        """As PNG; None where no figure has an interval."""
+        return pareto(runs) if self.of_texts else curve(self.curves(runs), runs, self.varied, self.logarithmic)
+
+
+SWEEPS = {
+    "input_length": Sweep("Length of the prompt", "tokens of the prompt", by_category, logarithmic=True),
+    "draft_length": Sweep("Length of the draft", "guesses a block", by_gamma),
+    "temperature": Sweep("Temperature", "temperature", by_temperature, ("temperature",)),
+    "concurrency": Sweep("Texts side by side", "texts side by side", by_texts, ("batch_size",), of_texts=True),
 }
 
 
-VARIED = {"temperature": ("temperature",), "concurrency": ("batch_size",)}  # options, by the runs of a sweep
-
-
-def draw(name: str, runs: Sequence[Run]) -> bytes | None:
+def named(name: str) -> Sweep:
     """Raises `UsageError` for a sweep that there is not."""
     if name not in SWEEPS:
         raise UsageError(f"There is no sweep {name!r}: choose from {', '.join(SWEEPS)}.")
-    return SWEEPS[name](runs)
+    return SWEEPS[name]

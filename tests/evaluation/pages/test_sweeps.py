@@ -31,7 +31,7 @@ def figures(speedup: float, **more: object) -> dict:
     return told | {"tokens_per_second": 10 * speedup, "ms_per_token_of_each": 100 / speedup} | more
 
 
-def named(curves: sweeps.Curves) -> dict[str, list]:
+def of_names(curves: sweeps.Curves) -> dict[str, list]:
     return {label.name: points for label, points in curves.items()}
 
 
@@ -42,14 +42,14 @@ def made(name: str, modes: dict, **config: object) -> Run:
 def test_each_sweep_finds_what_was_varied():
     by_length = {"8000": figures(1.1), "²": figures(9.0), "128": figures(1.5), "writing": figures(9.0)}
     one = made("lengths", {"tree": figures(1.3, by_category=by_length)})
-    assert [at for at, _ in named(sweeps.by_category([one]))["tree"]] == [128.0, 8000.0]
+    assert [at for at, _ in of_names(sweeps.by_category([one]))["tree"]] == [128.0, 8000.0]
     speeds = {"ar": 1.0, "ar-all": 1.1, "sd:4": 1.4, "sd:1": 1.2, "sd": 1.5, "tree:3": 1.5, "hf-assisted": 1.3}
     gammas = made("gammas", {mode: figures(speedup) for mode, speedup in speeds.items()})
-    found = named(sweeps.by_gamma([gammas]))
+    found = of_names(sweeps.by_gamma([gammas]))
     assert [at for at, _ in found["sd"]] == [at for at, _ in found["sd, auto"]] == [1.0, 4.0]
     assert set(found) == {"sd", "sd, auto", "tree:3, auto"}, "the others draft nothing, or not in our blocks"
     warm = [made(f"t{t}", {"tree": figures(2 - t)}, temperature=t, batch_size=1) for t in (1.0, 0.0)]
-    assert [(at, some["speedup_vs_ar"]) for at, some in named(sweeps.by_temperature(warm))["tree"]] == [
+    assert [(at, some["speedup_vs_ar"]) for at, some in of_names(sweeps.by_temperature(warm))["tree"]] == [
         (0, 2),
         (1, 1),
     ]
@@ -59,11 +59,11 @@ def test_each_sweep_finds_what_was_varied():
         ("temperature", warm),
         ("concurrency", warm),
     ):
-        picture = sweeps.draw(name, runs)
+        picture = sweeps.named(name).picture(runs)
         assert picture and picture.startswith(PNG), name
-    assert sweeps.draw("input_length", warm) is None
+    assert sweeps.named("input_length").picture(warm) is None
     with pytest.raises(UsageError, match="There is no sweep 'speed': choose from input_length"):
-        sweeps.draw("speed", warm)
+        sweeps.named("speed")
 
 
 def test_a_point_of_a_concurrency_says_how_many_texts_were_side_by_side():
@@ -72,7 +72,7 @@ def test_a_point_of_a_concurrency_says_how_many_texts_were_side_by_side():
         made("c8", {"tree": figures(2, most_side_by_side=2), "hf": figures(1, most_side_by_side=1)}, batch_size=8),
         made("c1", {"tree": figures(1)}, batch_size=1),
     ]
-    found = {mode: [at for at, _ in points] for mode, points in named(sweeps.by_texts(runs)).items()}
+    found = {mode: [at for at, _ in points] for mode, points in of_names(sweeps.by_texts(runs)).items()}
     assert found == {"tree": [1.0, 2.0], "hf": [1.0]}
     told = "In c8, fewer texts were side by side than the 8 asked for: tree 2, hf 1."
     assert [one for one in report.doubts(runs) if "side by side" in one] == [told]
@@ -84,7 +84,7 @@ def test_a_curve_is_of_one_mode_and_one_pair():
         for target in ("org/large", "other")
         for t in (0.0, 1.0)
     ]
-    found = named(sweeps.by_temperature(runs))
+    found = of_names(sweeps.by_temperature(runs))
     assert {name: len(points) for name, points in found.items()} == {
         "large <- small, tree": 2,
         "other <- small, tree": 2,
@@ -92,7 +92,7 @@ def test_a_curve_is_of_one_mode_and_one_pair():
     told = made(
         "told", {"sd:1": figures(1.2), "tree": figures(1.1)}, resolved={"target": "t", "draft": "synthetic:0.8"}
     )
-    assert set(named(sweeps.by_gamma([told]))) == {"sd (synthetic)", "tree, auto (synthetic)"}
+    assert set(of_names(sweeps.by_gamma([told]))) == {"sd (synthetic)", "tree, auto (synthetic)"}
 
 
 def test_an_interval_reaches_to_both_sides_and_is_not_made_up():
