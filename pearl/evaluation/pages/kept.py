@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pearl.config.engine_config import EMBEDDED
-from pearl.config.inputs import parse_json, read_text, sound
 from pearl.evaluation import plots, report, results, tables
 from pearl.evaluation.pages import sweeps
 from pearl.evaluation.report import Run
@@ -47,9 +45,7 @@ at. Texts of transformers' own modes (`hf-*`) leave `ar`'s at near-ties. Bars ha
 of which its figures can be [computed again](../reference/figures.md#computed-again-from-the-lines). The
 [log](../log.md) has what else was measured, and what did not work.
 """
-BATCHES = "bench_batch.json"
 OF_SWEEPS = "sweeps"  # the folder that has one of each sweep
-UNTOLD = f"`{BATCHES}` does not say models, machine and commit, as its script did not write them yet ([log](../log.md))"
 PLOTS = {  # each where its interval is known of some mode
     "speedup": "speedup_interval_95",
     "equal_devices": "speedup_vs_ar_all_interval_95",
@@ -103,8 +99,6 @@ def page(folder: Path) -> dict[str, str | bytes]:
             picture = sweep.picture(runs)
             pictures |= {f"{OF_SWEEPS}-{name}.png": picture} if picture else {}
             parts.append(sweep_section(name, runs))
-    if (folder / BATCHES).exists():
-        parts.append(batches(folder / BATCHES))
     return {"README.md": "\n".join([HEAD, *parts]), **pictures}
 
 
@@ -161,25 +155,6 @@ def sweep_section(name: str, runs: Sequence[Run]) -> str:
 def tokens_and_ms(figures: tables.Figures) -> str:
     rate, each = figures.get("tokens_per_second"), figures.get("ms_per_token_of_each")
     return f"{rate:.1f}, {each:.0f} ms" if rate and each else "-"
-
-
-def batches(file: Path) -> str:
-    """What `scripts/bench_batch.py` has written: tokens a second of each mode by texts side by side, median (lowest to
-    highest) of its rounds, and how that was made."""
-    told = parse_json(read_text(file, "The figures"), str(file))
-    with sound(str(file), "make it again"):
-        run = Run(file, file.stem, told.get("config", {}), told.get("environment") or {"command": told["command"]}, {})
-        models = " <- ".join(Path(str(run.resolved.get(name))).name for name in ("target", "draft"))
-        how = f"{models}, {machine(run)}, {how_made(run)}" if run.resolved else f"{UNTOLD}:\n\n```\n{run.command}\n```"
-        rounds = {(one["size"], one["mode"]): one["rounds"] for one in told["tokens_per_second"]}
-        sizes, modes = (list(dict.fromkeys(names)) for names in zip(*rounds, strict=True))
-        rows = [[f"{size}", *(_middle(rounds[size, mode]) for mode in modes)] for size in sizes]
-        same = "Tokens a second of all texts; {} of {} texts were the same in all cells.".format(*told["same"])
-    return f"## Texts side by side\n\n{how}\n\n{tables.markdown(['texts', *modes], rows)}\n\n{same}\n"
-
-
-def _middle(values: Sequence[float]) -> str:
-    return f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def by_category(run: Run) -> str:
