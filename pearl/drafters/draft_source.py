@@ -9,7 +9,7 @@ do more declares it by the attributes of `DraftSource`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,10 +33,13 @@ class DraftGuess(NamedTuple):
     origin: str = ""  # of a source that unites others: whose guess it is
 
 
-COUNTERS = ("forwards", "rows", "lookahead_rows", "lookahead_hits")  # of a source, by the names of `DraftStats`
+# of a source, by the names of `DraftStats`
+COUNTERS = ("forwards", "overtaken", "rows", "lookahead_rows", "lookahead_hits")
 
 Chain = Sequence[tuple[int, Proposal] | DraftGuess]  # guesses, each after the one before it
 Grown = list[tuple[Node, Node]]  # (parent, new node), parents first
+# of some paths after a text: whether it is known by now to go along none of them, so that nobody asks what follows
+OvertakenBy = Callable[[Sequence[tuple[int, ...]]], bool]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ChainQuery:
     path: tuple[int, ...]
     room: int
     processing: LogitsProcessing | None = None  # what the target does to its logits; None: nothing
+    overtaken: OvertakenBy | None = None
 
     def processed(self, logits: Tensor) -> Tensor:
         """The drafter's, with what the target does to its own.  logits: [1, V]"""
@@ -73,6 +77,7 @@ class TreeQuery:
     max_depth: int  # below the root
     take_all: bool = False  # as many leaves as `max_rows` says, whether they pay or not
     processing: LogitsProcessing | None = None  # as in `ChainQuery`
+    overtaken: OvertakenBy | None = None
 
     def chain(self) -> ChainQuery:
         """The same of a source that makes chains alone."""
@@ -109,6 +114,7 @@ class DraftSource:
 
     # so far
     forwards: int = 0  # of its model
+    overtaken: int = 0  # of those: given up
     rows: int = 0  # that those have read
     lookahead_rows: int = 0  # of those: guesses that were read before the model had made them
     lookahead_hits: int = 0  # of those: what the model said too

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import propose, propose_together
-from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource
-from pearl.models.draft_model import LeavesQuery
+from pearl.drafters.draft_source import Chain, ChainQuery, DraftSource, TreeQuery
+from pearl.models.draft_model import LeavesQuery, Overtaken
 
 
 class LeafReader(Protocol):
     """What a source asks of its model; bits are of no account."""
+
+    overtaken: Callable[[], bool] | None  # see `DraftModel.overtaken`; one that never gives up need not ask
 
     @property
     def max_length(self) -> int:
@@ -69,8 +73,25 @@ class ModelSource(DraftSource):
             return []
         self.forwards += 1
         self.rows += 1
-        q = query.processed(self._model.read(tokens, keep=1))[0]
-        return [propose(q, self._params[0], position=len(tokens))]
+        with self._unless_overtaken(query, [query.path]):
+            q = query.processed(self._model.read(tokens, keep=1))[0]
+            return [propose(q, self._params[0], position=len(tokens))]
+        return []
+
+    @contextlib.contextmanager
+    def _unless_overtaken(
+        self, query: ChainQuery | TreeQuery | None, paths: Sequence[tuple[int, ...]]
+    ) -> Iterator[None]:
+        """For a forward that says what follows these paths. What is in here ends where that is given up; None: it can't
+        be, as it is of several sequences."""
+        asked = query.overtaken if query else None
+        self._model.overtaken = asked and functools.partial(asked, paths)
+        try:
+            yield
+        except Overtaken:
+            self.overtaken += 1
+        finally:
+            self._model.overtaken = None
 
     def propose_batch(self, queries: Sequence[ChainQuery]) -> list[Chain]:
         if not self._batched:

@@ -11,7 +11,7 @@ asks for what may follow it.
 
 All rows compete for the same forward by one currency: the chance that the target's walk will pass through the row. For
 a leaf that is the joint probability of its path under q; for a guess from the text it is its leaf's, times how often
-guesses like it have come true. A row is taken while it adds more to what the forward yields per second than it costs
+guesses like it have come true. As many of the likeliest rows are taken as make the forward yield most per second
 (`pearl.models.batch_invariance.profile_leaves`).
 """
 
@@ -23,6 +23,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from pearl.core.params import SamplingParams
 from pearl.core.sampling.methods import Ranked, RankedRow, RankQuery, ranked_together
@@ -95,8 +97,13 @@ class TreeSource(ModelSource):
         self.rows += sum(map(len, chosen))
         self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
         leaves = [LeavesQuery(one.batch_slot, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
+        read: list[Tensor] = []
+        with self._unless_overtaken(reading[0][0] if len(reading) == 1 else None, leaves[0].paths):
+            read = self._model.read_leaves_together(leaves)
+        if not read:
+            return offered
         asked = []
-        for (one, rows), logits in zip(reading, self._model.read_leaves_together(leaves), strict=True):
+        for (one, rows), logits in zip(reading, read, strict=True):
             positions = [len(one.trie.tokens) + len(row.path) for row in rows]
             logits = one.processed(logits, [row.path for row in rows])
             asked.append(RankQuery(logits, self._params[one.batch_slot], positions))
@@ -174,21 +181,25 @@ class TreeSource(ModelSource):
                 likely = [leaf for leaf in leaves if leaf[2] >= self.least_leaf_logp]
                 heap += [(-logp, next(order), number, _DraftRow(path, logp, node)) for path, node, logp in likely]
         heapq.heapify(heap)
-        chosen: list[list[_DraftRow]] = [[] for _ in queries]
-        rows, sequences, gain = 0, 0, 0.0  # gain: how many of the rows the walks are expected to pass through
+        taken: list[tuple[int, _DraftRow]] = []  # of which trie
+        rows_of, gain = [0] * len(queries), 0.0  # gain: how many of the rows the walks are expected to pass through
+        best, count = 0.0, 0  # gain a second, of so many of the rows
         while heap:
             _, _, number, row = heapq.heappop(heap)
-            one, mine = queries[number], chosen[number]
-            if len(mine) >= one.max_rows:
+            one = queries[number]
+            if rows_of[number] >= one.max_rows:
                 continue
-            use, begun = math.exp(row.logp), sequences + (not mine)
-            before, after = self._cost(rows, sequences), self._cost(rows + 1, begun)
-            if rows and not one.take_all and (gain + use) / after < gain / before:
-                break
-            mine.append(row)
-            rows, sequences, gain = rows + 1, begun, gain + use
+            taken.append((number, row))
+            rows_of[number] += 1
+            gain += math.exp(row.logp)
+            yields = gain / self._cost(len(taken), len(queries) - rows_of.count(0))
+            if one.take_all or yields >= best:  # costs may jump at one row, and hardly grow at the next ones
+                best, count = yields, len(taken)
             if (guess := self._look_ahead(one, row, deepest[number])) is not None:
                 heapq.heappush(heap, (-guess.logp, next(order), number, guess))
+        chosen: list[list[_DraftRow]] = [[] for _ in queries]
+        for number, row in taken[:count]:
+            chosen[number].append(row)
         return chosen
 
     def _look_ahead(self, query: TreeQuery, row: _DraftRow, deepest: int) -> _DraftRow | None:

@@ -133,6 +133,7 @@ def _drafting(texts: Sequence[GenerationStats]) -> Figures:
     counts = {
         "misses": "misses",
         "draft_forwards": "forwards",
+        "draft_overtaken": "overtaken",
         "draft_rows": "rows",
         "draft_own_rows": "lookahead_rows",
     }

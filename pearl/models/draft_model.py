@@ -8,7 +8,8 @@ Letters: V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import LIMIT, PREFILL_CHUNK, SLOT_MULTIPLE
 from pearl.machine.transfers import select_rows
+from pearl.models.hidden_states import decoder_layers
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_cache_attention
@@ -26,6 +28,10 @@ from pearl.models.static_shapes.one_text import COUNTS, DRAFT_COUNTS, ForwardRow
 
 _ROWS = (*DRAFT_COUNTS, *range(80, 1 << 10, 16))  # of a forward that several sequences share, where shapes are static
 DRAFT_PREFILL_CHUNK = 4 * SLOT_MULTIPLE  # rows of one forward over a prompt at most
+
+
+class Overtaken(Exception):
+    """A forward was given up between two layers, as nobody wants any more what it would have said."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,14 @@ class LeavesQuery:
 
 
 class DraftModel(LanguageModel):
-    """A model that drafts. `read` continues chains, `read_leaves` trees."""
+    """A model that drafts. `read` continues chains, `read_leaves` trees.
+
+    `overtaken`: set while one sequence is read, it tells whether nobody wants the answer any more. It is asked before
+    each layer and the head of a forward that has but some guesses to read and runs as code on a CPU; then that forward
+    raises `Overtaken`, and what was read before it is known as it was.
+    """
+
+    overtaken: Callable[[], bool] | None = None
 
     def __init__(
         self,
@@ -51,6 +64,7 @@ class DraftModel(LanguageModel):
         coarse: bool = False,
     ):
         super().__init__(model, vocabulary, max_length, max_sequences, coarse, head=head)
+        self._asked = self._asks = False  # the layers: in the forward under way; they have been told to
 
     @property
     def draftable(self) -> set[int] | None:
@@ -84,7 +98,15 @@ class DraftModel(LanguageModel):
             for chunk in chunks:
                 found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
                 last = chunk
-            if len(queries) == 1 or len(last.tokens) > LIMIT or not self.shares_forwards:
+            if len(queries) == 1:
+                try:
+                    with self._asking(len(plans[-1].nodes)):
+                        found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
+                except Overtaken:
+                    tree.undo(plans[-1])
+                    slot.tree = tree
+                    raise
+            elif len(last.tokens) > LIMIT or not self.shares_forwards:
                 found[one.batch_slot].append(self._read_chunk(last, one.batch_slot))
             else:
                 parts.append((one.batch_slot, last))
@@ -104,6 +126,35 @@ class DraftModel(LanguageModel):
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         self._restored(tokens[: len(tokens) - keep], batch_slot)
         return super().read(tokens, keep, side_rows, batch_slot)
+
+    def forward(
+        self,
+        tokens: list[int],
+        first: int,
+        keep: int,
+        side_rows: Sequence[SideRow] = (),
+        pads: int = 0,
+        batch_slot: int = 0,
+    ) -> Tensor:
+        with self._asking(len(tokens)):
+            return super().forward(tokens, first, keep, side_rows, pads, batch_slot)
+
+    @contextlib.contextmanager
+    def _asking(self, rows: int) -> Iterator[None]:
+        """A forward of so many rows in here may end early."""
+        self._asked = self.overtaken is not None and rows <= LIMIT and self.model.device.type == "cpu"
+        if self._asked and not self._asks:
+            for part in (*decoder_layers(self.model), self.model.get_output_embeddings()):
+                part.register_forward_pre_hook(self._ask)
+            self._asks = True
+        try:
+            yield
+        finally:
+            self._asked = False
+
+    def _ask(self, _layer: nn.Module, _inputs: object) -> None:
+        if self._asked and self.overtaken and self.overtaken():
+            raise Overtaken
 
     def _restored(self, tokens: Sequence[int], batch_slot: int) -> int:
         """How much of the beginning of a text is put into an empty cache, as earlier texts had it."""

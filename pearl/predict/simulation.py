@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -269,6 +269,7 @@ class _DraftReader:
     of their places."""
 
     max_sequences = 1
+    overtaken: Callable[[], bool] | None = None  # never asked: what would overtake it is yet to come
 
     def __init__(self, stage: _Stage):
         self.max_length = 1 << 20

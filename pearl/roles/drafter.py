@@ -5,18 +5,20 @@
     send the new nodes
 
 It does so for every sequence under way, in one forward where its source can.
-It waits only when there is nothing to guess: far enough ahead, the block complete, or the source at a loss. Its guesses
-may be wrong, late or absent; they cost speed, never tokens.
+It waits only when there is nothing to guess: far enough ahead, the block complete, or the source at a loss. A forward
+that the text has overtaken may be given up. Guesses may be wrong, late or absent; they cost speed, never tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from pearl.core.messages import Costs, DraftStats, End, Nodes, SentSeparately, Start, Verdict
+from pearl.core.messages import Costs, DraftStats, End, Message, Nodes, SentSeparately, Start, Verdict
 from pearl.drafters.draft_source import ChainQuery, DraftSource, Grown, TreeQuery, as_guesses
 from pearl.machine import memory
 from pearl.machine.timeline import OFF, Trace, flow_id
@@ -36,6 +38,7 @@ class Drafter:
         self._live: dict[int, DraftedSequence] = {}
         self._slot_of: dict[int, int] = {}  # by sequence id: the batch slot, for the last sequence in each
         self._told_costs = False
+        self._early: deque[Message] = deque()  # what arrived during a forward, and may move roots
 
     def run(self) -> None:
         """Until the target is gone."""
@@ -54,7 +57,7 @@ class Drafter:
         """Applies what has arrived, then makes a proposal for every sequence that wants one. False: there was nothing
         to do."""
         heard = False
-        while (message := self._channel.receive()) is not None:
+        while (message := self._receive()) is not None:
             heard = True
             match message:
                 case Start():
@@ -63,7 +66,19 @@ class Drafter:
                     self._apply(self._live[message.sequence_id], message)
                 case End():
                     self._finish(message)
-        return self._grow() or heard
+        return self._grow() or heard or bool(self._early)
+
+    def _receive(self) -> Message | None:
+        return self._early.popleft() if self._early else self._channel.receive()
+
+    def _is_overtaken(self, sequence: DraftedSequence, paths: Sequence[tuple[int, ...]]) -> bool:
+        """Whether the text goes along none of these paths below the root, by verdicts that have arrived by now: they
+        are applied when the forward under way is over."""
+        while (message := self._channel.receive()) is not None:
+            self._early.append(message)
+        mine = [one for one in self._early if one.sequence_id == sequence.start.sequence_id]
+        tokens = tuple(token for one in mine if isinstance(one, Verdict) for token in one.tokens)
+        return any(isinstance(one, End) for one in mine) or all(path[: len(tokens)] != tokens for path in paths)
 
     def _begin(self, start: Start) -> None:
         if not self._live:
@@ -125,7 +140,12 @@ class Drafter:
             if room:
                 path = tuple(node.token for node in chain)
                 queries[sequence] = ChainQuery(
-                    sequence.batch_slot, sequence.trie.tokens, path, room, sequence.processing
+                    sequence.batch_slot,
+                    sequence.trie.tokens,
+                    path,
+                    room,
+                    sequence.processing,
+                    partial(self._is_overtaken, sequence),
                 )
             else:
                 proposals[sequence] = [], True
@@ -142,6 +162,8 @@ class Drafter:
                 leaf = node
             sequence.drafted += len(grown)
             sequence.count(drafted=len(grown))
+            if not grown and self._early:
+                continue
             proposals[sequence] = grown, len(grown) in (0, queries[sequence].room)
         return proposals
 
@@ -157,11 +179,19 @@ class Drafter:
             else:
                 take_all = schedule.draft_batch is not None
                 queries[sequence] = TreeQuery(
-                    sequence.batch_slot, trie, plan.draft_batch, plan.max_depth, take_all, sequence.processing
+                    sequence.batch_slot,
+                    trie,
+                    plan.draft_batch,
+                    plan.max_depth,
+                    take_all,
+                    sequence.processing,
+                    partial(self._is_overtaken, sequence),
                 )
         found = self._guarded.ask(list(queries), lambda some: self._source.extend([queries[one] for one in some]))
         for sequence, grown in found.items():
             sequence.count(drafted=len(grown or []))
+            if not grown and self._early:
+                continue
             proposals[sequence] = grown or [], not grown or not sequence.start.schedule.post_verify
         return proposals
 

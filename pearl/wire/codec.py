@@ -232,7 +232,10 @@ _LONG, _DOUBLE = _number("q"), _number("d")
 _FLAG = _Part(lambda to, x: to.put("i", x), lambda of: bool(*of.get("i", 1)))
 _PLAN = _record(DraftPlan, "gamma draft_batch max_depth")
 _GUESS = _Part(_write_guess, _read_guess)
-_COUNTS = ("forwards", "drafted", "verdicts", "hits", "misses", "prepared", "rows", "lookahead_rows", "lookahead_hits")
+_COUNTS = (
+    *("forwards", "overtaken", "rows", "lookahead_rows", "lookahead_hits"),
+    *("drafted", "verdicts", "hits", "misses", "prepared"),
+)
 
 _LAYOUTS: dict[type, _Part] = {
     Start: _record(

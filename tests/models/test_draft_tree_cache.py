@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from toys import examples, falsified
 
 import pearl.models.language_model
-from pearl.models.draft_model import DraftModel
+from pearl.models.draft_model import DraftModel, Overtaken
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, TreeNode
 
 SLOTS = 48
 TOKENS = st.integers(0, 2)
+NEAR = {"atol": 1e-3, "rtol": 0}
 Path = tuple[int, ...]
 
 
@@ -52,6 +53,15 @@ class Slots:
                     wanted.append([token for _, token in seen])
         check_slots(self.leaves)
         return [wanted[place] for place in plan.order]
+
+    def give_up(self, text: list[int], paths: list[Path]) -> None:
+        """Reading these is given up when all their rows are written and none is answered."""
+        plan = self.leaves.plan(text, paths)
+        self._held.update((node.slot, (node.position, node.token)) for node in plan.nodes)
+        self.leaves.undo(plan)
+        check_slots(self.leaves)
+        added = set(plan.added)
+        assert not added & set(nodes(self.leaves)) and set(plan.nodes) - added <= set(nodes(self.leaves))
 
 
 def nodes(leaves: DraftTreeCache) -> Iterator[TreeNode]:
@@ -119,6 +129,17 @@ def test_a_cache_that_is_just_large_enough_holds_every_text_and_its_paths(turns:
     play(Slots(longest + 16), turns, longest)
 
 
+@examples(100)
+@given(TURNS, st.lists(PATHS, min_size=12, max_size=12))
+def test_a_read_that_was_given_up_leaves_no_trace(turns: list[Turn], others: list[list[Path]]):
+    """Neither in the slots nor in what later rows see."""
+    machine, text, last = Slots(SLOTS), [0], [()]
+    for turn, given_up in zip(turns, others, strict=False):
+        text, last = go(text, last, turn, SLOTS - 16), turn[3]
+        machine.give_up(text, given_up)
+        assert machine.read(text, last) == [[*text, *path] for path in last]
+
+
 def test_what_was_read_is_not_read_again():
     machine = Slots(SLOTS)
     machine.read([1, 2, 3], [()])
@@ -179,9 +200,12 @@ def own_logits(text: tuple[int, ...]) -> torch.Tensor:
         return model()[1](torch.tensor([text]), use_cache=False).logits[0, -1]
 
 
+def own(text: list[int], paths: list[Path]) -> list[torch.Tensor]:
+    return [own_logits((*text, *path)) for path in paths]
+
+
 def assert_says(reader: DraftModel, text: list[int], paths: list[Path]) -> None:
-    wanted = torch.stack([own_logits((*text, *path)) for path in paths])
-    torch.testing.assert_close(reader.read_leaves(text, paths), wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(reader.read_leaves(text, paths), torch.stack(own(text, paths)), **NEAR)
 
 
 @examples(20)
@@ -227,6 +251,35 @@ def test_a_read_that_failed_leaves_no_false_memory(monkeypatch):
         reader.read_leaves(text, paths)
     monkeypatch.undo()
     assert_says(reader, text, paths)
+
+
+def test_a_forward_that_is_overtaken_is_given_up_between_layers_and_what_was_read_stays_known(monkeypatch):
+    """It is asked before each layer and the head. A text that is still to be read is read to its end."""
+    reader = tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()))
+    rows, run = [], reader.run
+    monkeypatch.setattr(reader, "run", lambda tokens, *rest: rows.append(len(tokens)) or run(tokens, *rest))
+    text, paths = list(range(1, 30)), [(), (5,), (5, 6)]
+    reader.overtaken = lambda: True
+    assert_says(reader, text, paths)
+    last = reader.model.config.num_hidden_layers + 1
+
+    def given_up(read: Callable[[], torch.Tensor]) -> None:
+        for times in range(1, last + 1):
+            answers = iter([False] * (times - 1) + [True])
+            reader.overtaken = answers.__next__
+            with pytest.raises(Overtaken):
+                read()
+            assert not list(answers)
+        reader.overtaken = iter([False] * last).__next__
+
+    given_up(lambda: reader.read_leaves([*text, 5], [(6,), (7,)]))
+    assert_says(reader, [*text, 5], [(6,), (7, 8)])
+    assert rows == [31, *[2] * last, 3], "neither the text again nor the row before"
+    reader.overtaken = None
+    reader.read([*text, 5], 1)
+    given_up(lambda: reader.read([*text, 5, 6, 7], 1))
+    torch.testing.assert_close(reader.read([*text, 5, 6, 7], 1)[0], own_logits((*text, 5, 6, 7)), **NEAR)
+    assert rows[last + 2 :] == [30, *[2] * last, 2]
 
 
 def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):

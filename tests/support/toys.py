@@ -28,7 +28,7 @@ from pearl.core.stopping import Decode, Stopper
 from pearl.core.token_buckets import ANY, BatchedTokenBuckets
 from pearl.core.trie import Trie
 from pearl.drafters.draft_source import Chain, DraftSource, Grown, TreeQuery
-from pearl.models.draft_model import LeavesQuery
+from pearl.models.draft_model import LeavesQuery, Overtaken
 from pearl.models.language_model import SideRow
 from pearl.models.verifier import SequenceQuery
 from pearl.roles.drafter import Drafter
@@ -76,10 +76,13 @@ class TableModel:
         return self._table[key]
 
     verifies_trees, max_sequences, gives_features = True, 64, False
+    overtaken: Callable[[], bool] | None = None  # as a drafter
     batched_buckets = BatchedTokenBuckets(tuple(range(1, 1000)), tuple(1 + 0.1 * rows for rows in range(1, 1000)))
 
     def read(self, tokens: Sequence[int], keep: int, side_rows: Sequence[SideRow] = (), batch_slot: int = 0) -> Tensor:
         assert 0 < keep <= len(tokens) <= self.max_length
+        if self.overtaken and self.overtaken():
+            raise Overtaken
         paths = [list(tokens[:end]) for end in range(len(tokens) - keep + 1, len(tokens) + 1)]
         for parent, token in side_rows:
             paths.append([*paths[parent], token])
@@ -100,6 +103,8 @@ class TableModel:
         return 0
 
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
+        if self.overtaken and self.overtaken():
+            raise Overtaken
         return [self.read_leaves(one.tokens, one.paths) for one in queries]
 
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
@@ -300,6 +305,19 @@ def scrambled(seed: int, moves: int = 200) -> list[Move]:
     return [(rng.randrange(3), rng.randrange(3), rng.randrange(3)) for _ in range(moves)]
 
 
+class DrafterEnd(WireEnd):
+    """What is on its way may also arrive while the drafter is in a forward: who looks again finds the next message."""
+
+    looked = False  # there was nothing more, in this step
+
+    def receive(self) -> Message | None:
+        if self.looked and not self.inbox:
+            self.deliver(1)
+        message = super().receive()
+        self.looked = message is None
+        return message
+
+
 class ScriptedChannel(WireEnd):
     """The target's end. Whenever the target looks at it, the script's next move happens first (and it starts over at
     its end): so many messages reach the drafter, which makes so many steps, and so many reach the target. Order is
@@ -310,7 +328,7 @@ class ScriptedChannel(WireEnd):
     def __init__(self, source, script: Sequence[Move], lost_after: int | None = None):
         """`lost_after`: so many moves later the drafter and all that is on its way are gone."""
         super().__init__()
-        self.peer = WireEnd()
+        self.peer = DrafterEnd()
         self.peer.peer = self
         self.drafter = Drafter(source, self.peer, ticks())
         self._script = itertools.cycle(script or IDLE)
@@ -338,6 +356,7 @@ class ScriptedChannel(WireEnd):
         active = bool((down and self.peer.coming) or (up and self.coming))
         self.peer.deliver(down)
         for _ in range(steps):
+            self.peer.looked = False
             active |= self.drafter.step()
         self.deliver(up)
         return active

@@ -12,7 +12,7 @@ Knows: caches, trees of rows, and forwards over several sequences. Refuses to kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -134,6 +134,8 @@ class _Part:
 
 class HeadReader:
     """An autoregressive network with its target attached, as a `LeafReader`: logits are over the target's tokens."""
+
+    overtaken: Callable[[], bool] | None = None  # never asked: one layer is soon over
 
     def __init__(self, drafter: FeatureDrafter, max_length: int, max_sequences: int = 1):
         self.drafter, self.max_length, self.max_sequences = drafter.eval(), max_length, max_sequences

@@ -49,6 +49,7 @@ class ForwardChunk:
 @dataclass(frozen=True)
 class ReadPlan:
     nodes: list[TreeNode]  # to be read, parents first
+    added: list[TreeNode]  # those of them that were not there before, in the same order
     order: list[int]  # for each path asked for, its place among the wanted nodes
     wanted: set[int]  # their indices in `nodes`
     high: int  # slots in use lie below
@@ -135,6 +136,7 @@ class DraftTreeCache:
             self._release(list(self._end.children.values()))
             self._end.children = {}
         new: list[TreeNode] = []
+        added: list[TreeNode] = []
         places: list[int] = []
         for path in paths:
             at = self._end
@@ -144,6 +146,7 @@ class DraftTreeCache:
                 if child is None:
                     child = self._add(at, token)
                     new.append(child)
+                    added.append(child)
                 elif depth == len(tokens) and child not in new:
                     new.append(child)  # its logits are gone; the same slot is written again
                 at = child
@@ -152,7 +155,14 @@ class DraftTreeCache:
         wanted = sorted(set(places))
         high = int(self._used.nonzero()[0][-1]) + 1
         order = [wanted.index(place) for place in places]
-        return ReadPlan(new, order, set(wanted), high, self._places, self._end, self._seen)
+        return ReadPlan(new, added, order, set(wanted), high, self._places, self._end, self._seen)
+
+    def undo(self, plan: ReadPlan) -> None:
+        """What was planned last has not been read."""
+        for node in reversed(plan.added):  # children before their parents
+            assert node.parent is not None, "the committed prefix moves with the next plan"
+            del node.parent.children[node.token]
+            self._give_back(node.slot)
 
     def give_back(self, token: int) -> None:
         """Frees the nodes of a token below the committed prefix, and what hangs on them."""
