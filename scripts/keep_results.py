@@ -32,7 +32,7 @@ from pearl.evaluation.pages import kept, sweeps
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "results"
-RAW_MODES = ("ar", "tree")
+RAW_MODES, RAW_TEXTS = ("ar", "tree"), 10
 ENOUGH = "a run with a wider one, as part of its speed-up, is told to be unfinished (default: 0.1)"
 FIGURES = "figures.json"  # of the raw lines: no summary, as those of a run know its config
 
@@ -51,10 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
     runs = report.load(ended) if ended else []
     report.all_of_a_kind(runs)
+    if found.sweep and (begun or not runs):
+        raise UsageError("A sweep is kept as a whole: name the folders of all its runs once they have ended.")
     kept_as = places(runs, found.to, found.sweep)
-    if found.sweep:
-        for before in (found.to / kept.OF_SWEEPS / found.sweep).glob("*.json"):
-            before.unlink()
     for run, file in kept_as:
         summary = json.loads((run.folder / results.SUMMARY).read_text(encoding="utf-8"))
         summary["wanted_interval"] = found.interval  # an early round of many wants less
@@ -64,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             told.pop("by_sequence", None)
         summary["skipped"] = [line["task_id"] for line in summary.get("skipped", ())]
         outputs.write_json(file, without_folders(summary))
+    if found.sweep:
+        new = {file for _, file in kept_as}
+        for one in kept.load_sweep(found.to, found.sweep):
+            if one.folder not in new and one.kind == runs[0].kind:
+                one.folder.unlink()
     if with_raw := [run for run in runs if may_be_raw(run) and not found.sweep]:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
     for name, content in kept.page(found.to).items():
@@ -92,9 +96,11 @@ def places(runs: Sequence[report.Run], to: Path, sweep: str | None = None) -> li
 
 
 def may_be_raw(run: report.Run) -> bool:
-    """A plain run with one text at a time, whose prompts may be committed (those of SPEED-Bench may not)."""
+    """A plain run with one text at a time, of enough texts for its interval to say something, whose prompts may be
+    committed (those of SPEED-Bench may not)."""
     alone = run.config.get("batch_size") == 1 and not run.kind
-    return alone and run.config.get("suite") != "speed_bench" and set(RAW_MODES) <= set(run.modes)
+    told = alone and run.config.get("suite") != "speed_bench" and set(RAW_MODES) <= set(run.modes)
+    return told and all(run.modes[mode]["sequences"] >= RAW_TEXTS for mode in RAW_MODES)
 
 
 def keep_raw(run: report.Run, folder: Path) -> None:

@@ -88,9 +88,10 @@ table() {
 
 # sweep NAME TITLE OPTIONS...: the table of one, with its picture. `keep` behind the script's name: into docs/results/ too
 sweep() {
-  local name=$1; shift
+  local name=$1 all=${#folders[@]}; shift
   table "$@" --sweep "$name"
-  if [[ $asked == keep ]] && ((${#folders[@]})); then keep --sweep "$name"; fi
+  if [[ $asked != keep ]]; then return; fi
+  if ((${#folders[@]} == all)); then keep --sweep "$name"; else echo "kept once all its runs have ended: call it again"; fi
 }
 
 keep() { run python scripts/keep_results.py "${folders[@]}" "$@" ${KEEP_TO:+--to "$KEEP_TO"}; }

@@ -149,7 +149,8 @@ class DraftStats:
     busy_s: float = 0.0
     waiting_s: float = 0.0
     forwards: int = 0
-    overtaken: int = 0  # of those: given up, as the text went another way meanwhile
+    overtaken: int = 0  # beside those: given up, as the text went another way meanwhile
+    overtaken_s: float = 0.0  # of `busy_s`
     drafted: int = 0
     verdicts: int = 0
     hits: int = 0  # verdicts whose new root was already in the drafter's trie

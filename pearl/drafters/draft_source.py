@@ -114,7 +114,7 @@ class DraftSource:
 
     # so far
     forwards: int = 0  # of its model
-    overtaken: int = 0  # of those: given up
+    overtaken: int = 0  # beside those: given up
     rows: int = 0  # that those have read
     lookahead_rows: int = 0  # of those: guesses that were read before the model had made them
     lookahead_hits: int = 0  # of those: what the model said too

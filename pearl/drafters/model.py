@@ -71,10 +71,10 @@ class ModelSource(DraftSource):
         tokens = [*query.tokens, *query.path]
         if len(tokens) > self._model.max_length:
             return []
-        self.forwards += 1
-        self.rows += 1
         with self._unless_overtaken(query, [query.path]):
             q = query.processed(self._model.read(tokens, keep=1))[0]
+            self.forwards += 1
+            self.rows += 1
             return [propose(q, self._params[0], position=len(tokens))]
         return []
 

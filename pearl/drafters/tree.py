@@ -93,15 +93,15 @@ class TreeSource(ModelSource):
         reading = [(one, rows) for one, rows in zip(queries, chosen, strict=True) if rows]
         if not reading:
             return offered
-        self.forwards += 1
-        self.rows += sum(map(len, chosen))
-        self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
         leaves = [LeavesQuery(one.batch_slot, one.trie.tokens, [row.path for row in rows]) for one, rows in reading]
         read: list[Tensor] = []
         with self._unless_overtaken(reading[0][0] if len(reading) == 1 else None, leaves[0].paths):
             read = self._model.read_leaves_together(leaves)
         if not read:
             return offered
+        self.forwards += 1
+        self.rows += sum(map(len, chosen))
+        self.lookahead_rows += sum(row.node is None for rows in chosen for row in rows)
         asked = []
         for (one, rows), logits in zip(reading, read, strict=True):
             positions = [len(one.trie.tokens) + len(row.path) for row in rows]

@@ -134,11 +134,12 @@ def _drafting(texts: Sequence[GenerationStats]) -> Figures:
         "misses": "misses",
         "draft_forwards": "forwards",
         "draft_overtaken": "overtaken",
+        "draft_overtaken_s": "overtaken_s",
         "draft_rows": "rows",
         "draft_own_rows": "lookahead_rows",
     }
     counts |= {"draft_own_confirmed": "lookahead_hits", "draft_busy_s": "busy_s"}
-    forward_s = _ratio(total("busy_s"), total("forwards"))
+    forward_s = _ratio(total("busy_s") - total("overtaken_s"), total("forwards"))
     return {
         **{key: total(name) if reports else None for key, name in counts.items()},
         "hit_rate": _ratio(total("hits"), total("verdicts")),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pearl.core.token_buckets import LIMIT, PREFILL_CHUNK, SLOT_MULTIPLE
 from pearl.machine.transfers import select_rows
-from pearl.models.hidden_states import decoder_layers
+from pearl.models.hidden_states import find_decoder_layers
 from pearl.models.kv_cache.draft_tree_cache import DraftTreeCache, ForwardChunk
 from pearl.models.kv_cache.prefix_cache import EMPTY, Piece, digest
 from pearl.models.kv_cache.transformers_interface import uses_cache_attention
@@ -49,7 +49,7 @@ class DraftModel(LanguageModel):
 
     `overtaken`: set while one sequence is read, it tells whether nobody wants the answer any more. It is asked before
     each layer and the head of a forward that has but some guesses to read and runs as code on a CPU; then that forward
-    raises `Overtaken`, and what was read before it is known as it was.
+    raises `Overtaken`. What was read before it is known as it was, and a prompt is read to its end.
     """
 
     overtaken: Callable[[], bool] | None = None
@@ -144,9 +144,9 @@ class DraftModel(LanguageModel):
         """A forward of so many rows in here may end early."""
         self._asked = self.overtaken is not None and rows <= LIMIT and self.model.device.type == "cpu"
         if self._asked and not self._asks:
-            for part in (*decoder_layers(self.model), self.model.get_output_embeddings()):
-                part.register_forward_pre_hook(self._ask)
             self._asks = True
+            for part in _parts(self.model):
+                part.register_forward_pre_hook(self._ask)
         try:
             yield
         finally:
@@ -216,6 +216,13 @@ class DraftModel(LanguageModel):
         for (batch_slot, chunk), length in zip(chunks, lengths, strict=True):
             yield batch_slot, select_rows(logits[first : first + length], chunk.wanted)
             first += length
+
+
+def _parts(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a forward and its head, as far as they are known."""
+    if not isinstance(model, PreTrainedModel):  # what stands for one where time is measured
+        return []
+    return [*(find_decoder_layers(model) or ()), *filter(None, [model.get_output_embeddings()])]
 
 
 def read_unknown_tokens(part: nn.Module, tokens: int) -> None:

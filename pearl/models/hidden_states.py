@@ -63,10 +63,16 @@ class HiddenStateHooks:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of a causal language model's decoder layers."""
+    found = find_decoder_layers(model)
+    assert found is not None, "a transformers decoder keeps its layers in one list"
+    return found
+
+
+def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The same, if there is one."""
     count = model.config.get_text_config().num_hidden_layers
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    assert stacks, "a transformers decoder keeps its layers in one list"
-    return stacks[0]
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    return next(stacks, None)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:

@@ -226,6 +226,7 @@ class LanguageModel:
         while (ahead := len(tokens) - keep - known) > most:
             self.forward(tokens[known : known + min(PREFILL_CHUNK, ahead)], known, 1, batch_slot=batch_slot)
             known += min(PREFILL_CHUNK, ahead)
+            self._slots[batch_slot].cached = tokens[:known]
         return tokens[known:], [(ahead + parent, token) for parent, token in side_rows]
 
     def forward(

@@ -334,5 +334,5 @@ def _draft_s(
             prompts = sum(passes[0]["forward_s"] for passes in texts.values()) / pass_s * costs[0]
             slower = 1 + shares[mode].both / shares[mode].drafter * (crowding - 1)
             expected_s += (later + prompts) * slower
-            busy_s += facts["draft_busy_s"]
+            busy_s += facts["draft_busy_s"] - facts.get("draft_overtaken_s", 0.0)
     return tuple(busy_s / expected_s * cost for cost in costs)

@@ -42,7 +42,7 @@ class Drafter:
 
     def run(self) -> None:
         """Until the target is gone."""
-        while not self._channel.lost:
+        while self._early or not self._channel.lost:
             if not self.step():
                 began = self._clock()
                 self._channel.wait()

@@ -270,6 +270,7 @@ _LAYOUTS: dict[type, _Part] = {
         failed=_FLAG,
         busy_s=_DOUBLE,
         waiting_s=_DOUBLE,
+        overtaken_s=_DOUBLE,
         **dict.fromkeys((*_COUNTS, "memory"), _LONG),
     ),
     Close: _record(Close, "sequence_id"),

@@ -15,6 +15,7 @@ import bench_batch
 import keep_results
 from evaluations import options, written
 
+from pearl.config.engine_config import ONE_PROCESS
 from pearl.evaluation import lines, results
 from pearl.evaluation.pages import kept
 from pearl.evaluation.report import Run
@@ -31,7 +32,7 @@ def test_a_kept_run_is_lossless_and_says_how_it_was_made(file: Path):
     assert kept["environment"]["commit"] and kept["environment"]["processor"]
     script, *_ = kept["environment"]["command"]
     assert (ROOT / script).exists()
-    ours = [figures for mode, figures in kept["modes"].items() if not mode.startswith("hf-")]
+    ours = [figures for mode, figures in kept["modes"].items() if mode not in ONE_PROCESS]
     assert {figures["identical_to_ar"] for figures in ours} == {1.0}
     texts = {figures["sequences"] for figures in kept["modes"].values()}
     assert len(texts) == 1, "every mode wrote every text"
@@ -106,7 +107,13 @@ def test_a_sweep_is_kept_whole_and_shown_by_what_was_varied(tmp_path):
     page = (kept_in / "README.md").read_text()
     assert "## Temperature: GSM8K, 9 texts of up to 8 tokens\n\n![temperature](sweeps-temperature.png)" in page
     assert "commit abc:\n\n```\neval/gsm8k.py --temperature 0.0\neval/gsm8k.py --temperature 0.5\n```" in page
-    assert "| 0 | 2.00 (1.75 to 2.25) |\n| 0.5 | 1.50 (1.25 to 1.75) |\n\nTimes `ar`; 100% of the texts" in page
+    assert "| 0 | 2.00 (1.75 to 2.25) |\n| 0.5 | 1.50 (1.25 to 1.75) |\n\nTimes `ar`;" in page
+    assert "; at least 100% of each mode's texts are `ar`'s.\n" in page
+    (tmp_path / "begun").mkdir()
+    for some in ([], [*folders, tmp_path / "begun"]):
+        words = [*map(str, some), "--sweep", "temperature", "--to", str(kept_in)]
+        assert keep_results.main(words) == 2, "half a sweep does not take the place of a whole one"
+    assert (kept_in / "README.md").read_text() == page
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,8 @@ def test_cores_that_both_roles_have_count_once(cpus: dict, hosts: int, told: str
 def lines_of(folder: Path, suite: str) -> Path:
     """A run of `suite` with lines of two modes."""
     folder.mkdir(parents=True)
-    config, modes = {"suite": suite, "batch_size": 1}, {mode: {"sequences": 1} for mode in keep_results.RAW_MODES}
+    config, texts = {"suite": suite, "batch_size": 1}, keep_results.RAW_TEXTS
+    modes = {mode: {"sequences": texts} for mode in keep_results.RAW_MODES}
     lines.write_json(folder / results.SUMMARY, {"config": config, "environment": {}, "modes": modes})
     for name in (results.PASSES, results.SAMPLES):
         lines.append(folder / name, [{"mode": mode, "text": f"of {suite}"} for mode in modes])

@@ -282,6 +282,20 @@ def test_a_forward_that_is_overtaken_is_given_up_between_layers_and_what_was_rea
     assert rows[last + 2 :] == [30, *[2] * last, 2]
 
 
+def test_a_prompt_is_not_read_again_where_the_forward_after_its_pieces_was_given_up(monkeypatch):
+    reader = tiny.draft_model(tiny.random_model(tiny.CONFIGS["llama"]()))
+    rows, run = [], reader.run
+    monkeypatch.setattr(reader, "run", lambda tokens, *rest: rows.append(len(tokens)) or run(tokens, *rest))
+    monkeypatch.setattr(pearl.models.language_model, "PREFILL_CHUNK", 24)
+    text = [token % 50 for token in range(30)]
+    reader.overtaken = lambda: True
+    with pytest.raises(Overtaken):
+        reader.read(text, 1)
+    reader.overtaken = None
+    torch.testing.assert_close(reader.read(text, 1)[0], own_logits(tuple(text)), **NEAR)
+    assert rows == [24, 6, 6]
+
+
 def test_no_row_is_added_to_the_leaves_of_a_drafter(monkeypatch):
     reader = tiny.draft_model(model()[1])
     rows, run = [], reader.run

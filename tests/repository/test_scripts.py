@@ -257,7 +257,7 @@ def test_the_sweeps_and_speed_bench_run_with_the_default_pair_and_end_on_one_pag
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert sorted(file.parent.name for file in kept.glob("sweeps/*/*.json")).count(name.removeprefix("sweep_"))
     page = (kept / "README.md").read_text()
-    assert page.count("\n## ") == len(SWEEPS) and "100% of the texts were those of `ar`" in page
+    assert page.count("\n## ") == len(SWEEPS) and "at least 100% of each mode's texts are `ar`'s" in page
     folder, data = tmp_path / "results" / "speed_bench", written(tmp_path, "speed_bench")
     words = ["eval/speed_bench.py", "--data", data, "--mode", "ar", "tree", "--max-new-tokens", "8"]
     command = ["-c", f"{settings['LAUNCH']} {shlex.join(words)} --output {folder}"]
@@ -418,10 +418,11 @@ def test_all_drafters_of_the_default_target_write_its_own_text(small, tmp_path):
 
 @pytest.mark.slow
 def test_what_a_pass_costs_beside_the_model_is_measured():
-    small = ["--passes", "3", "--pass-ms", "2", "--vocabulary", "2000", "--temperature", "1"]
+    small = ["--passes", "9", "--pass-ms", "9", "--vocabulary", "2000", "--temperature", "1"]
     done = forks.run([sys.executable, ROOT / "scripts/bench_runtime.py", *small, "--mode", "ar", "tree"])
     assert done.returncode == 0, done.stderr
     assert [line.split(" |")[0] for line in done.stdout.splitlines() if "T=" in line] == ["| ar T=1", "| tree T=1"]
+    assert "failed" not in done.stderr, "the drafter's source"
 
 
 # Slurm

@@ -96,7 +96,15 @@ def test_the_end_of_a_text_ends_its_forward(mode: str):
     drafting = Drafting(mode)
     assert drafting.step(End(0)) == [] and drafting.source.overtaken == 1
     (stats,) = drafting.step()
-    assert stats.overtaken == 1 and stats.forwards == 2
+    assert stats.overtaken == stats.forwards == 1 and stats.busy_s > stats.overtaken_s > 0.0
+
+
+def test_what_arrived_in_a_forward_is_heard_although_the_wire_is_lost_by_then(monkeypatch):
+    drafting = Drafting("pearl")
+    assert drafting.step(End(0)) == [] and drafting.drafter._live
+    monkeypatch.setattr(LocalChannel, "lost", True)
+    drafting.drafter.run()
+    assert not drafting.drafter._live
 
 
 def test_what_is_said_of_other_texts_gives_up_nothing():

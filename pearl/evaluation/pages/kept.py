@@ -6,12 +6,13 @@ which machine. Pictures are PNG, with intervals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pearl.config.engine_config import EMBEDDED
+from pearl.config.engine_config import EMBEDDED, ONE_PROCESS
 from pearl.evaluation import plots, report, results, tables
 from pearl.evaluation.pages import sweeps
 from pearl.evaluation.report import Run
@@ -39,11 +40,13 @@ HEAD = """\
 # Results that are kept
 
 Made of the summaries in this folder by `python scripts/keep_results.py`; `bash scripts/results.sh keep` runs what is
-kept and ends with it; `--interval` says how narrow the intervals of a finished run are, whatever its command stopped
-at. Texts of transformers' own modes (`hf-*`) leave `ar`'s at near-ties. Bars have 95 % intervals.
-[Figures](../reference/figures.md) says what each column is. Where there is a folder `raw`, it has the lines of one run,
-of which its figures can be [computed again](../reference/figures.md#computed-again-from-the-lines). The
-[log](../log.md) has what else was measured, and what did not work.
+kept of a pair and ends with it, `scripts/sweep_*.sh keep` and `scripts/gamma_sweep.sh keep` do so for sweeps;
+`--interval` says how narrow the intervals of a finished run are, whatever its command stopped at. Texts of
+transformers' own modes (`hf-*`) leave `ar`'s at near-ties, and those of `ar-all` may, as it adds up in another order;
+all others are `ar`'s. Bars have 95 % intervals. [Figures](../reference/figures.md) says what each column is. Where
+there is a folder `raw`, it has the lines of one run, of which its figures can be
+[computed again](../reference/figures.md#computed-again-from-the-lines). The [log](../log.md) has what else was
+measured, and what did not work.
 """
 OF_SWEEPS = "sweeps"  # the folder that has one of each sweep
 PLOTS = {  # each where its interval is known of some mode
@@ -97,8 +100,9 @@ def page(folder: Path) -> dict[str, str | bytes]:
     for name, sweep in sweeps.SWEEPS.items():
         if runs := load_sweep(folder, name):
             picture = sweep.picture(runs)
-            pictures |= {f"{OF_SWEEPS}-{name}.png": picture} if picture else {}
-            parts.append(sweep_section(name, runs))
+            drawn = {f"{OF_SWEEPS}-{name}.png": picture} if picture else {}
+            parts.append(sweep_section(sweep, runs, "".join(f"![{name}]({file})\n\n" for file in drawn)))
+            pictures |= drawn
     return {"README.md": "\n".join([HEAD, *parts]), **pictures}
 
 
@@ -131,9 +135,9 @@ def load_sweep(folder: Path, name: str) -> list[Run]:
     return sorted(runs, key=lambda run: [run.config.get(key) or 0 for key in sweeps.SWEEPS[name].option])
 
 
-def sweep_section(name: str, runs: Sequence[Run]) -> str:
-    """Its picture, and a row for each value of what was varied."""
-    sweep, (first, *_) = sweeps.SWEEPS[name], runs
+def sweep_section(sweep: sweeps.Sweep, runs: Sequence[Run], drawn: str) -> str:
+    """What is drawn of it, and a row for each value of what was varied."""
+    first, *_ = runs
     fixed = replace(first, config={key: value for key, value in first.config.items() if key not in sweep.option})
     text = [which_text(fixed), *(() if "temperature" in sweep.option else [warmth(fixed)]), *beside(fixed.config)]
     curves = {label.name: dict(points) for label, points in sweep.curves(runs).items()}
@@ -142,14 +146,22 @@ def sweep_section(name: str, runs: Sequence[Run]) -> str:
         [f"{value:g}", *(cell(points.get(value, {})) for points in curves.values())]
         for value in sorted({value for points in curves.values() for value in points})
     ]
-    same = min(of["identical_to_ar"] for run in runs for mode, of in run.modes.items() if not mode.startswith("hf-"))
+    equal = [
+        of["identical_to_ar"]
+        for run in runs
+        for mode, of in run.modes.items()
+        if mode not in ONE_PROCESS and of.get("identical_to_ar") is not None
+    ]
     what = "Tokens a second of all texts, and milliseconds a token of each" if sweep.of_texts else "Times `ar`"
-    said = f"{what}; {same:.0%} of the texts were those of `ar`."
-    machines = " and ".join(dict.fromkeys(map(machine, runs)))
-    drawn = f"![{name}]({OF_SWEEPS}-{name}.png)"
+    same = f"; at least {math.floor(100 * min(equal))}% of each mode's texts are `ar`'s" if equal else ""
+    machines = " and ".join(dict.fromkeys(f"{models(run)}, {machine(run)}" for run in runs))
     table = tables.markdown([sweep.varied, *curves], rows)
     title = f"## {sweep.title}: {', '.join(text)}"
-    return f"{title}\n\n{drawn}\n\n{machines}, {how_made(*runs)}\n\n{table}\n\n{said}\n"
+    return f"{title}\n\n{drawn}{machines}, {how_made(*runs)}\n\n{table}\n\n{what}{same}.\n"
+
+
+def models(run: Run) -> str:
+    return " <- ".join(Path(str(run.resolved.get(name))).name for name in ("target", "draft"))
 
 
 def tokens_and_ms(figures: tables.Figures) -> str:

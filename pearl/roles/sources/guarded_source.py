@@ -86,7 +86,8 @@ class GuardedSource:
         if sequences[0].start.timed:
             self.spans += began, ended
         for sequence in sequences:
-            sequence.count(busy_s=(ended - began) / len(sequences))
+            each = (ended - began) / len(sequences)
+            sequence.count(busy_s=each, overtaken_s=each if more["overtaken"] else 0.0)
             at = {"sequence": sequence.start.sequence_id, "position": sequence.trie.root.position}
             self._trace.span("draft", began, ended, rows=max(1, more["rows"]), **at)
 
