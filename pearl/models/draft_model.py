@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class DraftModel(LanguageModel):
         coarse: bool = False,
     ):
         super().__init__(model, vocabulary, max_length, max_sequences, coarse, head=head)
-        self._asked = self._asks = False  # the layers: in the forward under way; they have been told to
+        self._asked: Callable[[], bool] | None = None  # by the layers of the forward under way
+        self._asks = False  # they have been told to
 
     @property
     def draftable(self) -> set[int] | None:
@@ -127,22 +129,14 @@ class DraftModel(LanguageModel):
         self._restored(tokens[: len(tokens) - keep], batch_slot)
         return super().read(tokens, keep, side_rows, batch_slot)
 
-    def forward(
-        self,
-        tokens: list[int],
-        first: int,
-        keep: int,
-        side_rows: Sequence[SideRow] = (),
-        pads: int = 0,
-        batch_slot: int = 0,
-    ) -> Tensor:
+    def forward(self, tokens: list[int], *arguments: Any, **more: Any) -> Tensor:
         with self._asking(len(tokens)):
-            return super().forward(tokens, first, keep, side_rows, pads, batch_slot)
+            return super().forward(tokens, *arguments, **more)
 
     @contextlib.contextmanager
     def _asking(self, rows: int) -> Iterator[None]:
         """A forward of so many rows in here may end early."""
-        self._asked = self.overtaken is not None and rows <= LIMIT and self.model.device.type == "cpu"
+        self._asked = self.overtaken if rows <= LIMIT and self.model.device.type == "cpu" else None
         if self._asked and not self._asks:
             self._asks = True
             for part in _parts(self.model):
@@ -150,10 +144,10 @@ class DraftModel(LanguageModel):
         try:
             yield
         finally:
-            self._asked = False
+            self._asked = None
 
     def _ask(self, _layer: nn.Module, _inputs: object) -> None:
-        if self._asked and self.overtaken and self.overtaken():
+        if self._asked and self._asked():
             raise Overtaken
 
     def _restored(self, tokens: Sequence[int], batch_slot: int) -> int:

@@ -138,8 +138,6 @@ def load_sweep(folder: Path, name: str) -> list[Run]:
 def sweep_section(sweep: sweeps.Sweep, runs: Sequence[Run], drawn: str) -> str:
     """What is drawn of it, and a row for each value of what was varied."""
     first, *_ = runs
-    fixed = replace(first, config={key: value for key, value in first.config.items() if key not in sweep.option})
-    text = [which_text(fixed), *(() if "temperature" in sweep.option else [warmth(fixed)]), *beside(fixed.config)]
     curves = {label.name: dict(points) for label, points in sweep.curves(runs).items()}
     cell = tokens_and_ms if sweep.of_texts else speedup
     rows = [
@@ -154,14 +152,10 @@ def sweep_section(sweep: sweeps.Sweep, runs: Sequence[Run], drawn: str) -> str:
     ]
     what = "Tokens a second of all texts, and milliseconds a token of each" if sweep.of_texts else "Times `ar`"
     same = f"; at least {math.floor(100 * min(equal))}% of each mode's texts are `ar`'s" if equal else ""
-    machines = " and ".join(dict.fromkeys(f"{models(run)}, {machine(run)}" for run in runs))
+    machines = " and ".join(dict.fromkeys(f"{sweeps.short_name(sweeps.models(run))}, {machine(run)}" for run in runs))
     table = tables.markdown([sweep.varied, *curves], rows)
-    title = f"## {sweep.title}: {', '.join(text)}"
+    title = f"## {sweep.title}: {text_of(first, sweep.option)}"
     return f"{title}\n\n{drawn}{machines}, {how_made(*runs)}\n\n{table}\n\n{what}{same}.\n"
-
-
-def models(run: Run) -> str:
-    return " <- ".join(Path(str(run.resolved.get(name))).name for name in ("target", "draft"))
 
 
 def tokens_and_ms(figures: tables.Figures) -> str:
@@ -188,24 +182,18 @@ def speedup(figures: tables.Figures) -> str:
     return f"{value:.2f}{around}" if value else "-"
 
 
-def text_of(run: Run) -> str:
+def text_of(run: Run, varied: Sequence[str] = ()) -> str:
     """Which text, how long, and what was asked for beside that: HumanEval (chat), 164 texts of up to 512 tokens,
-    temperature 1, 8 texts side by side"""
-    return ", ".join([which_text(run), warmth(run), *beside(run.config)])
-
-
-def which_text(run: Run) -> str:
-    config = run.config
+    temperature 1, 8 texts side by side. `varied`: options that are not told, as each run of a sweep has another."""
+    config = {key: value for key, value in run.config.items() if key not in varied}
     format = f" ({config['prompt_format']})" if config.get("prompt_format") else ""
     texts = next(iter(run.modes.values()))["sequences"]
     title = TITLES.get(str(config.get("suite")), str(config.get("suite")))
     so_far = " so far" if run.rest else ""
-    return f"{title}{format}, {count(texts)}{so_far} of up to {config.get('max_new_tokens')} tokens"
-
-
-def warmth(run: Run) -> str:
-    temperature = run.config.get("temperature") or 0
-    return f"temperature {temperature:g}" if temperature else "greedy"
+    long = f"{count(texts)}{so_far} of up to {config.get('max_new_tokens')} tokens"
+    temperature = config.get("temperature") or 0
+    warm = [] if "temperature" in varied else [f"temperature {temperature:g}" if temperature else "greedy"]
+    return ", ".join([f"{title}{format}", long, *warm, *beside(config)])
 
 
 def count(texts: int) -> str:

@@ -33,14 +33,19 @@ Point = tuple[float, tables.Figures]
 Curves = dict[Label, list[Point]]  # each in order
 
 
+def models(run: Run) -> tuple[str, ...]:
+    """Its target and its draft."""
+    return tuple(str(run.resolved.get(name)) for name in ("target", "draft"))
+
+
+def short_name(pair: Sequence[str]) -> str:
+    return " <- ".join(Path(name).name for name in pair)
+
+
 def labels(runs: Sequence[Run]) -> Callable[..., Label]:
     """What the curve of a mode of a run is called; with `how` where the mode has several."""
-
-    def pair(run: Run) -> tuple[str, ...]:
-        return tuple(str(run.resolved.get(name)) for name in ("target", "draft"))
-
-    pairs = {pair(run) for run in runs}
-    short = {one: " <- ".join(Path(name).name for name in one) for one in pairs}
+    pairs = {models(run) for run in runs}
+    short = {one: short_name(one) for one in pairs}
     if len(set(short.values())) < len(pairs):
         short = {one: " <- ".join(one) for one in pairs}
 
@@ -49,7 +54,7 @@ def labels(runs: Sequence[Run]) -> Callable[..., Label]:
     def label(run: Run, mode: str, how: str = "") -> Label:
         kind = f" ({', '.join(run.kind)})" if run.kind else ""
         kind += f", {_task(run)}" if len(tasks) > 1 else ""
-        return Label(f"{short[pair(run)]}, {mode}{how}{kind}" if len(pairs) > 1 else f"{mode}{how}{kind}", mode)
+        return Label(f"{short[models(run)]}, {mode}{how}{kind}" if len(pairs) > 1 else f"{mode}{how}{kind}", mode)
 
     return label
 
