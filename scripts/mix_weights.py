@@ -26,6 +26,7 @@ from torch import Tensor
 from pearl.checkpoints import shared_embeddings
 from pearl.checkpoints.drafts.envelope import WEIGHTS
 from pearl.checkpoints.drafts.files import MARKOV_FILE, DraftFiles
+from pearl.checkpoints.drafts.kinds import kind_of
 from pearl.checkpoints.drafts.rounding import rounded, whole
 from pearl.config import cli, outputs
 from pearl.config.engine_config import model_path
@@ -56,14 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (folder / WEIGHTS).is_file():
             raise UsageError(f"{folder / WEIGHTS} is not there: name the folder of a training.")
     pair = f"{before} and {after}"
+    files = [DraftFiles(str(folder), folder) for folder in (before, after)]
+    if kind_of(files[0]) is not kind_of(files[1]):
+        raise UsageError(f"{pair} are drafters of two kinds: name two trainings of one.")
     if shared_embeddings.read(before) != shared_embeddings.read(after):
         raise UsageError(f"{pair} borrow the embeddings of different targets: name two trainings of one model.")
-    in_8_bits = DraftFiles(str(after), after).in_8_bits
     there = [name for name in FILES if name == WEIGHTS or (before / name).exists() or (after / name).exists()]
     mixed = {name: mix(_read(before / name), _read(after / name), found.share, pair) for name in there}
     shutil.copytree(after, output, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint.pt"))
     for name, tensors in mixed.items():
-        save_file(rounded(tensors) if in_8_bits else tensors, output / name, {"format": "pt"})
+        save_file(rounded(tensors) if files[1].in_8_bits else tensors, output / name, {"format": "pt"})
     print(f"written to {output}")
     return 0
 

@@ -21,9 +21,13 @@
 # gsm8k/test.jsonl, mgsm/*.jsonl, mt_bench/question.jsonl and spec_bench/question.jsonl, is compared with the questions
 # and with the answers, as HumanEval is.
 set -euo pipefail
-: "${DATA:?set DATA to the folder that holds gsm8k/train.jsonl}"
-DATA=$(realpath -e "$DATA") # before the folder changes
-[[ ${SECONDS_AT_MOST:-0} =~ ^(0|[1-9][0-9]*)$ ]] || { echo "error: SECONDS_AT_MOST must be a whole number" >&2; exit 2; }
+refused() {
+  echo "error: $1" >&2
+  exit 2
+}
+[[ -d ${DATA:-} ]] || refused "set DATA to the folder that holds gsm8k/train.jsonl: '${DATA:-}' is none."
+DATA=$(realpath "$DATA") # before the folder changes
+[[ ${SECONDS_AT_MOST:-0} =~ ^(0|[1-9][0-9]*)$ ]] || refused "SECONDS_AT_MOST must be a whole number."
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 questions=data/questions texts=data/smollm2-135m stages="questions answers overlap feature draft more pard diagnose"
 
@@ -50,6 +54,7 @@ without_evaluations() { # leaves out of files or a recording what they have in c
 }
 
 questions() {
+  [[ -f $DATA/gsm8k/train.jsonl ]] || refused "$DATA has no gsm8k/train.jsonl: get it, or set DATA to a folder with it."
   mkdir -p "$questions"
   python scripts/python_prompts.py 2600 > "$questions/python.jsonl"
   python scripts/general_prompts.py 2400 > "$questions/general.jsonl"
@@ -75,14 +80,17 @@ more() {
 pard() {
   limited pearl distill --config configs/distill/smollm2-135m-pard.yaml --start results/distill-smollm2-135m-mixed
 }
-diagnose() {
-  local one
-  for one in feature-smollm2-135m-more distill-smollm2-135m-mixed pard-smollm2-135m; do
-    [[ ! -e results/$one ]] || pearl diagnose --drafter "results/$one" --data "$texts"
+diagnose() { # those that are trained
+  local one found=""
+  for one in results/{feature-smollm2-135m-more,distill-smollm2-135m-mixed,pard-smollm2-135m}; do
+    [[ -e $one ]] || continue
+    pearl diagnose --drafter "$one" --data "$texts"
+    found=$one
   done
+  [[ $found ]] || refused "results has no drafter to diagnose: the stages feature, more and pard train some."
 }
 
 for one in ${*:-$stages}; do
-  [[ " $stages " == *" $one "* ]] || { echo "error: there is no stage $one: name some of $stages." >&2; exit 2; }
+  [[ " $stages " == *" $one "* ]] || refused "there is no stage $one: name some of $stages."
 done
 for one in ${*:-$stages}; do "$one"; done

@@ -31,6 +31,7 @@ COLUMNS = {
     "tokens_per_pass": "tok/pass",
 }
 RATIOS = (3, 5, 10)  # c: times that a forward of a draft goes into a pass of one row
+APART = 1.3  # times as fast as measured: what was predicted is of a busier machine, or an idler one
 TAKES_TURNS = "sd:4"  # the mode that one process measures as two would
 
 
@@ -46,7 +47,8 @@ def measured(reader: VerifierModel, vocabulary: int, tokens: int, draft: Synthet
     same = written(target, prompt, TAKES_TURNS, params, own) == own
     rates = [sum(p.committed for p in some) / sum(p.seconds for p in some) for some in (target.passes, alone.passes)]
     figures = {"tokens_per_second": rates[0], "speedup_vs_ar": rates[0] / rates[1], "identical_to_ar": float(same)}
-    return {TAKES_TURNS: figures | _accepted(target.passes) | {"how": "measured"}}
+    plain = {"tokens_per_second": rates[1], "speedup_vs_ar": 1.0} | _accepted(alone.passes) | {"how": "measured"}
+    return {"ar": plain, TAKES_TURNS: figures | _accepted(target.passes) | {"how": "measured"}}
 
 
 def predicted(plan: TokenBuckets, draft: SyntheticDraft, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,10 +113,28 @@ def markdown(result: dict[str, Any]) -> list[str]:
         return []
     said = (
         f"SYNTHETIC, of {result['synthetic']}: it was told how often to be right, and how long a forward takes. "
-        f"{TAKES_TURNS} is measured, at temperature 1; the others are PREDICTED from the step times above, with the "
-        "draft on a device of its own."
+        f"ar and {TAKES_TURNS} are measured, at temperature 1; the others are PREDICTED from the step times above, "
+        "with the draft on a device of its own."
     )
-    return [said, tables.markdown(("target", "mode", "how", *COLUMNS.values()), lines, labels=3)]
+    table = tables.markdown(("target", "mode", "how", *COLUMNS.values()), lines, labels=3)
+    return [said, table, *(line for one in result["shapes"] for line in _apart(one))]
+
+
+def _apart(one: dict[str, Any]) -> list[str]:
+    """A sentence where measured and predicted rates of a shape are of two machines, as it were."""
+    figures = one.get("synthetic", {})
+    foretold = [
+        mode["tokens_per_second"] / mode["speedup_vs_ar"] for mode in figures.values() if mode["how"] == "PREDICTED"
+    ]
+    if not foretold:
+        return []
+    found = figures["ar"]["tokens_per_second"]
+    if max(found, foretold[0]) <= APART * min(found, foretold[0]):
+        return []
+    return [
+        f"{one['shape']}: ar made {found:.0f} tokens/s, and {foretold[0]:.0f} by the step times, so measured and "
+        "PREDICTED rows can't be compared: make the run again on an idle machine."
+    ]
 
 
 def _cell(value: float | None) -> str:

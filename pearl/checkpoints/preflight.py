@@ -19,7 +19,7 @@ from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.checkpoints.drafts.kinds import DraftDescription, TargetFacts
 from pearl.checkpoints.placement import Load, Placement, check_memory, place
 from pearl.checkpoints.quiet import quiet
-from pearl.config.engine_config import ROLES, EngineConfig, model_path
+from pearl.config.engine_config import FEATURE, ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
 from pearl.core.feature_shares import FeatureShares
 from pearl.core.schedule import MAX_GAMMA
@@ -117,6 +117,8 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     kind = draft_kinds.kind_of(files) if files else None
     draft = None
     if files and kind and kind.is_causal_lm:
+        if config.draft_checkpoint.startswith(FEATURE):
+            raise UsageError(f"The draft {files.name} is a language model, no feature drafter: leave {FEATURE} out.")
         draft = replace(Checkpoint.of(config.draft_checkpoint), only_downloaded=files.only_downloaded)
     target = Checkpoint.of(config.target).found("target")
     target_config, tokenizer = target.describe("target", config)

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = parser().parse_args(argv)
     if found.draft is not None and SyntheticDraft.of(found.draft) is None:
         raise UsageError(f"Shapes have no drafter, so --draft must be like synthetic:0.8@5ms, not {found.draft!r}.")
+    if not found.seconds >= 0:
+        raise UsageError(f"--seconds must be a number from 0, not {found.seconds:g}.")
 
     import torch
 

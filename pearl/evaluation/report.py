@@ -146,7 +146,7 @@ def _facts(file: Path) -> Any:
 
 def _run(facts: Any, file: Path, folder: Path) -> Run:
     """The run of what a summary holds. Raises `UsageError` where that is damaged."""
-    with sound(str(file), "make the run again"):
+    with sound(str(file), "make the run again, or name results of another engine with --others"):
         config, environment, modes = (dict(**facts.pop(name)) for name in ("config", "environment", "modes"))
     return Run(folder, folder.name, config, environment, modes, facts)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pearl.checkpoints.drafts import feature_weights, kinds
 from pearl.checkpoints.drafts.kinds import TargetFacts
+from pearl.config.engine_config import model_path
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.shape import DrafterShape
 from pearl.errors import UsageError
@@ -153,6 +154,8 @@ def go_on_from(folder: str, target: PreTrainedModel, recipe: FeatureRecipe, laye
     is of another target, of a shape that can't become the recipe's, or has another mask token than the recipe names."""
     torch.manual_seed(recipe.seed)  # so that what is added is the same in every process, and in every run
     facts = TargetFacts.of(recipe.target, target.config)
+    if not model_path(folder).exists():
+        raise UsageError(f"The recipe's start {folder} is not there: train it first, or name another with --start.")
     saved = feature_weights.load(kinds.describe(folder, facts))
     had = saved.shape
     wanted = _shape(target, recipe, layers, had.vocabulary, had.mask_token)

@@ -119,8 +119,11 @@ class DistillRecipe(Recipe):
         super().__post_init__()
         if not self.layers:
             raise UsageError("The recipe's layers must name at least one layer of the target by its number, from 0.")
-        if any(layer >= len(self.layers) for layer in self.match_after):
-            raise UsageError(f"The recipe's match_after must name layers of the student, 0 to {len(self.layers) - 1}.")
+        if self.match and any(layer >= len(self.layers) for layer in self.match_after):
+            raise UsageError(
+                f"The recipe's match_after must name layers of the student, which has {len(self.layers)} (0 to "
+                f"{len(self.layers) - 1}), not {list(self.match_after)}: name others, or give --match 0."
+            )
 
 
 def read_recipe(kind: type[Recipe], path: str, overrides: dict[str, Any]) -> Any:

@@ -199,6 +199,10 @@ class Recorded:
     def __init__(self, folder: Path, features: bool = True):
         """`features`: whether texts come with them. Raises `UsageError` for a file that is missing or changed."""
         manifest = Manifest.read(folder)
+        if not folder.is_dir():
+            raise UsageError(f"The data folder {folder} is not there: make it with pearl extract.")
+        if manifest is None and any(folder.glob("shard-*")):
+            raise UsageError(f"{folder} has shards and no {MANIFEST}, which says what they hold: extract it again.")
         if manifest is None or not manifest.shards:
             raise UsageError(f"{folder} holds no recorded texts: make some with pearl extract.")
         if len(manifest.shards) < manifest.count and launcher.is_main_process():

@@ -55,6 +55,13 @@ def test_a_draft_of_another_tokenizer_is_refused_before_anything_is_loaded(pair,
         Engine.from_pretrained(pair[0], str(tmp_path / "draft"))
 
 
+def test_a_language_model_is_no_feature_drafter(pair):
+    with pytest.raises(
+        UsageError, match=rf"The draft {pair[1]} is a language model, no feature drafter: leave feature: out"
+    ):
+        Engine.from_pretrained(pair[0], f"feature:{pair[1]}")
+
+
 def save_config(folder, config) -> str:
     config.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

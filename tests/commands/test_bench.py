@@ -273,6 +273,13 @@ def test_only_a_draft_that_is_told_what_to_be_has_no_shape(word, capsys):
     assert "must be like synthetic:0.8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", ["-3", "nan"])
+def test_no_time_at_all_is_refused_before_an_earlier_result_is_replaced(seconds, capsys, tmp_path):
+    words = ["--shapes", "tiny", "--device", "cpu", "--seconds", seconds, "--output", str(tmp_path / "bench")]
+    assert main(words) == 2 and f"--seconds must be a number from 0, not {seconds}" in capsys.readouterr().err
+    assert not (tmp_path / "bench").exists()
+
+
 def test_what_memory_does_not_hold_is_not_tried(monkeypatch):
     monkeypatch.setattr(bench, "_free_gb", lambda device: 0.1)
     result = bench.bench({"8B": bench.FULL["8B"]}, "cpu", "float32", limit_s=10.0, report=print)

@@ -159,15 +159,26 @@ def test_what_it_is_asked_to_be():
 
 def test_a_bench_with_one_says_synthetic_and_what_is_measured_and_what_predicted():
     reader, draft = tiny.verifier(tiny.random_model(tiny.CONFIGS["llama"]())), SyntheticDraft((0.7,), 0.001)
-    measured = synthetic_bench.measured(reader, reader.vocabulary, 150, draft)["sd:4"]
+    both = synthetic_bench.measured(reader, reader.vocabulary, 150, draft)
+    measured = both["sd:4"]
+    assert both["ar"]["speedup_vs_ar"] == 1.0 == both["ar"]["tokens_per_pass"] and both["ar"]["how"] == "measured"
+    assert measured["tokens_per_second"] == pytest.approx(both["ar"]["tokens_per_second"] * measured["speedup_vs_ar"])
     assert measured["how"] == "measured" and measured["identical_to_ar"] == 1.0
     assert measured["acceptance_length"] == pytest.approx(theory.tokens_per_pass_sd(0.7, 4), abs=0.7)
     predicted = synthetic_bench.predicted(TokenBuckets(tuple(range(1, 17)), (0.0026,) * 16), draft)
     assert {one["how"] for one in predicted.values()} == {"PREDICTED"}
     assert predicted["pearl"]["speedup_vs_ar"] == pytest.approx(theory.speedup_pearl(0.7, 2.6), rel=0.15)
-    shapes = [{"shape": "8B", "synthetic": {"sd:4": measured} | predicted}]
-    said, table = synthetic_bench.markdown({"synthetic": "synthetic:0.7@1ms", "shapes": shapes})
+    foretold = predicted["pearl"]["tokens_per_second"] / predicted["pearl"]["speedup_vs_ar"]
+    both["ar"]["tokens_per_second"] = foretold * 0.9
+
+    def page() -> list[str]:
+        shapes = [{"shape": "8B", "synthetic": both | predicted}]
+        return synthetic_bench.markdown({"synthetic": "synthetic:0.7@1ms", "shapes": shapes})
+
+    said, table = page()
     assert said.startswith("SYNTHETIC, of synthetic:0.7@1ms") and "| 8B | tree | PREDICTED |" in table
+    both["ar"]["tokens_per_second"] = foretold / 6
+    assert f"8B: ar made {foretold / 6:.0f} tokens/s, and {foretold:.0f} by the step times" in page()[-1]
     assert synthetic_bench.markdown({"synthetic": None, "shapes": [{"shape": "8B"}]}) == []
 
 

@@ -125,9 +125,25 @@ def test_a_stage_that_is_not_there_is_refused_before_any_begins(tools):
 
 
 def test_wrong_values_are_refused_before_any_stage_begins(tools):
-    for more, said in (({"SECONDS_AT_MOST": "0900"}, "a whole number"), ({"DATA": "nowhere"}, "No such file")):
+    for more, said in (
+        ({"SECONDS_AT_MOST": "0900"}, "error: SECONDS_AT_MOST must be a whole number"),
+        ({"DATA": "nowhere"}, "error: set DATA to the folder that holds gsm8k/train.jsonl: 'nowhere' is none"),
+        ({"DATA": ""}, "error: set DATA to the folder"),
+    ):
         done = train(tools, "draft", **more)
-        assert done.returncode and said in done.stderr and not done.stdout
+        assert done.returncode == 2 and said in done.stderr and not done.stdout
+
+
+def test_questions_are_not_begun_without_those_of_gsm8k(tools, tmp_path):
+    done = train(tools, "questions")
+    assert done.returncode == 2 and f"{tmp_path / 'data'} has no gsm8k/train.jsonl" in done.stderr and not done.stdout
+
+
+def test_what_is_not_trained_is_not_diagnosed_in_silence(tools):
+    if any((ROOT / "results").glob("*smollm2-135m*")):
+        pytest.skip("something is trained in this checkout")
+    done = train(tools, "diagnose")
+    assert done.returncode == 2 and "results has no drafter to diagnose" in done.stderr
 
 
 def test_a_call_ends_when_its_time_is_over_and_the_next_stage_does_not_begin(tools):

@@ -153,7 +153,7 @@ def test_a_folder_that_is_not_whole_is_refused(saved, toy, tmp_path, name: str, 
         ("{data: d, output: o, layers: [0, -1]}", "layers must be a whole number from 0, not -1"),
         (
             "{data: d, output: o, layers: [0, 1], match_after: [2]}",
-            "match_after must name layers of the student, 0 to 1",
+            "match_after must name layers of the student, which has 2 (0 to 1), not [2]: name others, or give",
         ),
         ("{data: d, output: o, layer: [0]}", "unknown key 'layer'; did you mean layers?"),
     ],

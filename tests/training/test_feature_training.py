@@ -357,6 +357,8 @@ def test_a_run_begins_with_the_drafter_that_another_saved(folder, tmp_path, algo
     ):
         with pytest.raises(UsageError, match="a drafter of another shape or target"):
             go_on_from(str(tmp_path / "first"), other, recipe(folder, algorithm=algorithm, **values), (0, 2))
+    with pytest.raises(UsageError, match="start results/nowhere is not there: train it first"):
+        go_on_from("results/nowhere", target, made, (0, 2))
     with pytest.raises(UsageError, match=r"start .*first has the mask token (0|None): leave mask_token out"):
         go_on_from(str(tmp_path / "first"), target, recipe(folder, algorithm=algorithm, mask_token=3), (0, 2))
 

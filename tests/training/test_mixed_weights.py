@@ -70,6 +70,12 @@ def test_heads_that_draft_from_other_tokens_are_refused(tmp_path, capsys):
     assert not (tmp_path / "mixed" / envelope.WEIGHTS).exists()
 
 
+def test_drafters_of_two_kinds_are_refused(tmp_path, capsys):
+    shared_embeddings.save(student_of(small_target(), (0, 2)), tmp_path / "model", "a", "b", torch.tensor([1, 5]))
+    assert mixed(save_head(tmp_path / "head", 0), tmp_path / "model", 0.5) == 2
+    assert "are drafters of two kinds: name two trainings of one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mark, code", [("a", 0), ("b", 2)])
 def test_draft_models_of_one_target_draft_from_the_tokens_of_both(tmp_path, mark: str, code: int):
     student = student_of(small_target(), (0, 2))

@@ -206,6 +206,11 @@ def test_another_manifest_is_refused(folder, change, sentence):
 def test_a_folder_without_texts_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no recorded texts: make some with pearl extract"):
         Recorded(tmp_path)
+    with pytest.raises(UsageError, match=r"data folder .*nowhere is not there: make it with pearl extract"):
+        Recorded(tmp_path / "nowhere")
+    (tmp_path / "shard-00000.safetensors").touch()
+    with pytest.raises(UsageError, match=r"has shards and no manifest\.json, which says what they hold"):
+        Recorded(tmp_path)
 
 
 def test_texts_of_another_target_are_refused(folder):

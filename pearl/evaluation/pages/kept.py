@@ -1,7 +1,7 @@
 """The page of the results that are kept, and the lines of the README: made of the committed summaries alone.
 
-A run is kept as PAIR/RUN.json, one of a sweep as sweeps/SWEEP/PAIR-RUN.json. Every line says which text, how long, and
-which machine. Pictures are PNG, with intervals.
+A run is kept as PAIR/RUN.json, one of a sweep as sweeps/SWEEP/PAIR-RUN.json; what a reader must know of a pair stands
+in PAIR/about.txt. Every line says which text, how long, and which machine. Pictures are PNG, with intervals.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ there is a folder `raw`, it has the lines of one run, of which its figures can b
 [computed again](../reference/figures.md#computed-again-from-the-lines). The [log](../log.md) has what else was
 measured, and what did not work.
 """
+ABOUT = "about.txt"
 OF_SWEEPS = "sweeps"  # the folder that has one of each sweep
 PLOTS = {  # each where its interval is known of some mode
     "speedup": "speedup_interval_95",
@@ -95,7 +96,9 @@ def page(folder: Path) -> dict[str, str | bytes]:
             drawn = plots.of(some, names)
             made |= {f"{pair}{results.in_names(kind)}-{name}.png": png for name, png in drawn.items()}
         shown = "\n".join(f"![{name} of every mode]({name})\n" for name in made)
-        parts.append(f"## {pair}\n\n{shown}\n" + "\n".join(map(section, mine)))
+        about = folder / pair / ABOUT
+        known = about.read_text(encoding="utf-8") + "\n" if about.exists() else ""
+        parts.append(f"## {pair}\n\n{known}{shown}\n" + "\n".join(map(section, mine)))
         pictures |= made
     for name, sweep in sweeps.SWEEPS.items():
         if runs := load_sweep(folder, name):
