@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out, as they have no {results.SUMMARY} yet: {', '.join(begun)}", file=sys.stderr)
     runs = report.load(ended) if ended else []
     report.all_of_a_kind(runs)
-    if found.sweep and (begun or not runs):
+    if found.sweep and (begun or not runs or any(run.rest for run in runs)):
         raise UsageError("A sweep is kept as a whole: name the folders of all its runs once they have ended.")
     kept_as = places(runs, found.to, found.sweep)
     for run, file in kept_as:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found.sweep:
         new = {file for _, file in kept_as}
         for one in kept.load_sweep(found.to, found.sweep):
-            if one.folder not in new and one.kind == runs[0].kind:
+            if one.folder not in new and one.kind == runs[0].kind and sweeps.models(one) == sweeps.models(runs[0]):
                 one.folder.unlink()
     if with_raw := [run for run in runs if may_be_raw(run) and not found.sweep]:
         keep_raw(min(with_raw, key=lambda run: (run.folder / results.PASSES).stat().st_size), found.to / "raw")
@@ -99,7 +99,8 @@ def may_be_raw(run: report.Run) -> bool:
     """A plain run with one text at a time, of enough texts for its interval to say something, whose prompts may be
     committed (those of SPEED-Bench may not)."""
     alone = run.config.get("batch_size") == 1 and not run.kind
-    told = alone and run.config.get("suite") != "speed_bench" and set(RAW_MODES) <= set(run.modes)
+    there = all((run.folder / name).exists() for name in (results.PASSES, results.SAMPLES))
+    told = alone and there and run.config.get("suite") != "speed_bench" and set(RAW_MODES) <= set(run.modes)
     return told and all(run.modes[mode]["sequences"] >= RAW_TEXTS for mode in RAW_MODES)
 
 
@@ -114,12 +115,15 @@ def keep_raw(run: report.Run, folder: Path) -> None:
 
 
 def without_folders(value: Any) -> Any:
-    """Absolute paths cut to their last part."""
+    """Absolute paths cut to their last part, behind an option too (`--data=FILE`)."""
     if isinstance(value, dict):
         return {key: without_folders(one) for key, one in value.items()}
     if isinstance(value, list):
         return [without_folders(one) for one in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+    if not isinstance(value, str):
+        return value
+    option, equals, rest = value.partition("=") if value.startswith("--") else ("", "", value)
+    return f"{option}{equals}{Path(rest).name}" if rest.startswith(("/", "~")) else value
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import random
 import shlex
@@ -71,8 +72,10 @@ class EvalConfig:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """As the files of the run keep it."""
-        return vars(self.found) | {"suite": self.benchmark.name, "resolved": vars(self.engine)}
+        """As the files of the run keep it. `problems`: a digest, as one option may name data that has changed."""
+        problems = hashlib.sha256(repr(self.problems).encode()).hexdigest()[:16]
+        told = {"suite": self.benchmark.name, "problems": problems, "resolved": vars(self.engine)}
+        return vars(self.found) | told
 
     def title(self, summary: Mapping[str, Any]) -> str:
         """Of the table."""

@@ -71,6 +71,7 @@ class Plan:
     skip_too_long: bool = False  # leave out problems that a later turn shows to be too long
     interval: float | None = None  # stop once those of all speed-ups are at most this part of them
     meter: EnergyMeter | None = None  # of what writes one text at a time
+    first: str | None = None  # the mode that begins every block, in place of each in turn
     until: float = math.inf  # begin nothing that will end later, by `time.monotonic`, as far as one can tell
 
     @property
@@ -162,7 +163,7 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
             turn = plan.units.index(block[0]) // size % len(modes)
             plan.begin_round(False)
             try:
-                for mode in (*modes[turn:], *modes[:turn]):
+                for mode in sorted((*modes[turn:], *modes[:turn]), key=lambda mode: mode != plan.first):
                     progress.show(f"{block[0].task} {mode}")
                     talks = [Conversation(unit, tasks[unit.task], plan) for unit in block if unit not in skipped]
                     for key, prompt, text in _written(plan, talks, mode, progress, skipped):
@@ -177,6 +178,9 @@ def run(plan: Plan, folder: Path, units: Collection[WorkUnit] | None = None) -> 
                     samples, passes = zip(*(both for some in whole for both in some), strict=True)
                     results.append(folder, samples, [line for some in passes for line in some])
                 results.skip(folder, {unit: error.line for unit, error in skipped.items()})
+            for some in seen.values():
+                for key in [key for key in some if WorkUnit(*key[:3]) in skipped]:
+                    del some[key]
 
 
 def _warm_up(plan: Plan) -> None:

@@ -32,18 +32,19 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None) -> int:
     if summary is None:
         if launcher.is_main_process():
             results.check_output(config.folder, config.found.resume)
-        try:
-            summary, failed = _decode(config)
-        except KeyboardInterrupt:
-            if (config.folder / results.CONFIG).exists():
-                raise KeyboardInterrupt(
-                    f"interrupted: what was finished is written to {config.folder}. To go on: {config.to_go_on}"
-                ) from None
-            raise KeyboardInterrupt("interrupted before the first text.") from None
-        if failed:
-            return 1
-        if summary is not None:
-            _score(config, summary)
+        with contextlib.ExitStack() as ours:  # the folder, until all is written
+            try:
+                summary, failed = _decode(config, ours)
+            except KeyboardInterrupt:
+                if (config.folder / results.CONFIG).exists():
+                    raise KeyboardInterrupt(
+                        f"interrupted: what was finished is written to {config.folder}. To go on: {config.to_go_on}"
+                    ) from None
+                raise KeyboardInterrupt("interrupted before the first text.") from None
+            if failed:
+                return 1
+            if summary is not None:
+                _score(config, summary)
     if summary is not None and launcher.is_main_process():
         _show(config, summary)
     return 0
@@ -62,8 +63,9 @@ def _narrow(config: EvalConfig, summary: dict[str, Any]) -> bool:
     return metrics.narrow(summary.get("widest_interval"), config.found.stop_at_interval)
 
 
-def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
-    """The summary, in the first replica, and whether something is missing because a replica failed."""
+def _decode(config: EvalConfig, ours: contextlib.ExitStack) -> tuple[dict[str, Any] | None, bool]:
+    """The summary, in the first replica, and whether something is missing because a replica failed. `ours`: holds the
+    run's folder from here on."""
     from pearl.checkpoints.drafts.kinds import CAUSAL_LM
     from pearl.checkpoints.preflight import preflight  # slow imports: everything that can be refused has been
     from pearl.engine import Engine
@@ -93,10 +95,7 @@ def _decode(config: EvalConfig) -> tuple[dict[str, Any] | None, bool]:
         raise too_long
     for task in tasks:
         checked.check_prompt(task.prompt(()), params.max_new_tokens)
-    with (
-        contextlib.ExitStack() as ours,
-        Engine(launch(checked.config, schedule, found.processes, checked)) as engine,  # rank 1 stays in here
-    ):
+    with Engine(launch(checked.config, schedule, found.processes, checked)) as engine:  # rank 1 stays in here
         group = ReplicaGroup(world)
         config = replace(config, folder=Path(group.of_first("folder", str(config.folder))))  # a clock may name it
         if group.first:
@@ -155,6 +154,7 @@ def _plan(config: EvalConfig, engine: Any, checked: Any, tasks: Sequence[Any], p
         interval=found.stop_at_interval,
         meter=energy_meter(engine),
         until=config.until,
+        first="ar" if config.engine.synthetic and "ar" in modes else None,
     )
 
 

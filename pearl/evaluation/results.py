@@ -46,6 +46,7 @@ PROBLEMS, SKIPPED, STARTS = "problems.jsonl", "skipped.jsonl", "starts.jsonl"
 VOLATILE = (
     "config",
     "data",
+    "no_score",
     "output",
     "resume",
     "seconds",
@@ -132,7 +133,7 @@ def check(folder: Path, asked: Mapping[str, Any]) -> None:
     asked = _asked(asked)
     for key in asked:
         if key in begun and begun[key] != asked[key]:
-            if key == "prompts":
+            if key in ("problems", "prompts"):
                 raise UsageError(
                     f"{folder} was begun with other problems, in another order or another chat template: resume it "
                     "with the same --data (and --stop-at-interval, which mixes them), or choose another --output."

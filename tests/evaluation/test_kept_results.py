@@ -114,6 +114,24 @@ def test_a_sweep_is_kept_whole_and_shown_by_what_was_varied(tmp_path):
         words = [*map(str, some), "--sweep", "temperature", "--to", str(kept_in)]
         assert keep_results.main(words) == 2, "half a sweep does not take the place of a whole one"
     assert (kept_in / "README.md").read_text() == page
+    other = tmp_path / "results" / "other-limit-9" / "gsm8k-0.0"
+    other.mkdir(parents=True)
+    told = json.loads((folders[-1] / results.SUMMARY).read_text())
+    lines.write_json(other / results.SUMMARY, told | {"unfinished": 3})
+    words = [str(other), "--sweep", "temperature", "--to", str(kept_in)]
+    assert keep_results.main(words) == 2, "its time was over before it had ended"
+    told["config"]["resolved"] = {"target": "other"}
+    lines.write_json(other / results.SUMMARY, told)
+    assert keep_results.main(words) == 0
+    names.append("sweeps/temperature/other-gsm8k-0.0.json")
+    there = [file.relative_to(kept_in).as_posix() for file in (kept_in / "sweeps").rglob("*.json")]
+    assert sorted(there) == sorted(names), "each pair has its own"
+
+
+def test_no_folder_of_this_machine_is_kept():
+    told = {"command": ["eval/x.py", "--data=/a/b.jsonl", "--output", "~/c/d", "--mode=ar", 1]}
+    wanted = {"command": ["eval/x.py", "--data=b.jsonl", "--output", "d", "--mode=ar", 1]}
+    assert keep_results.without_folders(told) == wanted
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,12 @@ def test_modes_follow_one_another_and_take_turns_at_being_first(tmp_path):
     assert order == [*first, ("T/1", "pearl", 0), ("T/1", "pearl", 1), ("T/1", "ar", 0), ("T/1", "ar", 1)]
 
 
+def test_where_drafters_are_told_the_text_the_target_writes_it_first_in_every_problem(tmp_path):
+    resume(tmp_path, replace(plan(problems=3, samples=1, repeats=1), first="ar"))
+    lines = [json.loads(line) for line in (tmp_path / results.SAMPLES).read_text().splitlines()]
+    assert [line["mode"] for line in lines if line["turn"] == 0] == ["ar", "pearl"] * 3
+
+
 def test_a_second_turn_reads_the_first_answer():
     read = []
 
@@ -307,6 +313,10 @@ def test_a_run_stops_once_its_intervals_are_narrow_and_stays_so(tmp_path):
     assert len(done) == metrics.ENOUGH
     before = files(tmp_path)
     assert len(resume(tmp_path, made)) == 20 and files(tmp_path) == before
+    long = replace(made, limit=PARAMS.max_new_tokens + 1, skip_too_long=True)
+    resume(tmp_path / "long", long)
+    kept = results.read(tmp_path / "long")[0]["ar"]
+    assert len({key.task for key in kept}) == metrics.ENOUGH, "what was left out as too long narrows nothing"
     uneven = replace(made, modes={**made.modes, "sd": _uneven})
     resume(tmp_path / "uneven", uneven)
     samples = (tmp_path / "uneven" / results.SAMPLES).read_text().splitlines()

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pearl.config.engine_config import EMBEDDED, ONE_PROCESS
+from pearl.config.cli import BASELINES
+from pearl.config.engine_config import EMBEDDED
 from pearl.evaluation import plots, report, results, tables
 from pearl.evaluation.pages import sweeps
 from pearl.evaluation.report import Run
@@ -151,7 +152,7 @@ def sweep_section(sweep: sweeps.Sweep, runs: Sequence[Run], drawn: str) -> str:
         of["identical_to_ar"]
         for run in runs
         for mode, of in run.modes.items()
-        if mode not in ONE_PROCESS and of.get("identical_to_ar") is not None
+        if mode not in BASELINES and of.get("identical_to_ar") is not None
     ]
     what = "Tokens a second of all texts, and milliseconds a token of each" if sweep.of_texts else "Times `ar`"
     same = f"; at least {math.floor(100 * min(equal))}% of each mode's texts are `ar`'s" if equal else ""

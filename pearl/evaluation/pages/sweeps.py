@@ -198,7 +198,7 @@ class Sweep:
         return self.points(runs if self.of_texts else _beside_ar(runs))
 
     def picture(self, runs: Sequence[Run]) -> bytes | None:
-        """As PNG; None where no figure has an interval."""
+        """As PNG; None where there is no figure to show."""
         return pareto(runs) if self.of_texts else curve(self.curves(runs), runs, self.varied, self.logarithmic)
 
 

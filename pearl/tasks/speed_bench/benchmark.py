@@ -51,11 +51,14 @@ class Problem:
 
 
 def _problem(record: Record, _: int) -> Problem:
-    """`messages`, as prepared files of other tools have them, are turns with a role."""
+    """`messages`, as prepared files of other tools have them, are turns with a role: the user's, whom the model
+    answers."""
     turns = record.get("turns")
     if turns is None:
-        turns = [message["content"] for message in record["messages"] if message["role"] == "user"]
-    if isinstance(turns, str) or len(turns) == 0 or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        if any(message["role"] != "user" for message in record["messages"]):
+            raise ValueError("words of somebody else, which would not be asked")
+        turns = [message["content"] for message in record["messages"]]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise ValueError("no turns")
     if record["question_id"] in (None, "") or not record["category"]:
         raise ValueError("no name or no category")
@@ -93,7 +96,7 @@ class SpeedBench(DataSet[Problem]):
 
     def read(self, file: Path) -> list[Problem]:
         """JSON lines, a parquet file, or a folder of either as prepare_data.py writes one for each config."""
-        files = sorted(file.rglob("*.parquet")) or sorted(file.rglob("*.jsonl")) if file.is_dir() else [file]
+        files = sorted(file.rglob("*.parquet")) or sorted(file.rglob("*.jsonl*")) if file.is_dir() else [file]
         if not files:
             raise UsageError(
                 f"{file} holds no parquet file and no JSON lines: name a folder that prepare_data.py wrote, or a file."
@@ -110,7 +113,7 @@ class SpeedBench(DataSet[Problem]):
 
         try:
             records = [record for one in files for record in read_table(one).to_pylist()]
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
+        except (ArrowException, ArithmeticError, OSError, ValueError) as error:  # also of a date out of Python's range
             raise UsageError(
                 f"{file} cannot be read as parquet: {' '.join(str(error).split())[:160].rstrip('.')}."
             ) from None
@@ -121,7 +124,8 @@ class SpeedBench(DataSet[Problem]):
 
 DATA = SpeedBench(
     title="SPEED-Bench",
-    needs="an object with question_id, category and turns, a list of texts that are not empty",
+    needs="an object with question_id, category and turns, a list of texts that are not empty (or messages, all of the "
+    "user)",
     parse=_problem,
 )
 

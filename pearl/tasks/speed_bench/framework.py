@@ -3,13 +3,14 @@
 That is examples/specdec_bench of NVIDIA/Model-Optimizer: `main` at a2fbac7ba of 21 August 2026, with its vLLM adapter.
 
     speed_bench/MODE/specbench_results.json    acceptance lengths: of each request, each category, all; its keys
-    speed_bench/MODE/timing.json               tokens a second, of all and of a request; in a form of ours
+    speed_bench/MODE/timing.json               tokens a second, of all and of each turn, a request there
     speed_bench/MODE/by_group.json             both by category, sub-category and entropy tier, with counts; ours too
 
 There a step is a decode step of a text, with or without a draft, also the one that reads the prompt. The end of
 sequence is no token of it. A request's acceptance length is the mean over the steps of all its turns; a category's the
 mean over its requests. So these differ from the `acceptance_length` of summary.json, which is of verifications, totals
-over totals.
+over totals. Output TPS is there of the time from the first start to the last end; as our modes take turns, ours is of
+the target's own time.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def files(problems: Sequence[Asked], talks: Conversations, mode: str) -> dict[st
     """The content of each file, by its name. Of several samples the first counts."""
     asked = [one for one in problems if talks.get(one.task_id)]
     turns = {one.task_id: talks[one.task_id][0] for one in asked}
-    steps = {name: [*chain.from_iterable(map(steps_of, some))] or [1] for name, some in turns.items()}
-    lengths = {name: fmean(some) for name, some in steps.items()}
+    steps = {name: [*chain.from_iterable(map(steps_of, some))] for name, some in turns.items()}
+    lengths = {name: fmean(some or [1]) for name, some in steps.items()}  # 1 of an answer that is an end alone
     folder = f"speed_bench/{mode.replace(':', '-')}"
     return {
         f"{folder}/specbench_results.json": acceptance(asked, steps, lengths),
@@ -80,17 +81,18 @@ def acceptance(
 
 
 def timing(requests: Sequence[Sequence[Turn]]) -> dict[str, Any]:
-    """All tokens over the target's time; of each request the time that its reader had, with others beside it."""
+    """All tokens over the target's time; of each turn the time that its reader had, with others beside it."""
+    turns = [[turn] for some in requests for turn in some]
     return {
-        "Output TPS": sum(map(_tokens, requests)) / sum(turn.seconds for turns in requests for turn in turns),
-        "E2E Request Time": _statistics([*map(_latency_s, requests)]),
-        "Request Tokens Per Second": _statistics([*map(_speed, requests)]),
-        "Number of Output Tokens": _statistics([*map(_tokens, requests)]),
+        "Output TPS": sum(map(_tokens, turns)) / sum(turn.seconds for (turn,) in turns),
+        "E2E Request Time": _statistics([*map(_latency_s, turns)]),
+        "Request Tokens Per Second": _statistics([*map(_speed, turns)]),
+        "Number of Output Tokens": _statistics([*map(_tokens, turns)]),
     }
 
 
 def _tokens(turns: Sequence[Turn]) -> int:
-    return sum(len(turn.tokens) for turn in turns)
+    return sum(map(sum, map(steps_of, turns)))
 
 
 def _latency_s(turns: Sequence[Turn]) -> float:

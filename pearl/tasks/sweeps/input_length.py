@@ -8,6 +8,7 @@ that the chat template alone is above, is left out aloud: no prompt repeats its 
 
 from __future__ import annotations
 
+import logging
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MODULES = (
 )
 QUESTION = "Here is a part of a longer text.\n\n{text}\n\nWhat is it about? Answer in a few sentences."
 _LETTERS = 8  # of a token, more than any text of these has
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ def load(path: str | None = None) -> list[Problem]:
         raise UsageError(f"{path or 'The standard library'} holds no text: name a file with some.")
     problems = []
     for length in LENGTHS:
-        for number in range(EACH):
-            begin = len(whole) * number // EACH
-            text = (whole + "\n" + whole)[begin : begin + min(len(whole), _LETTERS * length)]
-            problems.append(Problem(length, number, text))
+        count = max(1, min(EACH, len(whole) // (_LETTERS * length)))  # no two share a part of the text
+        if count < EACH:
+            _log.warning("%s: %d of %d prompts of %d tokens, as the text is short", path, count, EACH, length)
+        for number in range(count):
+            begin = len(whole) * number // count
+            problems.append(Problem(length, number, whole[begin : begin + _LETTERS * length]))
     return sorted(problems, key=lambda one: one.number)  # the first ones are of every length
 
 

@@ -54,6 +54,9 @@ def test_prepared_files_with_messages_are_read_too(tmp_path):
     messages = [{"role": "user", "content": "One?"}, {"role": "user", "content": "Two?"}]
     (one,) = DATA.load(written(tmp_path, "own", [{"question_id": "c", "category": "qa", "messages": messages}]))
     assert one.turns == ("One?", "Two?")
+    messages[0]["role"] = "system"
+    with pytest.raises(UsageError, match="or messages, all of the user"):
+        DATA.load(written(tmp_path, "own", [{"question_id": "c", "category": "qa", "messages": messages}]))
 
 
 def test_configs_are_not_mixed(tmp_path):
@@ -86,6 +89,7 @@ def test_prompts_that_are_only_named_are_left_out_aloud_or_refused(tmp_path, cap
         ([RECORDS[0] | {"turns": []}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0]] * 2, "more than once"),
         ([RECORDS[0] | {"turns": "one text"}], "line 1 is no SPEED-Bench problem"),
+        ([RECORDS[0] | {"turns": {"a": "b"}}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0] | {"turns": ["a", ""]}], "turns, a list of texts that are not empty"),
         ([RECORDS[0] | {"turns": [" "]}], "line 1 is no SPEED-Bench problem"),
         ([RECORDS[0] | {"category": None}], "line 1 is no SPEED-Bench problem"),
@@ -112,6 +116,9 @@ def test_files_that_cant_be_read_are_told_so(tmp_path):
     write_table(pyarrow.Table.from_pylist(RECORDS).slice(0, 0), tmp_path / "rows.parquet")
     with pytest.raises(UsageError, match="holds no problem"):
         DATA.load(str(tmp_path / "rows.parquet"))
+    write_table(pyarrow.table({"day": pyarrow.array([10**8], pyarrow.date32())}), tmp_path / "far.parquet")
+    with pytest.raises(UsageError, match="cannot be read as parquet"):  # a day that Python has not
+        DATA.load(str(tmp_path / "far.parquet"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no parquet file"):
         DATA.load(str(tmp_path / "empty"))
@@ -153,7 +160,9 @@ def test_its_own_figures_are_computed_as_its_framework_does(tmp_path):
     assert found["Joint_Acceptance_Rate"] == pytest.approx(joint)
     conditional = {1: 1.0, 2: 7 / 9, 3: 4 / 7, 4: 3 / 4, 5: 2 / 3, 8: 1 / 2}
     assert found["Conditional_Acceptance_Rate"] == pytest.approx(conditional)
-    assert told["speed_bench/sd-3/timing.json"]["Output TPS"] == (7 + 13 + 10) / 5
+    times = told["speed_bench/sd-3/timing.json"]
+    assert times["Output TPS"] == (6 + 12 + 10) / 5, "the end of sequence is no token"
+    assert times["E2E Request Time"]["max"] == "2.0000" and times["Number of Output Tokens"]["min"] == "6.0000"
     groups = told["speed_bench/sd-3/by_group.json"]
     assert groups["tier"] == {
         "low_entropy": {"requests": 1, "AL": 10 / 3, "Output TPS": 5.0, "Request Tokens Per Second": 5.0}
