@@ -11,6 +11,12 @@ import itertools
 import json
 import random
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pearl.config import cli
 
 ASKED = """
 Explain {} to a ten-year-old.
@@ -62,8 +68,11 @@ universities
 """.replace("\n", ";").split(";")
 
 
-def main() -> int:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("scripts/general_prompts.py", about=__doc__.splitlines()[0])
+    parser.add_argument("count", nargs="?", type=cli.at_least_one, default=2000, help="how many (default: 2000)")
+    count = parser.parse_args(argv).count
     subjects = [subject.strip() for subject in ABOUT if subject.strip()]
     questions = [asked.format(subject) for asked, subject in itertools.product(ASKED, subjects)]
     for question in random.Random(0).sample(questions, min(count, len(questions))):
@@ -72,4 +81,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

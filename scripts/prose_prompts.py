@@ -12,11 +12,15 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
+
+from pearl.config import cli
 
 WORDS = ["thing", "subject", "person", "name", "place", "item", "trade", "month", "what", "country"]
 KINDS = {  # the list of its first turns: that of its second ones
@@ -92,8 +96,11 @@ class Questions:
         return str(self._random.choice(self._lists[name]))
 
 
-def main() -> int:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("scripts/prose_prompts.py", about=__doc__.splitlines()[0])
+    parser.add_argument("count", nargs="?", type=cli.at_least_one, default=2000, help="how many (default: 2000)")
+    count = parser.parse_args(argv).count
     lists = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     for _, turns in zip(range(count), Questions(lists).conversations(), strict=False):
         print(json.dumps({"turns": turns}, ensure_ascii=False))
@@ -101,4 +108,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

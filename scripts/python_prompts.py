@@ -13,11 +13,12 @@ import json
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs without being installed
 
+from pearl.config import cli
 from pearl.tasks.humaneval import INSTRUCTION
 
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
@@ -38,8 +39,11 @@ def functions(source: str) -> Iterator[str]:
         yield f'def {node.name}({ast.unparse(node.args)}){returns}:\n    """{body}\n    """'
 
 
-def main() -> int:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+@cli.guarded
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("scripts/python_prompts.py", about=__doc__.splitlines()[0])
+    parser.add_argument("count", nargs="?", type=cli.at_least_one, default=2000, help="how many (default: 2000)")
+    count = parser.parse_args(argv).count
     library = Path(sysconfig.get_paths()["stdlib"])
     stubs: dict[str, None] = {}
     for path in sorted(library.rglob("*.py")):
@@ -57,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

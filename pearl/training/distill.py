@@ -36,7 +36,8 @@ def run(recipe: DistillRecipe, whole: str | None = None) -> None:
     fingerprint = model_fingerprint(target)
     data.must_be_of(fingerprint, recipe.target)
     train, held_out = data.split(recipe.held_out)
-    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
+    rows = target.get_output_embeddings().weight.shape[0]
+    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids, rows)
     vocabulary = filled(vocabulary, recipe.vocabulary, checked.vocabulary)  # the head is the target's
     student = student_of(target, recipe.layers)
     if recipe.start:

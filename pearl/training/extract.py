@@ -72,7 +72,7 @@ def run(options: Any) -> None:
         if differs := before.differs(manifest):
             raise UsageError(f"{job.folder} was begun with other settings ({differs}): name another --output.")
         manifest = before
-    done = {shard.number for shard in manifest.shards if (job.folder / shard.name).exists()}
+    done = {shard.number for shard in manifest.shards if shard.is_in(job.folder)}
     manifest.shards = [shard for shard in manifest.shards if shard.number in done]
     missing = [number for number in range(manifest.count) if number not in done]
     manifest.write(job.folder)

@@ -72,7 +72,8 @@ def train(
     optimizer = optimizer_of(named, recipe, accelerator.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total, recipe.warmup))
     texts_are = {"texts": len(texts), "texts_mark": learner.texts_mark}
-    step = _resume(folder, learner.module, optimizer, schedule, recipe, texts_are)
+    made_by = {"processes": accelerator.num_processes, "optimizer_is": type(optimizer).__name__}
+    step = _resume(folder, learner.module, optimizer, schedule, recipe, texts_are, made_by)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
@@ -97,18 +98,25 @@ def train(
                 print(_words(line, total), flush=True)
                 sums.clear()
             if main and (step % recipe.checkpoint_every == 0 or last or stopped):
-                _checkpoint(folder, learner.module, optimizer, schedule, recipe, texts_are, step)
-                learner.save(folder)
+                learner.save(folder)  # first, so that a checkpoint of the last step says that the model is there
+                _checkpoint(folder, learner.module, optimizer, schedule, recipe, texts_are | made_by, step)
             if stopped and not last:
                 accelerator.wait_for_everyone()
                 raise KeyboardInterrupt(f"interrupted after step {step} of {total}: the same command goes on there.")
     accelerator.wait_for_everyone()
-    found = means(tested(learner, held_out)) if main else {}
+    found = (_validated(folder / LOG, step) or means(tested(learner, held_out))) if main else {}
     if main:
-        _append(folder / LOG, {"step": step, "validation": found})
+        if _validated(folder / LOG, step) is None:
+            _append(folder / LOG, {"step": step, "validation": found})
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
         plot(folder)
     return found
+
+
+def _validated(path: Path, step: int) -> Figures | None:
+    """The validation after a step that the log has already."""
+    lines = _logged(path) if path.exists() else []
+    return next((line["validation"] for line in lines if line["step"] == step and "validation" in line), None)
 
 
 def _anywhere(here: bool, accelerator: Accelerator) -> bool:
@@ -164,14 +172,15 @@ def _rate(step: int, total: int, warmup: float) -> float:
 
 
 def _checkpoint(
-    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: dict[str, int], step: int
+    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, told: dict[str, Any], step: int
 ) -> None:
+    """`told`: of which texts it is, and how it was made."""
     state = {
         "module": _trained(module),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "recipe": asdict(recipe),
-        **texts,
+        **told,
         "step": step,
     }
     with atomic_write(folder / CHECKPOINT) as partial:
@@ -179,12 +188,19 @@ def _checkpoint(
 
 
 def _resume(
-    folder: Path, module: nn.Module, optimizer: Any, schedule: Any, recipe: Recipe, texts: dict[str, int]
+    folder: Path,
+    module: nn.Module,
+    optimizer: Any,
+    schedule: Any,
+    recipe: Recipe,
+    texts: dict[str, int],
+    made_by: dict[str, Any],
 ) -> int:
     """The step that the folder's checkpoint has come to, its state taken over; 0 if there is none.
 
-    Of other texts it would be another training: their order and what can be drafted follow from all of them. Older
-    checkpoints say only how many there were, or nothing."""
+    Of other texts it would be another training: their order and what can be drafted follow from all of them. So it
+    would with other `made_by`, how many processes share a step and what optimizer takes it. Older checkpoints say less
+    of all that, or nothing."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0
@@ -193,6 +209,7 @@ def _resume(
         now = asdict(recipe)
         before = {one.name: state["recipe"].get(one.name, one.default) for one in fields(recipe)}  # some may be new
         before_texts = {name: state.get(name, value) for name, value in texts.items()}
+        other = [f"{name} {state[name]}, not {now}" for name, now in made_by.items() if state.get(name, now) != now]
     except Exception as error:  # torch raises many kinds for a broken file
         raise UsageError(f"{path} can't be read ({type(error).__name__}): delete it to begin again.") from None
     instead = f"name another output, or delete {path}"
@@ -203,6 +220,8 @@ def _resume(
         raise UsageError(f"{folder} holds a run over {counts}: {instead}.")
     if before_texts != texts:
         raise UsageError(f"{folder} holds a run over other texts than those of {recipe.data}: {instead}.")
+    if other:
+        raise UsageError(f"{folder} holds a run with {' and '.join(other)}: go on as it began, {instead}.")
     module.load_state_dict(state["module"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
@@ -237,7 +256,8 @@ def _cut_log(path: Path, step: int) -> None:
     """Drops the lines after the checkpoint that a run resumes from."""
     if path.exists():
         kept = [line for line in _logged(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        with atomic_write(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

@@ -69,16 +69,17 @@ class Objective:
         return RowLosses((1 - self._kl) * choice + self._kl * soft, chance, right[:, 0], right.any(-1))
 
 
-def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = ()) -> Tensor:
+def frequent(choices: Iterable[Tensor], count: int, always: Iterable[int] = (), rows: int = 1 << 62) -> Tensor:
     """The draft vocabulary: the `count` tokens most often chosen by the target, and those of `always` among them.
 
-    choices: int [*] pieces. Returns ids in ascending order, int64; fewer if fewer ever occurred.
+    choices: int [*] pieces. `rows`: of the target's head; a tokenizer may have special tokens beyond. Returns ids in
+    ascending order, int64; fewer if fewer ever occurred.
     """
     seen: Counter[int] = Counter()
     for piece in choices:
         tokens, times = piece[piece >= 0].unique(return_counts=True)
         seen.update(dict(zip(tokens.tolist(), times.tolist(), strict=True)))
-    kept = dict.fromkeys(always)
+    kept = dict.fromkeys(token for token in always if token < rows)
     for token, _ in sorted(seen.items(), key=lambda entry: (-entry[1], entry[0])):
         if len(kept) >= count:
             break

@@ -55,6 +55,11 @@ class Shard:
     def name(self) -> str:
         return shard_name(self.number)
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether its file is there, as long as it was written."""
+        file = folder / self.name
+        return file.exists() and file.stat().st_size == self.bytes
+
 
 @dataclass
 class Manifest:

@@ -229,9 +229,9 @@ def run(recipe: FeatureRecipe) -> None:
     target = load_plain(checked, "cpu")
     data.must_be_of(model_fingerprint(target), recipe.target)
     train, held_out = data.split(recipe.held_out)
-    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids)
-    sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
     size = target.get_output_embeddings().weight.shape[0]
+    vocabulary = frequent(map(data.choices, train), recipe.vocabulary, checked.tokenizer.all_special_ids, size)
+    sample = torch.cat([data[text].features[1:-1] for text in train[:32]])
     mask_token = spare_token(checked.tokenizer, size) if recipe.mask_token is None else recipe.mask_token
     if mask_token >= size:
         raise UsageError(f"The recipe's mask_token must be below {size}, the rows of the target's embedding.")

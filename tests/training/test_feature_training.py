@@ -87,6 +87,7 @@ def test_the_draft_vocabulary_is_what_the_target_chose_most_often():
     assert frequent(choices, 3).tolist() == [3, 8, 9]
     assert frequent(choices, 99).tolist() == [1, 3, 8, 9], "no more than occurred"
     assert frequent(choices, 3, always=[0, 3]).tolist() == [0, 3, 8], "what must be there is counted"
+    assert frequent(choices, 3, always=[0, 32000], rows=32000).tolist() == [0, 3, 8], "a row that no head has is not"
     assert frequent([], 5, always=[4]).dtype == torch.int64
     assert filled(torch.tensor([1, 8]), 5, 99).tolist() == [0, 1, 2, 3, 8], "the lowest ids fill it"
     assert filled(torch.tensor([1, 8]), 1, 99).tolist() == [1, 8] and len(filled(torch.tensor([1]), 9, 4)) == 4

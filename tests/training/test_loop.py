@@ -106,3 +106,31 @@ def test_a_checkpoint_that_does_not_say_which_texts_it_saw_still_goes_on(data, t
     del state["texts_mark"]
     torch.save(state, path)
     train(student(data, tmp_path / "out"))
+
+
+def test_a_checkpoint_of_the_last_step_says_that_the_model_is_there(data, tmp_path, monkeypatch):
+    """So that a training that broke off in between is not done, with a model of earlier steps."""
+    one = student(data, tmp_path / "out")
+    monkeypatch.setattr(one, "save", lambda folder: (_ for _ in ()).throw(OSError("no space is left")))
+    with pytest.raises(OSError, match="no space is left"):
+        train(one)
+    assert not (tmp_path / "out" / loop.CHECKPOINT).exists()
+    train(student(data, tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_is_finished_is_not_validated_again(data, tmp_path, monkeypatch):
+    train(student(data, tmp_path / "out"))
+    before = (tmp_path / "out" / loop.LOG).read_text()
+    monkeypatch.setattr(loop, "tested", lambda *_: pytest.fail("validated"))
+    train(student(data, tmp_path / "out"))
+    assert (tmp_path / "out" / loop.LOG).read_text() == before
+
+
+def test_another_number_of_processes_would_be_another_training(data, tmp_path):
+    train(student(data, tmp_path / "out"))
+    path = tmp_path / "out" / loop.CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"processes": 2}, path)
+    with pytest.raises(UsageError, match="holds a run with processes 2, not 1: go on as it began, name another output"):
+        train(student(data, tmp_path / "out"))
