@@ -37,6 +37,9 @@ class LeafReader(Protocol):
     def forget(self, *, batch_slot: int) -> object:
         """Empties the cache of a batch slot."""
 
+    def end(self, *, batch_slot: int) -> object:
+        """The sequence in a batch slot is over; it may go on."""
+
 
 class ModelSource(DraftSource):
     """One guess a forward. A sequence that is alone is read the plain way, several as leaves of one forward."""
@@ -61,6 +64,7 @@ class ModelSource(DraftSource):
         self._model.forget(batch_slot=batch_slot)
 
     def end(self, batch_slot: int) -> None:
+        self._model.end(batch_slot=batch_slot)
         self._live.discard(batch_slot)
         self._batched &= bool(self._live)
 

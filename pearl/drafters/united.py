@@ -1,7 +1,8 @@
 """Several sources as one: all of them grow a tree, and a chain is the first one's that has something to say.
 
-Each node keeps the origin of its source. A source that raises is left out of that text; only where all have does the
-whole raise. The order is the user's: what answers at once is best named first.
+Each node keeps the origin of its source. A source that raises is left out of that text; only where a text has none left
+does the whole raise, and where memory runs out, as a forward over fewer texts may do. The order is the user's: what
+answers at once is best named first.
 """
 
 from __future__ import annotations

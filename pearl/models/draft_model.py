@@ -50,7 +50,7 @@ class DraftModel(LanguageModel):
 
     `overtaken`: set while one sequence is read, it tells whether nobody wants the answer any more. It is asked before
     each layer and the head of a forward that has but some guesses to read and runs as code on a CPU; then that forward
-    raises `Overtaken`. What was read before it is known as it was, and a prompt is read to its end.
+    raises `Overtaken`. What was read before it is known as it was. A long prompt is read to its end.
     """
 
     overtaken: Callable[[], bool] | None = None
@@ -72,6 +72,11 @@ class DraftModel(LanguageModel):
     def draftable(self) -> set[int] | None:
         """Tokens that it can guess before they have come; None: all."""
         return self._head.draftable if self._head else None
+
+    def end(self, *, batch_slot: int) -> None:
+        """The text in a batch slot is over; it may go on."""
+        if self._head:
+            self._head.end(batch_slot)
 
     def read_leaves(self, tokens: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         """Logits [len(paths), V] of what follows `tokens` and each of `paths`, which may share their beginnings."""

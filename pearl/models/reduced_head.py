@@ -27,10 +27,11 @@ FRESH = 0.1  # share of new rare tokens in the text of late, above which the who
 _FRESH_WEIGHT = 0.03  # of one more token in that share
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Observed:
     tokens: list[int]
     fresh: float  # share of new rare tokens of late
+    over: bool = False  # nothing is drafted for it until it goes on
 
 
 class ReducedVocabHead(nn.Module):
@@ -68,14 +69,22 @@ class ReducedVocabHead(nn.Module):
         self._place(0)
         self._add(self._always)
         for other in self._sequences.values():
-            self._add(other.tokens)
+            if not other.over:
+                self._add(other.tokens)
         self._choose()
+
+    def end(self, batch_slot: int = 0) -> None:
+        """A text is over, and calls for nothing any more; it may go on."""
+        if observed := self._sequences.get(batch_slot):
+            observed.over = True
+            self._choose()
 
     def observe_tokens(self, tokens: Sequence[int], batch_slot: int = 0) -> None:
         """Tokens of the text become draftable; too many new ones call for the whole head."""
         before = self._sequences.get(batch_slot)
         fresh = tokens[shared_prefix(before.tokens, tokens) :] if before else tokens
-        new = {token for token in fresh if token not in self._known}
+        unknown = tokens if before and before.over else fresh  # texts that began meanwhile have left its own out
+        new = {token for token in unknown if token not in self._known}
         rate = before.fresh if before else 0.0
         if before:  # a prompt's own tokens say nothing about what is being written
             for token in fresh:
@@ -113,7 +122,8 @@ class ReducedVocabHead(nn.Module):
             self._rare_rows[first : len(self._rare)] = rows.to(self._rare_rows.dtype)
 
     def _choose(self) -> None:
-        self.whole = not self._sequences or any(observed.fresh > FRESH for observed in self._sequences.values())
+        live = [observed for observed in self._sequences.values() if not observed.over]
+        self.whole = not self._sequences or any(observed.fresh > FRESH for observed in live)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.whole:

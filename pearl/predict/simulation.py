@@ -293,6 +293,9 @@ class _DraftReader:
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         return [self._read_leaves(one.tokens, one.paths) for one in queries]
 
+    def end(self, *, batch_slot: int) -> None:
+        """A simulated text is never gone on with."""
+
     def _read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         fresh, script = self._leaves is None, self._stage.script
         self._leaves = self._leaves or DraftTreeCache(script.prompt + len(script.places) + TREE_SLOTS)

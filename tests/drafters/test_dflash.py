@@ -361,6 +361,17 @@ def test_a_token_that_its_own_tables_lack_is_read_as_the_last_one(tmp_path):
     assert torch.equal(*(drafter.after(torch.tensor([one]), last[0][:1])[0] for one in (WORDS + 2, WORDS - 1)))
 
 
+def test_a_target_with_more_tokens_lends_the_rows_that_the_head_knows(tmp_path):
+    save_dspark(tmp_path, "specforge")
+    made = describe(str(tmp_path), TargetFacts("a fine-tune", HIDDEN, 3, WORDS + 4))
+    assert not made.shape.own_head
+    drafter = dflash_weights.load(made.files, made.shape, WORDS + 4)
+    drafter.attach(torch.zeros(WORDS + 4, HIDDEN), torch.nn.Linear(HIDDEN, WORDS + 4, bias=False))
+    drafter.place("cpu", torch.float32)
+    bias = drafter.after(torch.tensor([3]), torch.zeros(1, HIDDEN))[0]
+    assert drafter.logits(torch.zeros(1, HIDDEN)).shape == bias.shape == (1, WORDS)
+
+
 def test_a_map_of_the_whole_vocabulary_is_undone_in_the_rows_of_the_heads(tmp_path):
     tensors, _ = save_dspark(tmp_path, "deepspec")
     ids = torch.randperm(WORDS, generator=torch.Generator().manual_seed(3))

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pearl.checkpoints.drafts import envelope
 from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
-from pearl.drafters.feature.head_reader import HeadReader
+from pearl.drafters.feature.head_reader import DraftedRow, HeadReader
 from pearl.drafters.feature.head_source import HeadSource
 from pearl.drafters.feature.network import FeatureDrafter
 from pearl.drafters.feature.source import FeatureSource
@@ -173,6 +173,29 @@ def test_rows_are_read_anew_once_their_features_have_come():
     reader.observe(bits_of(FEATURES[4:6]), 0)
     found = reader.read_leaves_together([LeavesQuery(0, [*text, 9, 2], [()])])[0][0, drafter.vocabulary]
     torch.testing.assert_close(found, plain(drafter, [*text, 9, 2], 6, []), atol=2e-3, rtol=1e-3)
+
+
+def test_after_a_forward_that_failed_everything_is_read_as_if_it_had_not_been_asked(monkeypatch: pytest.MonkeyPatch):
+    drafter = network("eagle3")
+    reader, text = HeadReader(drafter, 100), [3, 1, 4, 1, 5]
+    reader.begin(0, continues=False)
+    reader.observe(bits_of(FEATURES[:4]), 0)
+    reader.read_leaves_together([LeavesQuery(0, text, [(9, 2, 9, 2)])])
+    reader.observe(bits_of(FEATURES[4:6]), 0)
+    query = LeavesQuery(0, [*text, 9, 2], [(9,), (9, 2)])  # in a text that repeats itself
+    with monkeypatch.context() as broken:
+        broken.setattr(reader, "_forward", lambda parts: (_ for _ in ()).throw(torch.OutOfMemoryError("small")))
+        with pytest.raises(torch.OutOfMemoryError):
+            reader.read_leaves_together([query])
+    for row, path in zip(reader.read_leaves_together([query])[0], ([9], [9, 2]), strict=True):
+        torch.testing.assert_close(row[drafter.vocabulary], plain(drafter, query.tokens, 6, path), atol=2e-3, rtol=1e-3)
+
+
+def test_a_drafted_chain_may_be_longer_than_pythons_stack_is_deep():
+    root = row = DraftedRow(0)
+    for token in range(1, 5000):
+        row.children[token] = row = DraftedRow(token)
+    assert [one.token for one in root.below()] == [*range(1, 5000)]
 
 
 def test_several_texts_share_a_forward():

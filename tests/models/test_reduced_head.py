@@ -10,7 +10,7 @@ from pearl.core.schedule import Schedule
 from pearl.drafters.tree import TreeSource
 from pearl.models.draft_model import DraftModel
 from pearl.models.linear import Int8Linear, pack
-from pearl.models.reduced_head import reduce_vocab
+from pearl.models.reduced_head import ReducedVocabHead, reduce_vocab
 from pearl.models.verifier import VerifierModel
 from pearl.roles.target import Target
 
@@ -90,6 +90,24 @@ def test_a_text_that_keeps_leaving_the_vocabulary_gets_the_whole_head():
     text += [7] * 60  # and the cut one again, once it stays inside
     model.read_leaves(text, [()])
     assert model.read_leaves([*text, 7], [()])[0, 150] == -torch.inf
+
+
+def test_a_text_that_is_over_calls_for_nothing_until_it_goes_on():
+    head = ReducedVocabHead(torch.nn.Linear(8, 160, bias=False), torch.arange(20))
+    strange, plain = [5, 6, *range(101, 120)], [5, 6]
+    for slot in (1, 0):
+        head.forget(slot)
+    head.observe_tokens(plain, 0)
+    for length in range(2, len(strange) + 1):
+        head.observe_tokens(strange[:length], 1)
+    assert head.whole
+    head.end(1)
+    assert not head.whole
+    head.forget(0)  # the next text there is not slowed by it either
+    head.observe_tokens(plain, 0)
+    assert not head.whole and 110 not in head._known
+    head.observe_tokens([*strange, 7], 1)
+    assert head.whole and {*range(101, 120)} <= head._known
 
 
 def test_a_vocabulary_as_large_as_the_models_is_no_cut():

@@ -156,6 +156,9 @@ class Forgetful:
     def forget(self, but: Sequence[int] = (), batch_slot: int = 0) -> int:
         return self._model.forget()
 
+    def end(self, batch_slot: int) -> None:
+        pass
+
 
 @pytest.mark.parametrize("mode", DRAFTING)
 @pytest.mark.parametrize("temperature", tiered([0.0, 0.8], lambda temperature: temperature > 0))

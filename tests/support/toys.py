@@ -107,6 +107,9 @@ class TableModel:
             raise Overtaken
         return [self.read_leaves(one.tokens, one.paths) for one in queries]
 
+    def end(self, batch_slot: int) -> None:
+        pass
+
     def read_leaves(self, text: Sequence[int], paths: Sequence[tuple[int, ...]]) -> Tensor:
         assert all(len(text) + len(path) <= self.max_length for path in paths)
         return torch.stack([self.after([*text, *path]) for path in paths])

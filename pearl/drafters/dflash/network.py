@@ -129,9 +129,11 @@ class DFlashDrafter(nn.Module):
     def attach(self, embedding: Tensor, head: nn.Module) -> DFlashDrafter:
         """Takes from the target what the checkpoint leaves out.  embedding: [V, H]"""
         read_unknown_tokens(self, len(embedding))
-        if not self.shape.own_head and self.vocabulary is not None:
+        if not self.shape.own_head:  # of a target that knows more tokens than it was trained for, those that it knows
             rows: Any = head.weight
-            head = linear_of(rows.detach()[self.vocabulary])
+            known = self.vocabulary if self.vocabulary is not None else slice(self.shape.vocabulary)
+            if self.vocabulary is not None or len(rows) > self.shape.vocabulary:
+                head = linear_of(rows.detach()[known])
         self._borrowed = [embedding.detach(), head]
         return self
 

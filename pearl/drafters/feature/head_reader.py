@@ -43,10 +43,11 @@ class DraftedRow:
     children: dict[int, DraftedRow] = field(default_factory=dict)
 
     def below(self) -> Iterator[DraftedRow]:
-        """All rows below it, parents first."""
-        for child in self.children.values():
-            yield child
-            yield from child.below()
+        """All rows below it, parents first; a chain may be longer than Python's stack is deep."""
+        coming = [*reversed(self.children.values())]
+        while coming:
+            yield (row := coming.pop())
+            coming += reversed(row.children.values())
 
 
 @dataclass
@@ -155,6 +156,11 @@ class HeadReader:
     def forget(self, *, batch_slot: int) -> None:
         self.begin(batch_slot, continues=False)
 
+    def end(self, *, batch_slot: int) -> None:
+        """What was drafted for a text that is over goes nowhere."""
+        if batch_slot in self._sequences:
+            self.forget_drafted(batch_slot)
+
     def forget_drafted(self, batch_slot: int) -> None:
         """What is below the prefix is to be read again."""
         state = self._sequences[batch_slot]
@@ -184,8 +190,13 @@ class HeadReader:
     def read_leaves_together(self, queries: Sequence[LeavesQuery]) -> list[Tensor]:
         """A forward for all that can be read at once: usually one, as what is above a leaf has been read."""
         asked = [self._asked(query) for query in queries]
-        while parts := [part for part, paths in asked if self._next(part, paths)]:
-            self._forward(parts)
+        try:
+            while parts := [part for part, paths in asked if self._next(part, paths)]:
+                self._forward(parts)
+        except BaseException:
+            for part, _ in asked:
+                part.state.forget_drafted()  # its root has moved to where nothing was read
+            raise
         hidden = [_row_at(part.state.root, path).hidden for part, paths in asked for path in paths]
         logits = self.drafter.logits(torch.stack(hidden)).float()  # type: ignore[arg-type]
         return list(self._of_target(logits).split([len(query.paths) for query in queries]))

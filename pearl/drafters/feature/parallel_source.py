@@ -81,8 +81,8 @@ class ParallelSource(OnePassSource):
 
     @torch.inference_mode()
     def after(self, asked: Sequence[tuple[RowAfter, Sequence[int]]]) -> list[list[list[Guess]]]:
-        """The guesses of some rows of one text, each after some tokens; the best one is as likely as a head of
-        confidence says."""
+        """The guesses of some rows of one text, each after some tokens. A head of confidence has learnt how often the
+        target chooses the best one: of greedy guesses that is how likely it is."""
         counts = [len(tokens) for _, tokens in asked]
         tokens = sent(torch.tensor([token for _, some in asked for token in some]), self.device)
         hidden = torch.cat([row.hidden.expand(count, -1) for (row, _), count in zip(asked, counts, strict=True)])
@@ -93,9 +93,10 @@ class ParallelSource(OnePassSource):
                 assert self._vocabulary is not None, "only a draft vocabulary has other ids"
                 bias = bias.new_zeros(logits.shape).index_copy_(1, self._vocabulary, bias)
             logits = logits + bias.float()
-        coming = None if sure is None else Fetched(sure)
+        params = asked[0][0].params
+        coming = Fetched(sure) if sure is not None and params.greedy else None
         positions = [row.position for (row, _), count in zip(asked, counts, strict=True) for _ in range(count)]
-        found: list[list[Guess]] = super()._ranked([RankQuery(logits, asked[0][0].params, positions)])[0]
+        found: list[list[Guess]] = super()._ranked([RankQuery(logits, params, positions)])[0]
         if coming is not None:
             found = list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
         parts = iter(found)
