@@ -5,6 +5,7 @@ Knows: transformers' loaders and what goes wrong in them. Refuses to know: targe
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pearl.checkpoints import embedded, hub, quantized, shared_embeddings, text_part
@@ -97,16 +99,18 @@ class Checkpoint:
         return found, tokenizer
 
     def numbers(self, kind: str = "bfloat16") -> float | None:
-        """As how many numbers of a kind the weights count: from the headers of local files, or as the registry of pairs
-        knows. Packed ones (GPTQ, AWQ) stay as they are; those of four bits in blocks (MXFP4) may be unpacked."""
+        """As how many numbers of a kind the weights count: as the registry of pairs knows, or by the headers of local
+        files. Packed ones (GPTQ, AWQ) stay as they are; those of four bits in blocks (MXFP4) may be unpacked."""
         if self.gguf_file:
             from gguf import GGUFReader
 
             tensors = GGUFReader(os.path.join(self.name, self.gguf_file)).tensors
             return sum(int(tensor.n_elements) for tensor in tensors)
-        if Path(self.name).is_dir():
-            return sum(_numbers_in(file, kind) for file in Path(self.name).glob("model*.safetensors")) or None
-        return known_numbers(self.name)
+        if not Path(self.name).is_dir() and (known := known_numbers(self.name)):
+            return known
+        with contextlib.suppress(HFValidationError):
+            return sum(_numbers_in(file, kind) for file in self.files() if file.match("model*.safetensors")) or None
+        return None
 
     def files(self) -> list[Path]:
         """The local files of weights, and of code that comes with them."""

@@ -5,7 +5,7 @@ Knows: what is free on this machine. Refuses to know: how a model gets there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,8 @@ class Load:
     part: float = 1.0  # of the model, that is on this machine
 
     def gb(self) -> float:
-        return needed_gb(self.numbers * self.part * BYTES[self.kind] / 1e9) + self.cache_gb if self.numbers else 0.0
+        weights = needed_gb(self.numbers * self.part * BYTES[self.kind] / 1e9) if self.numbers else 0.0
+        return weights + self.cache_gb
 
 
 def place(config: EngineConfig, ranks: int, gpu: int) -> dict[str, Placement]:
@@ -82,7 +83,7 @@ def check_memory(loads: Sequence[Load], max_sequences: int = 1) -> None:
     if not any(needs.values()):
         return
     machine = probe()
-    for placed, need in needs.items():
+    for placed, need in [*needs.items(), *_sharing(needs).items()]:
         free = machine.ram_gb
         if not placed.on_cpu:
             free = sum(machine.gpus_gb[torch.device(d).index or 0] for d in placed.devices)
@@ -97,6 +98,17 @@ def check_memory(loads: Sequence[Load], max_sequences: int = 1) -> None:
                     else ""
                 )
             )
+
+
+def _sharing(needs: Mapping[Placement, float]) -> dict[Placement, float]:
+    """The same of all devices together that models share: one may be on two GPUs, and another on the second of them."""
+    found: dict[Placement, float] = {}
+    for placed, need in needs.items():
+        for other in [one for one in found if set(one.devices) & set(placed.devices)]:
+            placed = Placement(tuple(dict.fromkeys(other.devices + placed.devices)))
+            need += found.pop(other)
+        found[placed] = need
+    return found
 
 
 def _devices(option: str, text: str, gpus: int, default: int) -> Placement:

@@ -22,6 +22,7 @@ from pearl.models.fingerprint import model_fingerprint, wrong_target_message
 from pearl.models.fused_layers import fuse
 from pearl.models.hidden_states import HiddenStateHooks
 from pearl.models.kv_cache.attention_probe import use_cache_attention
+from pearl.models.kv_cache.transformers_interface import takes_cache
 from pearl.models.tensor_parallel.model import OtherRanks, TensorParallelModel
 from pearl.models.verifier import VerifierModel
 
@@ -81,7 +82,9 @@ def load_plain(checked: Preflight, device: str) -> Any:
 
 
 def prepare(model: Any, kernel: str, placed: Placement) -> None:
-    """Our attention, and our layers where they are wanted."""
+    """Our attention, and our layers where they are wanted. Raises `UsageError` for a model that keeps no keys."""
+    if not takes_cache(model):
+        raise UsageError(f"{type(model).__name__} has no key-value cache: choose a decoder-only transformer.")
     use_cache_attention(model)
     if placed.on_cpu and (kernel := linear.chosen(kernel, model.dtype)) != "stock":
         fuse(model, kernel)

@@ -108,11 +108,13 @@ def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], bool],
         if line == "/quit":
             break
         if line == "/new":
+            talk.close()
             talk = begin()
         elif line.startswith("/"):
             print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
         else:
             failed |= not turn(talk, line, person, colours)
+    talk.close()
     return int(failed and not person)
 
 
@@ -136,11 +138,15 @@ class Talk:
     """The turns so far, as the model reads them: messages, or one growing text for a model without a chat template."""
 
     def __init__(self, engine: Any, params: Any, system: str | None):
+        from pearl.engine.prompts import decoder
+
         self._engine, self._params = engine, params
         self._last: Any = None  # the request of the turn before
         self._chat = bool(engine.tokenizer.chat_template)
         self._messages = [{"role": "system", "content": system}] if system and self._chat else []
         self._text = "" if self._chat else system or ""
+        # what goes on with a text keeps its first space, which tokenizers after SentencePiece drop
+        self.decode = decoder(engine.tokenizer).shown(True, leading_space=not self._chat)
         self.answer: Any = None  # the last one, once it is there
 
     def say(self, words: str) -> Iterator[tuple[list[int], tuple[str, ...]]]:
@@ -165,12 +171,12 @@ class Talk:
         finally:  # also where the reader has heard enough
             if tokens:
                 self._last = request
-                text = self._engine.decode(tokens)
+                text = self.decode(tokens)
                 self._messages = [*asked, {"role": "assistant", "content": text}]
                 self._text += words + text
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._engine.decode(tokens)
+    def close(self) -> None:
+        """Nothing is held but what the engine holds."""
 
 
 def turn(talk: Talk, line: str, person: bool, colours: bool) -> bool:

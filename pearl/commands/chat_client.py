@@ -126,6 +126,10 @@ class Origins:
         self._answer.readline()  # from now on nothing is missed
         threading.Thread(target=self._read, name="pearl-events", daemon=True).start()
 
+    def close(self) -> None:
+        """The server tells no more, and the thread ends."""
+        self._answer.close()
+
     def of(self, label: str) -> _Seen:
         with self._news:
             return self._seen.get(label, _Seen())
@@ -182,6 +186,10 @@ class RemoteTalk:
         self._turns = itertools.count(1)
         self.tokens = self.passes = 0  # of the last answer; passes: 0: not told
         self.guessed = Counter[str]()  # its tokens by origin
+
+    def close(self) -> None:
+        if self._origins:
+            self._origins.close()
 
     def say(self, words: str) -> Generator[Piece, None, None]:
         """The answer as it comes. Who stops reading has ended it at the server within a pass. Raises `PearlError`."""

@@ -54,4 +54,5 @@ class ServerConfig:
 
     @property
     def key(self) -> str | None:
-        return self.api_key or os.environ.get(KEY) or None
+        """Without what stands around it, which no client sends."""
+        return (self.api_key or os.environ.get(KEY) or "").strip() or None

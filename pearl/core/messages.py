@@ -30,7 +30,8 @@ from pearl.core.params import SamplingParams
 from pearl.core.schedule import Schedule
 from pearl.core.trie import DRAFT, Proposal
 
-MAX_MESSAGE_WORDS = 1 << 28  # words of a message: the features of a long prompt are the longest
+MAX_MESSAGE_WORDS = 1 << 28  # words of a message
+MAX_FEATURES = 1 << 33  # numbers of hidden states that come beside one: those of a long prompt come at once
 
 
 class MalformedMessage(ValueError):

@@ -384,6 +384,11 @@ class Engine:
         return self._worker.closed
 
     @property
+    def lost(self) -> bool:
+        """A process that its target needs is gone: each text ends with a `WorkerLostError`."""
+        return self._worker.lost
+
+    @property
     def running(self) -> int:
         """Texts that were begun and are not over; others wait for a place."""
         return self._worker.running

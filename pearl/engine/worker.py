@@ -26,7 +26,7 @@ from pearl.core.stopping import Stopper
 from pearl.engine.generation import unwritten, written
 from pearl.engine.handle import GenerationHandle, RunKey
 from pearl.engine.references import References
-from pearl.errors import EngineClosedError
+from pearl.errors import EngineClosedError, WorkerLostError
 from pearl.machine import memory
 from pearl.parallel.runtime import Runtime
 from pearl.roles.sequence import SequenceRequest, SequenceState
@@ -61,6 +61,7 @@ class Worker:
         self._waiting: deque[GenerationHandle | Call] = deque()
         self._under_way: dict[GenerationHandle, float] = {}  # with its share of the bytes on the wire
         self._closed, self._entry = False, threading.Lock()
+        self.lost = False  # a process that the target needs is gone
         self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._live, name="pearl-engine", daemon=True)
         self._thread.start()
@@ -182,10 +183,11 @@ class Worker:
         try:
             with (
                 self._runtime.target_for(schedule) as target,
-                closing(target.write(self._requests(key, target), schedule, batch_size)) as run,
+                closing(target.write(self._requests(key, target), schedule, batch_size, self._goes_on)) as run,
             ):
                 self._write(target, run, batch_size)
         except Exception as error:  # whatever it is, the engine goes on with the next run
+            self.lost |= isinstance(error, WorkerLostError)
             for handle in list(self._under_way):
                 text = handle.request.sequence
                 if text and text.stopper.finish:  # it was whole, and waited for what its drafter says of it
@@ -194,6 +196,11 @@ class Worker:
                     self._under_way.pop(handle)
                     handle.fail(error)
         memory.reset_peak()  # that of the next run; not when it begins, for somebody waits for its first token then
+
+    def _goes_on(self) -> bool:
+        """Between two turns of the target, of which one may be a piece of a prompt."""
+        self._take(wait=False)
+        return not self._closed
 
     def _write(self, target: Target, run: Iterator[Any], batch_size: int) -> None:
         before = _bytes(target.channel)
@@ -208,9 +215,6 @@ class Worker:
                 handle.say(committed)
             else:
                 self._end(handle, text, batch_size)
-            self._take(wait=False)
-            if self._closed:
-                return
 
     def _end(self, handle: GenerationHandle, text: SequenceState, batch_size: int) -> None:
         sent = self._under_way.pop(handle)

@@ -29,12 +29,14 @@ def workers(count: int, begin: Callable[..., None], *given: Any) -> Iterator[Exe
     """So many processes, each of which calls `begin(*given)` first. An error ends them at once.
 
     Raises `BrokenProcessPool` if one of them was killed."""
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(count, SPAWN, _begin, (os.getpid(), begin, given))
     try:
         yield pool
     except BaseException:
         for worker in multiprocessing.active_children():
-            worker.kill()
+            if worker not in others:
+                worker.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -51,7 +51,7 @@ def longest_sequence(config: PretrainedConfig) -> int:
     guess.
     """
     config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     other = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if other or not any(hasattr(layer, "num_attention_heads") for layer in layers_of(config)):
         what = ", ".join(sorted(other)) or config.model_type

@@ -96,8 +96,13 @@ class FusedLayer(nn.Module):
     ) -> Tensor:
         read = self.attended(self.norms[0](hidden_states), attention_mask, position_embeddings, **more)
         hidden_states = hidden_states + read
-        gate, up = self.gate_up(self.norms[1](hidden_states)).chunk(2, -1)
-        return hidden_states + self.down_proj(self.act_fn(gate) * up)
+        return hidden_states + self.fed_forward(self.norms[1](hidden_states))
+
+    def fed_forward(self, x: Tensor) -> Tensor:
+        """What the MLP makes of x [B, R, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        product: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return product
 
     def attended(
         self, x: Tensor, attention_mask: Tensor | None, position_embeddings: tuple[Tensor, Tensor], **more: Any
@@ -212,7 +217,8 @@ class _Chain(ForwardCache):
 
 def _compute_the_same(model: PreTrainedModel, layer: nn.Module, made: FusedLayer) -> bool:
     """Whether two layers make the same of the same rows, near and far from the beginning of a text: their norms, what
-    their attentions are asked for, what these put out, and what the layers add."""
+    their attentions are asked for, what these put out, what their MLPs do, also with numbers that one which clamps
+    would clamp, and what the layers add."""
     weight, config = made.qkv.weight, model.config.get_text_config()
     last = (getattr(config, "max_position_embeddings", None) or 24) - 1
     positions = torch.tensor([[*_NEAR, last // 2, last]])
@@ -237,5 +243,11 @@ def _compute_the_same(model: PreTrainedModel, layer: nn.Module, made: FusedLayer
     if their_call[:4] != our_call[:4] or their_call.sinks is not our_call.sinks:
         return False
     allowed = _TOLERANCE.get(weight.dtype, _COARSE)
+    for size in (1, 100):
+        if not isinstance(one := theirs.mlp(size * x), Tensor):
+            return False
+        if bool(one.isfinite().all()):  # in float16 some are not
+            given.append(ours.fed_forward(size * x))
+            wanted.append(one)
     pairs = zip(given, wanted, strict=True)
     return all(bool((one - two).float().norm() <= allowed * two.float().norm()) for one, two in pairs)

@@ -13,6 +13,7 @@ entries are 2^29 times smaller than the largest; `shift_of` tells, and a layer t
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pearl.models import timing
 
 FIRST_ROWS = 32  # of a weight, kept readable where the layer's own layout is not
 _PIECE = 1 << 18  # entries looked at together
+_ROUTER = 1000  # outputs, at most, of a layer whose weight a router may read itself
 _USUAL_ROWS = 8  # of a pass, for which a layout is chosen
 _FEW_ROWS = 2  # FBGEMM's 8 bits are sooner with up to so many, whatever the processor
 _CACHE, _ROUNDS = 12_000_000, 5  # numbers of four bytes that push others out of a cache; rounds that are timed
@@ -289,11 +291,23 @@ def pack(model: nn.Module, kernel: str) -> int:
                 continue
             linear = cast(nn.Linear, layer)
             weight = linear.weight.detach().T if type(layer) is Conv1D else linear.weight.detach()
+            if len(weight) <= _ROUTER and _reads_weight(type(parent).forward, name):
+                continue
             if (made := _replaced(weight, linear.bias, kernel)) is None:
                 left += 1
             else:
                 setattr(parent, name, made)
     return left
+
+
+@functools.cache
+def _reads_weight(forward: Callable[..., object], name: str) -> bool:
+    """Whether a module's forward looks at the weight of its layer `name`, as some routers of experts do: it must be
+    torch's own then."""
+    try:
+        return f"self.{name}.weight" in inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
 
 
 def _replaced(weight: Tensor, bias: Tensor | None, kernel: str) -> nn.Module | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -147,14 +147,19 @@ class Target:
                     yield committed
 
     def write(
-        self, requests: Iterable[SequenceRequest | None], schedule: Schedule, batch_size: int = 1
+        self,
+        requests: Iterable[SequenceRequest | None],
+        schedule: Schedule,
+        batch_size: int = 1,
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> Generator[Written, None, None]:
         """At most `batch_size` texts side by side. Yields a sequence and what a pass has committed of it; at last the
         sequence and nothing, when it is over and all its statistics are there.
 
         A request is taken from `requests` when a slot is free for it; None: there is no request yet. They are asked
         again between two passes, and at once where nothing is under way: who can wait for a request does so there. A
-        sequence that is not `wanted` any more ends before the next pass.
+        sequence that is not `wanted` any more ends before the next pass. `goes_on` is asked before each turn, also
+        while prompts are read and nothing is written; False: all ends.
         """
         assert self.channel or not schedule.drafts, "a schedule that drafts needs a channel"
         self._schedule, self._inbox.channel = schedule, self.channel if schedule.drafts else None
@@ -162,7 +167,7 @@ class Target:
         batch.open(slots)
         queue, more = iter(requests), True
         try:
-            while more or batch.live:
+            while (more or batch.live) and goes_on():
                 self._drop_unwanted()
                 while more and batch.has_room:
                     request = next(queue, _NO_MORE)

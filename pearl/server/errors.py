@@ -12,9 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from pearl.engine.prompts import PromptTooLong
-from pearl.errors import EngineClosedError, UsageError
+from pearl.errors import EngineClosedError, UsageError, WorkerLostError
 
 TOO_LONG = "context_length_exceeded"
+_ARMS = ("str", "int", "float", "bool")  # what pydantic calls a field's kinds, where it may be of several
 _log = logging.getLogger("pearl.server")
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -62,6 +63,8 @@ def from_engine(error: BaseException, fields: frozenset[str] = frozenset()) -> A
         dead = error.__cause__ is not None  # its thread has failed; else somebody has closed it
         return engine_dead() if dead else APIError(503, "The engine is closed.", "shutting_down")
     _log.error("a text has failed (%s: %s)", type(error).__name__, error)
+    if isinstance(error, WorkerLostError):
+        return engine_dead()
     return APIError(500, f"The text could not be written ({type(error).__name__}: {error}).", "internal_error")
 
 
@@ -110,7 +113,8 @@ def _unread(error: BaseException) -> str:
 
 def _first(error: RequestValidationError) -> tuple[str, str | None]:
     """The first of what is wrong, as a sentence, and its field."""
-    found = error.errors()[0]
+    every = error.errors()
+    found = max((one for one in every if one["loc"][:2] == every[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     place = [str(part) for part in found["loc"] if part != "body"]
     if found["type"] == "json_invalid":
         return "The body is no JSON.", None
@@ -118,7 +122,7 @@ def _first(error: RequestValidationError) -> tuple[str, str | None]:
         return "The body must be a JSON object (Content-Type: application/json).", None
     if place[0] == "prompt" and len(place) > 1:  # of several kinds, each of which it is not
         return "prompt must be a text, token ids from 0, or a list of either.", "prompt"
-    names = [part for part in place if part.isidentifier() or part.isdigit()]
+    names = [part for part in place if (part.isidentifier() or part.isdigit()) and part not in _ARMS]
     field = names[0] if names else place[0]
     message = found["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(names[:3]) or field}: {message}.".replace("..", "."), field
+    return f"{'.'.join(names[:5]) or field}: {message}.".replace("..", "."), field

@@ -76,6 +76,7 @@ class EventStream:
         self._service = service
         self._readers: set[Reader] = set()
         self._raw: deque[Seen] = deque()
+        self._due = False  # the loop has been told to look into the row
         self._lost = 0  # that found the row full
         self._teller: Teller | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,11 +116,11 @@ class EventStream:
             self._lingering.cancel()
             self._lingering = None
         engine = self._service.engine
-        engine.watch(self)
         if not self._looking:
             self._loop = asyncio.get_running_loop()
             self._teller = self._teller or Teller(self.zero, lambda ids: engine.tokenizer.decode(ids))
             self._looking = asyncio.create_task(self._look(len(self._service.events)))
+        engine.watch(self)  # when all is there that hears of it
 
     def _leave(self, reader: Reader) -> None:
         self._readers.discard(reader)
@@ -160,6 +161,7 @@ class EventStream:
         self.told += 1
 
     def _drain(self) -> None:
+        self._due = False
         if self._lost:
             lost, self._lost = self._lost, 0
             for reader in self._readers:
@@ -187,7 +189,8 @@ class EventStream:
             return
         try:
             self._raw.append(copy(*facts))
-            if len(self._raw) == 1 and self._loop:
+            if not self._due and self._loop:
+                self._due = True
                 self._loop.call_soon_threadsafe(self._drain)
         except RuntimeError:  # the loop is closed
             return

@@ -89,7 +89,7 @@ class Service:
         """Keeps what is known of the drafter and the engine's thread fresh."""
         while True:
             engine = self.engine
-            if engine.closed and self.state == READY:
+            if (engine.closed or engine.lost) and self.state == READY:
                 self.state = FAILED
             if not engine.closed:
                 await asyncio.to_thread(self._look, engine)
@@ -113,7 +113,7 @@ class Service:
     def status(self) -> str:
         if self.state != READY:
             return self.state
-        if self.engine.closed:
+        if self.engine.closed or self.engine.lost:
             return FAILED
         return DEGRADED if self.degraded else READY
 
@@ -151,7 +151,7 @@ class Service:
         if self.state == DRAINING:
             raise APIError(503, "The server is shutting down.", "shutting_down", headers={"Retry-After": "30"})
         engine = self.engine
-        if self.state == FAILED or engine.closed:
+        if self.state == FAILED or engine.closed or engine.lost:
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from pearl.core.messages import (
+    MAX_FEATURES,
     MAX_MESSAGE_WORDS,
     Beat,
     Close,
@@ -193,7 +194,7 @@ def _read_features(of: _Reader) -> SentSeparately | None:
     if not of.left:
         return None
     rows, width, direct = of.get("i", 3)
-    if rows < 0 or width < 0 or rows * width > 2 * MAX_MESSAGE_WORDS:
+    if rows < 0 or width < 0 or rows * width > MAX_FEATURES:
         raise MalformedMessage(f"features of {rows} positions with {width} numbers each")
     return SentSeparately((rows, width), bool(direct))
 

@@ -32,7 +32,7 @@ from pearl.wire.groups import gloo_group
 CONNECT_S = 20.0  # that both sides, who know that the other is there, may take to connect
 _AHEAD = 64  # receives that are posted: so many frames arrive while the reader does something else
 _HURRY = 1 << 15  # bytes that may stay after they have left; more are let go of at once
-_MOST_WAITING = 1 << 30  # bytes that may wait for a rank that takes none
+_MOST_WAITING = 1 << 30  # bytes that may wait for a rank that takes none, beside the most that were sent at once
 _NEVER = Lane(2, 1)  # on which nobody sends
 
 
@@ -47,7 +47,7 @@ class FrameConnection:
         self._peer = 1 - rank
         self._posted: dict[int, deque[tuple[dist.Work, Words]]] = {MESSAGES.tag: deque(), FEATURES.tag: deque()}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()  # gloo reads from the tensors until they have left
-        self._waiting = 0  # their bytes
+        self._waiting = self._largest = 0  # their bytes, and the most of one call
         self._turn = threading.Lock()  # of sending, and of the count
         self.hurry = threading.Event()  # there is much to release
 
@@ -56,7 +56,7 @@ class FrameConnection:
         frames = [torch.from_numpy(frame) for frame in framed(words, lane)]
         size = len(frames) * lane.words * 4
         with self._turn:
-            if self._waiting > _MOST_WAITING:
+            if self._waiting > _MOST_WAITING + self._largest:
                 raise ConnectionError(f"it has taken nothing of {self._waiting >> 20} MB")
             try:
                 for frame in frames:
@@ -64,6 +64,7 @@ class FrameConnection:
             except (AttributeError, RuntimeError) as error:  # AttributeError: it is closed
                 raise _lost(error) from None
             self._waiting += size
+            self._largest = max(self._largest, size)
             if self._waiting > _HURRY:
                 self.hurry.set()
         return size

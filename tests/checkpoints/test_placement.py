@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from pearl.checkpoints import placement
+from pearl.checkpoints.placement import Load, Placement
 from pearl.checkpoints.preflight import preflight
 from pearl.config.engine_config import ROLES, EngineConfig
 from pearl.config.pairs import Machine, needed_gb
@@ -19,6 +20,21 @@ def test_more_than_the_memory_holds_is_refused(pair, monkeypatch):
         preflight(EngineConfig(pair[0]))
     monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=2.5))
     preflight(EngineConfig(*pair))
+
+
+def test_keys_and_values_are_counted_where_the_weights_are_not_known():
+    """Of a model on a hub that is in no registry."""
+    assert Load(Placement(("cpu",)), None, "float32", 500.0).gb() == 500.0
+
+
+def test_models_that_share_a_gpu_are_counted_together(monkeypatch):
+    """A target over two of them, and its drafter on the second."""
+    monkeypatch.setattr(placement, "probe", lambda: Machine(ram_gb=1.0, gpus_gb=(24.0, 24.0, 24.0)))
+    both = Placement(("cuda:0", "cuda:1"))
+    loads = [Load(both, None, "bfloat16", 40.0), Load(Placement(("cuda:1",)), None, "bfloat16", 10.0)]
+    with pytest.raises(UsageError, match=r"need about 50\.0 GB on cuda:0, cuda:1, where 48\.0 GB are free"):
+        placement.check_memory(loads)
+    placement.check_memory([loads[0], Load(Placement(("cuda:2",)), None, "bfloat16", 10.0)])
 
 
 def test_on_two_machines_each_holds_one_model(pair, monkeypatch):

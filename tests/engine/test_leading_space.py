@@ -12,6 +12,7 @@ import tiny
 from evaluations import run
 
 from pearl import Engine, SamplingParams
+from pearl.commands.chat import Talk
 from pearl.core.stopping import Stopper, TextStream
 from pearl.engine.prompts import decoder
 
@@ -54,6 +55,14 @@ def test_prompt_and_text_joined_are_one_text_wherever_it_is_cut(make, space):
                 assert before + stopper.text == CODE
         else:
             assert stopper.text == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_a_talk_without_a_template_goes_on_with_the_text_that_was_written(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    spaced = SamplingParams(max_new_tokens=3, logit_bias={259: 100.0})
+    talk = Talk(engine, spaced, "the")
+    tokens = [token for said, _ in talk.say(" x") for token in said]
+    assert talk.decode(tokens) == "   " and talk._text == "the x   "
 
 
 def test_a_stop_string_may_begin_with_the_space():

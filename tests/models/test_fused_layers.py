@@ -7,6 +7,7 @@ import tiny
 import torch
 from architectures import TABLE, Architecture
 from transformers import GraniteConfig, Ministral3Config, PreTrainedConfig, PreTrainedModel, SmolLM3Config
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pearl.models.fused_layers import FusedLayer, fuse
 from pearl.models.hidden_states import decoder_layers
@@ -95,3 +96,19 @@ def test_layers_that_fail_or_put_out_something_else_are_left_alone():
 
         layer.forward = other
         assert fused(model) == 1
+
+
+def test_an_mlp_that_clamps_what_is_large_is_seen_though_usual_numbers_are_not(monkeypatch):
+    """As those of some models of 2026 do."""
+
+    def clamped(self, x):
+        product = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(product.clamp(-1e3, 1e3))
+
+    assert fused(tiny.random_model(tiny.CONFIGS["llama"]())) > 0
+    monkeypatch.setattr(LlamaMLP, "forward", clamped)
+    model = tiny.random_model(tiny.CONFIGS["llama"]())
+    with torch.no_grad():
+        for layer in decoder_layers(model):
+            layer.mlp.up_proj.weight *= 30
+    assert fused(model) == 0

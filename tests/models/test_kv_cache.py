@@ -17,18 +17,22 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Phi3Config,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
 )
 
+from pearl.checkpoints.placement import Placement
+from pearl.checkpoints.targets import prepare
 from pearl.core.token_buckets import SLOT_MULTIPLE, TokenBuckets
 from pearl.errors import UsageError
 from pearl.models import language_model as model_module
 from pearl.models.architecture import bytes_of_a_sequence, longest_sequence, rope_border
 from pearl.models.kv_cache.slot_cache import KVBuffers, SlotCache
-from pearl.models.kv_cache.transformers_interface import CACHE_ATTENTION, cache_attention
+from pearl.models.kv_cache.transformers_interface import CACHE_ATTENTION, cache_attention, takes_cache
 from pearl.models.verifier import VerifierModel
 
 TOLERANCE = 1e-3  # of fp32 logits, whose deviation is 2: sums in another order differ by 1e-5
@@ -330,6 +334,13 @@ def test_a_mask_that_lets_pictures_see_ahead_is_no_hindrance_to_texts():
 def test_layers_that_can_not_go_back_are_refused(config, word):
     with pytest.raises(UsageError, match=f"without a key-value cache.*({word}).*choose a decoder-only transformer"):
         longest_sequence(config())
+
+
+def test_a_model_that_takes_no_cache_is_refused_before_it_is_read():
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}
+    with pytest.raises(UsageError, match="OpenAIGPTLMHeadModel has no key-value cache: choose a decoder-only"):
+        prepare(OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)), "stock", Placement(("cpu",)))
+    assert all(takes_cache(tiny.random_model(make())) for make in tiny.CONFIGS.values())
 
 
 def test_a_model_whose_loops_share_the_keys_of_the_last_is_refused():

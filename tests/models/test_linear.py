@@ -183,6 +183,28 @@ def test_with_tiles_a_row_has_what_it_has_beside_others(monkeypatch):
 
 
 @needs_blocks
+class Router(nn.Module):
+    """As that of LongCat-Flash."""
+
+    def __init__(self, outputs: int = 5):
+        super().__init__()
+        self.classifier, self.other = nn.Linear(8, outputs, bias=False), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.classifier.weight)
+
+
+@needs_fbgemm
+def test_a_layer_whose_weight_a_router_reads_itself_stays_torchs_own():
+    router = Router().bfloat16()
+    with torch.no_grad():
+        x = torch.randn(2, 8).bfloat16()
+        wanted = router(x)
+        pack(router, "packed")
+        assert type(router.classifier) is nn.Linear and type(router.other) is PackedLinear
+        assert torch.equal(router(x), wanted)
+
+
 def test_blocks_are_for_layers_in_bfloat16():
     parent = nn.ModuleDict({"fits": nn.Linear(16, 24).bfloat16(), "does_not": nn.Linear(16, 24)})
     assert pack(parent, "blocked") == 1

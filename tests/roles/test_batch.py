@@ -267,6 +267,14 @@ def test_a_finished_text_does_not_wait_for_a_drafter_that_is_busy():
     assert sequence.sequence_id == 1 and written[1] == 8 and written[2] < 150
 
 
+def test_it_may_be_ended_while_a_prompt_is_read_and_nothing_is_written(monkeypatch):
+    monkeypatch.setattr("pearl.roles.prompt_reader.PREFILL_CHUNK", 2)
+    target, params, turns = Target(TableModel(), None, ticks()), SamplingParams(max_new_tokens=4), iter(range(100))
+    request = SequenceRequest((0, 1) * 20, params, Stopper(params, (), letters))
+    written = list(target.write([request], Schedule.of("ar"), 1, lambda: next(turns) < 3))
+    assert written == [] and next(turns) == 4 and target.idle
+
+
 def test_a_source_that_can_not_read_what_the_target_saw_costs_its_drafting_alone():
     class Full(DraftSource):
         layers = (1,)

@@ -9,6 +9,7 @@ import shlex
 import httpx
 import pytest
 import servers
+from pydantic import ValidationError
 from servers import CHAT, COMPLETE, LONG, MESSAGES, streamed, text_of, until
 
 from pearl.config.server_config import ServerConfig
@@ -16,6 +17,8 @@ from pearl.core.params import SamplingParams
 from pearl.engine.prompts import PromptEncoder
 from pearl.errors import UsageError
 from pearl.server import run, streaming
+from pearl.server.api.sampling import sampling
+from pearl.server.api.schemas import CompletionRequest
 from pearl.server.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -250,6 +253,58 @@ def test_a_body_that_can_t_be_read_is_told_why(client, body, coding, status, why
     answer = client.post(COMPLETE, content=body, headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and why in error["message"] and error["type"] == "invalid_request_error", error
+
+
+@pytest.mark.parametrize(
+    "path, body, told",
+    [
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"text": "hi"}]}]},
+            "messages.0.content.0.type: Field required.",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content holds a part without",
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string."),
+        (COMPLETE, {"prompt": "a", "stop": ["a", 5]}, "stop.1: Input should be a valid string."),
+        (COMPLETE, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias: the numbers must be from -100 to 100."),
+        ("/tokenize", {"messages": []}, "messages: List should have at least 1 item"),
+    ],
+)
+def test_of_several_faults_the_one_that_is_meant_is_told(client, path, body, told):
+    error = client.post(path, json=body).json()["error"]
+    assert error["message"].startswith(told) and error["param"] == told.split(".")[0].split(":")[0]
+
+
+@pytest.mark.parametrize("prompt", [[1] * 50_000 + [-1] * 50_000, [1.5] * 50_000, [[-1] * 50_000] * 2])
+def test_a_list_that_is_wrong_all_through_has_few_faults(prompt):
+    """Each fault is a thousand bytes, and a body may have sixteen million."""
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate({"prompt": prompt})
+    assert refused.value.error_count() <= 5
+
+
+def test_a_seed_of_minus_one_is_none():
+    asked = CompletionRequest.model_validate({"prompt": "a", "seed": -1, "temperature": 1})
+    assert sampling(asked, 10, {}).seed is None
+
+
+def test_where_no_token_is_asked_for_none_is_told_of(client):
+    """A token is written all the same, here one that ends the text."""
+    stop = client.post(COMPLETE, json={"prompt": "the", "max_tokens": 1, "return_token_ids": True, "ignore_eos": True})
+    (token,) = stop.json()["choices"][0]["token_ids"]
+    body = {"prompt": "the", "max_tokens": 0, "stop_token_ids": [token], "prediction": {"content": "the the"}}
+    told = client.post(COMPLETE, json=body).json()
+    assert (told["choices"][0]["finish_reason"], told["choices"][0]["stop_reason"]) == ("length", None)
+    assert told["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] == 0
+
+
+def test_space_around_a_key_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("PEARL_API_KEY", " secret\n")
+    assert ServerConfig().key == "secret" and ServerConfig(api_key=" mine ").key == "mine"
 
 
 @pytest.mark.parametrize("prompt", [[-1], [5, "a"], 7, [[1], "a"], None])

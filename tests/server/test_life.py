@@ -23,7 +23,7 @@ from servers import CHAT, COMPLETE, LONG, MESSAGES, streamed, text_of, until
 
 from pearl.config.server_config import ServerConfig
 from pearl.engine.requests import RequestBuilder
-from pearl.errors import EngineClosedError, UsageError
+from pearl.errors import EngineClosedError, UsageError, WorkerLostError
 from pearl.server import limits, run, sockets, texts
 from pearl.server.errors import APIError, from_engine
 from pearl.server.life import READY, Service
@@ -222,10 +222,13 @@ def test_a_signal_ends_it_at_once_while_models_load_with_what_it_has_started():
         assert child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_dead_engine_is_said_to_be_dead():
-    engine = SimpleNamespace(events=[], closed=False, model=SimpleNamespace(max_sequences=1))
+@pytest.mark.parametrize("how", ["closed", "lost"])
+def test_a_dead_engine_is_said_to_be_dead(how):
+    """Its thread has failed, or a process that its target needs is gone."""
+    engine = SimpleNamespace(events=[], closed=False, lost=False, model=SimpleNamespace(max_sequences=1))
     service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]
-    service._engine, service.state, engine.closed = engine, READY, True  # type: ignore[assignment]
+    service._engine, service.state = engine, READY  # type: ignore[assignment]
+    setattr(engine, how, True)
     assert service.status == "failed" and not service.healthy
     with pytest.raises(APIError) as refused:
         service.check_open()
@@ -233,12 +236,13 @@ def test_a_dead_engine_is_said_to_be_dead():
     failed = EngineClosedError("The engine's thread has failed.")
     assert from_engine(failed).code == "shutting_down"
     failed.__cause__ = MemoryError()
-    assert (from_engine(failed).status, from_engine(failed).code) == (503, "engine_dead")
+    for error in (failed, WorkerLostError("A rank is gone.")):
+        assert (from_engine(error).status, from_engine(error).code) == (503, "engine_dead")
 
 
 def test_a_lost_drafter_degrades_and_makes_nobody_unwell():
     events = [DrafterEvent(1.0, "lost", "the drafter is lost"), DrafterEvent(1.5, "heard", "it is heard again")]
-    engine = SimpleNamespace(events=events, closed=False, model=SimpleNamespace(max_sequences=1))
+    engine = SimpleNamespace(events=events, closed=False, lost=False, model=SimpleNamespace(max_sequences=1))
 
     async def main() -> None:
         service = Service(lambda: engine, ServerConfig(), "tiny")  # type: ignore[arg-type,return-value]

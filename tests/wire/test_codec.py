@@ -203,6 +203,18 @@ def test_a_message_that_was_cut_short_is_garbage(message, data):
         decode(words[: length(words)])
 
 
+@pytest.mark.parametrize("rows, fits", [(40_000, True), (1 << 30, False), (-1, False)])
+def test_the_features_of_a_long_prompt_come_at_once(rows: int, fits: bool):
+    """40,000 tokens, of three layers with 8,192 numbers each."""
+    features = SentSeparately((rows, 3 * 8192))
+    words = encode(Verdict(1, 40_000, DraftPlan(4, 1, 4), (7,), features))
+    if fits:
+        assert decode(words).features == features
+    else:
+        with pytest.raises(MalformedMessage, match="features of"):
+            decode(words)
+
+
 @pytest.mark.parametrize("count", [-(1 << 31), -1, 0, 2, MAX_MESSAGE_WORDS + 1, (1 << 31) - 1])
 def test_no_message_has_so_many_words(count):
     with pytest.raises(MalformedMessage, match="words"):

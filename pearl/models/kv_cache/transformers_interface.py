@@ -118,6 +118,12 @@ def read_plainly(
 
 
 @functools.cache
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model reads a text on from keys and values that it is given, as far as its forward says so."""
+    known = inspect.signature(type(model).forward).parameters
+    return "input_ids" not in known or "past_key_values" in known or "cache" in known
+
+
 def cache_argument(forward: Callable[..., Any]) -> str:
     """What a forward calls its cache: newer versions of transformers say `cache`, older ones `past_key_values`."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -117,7 +117,7 @@ class Answer(ABC):
         used = self.usage(texts) | {"prompt_tokens_details": {"cached_tokens": 0}}
         used["prompt_tokens_details"]["cached_tokens"] = sum(one.stats.cached_tokens for one in ended[:: self._n])
         if self.prediction:
-            written = Counter(token for one in ended for token in one.tokens)
+            written = Counter(token for one in ended for token in one.tokens[: self.shown(len(one.tokens))])
             accepted = (Counter(self.prediction) & written).total()
             rejected = len(self.prediction) - accepted
             details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}

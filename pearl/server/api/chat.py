@@ -47,8 +47,10 @@ def text_of(content: str | Sequence[TextPart] | None, where: str) -> str | None:
     field = where.split(".")[0]
     if not isinstance(content, str):
         for part in content:
-            if part.type not in ("text", "input_text", "output_text") or part.text is None:
+            if part.type not in ("text", "input_text", "output_text"):
                 raise bad(f"{where} holds a part of type {part.type[:50]!r}: this model reads text.", field)
+            if part.text is None:
+                raise bad(f"{where} holds a part without its text.", field)
         content = "\n".join(part.text or "" for part in content)
     try:
         check_text(content, where)

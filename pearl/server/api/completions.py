@@ -60,7 +60,7 @@ class CompletionAnswer(Answer):
         said = self._echo(text) + ("" if self._none else whole.text)
         logprobs = self._logprobs(text, 0, tokens, prompt=bool(self.request.echo))
         choice = {"index": text.index, "text": said, "logprobs": logprobs} | self.finish(text)
-        return choice | ({"finish_reason": "length"} if self._none else {}) | self._ids(text, tokens, prompt=True)
+        return choice | self._ids(text, tokens, prompt=True)
 
     def opening(self, text: Text) -> dict[str, Any] | None:
         return None  # the prompt's log-probabilities come with the first pass, and so does the prompt
@@ -80,8 +80,10 @@ class CompletionAnswer(Answer):
         return choice | self._ids(text, new, prompt=first)
 
     def closing(self, text: Text) -> dict[str, Any]:
-        choice = {"index": text.index, "text": "", "logprobs": None} | self.finish(text)
-        return choice | ({"finish_reason": "length"} if self._none else {})
+        return {"index": text.index, "text": "", "logprobs": None} | self.finish(text)
+
+    def finish(self, text: Text) -> dict[str, Any]:
+        return {"finish_reason": "length", "stop_reason": None} if self._none else super().finish(text)
 
     def _logprobs(self, text: Text, first: int, tokens: Sequence[int], prompt: bool) -> dict[str, Any] | None:
         """`prompt`: with those of the prompt's tokens before them."""

@@ -87,7 +87,7 @@ def sampling(request: ChatRequest | CompletionRequest, room: int, defaults: Mapp
         raise bad(f"stop must have {MOST_LETTERS} characters at most, all strings together, not {letters}.", "stop")
     if len(words := values.get("bad_words", ())) > MOST_BAD_WORDS or sum(map(len, words)) > MOST_LETTERS:
         raise bad(f"bad_words must be {MOST_BAD_WORDS} at most, of {MOST_LETTERS} characters in all.", "bad_words")
-    if request.seed is not None:
+    if request.seed not in (None, -1):  # as vLLM has it, -1 is none
         values["seed"] = request.seed & (1 << 63) - 1
     limit = limit_of(request)
     if "min_tokens" in values and limit is not None and values["min_tokens"] > max(limit, 1):

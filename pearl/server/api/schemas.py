@@ -6,9 +6,10 @@ nothing. `None` in a field that the engine has a default for leaves it to the ch
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from pearl.core.schedule import MAX_GAMMA
 
@@ -17,6 +18,16 @@ _TOKEN = Annotated[int, Field(ge=0, lt=1 << 31)]
 _COUNT = Annotated[int, Field(ge=0, lt=1 << 31)]
 _PENALTY = Annotated[float, Field(ge=-2, le=2)]
 _INT64 = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_ONE_FAULT = Field(fail_fast=True)  # of a list: one that is wrong all through has a fault for each item
+_TOKENS = Annotated[list[_TOKEN], _ONE_FAULT]
+_TEXTS = Annotated[list[str], _ONE_FAULT]
+
+
+def _biases(given: dict[str, Any]) -> dict[str, float]:
+    for value in given.values():
+        if not (type(value) in (int, float) and math.isfinite(value) and abs(value) <= 100):
+            raise ValueError("the numbers must be from -100 to 100")
+    return given
 
 
 class Body(BaseModel):
@@ -39,16 +50,19 @@ class TextPart(Body):
     text: str | None = None
 
 
+_Content = str | Annotated[list[TextPart], _ONE_FAULT]
+
+
 class Message(Body):
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: _Content | None = None
 
 
 class Prediction(Body):
     """What the text will be for the most part: it is drafted from, and changes no token."""
 
     type: str | None = None
-    content: str | list[TextPart]
+    content: _Content
 
 
 class Sampled(Body):
@@ -61,8 +75,8 @@ class Sampled(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: _INT64 | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[_TOKEN] | None = None
+    stop: str | _TEXTS | None = None
+    stop_token_ids: _TOKENS | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: _COUNT | None = None
@@ -71,10 +85,10 @@ class Sampled(Body):
     frequency_penalty: _PENALTY | None = None
     repetition_penalty: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     no_repeat_ngram_size: _COUNT | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[_TOKEN] | None = None
-    suppress_tokens: list[_TOKEN] | None = None
+    logit_bias: Annotated[dict[str, Any], AfterValidator(_biases)] | None = None
+    bad_words: _TEXTS | None = None
+    allowed_token_ids: _TOKENS | None = None
+    suppress_tokens: _TOKENS | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -91,7 +105,7 @@ class Sampled(Body):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
@@ -104,7 +118,7 @@ class ChatRequest(Sampled):
 
 
 class CompletionRequest(Sampled):
-    prompt: str | list[_TOKEN] | list[str] | list[list[_TOKEN]]
+    prompt: str | _TOKENS | _TEXTS | Annotated[list[_TOKENS], _ONE_FAULT]
     max_tokens: _COUNT | None = None
     max_completion_tokens: _COUNT | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -117,7 +131,7 @@ class CompletionRequest(Sampled):
 class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -127,7 +141,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[_TOKEN]
+    tokens: _TOKENS
 
 
 class ErrorFacts(BaseModel):
