@@ -114,7 +114,6 @@ def hold(begin: Callable[[], Any], turn: Callable[[Any, str, bool, bool], bool],
             print(f"There is no {line.split()[0]}: {COMMANDS}.", file=sys.stderr)
         else:
             failed |= not turn(talk, line, person, colours)
-    talk.close()
     return int(failed and not person)
 
 

@@ -127,8 +127,8 @@ class Origins:
         threading.Thread(target=self._read, name="pearl-events", daemon=True).start()
 
     def close(self) -> None:
-        """The server tells no more, and the thread ends."""
-        self._answer.close()
+        """The server tells no more. Beside us, as closing waits for what the other thread reads."""
+        threading.Thread(target=self._answer.close, name="pearl-events-end", daemon=True).start()
 
     def of(self, label: str) -> _Seen:
         with self._news:

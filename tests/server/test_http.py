@@ -271,6 +271,7 @@ def test_a_body_that_can_t_be_read_is_told_why(client, body, coding, status, why
         (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string."),
         (COMPLETE, {"prompt": "a", "stop": ["a", 5]}, "stop.1: Input should be a valid string."),
         (COMPLETE, {"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias: the numbers must be from -100 to 100."),
+        (COMPLETE, {"prompt": "a", "logit_bias": {"1": 10**400}}, "logit_bias: the numbers must be from -100 to 100."),
         ("/tokenize", {"messages": []}, "messages: List should have at least 1 item"),
     ],
 )
