@@ -50,5 +50,6 @@ KEPT = sorted(file for file in (ROOT / "docs" / "results").glob("*/*.json") if f
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda f: f.stem)
 def test_every_name_in_kept_results_is_one_of_today(file: Path):
-    known = {one.dest for one in (*cli.SHARED, *TASK)} | {"config", "suite", "prompts", "prompt_format", "resolved"}
+    known = {one.dest for one in (*cli.SHARED, *TASK)} | {"config", "suite", "problems"}
+    known |= {"prompts", "prompt_format", "resolved"}
     assert of_today(json.loads(file.read_text())["config"]).keys() <= known
