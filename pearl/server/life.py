@@ -46,6 +46,11 @@ def is_degraded(events: Sequence[DrafterEvent]) -> bool:
     return kinds[-1:] not in ([], ["back"])
 
 
+def _is_dead(engine: Engine) -> bool:
+    """Whether it writes nothing more."""
+    return engine.closed or engine.lost
+
+
 class Service:
     """To be made before the loop runs, and started in it."""
 
@@ -89,7 +94,7 @@ class Service:
         """Keeps what is known of the drafter and the engine's thread fresh."""
         while True:
             engine = self.engine
-            if (engine.closed or engine.lost) and self.state == READY:
+            if _is_dead(engine) and self.state == READY:
                 self.state = FAILED
             if not engine.closed:
                 await asyncio.to_thread(self._look, engine)
@@ -113,7 +118,7 @@ class Service:
     def status(self) -> str:
         if self.state != READY:
             return self.state
-        if self.engine.closed or self.engine.lost:
+        if _is_dead(self.engine):
             return FAILED
         return DEGRADED if self.degraded else READY
 
@@ -151,7 +156,7 @@ class Service:
         if self.state == DRAINING:
             raise APIError(503, "The server is shutting down.", "shutting_down", headers={"Retry-After": "30"})
         engine = self.engine
-        if self.state == FAILED or engine.closed or engine.lost:
+        if self.state == FAILED or _is_dead(engine):
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:

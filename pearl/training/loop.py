@@ -104,9 +104,10 @@ def train(
                 accelerator.wait_for_everyone()
                 raise KeyboardInterrupt(f"interrupted after step {step} of {total}: the same command goes on there.")
     accelerator.wait_for_everyone()
-    found = (_validated(folder / LOG, step) or means(tested(learner, held_out))) if main else {}
+    known = _validated(folder / LOG, step) if main else {}
+    found = means(tested(learner, held_out)) if known is None else known
     if main:
-        if _validated(folder / LOG, step) is None:
+        if known is None:
             _append(folder / LOG, {"step": step, "validation": found})
         print("validation: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
         plot(folder)
