@@ -9,12 +9,14 @@ Two orders of a sum differ in the last bits of a float32 number, and once that i
 ten thousand tells. The passes over a text of a model of some size hold millions of numbers; those of a tiny one so few
 that a count may pass whose bits differ. So each kind of matrix product is also tried by itself (`Product`), where more
 can be seen: ours is asked for its sums before they are rounded, others get inputs for which the terms of some sums
-cancel, so that what is left is so small that its last bits are not rounded away.
+cancel, so that what is left is so small that its last bits are not rounded away. So is each activation: torch computes
+the last numbers of a tensor, those that fill no vector register, by another function than the others.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ from pearl.core.token_buckets import (
     TokenBuckets,
 )
 from pearl.models.draft_model import DraftModel
+from pearl.models.fused_layers import FusedLayer
 from pearl.models.language_model import LanguageModel
 from pearl.models.linear import FIRST_ROWS, BlockedLinear, PackedLinear
 from pearl.models.tensor_parallel.model import TensorParallelModel
@@ -51,6 +54,8 @@ _GAIN = 0.97  # of the seconds of a count, at which a wider one is taken for it
 _ROUNDS, _TIMING_S, _LONG_TIMING_S = 4, 2.0, 10.0  # repetitions of a timing, fewer where they take longer
 _OFFSETS = (0, 1)  # one row apart, so that every row is compared with its neighbours
 _TRIALS, _CANCELLING = 8, FIRST_ROWS  # inputs of a product, and how many of its sums come to almost nothing
+_ACTIVATIONS = "transformers.activations", "torch.nn.modules.activation"  # modules that these are defined in
+_TRIED = 1 << 12  # numbers at least of each row of an activation's inputs
 _WIDEST = 1 << 14  # results of one row: what a wider head computes is compared as logits
 
 Rows = dict[int, list[Tensor]]  # what the rows of a forward came to, [rows, *], by their count and for each offset
@@ -58,7 +63,8 @@ Rows = dict[int, list[Tensor]]  # what the rows of a forward came to, [rows, *],
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer by itself. `compute`: [1, rows, K] to [1, rows, outputs]. `inputs`: [trials, LIMIT + 1, K]."""
+    """A linear layer or an activation by itself. `compute`: [1, rows, K] to [1, rows, outputs]. `inputs`: [trials,
+    LIMIT + 1, K]."""
 
     compute: Callable[[Tensor], Tensor]
     inputs: Tensor
@@ -86,7 +92,8 @@ class Product:
 
 
 def products(model: nn.Module) -> list[Product]:
-    """One linear layer of each kind and shape that a model has in this process, but for the head of a real one."""
+    """One linear layer of each kind and shape that a model has in this process, but for the head of a real one, and one
+    activation of each kind and width."""
     found: dict[object, Product] = {}
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     layer: Any
@@ -105,6 +112,23 @@ def products(model: nn.Module) -> list[Product]:
         tried = outputs <= _WIDEST or layer is not head
         if tried and kind not in found and like.device.type != "meta":
             found[kind] = Product(compute, _inputs(weight[:_CANCELLING].float().cpu()).to(like))
+    return [*found.values(), *_activations(model)]
+
+
+def _activations(model: nn.Module) -> list[Product]:
+    """Each with the widths of the linear layers beside it, as it is given what one of them computes. Not those of a
+    `FusedLayer`, which are given one half of every row: torch computes such rows one by one."""
+    found: dict[object, Product] = {}
+    like = next(model.parameters(), torch.empty(0))
+    for parent in model.modules():
+        parts = [] if isinstance(parent, FusedLayer) or like.device.type == "meta" else list(parent.children())
+        widths = {getattr(part, "nf" if type(part) is Conv1D else "out_features", 0) for part in parts} - {0}
+        for part, width in itertools.product(parts, widths):
+            kind = type(part), width
+            if type(part).__module__ in _ACTIVATIONS and kind not in found:
+                shape = max(_TRIALS, _TRIED // width), LIMIT + 1, width
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+                found[kind] = Product(part.__call__, x.to(like))
     return list(found.values())
 
 
