@@ -11,10 +11,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 extras=${1:-run}
 [[ $extras == run || $extras == dev ]] || { echo "error: install.sh takes nothing or dev, not '$extras'." >&2; exit 2; }
 
-if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
+new_enough() {
+  "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: pearl needs Python 3.11 or newer; $("$1" --version 2>&1) is here: $2." >&2; exit 2; }
+}
+if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+  new_enough python "make the active environment with a newer one"
+else
   python=${PYTHON:-python3}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: pearl needs Python 3.11 or newer; $("$python" --version 2>&1) is here: set PYTHON to a newer one." >&2; exit 2; }
+  new_enough "$python" "set PYTHON to a newer one"
   [[ -x .venv/bin/pip ]] || "$python" -m venv .venv || {
     echo "error: no virtual environment could be made: on Debian, run apt-get install python3-venv first." >&2; exit 2; }
   source .venv/bin/activate

@@ -24,10 +24,17 @@ from pearl.tasks import humaneval
 
 @cli.guarded
 def main(argv: list[str] | None = None) -> int:
-    found = cli.parse(cli.parser("scripts/bench_baseline.py", about=__doc__.splitlines()[0], max_new_tokens=96), argv)
+    parser = cli.parser(
+        "scripts/bench_baseline.py",
+        about=__doc__.splitlines()[0],
+        take=("pair", "machine", "problems"),
+        but=("processes", "num_samples", "batch_size", "output"),
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=cli.at_least_one, default=96, help="tokens of an answer")
+    found = cli.parse(parser, argv)
     config, _ = cli.engine_config(found)
     problems = humaneval.load()
-    problems = [problems[i] for i in cli.choose(len(problems), found.limit or 5, found.indices)]
+    problems = [problems[i] for i in cli.choose(len(problems), found.indices)][: found.limit or 5]
 
     import torch
     from transformers import AutoModelForCausalLM

@@ -27,7 +27,8 @@ FEWEST = 4  # texts of a cell, so that one at a time is no matter of one text
 
 @cli.guarded
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.parser("scripts/bench_batch.py", about=__doc__.splitlines()[0], max_new_tokens=128)
+    unused = "limit", "indices", "batch_size", "num_samples", "max_sequences"  # --sizes says how many
+    parser = cli.parser("scripts/bench_batch.py", about=__doc__.splitlines()[0], but=unused, max_new_tokens=128)
     parser.set_defaults(mode=["ar", "pearl", "tree"], max_length=1024)
     parser.add_argument("--gsm8k", metavar="FILE", help="GSM8K in its original format; default: fetched from the hub")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 8, 32])

@@ -11,7 +11,8 @@
 # intervals, then those at temperature 1, then all again with narrower ones: so that whenever it ends each table is as
 # good as the others. HumanEval has three lines: chat, chat without the part of an answer that repeats its prompt,
 # completion. What draws in its own way (hf-*) is greedy only. Beside the variables of scripts/rows.sh: TEMPERATURES
-# (0 1), INTERVALS (0.5 0.3 0.2 0.1, parts of a speed-up).
+# (0 1), INTERVALS (0.5 0.3 0.2 0.1, parts of a speed-up), BASELINES (hf-assisted hf-prompt-lookup; hf-assisted needs a draft
+# model).
 MODES=${MODES:-ar ar-all sd pearl tree} TASKS=${TASKS:-humaneval gsm8k mt_bench spec_bench}
 TOKENS=${TOKENS:-512} INTERVALS=${INTERVALS:-0.5 0.3 0.2 0.1}
 source "$(dirname "${BASH_SOURCE[0]}")/rows.sh"

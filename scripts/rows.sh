@@ -12,6 +12,15 @@
 #   DRY_RUN=1 prints the commands.  READY=1: everything is installed, don't look
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
+for name in DATA RESULTS KEEP_TO; do # as they are where the caller is, before the folder changes
+  if [[ -n ${!name:-} ]]; then export "$name=$(realpath -ms "${!name}")"; fi
+done
+pairs=""
+for pair in ${PAIR:-}; do
+  case $pair in */* | *.yaml | *.yml) pair=$(realpath -ms "$pair") ;; esac
+  pairs+="${pairs:+ }$pair"
+done
+PAIR=$pairs
 if [[ -n ${DRY_RUN:-}${READY:-} ]]; then cd "$scripts/.."; else source "$scripts/environment.sh" run; fi
 PAIR=${PAIR:-smollm2-135m} RESULTS=${RESULTS:-results}
 LAUNCH=${LAUNCH:-accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no}

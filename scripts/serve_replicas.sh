@@ -2,11 +2,20 @@
 # REPLICAS servers on this machine, each a target and a drafter on GPUS_EACH GPUs of its own, or on its share of the CPUs
 # where there are none; behind one address where haproxy is installed. SIGTERM lets running texts finish, then all end.
 #   REPLICAS=4 PAIR=llama3-1b-8b PORT=8000 OPTIONS="--max-sequences 16" bash scripts/serve_replicas.sh
+# READY=1: everything is installed, don't look.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ -z ${READY:-} ]]; then source scripts/environment.sh run; fi
 replicas=${REPLICAS:-2} each=${GPUS_EACH:-2} port=${PORT:-8000} host=${HOST:-127.0.0.1}
-gpus=${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}
-read -r -a cpus <<< "$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')"
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+  IFS=, read -r -a cards <<< "$CUDA_VISIBLE_DEVICES"
+else
+  count=${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)} cards=()
+  for ((n = 0; n < count; n++)); do cards+=("$n"); done
+fi
+gpus=${#cards[@]}
+there=$(python -c 'import os; print(*sorted(os.sched_getaffinity(0)))')
+read -r -a cpus <<< "$there"
 if ((gpus && replicas * each > gpus)); then
   echo "error: $replicas replicas of $each GPUs need $((replicas * each)), and there are $gpus: set REPLICAS or GPUS_EACH." >&2
   exit 2
@@ -18,7 +27,8 @@ trap stop TERM INT
 for ((n = 0; n < replicas; n++)); do
   place=(env)
   if ((gpus)); then
-    place+=("CUDA_VISIBLE_DEVICES=$(seq -s, $((n * each)) $((n * each + each - 1)))")
+    mine=("${cards[@]:$((n * each)):each}")
+    place+=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${mine[*]}")")
   elif ((replicas <= ${#cpus[@]})); then
     share=("${cpus[@]:$((n * ${#cpus[@]} / replicas)):$(((n + 1) * ${#cpus[@]} / replicas - n * ${#cpus[@]} / replicas))}")
     place+=(taskset -c "$(IFS=,; echo "${share[*]}")")

@@ -4,8 +4,8 @@
 #
 #   bash scripts/toy_pipeline.sh [FOLDER]
 set -euo pipefail
+folder=$(realpath -ms "${1:-$(mktemp -d)}") # before the folder changes
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
-folder=${1:-$(mktemp -d)}
 mkdir -p "$folder"
 
 python scripts/toy_target.py "$folder/target"

@@ -6,8 +6,6 @@ Knows: transformers' loaders and what goes wrong in them. Refuses to know: targe
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +17,18 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from pearl.checkpoints import embedded, hub, quantized, shared_embeddings, text_part
-from pearl.checkpoints.drafts.files import header
 from pearl.checkpoints.placement import Placement
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import EMBEDDED, EngineConfig, model_path
 from pearl.config.inputs import brief
 from pearl.config.pairs import BYTES, known_numbers
+from pearl.config.weight_files import numbers_of_gguf, numbers_of_safetensors
 from pearl.core.token_buckets import LEAST_CONTEXT
 from pearl.errors import CheckpointError, UsageError
 from pearl.models.architecture import longest_sequence
 from pearl.models.tensor_parallel import model as tensor_parallel
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # of a split file
-_PACKED = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}  # bytes of what holds several numbers, or a small one
 
 
 @dataclass(frozen=True)
@@ -100,16 +97,14 @@ class Checkpoint:
 
     def numbers(self, kind: str = "bfloat16") -> float | None:
         """As how many numbers of a kind the weights count: as the registry of pairs knows, or by the headers of local
-        files. Packed ones (GPTQ, AWQ) stay as they are; those of four bits in blocks (MXFP4) may be unpacked."""
+        files, without towers."""
         if self.gguf_file:
-            from gguf import GGUFReader
-
-            tensors = GGUFReader(os.path.join(self.name, self.gguf_file)).tensors
-            return sum(int(tensor.n_elements) for tensor in tensors)
+            return numbers_of_gguf(Path(self.name, self.gguf_file))
         if not Path(self.name).is_dir() and (known := known_numbers(self.name)):
             return known
         with contextlib.suppress(HFValidationError):
-            return sum(_numbers_in(file, kind) for file in self.files() if file.match("model*.safetensors")) or None
+            weights = [file for file in self.files() if file.match("model*.safetensors")]
+            return sum(numbers_of_safetensors(file, BYTES[kind], text_part.TOWERS) for file in weights) or None
         return None
 
     def files(self) -> list[Path]:
@@ -178,18 +173,3 @@ class Checkpoint:
         if getattr(bare, "layer_types", None):
             bare.layer_types = []
         return self.load(config, dtype, None, placed, bare)
-
-
-def _numbers_in(file: Path, kind: str) -> float:
-    """Towers' don't count. Raises `CheckpointError`."""
-    found = 0.0
-    for name, (dtype, shape) in header(file).items():
-        if text_part.TOWERS.search(name):
-            continue
-        count: float = math.prod(shape)
-        if name.endswith("_blocks"):
-            count *= 2
-        elif width := _PACKED.get(dtype):
-            count = count * width / BYTES[kind]
-        found += count
-    return found

@@ -6,7 +6,7 @@ Knows: what is free on this machine. Refuses to know: how a model gets there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,24 @@ def place(config: EngineConfig, ranks: int, gpu: int) -> dict[str, Placement]:
         if not placed[role].on_cpu and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
             raise UsageError(f"The {role}'s GPU has no bfloat16: use --dtype float16 or float32.")
     return placed
+
+
+def make_room(
+    config: EngineConfig, placed: Mapping[str, Placement], loads: Mapping[str, Load], max_sequences: int = 1
+) -> dict[str, Placement]:
+    """Where all goes, by role. A target that nobody has placed, and that its GPU has no room for, goes over all GPUs
+    but the drafter's.
+
+    `loads`: by role; what drafts in the target's process is `beside`. Raises `UsageError` as `check_memory` does."""
+    moved = dict(placed)
+    if config.target_device == "auto" and config.tensor_parallel_size == 1 and not placed["target"].on_cpu:
+        free, drafts = probe().gpus_gb, placed["draft"].devices if "draft" in loads else ()
+        others = tuple(name for name in (f"cuda:{gpu}" for gpu in range(len(free))) if name not in drafts)
+        if len(others) > 1 and sum(load.gb() for role, load in loads.items() if role != "draft") > free[0]:
+            moved["target"] = Placement(others)
+    there = [replace(load, placed=moved.get(role, moved["target"])) for role, load in loads.items()]
+    check_memory(there, max_sequences)
+    return moved
 
 
 def check_memory(loads: Sequence[Load], max_sequences: int = 1) -> None:

@@ -17,7 +17,7 @@ from pearl.checkpoints.checkpoint import Checkpoint
 from pearl.checkpoints.drafts import kinds as draft_kinds
 from pearl.checkpoints.drafts.files import DraftFiles
 from pearl.checkpoints.drafts.kinds import DraftDescription, TargetFacts
-from pearl.checkpoints.placement import Load, Placement, check_memory, place
+from pearl.checkpoints.placement import Load, Placement, make_room, place
 from pearl.checkpoints.quiet import quiet
 from pearl.config.engine_config import FEATURE, ROLES, EngineConfig, model_path
 from pearl.config.pairs import known_numbers
@@ -111,7 +111,8 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
     parts = {"target": here / config.tensor_parallel_size, "draft": 1.0}
     held = [role for role in kinds if role in roles]  # so far as it is known before a hub is asked
     names = {"target": config.target, "draft": config.draft_checkpoint}
-    check_memory([Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held])
+    loads = {role: Load(placed[role], _known(names[role]), kinds[role], 0.0, parts[role]) for role in held}
+    make_room(config, placed, loads)
 
     files = DraftFiles.of(config.draft_checkpoint) if config.draft_has_files else None
     kind = draft_kinds.kind_of(files) if files else None
@@ -168,10 +169,10 @@ def _preflight(config: EngineConfig, roles: Collection[str], ranks: int, gpu: in
         if getattr(config, option) and "target" in roles and not several:
             raise UsageError(f"{option} is for a drafter that guesses several tokens in one forward: leave it out.")
     held = [role for role in kinds if role in roles]
-    loads = [Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held]
+    loads = {role: Load(placed[role], numbers[role], kinds[role], caches[role], parts[role]) for role in held}
     if beside:
-        loads.append(Load(placed["target"], *_numbers(beside.files, placed["target"])))
-    check_memory(loads, max_sequences)
+        loads["beside"] = Load(placed["target"], *_numbers(beside.files, placed["target"]))
+    placed = make_room(config, placed, loads, max_sequences)
     return Preflight(
         config,
         target,

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from pearl.config import cli
+from pearl.config.cli import BY_PAIR
 from pearl.config.engine_config import EngineConfig
 from pearl.config.pairs import Machine, Pair, check, probe
 from pearl.core import theory
@@ -104,7 +105,19 @@ def backend(name: str, gpus: int) -> CheckResult:
 
 def memory(pair: Pair, machine: Machine) -> CheckResult:
     fit = check(pair, machine)
+    if not fit.places:
+        return CheckResult("memory", OK, fit.verdict)
     return CheckResult("memory", OK if fit.fits else NO, fit.verdict, "" if fit.fits else "or choose --load-in 4bit")
+
+
+def asked(config: EngineConfig, pair: Pair | None) -> Pair:
+    """The models of a config as a pair, with the sizes that `pair` states of those that are its own."""
+    found = Pair(name=pair.name if pair else "this pair", **{one: getattr(config, one) for one in BY_PAIR})
+    if pair and (pair.target, pair.dtype, pair.load_in) == (found.target, found.dtype, found.load_in):
+        found = replace(found, target_gb=pair.target_gb)
+    if pair and (pair.draft, pair.dtype, pair.draft_load_in) == (found.draft, found.dtype, found.draft_load_in):
+        found = replace(found, draft_gb=pair.draft_gb)
+    return found
 
 
 def models(config: EngineConfig) -> Iterator[CheckResult]:
@@ -295,8 +308,7 @@ def examine(config: EngineConfig, pair: Pair | None, with_models: bool) -> Itera
     yield peers(len(machine.gpus_gb), torch.cuda.can_device_access_peer)
     yield messages()
     yield from (backend(name, len(machine.gpus_gb)) for name in ("gloo", "nccl"))
-    if pair:
-        yield memory(pair, machine)
+    yield memory(asked(config, pair), machine)
     if with_models:
         yield from models(config)
 

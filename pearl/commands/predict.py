@@ -12,6 +12,8 @@ from pearl.config import cli, outputs
 from pearl.errors import UsageError
 from pearl.evaluation import results
 
+_BY_HAND = ("tokens", "row_cost", "beside", "beside_cost", "beside_depths")
+
 
 def parser() -> cli.Parser:
     made = cli.Parser("predict", "results/RUN", "--a 0.8 --c 3 --modes sd:4 pearl tree")
@@ -22,11 +24,11 @@ def parser() -> cli.Parser:
     add("--a", type=float, help="by hand: the acceptance")
     add("--c", type=float, help="by hand: the time of a pass over that of a drafter forward")
     add("--latency", type=float, help="of a message; of a run in seconds (default: 0.0003), by hand in passes (0)")
-    add("--tokens", type=int, default=2000, help="by hand: of the text")
-    add("--row-cost", type=float, default=0.0, help="by hand: of each further row, as part of a forward")
+    add("--tokens", type=int, help="by hand: of the text (default: 2000)")
+    add("--row-cost", type=float, help="by hand: of each further row, as part of a forward (default: 0)")
     add("--beside", type=float, help="by hand: the acceptance of a source beside the target (default: there is none)")
-    add("--beside-cost", type=float, default=0.0, help="by hand: its forward, as part of a pass; 0: it answers at once")
-    add("--beside-depths", type=int, default=1, help="by hand: tokens that a forward of it guesses")
+    add("--beside-cost", type=float, help="by hand: its forward, as part of a pass (default: 0, it answers at once)")
+    add("--beside-depths", type=int, help="by hand: tokens that a forward of it guesses (default: 1)")
     add("--seed", type=int, default=0, help="of what a run does not say")
     add("--json", metavar="FILE", type=outputs.file, help="write the figures there too")
     return made
@@ -41,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if by_numbers and (found.a is None or found.c is None):
         raise UsageError("Give both --a and --c: how often a guess is right, and drafter forwards per pass.")
 
+    unused = [name for name in (_BY_HAND if found.run else ("mode",)) if getattr(found, name) is not None]
+    if unused:
+        kind, other = ("numbers by hand", "a run") if found.run else ("a recorded run", "numbers by hand")
+        near = ", or give --modes" if unused == ["mode"] else ""
+        raise UsageError(f"--{unused[0].replace('_', '-')} is for {kind}, not for {other}: leave it out{near}.")
+    if found.beside is None and (found.beside_cost is not None or found.beside_depths is not None):
+        raise UsageError("--beside-cost and --beside-depths say more of a source: give its acceptance by --beside.")
     if found.run and not (Path(found.run) / results.SUMMARY).is_file():
         raise UsageError(f"{found.run} holds no finished run: name a folder with a {results.SUMMARY}.")
     from pearl.machine.display import show_table
@@ -69,5 +78,9 @@ def _case(found: argparse.Namespace) -> Any:
     if found.run:
         latency_s = LATENCY_S if found.latency is None else found.latency
         return read_run(Path(found.run), found.mode, latency_s, found.seed)
-    beside = None if found.beside is None else (found.beside, found.beside_cost, found.beside_depths)
-    return by_hand(found.a, found.c, found.latency or 0.0, found.tokens, found.row_cost, found.seed, beside)
+    beside = None
+    if found.beside is not None:
+        depths = 1 if found.beside_depths is None else found.beside_depths
+        beside = (found.beside, found.beside_cost or 0.0, depths)
+    tokens = 2000 if found.tokens is None else found.tokens
+    return by_hand(found.a, found.c, found.latency or 0.0, tokens, found.row_cost or 0.0, found.seed, beside)

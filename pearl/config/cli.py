@@ -131,6 +131,11 @@ class Parser(argparse.ArgumentParser):
                 )
         return self
 
+    def own_actions(self) -> list[argparse.Action]:
+        """The options that only this command has, which a `--config` file may give too."""
+        shared = {*self.options, "help", "config", "log_level"}
+        return [action for action in self._actions if action.option_strings and action.dest not in shared]
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = self.parse_known_args(args, namespace)
         if rest:
@@ -221,11 +226,38 @@ def _yaml(path: str, made: Parser) -> dict[str, Any]:
     where = f"The config {brief(path)}"
     values = parse_yaml(read_text(path, "The config"), where)
     values = {key.replace("-", "_"): value for key, value in values.items()}
-    options.refuse_unknown(values, made.options, path, options.renamed(SHARED))
-    return {
-        key: made.get_default(key) if value is None else made.options[key].of_yaml(value, f"{where}: {key}")
-        for key, value in values.items()
-    }
+    own = {action.dest: action for action in made.own_actions()}
+    options.refuse_unknown(values, [*made.options, *own], path, options.renamed(SHARED))
+    read: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None:
+            read[key] = made.get_default(key)
+        elif key in made.options:
+            read[key] = made.options[key].of_yaml(value, f"{where}: {key}")
+        else:
+            read[key] = _of_action(own[key], value, f"{where}: {key}")
+    return read
+
+
+def _of_action(action: argparse.Action, value: Any, where: str) -> Any:
+    """The value of an option that one command alone has, as the same words on the command line would give it."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} must be true or false, not {brief(value)}.")
+        return value
+    words = list(value) if isinstance(value, list) and action.nargs else [value]
+    if not all(isinstance(word, str | int | float) and not isinstance(word, bool) for word in words):
+        raise UsageError(f"{where} must be text or a number, not {brief(value)}.")
+    read = action.type if callable(action.type) else str
+    try:
+        found = [read(str(word)) for word in words]
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{where} {error}") from None
+    except ValueError:
+        raise UsageError(f"{where} must be {getattr(read, '__name__', 'another')}, not {brief(value)}.") from None
+    if action.choices is not None and not set(found) <= set(action.choices):
+        raise UsageError(f"{where} must be one of {', '.join(map(str, action.choices))}, not {brief(value)}.")
+    return found if action.nargs else found[0]
 
 
 def given(found: argparse.Namespace, but: Collection[str] = ()) -> dict[str, Any]:
@@ -271,8 +303,8 @@ def hardest(schedules: Iterable[Schedule]) -> Schedule:
     return max(schedules, key=demands, default=Schedule.of("ar"))
 
 
-def choose(count: int, limit: int | None, indices: str | None) -> list[int]:
-    """The numbers of the problems to run out of `count`."""
+def choose(count: int, indices: str | None) -> list[int]:
+    """The numbers that `indices` names, out of `count`; None: all. Raises `UsageError`."""
     chosen = list(range(count))
     if indices is not None:
         chosen = []
@@ -285,7 +317,7 @@ def choose(count: int, limit: int | None, indices: str | None) -> list[int]:
             raise UsageError(f"--indices must be written like 0,3,10-20, not {indices!r}.") from None
         if not chosen or not set(chosen) <= set(range(count)):
             raise UsageError(f"--indices {indices} are not all there: the problems are numbered 0 to {count - 1}.")
-    return list(dict.fromkeys(chosen))[:limit]
+    return list(dict.fromkeys(chosen))
 
 
 def at_least_one(word: str) -> int:

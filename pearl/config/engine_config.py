@@ -102,7 +102,12 @@ class EngineConfig:
         "of new prompts, read between two passes of running texts; more: they begin sooner, the others wait longer",
         MACHINE,
     )
-    target_device: str = setting("auto", WORD, "cpu, cuda:0, or several: cuda:0,cuda:1", MACHINE)
+    target_device: str = setting(
+        "auto",
+        WORD,
+        "cpu, cuda:0, or several: cuda:0,cuda:1; auto: the first, or all but the drafter's if it is too small",
+        MACHINE,
+    )
     tensor_parallel_size: int = setting(
         1, _RANKS, "spread every matrix of the target over so many ranks", MACHINE, was=("target_tp",)
     )
@@ -200,9 +205,11 @@ class EngineConfig:
         for option in () if self.draft_has_files else ("draft_dtype", "draft_load_in", "draft_vocabulary"):
             if getattr(self, option):
                 raise UsageError(f"{option} is for a drafter with weights, and {self.draft} has none: leave it out.")
-        for name in (self.target_cores, self.draft_cores):
-            if name is not None:
-                cores.parse(name)
+        if self.double_quant and "4bit" not in (self.load_in, self.draft_load_in):
+            raise UsageError("double_quant is for 4-bit weights: give load_in or draft_load_in 4bit, or leave it out.")
+        for option in ("target_cores", "draft_cores"):
+            if getattr(self, option) is not None:
+                cores.parse(getattr(self, option), option)
         if not self.pins and (self.target_cores or self.draft_cores):
             raise UsageError("target_cores and draft_cores name cores to keep to, which pin_cores off forbids: choose.")
         if self.tensor_parallel_size > 1:

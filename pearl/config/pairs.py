@@ -21,7 +21,8 @@ import psutil
 from pearl import options
 from pearl.config.engine_config import ALIASES, BESIDE_TARGET, DTYPES, FEATURE, LOADS, WITHOUT_FILES, model_path
 from pearl.config.inputs import parse_yaml, read_text, shipped
-from pearl.errors import UsageError
+from pearl.config.weight_files import numbers_of_gguf, numbers_of_safetensors
+from pearl.errors import PearlError, UsageError
 from pearl.options import TEXT, Kind, choice, number, setting
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.1, "4bit": 0.7}  # a number, with its scales
@@ -176,15 +177,28 @@ def check(pair: Pair, machine: Machine) -> Fit:
 
 
 def _weights_gb(model: str, kind: str) -> float | None:
-    """What the weights of a model take, as they lie on this machine, or by the registry; None if neither says so."""
+    """What the weights of a model take once they are loaded as `kind`, by their files or by the registry; None if
+    neither says so."""
     if ALIASES.get(model, model) in WITHOUT_FILES:
         return 0.0
     place = model_path(model.removeprefix(FEATURE))
-    files = [place] if place.is_file() else [*place.glob("*.safetensors"), *place.glob("*.gguf"), *place.glob("*.bin")]
+    formats = "model*.safetensors", "*.safetensors", "*.gguf", "*.bin"  # one of them is loaded
+    files = [place] if place.is_file() else next(filter(None, (sorted(place.glob(one)) for one in formats)), [])
     if files:
-        return sum(file.stat().st_size for file in files) / 1e9
+        return sum(_loaded_gb(file, BYTES[kind]) for file in files)
     numbers = known_numbers(model)
     return numbers * BYTES[kind] / 1e9 if numbers else None
+
+
+def _loaded_gb(file: Path, width: float) -> float:
+    """What a file's numbers take at `width` bytes each, or all its bytes where nothing says how many they are."""
+    try:
+        if file.suffix in (".gguf", ".safetensors"):
+            count = numbers_of_gguf(file) if file.suffix == ".gguf" else numbers_of_safetensors(file, width)
+            return count * width / 1e9
+    except (PearlError, ImportError, ValueError):  # a damaged one, which loading refuses
+        pass
+    return file.stat().st_size / 1e9
 
 
 def probe() -> Machine:

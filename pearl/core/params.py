@@ -6,6 +6,7 @@ import hashlib
 import math
 import operator
 import secrets
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -253,7 +254,8 @@ def _bias(value: Any) -> dict[int, float]:
         raise UsageError(f"logit_bias must be a mapping from token ids to numbers, not {options.shown(value)}.")
     found = {}
     for token, bias in value.items():
-        if not isinstance(bias, int | float) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not number or not (abs(bias) <= sys.float_info.max or bias == -math.inf):
             raise UsageError(f"logit_bias must hold finite numbers (or -inf), not {options.shown(bias)}.")
         # as JSON has it; a token has no more digits
         whole_word = isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20

@@ -33,12 +33,13 @@ class _LooksBack(Protocol):
 @dataclass(frozen=True)
 class RowAfter:
     """The guesses of a row, which depend on the token before it as well.  logits: [D], or over the target's
-    vocabulary; hidden: [H]; position: of the token that is guessed"""
+    vocabulary; hidden: [H]; position: of the token that is guessed; path: see `RankQuery.paths`"""
 
     source: _LooksBack
     logits: Tensor
     hidden: Tensor
     position: int
+    path: Sequence[int]
     params: SamplingParams
 
 

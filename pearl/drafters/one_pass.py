@@ -160,8 +160,14 @@ class OnePassSource(DraftSource):
                 for path in one.paths
                 for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
             ]
+            ends = [
+                path[: row if one.way else len(path)]
+                for one in some
+                for path in one.paths
+                for row in range(one.rows(path, self.guesses_after(path)))
+            ]
             rows = slice(first, first + len(positions))
-            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows]))
+            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows], ends))
             first = rows.stop
             groups.append(some)
         for some, guesses in zip(groups, self._ranked(asked), strict=True):
@@ -213,8 +219,9 @@ class OnePassSource(DraftSource):
         found: list[Guesses] = []
         for one in queries:
             assert one.hidden is not None, "guesses that depend on the token before need them"
-            rows = zip(one.logits, one.hidden, one.positions, strict=True)
-            found.append([RowAfter(self, row, hidden, at, one.params) for row, hidden, at in rows])
+            paths = one.paths or [()] * len(one.positions)
+            rows = zip(one.logits, one.hidden, one.positions, paths, strict=True)
+            found.append([RowAfter(self, row, hidden, at, path, one.params) for row, hidden, at, path in rows])
         return found
 
     def after(self, asked: Sequence[tuple[RowAfter, Sequence[int]]]) -> list[list[list[Guess]]]:
@@ -315,13 +322,15 @@ class OnePassSource(DraftSource):
             read_nodes.setdefault(leaf, (path, table[0]))
         kept: dict[Node, Beam] = {}
         new: Grown = []
+        # what is drawn for one slot is one draw: after several nodes these would not be independent
+        top_k = 1 if state.params.rejection else self._top_k
         found = guesses_after_each([(row, [node.token]) for node, (_, row) in read_nodes.items()])
         for (node, (path, _)), guesses in zip(read_nodes.items(), found, strict=True):
             beam = [(joint_logp(trie, path), node)]  # by what has just been said of its parents
-            kept[node] = grown_once(trie, beam, guesses, self._top_k, self.origin, new)
+            kept[node] = grown_once(trie, beam, guesses, top_k, self.origin, new)
         # further down guesses come from the slots of a leaf, which know less than a row that has read the path
         beams = [
             ([one for one in kept[leaf] if one[1] not in read_nodes], table[1 : deepest - len(path)])
             for (path, leaf, _), (_, table) in zip(leaves, read, strict=True)
         ]
-        return new + grown_beams(trie, beams, self._top_k, self.origin, read_nodes)
+        return new + grown_beams(trie, beams, top_k, self.origin, read_nodes)

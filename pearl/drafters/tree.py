@@ -105,8 +105,9 @@ class TreeSource(ModelSource):
         asked = []
         for (one, rows), logits in zip(reading, read, strict=True):
             positions = [len(one.trie.tokens) + len(row.path) for row in rows]
-            logits = one.processed(logits, [row.path for row in rows])
-            asked.append(RankQuery(logits, self._params[one.batch_slot], positions))
+            paths = [row.path for row in rows]
+            logits = one.processed(logits, paths)
+            asked.append(RankQuery(logits, self._params[one.batch_slot], positions, paths=paths))
         guesses = iter(ranked_together(asked, RANKED))
         grown = [
             self._grow(one, rows, next(guesses)) if rows else [] for one, rows in zip(queries, chosen, strict=True)

@@ -179,7 +179,7 @@ class Worker:
 
     def _run(self, key: RunKey) -> None:
         """Writes texts until none of this schedule is under way, or somebody else's turn has come."""
-        schedule, batch_size = key
+        (schedule, batch_size), first = key, self._waiting[0]
         try:
             with (
                 self._runtime.target_for(schedule) as target,
@@ -195,6 +195,9 @@ class Worker:
                 else:
                     self._under_way.pop(handle)
                     handle.fail(error)
+            if isinstance(first, GenerationHandle) and first in self._waiting:  # the models that it needs can't be had
+                self._waiting.remove(first)
+                first.fail(error)
         memory.reset_peak()  # that of the next run; not when it begins, for somebody waits for its first token then
 
     def _goes_on(self) -> bool:

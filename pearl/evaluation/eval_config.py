@@ -152,7 +152,8 @@ def read(benchmark: Benchmark, argv: Sequence[str] | None) -> EvalConfig:
 
 
 def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace) -> list[Any]:
-    """The problems to run: a share of each category, and of those what --limit and --indices leave."""
+    """The problems to run: of those that --indices names a share of each category, and of that the first --limit."""
+    problems = [problems[i] for i in cli.choose(len(problems), found.indices)]
     kind = benchmark.kind or benchmark.category
     sizes = Counter(map(kind, problems))
     seen: Counter[str | None] = Counter()
@@ -164,7 +165,7 @@ def choose(benchmark: Benchmark, problems: list[Any], found: argparse.Namespace)
             shared.append(problem)
     if found.stop_at_interval:
         shared = _mixed(benchmark, shared)
-    return [shared[i] for i in cli.choose(len(shared), found.limit, found.indices)]
+    return shared[: found.limit]
 
 
 def _mixed(benchmark: Benchmark, problems: list[Any]) -> list[Any]:

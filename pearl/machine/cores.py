@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,29 @@ def available() -> list[int]:
     return sorted(os.sched_getaffinity(0), key=_core)
 
 
-def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
-    """(target's, drafter's): half each for two models, one core for a drafter without one. A single core is shared."""
+def share(cpus: list[int], number: int, count: int) -> list[int]:
+    """Part `number` of `count`, of neighbouring cores; of hardware threads, or all of them, where there are too few."""
+    for units in (_whole(cpus), [[cpu] for cpu in cpus]):
+        if len(units) >= count:
+            first, last = (len(units) * part // count for part in (number, number + 1))
+            return [*chain(*units[first:last])]
+    return cpus
+
+
+def _whole(cpus: list[int]) -> list[list[int]]:
+    """The CPUs by core."""
     cores: list[list[int]] = []
     for cpu in cpus:
         if cores and _core(cores[-1][0])[:2] == _core(cpu)[:2]:
             cores[-1].append(cpu)
         else:
             cores.append([cpu])
+    return cores
+
+
+def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
+    """(target's, drafter's): half each for two models, one core for a drafter without one. A single core is shared."""
+    cores = _whole(cpus)
     if len(cores) == 1:
         cores = [[cpu] for cpu in cpus]
     if len(cores) == 1:
@@ -41,8 +56,8 @@ def split(cpus: list[int], drafter_works: bool) -> tuple[list[int], list[int]]:
     return [*chain(*cores[:cut])], [*chain(*cores[cut:])]
 
 
-def parse(text: str) -> list[int]:
-    """`"0-3,8"` as a list of CPUs. Raises `UsageError` where one is not there."""
+def parse(text: str, option: str = "cores") -> list[int]:
+    """`"0-3,8"` as a list of CPUs. Raises `UsageError`, which names the `option`, where one is not there."""
     cpus: list[int] = []
     try:
         for part in str(text).split(","):  # YAML reads a single core as a number
@@ -52,11 +67,24 @@ def parse(text: str) -> list[int]:
                 raise ValueError("the last before the first")
             cpus += named if len(named) <= _MOST else [-1]
     except (ValueError, OverflowError):
-        raise UsageError(f"cores must be written like 0-3,8, not {text!r}.") from None
+        raise UsageError(f"{option} must be written like 0-3,8, not {text!r}.") from None
     if not cpus or not set(cpus) <= os.sched_getaffinity(0):
         there = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        raise UsageError(f"cores {text} are not all available to this process; it may use {there}.")
+        raise UsageError(f"{option} {text} are not all available to this process; it may use {there}.")
     return [*dict.fromkeys(cpus)]
+
+
+@contextmanager
+def allowed(cpus: Sequence[int]) -> Iterator[None]:
+    """The calling thread, and what it starts, may run on these CPUs meanwhile, if that is permitted."""
+    before = os.sched_getaffinity(0)
+    with suppress(OSError):
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, before)
 
 
 def pin(cpus: list[int]) -> None:

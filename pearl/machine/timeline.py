@@ -6,11 +6,13 @@ tries, models and channels; a name with facts is all that it is told. The roles 
 own, and write between texts, where nobody waits for them.
 
     FILE.target, FILE.drafter     each role's part, rewritten after each text; a Chrome trace by itself
+    FILE.drafter.1, ...           those of a drafter that was started anew, or connected again
     FILE                          both, joined at the end of the run: open it in ui.perfetto.dev or chrome://tracing
 """
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +28,13 @@ PHASES = "fXis"  # arrival, span, instant, departure: in which order they stand 
 class Trace:
     """One role's timeline. Times are seconds of `time.perf_counter`; facts are whatever JSON can hold."""
 
-    def __init__(self, role: str, path: Path | None = None, ahead_s: Callable[[], float] = lambda: 0.0):
+    def __init__(
+        self, role: str, path: Path | None = None, ahead_s: Callable[[], float] = lambda: 0.0, connection: int = 0
+    ):
         """`path`: of the run's trace, for `save`. `ahead_s`: seconds that are added to all times of a part when it is
-        written."""
+        written. `connection`: of a drafter's, each of which has a part of its own."""
         assert role in ROLES, f"a role is one of {ROLES}"
-        self._role, self._path, self._ahead_s = role, path, ahead_s
+        self._role, self._path, self._ahead_s, self.connection = role, path, ahead_s, connection
         self._events: list[dict[str, Any]] = []  # since the last `write`
         self._lines: list[str] = []  # those before, as they stand in the file
 
@@ -59,7 +63,7 @@ class Trace:
         ahead = self._ahead_s() * 1e6
         self._lines += [json.dumps(event | {"ts": event["ts"] + ahead}, allow_nan=False) for event in self._events]
         self._events.clear()
-        with atomic_write(_part(path, self._role)) as partial:
+        with atomic_write(_part(path, self._role, self.connection)) as partial:
             partial.write_text("[" + ",\n".join(self._lines) + "]", encoding="utf-8")
 
     def _add(self, phase: str, name: str, at: float, **more: Any) -> None:
@@ -82,9 +86,9 @@ class _Off(Trace):
 OFF = _Off("target")
 
 
-def flow_id(sequence: int, number: int) -> int:
-    """A number for one message of a run."""
-    return sequence << 20 | number
+def flow_id(sequence: int, number: int, connection: int = 0) -> int:
+    """A number for one message of a run. `number`: of it, as the drafter of that connection counts."""
+    return connection << 60 | sequence << 20 | number
 
 
 def prepare(path: Path) -> None:
@@ -96,8 +100,8 @@ def prepare(path: Path) -> None:
         raise UsageError(f"The trace can't be written to {path} ({error.strerror}): name another file.") from None
     if path.is_dir():
         raise UsageError(f"The trace can't be written to {path}, which is a folder: name a file.")
-    for role in ROLES:
-        _part(path, role).unlink(missing_ok=True)
+    for _, part in _parts(path):
+        part.unlink(missing_ok=True)
 
 
 def merge(path: Path) -> None:
@@ -106,12 +110,12 @@ def merge(path: Path) -> None:
     The drafter's part may be absent: `ar` has no drafter. Without the target's no text was written, and there is no
     trace. Raises `UsageError` where a part is damaged, and keeps both.
     """
-    parts = {role: part for role in ROLES if (part := _part(path, role)).exists()}
-    if "target" not in parts:
-        for part in parts.values():
+    parts = _parts(path)
+    if "target" not in dict(parts):
+        for _, part in parts:
             part.unlink()
         return
-    events = sorted((event for part in parts.values() for event in _read_part(part)), key=_when)
+    events = sorted((event for _, part in parts for event in _read_part(part)), key=_when)
     zero = events[0]["ts"] if events else 0.0
     messages: dict[tuple[str, int], int] = {}
     for event in events:
@@ -121,7 +125,7 @@ def merge(path: Path) -> None:
         if "id" in event:  # chrome://tracing, unlike Perfetto, asks for numbers that no two names share
             event["id"] = messages.setdefault((event["name"], event["id"]), len(messages))
     names = []
-    for role in parts:
+    for role in dict(parts):
         rank = ROLES.index(role)
         for name, fact in (("process_name", role), ("process_sort_index", rank), ("thread_name", f"{role}'s loop")):
             args = {"sort_index" if name == "process_sort_index" else "name": fact}
@@ -130,12 +134,20 @@ def merge(path: Path) -> None:
     with atomic_write(path) as partial:
         made = {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": other}
         partial.write_text(json.dumps(made), encoding="utf-8")
-    for part in parts.values():
+    for _, part in parts:
         part.unlink()
 
 
-def _part(path: Path, role: str) -> Path:
-    return path.with_name(f"{path.name}.{role}")
+def _part(path: Path, role: str, connection: int = 0) -> Path:
+    return path.with_name(f"{path.name}.{role}{f'.{connection}' if connection else ''}")
+
+
+def _parts(path: Path) -> list[tuple[str, Path]]:
+    """Those that are there, each with its role: the target's first."""
+    there = [(role, _part(path, role)) for role in ROLES]
+    more = path.parent.glob(f"{glob.escape(path.name)}.drafter.*")
+    there += [("drafter", part) for part in sorted(more) if part.suffix[1:].isdigit()]
+    return [(role, part) for role, part in there if part.exists()]
 
 
 def _when(event: dict[str, Any]) -> tuple[float, int, float]:

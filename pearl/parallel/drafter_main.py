@@ -74,7 +74,7 @@ def serve(
             return
         unwatch = when_orphaned(agent, partial(channel.abort, "the launcher has ended")) if agent else None
         try:
-            Drafter(source, channel, trace=trace(config, "drafter", channel.peer_clock.ahead_s)).run()
+            Drafter(source, channel, trace=trace(config, "drafter", channel.peer_clock.ahead_s, number)).run()
         except Exception:  # whatever it is: where a launcher started us, ending would end the target too
             if only:
                 raise
@@ -124,8 +124,10 @@ def _await(store: dist.Store, key: str, limit_s: float) -> str:
                 raise
 
 
-def trace(config: EngineConfig, role: str, ahead_s: Callable[[], float] = lambda: 0.0) -> timeline.Trace:
-    return timeline.Trace(role, Path(config.trace).absolute(), ahead_s) if config.trace else timeline.OFF
+def trace(
+    config: EngineConfig, role: str, ahead_s: Callable[[], float] = lambda: 0.0, connection: int = 0
+) -> timeline.Trace:
+    return timeline.Trace(role, Path(config.trace).absolute(), ahead_s, connection) if config.trace else timeline.OFF
 
 
 def main() -> int:

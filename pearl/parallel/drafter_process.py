@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pearl.config.engine_config import EngineConfig
 from pearl.config.inputs import brief
 from pearl.errors import Unreachable, UsageError, WorkerLostError
-from pearl.machine import launcher
+from pearl.machine import cores, launcher
 from pearl.parallel.child import WorkerSpec, end, is_stopped, start
 from pearl.parallel.world import LOCAL, World, await_key, meeting, own_store
 from pearl.wire.feature_transport import FeatureTransport
@@ -51,7 +51,7 @@ class DrafterProcess:
         beside the channel; empty: they ride on the verdicts."""
         self._config, self._cpus, self._features_from = config, cpus, features_from
         self._child: subprocess.Popen | None = None
-        self._closing = threading.Event()
+        self._closing, self._allowed = threading.Event(), cores.available()
         self._reached = -1  # the last connection that was asked for
         self._launched, self._here = world.size == 2, world.here
         if self._launched:
@@ -116,7 +116,8 @@ class DrafterProcess:
     def _start(self, number: int) -> None:
         assert isinstance(self._store, dist.TCPStore)
         spec = WorkerSpec(self._config, self._store.port, self._cpus, number)
-        self._child = start("pearl.parallel.drafter_main", spec)
+        with cores.allowed(self._allowed):  # a thread of the engine's is kept to the target's
+            self._child = start("pearl.parallel.drafter_main", spec)
         if self._closing.is_set():  # while it was being started
             self._end_child()
 

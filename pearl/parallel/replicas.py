@@ -114,8 +114,9 @@ def assign_devices(config: EngineConfig, world: World) -> EngineConfig:
     if gpus and world.here.device == "cpu":
         on_cpu = [name for name in ("target_device", "draft_device") if getattr(config, name) == "auto"]
         return assign_devices(replace(config, **dict.fromkeys(on_cpu, "cpu")), replace(world, here=Processes()))  # type: ignore[arg-type]
-    if world.replicas > 1 and config.memory_file:
-        raise UsageError("Each replica has a memory of its own, and one file keeps one: leave memory_file out.")
+    for option, what in (("memory_file", "memory"), ("trace", "timeline")) if world.replicas > 1 else ():
+        if getattr(config, option):
+            raise UsageError(f"Each replica has a {what} of its own, and one file keeps one: leave {option} out.")
     if world.local_replicas > 1:
         if {config.target_device, config.draft_device} - {"auto", "cpu"} or config.target_cores or config.draft_cores:
             raise UsageError("Replicas on one machine share it out themselves: name no devices and no cores.")
@@ -124,10 +125,12 @@ def assign_devices(config: EngineConfig, world: World) -> EngineConfig:
     if gpus and config.target_device == config.draft_device == "auto" and world.size == 2 and world.tp_size == 1:
         first = world.here.local_rank if world.two_hosts else 2 * world.local_replica
         other = first if world.two_hosts else first + 1
-        return replace(config, target_device=f"cuda:{first % gpus}", draft_device=f"cuda:{other % gpus}")
+        placed = replace(config, draft_device=f"cuda:{other % gpus}")
+        if world.local_replicas == 1 and first % gpus == 0:  # the first one anyway, or several if it is too small
+            return placed
+        return replace(placed, target_device=f"cuda:{first % gpus}")
     if world.local_replicas == 1 or not config.pins:
         return config
-    there = cores.available()
-    mine = there[world.local_replica :: world.local_replicas] if len(there) >= world.local_replicas else there
+    mine = cores.share(cores.available(), world.local_replica, world.local_replicas)
     target, draft = cores.split(mine, drafter_works=config.drafter_works)
     return replace(config, target_cores=",".join(map(str, target)), draft_cores=",".join(map(str, draft)))

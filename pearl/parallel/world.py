@@ -112,5 +112,7 @@ def await_key(store: dist.Store, key: str, check: Callable[[], None] = lambda: N
             check()
             time.sleep(every_s)
         return store.get(key).decode()
+    except WorkerLostError:  # of `check`
+        raise
     except RuntimeError as error:
         raise WorkerLostError(f"The process that holds the store of all is gone ({brief(error, 120)}).") from None

@@ -127,7 +127,8 @@ class Drafter:
     def _nodes(self, sequence: DraftedSequence, grown: Grown, exhausted: bool) -> Nodes | None:
         nodes = sequence.nodes(grown, exhausted)
         if nodes and nodes.guesses:
-            self._trace.flow("nodes", flow_id(nodes.sequence_id, nodes.guesses[0].id), self._clock(), sent=True)
+            first = flow_id(nodes.sequence_id, nodes.guesses[0].id, self._trace.connection)
+            self._trace.flow("nodes", first, self._clock(), sent=True)
         return nodes
 
     def _chains(self, sequences: Sequence[DraftedSequence]) -> Proposals:

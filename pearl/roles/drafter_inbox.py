@@ -12,6 +12,7 @@ from pearl.roles.running_batch import RunningBatch
 from pearl.roles.sequence import SequenceState
 from pearl.roles.watcher import Watcher
 from pearl.wire.channel import Channel, Clock
+from pearl.wire.drafter_messages import given
 
 STATS_TIMEOUT_S = 60.0  # for the drafter's statistics after the last sequence; it may be in a forward
 STATS_PATIENCE_S = 0.5  # for them while others are under way: nobody's finished text waits for a drafter that is busy
@@ -35,7 +36,8 @@ class DrafterInbox:
                     self._take_costs(message.seconds)
                 case Nodes() if message.sequence_id in self._batch.live:
                     if message.guesses:
-                        first = flow_id(message.sequence_id, message.guesses[0].id)
+                        connection, id = given(message.guesses[0].id)
+                        first = flow_id(message.sequence_id, id, connection)
                         self._trace.flow("nodes", first, self._clock(), sent=False)
                     self._batch.live[message.sequence_id].add_nodes(message)
                     if watcher := self.watcher:  # another thread may take it away

@@ -43,6 +43,11 @@ def _drawn(guess: Guess) -> bool:
     return chances.get(guess.token, 0.0) > 0 and sum(chances.values()) <= 1 + len(chances) * _ROUNDING
 
 
+def given(id: int) -> tuple[int, int]:
+    """The connection whose drafter gave a node this id, and the id that it gave."""
+    return divmod(id, _IDS)
+
+
 def offset_ids(message: Message, connection: int) -> Message:
     """The message with node ids that no earlier drafter has given: each counts its nodes from zero again, so the ids of
     connection number n are offset by n times as many as one may give."""

@@ -70,6 +70,36 @@ def test_devices_that_are_not_there_are_refused(pair, option, device):
         preflight(EngineConfig(*pair, **{option: device}))
 
 
+@pytest.mark.parametrize(
+    "target_gb, draft_gb, config, there, wanted",
+    [
+        (20.0, 5.0, {}, (24.0, 24.0, 24.0), ("cuda:0",)),
+        (40.0, 5.0, {}, (24.0, 24.0, 24.0), ("cuda:0", "cuda:1")),
+        (60.0, None, {}, (24.0, 24.0, 24.0), ("cuda:0", "cuda:1", "cuda:2")),
+        (60.0, 5.0, {}, (24.0, 24.0, 24.0), None),
+        (40.0, 5.0, {}, (24.0, 24.0), None),
+        (40.0, 5.0, {"target_device": "cuda:0"}, (24.0, 24.0, 24.0), None),
+        (40.0, 5.0, {"draft_device": "cuda:1"}, (24.0, 24.0, 24.0), ("cuda:0", "cuda:2")),
+    ],
+)
+def test_a_target_that_one_gpu_does_not_hold_has_all_but_the_drafters(
+    target_gb, draft_gb, config, there, wanted, monkeypatch
+):
+    monkeypatch.setattr(placement, "probe", lambda: Machine(1.0, there))
+    for name, value in (("is_available", True), ("device_count", len(there)), ("is_bf16_supported", True)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    asked = EngineConfig("x", **config)
+    placed = placement.place(asked, 1, 0)
+    loads = {"target": Load(placed["target"], None, "bfloat16", target_gb)}
+    if draft_gb:
+        loads["draft"] = Load(placed["draft"], None, "bfloat16", draft_gb)
+    if wanted is None:
+        with pytest.raises(UsageError, match=r"The models need about"):
+            placement.make_room(asked, placed, loads)
+    else:
+        assert placement.make_room(asked, placed, loads)["target"].devices == wanted
+
+
 def test_a_gpu_without_a_number_is_the_first(monkeypatch):
     for name, value in (("is_available", True), ("device_count", 1), ("is_bf16_supported", True)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)

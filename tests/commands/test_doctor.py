@@ -8,8 +8,9 @@ import tiny
 
 from pearl.commands import doctor
 from pearl.commands.doctor import NO, OK, SLOW, CheckResult
+from pearl.config import cli
 from pearl.config.engine_config import EngineConfig
-from pearl.config.pairs import Machine, Pair
+from pearl.config.pairs import Machine, Pair, load_pair
 from pearl.engine import Engine
 from pearl.errors import UsageError
 from pearl.wire.reconnecting_channel import DrafterEvent
@@ -42,6 +43,19 @@ def test_peers_are_asked_in_both_directions():
 def test_memory_is_compared_with_what_the_pair_needs():
     assert doctor.memory(PAIR, Machine(30.0)).verdict == OK
     assert doctor.memory(PAIR, Machine(10.0)).verdict == NO
+
+
+def test_memory_is_that_of_what_was_asked_for():
+    pair = load_pair("llama3-8b-70b")
+
+    def needs(*words: str) -> str:
+        config, _ = cli.engine_config(cli.parse(doctor.parser(), ["--pair", pair.name, *words]))
+        return doctor.memory(doctor.asked(config, pair), Machine(0.0, (80.0, 80.0))).found
+
+    assert "170.3 GB for the target" in needs() and "339.7 GB for the target" in needs("--dtype", "float32")
+    assert "fits: it needs 60.3 GB for the target" in needs("--load-in", "4bit")
+    assert "20.3 GB for the target" in needs("--target", "meta-llama/Llama-3.1-8B-Instruct")
+    assert "not known" in needs("--target", "org/unknown")
 
 
 def test_what_is_refused_always_comes_with_what_to_do():
@@ -82,6 +96,7 @@ def test_a_pair_is_measured(tmp_path, monkeypatch):
         "messages",
         "gloo",
         "nccl",
+        "memory",
         "pair",
         "bits: rows",
         "text",

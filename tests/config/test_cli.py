@@ -72,6 +72,42 @@ def test_every_field_of_a_config_is_an_option_with_help():
     assert len({one.dest for one in cli.SHARED}) == len(cli.SHARED)
 
 
+def own(tmp_path: Path, values: object, *words: str):
+    """The same of a command with options that no other has."""
+    made = cli.parser("chat", take=("decoding",))
+    made.add_argument("--system")
+    made.add_argument("--quiet", action="store_true")
+    made.add_argument("--sizes", type=int, nargs="+", default=[1])
+    made.add_argument("--style", choices=("plain", "rich"))
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return cli.parse(made, ["--config", str(file), *words])
+
+
+def test_what_only_one_command_has_may_stand_in_its_file_too(tmp_path):
+    found = own(tmp_path, {"system": "Be brief.", "quiet": True, "sizes": [1, 4], "style": "rich", "gamma": 3})
+    assert (found.system, found.quiet, found.sizes, found.style) == ("Be brief.", True, [1, 4], "rich")
+    assert own(tmp_path, {"system": "Be brief.", "sizes": 2}, "--system", "Be long.").system == "Be long."
+    assert own(tmp_path, {"sizes": None}).sizes == [1]
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"quiet": "yes"}, "quiet must be true or false, not yes"),
+        ({"system": ["a"]}, "system must be text or a number, not"),
+        ({"system": True}, "system must be text or a number, not True"),
+        ({"sizes": ["x"]}, "sizes must be int, not"),
+        ({"style": "loud"}, "style must be one of plain, rich, not loud"),
+        ({"sistem": "a"}, "did you mean system?"),
+    ],
+)
+def test_a_wrong_value_of_such_an_option_is_a_sentence(values, sentence, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        own(tmp_path, values)
+    assert sentence in str(caught.value)
+
+
 def test_the_command_line_wins_over_the_file(tmp_path):
     found = parsed(tmp_path, {"max_length": 99, "gamma": 3, "mode": "sd", "temperature": "0.5"}, "--gamma", "auto")
     assert (found.max_length, found.gamma, found.mode, found.temperature) == (99, "auto", ["sd"], 0.5)

@@ -102,8 +102,10 @@ def test_a_checkpoint_beside_the_target_is_named_as_a_draft_is_and_stands_with_o
         ({"draft": "/not/there.gguf"}, "draft /not/there.gguf does not exist"),
         ({"target": " "}, "target must be a hub id"),
         ({"draft": None}, "draft must be a hub id"),
-        ({"target_cores": "a-b"}, "cores must be written like 0-3,8, not 'a-b'"),
-        ({"draft_cores": "99999"}, "cores 99999 are not all available"),
+        ({"double_quant": True}, "double_quant is for 4-bit weights"),
+        ({"load_in": "8bit", "double_quant": True}, "double_quant is for 4-bit weights"),
+        ({"target_cores": "a-b"}, "target_cores must be written like 0-3,8, not 'a-b'"),
+        ({"draft_cores": "99999"}, "draft_cores 99999 are not all available"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(options, sentence):

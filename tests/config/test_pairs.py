@@ -7,8 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from pearl.commands.pairs import main
 from pearl.config import pairs
@@ -137,6 +140,25 @@ def test_the_size_of_models_on_this_machine_need_not_be_stated(tmp_path):
     assert place.need_gb == pytest.approx(needed_gb(3e-6) + needed_gb(1e-6))
     (place,) = check(Pair(name="x", target=str(tmp_path / "target"), draft="ngram"), ROOMY).places
     assert place.need_gb == pytest.approx(needed_gb(3e-6))
+
+
+@pytest.mark.parametrize("kind, width", [("float32", 4), ("bfloat16", 2)])
+def test_files_count_as_what_they_become_when_they_are_loaded(tmp_path, kind, width):
+    """A GGUF file of few bits is unpacked; weights that lie there in another dtype are converted."""
+    numbers = np.zeros((64, 32), np.float16)
+    save_file({"a": numbers, "b": numbers}, tmp_path / "model.safetensors")
+    save_file({"a": numbers, "b": numbers}, tmp_path / "consolidated.safetensors")
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    few_bits = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("a", gguf.quantize(numbers.astype(np.float32), few_bits), raw_dtype=few_bits)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    for target, count in ((tmp_path, 2 * numbers.size), (tmp_path / "small.gguf", numbers.size)):
+        (place,) = check(Pair(name="x", target=str(target), draft="suffix", dtype=kind), ROOMY).places
+        assert place.need_gb == pytest.approx(needed_gb(count * width / 1e9))
+    (place,) = check(Pair(name="x", target=str(tmp_path), draft="suffix", load_in="4bit"), ROOMY).places
+    assert place.need_gb == pytest.approx(needed_gb(2 * numbers.size * 0.7 / 1e9))
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):

@@ -35,7 +35,18 @@ REFUSED = [
     *[("bad_words_ids", value) for value in ([1], [[]], [[-1]], "a", [[True]], 1)],
     *[
         ("logit_bias", value)
-        for value in ([1], {-1: 1.0}, {1: NAN}, {1: INF}, {1: "1"}, {1: True}, {True: 1}, {"a": 1})
+        for value in (
+            [1],
+            {-1: 1.0},
+            {1: NAN},
+            {1: INF},
+            {1: 10**400},
+            {1: -(10**400)},
+            {1: "1"},
+            {1: True},
+            {True: 1},
+            {"a": 1},
+        )
     ],
     *[("logprobs", value) for value in (-1, 1.5, True, "1")],
     *[("prompt_logprobs", value) for value in (-1, 1.5, True, "1")],

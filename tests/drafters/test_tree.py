@@ -364,7 +364,7 @@ def test_in_rejection_sampling_the_first_child_is_the_drawn_one_and_no_other_was
         if node.children:
             first, *others = node.children.values()
             logits = model.after([*text, *path])
-            assert (first.token, first.proposal) == propose(logits, params, len(text) + len(path))
+            assert (first.token, first.proposal) == propose(logits, params, len(text) + len(path), path)
             assert first.proposal and not any(other.proposal for other in others)
 
 

@@ -189,6 +189,22 @@ def test_an_error_in_a_pass_reaches_all_under_way_and_the_engine_goes_on(narrow,
     assert narrow.generate(prompt, params).tokens == tokens
 
 
+def test_a_target_that_can_not_be_had_for_a_mode_fails_its_text_alone(narrow, asked, monkeypatch):
+    """Such as a second copy over all GPUs, for `ar-all`, that they have no room for."""
+    prompt, params, tokens = asked[2]
+    target_for = narrow.runtime.target_for
+
+    def refusing(schedule):
+        if schedule.mode == "ar-all":
+            raise RuntimeError("no room for another copy")
+        return target_for(schedule)
+
+    monkeypatch.setattr(narrow.runtime, "target_for", refusing)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="no room for another copy"):
+        pool.submit(narrow.generate, prompt, params, mode="ar-all").result(timeout=60)
+    assert narrow.generate(prompt, params).tokens == tokens
+
+
 def test_a_request_that_is_made_again_does_not_give_out_its_old_text(narrow, asked, monkeypatch):
     """The second run ends before its first pass."""
     prompt, params, tokens = asked[2]

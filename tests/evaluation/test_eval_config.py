@@ -37,6 +37,10 @@ def test_a_share_takes_the_first_of_every_category(tmp_path):
     kinds = [int(name.split("/")[1]) % 2 for name in mixed]
     assert sorted(mixed) == sorted(chosen()) and mixed != chosen()
     assert all(first != second for first, second in zip(kinds[::2], kinds[1::2], strict=True)), "they take turns"
+    for more in ((), ("--stop-at-interval", "0.1"), ("--share", "0.9")):
+        named = chosen("--indices", "1,3-4", *more)
+        assert sorted(named) == ["MGSM/1", "MGSM/3", "MGSM/4"], "numbers are those of the list, whatever is drawn of it"
+    assert len(chosen("--indices", "1,3-4", "--limit", "2")) == 2
 
 
 def test_the_first_problems_hold_each_category_by_its_size(tmp_path):
@@ -121,7 +125,7 @@ def test_resuming_needs_a_folder(capsys):
     "indices, chosen", [("0,3,10-12", [0, 3, 10, 11, 12]), ("2", [2]), ("19,0-1", [19, 0, 1]), ("1,1", [1])]
 )
 def test_indices_name_all_their_problems(indices, chosen):
-    assert cli.choose(20, None, indices) == chosen
+    assert cli.choose(20, indices) == chosen
     for wrong in ("20", "0,20", "20,0", "3-2", "0,-1", "x"):
         with pytest.raises(UsageError, match="--indices"):
-            cli.choose(20, None, wrong)
+            cli.choose(20, wrong)

@@ -1,5 +1,8 @@
 """CPU cores are named as they are there, and two roles share none."""
 
+import subprocess
+import sys
+
 import pytest
 
 from pearl.errors import UsageError
@@ -46,6 +49,26 @@ def test_a_drafter_without_a_model_gets_one_core(monkeypatch):
     cpus = machine(monkeypatch, [[0, 4], [1, 5], [2, 6], [3, 7]])
     assert cores.split(cpus, drafter_works=False) == ([0, 4, 1, 5, 2, 6], [3, 7])
     assert cores.split(cpus, drafter_works=True) == ([0, 4, 1, 5], [2, 6, 3, 7])
+
+
+def test_replicas_share_no_core_as_long_as_there_are_enough(monkeypatch):
+    cpus = machine(monkeypatch, [[0, 4], [1, 5], [2, 6], [3, 7]])
+    assert [cores.share(cpus, number, 2) for number in range(2)] == [[0, 4, 1, 5], [2, 6, 3, 7]]
+    assert [cores.share(cpus, number, 3) for number in range(3)] == [[0, 4], [1, 5], [2, 6, 3, 7]]
+    assert [cores.share(cpus, number, 8) for number in range(8)] == [[cpu] for cpu in cpus]
+    assert cores.share(cpus, 8, 9) == cpus
+
+
+def test_a_thread_that_is_kept_to_some_cores_starts_processes_on_all():
+    there = cores.available()
+    command = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+
+    def started() -> str:
+        cores.pin(there[:1])
+        with cores.allowed(there):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert cores.in_a_thread(started) == f"{sorted(there)}\n"
 
 
 def test_a_single_cpu_is_shared(monkeypatch):

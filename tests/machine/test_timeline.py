@@ -12,7 +12,7 @@ import pytest
 from timelines import live, lived
 
 from pearl.errors import UsageError
-from pearl.machine.timeline import OFF, Trace, merge, prepare
+from pearl.machine.timeline import OFF, Trace, flow_id, merge, prepare
 
 
 @pytest.fixture
@@ -125,6 +125,24 @@ def test_a_run_in_which_nothing_happened_has_an_empty_trace(path: Path):
     Trace("target").write(path)
     merge(path)
     assert timed(path) == []
+
+
+def test_a_drafter_that_was_started_anew_takes_nothing_from_the_one_before(path: Path):
+    """Each counts its nodes from zero; the target knows of which of them they are."""
+    target, *drafters = Trace("target", path), Trace("drafter", path), Trace("drafter", path, connection=1)
+    for connection, drafter in enumerate(drafters):
+        drafter.flow("nodes", flow_id(3, 7, drafter.connection), 1.0 + connection, sent=True)
+        drafter.save()
+        target.flow("nodes", flow_id(3, 7, connection), 1.5 + connection, sent=False)
+    target.save()
+    merge(path)
+    found = [(event["ph"], event["id"], event["ts"], event["pid"]) for event in timed(path)]
+    assert found == [("s", 0, 0.0, 1), ("f", 0, 5e5, 0), ("s", 1, 1e6, 1), ("f", 1, 1.5e6, 0)]
+    assert os.listdir(path.parent) == ["run.json"]
+    for drafter in drafters:
+        drafter.save()
+    prepare(path)
+    assert os.listdir(path.parent) == ["run.json"]
 
 
 def test_a_damaged_part_is_refused_and_the_whole_ones_are_kept(path: Path):

@@ -109,7 +109,7 @@ def test_an_activation_of_other_bits_in_some_row_counts_is_found_out(kind, width
     torch.set_num_threads(1)
     layers = torch.nn.Sequential(torch.nn.Linear(16, width), kind())
     plan = find_invariant_counts(fake(lambda count, row: 0), VOCABULARY, products=products(layers))
-    assert plan.exact and len(plan.safe) < LIMIT - LEAST + 1 or width % 32 == 0
+    assert (plan.exact and len(plan.safe) < LIMIT - LEAST + 1) or width % 32 == 0
     x = torch.randn(1000, plan.most, width, generator=torch.Generator().manual_seed(7))
     whole = layers[1](x[:, None])
     for count in plan.safe:

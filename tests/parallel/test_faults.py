@@ -21,6 +21,7 @@ from programs import start, torchrun
 
 from pearl.config.engine_config import DEADLINE_S
 from pearl.engine import Engine
+from pearl.machine import cores
 from pearl.parallel import drafter_process
 from pearl.parallel.child import is_stopped
 from pearl.wire import reconnecting_channel
@@ -121,6 +122,17 @@ def test_many_texts_and_passes_leave_nothing_behind(engine):
         if all(max(counts) <= 0 and memory < 8 for *counts, memory in grown[-1]):  # fewer: what was lost earlier
             return
     pytest.fail(f"files, threads, children and MB more, of the target and the drafter: {grown}")
+
+
+@pytest.mark.skipif(len(cores.available()) < 2, reason="each has a core")
+def test_a_drafter_on_cores_that_were_named_is_started_anew(pair, nursery):
+    """By a thread of the target's, which is kept to other ones."""
+    first, *_, last = cores.available()
+    with Engine.from_pretrained(*pair, **OPTIONS, target_cores=str(first), draft_cores=str(last)) as made:
+        os.kill(made.runtime.drafter_pid, signal.SIGKILL)
+        made.generate("the", faults.SamplingParams(max_new_tokens=8), mode="pearl")
+        faults.wait_until_back(made)
+        assert os.sched_getaffinity(made.runtime.drafter_pid) == {last}
 
 
 def test_engines_and_lost_drafters_leave_no_thread_and_no_file(pair, nursery):

@@ -154,12 +154,12 @@ def test_ranks_are_replicas_of_two():
 
 def test_replicas_on_one_machine_have_their_own_cores_and_name_none(pair, monkeypatch):
     monkeypatch.setattr("pearl.machine.cores.available", lambda: [0, 1, 2, 3])
-    monkeypatch.setattr("pearl.machine.cores.parse", lambda text: [int(cpu) for cpu in text.split(",")])
+    monkeypatch.setattr("pearl.machine.cores.parse", lambda text, _: [int(cpu) for cpu in text.split(",")])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = EngineConfig(*pair)
     assert assign_devices(config, World(0, 2)) == config
     placed = [assign_devices(config, World(0, 2, n, 2, n, 2)) for n in range(2)]
-    assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "2"), ("1", "3")]
+    assert [(one.target_cores, one.draft_cores) for one in placed] == [("0", "1"), ("2", "3")]
     with pytest.raises(UsageError, match="name no devices and no cores"):
         assign_devices(placed[0], World(0, 2, 0, 2, 0, 2))
 
@@ -170,6 +170,8 @@ def test_replicas_share_no_file_of_their_memories(pair):
     for world in (World(0, 2, 0, 2, 0, 2), World(0, 2, 1, 2, 0, 1)):  # on one machine, on two
         with pytest.raises(UsageError, match="leave memory_file out"):
             assign_devices(config, world)
+        with pytest.raises(UsageError, match="one file keeps one: leave trace out"):
+            assign_devices(EngineConfig(*pair, trace="run.json"), world)
 
 
 def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
@@ -182,8 +184,8 @@ def test_replicas_on_one_machine_have_their_own_gpus(pair, monkeypatch):
         return placed.target_device, placed.draft_device
 
     assert [devices(World(0, 2, n, 2, n, 2)) for n in range(2)] == [("cuda:0", "cuda:1"), ("cuda:2", "cuda:3")]
-    assert devices(World(0, 2)) == ("cuda:0", "cuda:1") and devices(World(0, 1)) == ("auto", "auto")
-    assert devices(World.of(Processes(1, 2, 0, 1))) == ("cuda:0", "cuda:0")  # of a machine of its own
+    assert devices(World(0, 2)) == ("auto", "cuda:1") and devices(World(0, 1)) == ("auto", "auto")
+    assert devices(World.of(Processes(1, 2, 0, 1))) == ("auto", "cuda:0")  # of a machine of its own
     assert devices(World.of(Processes(0, 2, 0, 2, device="cpu"))) == ("cpu", "cpu")  # accelerate launch --cpu
     with pytest.raises(UsageError, match="3 replicas need two GPUs each, but this machine has 4"):
         assign_devices(config, World(0, 2, 0, 3, 0, 3))

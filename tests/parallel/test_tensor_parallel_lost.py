@@ -81,7 +81,7 @@ def test_a_rank_that_hangs_is_waited_for_until_the_deadline_and_ends_when_it_wak
 
 def test_a_rank_that_can_not_start_is_a_sentence(pair, monkeypatch):
     monkeypatch.setattr(child.sys, "executable", "false")
-    with pytest.raises(WorkerLostError, match="Rank 1 of the target ended with code 1, and the run is over"):
+    with pytest.raises(WorkerLostError, match=r"^Rank 1 of the target ended with code 1, and the run is over"):
         Engine.from_pretrained(*pair, mode="ar", tensor_parallel_size=2, **OPTIONS)
 
 
@@ -174,7 +174,7 @@ def test_a_whole_attention_may_have_any_number_of_heads():
 def test_a_rank_needs_a_gpu_of_its_own_where_there_are_some(pair, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("pearl.checkpoints.preflight.check_memory", lambda *_: None)
+    monkeypatch.setattr("pearl.checkpoints.placement.check_memory", lambda *_: None)
     config = EngineConfig(*pair, tensor_parallel_size=2, dtype="float32")
     placed = preflight(config, gpu=2)
     assert (placed.target_on.devices, placed.draft_on.devices) == (("cuda:1",), ("cuda:1",))  # this is the drafter

@@ -22,6 +22,21 @@ from pearl.predict.replay import BEYOND, Case, _of_drafter, missed, read_run, su
 from pearl.predict.script import VOCABULARY, DraftedToken, Script, token
 from pearl.predict.simulation import simulate
 
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--a", "0.8", "--c", "3", "--mode", "tree"], "--mode is for a recorded run, not for numbers by hand"),
+        (["results/x", "--beside", "0.5"], "--beside is for numbers by hand, not for a run: leave it out"),
+        (["results/x", "--row-cost", "0"], "--row-cost is for numbers by hand, not for a run: leave it out"),
+        (["--a", "0.8", "--c", "3", "--beside-cost", "0.1"], "give its acceptance by --beside"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, sentence, capsys):
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
 EVERY = ("ar", "sd", "sd:3", "pearl", "pearl:4", "pearl-no-pre", "pearl-no-post", "tree", "tree:4")
 
 

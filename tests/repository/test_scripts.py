@@ -68,6 +68,20 @@ def test_every_script_is_bash(file):
     assert bash("-n", str(file)).returncode == 0
 
 
+def test_paths_are_those_of_the_folder_where_a_script_is_called(tmp_path):
+    words = {"RESULTS": "out", "DATA": "my data", "PAIR": "mine.yaml smollm2-135m", "TASKS": "gsm8k", "DRY_RUN": "1"}
+    done = bash(str(SCRIPTS / "main_results.sh"), cwd=tmp_path, **words)
+    rows = [shlex.split(line) for line in done.stdout.splitlines() if "eval/gsm8k.py" in line]
+    assert {values(row, "--pair")[0] for row in rows} == {str(tmp_path / "mine.yaml"), "smollm2-135m"}
+    assert all(values(row, "--data") == [str(tmp_path / "my data" / "gsm8k" / "test.jsonl")] for row in rows)
+    assert all(values(row, "--output")[0].startswith(str(tmp_path / "out")) for row in rows)
+
+
+def test_all_scripts_together_take_no_longer_than_they_may(tmp_path):
+    done = bash("scripts/all.sh", DRY_RUN="1", MINUTES="0", RESULTS=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.split()[:2] == ["python", "eval/report.py"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_says_what_would_run_and_runs_nothing(name, tmp_path):
     here = {
@@ -145,7 +159,7 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
     }
     row = next(row for row in commands("scripts/main_results.sh", **settings) if "eval/mt_bench.py" in row)
     assert row[:2] == ["python", "eval/mt_bench.py"]
-    chosen = {"--pair": "mine.yaml", "--limit": "3", "--max-new-tokens": "9", "--max-length": "77"}
+    chosen = {"--pair": str(ROOT / "mine.yaml"), "--limit": "3", "--max-new-tokens": "9", "--max-length": "77"}
     assert {option: values(row, option)[0] for option in chosen} == chosen
     assert values(row, "--data") == ["d/mt_bench/question.jsonl"]
     assert values(row, "--output") == ["results/mine-limit-3-tokens-9/mt_bench"]

@@ -147,7 +147,9 @@ def stand_ins(tmp_path) -> dict[str, str]:
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    return os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(tmp_path / "said")}
+    hidden = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    return hidden | {"PATH": path, "SAID": str(tmp_path / "said"), "READY": "1"}
 
 
 def run(script: str, tmp_path: Path, replicas: int, **settings: str) -> tuple[int, list[str], str]:
@@ -181,6 +183,12 @@ def test_each_replica_has_its_own_gpus_and_port_and_drains(stand_ins, tmp_path):
         "    server replica1 127.0.0.1:9001 check",
         "    server replica2 127.0.0.1:9002 check",
     ]
+
+
+def test_only_the_gpus_that_are_to_be_seen_are_shared_out(stand_ins, tmp_path):
+    settings = {"REPLICAS": "2", "CUDA_VISIBLE_DEVICES": "4,5,7,6", "SLURM_GPUS_ON_NODE": "8"}
+    code, said, _ = run("serve_replicas.sh", tmp_path, 2, **stand_ins | settings)
+    assert code == 0 and {line.rpartition(" ")[2] for line in said[:2]} == {"4,5", "7,6"}
 
 
 def test_a_slurm_job_serves_at_a_port_of_its_own(stand_ins, tmp_path):

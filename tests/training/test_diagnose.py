@@ -131,7 +131,7 @@ class Honest(OnePassSource):
         self._sequences[batch_slot] = DraftedText(params)
 
     def read_on(self, queries):
-        row = RowAfter(self, torch.zeros(0), torch.zeros(0), 0, SamplingParams())
+        row = RowAfter(self, torch.zeros(0), torch.zeros(0), 0, (), SamplingParams())
         table = [self.after([(row, [queries[0].prefix[-1]])])[0][0], row, row]
         return [[([], table) for _ in one.paths] for one in queries]
 

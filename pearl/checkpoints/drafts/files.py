@@ -7,7 +7,6 @@ kind of drafter they make (`pearl.checkpoints.drafts.kinds`).
 from __future__ import annotations
 
 import functools
-import json
 import pickle
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from pearl.config.engine_config import FEATURE, model_path
 from pearl.config.inputs import brief, parse_json, read_text
+from pearl.config.weight_files import header
 from pearl.errors import CheckpointError, UsageError
 
 CONFIG, OURS = "config.json", "drafter.json"  # of others, and of the format that pearl wrote before
@@ -26,7 +26,6 @@ MARKOV_FILE = "heads.markov"  # safetensors by another name: other engines load 
 MARKOV = ("markov_w1.", "markov_w2.", "confidence.")  # its tensors
 MARKOV_TABLE = "markov_w1.weight"  # of all tokens; where the embedding is borrowed, of those that can be drafted
 MASK_ROW = "mask_row"  # there too, where the embedding is borrowed
-_LARGEST_HEADER = 1 << 28
 _PATTERNS = [MARKOV_FILE, "*.json", "*.safetensors", "*.bin"]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -144,20 +143,6 @@ class DraftFiles:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (_, shape) in header(path).items()}
-
-
-def header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor of a safetensors file: eight bytes of header length, then JSON. Raises
-    `CheckpointError`."""
-    try:
-        with open(path, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            said = json.loads(stream.read(size)) if size < _LARGEST_HEADER else None
-        assert isinstance(said, dict)
-        tensors = {name: one for name, one in said.items() if name != "__metadata__"}
-        return {name: (str(one["dtype"]), tuple(map(int, one["shape"]))) for name, one in tensors.items()}
-    except (OSError, ValueError, AssertionError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is not a safetensors file: get the checkpoint again.") from None
 
 
 def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -90,6 +90,7 @@ class RankQuery(NamedTuple):
     params: SamplingParams
     positions: Sequence[int]
     hidden: Tensor | None = None  # [R, H], of a drafter whose guesses depend on more than the logits
+    paths: Sequence[Sequence[int]] | None = None  # of guesses, at whose ends the rows are; None: in the text itself
 
 
 def ranked(logits: Tensor, params: SamplingParams, positions: Sequence[int], most: int) -> Ranked:
@@ -138,8 +139,8 @@ def _ranked(query: RankQuery, here: Tensor, most: int) -> Ranked:
     if not all(map(math.isfinite, best[:, 0].tolist())):
         raise NonFiniteLogits(logits.dtype)
     if params.rejection:
-        rows = zip(logits, warp(best, params), tokens, positions, strict=True)
-        return [_drawn_first(row, scores, t, params, position, most) for row, scores, t, position in rows]
+        rows = zip(logits, warp(best, params), tokens, positions, query.paths or [()] * len(positions), strict=True)
+        return [_drawn_first(row, scores, t, params, at, path, most) for row, scores, t, at, path in rows]
     kept = zip(warp(best, params), tokens, positions, strict=True)
     return [_best_samples(scores, t, params, position, most) for scores, t, position in kept]
 
@@ -162,9 +163,15 @@ def _best_samples(scores: Tensor, tokens: Tensor, params: SamplingParams, positi
 
 
 def _drawn_first(
-    logits: Tensor, scores: Tensor, tokens: Tensor, params: SamplingParams, position: int, most: int
+    logits: Tensor,
+    scores: Tensor,
+    tokens: Tensor,
+    params: SamplingParams,
+    position: int,
+    path: Sequence[int],
+    most: int,
 ) -> list:
-    first, proposal = propose(logits, params, position)
+    first, proposal = propose(logits, params, position, path)
     shares = {t: q for t, q in zip(tokens.tolist(), scores.softmax(-1).tolist(), strict=True) if t != first and q > 0}
     rest = sum(shares.values())
     others = [(t, math.log(ALTERNATIVE_MASS * q / rest), ()) for t, q in list(shares.items())[: most - 1]]
@@ -300,15 +307,16 @@ def residual(p: Tensor, q: dict[int, float]) -> Tensor:
 Proposed = tuple[int, Proposal]
 
 
-def propose(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
+def propose(logits: Tensor, params: SamplingParams, position: int, path: Sequence[int] = ()) -> Proposed:
     """The drafter's guess for `position`, and the (token, q) pairs it was drawn from (rejection sampling only).
 
-    logits: [V], the drafter's. For rejection q is cut to its best few tokens first; what is sent is exactly what was
-    sampled from, which is all that the proof needs.
+    logits: [V], the drafter's. path: the guesses before it, in a tree. For rejection q is cut to its best few tokens
+    first; what is sent is exactly what was sampled from, which is all that the proof needs. In each branch it is drawn
+    anew: which rows of a tree are read may depend on what was drawn in another branch.
     """
     if params.greedy:
         return argmax(logits[None])[0], ()
-    return _drawn(on_host(logits), params, position)
+    return _drawn(on_host(logits), params, position, path)
 
 
 def propose_together(asked: Sequence[tuple[Tensor, SamplingParams, int]]) -> list[Proposed]:
@@ -324,7 +332,7 @@ def propose_together(asked: Sequence[tuple[Tensor, SamplingParams, int]]) -> lis
     return found
 
 
-def _drawn(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
+def _drawn(logits: Tensor, params: SamplingParams, position: int, path: Sequence[int] = ()) -> Proposed:
     """logits: [V], on the host"""
     scores = warp(logits[None], params)[0]
     if not params.rejection:
@@ -334,4 +342,5 @@ def _drawn(logits: Tensor, params: SamplingParams, position: int) -> Proposed:
     q = best.double().softmax(-1).float()
     proposal = tuple((t, p) for t, p in zip(tokens.tolist(), q.tolist(), strict=True) if p > 0)
     spread = torch.full_like(scores, -torch.inf).index_copy_(0, tokens, q.log().to(scores.dtype))
-    return noisy_argmax(spread, _seed(params), position, noise.DRAFT, logits.dtype), proposal
+    seed = noise.of_branch(_seed(params), path)
+    return noisy_argmax(spread, seed, position, noise.DRAFT, logits.dtype), proposal

@@ -52,6 +52,13 @@ def _stream(seed: int, position: int, purpose: int) -> int:
     return _mix((state + purpose * _GOLDEN) & _MASK)
 
 
+def of_branch(seed: int, path: Sequence[int]) -> int:
+    """The seed of what is drawn at the end of a path of guessed tokens; of the text itself, which has none, `seed`."""
+    for token in path:
+        seed = _mix((seed + (token + 1) * _GOLDEN) & _MASK)
+    return seed
+
+
 def uniform(seed: int, position: int, purpose: int) -> float:
     """One uniform in (0, 1)."""
     word = _mix((_stream(seed, position, purpose) + _GOLDEN) & _MASK) >> (64 - _BITS)

@@ -95,8 +95,9 @@ class ParallelSource(OnePassSource):
             logits = logits + bias.float()
         params = asked[0][0].params
         coming = Fetched(sure) if sure is not None and params.greedy else None
-        positions = [row.position for (row, _), count in zip(asked, counts, strict=True) for _ in range(count)]
-        found: list[list[Guess]] = super()._ranked([RankQuery(logits, params, positions)])[0]
+        rows = [row for (row, _), count in zip(asked, counts, strict=True) for _ in range(count)]
+        positions, paths = [row.position for row in rows], [row.path for row in rows]
+        found: list[list[Guess]] = super()._ranked([RankQuery(logits, params, positions, paths=paths)])[0]
         if coming is not None:
             found = list(map(with_confidence, found, coming.wait().tolist()))  # they came before the guesses
         parts = iter(found)
