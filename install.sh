@@ -15,9 +15,7 @@ new_enough() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: pearl needs Python 3.11 or newer; $("$1" --version 2>&1) is here: $2." >&2; exit 2; }
 }
-if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
-  new_enough python "make the active environment with a newer one"
-else
+if [[ -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
   python=${PYTHON:-python3}
   new_enough "$python" "set PYTHON to a newer one"
   [[ -x .venv/bin/pip ]] || "$python" -m venv .venv || {
@@ -43,6 +41,7 @@ for other in "$environment"/.pearl-installed-*; do
   fi
   rm "$other"
 done
+new_enough python "make the active environment with a newer one"
 echo "pearl: installing into $environment"
 # Old pips would let a source package fetch what builds it by itself, which today's setuptools no longer gets right.
 pip() { PIP_USE_PEP517=1 python -m pip --disable-pip-version-check --quiet "$@"; }

@@ -162,6 +162,23 @@ def test_an_environment_is_installed_into_once(clone: Path, environment: Path):
     assert not (environment / "asked").exists()
 
 
+def test_an_active_environment_of_an_old_python_is_refused_before_anything_is_installed(tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/bash\n[[ $* != *version_info* ]] || exit 1\necho "Python 3.10.2"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "install.sh"],
+        cwd=ROOT,
+        env=os.environ | {"VIRTUAL_ENV": str(tmp_path), "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert "pearl needs Python 3.11 or newer; Python 3.10.2 is here: make the active environment" in done.stderr
+
+
 def test_an_environment_of_another_clone_is_not_taken_without_a_word(clone: Path, environment: Path, tmp_path: Path):
     other = shutil.copytree(clone, tmp_path / "other clone")
     assert install(other, environment).returncode == 0

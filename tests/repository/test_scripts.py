@@ -161,10 +161,10 @@ def test_the_environment_chooses_pair_size_data_and_more(tmp_path):
     assert row[:2] == ["python", "eval/mt_bench.py"]
     chosen = {"--pair": str(ROOT / "mine.yaml"), "--limit": "3", "--max-new-tokens": "9", "--max-length": "77"}
     assert {option: values(row, option)[0] for option in chosen} == chosen
-    assert values(row, "--data") == ["d/mt_bench/question.jsonl"]
+    assert values(row, "--data") == [str(ROOT / "d" / "mt_bench" / "question.jsonl")]
     assert values(row, "--output") == ["results/mine-limit-3-tokens-9/mt_bench"]
     (row, _) = commands("scripts/main_results.sh", TASKS="speed_bench", DATA="d")
-    assert values(row, "--data") == ["d/speed_bench"]
+    assert values(row, "--data") == [str(ROOT / "d" / "speed_bench")]
 
 
 def test_of_all_configs_of_speed_bench_a_table_is_of_the_qualitative_one(tmp_path):

@@ -154,7 +154,7 @@ class Fuzz:
             "schedule": self.schedule,
             "config": self.config,
             "cores": lambda: cores.parse(str(evil(self.rng))),
-            "choose": lambda: cli.choose(self.rng.randrange(9), self.rng.choice([None, 3, 0]), str(evil(self.rng))),
+            "choose": lambda: cli.choose(self.rng.randrange(9), str(evil(self.rng))),
             "command line": self.command_line,
             "command": self.command,
             "config file": self.config_file,
