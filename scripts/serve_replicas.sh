@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ -z ${READY:-} ]]; then source scripts/environment.sh run; fi
 replicas=${REPLICAS:-2} each=${GPUS_EACH:-2} port=${PORT:-8000} host=${HOST:-127.0.0.1}
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-  IFS=, read -r -a cards <<< "$CUDA_VISIBLE_DEVICES"
+  IFS=, read -r -a cards <<< "${CUDA_VISIBLE_DEVICES#-1}" # -1 hides them all
 else
   count=${SLURM_GPUS_ON_NODE:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)} cards=()
   for ((n = 0; n < count; n++)); do cards+=("$n"); done
