@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pearl.errors import UsageError
 
+Unit = TypeVar("Unit")
 _MOST = 1 << 16  # CPUs of a machine; a range of more is not worth counting
 
 
@@ -27,11 +28,17 @@ def available() -> list[int]:
 
 def share(cpus: list[int], number: int, count: int) -> list[int]:
     """Part `number` of `count`, of neighbouring cores; of hardware threads, or all of them, where there are too few."""
-    for units in (_whole(cpus), [[cpu] for cpu in cpus]):
-        if len(units) >= count:
-            first, last = (len(units) * part // count for part in (number, number + 1))
-            return [*chain(*units[first:last])]
-    return cpus
+    cores = _whole(cpus)
+    units = cores if len(cores) >= count else [[cpu] for cpu in cpus]
+    return [*chain(*contiguous_parts(units, count)[number])]
+
+
+def contiguous_parts(units: Sequence[Unit], parts: int) -> list[list[Unit]]:
+    """These CPUs or cores for so many processes, neighbours together; too few are shared by all."""
+    if len(units) < parts:
+        return [list(units)] * parts
+    ends = [len(units) * part // parts for part in range(parts + 1)]
+    return [list(units[first:last]) for first, last in pairwise(ends)]
 
 
 def _whole(cpus: list[int]) -> list[list[int]]:

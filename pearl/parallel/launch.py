@@ -6,9 +6,7 @@ script runs in all ranks of a launcher, and what comes after it is the target's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 from pearl.checkpoints.preflight import Preflight, preflight
 from pearl.config.engine_config import EngineConfig
@@ -72,7 +70,7 @@ def arrange(
     two = processes == 2 or schedule.mode == "ar-all"
     target_cpus, draft_cpus = shares(config, two and not world.two_hosts)
     # neighbours on a machine are neighbours in rank; where the drafter is alone on its own, there is none
-    tp_cpus = contiguous_parts(target_cpus, world.local_tp_size) if world.local_tp_size else []
+    tp_cpus = cores.contiguous_parts(target_cpus, world.local_tp_size) if world.local_tp_size else []
     if tp_cpus:
         target_cpus = tp_cpus[world.tp_rank % len(tp_cpus)]
     return Layout(checked, schedule, world, processes, target_cpus, draft_cpus, tp_cpus)
@@ -108,11 +106,3 @@ def shares(config: EngineConfig, two: bool) -> tuple[list[int], list[int]]:
     if config.draft_cores:
         draft = cores.parse(config.draft_cores)
     return target, draft
-
-
-def contiguous_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
-    """These CPUs for so many ranks on one machine, neighbours together; too few are shared by all."""
-    if len(cpus) < parts:
-        return [list(cpus)] * parts
-    ends = [len(cpus) * part // parts for part in range(parts + 1)]
-    return [list(cpus[first:last]) for first, last in pairwise(ends)]

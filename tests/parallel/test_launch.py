@@ -23,9 +23,10 @@ from pearl.core.schedule import Schedule
 from pearl.engine import Engine
 from pearl.errors import CheckpointError, StorageError, UsageError
 from pearl.machine import cores, launcher
+from pearl.machine.cores import contiguous_parts
 from pearl.machine.launcher import Processes
 from pearl.parallel.child import WorkerSpec
-from pearl.parallel.launch import arrange, contiguous_parts, launch
+from pearl.parallel.launch import arrange, launch
 from pearl.parallel.replicas import POLL_S, ReplicaGroup, assign_devices
 from pearl.parallel.world import World
 
