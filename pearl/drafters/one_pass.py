@@ -154,20 +154,16 @@ class OnePassSource(DraftSource):
         groups, asked, first = [], [], 0
         for own, group in itertools.groupby(queries, key=lambda one: one.state.params):
             some = list(group)
-            positions = [
-                len(one.prefix) + len(path) + self.guesses_after(path) - left
+            ends = [  # places after the prefix: on the way along a path, and of the slots after its end
+                (one, path, place)
                 for one in some
                 for path in one.paths
-                for left in range(one.rows(path, self.guesses_after(path)), 0, -1)
+                for place in range(0 if one.way else len(path), len(path) + self.guesses_after(path))
             ]
-            ends = [
-                path[: row if one.way else len(path)]
-                for one in some
-                for path in one.paths
-                for row in range(one.rows(path, self.guesses_after(path)))
-            ]
+            positions = [len(one.prefix) + place for one, _, place in ends]
+            paths = [path[:place] for _, path, place in ends]
             rows = slice(first, first + len(positions))
-            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows], ends))
+            asked.append(RankQuery(logits[rows], own, positions, None if hidden is None else hidden[rows], paths))
             first = rows.stop
             groups.append(some)
         for some, guesses in zip(groups, self._ranked(asked), strict=True):
